@@ -1,0 +1,1969 @@
+#!/usr/bin/env python3
+"""Vaurien, the chaos TCP proxy: a chaos monkey for TCP connections.
+
+It stands between an application and a backend (MySQL, PostgreSQL, Redis,
+memcached, an HTTP API) and misbehaves on purpose, so that a test can ask: does
+my application survive when the database restarts, when the cache is down, when
+answers are slow, cut, reset, wrong?
+
+    python3 vaurien.py demo
+    python3 vaurien.py --local localhost:8000 --distant google.com:80 \\
+                       --behavior 20:delay,5:error
+    python3 vaurien.py --help
+
+This one file is all there is: the standard library, Python 3.6 or newer.
+
+The road of a chunk:
+
+                     one Connection
+                     +------------------------------------------------------------+
+      client socket  |   Line.carry: (now, UPSTREAM, data) -> events              |  backend socket
+        recv  ------>|   Pipe[UPSTREAM].put(t, data) ... until due ... flush ---->|  send
+      send  <--------|   <- flush <- Pipe[DOWNSTREAM] <- Line.carry <-------------|<------ recv
+                     +------------------------------------------------------------+
+      Loop: wakes for ready sockets, for the next due chunk, for other threads' calls
+
+A handler is a function of one timed event that yields the events to pass on
+instead. It never sleeps, reads no clock and touches no socket: time is a value.
+`grep -n '^# -- ' vaurien.py` is the table of contents; each room uses only the
+rooms above it.
+"""
+import argparse
+import configparser
+import errno
+import hashlib
+import heapq
+import importlib
+import inspect
+import logging
+import math
+import os
+import random
+import re
+import select
+import selectors
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections import ChainMap, Counter, OrderedDict, deque, namedtuple
+from selectors import EVENT_READ, EVENT_WRITE
+
+__version__ = "3.0.0"
+
+log = logging.getLogger("vaurien")
+
+CHUNK = 256 * 1024              # one recv at most; larger ones gained nothing when measured
+HELD_MAX = 16 * 1024 * 1024     # what one pipe may hold while it flows: 1 GB/s for 16 ms.
+                                #   Smaller, and latency becomes a bandwidth limit
+HELD_STILL = 256 * 1024         # the same where nothing is delayed, or nothing is ever due
+HELD_TOTAL = 512 * 1024 * 1024  # what all pipes of a loop may hold together
+HELD_LEAST = 4 * 1024           # what each pipe is sure of, however full the others are
+HELD_ENTRY = 200                # what keeping one chunk costs besides its bytes (measured)
+BACKLOG = 4096                  # for listen; the kernel caps it (net.core.somaxconn)
+BURST = 64                      # connections accepted in a row before others have their turn
+PAUSE = 1.0                     # seconds without accepting when descriptors have run out
+FINE = 0.005                    # seconds before an alarm from which waiting is exact
+LONGEST = 3600.0                # seconds of one wait: epoll's timeout is a C int of ms
+EVENTS_KEPT = 10000             # faults that acted, remembered by each proxy
+
+
+# -- Events -------------------------------------------------------------------
+#
+# An event is (t, to, data): when it is due, in seconds of the loop's clock; which
+# way it goes; and bytes, or a signal that tells of the stream itself.
+
+UPSTREAM, DOWNSTREAM = "upstream", "downstream"     # towards the backend, the client
+NEVER = math.inf                                    # due when the fault is removed
+
+
+class Signal(bytes):
+    """An event without bytes.
+
+    It has length 0 and cannot be cut, so a handler that only delays, counts or
+    slices need not know of signals; one that cares asks `data is EOF`.
+    """
+
+    def __new__(cls, name):
+        self = super().__new__(cls)
+        self.name = name
+        return self
+
+    def __repr__(self):
+        return self.name
+
+    def __getitem__(self, key):
+        return self
+
+    __eq__, __ne__, __hash__ = object.__eq__, object.__ne__, object.__hash__
+
+
+OPEN = Signal("OPEN")       # a client is here; upstream, this calls the backend
+EOF = Signal("EOF")         # no more bytes this way: half-close; both ways: close
+RESET = Signal("RESET")     # forget what is under way, reset both sockets
+
+
+# -- Handlers -----------------------------------------------------------------
+#
+# A handler is a generator function of one event; it yields the events to pass on
+# instead: later, cut, changed, turned round, or none at all.
+#
+#   state    its memory of what the fault was drawn for (one request, or one
+#            connection): a Counter, so what was never set is 0. It has attributes:
+#              random    a random.Random, repeatable by --seed
+#              request   the number of this request (or connection) at the proxy,
+#                        counted from 1 since the fault was armed
+#              shared    a Counter for all the states of this fault at this proxy
+#   t        when the event comes; an earlier time yielded means t
+#   to       UPSTREAM or DOWNSTREAM; yield the other one to answer
+#   data     bytes, or OPEN, EOF, RESET
+#   *, ...   its options: the defaults give their types (a yes/no, a whole number,
+#            a number, a text), the docstring their help, a line each
+#
+# To add one, write it here: the command line and the ini file are made from this
+# room. Elsewhere, import `handler` and name the function by its dotted path.
+
+HANDLERS = OrderedDict()
+
+
+def handler(function):
+    """Register a handler under its own name; the function stays as it is."""
+    HANDLERS[function.__name__] = function
+    return function
+
+
+@handler
+def dummy(state, t, to, data):
+    """A healthy backend: everything passes."""
+    yield t, to, data
+
+
+@handler
+def delay(state, t, to, data, *, sleep=1.0, before=True):
+    """A slow backend: each request waits before it is passed on, or its answer does.
+
+    sleep    seconds
+    before   yes: before the backend is called; no: before the first byte of the answer
+    """
+    way = UPSTREAM if before else DOWNSTREAM
+    if to != way:
+        if data:
+            state["spoken"] = 0         # the other side's turn: ours begins anew
+        yield t, to, data
+        return
+    if not state["spoken"] and (data or data is OPEN):
+        state["until"] = t + sleep      # of OPEN, then once more of the first byte
+        state["spoken"] = len(data)
+    yield max(t, state["until"]), to, data
+
+
+@handler
+def error(state, t, to, data, *, inject=False, warmup=0):
+    """A broken backend: it is asked as usual, and random bytes take the answer's place.
+
+    inject   yes: put 100 random bytes into the middle of the valid answer instead
+    warmup   requests of the proxy that pass untouched first
+    """
+    if to == UPSTREAM and data:
+        state["answered"] = 0
+    if to == UPSTREAM or not data or state.request <= warmup:
+        yield t, to, data
+    elif not state["answered"]:
+        state["answered"] = 1
+        if inject:
+            middle = len(data) // 2
+            yield t, to, data[:middle] + noise(state.random, 100) + data[middle:]
+        else:
+            # The last two end a line, so that a client that reads lines wakes up.
+            yield t, to, noise(state.random, 998) + b"\r\n"
+    elif inject:
+        yield t, to, data
+
+
+@handler
+def transient(state, t, to, data, *, agitate=1, inject=False, warmup=0):
+    """A backend that recovers: errors for the first requests, then it succeeds.
+
+    agitate  requests of the proxy that fail
+    inject   as in error
+    warmup   as in error: requests that pass before the first one fails
+    """
+    if not state["counted"] and state.request > warmup:
+        state.shared["failed"] += 1
+        state["counted"] = state.shared["failed"]
+    if 1 <= state["counted"] <= agitate:
+        yield from error(state, t, to, data, inject=inject, warmup=warmup)
+    else:
+        yield t, to, data
+
+
+@handler
+def hang(state, t, to, data):
+    """A stuck backend: the request is read, nothing is answered, nothing is lost.
+
+    When the fault is removed, what was held goes on.
+    """
+    yield NEVER, to, data
+
+
+@handler
+def blackout(state, t, to, data):
+    """No backend: the client's connection is closed at once."""
+    yield t, DOWNSTREAM, EOF
+    yield t, UPSTREAM, EOF
+
+
+@handler
+def abort(state, t, to, data):
+    """A lost answer: the request reaches the backend, then the client's side is closed."""
+    if to == UPSTREAM:
+        yield t, to, data
+    else:
+        yield t, DOWNSTREAM, EOF
+        yield t, UPSTREAM, EOF
+
+
+def noise(generator, size):
+    """Random bytes (Random.randbytes, for Python before 3.9)."""
+    return generator.getrandbits(8 * size).to_bytes(size, "little")
+
+
+def options_of(function):
+    """The option table of a handler: {name: default}."""
+    return getattr(function, "__kwdefaults__", None) or {}
+
+
+def summary(function):
+    """The first line of a handler's docstring; empty under -OO."""
+    return (inspect.getdoc(function) or "").partition("\n")[0]
+
+
+def option_help(function):
+    """The docstring's line for each option: {name: help}."""
+    lines = re.findall(r"^(\w+) {2,}(\S.*)$", inspect.getdoc(function) or "", re.MULTILINE)
+    return {name: text for name, text in lines if name in options_of(function)}
+
+
+def show_value(value):
+    """An option's value as it is written on the command line."""
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+YES_NO = configparser.ConfigParser.BOOLEAN_STATES
+
+
+def get_handler(name):
+    """The handler of that name. Raises ValueError."""
+    if name not in HANDLERS:
+        raise ValueError("names the unknown handler %r: one of %s, or a path.to.callable"
+                         % (name, ", ".join(sorted(HANDLERS))))
+    return HANDLERS[name]
+
+
+def check_option(name, option, value):
+    """What an option of a handler becomes: of its type, whether given so or as a text.
+
+    Raises ValueError with the end of a sentence that names the option.
+    """
+    table = options_of(get_handler(name))
+    if option not in table:
+        raise ValueError("is not an option of %s: it has %s"
+                         % (name, ", ".join(sorted(table)) or "none"))
+    kind = type(table[option])
+    if kind is str and isinstance(value, str):
+        return value
+    if kind is bool:
+        if not isinstance(value, bool) and str(value).strip().lower() not in YES_NO:
+            raise ValueError("must be yes or no, not %r" % (value,))
+        return YES_NO[str(value).strip().lower()]
+    return check_number(value, kind, {int: "a whole number, 0 or more",
+                                      float: "a number, 0 or more", str: "a text"}[kind])
+
+
+def check_number(value, kind, words, fits=lambda number: number >= 0):
+    """A number of that kind, finite and one that fits, given as such or as a text.
+
+    Raises ValueError with the end of a sentence.
+    """
+    try:
+        number = kind(value)
+        if (isinstance(value, (str, kind)) or number == value) and not isinstance(value, bool) \
+                and fits(number) and number != math.inf:
+            return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError("must be %s, not %r" % (words, value))
+
+
+def load_handler(path, name=None):
+    """Import a handler of the user's by its dotted path, and register it by name.
+
+    For the command line and the ini file alone. Raises ValueError.
+    """
+    module, _, attribute = path.rpartition(".")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())     # an installed `vaurien` has only its own folder
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except Exception as problem:            # the user's module may do anything
+        raise ValueError("cannot import %r: %s: %s" % (path, type(problem).__name__, problem))
+    check_handler(path, function)
+    HANDLERS[name or path] = function
+
+
+def check_handler(path, function):
+    """Refuse, with a ValueError, what cannot be called as a handler."""
+    wanted = "a handler is a function (state, t, to, data, *, option=default ...)"
+    if inspect.isclass(function) or not callable(function):
+        raise ValueError("%r is not a function: %s" % (path, wanted))
+    try:
+        inspect.signature(function).bind(None, None, None, None)
+    except (TypeError, ValueError) as problem:
+        raise ValueError("%r: %s: %s" % (path, problem, wanted))
+    for option, default in options_of(function).items():
+        if type(default) not in (bool, int, float, str):
+            raise ValueError("%r: the default of option %r must be a yes/no, a number "
+                             "or a text, not %r" % (path, option, default))
+
+
+# -- Rules, line and pipe -----------------------------------------------------
+#
+# A rule is a handler with options, armed on a proxy, and says when it acts. A line
+# is what the rules drawn for it make of one connection's events: a fold. A pipe
+# is the bytes of one direction on their way, each with the time it is due. None of
+# them knows of sockets or threads.
+
+class Rule:
+    """A handler with its options, armed on a proxy, and when it acts.
+
+    name       the handler's
+    options    {option: value}
+    low, high  percent: it acts if the throw of its dice falls from low up to high
+    dice       the throw's name; rules with the same dice share one throw, so that
+               at most one of them acts
+    per        what is drawn for: "request" or "connection"
+    stream     which events it sees: UPSTREAM, DOWNSTREAM or "both"
+    """
+
+    __slots__ = ("name", "handler", "options", "low", "high", "dice", "per", "stream",
+                 "thrown", "shared")
+
+    def __init__(self, name, options=None, low=0.0, high=100.0, dice="behavior",
+                 per="request", stream="both"):
+        self.name = name
+        self.handler = get_handler(name)
+        self.options = dict(options_of(self.handler), **options or {})
+        self.low, self.high, self.dice = low, high, dice
+        self.per, self.stream = per, stream
+        self.thrown = 0             # requests, or connections, that its dice were thrown for
+        self.shared = Counter()     # for the handler, across connections
+
+    def __str__(self):
+        """The handler and its options; a yes/no only where it is not the default."""
+        usual = options_of(self.handler)
+        said = ["%s=%s" % (option, show_value(value)) for option, value in self.options.items()
+                if value != usual[option] or not isinstance(value, bool)]
+        return " ".join([self.name] + said)
+
+
+def parse_behavior(text):
+    """Read "20:delay,5:error" into [(20.0, "delay"), (5.0, "error")].
+
+    The percents are of the requests; what is missing to 100 passes untouched.
+    Raises ValueError.
+    """
+    chosen = []
+    for part in text.split(","):
+        percent, colon, name = part.strip().partition(":")
+        if not colon or not name.strip():
+            raise ValueError("must be PERCENT:HANDLER[,PERCENT:HANDLER ...], "
+                             "like 20:delay,5:error, not %r" % text)
+        try:
+            number = check_number(percent, float, "", lambda number: 0 <= number <= 100)
+        except ValueError:
+            raise ValueError("must be PERCENT:HANDLER with a percent from 0 to 100, not %r"
+                             % part.strip()) from None
+        chosen.append((number, name.strip()))
+    total = sum(percent for percent, _ in chosen)
+    if total > 100.000001:      # 33.3 three times and 0.1 are 100
+        raise ValueError("must add up to 100 percent at most, not %g: %r" % (total, text))
+    return chosen
+
+
+def behavior_rules(chosen, options):
+    """The rules of one behavior: one throw of the dice, at most one of them acts.
+
+    chosen    [(percent, handler)]
+    options   {handler: {option: value}}
+    """
+    rules, low = [], 0.0
+    for percent, name in chosen:
+        if get_handler(name) is not dummy:      # which needs no rule to do nothing
+            rules.append(Rule(name, options.get(name), low, low + percent))
+        low += percent
+    return rules
+
+
+class State(Counter):
+    """A handler's memory of what its fault was drawn for; see the room of handlers."""
+
+    def __init__(self, rule, chance):
+        super().__init__()
+        self.shared = rule.shared
+        self.request = rule.thrown
+        self.chance = chance        # the seed of `random`
+        self.generator = None
+
+    @property
+    def random(self):
+        if self.generator is None:      # most handlers never ask
+            self.generator = random.Random(self.chance)
+        return self.generator
+
+
+class Step:
+    """A rule at work on one request or one connection, with its memory."""
+
+    __slots__ = ("rule", "state", "acted")
+
+    def __init__(self, rule, state):
+        self.rule, self.state = rule, state
+        self.acted = False      # whether it has changed anything yet
+
+
+class Rules:
+    """The rules armed on one proxy, and its dice.
+
+    Every draw is a pure function of the seed, the proxy's name, the dice's name, the
+    connection's number and the request's number in it, so that neither threads nor
+    timing change it: the same seed gives the same faults, on every Python.
+    """
+
+    def __init__(self, seed, proxy):
+        self.seed, self.proxy = seed, proxy
+        self.armed = []
+        self.requests = 0       # begun at this proxy
+        self.dice = {}          # name: a hash of all but the numbers
+
+    def throw(self, dice, connection, request):
+        """64 bits of chance."""
+        start = self.dice.get(dice)
+        if start is None:
+            words = "%s %s %s " % (self.seed, self.proxy, dice)
+            start = self.dice[dice] = hashlib.blake2b(words.encode(), digest_size=8)
+        whole = start.copy()
+        whole.update(b"%d %d" % (connection, request))
+        return int.from_bytes(whole.digest(), "big")
+
+    def draw(self, rule, connection, request):
+        """A step if the rule acts on this request (request 0: this connection), or None."""
+        rule.thrown += 1
+        chance = self.throw(rule.dice, connection, request)
+        if rule.low <= chance * 100 / 2 ** 64 < rule.high:
+            return Step(rule, State(rule, chance))
+        return None
+
+
+class Line:
+    """What the rules make of one connection's events.
+
+    A request begins when the connection opens, and again each time the client
+    speaks after the backend has: that needs no parsing and is right for every
+    protocol that takes turns.
+    """
+
+    __slots__ = ("rules", "connection", "request", "speaker", "steps", "lasting", "news")
+
+    def __init__(self, rules, connection):
+        self.rules = rules
+        self.connection = connection    # its number
+        self.request = 0                # the number of the request under way
+        self.speaker = None             # which way its last bytes went, if there were any
+        self.steps = ()                 # drawn for the request under way, in rule order
+        self.lasting = {}               # per connection: {rule: step, or None}
+        self.news = []                  # rules that have acted for the first time
+
+    def begin(self):
+        """A request begins: throw the dice for it."""
+        self.request += 1
+        self.rules.requests += 1
+        if self.rules.armed or self.steps:
+            self.steps = self.drawn(self.draw)
+
+    def turn(self, to):
+        """The other side speaks: bytes go this way, and the last ones did not."""
+        if self.speaker == DOWNSTREAM:
+            self.begin()
+        self.speaker = to
+
+    def renew(self, new):
+        """The rules have changed: steps whose rule is gone go.
+
+        New ones begin with the next request, or with this one if nobody has spoken yet.
+        """
+        at_work = {step.rule: step for step in self.steps}
+        self.lasting = {rule: self.lasting[rule] for rule in self.lasting
+                        if rule in self.rules.armed}
+        self.steps = self.drawn(lambda rule: at_work.get(rule) or (
+            self.draw(rule) if rule in new and self.speaker is None else None))
+
+    def draw(self, rule):
+        return self.rules.draw(rule, self.connection, self.request)
+
+    def drawn(self, for_request):
+        """The steps of the request under way; those drawn per connection last."""
+        steps = []
+        for rule in self.rules.armed:
+            if rule.per == "request":
+                step = for_request(rule)
+            else:
+                if rule not in self.lasting:
+                    self.lasting[rule] = self.rules.draw(rule, self.connection, 0)
+                step = self.lasting[rule]
+            if step:
+                steps.append(step)
+        return steps
+
+    def carry(self, t, to, data):
+        """What has become of an event after the last step: [(t, to, data, holds)].
+
+        holds is which rules have put it off and by how much: ((rule, seconds), ...).
+        """
+        events = [(t, to, data, ())]
+        for step in self.steps:
+            try:
+                events = [out for event in events for out in self.take(step, *event)]
+            except Exception:
+                log.exception("connection %d, request %d: handler %s failed: the connection "
+                              "is reset", self.connection, self.request, step.rule.name)
+                return [(t, to, RESET, ())]
+        return events
+
+    def take(self, step, t, to, data, holds):
+        """One event through one step."""
+        rule = step.rule
+        if rule.stream not in ("both", to):
+            return [(t, to, data, holds)]
+        events = [(max(t, due), way, out) for due, way, out
+                  in rule.handler(step.state, t, to, data, **rule.options)]
+        for _, way, out in events:
+            if way not in (UPSTREAM, DOWNSTREAM) or not isinstance(out, bytes):
+                raise TypeError("a handler yields (t, to, data), not (t, %r, %r)" % (way, out))
+            if way == DOWNSTREAM and out:
+                self.speaker = DOWNSTREAM
+        if not step.acted and events != [(t, to, data)]:
+            step.acted = True
+            self.news.append(rule)
+        return [(due, way, out, holds if due == t else holds + ((rule, due - t),))
+                for due, way, out in events]
+
+
+class Budget:
+    """The bytes that all pipes of a loop may hold together: a bound that is never passed.
+
+    As it fills, each pipe gets less: an eighth of what is left, and HELD_LEAST at
+    least, which is set aside for each.
+    """
+
+    __slots__ = ("total", "held", "pipes")
+
+    def __init__(self, total=HELD_TOTAL):
+        self.total = total
+        self.held = 0
+        self.pipes = 0
+
+    def share(self, bound):
+        """What one pipe may hold, bound at most."""
+        left = self.total - self.held - self.pipes * HELD_LEAST
+        return max(HELD_LEAST, min(bound, left // 8))
+
+
+class Pipe:
+    """The bytes of one direction on their way, each with the time it is due.
+
+    What is due and cannot be sent yet moves from the queue to `out`; from then on it
+    is no longer the handlers' business.
+    """
+
+    __slots__ = ("to", "budget", "queue", "order", "latest", "out", "held", "bytes",
+                 "over", "done")
+
+    def __init__(self, to, budget):
+        self.to = to
+        self.budget = budget
+        self.queue = []         # a heap of (due, order, data, start, holds)
+        self.order = 0          # what is due at the same time leaves as it came
+        self.latest = 0.0       # when the last byte put in is due
+        self.out = deque()      # bytes, and EOF, that are due
+        self.held = 0           # what queue and out hold, as the budget counts it
+        self.bytes = 0          # received, ever
+        self.over = False       # the source has said EOF
+        self.done = False       # the target has been told EOF: the rest is dropped
+        budget.pipes += 1
+
+    def put(self, t, data, start, holds=()):
+        """Bytes and EOF keep their order, as in TCP; RESET overtakes.
+
+        t        when it is due
+        start    when it came; holds says what put it off since
+        """
+        if not data and not isinstance(data, Signal):
+            return
+        if self.done and (data or data is EOF):
+            return
+        if data is not RESET:
+            t = max(t, self.latest)
+        # An EOF set for later does not hold up what comes before it.
+        if data or data is OPEN:
+            self.latest = t
+        self.order += 1
+        self.hold(len(data))
+        heapq.heappush(self.queue, (t, self.order, data, start, holds))
+
+    def hold(self, size):
+        self.held += size + HELD_ENTRY
+        self.budget.held += size + HELD_ENTRY
+
+    def let_go(self, size):
+        self.held -= size
+        self.budget.held -= size
+
+    def due(self, now):
+        """Take out, in order, what is due by now; bytes and EOF go to `out`.
+
+        Returns the other signals.
+        """
+        signals = []
+        while self.queue and self.queue[0][0] <= now:
+            data = heapq.heappop(self.queue)[2]
+            if data or data is EOF:
+                self.out.append(data)
+            else:
+                self.let_go(HELD_ENTRY)
+                signals.append(data)
+        return signals
+
+    def next_due(self):
+        return self.queue[0][0] if self.queue else NEVER
+
+    def sent(self, size):
+        """The first `size` bytes of out's first chunk are sent."""
+        first = self.out.popleft()
+        if size < len(first):
+            self.out.appendleft(memoryview(first)[size:])
+            self.let_go(size)
+        else:
+            self.let_go(size + HELD_ENTRY)
+
+    def release(self, gone):
+        """Let go at once, in order, what these rules hold; what others hold stays."""
+        if not any(rule in gone for entry in self.queue for rule, _ in entry[4]):
+            return
+        entries, self.queue, self.latest = self.queue, [], 0.0
+        for due, order, data, start, holds in sorted(entries, key=lambda entry: entry[1]):
+            self.let_go(len(data) + HELD_ENTRY)
+            holds = tuple(hold for hold in holds if hold[0] not in gone)
+            self.put(start + sum(seconds for _, seconds in holds), data, start, holds)
+
+    def room(self):
+        """How many bytes may be read into this pipe now: its source's backpressure."""
+        flows = self.queue and self.queue[0][0] < NEVER
+        share = self.budget.share(HELD_MAX if flows else HELD_STILL)
+        return min(CHUNK, share - self.held - HELD_ENTRY)
+
+    def drop(self):
+        """Forget what is under way."""
+        self.queue, self.out = [], deque()
+        self.let_go(self.held)
+
+    def close(self):
+        self.drop()
+        self.budget.pipes -= 1
+
+
+# -- Loop ---------------------------------------------------------------------
+#
+# One thread, one selector: ready sockets, one heap of alarms, and a door through
+# which other threads hand in functions to call.
+
+class Loop:
+    """Watches sockets, rings alarms, and calls what other threads hand in."""
+
+    def __init__(self, clock=time.monotonic, selector=None):
+        self.clock = clock
+        self.selector = selector or selectors.DefaultSelector()
+        self.alarms = []                    # a heap of [t, order, callback or None]
+        self.order = 0
+        self.calls = deque()                # functions from other threads
+        self.running = True
+        self.budget = Budget()
+        self.buffer = bytearray(CHUNK)      # every recv reads into this one
+        self.view = memoryview(self.buffer)
+        self.waker, self.sleeper = socket.socketpair()
+        self.waker.setblocking(False)
+        self.sleeper.setblocking(False)
+        self.watch(self.sleeper, EVENT_READ, self.answer_calls)
+        # An epoll or kqueue descriptor can itself be selected, which waits by the
+        # microsecond where epoll rounds up to the millisecond. FD_SETSIZE bounds it.
+        fileno = getattr(self.selector, "fileno", None)
+        self.exact = [fileno()] if fileno and fileno() < 1024 else None
+
+    def watch(self, sock, events, callback=None):
+        """Call back with the events sock is ready for; for none, forget the socket."""
+        known = sock in self.selector.get_map()
+        if events and known:
+            self.selector.modify(sock, events, callback)
+        elif events:
+            self.selector.register(sock, events, callback)
+        elif known:
+            self.selector.unregister(sock)
+
+    def at(self, t, callback):
+        """Call back at t. Returns the alarm, for `cancel`."""
+        self.order += 1
+        alarm = [t, self.order, callback]
+        heapq.heappush(self.alarms, alarm)
+        return alarm
+
+    def cancel(self, alarm):
+        """The alarm stays in the heap until it is due, but holds on to nothing."""
+        if alarm:
+            alarm[2] = None
+
+    def run(self):
+        """Until `stop`."""
+        while self.running:
+            for key, events in self.wait():
+                key.data(events)
+            self.ring_alarms()
+
+    def wait(self):
+        """Ready sockets, or none when the next alarm is due."""
+        while self.alarms and self.alarms[0][2] is None:
+            heapq.heappop(self.alarms)
+        if not self.alarms:
+            return self.selector.select(LONGEST)
+        seconds = self.alarms[0][0] - self.clock()
+        if seconds > FINE:
+            return self.selector.select(min(LONGEST, seconds - FINE / 2))
+        if seconds > 0 and self.exact:
+            select.select(self.exact, [], [], seconds)
+            seconds = 0
+        return self.selector.select(max(0, seconds))
+
+    def ring_alarms(self):
+        now = self.clock() if self.alarms else 0
+        while self.alarms and self.alarms[0][0] <= now:
+            callback = heapq.heappop(self.alarms)[2]
+            if callback:
+                callback()
+
+    def post(self, function, *args):
+        """From any thread, or a signal: have function called in the loop's thread."""
+        self.calls.append((function, args))
+        try:
+            self.waker.send(b"!")
+        except BlockingIOError:
+            pass                        # full of wake-ups already
+        except OSError:
+            pass                        # closed: nobody is left to call
+
+    def answer_calls(self, events):
+        try:
+            self.sleeper.recv(4096)
+        except BlockingIOError:
+            pass
+        while self.calls:
+            function, args = self.calls.popleft()
+            function(*args)
+
+    def call(self, function, *args):
+        """Run function in the loop's thread and return its result.
+
+        For other threads: called from the loop's own it would wait for itself.
+        Raises what function raises.
+        """
+        done, outcome = threading.Event(), []
+
+        def answer():
+            try:
+                outcome.append((function(*args), None))
+            except Exception as problem:
+                outcome.append((None, problem))
+            done.set()
+
+        self.post(answer)
+        done.wait()
+        result, problem = outcome[0]
+        if problem:
+            raise problem
+        return result
+
+    def away(self, function, then):
+        """Run function in a thread of its own; then(result, problem) in the loop's."""
+        def work():
+            try:
+                result, problem = function(), None
+            except Exception as caught:
+                result, problem = None, caught
+            self.post(then, result, problem)
+        threading.Thread(target=work, daemon=True).start()
+
+    def stop(self):
+        """From any thread, or a signal."""
+        self.running = False
+        self.post(int)
+
+    def close(self):
+        self.selector.close()
+        self.waker.close()
+        self.sleeper.close()
+
+
+# -- Addresses ----------------------------------------------------------------
+#
+# HOST:PORT as people write it, and the socket addresses it stands for.
+
+LOOPBACK = ("127.0.0.1", "::1")     # what localhost is, whatever the hosts file says (RFC 6761)
+EVERYWHERE = ("0.0.0.0", "::")
+
+
+def parse_address(text, listens=False):
+    """Read HOST:PORT, [::1]:8000 or :8000 into (host, port). Raises ValueError.
+
+    listens    whether port 0, a free one, makes sense
+    """
+    wanted = "must be HOST:PORT, like localhost:8000, [::1]:8000 or :8000, not %r" % text
+    if "://" in text:
+        host = re.match(r"[^/]*://(?:[^/@]*@)?(\[[^]]*\]|[^/:?#]*)", text).group(1)
+        port = re.match(r"[^/]*://[^/]*?:(\d+)(?:[/?#]|$)", text)
+        usual = "443" if text.lower().startswith("https:") else "80"
+        raise ValueError("must be HOST:PORT, without a scheme or a path, like %s:%s, not the "
+                         "URL %r" % (host or "localhost", port.group(1) if port else usual, text))
+    if "/" in text:
+        raise ValueError(wanted)
+    host, colon, port = text.strip().rpartition(":")
+    if host.startswith("[") and host.endswith("]") and ":" in host:
+        host = host[1:-1]
+    elif ":" in host or "[" in host or "]" in host:
+        raise ValueError("must be [HOST]:PORT where the host is an IPv6 address, like "
+                         "[::1]:8000, not %r" % text)
+    if not colon or not re.fullmatch("[0-9]{1,5}", port):
+        raise ValueError(wanted)
+    if not (0 if listens else 1) <= int(port) <= 65535:
+        raise ValueError("must have a port from %d to 65535, not %r" % (not listens, text))
+    if not re.fullmatch(r"[^\s\x00-\x20@?#]*", host) or not nameable(host):
+        raise ValueError(wanted)
+    return host, int(port)
+
+
+def parse_listener(text):
+    """As `parse_address`, where port 0 stands for a free one."""
+    return parse_address(text, listens=True)
+
+
+def nameable(host):
+    """Whether host can be asked of a resolver: labels of 1 to 63 bytes, 253 in all."""
+    try:
+        name = host.encode("ascii")
+    except UnicodeError:
+        try:
+            name = host.encode("idna")
+        except UnicodeError:
+            return False
+    name = name.partition(b"%")[0].rstrip(b".") if b":" in name else name.rstrip(b".")
+    labels = name.split(b".") if name else []
+    return len(name) <= 253 and all(1 <= len(label) <= 63 for label in labels)
+
+
+def meet(local, backend):
+    """Whether a listener at local would be reached by calling backend, as far as numbers tell."""
+    here = {address[:2] for _, address in literal(*local, everywhere=EVERYWHERE) or ()}
+    there = {address[:2] for _, address in literal(*backend) or ()}
+    if here & {(host, local[1]) for host in EVERYWHERE}:
+        here |= {(host, local[1]) for host in LOOPBACK}
+    return bool(here & there)
+
+
+def show_address(address):
+    """(host, port, ...) as a person writes it."""
+    host, port = address[:2]
+    return "[%s]:%d" % (host, port) if ":" in host else "%s:%d" % (host, port)
+
+
+def resolve(host, port, everywhere=LOOPBACK, flags=0):
+    """The socket addresses of a name, in order: [(family, address)]. Raises OSError.
+
+    everywhere    what no host at all stands for
+    """
+    found = []
+    names = {"localhost": LOOPBACK, "": everywhere}.get(host.lower(), [host])
+    for name in names:
+        for family, _, _, _, address in socket.getaddrinfo(
+                name, port, type=socket.SOCK_STREAM,
+                flags=flags if len(names) == 1 else socket.AI_NUMERICHOST):
+            if (family, address) not in found:
+                found.append((family, address))
+    return found
+
+
+def literal(host, port, everywhere=LOOPBACK):
+    """As `resolve`, where no resolver is needed for it; None where one is."""
+    try:
+        return resolve(host, port, everywhere, flags=socket.AI_NUMERICHOST)
+    except OSError:
+        return None
+
+
+# -- Connection ---------------------------------------------------------------
+#
+# Two sockets and the two roads between them. The methods come in the order in which
+# a chunk meets them.
+
+class Connection:
+    """A client, the backend called for it, and what is under way between them."""
+
+    __slots__ = ("proxy", "loop", "number", "name", "line", "up", "down",
+                 "client", "client_events", "backend", "backend_events",
+                 "addresses", "deadline", "called", "connecting", "torn",
+                 "alarm", "patience", "began")
+
+    def __init__(self, proxy, number, client, peer):
+        self.proxy = proxy
+        self.loop = proxy.loop
+        self.number = number
+        self.name = show_address(peer)
+        self.line = Line(proxy.rules, number)
+        self.up = Pipe(UPSTREAM, self.loop.budget)
+        self.down = Pipe(DOWNSTREAM, self.loop.budget)
+        self.client = client            # a socket; None when all is over
+        self.client_events = 0          # what it is watched for
+        self.backend = None             # a socket, once called
+        self.backend_events = 0
+        self.addresses = []             # of the backend, still to try
+        self.deadline = None            # for connecting to it
+        self.called = False             # whether the backend has been called
+        self.connecting = False
+        self.torn = False               # a send has failed: nothing more but what was said before
+        self.alarm = None               # for what is due next
+        self.patience = None            # for connecting
+        self.began = self.loop.clock()
+
+    def start(self):
+        """A client is here."""
+        self.line.begin()
+        self.take(UPSTREAM, OPEN)
+
+    def client_ready(self, events):
+        if self.client is None:         # closed by an earlier callback of this select()
+            return
+        if events & EVENT_WRITE:
+            self.advance()
+        if events & EVENT_READ and self.client is not None:
+            self.receive(self.up, self.client, None if self.connecting else self.backend)
+
+    def backend_ready(self, events):
+        if self.client is None or self.backend is None:
+            return
+        if self.connecting:
+            self.connected()
+            return
+        if events & EVENT_WRITE:
+            self.advance()
+        if events & EVENT_READ and self.client is not None:
+            self.receive(self.down, self.backend, self.client)
+
+    def receive(self, pipe, source, target):
+        """One recv for each wake-up: a fast sender must not starve the others."""
+        room = pipe.room()
+        if room <= 0:                   # ready since before the pipe filled up
+            self.watch()
+            return
+        try:
+            size = source.recv_into(self.loop.buffer, room)
+        except BlockingIOError:
+            return
+        except OSError as problem:
+            self.lost(pipe, problem)
+            return
+        pipe.bytes += size
+        line = self.line
+        if not size:
+            pipe.over = True
+            if self.torn:
+                self.reset("reset by %s" % ("client" if pipe is self.down else "backend"))
+            else:
+                self.take(pipe.to, EOF)
+            return
+        if line.speaker is not pipe.to:
+            line.turn(pipe.to)
+        if line.steps or pipe.queue or pipe.out or pipe.done or target is None:
+            self.take(pipe.to, bytes(self.loop.view[:size]))
+            return
+        # The straight road: no fault has been drawn and nothing is under way, so
+        # the bytes leave from where they came in. What the target does not take
+        # waits, and from then on `watch` says what to wait for.
+        try:
+            sent = target.send(self.loop.view[:size])
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.tear(pipe)
+            return
+        if sent < size:
+            pipe.out.append(bytes(self.loop.view[sent:size]))
+            pipe.hold(size - sent)
+            self.watch()
+
+    def take(self, to, data):
+        """An event comes: carry it down the line and put what becomes of it into the pipes."""
+        now = self.loop.clock()
+        for t, way, out, holds in self.line.carry(now, to, data):
+            (self.up if way == UPSTREAM else self.down).put(t, out, now, holds)
+        while self.line.news:
+            self.proxy.record(self, self.line.news.pop(0))
+        self.advance()
+
+    def renew(self, new, gone):
+        """The rules have changed: what those that are gone hold goes on at once."""
+        self.line.renew(new)
+        self.up.release(gone)
+        self.down.release(gone)
+        self.advance()
+
+    def ring(self):
+        self.alarm = None
+        self.advance()
+
+    def advance(self):
+        """Move what is due, after anything at all has happened. All events come through here."""
+        now = self.loop.clock()
+        signals = self.up.due(now) + self.down.due(now)
+        if not self.called and (OPEN in signals or any(self.up.out)):
+            self.call()
+        self.flush(self.down, self.client)
+        self.flush(self.up, None if self.connecting else self.backend)
+        if self.client is None:
+            return
+        if RESET in signals:
+            self.reset("reset by a fault")
+        elif self.up.done and self.down.done:
+            self.close("closed")
+        else:
+            self.watch()
+            self.set_alarm()
+
+    def flush(self, pipe, target):
+        """Send what is due, until the target takes no more."""
+        if pipe.out and not self.called and pipe is self.up:
+            pipe.drop()                 # EOF for a backend that has not been called
+            pipe.done = True
+        while pipe.out and target is not None and self.client is not None:
+            data = pipe.out[0]
+            try:
+                if pipe.done:
+                    pipe.sent(len(data))
+                elif data is EOF:
+                    pipe.sent(0)
+                    pipe.done = True
+                    target.shutdown(socket.SHUT_WR)
+                else:
+                    pipe.sent(target.send(data))
+            except BlockingIOError:
+                return
+            except OSError:
+                self.tear(pipe)
+
+    def watch(self):
+        """What each socket is watched for, as things stand. Nobody else calls the selector."""
+        up, down = self.up, self.down
+        events = ((EVENT_READ if not up.over and up.room() > 0 else 0)
+                  | (EVENT_WRITE if down.out else 0))
+        if events != self.client_events:
+            self.client_events = events
+            self.loop.watch(self.client, events, self.client_ready)
+        if self.backend is None:
+            return
+        if self.connecting:
+            events = EVENT_WRITE
+        else:
+            events = ((EVENT_READ if not down.over and down.room() > 0 else 0)
+                      | (EVENT_WRITE if up.out else 0))
+        if events != self.backend_events:
+            self.backend_events = events
+            self.loop.watch(self.backend, events, self.backend_ready)
+
+    def set_alarm(self):
+        """For what is due next, if it ever is."""
+        due = min(self.up.next_due(), self.down.next_due())
+        if self.alarm and self.alarm[0] != due:
+            self.loop.cancel(self.alarm)
+            self.alarm = None
+        if due < NEVER and not self.alarm:
+            self.alarm = self.loop.at(due, self.ring)
+
+    def call(self):
+        """Call the backend: find its addresses, then try one after the other."""
+        self.called = self.connecting = True
+        self.deadline = self.loop.clock() + self.proxy.timeout
+        self.patience = self.loop.at(self.deadline, lambda: self.fail("timed out"))
+        self.proxy.find_backend(self.found)
+
+    def found(self, addresses, problem):
+        if self.client is None or self.backend is not None or not self.connecting:
+            return                      # it has ended, or given up, while the name was resolved
+        self.addresses = list(addresses or ())
+        self.try_next(problem)
+
+    def try_next(self, problem):
+        """Connect to the next address, without waiting; problem is how the last one failed."""
+        while self.addresses:
+            family, address = self.addresses.pop(0)
+            try:
+                self.backend = socket.socket(family, socket.SOCK_STREAM)
+                self.backend.setblocking(False)
+                self.backend.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self.backend.connect(address)
+            except BlockingIOError:
+                pass                    # the usual case: under way
+            except OSError as failed:
+                problem = failed
+                self.forget_backend()
+                continue
+            # Each address has its share of the time, so that a silent one does not
+            # keep the others from being tried.
+            now = self.loop.clock()
+            share = (self.deadline - now) / (1 + len(self.addresses))
+            self.loop.cancel(self.patience)
+            self.patience = self.loop.at(now + share, self.unanswered)
+            self.watch()
+            return
+        self.fail(getattr(problem, "strerror", None) or problem or "no address found")
+
+    def connected(self):
+        """The backend has answered the call, with a yes or a no."""
+        number = self.backend.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number:
+            self.forget_backend()
+            self.try_next(OSError(number, os.strerror(number)))
+            return
+        self.connecting = False
+        self.loop.cancel(self.patience)
+        self.advance()
+
+    def unanswered(self):
+        self.forget_backend()
+        self.try_next("timed out")
+
+    def forget_backend(self):
+        if self.backend is not None:
+            self.loop.watch(self.backend, 0)
+            self.backend.close()
+            self.backend, self.backend_events = None, 0
+
+    def fail(self, problem):
+        """No backend to be had: the client is closed."""
+        self.proxy.failed(self, problem)
+        self.close("no backend")
+
+    def lost(self, pipe, problem):
+        """A recv has failed. An RST received is an RST passed on."""
+        who = "client" if pipe is self.up else "backend"
+        if isinstance(problem, ConnectionResetError):
+            self.reset("reset by %s" % who)
+        else:
+            self.reset("%s lost: %s" % (who, problem.strerror or problem))
+
+    def tear(self, pipe):
+        """A send has failed: the target is gone.
+
+        What it had said before may still wait to be read, as a peer without a proxy
+        would read it; then comes the reset.
+        """
+        pipe.drop()
+        pipe.done = self.torn = True
+        other = self.down if pipe is self.up else self.up
+        if other.over or other.done:
+            self.reset("reset by %s" % ("backend" if pipe is self.up else "client"))
+        else:
+            self.watch()
+
+    def reset(self, how):
+        """Close both sockets with RST: linger on, for 0 seconds (man 7 socket, SO_LINGER)."""
+        at_once = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
+        for sock in (self.client, self.backend):
+            if sock is not None:
+                try:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+                except OSError:
+                    pass                # it is gone already
+        self.close(how)
+
+    def close(self, how):
+        """All is over; how says what ended it."""
+        if self.client is None:
+            return
+        self.forget_backend()
+        self.loop.watch(self.client, 0)
+        self.client.close()
+        self.client = None
+        self.loop.cancel(self.alarm)
+        self.loop.cancel(self.patience)
+        self.proxy.ended(self, how)
+        self.up.close()
+        self.down.close()
+
+
+# -- Proxy --------------------------------------------------------------------
+#
+# Listens, accepts, and keeps what belongs to all its connections: the rules, the
+# counts, and the record of the faults that acted.
+
+Event = namedtuple("Event", "number time proxy connection client request handler options")
+
+
+class Proxy:
+    """A chaos proxy in front of one backend.
+
+        with Proxy("localhost:6379", behavior="20:delay") as proxy:
+            redis = Redis(port=proxy.port)
+
+    distant    the backend, "HOST:PORT" or (host, port), called anew for each client
+    local      where to listen, likewise; port 0 picks a free one
+    behavior   "PERCENT:HANDLER,..." of the requests, or [(percent, handler)]
+    options    {handler: {option: value}}
+    name       in the log, and in the dice
+    seed       any whole number: the same seed gives the same faults; None draws one
+    timeout    seconds to connect to the backend, for all of its addresses
+
+    Raises ValueError for what cannot be understood, OSError for what cannot be
+    listened on. Used as a context it runs in a thread of its own; everything is
+    closed at its end.
+    """
+
+    def __init__(self, distant, local="localhost:0", behavior="100:dummy", options=None,
+                 name="vaurien", seed=None, timeout=30.0):
+        self.name = name
+        self.label = "" if name == "vaurien" else name + ": "
+        self.backend = parse_address(distant) if isinstance(distant, str) else distant
+        self.local = parse_listener(local) if isinstance(local, str) else local
+        chosen = parse_behavior(behavior) if isinstance(behavior, str) else behavior
+        if meet(self.local, self.backend):
+            raise ValueError("backend %s is the address that is listened on: the proxy would "
+                             "call itself" % show_address(self.backend))
+        self.timeout = timeout
+        self.seed = random.SystemRandom().getrandbits(32) if seed is None else seed
+        self.rules = Rules(self.seed, name)
+        self.rules.armed = behavior_rules(chosen, {
+            handler: {option: check_option(handler, option, value)
+                      for option, value in table.items()}
+            for handler, table in (options or {}).items()})
+        self.loop = None
+        self.listeners = []
+        self.connections = {}               # {number: Connection}, those that are open
+        self.accepted = 0
+        self.faults = Counter()             # {handler: requests or connections it acted on}
+        self.failures = 0                   # to connect to the backend
+        self.events = deque(maxlen=EVENTS_KEPT)
+        self.recorded = 0
+        self.asking = []                    # connections that wait for the backend's addresses
+        self.complained = 0.0               # when we last said that descriptors have run out
+
+    # For other threads
+
+    def __enter__(self):
+        loop = Loop()
+        try:
+            self.open(loop)
+        except OSError:
+            loop.close()
+            raise
+        self.thread = threading.Thread(target=loop.run, name=self.name, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self.loop.call(self.close)
+        self.loop.stop()
+        self.thread.join()
+        self.loop.close()
+
+    @property
+    def port(self):
+        """The port listened on."""
+        return self.listeners[0].getsockname()[1]
+
+    # In the loop's thread
+
+    def open(self, loop):
+        """Listen. Raises OSError, with the address in its words, and then nothing is left open."""
+        self.loop = loop
+        self.listeners = listen(*self.local)
+        for listener in self.listeners:
+            self.listen_to(listener)
+        log.info("%slistening on %s for %s: %s; seed %s", self.label,
+                 " and ".join(show_address(listener.getsockname()) for listener in self.listeners),
+                 show_address(self.backend), self.describe(), self.seed)
+
+    def describe(self):
+        """The behavior in words: "20:delay sleep=1.0, 80:dummy"."""
+        words = ["%g:%s" % (rule.high - rule.low, rule) for rule in self.rules.armed]
+        rest = 100 - sum(rule.high - rule.low for rule in self.rules.armed)
+        return ", ".join(words + ["%g:dummy" % rest] * (rest > 0.000001))
+
+    def listen_to(self, listener):
+        self.loop.watch(listener, EVENT_READ, lambda events: self.accept(listener))
+
+    def accept(self, listener):
+        """Take in who waits, a burst at most."""
+        for _ in range(BURST):
+            try:
+                client, peer = listener.accept()
+            except BlockingIOError:
+                return
+            except ConnectionError:
+                continue                    # it has gone again already
+            except OSError as problem:      # no descriptors, no memory: wait for better times
+                self.pause(listener, problem)
+                return
+            try:
+                client.setblocking(False)
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            except OSError:
+                client.close()              # likewise
+                continue
+            self.accepted += 1
+            connection = Connection(self, self.accepted, client, peer)
+            self.connections[self.accepted] = connection
+            connection.start()
+
+    def pause(self, listener, problem):
+        """Accept nobody for a while; those who are here go on."""
+        now = self.loop.clock()
+        if now - self.complained >= PAUSE:
+            self.complained = now
+            log.warning("%scannot accept: %s: trying again in %g s", self.label,
+                        problem.strerror, PAUSE)
+        self.loop.watch(listener, 0)
+        self.loop.at(now + PAUSE, lambda: listener in self.listeners and self.listen_to(listener))
+
+    def find_backend(self, then):
+        """then(addresses, problem), at once for a number, later for a name.
+
+        A name is asked for anew when a client comes, once for all who wait for it.
+        """
+        host, port = self.backend
+        addresses = literal(host, port)
+        if addresses:
+            then(addresses, None)
+            return
+        self.asking.append(then)
+        if len(self.asking) == 1:
+            self.loop.away(lambda: resolve(host, port), self.found_backend)
+
+    def found_backend(self, addresses, problem):
+        waiting, self.asking = self.asking, []
+        for then in waiting:
+            then(addresses, problem)
+
+    def use(self, rules):
+        """Arm these rules, and no others.
+
+        Adding one touches nothing that is under way; what a rule that goes was
+        holding goes on at once. Open connections follow from their next request.
+        """
+        gone = [rule for rule in self.rules.armed if rule not in rules]
+        new = [rule for rule in rules if rule not in self.rules.armed]
+        self.rules.armed = list(rules)
+        for connection in list(self.connections.values()):
+            connection.renew(new, gone)
+
+    def record(self, connection, rule):
+        """A fault has acted."""
+        self.recorded += 1
+        self.faults[rule.name] += 1
+        self.events.append(Event(self.recorded, time.time(), self.name, connection.number,
+                                 connection.name, connection.line.request, rule.name,
+                                 dict(rule.options)))
+        log.info("%sconnection %d, client %s, request %d: %s", self.label, connection.number,
+                 connection.name, connection.line.request, rule)
+
+    def failed(self, connection, problem):
+        """The backend could not be connected to."""
+        self.failures += 1
+        log.warning("%sconnection %d, client %s: cannot connect to backend %s: %s", self.label,
+                    connection.number, connection.name, show_address(self.backend), problem)
+
+    def ended(self, connection, how):
+        del self.connections[connection.number]
+        log.debug("%sconnection %d, client %s: %s after %.3f s, %d bytes up, %d bytes down, "
+                  "requests: %d", self.label, connection.number, connection.name, how,
+                  self.loop.clock() - connection.began, connection.up.bytes,
+                  connection.down.bytes, connection.line.request)
+
+    def close(self):
+        """Stop listening and close every connection."""
+        for listener in self.listeners:
+            self.loop.watch(listener, 0)
+            listener.close()
+        self.listeners = []
+        for connection in list(self.connections.values()):
+            connection.close("stopped")
+        log.info("%sstopped: connections: %d, requests: %d, faults: %s", self.label,
+                 self.accepted, self.rules.requests,
+                 ", ".join("%d %s" % (n, name) for name, n in self.faults.items()) or "none")
+
+
+def listen(host, port):
+    """Sockets that listen on every address of host, all on one port.
+
+    Port 0 picks a port that is free on all of them. Raises OSError, the address in
+    its words, and then nothing is left open.
+    """
+    for _ in range(20):
+        sockets, problem = [], None
+        try:
+            for family, address in resolve(host, port, everywhere=EVERYWHERE):
+                if sockets:             # the port that the first one got
+                    address = (address[0], sockets[0].getsockname()[1]) + address[2:]
+                try:
+                    sockets.append(listen_at(family, address))
+                except OSError as refused:
+                    problem = cannot_listen(refused, address)
+                    if not missing(refused):
+                        break
+        except OSError as unknown:
+            problem = cannot_listen(unknown, (host, port))
+        if problem is None or sockets and missing(problem):
+            return sockets
+        for sock in sockets:
+            sock.close()
+        # A free port may be taken on the next address: then another one is tried.
+        if not (sockets and port == 0 and problem.errno == errno.EADDRINUSE):
+            break
+    raise problem
+
+
+def cannot_listen(problem, address):
+    return OSError(problem.errno, "cannot listen on %s: %s"
+                   % (show_address(address), problem.strerror or problem))
+
+
+def missing(problem):
+    """Whether the machine lacks the address family or the address, as without IPv6."""
+    return problem.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EINVAL)
+
+
+def listen_at(family, address):
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if os.name == "posix":          # elsewhere it means that two may listen on one port
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.setblocking(False)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+# -- Command line -------------------------------------------------------------
+#
+# Every setting is declared once, here, and every handler's options once, in its
+# signature. The parser, the ini file's keys and the help are made from them.
+# The command line wins over the file, the file over the defaults.
+
+# How a setting is spelt, its default, and the function that checks its text, which
+# raises ValueError with the end of a sentence: "must be ...".
+Setting = namedtuple("Setting", "flags default check metavar help")
+
+
+def check_seed(text):
+    return check_number(text, int, "a whole number, 0 or more")
+
+
+def check_timeout(text):
+    return check_number(text, float, "a number of seconds, more than 0", lambda number: number > 0)
+
+
+def check_requests(text):
+    return check_number(text, int, "a whole number from 1 to 10000",
+                        lambda number: 1 <= number <= 10000)
+
+
+def check_log_level(text):
+    levels = ("debug", "info", "warning", "error", "critical")
+    if text.lower() not in levels:
+        raise ValueError("must be one of %s, not %r" % (", ".join(levels), text))
+    return text.upper()
+
+
+def check_log_output(text):
+    if not text or "\0" in text:
+        raise ValueError("must be a file, or - for stderr, not %r" % text)
+    return text
+
+
+PROXY_SETTINGS = OrderedDict((
+    ("local", Setting(("--local", "--proxy"), "localhost:8000", parse_listener, "HOST:PORT",
+                      "where to listen; port 0 picks a free one")),
+    ("distant", Setting(("--distant", "--backend"), "localhost:80", parse_address, "HOST:PORT",
+                        "the backend to pass everything to")),
+    ("behavior", Setting(("--behavior",), "100:dummy", parse_behavior, "PERCENT:HANDLER,...",
+                         "which handlers act, on how many of the requests")),
+    ("seed", Setting(("--seed",), None, check_seed, "N",
+                     "the same seed gives the same faults; drawn and logged if not given")),
+    ("timeout", Setting(("--timeout",), "30", check_timeout, "SECONDS",
+                        "for connecting to the backend")),
+))
+PROCESS_SETTINGS = OrderedDict((
+    ("log-level", Setting(("--log-level",), "info", check_log_level, "LEVEL",
+                          "debug, info, warning, error or critical")),
+    ("log-output", Setting(("--log-output",), "-", check_log_output, "FILE",
+                           "where to log to; - is stderr")),
+))
+FILE_SETTINGS = OrderedDict(list(PROXY_SETTINGS.items()) + list(PROCESS_SETTINGS.items()))
+CONFIG = Setting(("--config",), None, str, "FILE", "an ini file; the command line wins over it")
+SETTINGS = OrderedDict([("config", CONFIG)] + list(FILE_SETTINGS.items()))
+DEMO_SETTINGS = OrderedDict((
+    ("behavior", PROXY_SETTINGS["behavior"]._replace(default="20:delay")),
+    ("seed", PROXY_SETTINGS["seed"]._replace(default="1")),
+    ("requests", Setting(("--requests",), "120", check_requests, "N", "how many to make")),
+))
+METAVARS = {bool: "YES|NO", int: "N", float: "NUMBER", str: "TEXT"}
+EXAMPLES = """\
+examples:
+  vaurien --local localhost:8000 --distant google.com:80 --behavior 20:delay
+  vaurien --local localhost:8000 --distant google.com:80 \\
+          --behavior 20:delay,5:error --handlers.delay.sleep 2
+  vaurien --config vaurien.ini
+  vaurien demo                   see it at work, with nothing else installed
+  vaurien demo --help"""
+
+
+class Given:
+    """A text of the user's, and where it was found, for the complaint."""
+
+    def __init__(self, where, text):
+        self.where, self.text = where, text
+
+    def checked(self, check):
+        """What check makes of the text. Raises ValueError in one line that names where."""
+        try:
+            return check(self.text)
+        except ValueError as problem:
+            raise ValueError("%s %s" % (self.where, problem)) from None
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that complains in one line, and keeps texts as they are."""
+
+    def __init__(self, settings, **words):
+        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **words)
+        for name, setting in settings.items():
+            usual = "" if setting.default is None else " (%s)" % setting.default
+            self.add_argument(*setting.flags, dest=name, metavar=setting.metavar,
+                              help=setting.help + usual)
+
+    def error(self, message):
+        raise ValueError("%s (see vaurien --help)" % message)
+
+    def add_handlers(self):
+        """A group for each handler, an argument for each of its options."""
+        for name, function in HANDLERS.items():
+            group = self.add_argument_group(name, summary(function).replace("%", "%%"))
+            words = option_help(function)
+            for option, default in options_of(function).items():
+                usual = show_value(default)
+                group.add_argument(*option_flags(name, option), dest="%s.%s" % (name, option),
+                                   metavar=METAVARS[type(default)],
+                                   help=("%s (%s)" % (words.get(option, ""), usual))
+                                   .replace("%", "%%"))
+
+
+def option_flags(name, option):
+    """The spellings of a handler's option, of version 0.1 and of 1.x."""
+    flags = ["--handlers.%s.%s" % (name, option), "--behavior-%s-%s" % (name, option)]
+    return flags + [flags[1].replace("_", "-")] * ("_" in option)
+
+
+def read_arguments(argv, settings, **words):
+    """Read the command line, and the ini file that it names. Raises ValueError.
+
+    Handlers of the user's are imported first, so that the parser knows their options.
+    Returns what the command line gives, the sections of the file, and the handlers'
+    options of both: {setting: Given}, {proxy: {setting: Given}}, {(handler, option): Given}.
+    """
+    first = vars(Parser(settings, add_help=False).parse_known_args(argv)[0])
+    given = {name: Given(settings[name].flags[0], text) for name, text in first.items()}
+    sections, options = read_ini(first["config"]) if "config" in first else ({}, {})
+    for section in [given] if "behavior" in given else sections.values():
+        if "behavior" in section:
+            section["behavior"].checked(find_handlers)
+    parser = Parser(settings, **words)
+    parser.add_argument("--version", action="version", version="vaurien " + __version__)
+    parser.add_handlers()
+    for name, text in vars(parser.parse_args(argv)).items():
+        handler_name, _, option = name.rpartition(".")
+        if handler_name:
+            options[handler_name, option] = Given(option_flags(handler_name, option)[0], text)
+    return given, sections, options
+
+
+def read_ini(path):
+    """Read an ini file, and import the handlers it names: as `read_arguments` returns it.
+
+    Raises ValueError, in one line, for anything that is not understood.
+    """
+    # No section holds defaults for others, and ${NAME} is the environment's.
+    parser = configparser.ConfigParser(interpolation=None, default_section="")
+    parser.optionxform = str
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            parser.read_file(file)
+    except (OSError, ValueError, configparser.Error) as problem:
+        words = getattr(problem, "strerror", None) or " ".join(str(problem).split())
+        raise ValueError("cannot read %s: %s" % (path, words)) from None
+    sections, options = OrderedDict(), OrderedDict()
+    for title in parser.sections():
+        where = "%s: [%s]" % (path, title)
+        given = {key: Given("%s %s" % (where, key), text) for key, text in parser.items(title)}
+        for text in given.values():
+            text.text = text.checked(expand)
+        kind, _, name = (word.strip() for word in title.partition(":"))
+        if title == "vaurien":
+            put_anew(sections, "vaurien", where, name_settings(given, FILE_SETTINGS))
+        elif kind == "proxy" and name:
+            put_anew(sections, name, where, name_settings(given, PROXY_SETTINGS))
+        elif kind in ("handler", "behavior") and name:
+            if "callable" in given:
+                given.pop("callable").checked(lambda text: load_handler(text, name))
+            Given(where, name).checked(find_handler)
+            for option, text in given.items():
+                put_anew(options, (name, option), text.where, text)
+        else:
+            raise ValueError("%s is not a section: they are [vaurien], [proxy:NAME] and "
+                             "[handler:NAME]" % where)
+    return sections, options
+
+
+def expand(text):
+    """Put environment variables in the place of ${NAME}. Raises ValueError."""
+    def value(match):
+        if match.group(1) not in os.environ:
+            raise ValueError("needs ${%s}, which is not set in the environment" % match.group(1))
+        return os.environ[match.group(1)]
+    return re.sub(r"\$\{([^}]*)\}", value, text)
+
+
+def name_settings(given, settings):
+    """{setting: Given} of {key: Given}; a key is a flag without its dashes. Raises ValueError."""
+    keys = {flag.lstrip("-"): name for name in settings for flag in settings[name].flags}
+    found = {}
+    for key, text in given.items():
+        if key.replace("_", "-") not in keys:
+            raise ValueError("%s is not a setting: here are %s" % (text.where, ", ".join(keys)))
+        put_anew(found, keys[key.replace("_", "-")], text.where, text)
+    return found
+
+
+def put_anew(table, key, where, value):
+    """Refuse, with a ValueError, to be told a thing twice."""
+    if key in table:
+        raise ValueError("%s says again what is said before" % where)
+    table[key] = value
+
+
+def find_handler(name):
+    """Import a handler that is given by its dotted path. Raises ValueError."""
+    if name not in HANDLERS and "." in name:
+        load_handler(name)
+    get_handler(name)
+
+
+def find_handlers(behavior):
+    for _, name in parse_behavior(behavior):
+        find_handler(name)
+
+
+def values(given, settings):
+    """The checked values of settings, their defaults where nothing was given."""
+    found = {}
+    for name, setting in settings.items():
+        usual = Given(setting.flags[0], setting.default)
+        text = given.get(name, usual)
+        found[name] = None if text.text is None else text.checked(setting.check)
+    return found
+
+
+def option_values(options):
+    """The checked options of the handlers: {handler: {option: value}}."""
+    found = {}
+    for (name, option), given in options.items():
+        found.setdefault(name, {})[option] = given.checked(
+            lambda text: check_option(name, option, text))
+    return found
+
+
+def make_proxies(given, sections, options):
+    """The proxies, not open yet. Raises ValueError.
+
+    Where there are [proxy:NAME] sections, [vaurien] is one more proxy only if it, or
+    the command line, says where it listens or what it calls. The seed and the timeout
+    of [vaurien] hold for all of them, and so does its behavior if it is not one more.
+    """
+    own = sections.get("vaurien", {})
+    mine = ChainMap(given, own)
+    one_more = "local" in mine or "distant" in mine or not set(sections) - {"vaurien"}
+    for_all = {name: own[name] for name in ["seed", "timeout"] + ["behavior"] * (not one_more)
+               if name in own}
+    common = {name: given[name] for name in given if name not in ("local", "distant")}
+    chosen = [("vaurien", mine)] if one_more else []
+    chosen += [(name, ChainMap(common, section, for_all))
+               for name, section in sections.items() if name != "vaurien"]
+    checked = option_values(options)
+    return [Proxy(name=name, options=checked, **values(texts, PROXY_SETTINGS))
+            for name, texts in chosen]
+
+
+def start_log(level, output):
+    """Log to a file, or to stderr. Raises ValueError."""
+    try:
+        handler = logging.FileHandler(output) if output != "-" else logging.StreamHandler()
+    except OSError as problem:
+        raise ValueError("cannot log to %s: %s" % (output, problem.strerror)) from None
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(level)
+    log.propagate = False
+
+
+def serve(proxies):
+    """Run the proxies until SIGTERM or Ctrl-C. Raises OSError where one cannot listen."""
+    loop = Loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: loop.stop())
+    opened = []
+    try:
+        for proxy in proxies:
+            proxy.open(loop)
+            opened.append(proxy)
+        loop.run()
+    finally:
+        for proxy in opened:
+            proxy.close()
+        loop.close()
+    return 0
+
+
+def run(argv):
+    """The main job: proxies, until they are told to stop."""
+    given, sections, options = read_arguments(argv, SETTINGS, prog="vaurien", epilog=EXAMPLES,
+                                              description=introduction())
+    process = values(ChainMap(given, sections.get("vaurien", {})), PROCESS_SETTINGS)
+    proxies = make_proxies(given, sections, options)
+    start_log(process["log-level"], process["log-output"])
+    return serve(proxies)
+
+
+def introduction():
+    """The first paragraphs of the module's docstring; empty under -OO."""
+    return (__doc__ or "").partition("\n\n    ")[0]
+
+
+# The demo: a backend, a proxy and clients in one process.
+
+ANSWER = b"Hello from the backend of the demo.\n" * 8
+SPREAD = 1.5                    # seconds over which the demo's requests begin
+GIVE_UP = 3.0                   # seconds a client of the demo waits for an answer
+
+
+def demo(argv):
+    """See it at work: an embedded HTTP backend, the proxy in front of it, a histogram."""
+    given, _, options = read_arguments(argv, DEMO_SETTINGS, prog="vaurien demo",
+                                       description=demo.__doc__)
+    value = values(given, DEMO_SETTINGS)
+    backend = start_backend()
+    try:
+        with Proxy(backend.server_address, behavior=value["behavior"], seed=value["seed"],
+                   options=option_values(options)) as proxy:
+            print("A backend on %s, and vaurien in front of it on 127.0.0.1:%d:\n"
+                  "%s; seed %s.\n%d requests:\n"
+                  % (show_address(backend.server_address), proxy.port, proxy.describe(),
+                     proxy.seed, value["requests"]))
+            sys.stdout.flush()
+            outcomes = make_requests(proxy.port, value["requests"])
+            met = {event.client: event.handler for event in proxy.events}
+    finally:
+        backend.shutdown()
+        backend.server_close()
+    print("\n".join(draw_histogram(outcomes) + [""] + sentences(outcomes, met)))
+    return 0
+
+
+def start_backend():
+    """An HTTP server in a thread of its own, that answers everything with ANSWER."""
+    import http.server
+    import socketserver
+
+    class Backend(socketserver.ThreadingMixIn, socketserver.TCPServer):
+        daemon_threads = True
+        request_queue_size = 128
+
+        def handle_error(self, request, client_address):
+            pass            # a client that is cut off is what the demo shows
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(ANSWER)))
+            self.end_headers()
+            self.wfile.write(ANSWER)
+
+        def log_message(self, *args):
+            pass
+
+    backend = Backend(("127.0.0.1", 0), Handler)
+    threading.Thread(target=backend.serve_forever, args=(0.05,), daemon=True).start()
+    return backend
+
+
+Outcome = namedtuple("Outcome", "client seconds words")     # words: how it failed, or ""
+
+
+def make_request(port):
+    """One GET on a connection of its own."""
+    import http.client
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=GIVE_UP)
+    client, words = "", ""
+    began = time.monotonic()
+    try:
+        connection.connect()
+        client = show_address(connection.sock.getsockname())
+        connection.request("GET", "/")
+        response = connection.getresponse()
+        if response.read() != ANSWER or response.status != 200:
+            words = "a wrong answer"
+    except socket.timeout:
+        words = "no answer in %g s" % GIVE_UP
+    except (ConnectionError, http.client.IncompleteRead):
+        words = "connection closed"
+    except (http.client.HTTPException, ValueError):
+        words = "a wrong answer"
+    finally:
+        connection.close()
+    return Outcome(client, time.monotonic() - began, words)
+
+
+def make_requests(port, number):
+    """Make the requests, evenly spread, with a progress bar where somebody looks."""
+    looks = sys.stderr is not None and sys.stderr.isatty()
+    outcomes = []
+    threads = [threading.Thread(target=lambda: outcomes.append(make_request(port)), daemon=True)
+               for _ in range(number)]
+    began = time.monotonic()
+    for started, thread in enumerate(threads):
+        time.sleep(max(0, began + started * SPREAD / number - time.monotonic()))
+        thread.start()
+        if looks:
+            show_progress(len(outcomes), number)
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(0.05)
+            if looks:
+                show_progress(len(outcomes), number)
+    if looks:
+        sys.stderr.write("\r%60s\r" % "")
+    return outcomes
+
+
+def show_progress(done, number):
+    sys.stderr.write("\r[%-40s] %d/%d" % ("#" * (40 * done // number), done, number))
+    sys.stderr.flush()
+
+
+def draw_histogram(outcomes):
+    """Lines: how many requests were answered in what time, how many failed and how."""
+    steps = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, math.inf]
+    answered = Counter(min(step for step in steps if outcome.seconds <= step)
+                       for outcome in outcomes if not outcome.words)
+    rows = [("longer" if step == math.inf else "%g s" % step if step >= 1
+             else "%g ms" % (step * 1000), answered[step]) for step in steps
+            if answered and min(answered) <= step <= max(answered)]
+    rows += sorted(Counter(outcome.words for outcome in outcomes if outcome.words).items())
+    widest = max(len(name) for name, _ in rows)
+    scale = min(1.0, (70 - widest) / max(number for _, number in rows))
+    lines = ["answered within"] if answered else []
+    for name, number in rows:
+        bar = "#" * max(number > 0, int(number * scale))
+        lines.append("  %*s  %s %d" % (widest, name, bar, number) if number
+                     else "  %*s" % (widest, name))
+    return lines
+
+
+def show_seconds(seconds):
+    return "%.1f ms" % (seconds * 1000) if seconds < 0.1 else "%.2f s" % seconds
+
+
+def median(numbers):
+    return sorted(numbers)[len(numbers) // 2]
+
+
+def sentences(outcomes, met):
+    """What happened, in plain words: to those that met a fault, and to the others.
+
+    met    {client: handler}
+    """
+    total = len(outcomes)
+    calm = [outcome.seconds for outcome in outcomes
+            if outcome.client not in met and not outcome.words]
+    usual = median(calm) if calm else 0.0
+    lines = []
+    for name in sorted(set(met.values())):
+        mine = [outcome for outcome in outcomes if met.get(outcome.client) == name]
+        late = [outcome.seconds - usual for outcome in mine if not outcome.words]
+        failed = Counter(outcome.words for outcome in mine if outcome.words)
+        ends = ["%d x %s" % (number, words) for words, number in sorted(failed.items())]
+        if late and not failed:
+            lines.append("%d of %d requests were delayed (%s), by %s at the median."
+                         % (len(mine), total, name, show_seconds(max(0, median(late)))))
+        else:
+            ends += ["%d answered %s later" % (len(late), show_seconds(max(0, median(late))))
+                     ] if late else []
+            lines.append("%d of %d requests met %s: %s." % (len(mine), total, name,
+                                                            ", ".join(ends)))
+    if calm:
+        lines.append("%s %d were answered in %s at the median."
+                     % ("The other" if met else "All", len(calm), show_seconds(usual)))
+    odd = [outcome for outcome in outcomes if outcome.words and outcome.client not in met]
+    if odd:
+        lines.append("%d failed without a fault: %s." % (len(odd), odd[0].words))
+    return lines
+
+
+COMMANDS = {"demo": demo}
+
+
+def main(argv=None):
+    """The command line. Returns the exit status: 0, 1 for the network, 2 for bad input."""
+    sys.modules.setdefault("vaurien", sys.modules[__name__])    # run as a file: for users' handlers
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        if argv and argv[0] in COMMANDS:
+            return COMMANDS[argv[0]](argv[1:])
+        return run(argv)
+    except (ValueError, OSError) as problem:
+        print("vaurien: %s" % problem, file=sys.stderr)
+        return 2 if isinstance(problem, ValueError) else 1
+    except KeyboardInterrupt:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
