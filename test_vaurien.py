@@ -5,9 +5,10 @@ sockets against an oracle, the same conversation over a direct connection; the c
 line in its own process; real servers with their real drivers, where they are installed.
 """
 import contextlib
+import glob
 import hashlib
 import http.client
-import http.server
+import importlib
 import io
 import logging
 import math
@@ -16,18 +17,25 @@ import random
 import re
 import select
 import selectors
+import shlex
 import shutil
 import signal
 import socket
-import socketserver
 import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import unittest
+import warnings
 from unittest import mock
+
+try:
+    import pwd
+except ImportError:          # Windows has none, and no server of ours
+    pass
 
 import vaurien
 from vaurien import DOWNSTREAM, EOF, HANDLERS, NEVER, OPEN, RESET, UPSTREAM
@@ -144,6 +152,14 @@ class TestHandlers(unittest.TestCase):
             failed.append(line.carry(1, DOWNSTREAM, b"a")[0][2] != b"a")
             line.begin()
         self.assertEqual(failed, [False, True, True, False, False, False])
+
+    def test_transient_does_not_count_a_connection_that_says_nothing(self):
+        line = line_of(vaurien.Rule("transient"))
+        line.carry(0, UPSTREAM, OPEN)
+        line.carry(0, UPSTREAM, EOF)
+        line.begin()
+        line.carry(0, UPSTREAM, b"q")
+        self.assertNotEqual(line.carry(1, DOWNSTREAM, b"a")[0][2], b"a")
 
     def test_transient_counts_for_the_whole_proxy(self):
         armed = vaurien.Rules(1, "test")
@@ -462,6 +478,26 @@ class TestLoop(unittest.TestCase):
         self.assertEqual([late for late, _ in rung], [0.0, 0.001, 0.012, 0.03])
         for late, rang in rung:
             self.assertGreaterEqual(rang, late)
+
+    def test_cancelled_alarms_are_swept_out(self):
+        loop = vaurien.Loop()
+        kept = [loop.at(1e9 + number, int) for number in range(10)]
+        for number in range(10000):
+            loop.cancel(loop.at(1e9 - number, int))
+            self.assertLess(len(loop.alarms), 300)
+        for alarm in kept:
+            self.assertIn(alarm, loop.alarms)
+            loop.cancel(alarm)
+            loop.cancel(alarm)
+        loop.close()
+
+    def test_call_says_so_when_the_loop_has_ended(self):
+        loop = vaurien.Loop()
+        loop.stop()
+        loop.run()
+        with self.assertRaisesRegex(RuntimeError, "ended"):
+            loop.call(int)
+        loop.close()
 
     def test_an_alarm_years_away_is_no_overflow(self):
         loop = vaurien.Loop()
@@ -1019,10 +1055,10 @@ class TestProxy(unittest.TestCase):
     def test_a_name_is_resolved_off_the_loop_once_for_all_who_wait(self):
         gate, asked = threading.Event(), []
 
-        def resolve(host, port, *_, **__):
-            asked.append(host)
+        def resolve(address, *_, **__):
+            asked.append(address[0])
             gate.wait(PATIENCE)
-            return [(socket.AF_INET, ("127.0.0.1", port))]
+            return [(socket.AF_INET, ("127.0.0.1", address[1]))]
 
         with serving(echo) as (port, _), vaurien.Proxy("name.invalid:%d" % port, "127.0.0.1:0") as proxy:
             with mock.patch.object(vaurien, "literal", lambda *_: None), \
@@ -1091,6 +1127,13 @@ class TestProxy(unittest.TestCase):
             with self.assertRaises(OSError):
                 connect(port)
         self.assertFalse(proxy.thread.is_alive())
+
+    def test_no_delay_of_nagles_on_either_side(self):
+        with proxy_of(echo) as proxy, connected(proxy) as sock:
+            exchange(sock, b"question")
+            connection, = proxy.connections.values()
+            for end in connection.client, connection.backend:
+                self.assertTrue(end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
     def test_nothing_leaks(self):
         with proxy_of(echo, "20:delay,10:blackout,10:error,10:abort",
@@ -1164,6 +1207,781 @@ def has_ipv6():
             sock.bind(("::1", 0))
             return True
     return False
+
+
+# -- The command line -------------------------------------------------------------
+
+INI = """
+[vaurien]
+distant = google.com:80
+local = localhost:8000
+behavior = 20:delay
+
+[handler:delay]
+sleep = 2
+"""
+
+
+class Folder(unittest.TestCase):
+    """Tests that write files: each has a folder of its own, and is in it."""
+
+    def setUp(self):
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder)
+        here = os.getcwd()
+        os.chdir(self.folder)
+        self.addCleanup(os.chdir, here)
+
+    def write(self, name, text):
+        with open(name, "w", encoding="utf-8") as file:
+            file.write(text)
+        return name
+
+
+class TestSettings(Folder):
+    """What the command line and the ini file come to, before anything is opened."""
+
+    def proxies(self, *argv):
+        return vaurien.make_proxies(*vaurien.read_arguments(list(argv), vaurien.SETTINGS))
+
+    def proxy(self, *argv):
+        proxy, = self.proxies(*argv)
+        return proxy
+
+    def options(self, *argv):
+        return [rule.options for rule in self.proxy(*argv).rules.armed]
+
+    def test_the_defaults(self):
+        proxy = self.proxy()
+        self.assertEqual((proxy.local, proxy.backend, proxy.rules.armed, proxy.timeout),
+                         (("localhost", 8000), ("localhost", 80), [], 30.0))
+
+    def test_both_spellings(self):
+        for argv in (["--local", "localhost:1", "--distant", "google.com:2"],
+                     ["--proxy", "localhost:1", "--backend=google.com:2"]):
+            proxy = self.proxy(*argv)
+            self.assertEqual((proxy.local, proxy.backend), (("localhost", 1), ("google.com", 2)))
+
+    def test_every_spelling_of_a_handlers_option(self):
+        for argv in (["--handlers.delay.sleep", "2"], ["--handlers.delay.sleep=2"],
+                     ["--behavior-delay-sleep", "2"], ["--behavior-delay-sleep=2"]):
+            self.assertEqual(self.options("--behavior", "20:delay", *argv),
+                             [{"sleep": 2.0, "before": True}])
+
+    def test_yes_and_no(self):
+        for word, value in ("yes", True), ("no", False), ("TRUE", True), ("off", False), ("0", False):
+            self.assertEqual(self.options("--behavior", "20:delay", "--handlers.delay.before", word),
+                             [{"sleep": 1.0, "before": value}])
+
+    def test_the_documented_file(self):
+        proxy = self.proxy("--config", self.write("v.ini", INI))
+        self.assertEqual((proxy.local, proxy.backend), (("localhost", 8000), ("google.com", 80)))
+        self.assertEqual(proxy.describe(), "20:delay sleep=2.0, 80:dummy")
+
+    def test_the_other_spellings_in_a_file(self):
+        proxy = self.proxy("--config", self.write("v.ini", """
+            [vaurien]
+            backend: [::1]:80
+            proxy = :0
+            behavior = 20:delay,
+                       5:error
+            seed = 7
+            timeout = 1.5
+            log_level = debug
+            [behavior:delay]
+            sleep = 2
+            before = no
+            """.replace("\n            ", "\n")))
+        self.assertEqual((proxy.local, proxy.backend, proxy.seed, proxy.timeout),
+                         (("", 0), ("::1", 80), 7, 1.5))
+        self.assertEqual(proxy.describe(), "20:delay sleep=2.0 before=no, 5:error warmup=0, 75:dummy")
+
+    def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(self):
+        path = self.write("v.ini", INI)
+        proxy = self.proxy("--config", path, "--distant", "example.org:81", "--behavior", "5:delay",
+                           "--handlers.delay.sleep", "3")
+        self.assertEqual((proxy.local, proxy.backend), (("localhost", 8000), ("example.org", 81)))
+        self.assertEqual(proxy.describe(), "5:delay sleep=3.0, 95:dummy")
+
+    def test_the_environment_in_a_file(self):
+        path = self.write("v.ini", "[vaurien]\ndistant = ${BACKEND_HOST}:${BACKEND_PORT}\n")
+        with mock.patch.dict(os.environ, BACKEND_HOST="example.org", BACKEND_PORT="81"):
+            self.assertEqual(self.proxy("--config", path).backend, ("example.org", 81))
+
+    def test_several_proxies(self):
+        path = self.write("v.ini", """
+[vaurien]
+seed = 5
+behavior = 10:hang
+[proxy:redis]
+local = localhost:1
+distant = localhost:6379
+behavior = 20:delay
+[proxy:sql]
+proxy = localhost:2
+backend = localhost:3306
+timeout = 3
+""")
+        one, two = self.proxies("--config", path)
+        self.assertEqual((one.name, one.local, one.backend, one.describe(), one.seed),
+                         ("redis", ("localhost", 1), ("localhost", 6379),
+                          "20:delay sleep=1.0, 80:dummy", 5))
+        self.assertEqual((two.name, two.local, two.describe(), two.timeout, two.seed),
+                         ("sql", ("localhost", 2), "10:hang, 90:dummy", 3.0, 5))
+        found = self.proxies("--config", path, "--behavior", "1:error", "--local", "localhost:3")
+        self.assertEqual([proxy.name for proxy in found], ["vaurien", "redis", "sql"])
+        self.assertEqual({proxy.describe() for proxy in found}, {"1:error warmup=0, 99:dummy"})
+
+    def test_vaurien_beside_others_keeps_its_behavior_for_itself(self):
+        path = self.write("v.ini", INI + "[proxy:redis]\nlocal = localhost:1\n")
+        self.assertEqual([proxy.describe() for proxy in self.proxies("--config", path)],
+                         ["20:delay sleep=2.0, 80:dummy", "100:dummy"])
+
+    def test_a_handler_of_the_users(self):
+        self.write("mine_%d.py" % os.getpid(), """
+def shout(state, t, to, data, *, loud=1, word="hey", wait=0.5, on=True):
+    yield t + wait, to, data.upper() if data else data
+""")
+        path = "mine_%d.shout" % os.getpid()
+        self.addCleanup(HANDLERS.pop, path, None)
+        self.assertEqual(
+            self.options("--behavior", "20:" + path, "--handlers.%s.loud=3" % path,
+                         "--behavior-%s-word=ho" % path),
+            [{"loud": 3, "word": "ho", "wait": 0.5, "on": True}])
+        self.addCleanup(HANDLERS.pop, "shout", None)
+        file = self.write("v.ini", "[vaurien]\nbehavior = 20:shout\n[handler:shout]\n"
+                                   "callable = %s\nwait = 2\n" % path)
+        self.assertEqual(self.options("--config", file, "--handlers.shout.on", "no"),
+                         [{"loud": 1, "word": "hey", "wait": 2.0, "on": False}])
+
+
+class TestBadInput(Folder):
+    """One line that names the thing, what is wrong, and what would be right; status 2."""
+
+    def refused(self, *argv, **ini):
+        if ini:
+            argv = ("--config", self.write("v.ini", ini["ini"]), *argv)
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), \
+                mock.patch.object(vaurien, "serve", lambda proxies: 0):
+            self.assertEqual(vaurien.main(list(argv)), 2, argv)
+        self.assertRegex(said.getvalue(), "^vaurien: [^\n]+\n$")
+        return said.getvalue()[len("vaurien: "):-1]
+
+    def test_the_command_line(self):
+        for argv, words in [
+                (["--local", "nope"], "--local must be HOST:PORT, like localhost:8000"),
+                (["--distant", "https://example.org/path"],
+                 "--distant must be HOST:PORT, without a scheme or a path, like example.org:443"),
+                (["--distant", "localhost:0"], "--distant must have a port from 1 to 65535"),
+                (["--backend", "x:1", "--proxy", ":99999"], "--local must have a port from 0"),
+                (["--behavior", "60:delay,60:error"], "--behavior must add up to 100 percent at most"),
+                (["--behavior", "20:nope"], "--behavior names the unknown handler 'nope': one of abort"),
+                (["--behavior", "20"], "--behavior must be PERCENT:HANDLER"),
+                (["--behavior", "20:no.such.thing"],
+                 "--behavior cannot import 'no.such.thing': ModuleNotFoundError"),
+                (["--behavior", "20:os.nope"], "--behavior cannot import 'os.nope': AttributeError"),
+                (["--behavior", "20:os.sep"], "'os.sep' is not a function"),
+                (["--behavior", "20:threading.Thread"], "'threading.Thread' is not a function"),
+                (["--behavior", "20:os.getcwd"], "a handler is a function (state, t, to, data, *"),
+                (["--handlers.delay.sleep", "fast"],
+                 "--handlers.delay.sleep must be a number, 0 or more, not 'fast'"),
+                (["--handlers.delay.sleep", "-1"], "must be a number, 0 or more, not '-1'"),
+                (["--handlers.delay.sleep", "nan"], "must be a number, 0 or more, not 'nan'"),
+                (["--handlers.delay.sleep", "1e999"], "must be a number, 0 or more, not '1e999'"),
+                (["--behavior-delay-before", "perhaps"],
+                 "--handlers.delay.before must be yes or no, not 'perhaps'"),
+                (["--handlers.error.warmup", "1.5"], "must be a whole number, 0 or more, not '1.5'"),
+                (["--handlers.delay.dely", "1"], "unrecognized arguments: --handlers.delay.dely"),
+                (["--handlers.nope.sleep", "1"], "unrecognized arguments"),
+                (["--seed", "x"], "--seed must be a whole number, 0 or more, not 'x'"),
+                (["--timeout", "0"], "--timeout must be a number of seconds, more than 0, not '0'"),
+                (["--timeout", "-1"], "--timeout must be a number of seconds, more than 0"),
+                (["--log-level", "loud"], "--log-level must be one of debug, info"),
+                (["--log-output", "/no/such/folder/x"], "cannot log to /no/such/folder/x: No such"),
+                (["--config", "/no/such.ini"], "cannot read /no/such.ini: No such file"),
+                (["--nope"], "unrecognized arguments: --nope"), (["nope"], "unrecognized arguments"),
+                (["--loc", "localhost:1"], "unrecognized arguments"),
+                (["--local"], "argument --local/--proxy: expected one argument"),
+                (["--local", "localhost:9", "--distant", "127.0.0.1:9"], "would call itself"),
+                (["demo", "--requests", "0"], "--requests must be a whole number from 1 to 10000"),
+                (["demo", "--behavior", "20:nope"], "--behavior names the unknown handler 'nope'"),
+                (["demo", "--distant", "x:1"], "unrecognized arguments: --distant")]:
+            with self.subTest(argv):
+                self.assertIn(words, self.refused(*argv))
+
+    def test_the_file(self):
+        for ini, words in [
+                ("[nope]\n", "v.ini: [nope] is not a section"),
+                ("[DEFAULT]\nlocal = x:1\n", "[DEFAULT] is not a section"),
+                ("[proxy:]\n", "[proxy:] is not a section"),
+                ("local = x:1\n", "cannot read v.ini: File contains no section headers"),
+                ("[vaurien]\nlocal\n", "cannot read v.ini: Source contains parsing errors"),
+                ("[vaurien]\n[vaurien]\n", "cannot read v.ini: While reading"),
+                ("[vaurien]\nnope = 1\n", "v.ini: [vaurien] nope is not a setting: here are local"),
+                ("[vaurien]\nlocal = x\n", "v.ini: [vaurien] local must be HOST:PORT"),
+                ("[vaurien]\nproxy = x\n", "v.ini: [vaurien] proxy must be HOST:PORT"),
+                ("[vaurien]\nlocal = x:1\nproxy = x:1\n", "[vaurien] proxy says again"),
+                ("[vaurien]\nbehavior = 20:nope\n", "[vaurien] behavior names the unknown handler"),
+                ("[vaurien]\nlog-level = loud\n", "v.ini: [vaurien] log-level must be one of"),
+                ("[proxy:a]\nlog-level = info\n", "v.ini: [proxy:a] log-level is not a setting"),
+                ("[proxy:a]\nseed = x\n", "v.ini: [proxy:a] seed must be a whole number"),
+                ("[proxy:a]\n[proxy: a]\n", "v.ini: [proxy: a] says again"),
+                ("[handler:delay]\ndely = 1\n", "v.ini: [handler:delay] dely is not an option of "
+                                                "delay: it has before, sleep"),
+                ("[handler:hang]\nx = 1\n", "is not an option of hang: it has none"),
+                ("[handler:delay]\nsleep = fast\n", "v.ini: [handler:delay] sleep must be a number"),
+                ("[handler:delay]\nsleep = 1\n[behavior:delay]\nsleep = 1\n", "sleep says again"),
+                ("[handler:nope]\n", "v.ini: [handler:nope] names the unknown handler 'nope'"),
+                ("[handler:x]\ncallable = no.such\n", "[handler:x] callable cannot import 'no.such'"),
+                ("[vaurien]\nlocal = ${NO_SUCH_NAME}:1\n",
+                 "v.ini: [vaurien] local needs ${NO_SUCH_NAME}, which is not set"),
+                ("[vaurien]\nlocal = \n", "[vaurien] local must be HOST:PORT"),
+                ("[vaurien]\nbehavior = 20:delay,60:error,60:hang", "must add up to 100 percent")]:
+            with self.subTest(ini):
+                self.assertIn(words, self.refused(ini=ini))
+
+    def test_a_file_that_is_no_text(self):
+        with open("v.ini", "wb") as file:
+            file.write(b"[vaurien]\nlocal = \xff\xfe:1\n")
+        self.assertIn("cannot read v.ini: 'utf-8' codec", self.refused("--config", "v.ini"))
+
+    def test_a_value_that_looks_like_a_format(self):
+        for text in "%", "%s", "%(x)s", "{}", "\\", "\u00fc":
+            self.refused("--behavior", text)
+            self.refused(ini="[vaurien]\nbehavior = %s\n" % text)
+
+    def test_random_texts_are_refused_or_understood_but_never_more(self):
+        chance = random.Random(5)
+        alphabet = "0123456789:.,[]%-/ \t\nadelyx@\u00e9\0"
+        for _ in range(3000):
+            text = "".join(chance.choice(alphabet) for _ in range(chance.randrange(12)))
+            for parse in vaurien.parse_address, vaurien.parse_listener, vaurien.parse_behavior:
+                with contextlib.suppress(ValueError):
+                    parse(text)
+
+
+class TestProcess(Folder):
+    """The program as it is started by hand."""
+
+    def start(self, *argv, **words):
+        process = subprocess.Popen([sys.executable, FILE, *argv], stderr=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, universal_newlines=True, **words)
+        self.addCleanup(self.end, process)
+        return process
+
+    def end(self, process):
+        process.kill()
+        process.wait(PATIENCE)
+        process.stdout.close()
+        process.stderr.close()
+
+    def listening(self, process):
+        """The ports named by the first line of the log."""
+        line = process.stderr.readline()
+        self.assertIn("listening on", line)
+        return [int(port) for port in re.findall(r"(?:127\.0\.0\.1|\]):(\d+)", line.split(" for ")[0])]
+
+    def test_the_main_job_and_the_end_by_each_signal(self):
+        for number in signal.SIGTERM, signal.SIGINT:
+            with serving(echo) as (port, _):
+                process = self.start("--local", "localhost:0", "--distant", "localhost:%d" % port,
+                                     "--behavior", "100:delay", "--handlers.delay.sleep=0.01",
+                                     "--seed", "3")
+                ports = self.listening(process)
+                self.assertEqual(len(set(ports)), 1)
+                with contextlib.closing(connect(ports[0])) as sock:
+                    began = time.monotonic()
+                    self.assertEqual(exchange(sock, b"question"), b"question")
+                    self.assertGreaterEqual(time.monotonic() - began, 0.01)
+                    process.send_signal(number)
+                    self.assertEqual(hear(sock)[0], 0)
+                out, err = process.communicate(timeout=PATIENCE)
+                self.assertEqual((process.returncode, out), (0, ""))
+                self.assertIn("request 1: delay sleep=0.01\n", err)
+                self.assertRegex(err, "stopped: connections: 1, requests: 1, faults: 1 delay\n$")
+                self.assertNotIn("Traceback", err)
+
+    def test_the_end_does_not_wait_for_anybody(self):
+        with serving(echo) as (port, _), black_hole() as silent:
+            self.write("v.ini", "[proxy:a]\nlocal=127.0.0.1:0\ndistant=127.0.0.1:%d\n"
+                                "behavior=100:hang\n[proxy:b]\nlocal=127.0.0.1:0\n"
+                                "distant=127.0.0.1:%d\n" % (port, silent))
+            process = self.start("--config", "v.ini")
+            socks = [connect(self.listening(process)[0]) for _ in range(2)]
+            for sock in socks:
+                sock.sendall(b"question")
+            self.assertIn("hang", process.stderr.readline())
+            process.terminate()
+            process.communicate(timeout=PATIENCE)
+            self.assertEqual(process.returncode, 0)
+            for sock in socks:
+                sock.close()
+
+    def test_a_port_in_use(self):
+        with contextlib.closing(socket.socket()) as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen(1)
+            port = taken.getsockname()[1]
+            self.write("v.ini", "[proxy:a]\nlocal=127.0.0.1:0\n[proxy:b]\nlocal=localhost:%d\n" % port)
+            process = self.start("--config", "v.ini")
+            _, err = process.communicate(timeout=PATIENCE)
+        self.assertEqual(process.returncode, 1)
+        self.assertRegex(err, "^vaurien: cannot listen on 127.0.0.1:%d: Address[^\n]*\n$" % port)
+
+    def test_the_log_goes_where_it_is_told(self):
+        process = self.start("--local", "127.0.0.1:0", "--log-output", "v.log", "--log-level", "DEBUG")
+        wait_until(lambda: os.path.exists("v.log") and os.path.getsize("v.log"))
+        process.terminate()
+        self.assertEqual(process.communicate(timeout=PATIENCE), ("", ""))
+        with open("v.log") as file:
+            self.assertRegex(file.read(), "INFO listening on .*; seed [0-9]+\n.*INFO stopped")
+
+    def run_it(self, *argv, **words):
+        process = self.start(*argv, **words)
+        out, err = process.communicate(timeout=PATIENCE)
+        return process.returncode, out, err
+
+    def test_version_and_help(self):
+        self.assertEqual(self.run_it("--version"), (0, "vaurien 3.0.0\n", ""))
+        for argv in ["--help"], ["demo", "--help"]:
+            status, out, err = self.run_it(*argv)
+            self.assertEqual((status, err), (0, ""))
+            for name, function in HANDLERS.items():
+                self.assertIn("\n%s:\n" % name, out)
+                for option in vaurien.options_of(function):
+                    self.assertIn("--handlers.%s.%s" % (name, option), out)
+
+    def test_without_docstrings(self):
+        process = subprocess.Popen([sys.executable, "-OO", FILE, "--help"], stdout=subprocess.PIPE)
+        self.assertIn(b"--handlers.delay.sleep", process.communicate(timeout=PATIENCE)[0])
+        self.assertEqual(process.returncode, 0)
+
+    def test_a_handler_of_the_users_shares_the_module(self):
+        self.write("mine.py", """
+import vaurien
+
+def late_end(state, t, to, data):
+    assert vaurien.EOF is not vaurien.OPEN
+    if data is vaurien.EOF and to == vaurien.DOWNSTREAM:
+        yield t, to, b"the end"
+    yield t, to, data
+""")
+        with serving(lambda sock: sock.sendall(read(sock, 8))) as (port, _):
+            process = self.start("--local", "127.0.0.1:0", "--distant", "127.0.0.1:%d" % port,
+                                 "--behavior", "100:mine.late_end")
+            with contextlib.closing(connect(self.listening(process)[0])) as sock:
+                sock.sendall(b"question")
+                self.assertEqual(read(sock, 15), b"questionthe end")
+            process.terminate()
+            process.wait(PATIENCE)
+
+    def test_demo(self):
+        status, out, err = self.run_it("demo", "--requests", "60", "--handlers.delay.sleep", "0.3")
+        self.assertEqual((status, err), (0, ""))
+        late, total, seconds = re.search(
+            r"^(\d+) of (\d+) requests were delayed \(delay\), by ([0-9.]+) s at the median\.$",
+            out, re.MULTILINE).groups()
+        self.assertEqual(total, "60")
+        self.assertTrue(4 < int(late) < 25)
+        self.assertGreater(float(seconds), 0.25)
+        self.assertRegex(out, r"The other %d were answered in [0-9.]+ m?s at the median\." % (60 - int(late)))
+        self.assertRegex(out, r"\n +500 ms  #+ \d+\n|\n +1 s  #+ \d+\n")
+        self.assertLessEqual(max(map(len, out.splitlines())), 80)
+
+    def test_demo_of_something_else(self):
+        status, out, err = self.run_it("demo", "--behavior", "30:blackout,20:error", "--requests", "60")
+        self.assertEqual((status, err), (0, ""))
+        self.assertRegex(out, r"(\d+) of 60 requests met blackout: \1 x connection closed\.\n")
+        self.assertRegex(out, r"(\d+) of 60 requests met error: \1 x a wrong answer\.\n")
+        self.assertRegex(out, r"\n +connection closed  #+ \d+\n")
+        self.assertLessEqual(max(map(len, out.splitlines())), 80)
+
+
+class TestReadme(unittest.TestCase):
+    """What the README says is what is there."""
+
+    def setUp(self):
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            self.text = file.read()
+
+    def test_the_table_of_handlers_is_the_registry(self):
+        for name, function in HANDLERS.items():
+            words = vaurien.option_help(function)
+            options = "<br>".join("`%s` (%s): %s" % (option, vaurien.show_value(default), words[option])
+                                  for option, default in vaurien.options_of(function).items())
+            row = "| `%s` | %s | %s |" % (name, vaurien.summary(function), options)
+            self.assertIn(row.replace("  ", " "), self.text)
+
+    def test_every_option_is_there(self):
+        for setting in vaurien.SETTINGS.values():
+            for flag in setting.flags:
+                self.assertIn("`%s`" % flag, self.text)
+
+    def test_the_commands_are_understood(self):
+        lines = self.text.replace("\\\n", " ").splitlines()
+        commands = [line.strip() for line in lines if re.match(" +vaurien --", line)]
+        self.assertGreater(len(commands), 5)
+        for command in commands:
+            if "mine." not in command and "--help" not in command:
+                found = vaurien.read_arguments(shlex.split(command)[1:], vaurien.SETTINGS)
+                self.assertTrue(vaurien.make_proxies(*found), command)
+
+    def test_the_handler_of_the_readme_works(self):
+        source = self.text.split("into `mine.py`:\n\n")[1].split("\nand run")[0]
+        names = {}
+        exec(textwrap.dedent(source), names)
+        with registered(names["stutter"]):
+            line = line_of(vaurien.Rule("stutter", {"pause": 0.2}))
+            self.assertEqual([event[:3] for event in line.carry(1, DOWNSTREAM, b"leftright")],
+                             [(1, DOWNSTREAM, b"left"), (1.2, DOWNSTREAM, b"right")])
+            self.assertEqual(line.carry(1, UPSTREAM, b"q")[0][:3], (1, UPSTREAM, b"q"))
+
+
+# -- Real servers, with their real drivers -----------------------------------------
+
+def find_program(*names):
+    """The path of a program, in the places where servers are put; or None."""
+    places = [os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]
+    places += sorted(glob.glob("/usr/lib/postgresql/*/bin"), reverse=True)
+    return next(filter(None, (shutil.which(name, path=os.pathsep.join(places))
+                              for name in names)), None)
+
+
+def run_as(name):
+    """Words for Popen: as root, run as that user, whom the folder is given to."""
+    if os.name != "posix" or os.getuid() != 0:
+        return {}
+    user = pwd.getpwnam(name)
+
+    def become():
+        os.setgroups([])
+        os.setgid(user.pw_gid)
+        os.setuid(user.pw_uid)
+    return {"preexec_fn": become}
+
+
+class RealServer:
+    """What holds for every backend: its real server, its real driver, the proxy between.
+
+    A subclass starts the server, connects with the driver, and says what the driver
+    raises when the connection is lost, and when no answer comes in time.
+    """
+
+    size = 32 << 20
+
+    @classmethod
+    def setUpClass(cls):
+        cls.driver = cls.import_driver()
+        cls.folder = tempfile.mkdtemp()
+        cls.process = None
+        try:
+            for _ in range(3):                  # somebody else may have got the port
+                cls.port = unused_port()
+                cls.process = cls.start_server()
+                if cls.answers():
+                    return
+                cls.stop_server()
+            raise AssertionError("%s does not answer" % cls.__name__)
+        except BaseException:
+            cls.tearDownClass()
+            raise
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.stop_server()
+        shutil.rmtree(cls.folder, ignore_errors=True)
+
+    @classmethod
+    def stop_server(cls):
+        if cls.process:
+            cls.process.kill()
+            cls.process.wait()
+
+    @classmethod
+    def import_driver(cls):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")     # theirs, not ours
+                return importlib.import_module(cls.driver_name)
+        except ImportError:
+            raise unittest.SkipTest("no %s" % cls.driver_name) from None
+
+    @classmethod
+    def answers(cls):
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline and cls.process.poll() is None:
+            try:
+                client = cls.connect(cls.port)
+                try:
+                    cls.query(client, 1)
+                    return True
+                finally:
+                    cls.disconnect(client)
+            except Exception:
+                time.sleep(0.02)
+        return False
+
+    @classmethod
+    def popen(cls, *argv, **words):
+        if not argv[0]:
+            raise unittest.SkipTest("%s: no server" % cls.__name__)
+        return subprocess.Popen(argv, cwd=cls.folder, stdin=subprocess.DEVNULL,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **words)
+
+    def proxy(self, behavior="100:dummy", **options):
+        proxy = vaurien.Proxy("127.0.0.1:%d" % self.port, "127.0.0.1:0", behavior, options)
+        proxy.__enter__()
+        self.addCleanup(proxy.__exit__)
+        return proxy
+
+    def use(self, proxy, behavior, **options):
+        rules = vaurien.behavior_rules(vaurien.parse_behavior(behavior), options)
+        proxy.loop.call(proxy.use, rules)
+
+    def client(self, proxy, timeout=PATIENCE):
+        client = self.connect(proxy.port, timeout)
+        self.addCleanup(self.disconnect, client)
+        return client
+
+    @staticmethod
+    def disconnect(client):
+        with contextlib.suppress(Exception):
+            client.close()
+
+    def test_a_few_hundred_queries_pass(self):
+        client = self.client(self.proxy())
+        for number in range(300):
+            self.assertEqual(self.query(client, number), number)
+
+    def test_a_few_hundred_queries_pass_on_the_road_of_faults(self):
+        client = self.client(self.proxy("100:delay", delay={"sleep": 0.0}))
+        for number in range(300):
+            self.assertEqual(self.query(client, number), number)
+
+    def test_a_large_value_passes_byte_for_byte(self):
+        data = noise(self.size, 7)
+        for behavior in "100:dummy", "100:delay":
+            client = self.client(self.proxy(behavior, delay={"sleep": 0.001}))
+            self.assertTrue(self.carry(client, data) == data)   # no diff of 32 MiB, please
+
+    def test_blackout_is_a_lost_connection_to_the_driver(self):
+        proxy = self.proxy()
+        client = self.client(proxy)
+        self.query(client, 1)
+        self.use(proxy, "100:blackout")
+        with self.assertRaises(self.lost):
+            self.query(client, 2)
+        with self.assertRaises(self.lost):
+            self.query(self.client(proxy), 3)
+        self.assertGreaterEqual(proxy.faults["blackout"], 2)
+
+    def test_delay_delays(self):
+        proxy = self.proxy()
+        client = self.client(proxy)
+        self.query(client, 1)
+        self.use(proxy, "100:delay", delay={"sleep": 0.1})
+        began = time.monotonic()
+        self.assertEqual(self.query(client, 2), 2)
+        self.assertGreaterEqual(time.monotonic() - began, 0.1)
+
+    def test_hang_runs_into_the_time_out_of_the_driver(self):
+        proxy = self.proxy()
+        client = self.client(proxy, timeout=0.3)
+        self.query(client, 1)
+        self.use(proxy, "100:hang")
+        with self.assertRaises(self.late):
+            self.query_in_time(client, proxy)
+        self.use(proxy, "100:dummy")
+        self.assertEqual(self.query(self.client(proxy), 3), 3)
+
+    def query_in_time(self, client, proxy):
+        return self.query(client, 2)
+
+    def test_what_hangs_heals_when_the_fault_is_removed(self):
+        proxy, answers = self.proxy(), []
+        client = self.client(proxy)
+        self.query(client, 1)
+        self.use(proxy, "100:hang")
+        thread = threading.Thread(target=lambda: answers.append(self.query(client, 2)))
+        thread.start()
+        wait_until(lambda: proxy.loop.budget.held)
+        self.assertEqual(answers, [])
+        self.use(proxy, "100:dummy")
+        thread.join(PATIENCE)
+        self.assertEqual(answers, [2])
+        self.assertEqual(self.query(client, 3), 3)
+
+
+class TestHTTP(RealServer, unittest.TestCase):
+    driver_name = "http.client"
+    lost = (ConnectionError, http.client.BadStatusLine)
+    late = socket.timeout
+
+    @classmethod
+    def start_server(cls):
+        for number in range(300):
+            with open(os.path.join(cls.folder, str(number)), "w") as file:
+                file.write(str(number))
+        with open(os.path.join(cls.folder, "large"), "wb") as file:
+            file.write(noise(cls.size, 7))
+        return cls.popen(sys.executable, "-W", "ignore", "-m", "http.server", str(cls.port),
+                         "--bind", "127.0.0.1")
+
+    @classmethod
+    def connect(cls, port, timeout=PATIENCE):
+        return http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+
+    @classmethod
+    def query(cls, client, number):
+        client.request("GET", "/%d" % number)
+        return int(client.getresponse().read())
+
+    def carry(self, client, data):
+        client.request("GET", "/large")
+        return client.getresponse().read()
+
+
+class TestRedis(RealServer, unittest.TestCase):
+    driver_name = "redis"
+
+    @property
+    def lost(self):
+        return self.driver.exceptions.ConnectionError
+
+    @property
+    def late(self):
+        return self.driver.exceptions.TimeoutError
+
+    @classmethod
+    def start_server(cls):
+        return cls.popen(find_program("redis-server"), "--port", str(cls.port), "--bind",
+                         "127.0.0.1", "--save", "", "--dir", cls.folder)
+
+    @classmethod
+    def connect(cls, port, timeout=PATIENCE):
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+        return cls.driver.Redis("127.0.0.1", port, socket_timeout=timeout,
+                                retry=Retry(NoBackoff(), 0))
+
+    @classmethod
+    def query(cls, client, number):
+        client.set("key", number)
+        return int(client.get("key"))
+
+    def carry(self, client, data):
+        client.set("large", data)
+        return client.get("large")
+
+
+class TestMemcached(RealServer, unittest.TestCase):
+    driver_name = "pymemcache"
+    late = socket.timeout
+
+    @property
+    def lost(self):
+        return (ConnectionError, self.driver.exceptions.MemcacheUnexpectedCloseError)
+
+    @classmethod
+    def start_server(cls):
+        return cls.popen(find_program("memcached"), "-p", str(cls.port), "-l", "127.0.0.1", "-U",
+                         "0", "-I", "64m", "-m", "512", *["-u", "nobody"] * (os.getuid() == 0))
+
+    @classmethod
+    def connect(cls, port, timeout=PATIENCE):
+        return cls.driver.Client(("127.0.0.1", port), connect_timeout=timeout, timeout=timeout)
+
+    @classmethod
+    def query(cls, client, number):
+        client.set("key", str(number), noreply=False)
+        return int(client.get("key"))
+
+    def carry(self, client, data):
+        client.set("large", data, noreply=False)
+        return client.get("large")
+
+
+class TestPostgreSQL(RealServer, unittest.TestCase):
+    driver_name = "psycopg"
+
+    @property
+    def lost(self):
+        return self.driver.OperationalError
+
+    late = lost
+
+    @classmethod
+    def start_server(cls):
+        if not find_program("initdb"):
+            raise unittest.SkipTest("no PostgreSQL server")
+        user = run_as("postgres")
+        data = os.path.join(cls.folder, "data%d" % cls.port)
+        if user:
+            shutil.chown(cls.folder, "postgres")
+        cls.popen(find_program("initdb"), "-D", data, "-A", "trust", "-U", "postgres", "--no-sync",
+                  "-E", "UTF8", "--locale=C", **user).wait(PATIENCE)
+        return cls.popen(find_program("postgres"), "-D", data, "-p", str(cls.port), "-h",
+                         "127.0.0.1", "-k", cls.folder, "-c", "fsync=off", **user)
+
+    @classmethod
+    def connect(cls, port, timeout=PATIENCE):
+        return cls.driver.connect(host="127.0.0.1", port=port, user="postgres", dbname="postgres",
+                                  connect_timeout=max(2, int(timeout)), autocommit=True,
+                                  sslmode="disable", gssencmode="disable")
+
+    @classmethod
+    def query(cls, client, number):
+        return client.execute("SELECT %s::int", (number,)).fetchone()[0]
+
+    def query_in_time(self, client, proxy):
+        # The time-out that this driver has is for connecting, 2 seconds at least.
+        self.connect(proxy.port, 2)
+
+    def carry(self, client, data):
+        return client.execute("SELECT %b::bytea", (data,), binary=True).fetchone()[0]
+
+
+class TestMariaDB(RealServer, unittest.TestCase):
+    driver_name = "pymysql"
+
+    @property
+    def lost(self):
+        return self.driver.err.OperationalError
+
+    late = lost
+
+    @classmethod
+    def start_server(cls):
+        install = find_program("mariadb-install-db", "mysql_install_db")
+        if not install:
+            raise unittest.SkipTest("no MariaDB server")
+        data = os.path.join(cls.folder, "data%d" % cls.port)
+        user = ["--user=root"] * (os.getuid() == 0)
+        cls.popen(install, "--no-defaults", "--datadir=" + data, "--skip-test-db",
+                  "--auth-root-authentication-method=normal", *user).wait(PATIENCE * 2)
+        return cls.popen(find_program("mariadbd", "mysqld"), "--no-defaults", "--datadir=" + data,
+                         "--port=%d" % cls.port, "--bind-address=127.0.0.1",
+                         "--socket=" + os.path.join(cls.folder, "s"), "--pid-file=" + data + ".pid",
+                         "--max-allowed-packet=128M", "--innodb-flush-log-at-trx-commit=0",
+                         "--innodb-buffer-pool-size=64M", "--skip-name-resolve", *user)
+
+    @classmethod
+    def connect(cls, port, timeout=PATIENCE):
+        return cls.driver.connect(host="127.0.0.1", port=port, user="root", password="",
+                                  connect_timeout=max(1, int(timeout)), read_timeout=timeout,
+                                  max_allowed_packet=128 << 20)
+
+    @classmethod
+    def query(cls, client, number):
+        with client.cursor() as cursor:
+            cursor.execute("SELECT %s", (number,))
+            return cursor.fetchone()[0]
+
+    def carry(self, client, data):
+        with client.cursor() as cursor:
+            cursor.execute("SELECT CAST(%s AS BINARY)", (data,))
+            return cursor.fetchone()[0]
 
 
 if __name__ == "__main__":

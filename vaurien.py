@@ -86,6 +86,8 @@ class Signal(bytes):
     slices need not know of signals; one that cares asks `data is EOF`.
     """
 
+    name: str
+
     def __new__(cls, name):
         self = super().__new__(cls)
         self.name = name
@@ -190,8 +192,8 @@ def transient(state, t, to, data, *, agitate=1, inject=False, warmup=0):
     inject   as in error
     warmup   as in error: requests that pass before the first one fails
     """
-    if not state["counted"] and state.request > warmup:
-        state.shared["failed"] += 1
+    if data and not state["counted"] and state.request > warmup:
+        state.shared["failed"] += 1         # a connection that says nothing does not count
         state["counted"] = state.shared["failed"]
     if 1 <= state["counted"] <= agitate:
         yield from error(state, t, to, data, inject=inject, warmup=warmup)
@@ -297,8 +299,8 @@ def check_number(value, kind, words, fits=lambda number: number >= 0):
     raise ValueError("must be %s, not %r" % (words, value))
 
 
-def load_handler(path, name=None):
-    """Import a handler of the user's by its dotted path, and register it by name.
+def load_handler(name, path):
+    """Register as name a handler of the user's, imported by its dotted path.
 
     For the command line and the ini file alone. Raises ValueError.
     """
@@ -308,9 +310,10 @@ def load_handler(path, name=None):
     try:
         function = getattr(importlib.import_module(module), attribute)
     except Exception as problem:            # the user's module may do anything
-        raise ValueError("cannot import %r: %s: %s" % (path, type(problem).__name__, problem))
+        raise ValueError("cannot import %r: %s: %s" % (
+            path, type(problem).__name__, " ".join(str(problem).split()))) from None
     check_handler(path, function)
-    HANDLERS[name or path] = function
+    HANDLERS[name] = function
 
 
 def check_handler(path, function):
@@ -321,7 +324,7 @@ def check_handler(path, function):
     try:
         inspect.signature(function).bind(None, None, None, None)
     except (TypeError, ValueError) as problem:
-        raise ValueError("%r: %s: %s" % (path, problem, wanted))
+        raise ValueError("%r: %s: %s" % (path, problem, wanted)) from None
     for option, default in options_of(function).items():
         if type(default) not in (bool, int, float, str):
             raise ValueError("%r: the default of option %r must be a yes/no, a number "
@@ -662,7 +665,7 @@ class Pipe:
         if not any(rule in gone for entry in self.queue for rule, _ in entry[4]):
             return
         entries, self.queue, self.latest = self.queue, [], 0.0
-        for due, order, data, start, holds in sorted(entries, key=lambda entry: entry[1]):
+        for _, _, data, start, holds in sorted(entries, key=lambda entry: entry[1]):
             self.let_go(len(data) + HELD_ENTRY)
             holds = tuple(hold for hold in holds if hold[0] not in gone)
             self.put(start + sum(seconds for _, seconds in holds), data, start, holds)
@@ -688,6 +691,14 @@ class Pipe:
 # One thread, one selector: ready sockets, one heap of alarms, and a door through
 # which other threads hand in functions to call.
 
+def attempt(function, *args):
+    """(result, None) or (None, exception): to be carried into another thread."""
+    try:
+        return function(*args), None
+    except Exception as problem:
+        return None, problem
+
+
 class Loop:
     """Watches sockets, rings alarms, and calls what other threads hand in."""
 
@@ -696,8 +707,10 @@ class Loop:
         self.selector = selector or selectors.DefaultSelector()
         self.alarms = []                    # a heap of [t, order, callback or None]
         self.order = 0
+        self.cancelled = 0                  # how many of the alarms will not ring
         self.calls = deque()                # functions from other threads
         self.running = True
+        self.ended = False
         self.budget = Budget()
         self.buffer = bytearray(CHUNK)      # every recv reads into this one
         self.view = memoryview(self.buffer)
@@ -728,21 +741,28 @@ class Loop:
         return alarm
 
     def cancel(self, alarm):
-        """The alarm stays in the heap until it is due, but holds on to nothing."""
-        if alarm:
-            alarm[2] = None
+        """The alarm, if there is one, will not ring; the heap is swept when half of it is such."""
+        if not alarm or not alarm[2]:
+            return
+        alarm[2] = None
+        self.cancelled += 1
+        if self.cancelled > max(100, len(self.alarms) // 2):
+            self.alarms = [alarm for alarm in self.alarms if alarm[2]]
+            heapq.heapify(self.alarms)
+            self.cancelled = 0
 
     def run(self):
         """Until `stop`."""
-        while self.running:
-            for key, events in self.wait():
-                key.data(events)
-            self.ring_alarms()
+        try:
+            while self.running:
+                for key, events in self.wait():
+                    key.data(events)
+                self.ring_alarms()
+        finally:
+            self.ended = True
 
     def wait(self):
         """Ready sockets, or none when the next alarm is due."""
-        while self.alarms and self.alarms[0][2] is None:
-            heapq.heappop(self.alarms)
         if not self.alarms:
             return self.selector.select(LONGEST)
         seconds = self.alarms[0][0] - self.clock()
@@ -756,9 +776,12 @@ class Loop:
     def ring_alarms(self):
         now = self.clock() if self.alarms else 0
         while self.alarms and self.alarms[0][0] <= now:
-            callback = heapq.heappop(self.alarms)[2]
+            alarm = heapq.heappop(self.alarms)
+            callback, alarm[2] = alarm[2], None
             if callback:
                 callback()
+            else:
+                self.cancelled -= 1
 
     def post(self, function, *args):
         """From any thread, or a signal: have function called in the loop's thread."""
@@ -783,33 +806,26 @@ class Loop:
         """Run function in the loop's thread and return its result.
 
         For other threads: called from the loop's own it would wait for itself.
-        Raises what function raises.
+        Raises what function raises; RuntimeError if the loop has ended.
         """
         done, outcome = threading.Event(), []
 
         def answer():
-            try:
-                outcome.append((function(*args), None))
-            except Exception as problem:
-                outcome.append((None, problem))
+            outcome.extend(attempt(function, *args))
             done.set()
 
         self.post(answer)
-        done.wait()
-        result, problem = outcome[0]
+        while not done.wait(1):
+            if self.ended:
+                raise RuntimeError("the loop has ended")
+        result, problem = outcome
         if problem:
             raise problem
         return result
 
     def away(self, function, then):
         """Run function in a thread of its own; then(result, problem) in the loop's."""
-        def work():
-            try:
-                result, problem = function(), None
-            except Exception as caught:
-                result, problem = None, caught
-            self.post(then, result, problem)
-        threading.Thread(target=work, daemon=True).start()
+        threading.Thread(target=lambda: self.post(then, *attempt(function)), daemon=True).start()
 
     def stop(self):
         """From any thread, or a signal."""
@@ -880,8 +896,8 @@ def nameable(host):
 
 def meet(local, backend):
     """Whether a listener at local would be reached by calling backend, as far as numbers tell."""
-    here = {address[:2] for _, address in literal(*local, everywhere=EVERYWHERE) or ()}
-    there = {address[:2] for _, address in literal(*backend) or ()}
+    here = {address[:2] for _, address in literal(local, EVERYWHERE) or ()}
+    there = {address[:2] for _, address in literal(backend) or ()}
     if here & {(host, local[1]) for host in EVERYWHERE}:
         here |= {(host, local[1]) for host in LOOPBACK}
     return bool(here & there)
@@ -893,11 +909,12 @@ def show_address(address):
     return "[%s]:%d" % (host, port) if ":" in host else "%s:%d" % (host, port)
 
 
-def resolve(host, port, everywhere=LOOPBACK, flags=0):
-    """The socket addresses of a name, in order: [(family, address)]. Raises OSError.
+def resolve(address, everywhere=LOOPBACK, flags=0):
+    """The socket addresses of (host, port), in order: [(family, address)]. Raises OSError.
 
     everywhere    what no host at all stands for
     """
+    host, port = address
     found = []
     names = {"localhost": LOOPBACK, "": everywhere}.get(host.lower(), [host])
     for name in names:
@@ -909,10 +926,10 @@ def resolve(host, port, everywhere=LOOPBACK, flags=0):
     return found
 
 
-def literal(host, port, everywhere=LOOPBACK):
+def literal(address, everywhere=LOOPBACK):
     """As `resolve`, where no resolver is needed for it; None where one is."""
     try:
-        return resolve(host, port, everywhere, flags=socket.AI_NUMERICHOST)
+        return resolve(address, everywhere, flags=socket.AI_NUMERICHOST)
     except OSError:
         return None
 
@@ -1274,21 +1291,20 @@ class Proxy:
     # For other threads
 
     def __enter__(self):
+        self.bind()
         loop = Loop()
-        try:
-            self.open(loop)
-        except OSError:
-            loop.close()
-            raise
+        self.open(loop)
         self.thread = threading.Thread(target=loop.run, name=self.name, daemon=True)
         self.thread.start()
         return self
 
     def __exit__(self, *exception):
-        self.loop.call(self.close)
-        self.loop.stop()
-        self.thread.join()
-        self.loop.close()
+        try:
+            self.loop.call(self.close)
+        finally:
+            self.loop.stop()
+            self.thread.join()
+            self.loop.close()
 
     @property
     def port(self):
@@ -1297,10 +1313,13 @@ class Proxy:
 
     # In the loop's thread
 
+    def bind(self):
+        """Have a port. Raises OSError, with the address in its words."""
+        self.listeners = listen(self.local)
+
     def open(self, loop):
-        """Listen. Raises OSError, with the address in its words, and then nothing is left open."""
+        """Begin to accept."""
         self.loop = loop
-        self.listeners = listen(*self.local)
         for listener in self.listeners:
             self.listen_to(listener)
         log.info("%slistening on %s for %s: %s; seed %s", self.label,
@@ -1354,14 +1373,14 @@ class Proxy:
 
         A name is asked for anew when a client comes, once for all who wait for it.
         """
-        host, port = self.backend
-        addresses = literal(host, port)
+        backend = self.backend
+        addresses = literal(backend)
         if addresses:
             then(addresses, None)
             return
         self.asking.append(then)
         if len(self.asking) == 1:
-            self.loop.away(lambda: resolve(host, port), self.found_backend)
+            self.loop.away(lambda: resolve(backend), self.found_backend)
 
     def found_backend(self, addresses, problem):
         waiting, self.asking = self.asking, []
@@ -1406,9 +1425,12 @@ class Proxy:
     def close(self):
         """Stop listening and close every connection."""
         for listener in self.listeners:
-            self.loop.watch(listener, 0)
+            if self.loop:
+                self.loop.watch(listener, 0)
             listener.close()
         self.listeners = []
+        if not self.loop:
+            return
         for connection in list(self.connections.values()):
             connection.close("stopped")
         log.info("%sstopped: connections: %d, requests: %d, faults: %s", self.label,
@@ -1416,17 +1438,18 @@ class Proxy:
                  ", ".join("%d %s" % (n, name) for name, n in self.faults.items()) or "none")
 
 
-def listen(host, port):
-    """Sockets that listen on every address of host, all on one port.
+def listen(local):
+    """Sockets that listen on every address of (host, port), all on one port.
 
     Port 0 picks a port that is free on all of them. Raises OSError, the address in
     its words, and then nothing is left open.
     """
-    for _ in range(20):
-        sockets, problem = [], None
+    tries = 20 if local[1] == 0 else 1      # a free port may be taken on the next address
+    while True:
+        sockets, problem, tries = [], None, tries - 1
         try:
-            for family, address in resolve(host, port, everywhere=EVERYWHERE):
-                if sockets:             # the port that the first one got
+            for family, address in resolve(local, everywhere=EVERYWHERE):
+                if sockets:                 # the port that the first one got
                     address = (address[0], sockets[0].getsockname()[1]) + address[2:]
                 try:
                     sockets.append(listen_at(family, address))
@@ -1435,15 +1458,13 @@ def listen(host, port):
                     if not missing(refused):
                         break
         except OSError as unknown:
-            problem = cannot_listen(unknown, (host, port))
-        if problem is None or sockets and missing(problem):
+            problem = cannot_listen(unknown, local)
+        if problem is None or (sockets and missing(problem)):
             return sockets
         for sock in sockets:
             sock.close()
-        # A free port may be taken on the next address: then another one is tried.
-        if not (sockets and port == 0 and problem.errno == errno.EADDRINUSE):
-            break
-    raise problem
+        if not tries or problem.errno != errno.EADDRINUSE:
+            raise problem
 
 
 def cannot_listen(problem, address):
@@ -1552,10 +1573,10 @@ class Given:
     def __init__(self, where, text):
         self.where, self.text = where, text
 
-    def checked(self, check):
-        """What check makes of the text. Raises ValueError in one line that names where."""
+    def checked(self, check, *names):
+        """What check makes of names and the text. Raises ValueError, and says where."""
         try:
-            return check(self.text)
+            return check(*names, self.text)
         except ValueError as problem:
             raise ValueError("%s %s" % (self.where, problem)) from None
 
@@ -1623,7 +1644,7 @@ def read_ini(path):
     """
     # No section holds defaults for others, and ${NAME} is the environment's.
     parser = configparser.ConfigParser(interpolation=None, default_section="")
-    parser.optionxform = str
+    parser.optionxform = str  # type: ignore    # keys as they are written
     try:
         with open(path, encoding="utf-8-sig") as file:
             parser.read_file(file)
@@ -1643,7 +1664,7 @@ def read_ini(path):
             put_anew(sections, name, where, name_settings(given, PROXY_SETTINGS))
         elif kind in ("handler", "behavior") and name:
             if "callable" in given:
-                given.pop("callable").checked(lambda text: load_handler(text, name))
+                given.pop("callable").checked(load_handler, name)
             Given(where, name).checked(find_handler)
             for option, text in given.items():
                 put_anew(options, (name, option), text.where, text)
@@ -1683,7 +1704,7 @@ def put_anew(table, key, where, value):
 def find_handler(name):
     """Import a handler that is given by its dotted path. Raises ValueError."""
     if name not in HANDLERS and "." in name:
-        load_handler(name)
+        load_handler(name, name)
     get_handler(name)
 
 
@@ -1706,8 +1727,7 @@ def option_values(options):
     """The checked options of the handlers: {handler: {option: value}}."""
     found = {}
     for (name, option), given in options.items():
-        found.setdefault(name, {})[option] = given.checked(
-            lambda text: check_option(name, option, text))
+        found.setdefault(name, {})[option] = given.checked(check_option, name, option)
     return found
 
 
@@ -1749,14 +1769,14 @@ def serve(proxies):
     loop = Loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.stop())
-    opened = []
     try:
         for proxy in proxies:
+            proxy.bind()
+        for proxy in proxies:
             proxy.open(loop)
-            opened.append(proxy)
         loop.run()
     finally:
-        for proxy in opened:
+        for proxy in proxies:
             proxy.close()
         loop.close()
     return 0
@@ -1789,6 +1809,7 @@ def demo(argv):
     given, _, options = read_arguments(argv, DEMO_SETTINGS, prog="vaurien demo",
                                        description=demo.__doc__)
     value = values(given, DEMO_SETTINGS)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     backend = start_backend()
     try:
         with Proxy(backend.server_address, behavior=value["behavior"], seed=value["seed"],
@@ -1803,7 +1824,7 @@ def demo(argv):
     finally:
         backend.shutdown()
         backend.server_close()
-    print("\n".join(draw_histogram(outcomes) + [""] + sentences(outcomes, met)))
+    print("\n".join([*draw_histogram(outcomes), "", *sentences(outcomes, met)]))
     return 0
 
 
@@ -1952,18 +1973,19 @@ COMMANDS = {"demo": demo}
 
 def main(argv=None):
     """The command line. Returns the exit status: 0, 1 for the network, 2 for bad input."""
-    sys.modules.setdefault("vaurien", sys.modules[__name__])    # run as a file: for users' handlers
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         if argv and argv[0] in COMMANDS:
             return COMMANDS[argv[0]](argv[1:])
         return run(argv)
     except (ValueError, OSError) as problem:
-        print("vaurien: %s" % problem, file=sys.stderr)
+        print("vaurien: %s" % (getattr(problem, "strerror", None) or problem), file=sys.stderr)
         return 2 if isinstance(problem, ValueError) else 1
     except KeyboardInterrupt:
         return 0
 
 
 if __name__ == "__main__":
+    # A user's handler that imports vaurien gets this module, not a second one.
+    sys.modules.setdefault("vaurien", sys.modules["__main__"])
     sys.exit(main())
