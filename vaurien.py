@@ -61,7 +61,8 @@ HELD_MAX = 16 * 1024 * 1024     # what one pipe may hold while it flows: 1 GB/s 
 HELD_STILL = 256 * 1024         # the same where nothing is delayed, or nothing is ever due
 HELD_TOTAL = 512 * 1024 * 1024  # what all pipes of a loop may hold together
 HELD_LEAST = 4 * 1024           # what each pipe is sure of, however full the others are
-HELD_ENTRY = 200                # what keeping one chunk costs besides its bytes (measured)
+HELD_ENTRY = 400                # what keeping one chunk costs besides its bytes: 398 on
+                                #   Python 3.6, 336 on 3.13 (measured)
 BACKLOG = 4096                  # for listen; the kernel caps it (net.core.somaxconn)
 BURST = 64                      # connections accepted in a row before others have their turn
 PAUSE = 1.0                     # seconds without accepting when descriptors have run out
@@ -120,7 +121,7 @@ RESET = Signal("RESET")     # forget what is under way, reset both sockets
 #              shared    a Counter for all the states of this fault at this proxy
 #   t        when the event comes; an earlier time yielded means t
 #   to       UPSTREAM or DOWNSTREAM; yield the other one to answer
-#   data     bytes, or OPEN, EOF, RESET
+#   data     bytes, or OPEN, or EOF (also before a peer's reset); RESET may be yielded
 #   *, ...   its options: the defaults give their types (a yes/no, a whole number,
 #            a number, a text), the docstring their help, a line each
 #
@@ -163,7 +164,7 @@ def delay(state, t, to, data, *, sleep=1.0, before=True):
 
 @handler
 def error(state, t, to, data, *, inject=False, warmup=0):
-    """A broken backend: it is asked as usual, and random bytes take the answer's place.
+    """A broken backend: it is asked as usual, its answer replaced by random bytes.
 
     inject   yes: put 100 random bytes into the middle of the valid answer instead
     warmup   requests of the proxy that pass untouched first
@@ -219,7 +220,7 @@ def blackout(state, t, to, data):
 
 @handler
 def abort(state, t, to, data):
-    """A lost answer: the request reaches the backend, then the client's side is closed."""
+    """A lost answer: the backend gets the request, then the client's side is closed."""
     if to == UPSTREAM:
         yield t, to, data
     else:
@@ -259,7 +260,7 @@ YES_NO = configparser.ConfigParser.BOOLEAN_STATES
 def get_handler(name):
     """The handler of that name. Raises ValueError."""
     if name not in HANDLERS:
-        raise ValueError("names the unknown handler %r: one of %s, or a path.to.callable"
+        raise ValueError("names the unknown handler %r: there are %s"
                          % (name, ", ".join(sorted(HANDLERS))))
     return HANDLERS[name]
 
@@ -299,6 +300,11 @@ def check_number(value, kind, words, fits=lambda number: number >= 0):
     raise ValueError("must be %s, not %r" % (words, value))
 
 
+def check_timeout(value):
+    return check_number(value, float, "a number of seconds, more than 0",
+                        lambda number: number > 0)
+
+
 def load_handler(name, path):
     """Register as name a handler of the user's, imported by its dotted path.
 
@@ -309,7 +315,7 @@ def load_handler(name, path):
         sys.path.insert(0, os.getcwd())     # an installed `vaurien` has only its own folder
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except Exception as problem:            # the user's module may do anything
+    except (Exception, SystemExit) as problem:      # the user's module may do anything
         raise ValueError("cannot import %r: %s: %s" % (
             path, type(problem).__name__, " ".join(str(problem).split()))) from None
     check_handler(path, function)
@@ -351,7 +357,7 @@ class Rule:
     """
 
     __slots__ = ("name", "handler", "options", "low", "high", "dice", "per", "stream",
-                 "thrown", "shared")
+                 "thrown", "shared", "failed")
 
     def __init__(self, name, options=None, low=0.0, high=100.0, dice="behavior",
                  per="request", stream="both"):
@@ -362,6 +368,7 @@ class Rule:
         self.per, self.stream = per, stream
         self.thrown = 0             # requests, or connections, that its dice were thrown for
         self.shared = Counter()     # for the handler, across connections
+        self.failed = False         # whether the log has a traceback of it already
 
     def __str__(self):
         """The handler and its options; a yes/no only where it is not the default."""
@@ -484,7 +491,7 @@ class Line:
         self.connection = connection    # its number
         self.request = 0                # the number of the request under way
         self.speaker = None             # which way its last bytes went, if there were any
-        self.steps = ()                 # drawn for the request under way, in rule order
+        self.steps = []                 # drawn for the request under way, in rule order
         self.lasting = {}               # per connection: {rule: step, or None}
         self.news = []                  # rules that have acted for the first time
 
@@ -537,15 +544,17 @@ class Line:
         events = [(t, to, data, ())]
         for step in self.steps:
             try:
-                events = [out for event in events for out in self.take(step, *event)]
-            except Exception:
-                log.exception("connection %d, request %d: handler %s failed: the connection "
-                              "is reset", self.connection, self.request, step.rule.name)
+                events = [out for event in events for out in self.through(step, *event)]
+            except (Exception, SystemExit) as problem:
+                log.error("connection %d, request %d: handler %s failed and the connection is "
+                          "reset: %s: %s", self.connection, self.request, step.rule.name,
+                          type(problem).__name__, problem, exc_info=not step.rule.failed)
+                step.rule.failed = True
                 return [(t, to, RESET, ())]
         return events
 
-    def take(self, step, t, to, data, holds):
-        """One event through one step."""
+    def through(self, step, t, to, data, holds):
+        """What a step makes of one event."""
         rule = step.rule
         if rule.stream not in ("both", to):
             return [(t, to, data, holds)]
@@ -603,7 +612,7 @@ class Pipe:
         self.held = 0           # what queue and out hold, as the budget counts it
         self.bytes = 0          # received, ever
         self.over = False       # the source has said EOF
-        self.done = False       # the target has been told EOF: the rest is dropped
+        self.done = False       # nothing more goes to the target: what still comes is dropped
         budget.pipes += 1
 
     def put(self, t, data, start, holds=()):
@@ -722,6 +731,8 @@ class Loop:
         # microsecond where epoll rounds up to the millisecond. FD_SETSIZE bounds it.
         fileno = getattr(self.selector, "fileno", None)
         self.exact = [fileno()] if fileno and fileno() < 1024 else None
+        # Windows' select() takes 512 sockets, others' descriptors below 1024.
+        self.limit = 500 if isinstance(self.selector, selectors.SelectSelector) else math.inf
 
     def watch(self, sock, events, callback=None):
         """Call back with the events sock is ready for; for none, forget the socket."""
@@ -732,6 +743,10 @@ class Loop:
             self.selector.register(sock, events, callback)
         elif known:
             self.selector.unregister(sock)
+
+    def full(self):
+        """Whether the selector could not take one more connection."""
+        return len(self.selector.get_map()) + 2 > self.limit
 
     def at(self, t, callback):
         """Call back at t. Returns the alarm, for `cancel`."""
@@ -825,7 +840,11 @@ class Loop:
 
     def away(self, function, then):
         """Run function in a thread of its own; then(result, problem) in the loop's."""
-        threading.Thread(target=lambda: self.post(then, *attempt(function)), daemon=True).start()
+        thread = threading.Thread(target=lambda: self.post(then, *attempt(function)), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as problem:     # no more threads
+            self.post(then, None, problem)
 
     def stop(self):
         """From any thread, or a signal."""
@@ -853,11 +872,12 @@ def parse_address(text, listens=False):
     """
     wanted = "must be HOST:PORT, like localhost:8000, [::1]:8000 or :8000, not %r" % text
     if "://" in text:
-        host = re.match(r"[^/]*://(?:[^/@]*@)?(\[[^]]*\]|[^/:?#]*)", text).group(1)
-        port = re.match(r"[^/]*://[^/]*?:(\d+)(?:[/?#]|$)", text)
-        usual = "443" if text.lower().startswith("https:") else "80"
+        scheme, host, port = re.match(
+            r"(.*?)://(?:[^/@]*@)?(\[[^]]*\]|[^/:?#]*)(?::(\d+))?", text, re.DOTALL).groups()
+        usual = {"http": "80", "https": "443"}.get(scheme.lower(), "PORT")
         raise ValueError("must be HOST:PORT, without a scheme or a path, like %s:%s, not the "
-                         "URL %r" % (host or "localhost", port.group(1) if port else usual, text))
+                         "URL %r" % (host or "localhost", port or usual,
+                                     re.sub("//[^/@]*@", "//...@", text)))
     if "/" in text:
         raise ValueError(wanted)
     host, colon, port = text.strip().rpartition(":")
@@ -870,7 +890,7 @@ def parse_address(text, listens=False):
         raise ValueError(wanted)
     if not (0 if listens else 1) <= int(port) <= 65535:
         raise ValueError("must have a port from %d to 65535, not %r" % (not listens, text))
-    if not re.fullmatch(r"[^\s\x00-\x20@?#]*", host) or not nameable(host):
+    if not nameable(host):
         raise ValueError(wanted)
     return host, int(port)
 
@@ -881,17 +901,14 @@ def parse_listener(text):
 
 
 def nameable(host):
-    """Whether host can be asked of a resolver: labels of 1 to 63 bytes, 253 in all."""
+    """Whether host can be asked of a resolver: nothing, or labels of 1 to 63 bytes, 253 in all."""
+    if ":" in host:
+        return bool(re.fullmatch(r"[0-9A-Fa-f:.]+(%[\w.-]+)?", host))
     try:
-        name = host.encode("ascii")
+        name = host if re.fullmatch("[!-~]*", host) else host.encode("idna").decode("ascii")
     except UnicodeError:
-        try:
-            name = host.encode("idna")
-        except UnicodeError:
-            return False
-    name = name.partition(b"%")[0].rstrip(b".") if b":" in name else name.rstrip(b".")
-    labels = name.split(b".") if name else []
-    return len(name) <= 253 and all(1 <= len(label) <= 63 for label in labels)
+        return False
+    return len(name) <= 254 and bool(re.fullmatch(r"([\w-]{1,63}(\.[\w-]{1,63})*\.?)?", name))
 
 
 def meet(local, backend):
@@ -934,6 +951,11 @@ def literal(address, everywhere=LOOPBACK):
         return None
 
 
+def missing(problem):
+    """Whether the machine lacks the address family or the address, as without IPv6."""
+    return problem.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EINVAL)
+
+
 # -- Connection ---------------------------------------------------------------
 #
 # Two sockets and the two roads between them. The methods come in the order in which
@@ -944,7 +966,7 @@ class Connection:
 
     __slots__ = ("proxy", "loop", "number", "name", "line", "up", "down",
                  "client", "client_events", "backend", "backend_events",
-                 "addresses", "deadline", "called", "connecting", "torn",
+                 "addresses", "deadline", "dialled", "connecting", "torn",
                  "alarm", "patience", "began")
 
     def __init__(self, proxy, number, client, peer):
@@ -961,9 +983,9 @@ class Connection:
         self.backend_events = 0
         self.addresses = []             # of the backend, still to try
         self.deadline = None            # for connecting to it
-        self.called = False             # whether the backend has been called
+        self.dialled = False            # whether the backend has been called
         self.connecting = False
-        self.torn = False               # a send has failed: nothing more but what was said before
+        self.torn = ""                  # how a peer went; a reset follows what it had said
         self.alarm = None               # for what is due next
         self.patience = None            # for connecting
         self.began = self.loop.clock()
@@ -1009,10 +1031,7 @@ class Connection:
         line = self.line
         if not size:
             pipe.over = True
-            if self.torn:
-                self.reset("reset by %s" % ("client" if pipe is self.down else "backend"))
-            else:
-                self.take(pipe.to, EOF)
+            self.take(pipe.to, EOF)
             return
         if line.speaker is not pipe.to:
             line.turn(pipe.to)
@@ -1028,6 +1047,7 @@ class Connection:
             sent = 0
         except OSError:
             self.tear(pipe)
+            self.advance()
             return
         if sent < size:
             pipe.out.append(bytes(self.loop.view[sent:size]))
@@ -1055,28 +1075,32 @@ class Connection:
         self.advance()
 
     def advance(self):
-        """Move what is due, after anything at all has happened. All events come through here."""
+        """Move what is due, and see what follows. All that leaves the straight road comes here."""
         now = self.loop.clock()
         signals = self.up.due(now) + self.down.due(now)
-        if not self.called and (OPEN in signals or any(self.up.out)):
-            self.call()
+        if not self.dialled and (OPEN in signals or any(self.up.out)):
+            self.dial()
+        elif not self.dialled and self.up.out:      # EOF for a backend that was never called
+            self.up.drop()
+            self.up.done = True
         self.flush(self.down, self.client)
         self.flush(self.up, None if self.connecting else self.backend)
         if self.client is None:
             return
         if RESET in signals:
             self.reset("reset by a fault")
+        elif self.up.done and self.down.done and self.torn:
+            self.reset(self.torn)
         elif self.up.done and self.down.done:
-            self.close("closed")
+            faults = [step.rule.name for step in self.line.steps if step.acted]
+            both = self.up.over and self.down.over
+            self.close("closed" if both else "closed by %s" % " and ".join(faults))
         else:
             self.watch()
             self.set_alarm()
 
     def flush(self, pipe, target):
         """Send what is due, until the target takes no more."""
-        if pipe.out and not self.called and pipe is self.up:
-            pipe.drop()                 # EOF for a backend that has not been called
-            pipe.done = True
         while pipe.out and target is not None and self.client is not None:
             data = pipe.out[0]
             try:
@@ -1085,7 +1109,8 @@ class Connection:
                 elif data is EOF:
                     pipe.sent(0)
                     pipe.done = True
-                    target.shutdown(socket.SHUT_WR)
+                    if not self.torn:           # or else a reset is what follows
+                        target.shutdown(socket.SHUT_WR)
                 else:
                     pipe.sent(target.send(data))
             except BlockingIOError:
@@ -1094,7 +1119,7 @@ class Connection:
                 self.tear(pipe)
 
     def watch(self):
-        """What each socket is watched for, as things stand. Nobody else calls the selector."""
+        """What the two sockets are watched for, as things stand; it is decided here alone."""
         up, down = self.up, self.down
         events = ((EVENT_READ if not up.over and up.room() > 0 else 0)
                   | (EVENT_WRITE if down.out else 0))
@@ -1121,9 +1146,9 @@ class Connection:
         if due < NEVER and not self.alarm:
             self.alarm = self.loop.at(due, self.ring)
 
-    def call(self):
+    def dial(self):
         """Call the backend: find its addresses, then try one after the other."""
-        self.called = self.connecting = True
+        self.dialled = self.connecting = True
         self.deadline = self.loop.clock() + self.proxy.timeout
         self.patience = self.loop.at(self.deadline, lambda: self.fail("timed out"))
         self.proxy.find_backend(self.found)
@@ -1146,7 +1171,8 @@ class Connection:
             except BlockingIOError:
                 pass                    # the usual case: under way
             except OSError as failed:
-                problem = failed
+                if problem is None or not missing(failed):
+                    problem = failed
                 self.forget_backend()
                 continue
             # Each address has its share of the time, so that a silent one does not
@@ -1164,7 +1190,8 @@ class Connection:
         number = self.backend.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if number:
             self.forget_backend()
-            self.try_next(OSError(number, os.strerror(number)))
+            words = getattr(socket, "errorTab", {}).get(number)     # Windows has its own
+            self.try_next(OSError(number, words or os.strerror(number)))
             return
         self.connecting = False
         self.loop.cancel(self.patience)
@@ -1186,12 +1213,22 @@ class Connection:
         self.close("no backend")
 
     def lost(self, pipe, problem):
-        """A recv has failed. An RST received is an RST passed on."""
+        """A recv has failed: the source is gone, and takes no more from the other side.
+
+        An RST received is an RST passed on, after what was said before it. Only what
+        hangs is dropped: nobody waits for it any more.
+        """
         who = "client" if pipe is self.up else "backend"
-        if isinstance(problem, ConnectionResetError):
-            self.reset("reset by %s" % who)
+        reset = isinstance(problem, ConnectionResetError)
+        self.torn = "reset by %s" % who if reset else "%s lost: %s" % (who, problem.strerror)
+        pipe.over = True
+        other = self.down if pipe is self.up else self.up
+        other.drop()
+        other.done = True
+        if pipe is self.up and pipe.latest == NEVER:
+            self.reset(self.torn)
         else:
-            self.reset("%s lost: %s" % (who, problem.strerror or problem))
+            self.take(pipe.to, EOF)
 
     def tear(self, pipe):
         """A send has failed: the target is gone.
@@ -1200,12 +1237,8 @@ class Connection:
         would read it; then comes the reset.
         """
         pipe.drop()
-        pipe.done = self.torn = True
-        other = self.down if pipe is self.up else self.up
-        if other.over or other.done:
-            self.reset("reset by %s" % ("backend" if pipe is self.up else "client"))
-        else:
-            self.watch()
+        pipe.done = True
+        self.torn = self.torn or "reset by %s" % ("backend" if pipe is self.up else "client")
 
     def reset(self, how):
         """Close both sockets with RST: linger on, for 0 seconds (man 7 socket, SO_LINGER)."""
@@ -1270,7 +1303,7 @@ class Proxy:
         if meet(self.local, self.backend):
             raise ValueError("backend %s is the address that is listened on: the proxy would "
                              "call itself" % show_address(self.backend))
-        self.timeout = timeout
+        self.timeout = check_timeout(timeout)
         self.seed = random.SystemRandom().getrandbits(32) if seed is None else seed
         self.rules = Rules(self.seed, name)
         self.rules.armed = behavior_rules(chosen, {
@@ -1299,12 +1332,10 @@ class Proxy:
         return self
 
     def __exit__(self, *exception):
-        try:
-            self.loop.call(self.close)
-        finally:
-            self.loop.stop()
-            self.thread.join()
-            self.loop.close()
+        self.loop.stop()
+        self.thread.join()
+        self.close()                    # nobody else is in the loop any more
+        self.loop.close()
 
     @property
     def port(self):
@@ -1338,6 +1369,11 @@ class Proxy:
     def accept(self, listener):
         """Take in who waits, a burst at most."""
         for _ in range(BURST):
+            if listener not in self.listeners:      # closed earlier in this select()
+                return
+            if self.loop.full():
+                self.pause(listener, OSError(errno.EMFILE, "select() takes no more sockets"))
+                return
             try:
                 client, peer = listener.accept()
             except BlockingIOError:
@@ -1350,6 +1386,7 @@ class Proxy:
             try:
                 client.setblocking(False)
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                peer = peer or client.getpeername()     # macOS has none of one that has gone
             except OSError:
                 client.close()              # likewise
                 continue
@@ -1391,7 +1428,8 @@ class Proxy:
         """Arm these rules, and no others.
 
         Adding one touches nothing that is under way; what a rule that goes was
-        holding goes on at once. Open connections follow from their next request.
+        holding goes on at once. Open connections follow from their next request, or
+        from this one if nobody has spoken in it yet.
         """
         gone = [rule for rule in self.rules.armed if rule not in rules]
         new = [rule for rule in rules if rule not in self.rules.armed]
@@ -1472,11 +1510,6 @@ def cannot_listen(problem, address):
                    % (show_address(address), problem.strerror or problem))
 
 
-def missing(problem):
-    """Whether the machine lacks the address family or the address, as without IPv6."""
-    return problem.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EINVAL)
-
-
 def listen_at(family, address):
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -1508,13 +1541,9 @@ def check_seed(text):
     return check_number(text, int, "a whole number, 0 or more")
 
 
-def check_timeout(text):
-    return check_number(text, float, "a number of seconds, more than 0", lambda number: number > 0)
-
-
 def check_requests(text):
-    return check_number(text, int, "a whole number from 1 to 10000",
-                        lambda number: 1 <= number <= 10000)
+    return check_number(text, int, "a whole number from 10 to 1000",
+                        lambda number: 10 <= number <= 1000)
 
 
 def check_log_level(text):
@@ -1524,9 +1553,9 @@ def check_log_level(text):
     return text.upper()
 
 
-def check_log_output(text):
+def check_file(text):
     if not text or "\0" in text:
-        raise ValueError("must be a file, or - for stderr, not %r" % text)
+        raise ValueError("must name a file, not %r" % text)
     return text
 
 
@@ -1545,15 +1574,17 @@ PROXY_SETTINGS = OrderedDict((
 PROCESS_SETTINGS = OrderedDict((
     ("log-level", Setting(("--log-level",), "info", check_log_level, "LEVEL",
                           "debug, info, warning, error or critical")),
-    ("log-output", Setting(("--log-output",), "-", check_log_output, "FILE",
+    ("log-output", Setting(("--log-output",), "-", check_file, "FILE",
                            "where to log to; - is stderr")),
 ))
 FILE_SETTINGS = OrderedDict(list(PROXY_SETTINGS.items()) + list(PROCESS_SETTINGS.items()))
-CONFIG = Setting(("--config",), None, str, "FILE", "an ini file; the command line wins over it")
+CONFIG = Setting(("--config",), None, check_file, "FILE",
+                 "an ini file; the command line wins over it")
 SETTINGS = OrderedDict([("config", CONFIG)] + list(FILE_SETTINGS.items()))
 DEMO_SETTINGS = OrderedDict((
     ("behavior", PROXY_SETTINGS["behavior"]._replace(default="20:delay")),
-    ("seed", PROXY_SETTINGS["seed"]._replace(default="1")),
+    ("seed", PROXY_SETTINGS["seed"]._replace(default="1",
+                                             help="the same seed gives the same faults")),
     ("requests", Setting(("--requests",), "120", check_requests, "N", "how many to make")),
 ))
 METAVARS = {bool: "YES|NO", int: "N", float: "NUMBER", str: "TEXT"}
@@ -1586,6 +1617,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, settings, **words):
         super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                         conflict_handler="resolve",
                          formatter_class=argparse.RawDescriptionHelpFormatter, **words)
         for name, setting in settings.items():
             usual = "" if setting.default is None else " (%s)" % setting.default
@@ -1610,8 +1642,8 @@ class Parser(argparse.ArgumentParser):
 
 def option_flags(name, option):
     """The spellings of a handler's option, of version 0.1 and of 1.x."""
-    flags = ["--handlers.%s.%s" % (name, option), "--behavior-%s-%s" % (name, option)]
-    return flags + [flags[1].replace("_", "-")] * ("_" in option)
+    return ["--handlers.%s.%s" % (name, option), "--behavior-%s-%s" % (name, option)] + [
+        "--behavior-%s-%s" % (name, option.replace("_", "-"))] * ("_" in option)
 
 
 def read_arguments(argv, settings, **words):
@@ -1623,10 +1655,12 @@ def read_arguments(argv, settings, **words):
     """
     first = vars(Parser(settings, add_help=False).parse_known_args(argv)[0])
     given = {name: Given(settings[name].flags[0], text) for name, text in first.items()}
-    sections, options = read_ini(first["config"]) if "config" in first else ({}, {})
-    for section in [given] if "behavior" in given else sections.values():
-        if "behavior" in section:
-            section["behavior"].checked(find_handlers)
+    sections, options = {}, {}
+    if "config" in given:
+        sections, options = read_ini(given["config"].checked(check_file))
+    for section in [given, *sections.values()]:
+        for name, text in section.items():      # those that others win over, too
+            text.checked(find_handlers if name == "behavior" else settings[name].check)
     parser = Parser(settings, **words)
     parser.add_argument("--version", action="version", version="vaurien " + __version__)
     parser.add_handlers()
@@ -1658,7 +1692,7 @@ def read_ini(path):
         for text in given.values():
             text.text = text.checked(expand)
         kind, _, name = (word.strip() for word in title.partition(":"))
-        if title == "vaurien":
+        if title.strip() == "vaurien":
             put_anew(sections, "vaurien", where, name_settings(given, FILE_SETTINGS))
         elif kind == "proxy" and name:
             put_anew(sections, name, where, name_settings(given, PROXY_SETTINGS))
@@ -1667,6 +1701,7 @@ def read_ini(path):
                 given.pop("callable").checked(load_handler, name)
             Given(where, name).checked(find_handler)
             for option, text in given.items():
+                text.checked(check_option, name, option)
                 put_anew(options, (name, option), text.where, text)
         else:
             raise ValueError("%s is not a section: they are [vaurien], [proxy:NAME] and "
@@ -1680,6 +1715,8 @@ def expand(text):
         if match.group(1) not in os.environ:
             raise ValueError("needs ${%s}, which is not set in the environment" % match.group(1))
         return os.environ[match.group(1)]
+    if "${" in re.sub(r"\$\{[^}]*\}", "", text):
+        raise ValueError("has a ${ without its }: %r" % text)
     return re.sub(r"\$\{([^}]*)\}", value, text)
 
 
@@ -1705,7 +1742,9 @@ def find_handler(name):
     """Import a handler that is given by its dotted path. Raises ValueError."""
     if name not in HANDLERS and "." in name:
         load_handler(name, name)
-    get_handler(name)
+    if name not in HANDLERS:
+        raise ValueError("names the unknown handler %r: one of %s, or a path.to.callable"
+                         % (name, ", ".join(sorted(HANDLERS))))
 
 
 def find_handlers(behavior):
@@ -1734,19 +1773,23 @@ def option_values(options):
 def make_proxies(given, sections, options):
     """The proxies, not open yet. Raises ValueError.
 
-    Where there are [proxy:NAME] sections, [vaurien] is one more proxy only if it, or
-    the command line, says where it listens or what it calls. The seed and the timeout
-    of [vaurien] hold for all of them, and so does its behavior if it is not one more.
+    Where there are [proxy:NAME] sections, [vaurien] is one more proxy only if it says
+    where it listens or what it calls. Its seed and its timeout hold for all of them, and
+    so does its behavior if it is not one more.
     """
-    own = sections.get("vaurien", {})
-    mine = ChainMap(given, own)
-    one_more = "local" in mine or "distant" in mine or not set(sections) - {"vaurien"}
+    sections = dict(sections)
+    own = sections.pop("vaurien", {})
+    one_more = "local" in own or "distant" in own or not sections
     for_all = {name: own[name] for name in ["seed", "timeout"] + ["behavior"] * (not one_more)
                if name in own}
     common = {name: given[name] for name in given if name not in ("local", "distant")}
-    chosen = [("vaurien", mine)] if one_more else []
-    chosen += [(name, ChainMap(common, section, for_all))
-               for name, section in sections.items() if name != "vaurien"]
+    if len(sections) == 1 and not one_more:
+        common = given
+    elif not one_more and len(common) < len(given):
+        raise ValueError("--local and --distant do not say which proxy of the file they are for: "
+                         "there are %s" % ", ".join(sections))
+    chosen = [("vaurien", ChainMap(given, own))] if one_more else []
+    chosen += [(name, ChainMap(common, section, for_all)) for name, section in sections.items()]
     checked = option_values(options)
     return [Proxy(name=name, options=checked, **values(texts, PROXY_SETTINGS))
             for name, texts in chosen]
@@ -1755,20 +1798,34 @@ def make_proxies(given, sections, options):
 def start_log(level, output):
     """Log to a file, or to stderr. Raises ValueError."""
     try:
-        handler = logging.FileHandler(output) if output != "-" else logging.StreamHandler()
+        handler = (logging.StreamHandler() if output == "-" else
+                   logging.FileHandler(output, encoding="utf-8"))
     except OSError as problem:
         raise ValueError("cannot log to %s: %s" % (output, problem.strerror)) from None
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.raiseExceptions = False     # a full disk ends the log, not the proxy
     log.addHandler(handler)
     log.setLevel(level)
     log.propagate = False
 
 
+def raise_descriptors():
+    """Have as many descriptors as we may: two for each connection (man 2 getrlimit)."""
+    try:
+        import resource
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except (ImportError, ValueError, OSError):
+        pass                            # not on this system: then with what there is
+
+
 def serve(proxies):
     """Run the proxies until SIGTERM or Ctrl-C. Raises OSError where one cannot listen."""
+    raise_descriptors()
     loop = Loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.stop())
+    signal.set_wakeup_fd(loop.waker.fileno())       # Windows' select() sleeps through a signal
     try:
         for proxy in proxies:
             proxy.bind()
@@ -1778,18 +1835,19 @@ def serve(proxies):
     finally:
         for proxy in proxies:
             proxy.close()
+        signal.set_wakeup_fd(-1)
         loop.close()
     return 0
 
 
 def run(argv):
-    """The main job: proxies, until they are told to stop."""
+    """The main job: proxies, until they are told to stop. Returns it, to be done."""
     given, sections, options = read_arguments(argv, SETTINGS, prog="vaurien", epilog=EXAMPLES,
                                               description=introduction())
     process = values(ChainMap(given, sections.get("vaurien", {})), PROCESS_SETTINGS)
     proxies = make_proxies(given, sections, options)
     start_log(process["log-level"], process["log-output"])
-    return serve(proxies)
+    return lambda: serve(proxies)
 
 
 def introduction():
@@ -1809,16 +1867,19 @@ def demo(argv):
     given, _, options = read_arguments(argv, DEMO_SETTINGS, prog="vaurien demo",
                                        description=demo.__doc__)
     value = values(given, DEMO_SETTINGS)
+    return lambda: show_demo(value, option_values(options))
+
+
+def show_demo(value, options):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     backend = start_backend()
     try:
         with Proxy(backend.server_address, behavior=value["behavior"], seed=value["seed"],
-                   options=option_values(options)) as proxy:
+                   options=options) as proxy:
             print("A backend on %s, and vaurien in front of it on 127.0.0.1:%d:\n"
                   "%s; seed %s.\n%d requests:\n"
                   % (show_address(backend.server_address), proxy.port, proxy.describe(),
-                     proxy.seed, value["requests"]))
-            sys.stdout.flush()
+                     proxy.seed, value["requests"]), flush=True)
             outcomes = make_requests(proxy.port, value["requests"])
             met = {event.client: event.handler for event in proxy.events}
     finally:
@@ -1877,6 +1938,8 @@ def make_request(port):
         words = "connection closed"
     except (http.client.HTTPException, ValueError):
         words = "a wrong answer"
+    except OSError as problem:          # no descriptors
+        words = problem.strerror or "no connection"
     finally:
         connection.close()
     return Outcome(client, time.monotonic() - began, words)
@@ -1889,18 +1952,20 @@ def make_requests(port, number):
     threads = [threading.Thread(target=lambda: outcomes.append(make_request(port)), daemon=True)
                for _ in range(number)]
     began = time.monotonic()
-    for started, thread in enumerate(threads):
-        time.sleep(max(0, began + started * SPREAD / number - time.monotonic()))
-        thread.start()
-        if looks:
-            show_progress(len(outcomes), number)
-    for thread in threads:
-        while thread.is_alive():
-            thread.join(0.05)
+    try:
+        for started, thread in enumerate(threads):
+            time.sleep(max(0, began + started * SPREAD / number - time.monotonic()))
+            thread.start()
             if looks:
                 show_progress(len(outcomes), number)
-    if looks:
-        sys.stderr.write("\r%60s\r" % "")
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.05)
+                if looks:
+                    show_progress(len(outcomes), number)
+    finally:
+        if looks:
+            sys.stderr.write("\r%60s\r" % "")
     return outcomes
 
 
@@ -1912,15 +1977,17 @@ def show_progress(done, number):
 def draw_histogram(outcomes):
     """Lines: how many requests were answered in what time, how many failed and how."""
     steps = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, math.inf]
-    answered = Counter(min(step for step in steps if outcome.seconds <= step)
+    names = ["under 1 ms", "1 - 2 ms", "2 - 5 ms", "5 - 10 ms", "10 - 20 ms", "20 - 50 ms",
+             "50 - 100 ms", "100 - 200 ms", "200 - 500 ms", "0.5 - 1 s", "1 - 2 s", "2 - 5 s",
+             "over 5 s"]
+    answered = Counter(min(step for step in steps if outcome.seconds < step)
                        for outcome in outcomes if not outcome.words)
-    rows = [("longer" if step == math.inf else "%g s" % step if step >= 1
-             else "%g ms" % (step * 1000), answered[step]) for step in steps
+    rows = [(name, answered[step]) for name, step in zip(names, steps)
             if answered and min(answered) <= step <= max(answered)]
     rows += sorted(Counter(outcome.words for outcome in outcomes if outcome.words).items())
     widest = max(len(name) for name, _ in rows)
     scale = min(1.0, (70 - widest) / max(number for _, number in rows))
-    lines = ["answered within"] if answered else []
+    lines = ["answered in"] if answered else []
     for name, number in rows:
         bar = "#" * max(number > 0, int(number * scale))
         lines.append("  %*s  %s %d" % (widest, name, bar, number) if number
@@ -1948,17 +2015,17 @@ def sentences(outcomes, met):
     lines = []
     for name in sorted(set(met.values())):
         mine = [outcome for outcome in outcomes if met.get(outcome.client) == name]
-        late = [outcome.seconds - usual for outcome in mine if not outcome.words]
+        times = [outcome.seconds for outcome in mine if not outcome.words]
         failed = Counter(outcome.words for outcome in mine if outcome.words)
         ends = ["%d x %s" % (number, words) for words, number in sorted(failed.items())]
-        if late and not failed:
+        if times and calm and not failed:
             lines.append("%d of %d requests were delayed (%s), by %s at the median."
-                         % (len(mine), total, name, show_seconds(max(0, median(late)))))
-        else:
-            ends += ["%d answered %s later" % (len(late), show_seconds(max(0, median(late))))
-                     ] if late else []
-            lines.append("%d of %d requests met %s: %s." % (len(mine), total, name,
-                                                            ", ".join(ends)))
+                         % (len(mine), total, name, show_seconds(max(0, median(times) - usual))))
+            continue
+        if times:
+            ends.append("%d x answered, in %s at the median" % (len(times),
+                                                                show_seconds(median(times))))
+        lines.append("%d of %d requests met %s: %s." % (len(mine), total, name, ", ".join(ends)))
     if calm:
         lines.append("%s %d were answered in %s at the median."
                      % ("The other" if met else "All", len(calm), show_seconds(usual)))
@@ -1968,21 +2035,31 @@ def sentences(outcomes, met):
     return lines
 
 
-COMMANDS = {"demo": demo}
+COMMANDS = {"demo": demo}       # from its words to what is to be done
 
 
 def main(argv=None):
     """The command line. Returns the exit status: 0, 1 for the network, 2 for bad input."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        if argv and argv[0] in COMMANDS:
-            return COMMANDS[argv[0]](argv[1:])
-        return run(argv)
-    except (ValueError, OSError) as problem:
-        print("vaurien: %s" % (getattr(problem, "strerror", None) or problem), file=sys.stderr)
-        return 2 if isinstance(problem, ValueError) else 1
+        command = COMMANDS[argv.pop(0)] if argv and argv[0] in COMMANDS else run
+        try:
+            job = command(argv)
+        except ValueError as problem:
+            return complain(problem, 2)
+        return job()
     except KeyboardInterrupt:
         return 0
+    except BrokenPipeError:             # nobody reads what we say: say no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as problem:
+        return complain(problem.strerror or problem, 1)
+
+
+def complain(problem, status):
+    print("vaurien: %s" % " ".join(str(problem).split()), file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":
