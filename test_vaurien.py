@@ -649,13 +649,13 @@ def echo(sock):
 
 def read(sock, size):
     """Exactly size bytes."""
-    data = b""
+    data = bytearray()
     while len(data) < size:
         piece = sock.recv(size - len(data))
         if not piece:
-            raise EOFError(data)
+            raise EOFError(bytes(data))
         data += piece
-    return data
+    return bytes(data)
 
 
 def exchange(sock, data):
@@ -1019,6 +1019,26 @@ class TestProxy(unittest.TestCase):
             hang_up(sock)
             wait_until(lambda: not proxy.connections)
 
+    def test_a_pipe_that_is_full_costs_nothing(self):
+        """Whoever cannot be read from is not watched: the loop sleeps."""
+        with proxy_of(echo, "100:hang") as proxy, connected(proxy) as sock:
+            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    sock.send(bytes(1 << 16))
+            wait_until(lambda: proxy.loop.budget.held > vaurien.HELD_STILL // 2)
+            turns, really = [], proxy.loop.ring_alarms
+            proxy.loop.ring_alarms = lambda: (turns.append(1), really())
+            time.sleep(0.2)
+            proxy.loop.call(int)
+            self.assertLess(len(turns), 20)
+
+    def test_the_time_to_connect_is_over_when_it_is_connected(self):
+        with proxy_of(echo, timeout=0.05) as proxy, connected(proxy) as sock:
+            exchange(sock, b"question")
+            self.assertFalse(select.select([sock], [], [], 0.2)[0])
+            exchange(sock, b"question")
+
     def test_a_slow_reader_slows_the_sender_down(self):
         """Memory stays bounded, whichever road, and nothing is lost in the end."""
         for behavior in "100:dummy", "100:hang":
@@ -1036,6 +1056,7 @@ class TestProxy(unittest.TestCase):
                         sent += sock.send(data[sent % len(data):])
                     self.assertLessEqual(proxy.loop.budget.held, 2 * vaurien.HELD_STILL)
                 self.assertLess(sent, 1 << 27)
+                self.assertGreater(proxy.loop.budget.held, vaurien.HELD_ENTRY * 2)
                 gate.set()
                 self.use(proxy, "100:dummy")
                 sock.close()
@@ -1049,6 +1070,16 @@ class TestProxy(unittest.TestCase):
         with proxy_of(talk) as proxy, connected(proxy) as slow, connected(proxy) as quick:
             self.assertEqual(hear(quick)[0], 20000000)
             self.assertEqual(hear(slow)[0], 20000000)
+
+    def test_what_was_held_and_is_sent_is_given_back(self):
+        def talk(sock):
+            sock.sendall(noise(20000000))
+            return hear(sock)
+
+        with proxy_of(talk) as proxy, connected(proxy) as sock:
+            wait_until(lambda: proxy.loop.budget.held)
+            read(sock, 20000000)
+            wait_until(lambda: not proxy.loop.call(lambda: proxy.loop.budget.held))
 
     def test_a_delay_is_no_limit_to_the_bandwidth(self):
         """What is on its way is held: several MiB leave before the first byte arrives."""
