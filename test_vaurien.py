@@ -5,11 +5,13 @@ sockets against an oracle, the same conversation over a direct connection; the c
 line in its own process; real servers with their real drivers, where they are installed.
 """
 import contextlib
+import functools
 import glob
 import hashlib
 import http.client
 import importlib
 import io
+import json
 import logging
 import math
 import os
@@ -47,6 +49,12 @@ PATIENCE = 30       # seconds after which a test gives up on a peer: no test wai
 
 def setUpModule():
     logging.getLogger("vaurien").setLevel(logging.CRITICAL)
+
+
+def rules_of(behavior, options=None):
+    """The rules of "20:delay,5:error" with {handler: {option: value}}."""
+    return vaurien.read_rules([dict((options or {}).get(name, {}), name=name, percent=percent)
+                               for percent, name in vaurien.parse_behavior(behavior)])
 
 
 @contextlib.contextmanager
@@ -247,7 +255,7 @@ class TestRules(unittest.TestCase):
 
     def rules(self, text, seed=1, name="test"):
         armed = vaurien.Rules(seed, name)
-        armed.armed = vaurien.behavior_rules(vaurien.parse_behavior(text), {})
+        armed.armed = rules_of(text)
         return armed
 
     def drawn(self, armed, connections=40, requests=50):
@@ -867,8 +875,7 @@ def wait_until(condition):
 class TestProxy(unittest.TestCase):
 
     def use(self, proxy, behavior, **options):
-        rules = vaurien.behavior_rules(vaurien.parse_behavior(behavior), options)
-        proxy.loop.call(proxy.use, rules)
+        proxy.loop.call(proxy.use, rules_of(behavior, options))
 
     def test_delay_delays_each_request_that_it_is_drawn_for_and_no_other(self):
         with proxy_of(echo, "30:delay", seed=1, options={"delay": {"sleep": 0.05}}) as proxy:
@@ -1160,9 +1167,9 @@ class TestProxy(unittest.TestCase):
 
     def test_localhost_listens_on_both_families_on_one_port(self):
         with serving(echo) as (port, _), vaurien.Proxy("localhost:%d" % port) as proxy:
-            families = [sock.family for sock in proxy.listeners]
-            self.assertEqual(len({sock.getsockname()[1] for sock in proxy.listeners}), 1)
-            for sock in proxy.listeners:
+            families = [sock.family for sock in proxy.listener.sockets]
+            self.assertEqual(len({sock.getsockname()[1] for sock in proxy.listener.sockets}), 1)
+            for sock in proxy.listener.sockets:
                 with contextlib.closing(connect(proxy.port, sock.getsockname()[0])) as client:
                     self.assertEqual(exchange(client, b"question"), b"question")
             self.assertIn(socket.AF_INET, families)
@@ -1179,7 +1186,7 @@ class TestProxy(unittest.TestCase):
 
         with mock.patch.object(vaurien, "listen_at", listen_at):
             with vaurien.Proxy("127.0.0.1:9") as proxy:
-                self.assertEqual(len(proxy.listeners), 1)
+                self.assertEqual(len(proxy.listener.sockets), 1)
 
     def test_a_port_in_use_is_an_error_that_names_it_and_leaves_nothing_open(self):
         with contextlib.closing(socket.socket()) as taken:
@@ -1225,17 +1232,16 @@ class TestProxy(unittest.TestCase):
     def test_no_descriptors_left_is_a_pause_and_no_end(self):
         with proxy_of(echo) as proxy, connected(proxy) as here:
             exchange(here, b"question")
-            really, listener = proxy.accept, proxy.listeners[0]
+            listener = proxy.listener.sockets[0]
             full = mock.Mock(accept=mock.Mock(
                 side_effect=OSError(vaurien.errno.EMFILE, "Too many open files")))
             with mock.patch.object(vaurien, "PAUSE", 0.05), \
                     self.assertLogs("vaurien", "WARNING") as logged:
-                proxy.loop.call(lambda: (proxy.loop.watch(listener, 0), proxy.pause(
+                proxy.loop.call(lambda: (proxy.loop.watch(listener, 0), proxy.listener.pause(
                     listener, full.accept.side_effect)))
                 self.assertEqual(exchange(here, b"question"), b"question")
                 with connected(proxy) as sock:
                     self.assertEqual(exchange(sock, b"question"), b"question")
-            self.assertEqual(really, proxy.accept)
             self.assertIn("Too many open files", logged.output[0])
 
     def test_a_selector_that_takes_no_more_is_a_pause_too(self):
@@ -1246,7 +1252,7 @@ class TestProxy(unittest.TestCase):
                     exchange(sock, b"question")
                 with self.assertLogs("vaurien", "WARNING"), connected(proxy) as three:
                     three.sendall(b"question")
-                    wait_until(lambda: proxy.complained)
+                    wait_until(lambda: proxy.listener.complained)
                     one.close()
                     self.assertEqual(read(three, 8), b"question")
 
@@ -1255,11 +1261,11 @@ class TestProxy(unittest.TestCase):
         with proxy_of(echo) as proxy:
             listener = mock.Mock(accept=mock.Mock(
                 side_effect=[(gone, None), ConnectionAbortedError(), BlockingIOError()]))
-            proxy.listeners.append(listener)
-            proxy.loop.call(proxy.accept, listener)
-            proxy.listeners.remove(listener)
+            proxy.listener.sockets.append(listener)
+            proxy.loop.call(proxy.listener.accept, listener)
+            proxy.listener.sockets.remove(listener)
             gone.close.assert_called_once_with()
-            proxy.loop.call(proxy.accept, listener)     # closed meanwhile: nothing happens
+            proxy.loop.call(proxy.listener.accept, listener)     # closed meanwhile: nothing happens
             with connected(proxy) as sock:
                 exchange(sock, b"question")
 
@@ -1282,7 +1288,7 @@ class TestProxy(unittest.TestCase):
             proxy.thread.join(PATIENCE)
         self.assertEqual(hear(sock)[0], 0)
         sock.close()
-        self.assertEqual(proxy.listeners, [])
+        self.assertEqual(proxy.listener.sockets, [])
 
     def test_the_log_says_what_a_fault_did_and_how_a_connection_ended(self):
         with proxy_of(echo, "100:delay", seed=7, options={"delay": {"sleep": 0.001}}) as proxy:
@@ -1515,8 +1521,8 @@ class TestBadInput(Folder):
                 (["--behavior", "20:no.such.thing"],
                  "--behavior cannot import 'no.such.thing': ModuleNotFoundError"),
                 (["--behavior", "20:os.nope"], "--behavior cannot import 'os.nope': AttributeError"),
-                (["--behavior", "20:os.sep"], "'os.sep' is not a function"),
-                (["--behavior", "20:threading.Thread"], "'threading.Thread' is not a function"),
+                (["--behavior", "20:os.sep"], "'os.sep' is no handler"),
+                (["--behavior", "20:threading.Thread"], "'threading.Thread' is no handler"),
                 (["--behavior", "20:os.getcwd"], "a handler is a function (state, t, to, data, *"),
                 (["--handlers.delay.sleep", "fast"],
                  "--handlers.delay.sleep must be a number, 0 or more, not 'fast'"),
@@ -1750,6 +1756,673 @@ def late_end(state, t, to, data):
         self.assertLessEqual(max(map(len, out.splitlines())), 80)
 
 
+# -- Control, from outside and from code -------------------------------------------
+
+@contextlib.contextmanager
+def driven(talk=echo, behavior="100:dummy", **words):
+    """A proxy and its control server, in one loop; yields (proxy, Client)."""
+    with proxy_of(talk, behavior, **words) as proxy:
+        control = vaurien.Control(("127.0.0.1", 0), [proxy])
+        control.bind()
+        proxy.loop.call(control.open, proxy.loop)
+        port = control.listener.sockets[0].getsockname()[1]
+        try:
+            yield proxy, vaurien.Client("127.0.0.1", port)
+        finally:
+            proxy.loop.call(control.close)
+
+
+class TestRoutes(unittest.TestCase):
+    """Every route as a table: a question in, an answer out, without HTTP."""
+
+    def setUp(self):
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        self.one = stack.enter_context(vaurien.Proxy("127.0.0.1:9", "127.0.0.1:0", "20:delay,5:hang",
+                                                     {"delay": {"sleep": 2}}, "one"))
+        self.two = stack.enter_context(vaurien.Proxy("127.0.0.1:9", "127.0.0.1:0", name="two"))
+        self.control = vaurien.Control(("localhost", 0), [self.one, self.two])
+        self.control.url = "http://localhost:8080"
+
+    def ask(self, method, target, body=b"", status=200):
+        found, headers, text = vaurien.respond(self.control, method, target, body)
+        self.assertEqual(found, status, text)
+        return json.loads(text) if headers["Content-Type"] == "application/json" else text
+
+    def errors(self, *question, status=400):
+        answer = self.ask(*question, status=status)
+        self.assertEqual(answer["status"], "error")
+        return [(error["location"], error["name"], error["description"])
+                for error in answer["errors"]]
+
+    def test_version_0_1(self):
+        self.assertEqual(self.ask("GET", "/handler"), "delay,hang")
+        self.assertEqual(self.ask("POST", "/handler", b"delay"), "ok")
+        self.assertEqual(self.ask("GET", "/handler"), "delay")
+        self.assertEqual(self.one.describe(), "100:delay sleep=1.0")
+        self.assertEqual(self.ask("POST", "/handler", b'{"name": "delay", "sleep": 2}'), "ok")
+        self.assertEqual(self.one.describe(), "100:delay sleep=2.0")
+        self.assertEqual(self.ask("GET", "/handlers"), {"handlers": list(HANDLERS)})
+
+    def test_version_1(self):
+        self.assertEqual(self.ask("GET", "/behavior?proxy=two"), {"behavior": "dummy"})
+        self.assertEqual(self.ask("PUT", "/behavior", b'{"name": "delay", "sleep": 2}'),
+                         {"status": "ok"})
+        self.assertEqual(self.ask("GET", "/behavior"), {"behavior": "delay"})
+        self.assertEqual(self.ask("GET", "/behaviors"), {"behaviors": list(HANDLERS)})
+        self.assertEqual(self.ask("GET", "/backend"), {"backend": "127.0.0.1:9"})
+        self.assertEqual(self.ask("PUT", "/backend", b'{"backend": "[::1]:80"}'), {"status": "ok"})
+        self.assertEqual(self.ask("GET", "/backend"), {"backend": "[::1]:80"})
+
+    def test_nothing_of_an_earlier_call_sticks(self):
+        self.ask("PUT", "/behavior", b'{"name": "delay", "sleep": 2, "before": false, "percent": 5}')
+        self.assertEqual(self.one.describe(), "5:delay sleep=2.0 before=no, 95:dummy")
+        self.ask("PUT", "/behavior", b'{"name": "delay"}')
+        self.assertEqual(self.one.describe(), "100:delay sleep=1.0")
+        self.ask("POST", "/handler", b"dummy")
+        self.assertEqual(self.one.rules.armed, [])
+
+    def test_the_fields_of_a_rule(self):
+        self.ask("PUT", "/behavior", b'{"name": "error", "percent": 20, "per": "connection", '
+                                     b'"stream": "downstream", "after": 3, "times": 2}')
+        rule, = self.one.rules.armed
+        self.assertEqual((rule.low, rule.high, rule.per, rule.stream, rule.after, rule.times),
+                         (0, 20, "connection", "downstream", 3, 2))
+
+    def test_rules_go_out_and_come_back(self):
+        rules = self.ask("GET", "/rules")
+        self.assertEqual([rule["percent"] for rule in rules["rules"]], [20, 5])
+        self.ask("POST", "/handler", b"blackout")
+        self.ask("PUT", "/rules", json.dumps(rules).encode())
+        self.assertEqual(self.one.describe(), "20:delay sleep=2.0, 5:hang, 75:dummy")
+
+    def test_one_of_several_proxies(self):
+        self.ask("POST", "/handler?proxy=two", b"blackout")
+        self.assertEqual(self.ask("GET", "/handler?proxy=two"), "blackout")
+        self.assertEqual(self.ask("GET", "/handler"), "delay,hang")
+
+    def test_the_list_of_all_this(self):
+        text = self.ask("GET", "/")
+        for path in vaurien.ROUTES:
+            self.assertIn("http://localhost:8080" + path, text)
+        self.assertIn("one, two", text)
+
+    def test_refusals(self):
+        for question, location, name, words in [
+                (("POST", "/handler", b"nope"), "body", "name", "unknown handler 'nope': there are"),
+                (("POST", "/handler", b""), "body", "name", "unknown handler ''"),
+                (("PUT", "/behavior", b'{"sleep": 2}'), "body", "name", "unknown handler None"),
+                (("PUT", "/behavior", b'{"name": ["x"]}'), "body", "name", "unknown handler ['x']"),
+                (("PUT", "/behavior", b'{"name": "delay", "dely": 2}'), "body", "dely",
+                 "dely is not an option of delay: it has before, sleep"),
+                (("PUT", "/behavior", b'{"name": "delay", "sleep": true}'), "body", "sleep",
+                 "sleep must be a number, 0 or more, not True"),
+                (("PUT", "/behavior", b'{"name": "delay", "sleep": NaN}'), "body", "sleep", "not nan"),
+                (("PUT", "/behavior", b'{"name": "delay", "sleep": 1e999}'), "body", "sleep", "not inf"),
+                (("PUT", "/behavior", b'{"name": "delay", "sleep": null}'), "body", "sleep", "not None"),
+                (("PUT", "/behavior", b'{"name": "delay", "before": 7}'), "body", "before", "yes or no"),
+                (("PUT", "/behavior", b'{"name": "delay", "percent": 101}'), "body", "percent",
+                 "percent must be a number from 0 to 100, not 101"),
+                (("PUT", "/behavior", b'{"name": "delay", "per": "chunk"}'), "body", "per",
+                 "per must be one of request, connection, not 'chunk'"),
+                (("PUT", "/behavior", b'{"name": "error", "times": -1}'), "body", "times", "times must"),
+                (("PUT", "/behavior", b"delay"), "body", "", "the body must be JSON"),
+                (("PUT", "/behavior", b"[" * 100000), "body", "", "the body must be JSON"),
+                (("PUT", "/behavior", b"[]"), "body", "", "the body must be a JSON object"),
+                (("PUT", "/behavior", b"\xff"), "body", "", "the body must be UTF-8"),
+                (("PUT", "/rules", b'{"rules": 5}'), "body", "rules", "the body must be"),
+                (("PUT", "/rules", b'{"rules": [{"name": "delay", "percent": 60}, '
+                                   b'{"name": "hang", "percent": 60}]}'), "body", "percent",
+                 "percent must add up to 100 at most, not 120"),
+                (("PUT", "/backend", b"{}"), "body", "backend", "backend must be HOST:PORT"),
+                (("PUT", "/backend", b'{"backend": "http://x/"}'), "body", "backend", "like x:80"),
+                (("PUT", "/backend", b'{"backend": "x:1", "y": 2}'), "body", "y", "y is not known"),
+                (("GET", "/handler?proxy=nope"), "querystring", "proxy", "there are one, two"),
+                (("GET", "/handler?x=1"), "querystring", "x", "does not know 'x'"),
+                (("GET", "/events?since=x"), "querystring", "since", "since must be")]:
+            with self.subTest(question):
+                (place, thing, description), = self.errors(*question)
+                self.assertEqual((place, thing), (location, name))
+                self.assertIn(words, description)
+        self.assertEqual(self.one.describe(), "20:delay sleep=2.0, 5:hang, 75:dummy")
+
+    def test_each_thing_that_is_wrong_is_named(self):
+        found = self.errors("PUT", "/behavior", b'{"name": "delay", "sleep": -1, "x": 1, "per": 2}')
+        self.assertEqual({name for _, name, _ in found}, {"sleep", "x", "per"})
+
+    def test_what_calls_itself_is_refused(self):
+        (_, name, words), = self.errors(
+            "PUT", "/backend", b'{"backend": "127.0.0.1:%d"}' % self.one.port)
+        self.assertEqual(name, "backend")
+        self.assertIn("would call itself", words)
+
+    def test_other_paths_and_methods(self):
+        self.assertIn("there is no /nope", self.errors("GET", "/nope", status=404)[0][2])
+        self.assertIn("/handler takes GET, POST", self.errors("PATCH", "/handler", status=405)[0][2])
+        self.assertEqual(self.ask("HEAD", "/behavior?proxy=two"), {"behavior": "dummy"})
+
+
+class TestControl(unittest.TestCase):
+    """The same over HTTP, with everything that a stranger may send."""
+
+    def raw(self, client, data):
+        """All that is answered to these bytes."""
+        with contextlib.closing(connect(client.port)) as sock:
+            sock.sendall(data)
+            answer = b""
+            while True:
+                try:
+                    piece = sock.recv(65536)
+                except ConnectionError:
+                    return answer
+                if not piece:
+                    return answer
+                answer += piece
+
+    def test_strange_requests_get_a_4xx_and_disturb_nothing(self):
+        with driven() as (proxy, client), connected(proxy) as sock:
+            exchange(sock, b"question")
+            for data, status in [
+                    (b"nonsense\r\n\r\n", 400), (b"GET / HTTP/9.9.9\r\n\r\n", 400),
+                    (b"BREW /handler HTTP/1.1\r\nConnection: close\r\n\r\n", 405),
+                    (b"GET /" + b"x" * 70000 + b" HTTP/1.1\r\n\r\n", 414),
+                    (b"GET /%ff%00/.. HTTP/1.1\r\nConnection: close\r\n\r\n", 404),
+                    (b"POST /handler HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
+                    (b"POST /handler HTTP/1.1\r\nContent-Length: -5\r\n\r\n", 400),
+                    (b"POST /handler HTTP/1.1\r\nContent-Length: 1048577\r\n\r\n", 413),
+                    (b"POST /handler HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\ndelay\r\n", 411),
+                    (b"POST /handler HTTP/1.1\r\nContent-Encoding: gzip\r\n"
+                     b"Content-Length: 5\r\n\r\ndelay", 415)]:
+                with self.subTest(data[:60]):
+                    answer = self.raw(client, data)
+                    self.assertEqual(int(answer.split()[1]), status)
+                    self.assertEqual(json.loads(answer.split(b"\r\n\r\n")[1].decode())["status"], "error")
+            self.assertEqual(client.get_handler(), "dummy")
+            exchange(sock, b"question")
+
+    def test_a_body_of_a_mebibyte_is_read(self):
+        with driven() as (_, client):
+            answer = self.raw(client, b"POST /handler HTTP/1.0\r\nContent-Length: 1048576\r\n\r\n"
+                              + b"x" * 1048576)
+            self.assertEqual(answer.split()[1], b"400")
+
+    def test_who_says_nothing_is_told_so_and_others_are_not_held_up(self):
+        with mock.patch.object(vaurien, "TALK_TIME", 0.2), driven() as (_, client):
+            with contextlib.closing(connect(client.port)) as silent, \
+                    contextlib.closing(connect(client.port)) as half:
+                half.sendall(b"POST /handler HTTP/1.1\r\nContent-Length: 5\r\n\r\nde")
+                self.assertEqual(client.get_handler(), "dummy")
+                for sock in silent, half:
+                    self.assertEqual(sock.recv(1000).split()[1], b"408")
+
+    def test_one_connection_asks_many_times(self):
+        with driven() as (_, client):
+            connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=PATIENCE)
+            with contextlib.closing(connection):
+                connection.connect()
+                sock = connection.sock
+                for method, path, body in [("GET", "/handler", None), ("POST", "/handler", "delay"),
+                                           ("PUT", "/behavior", "nonsense"), ("HEAD", "/", None),
+                                           ("GET", "/behavior", None)]:
+                    connection.request(method, path, body)
+                    answer = connection.getresponse().read()
+                    self.assertIs(connection.sock, sock)
+                self.assertEqual(answer, b'{"behavior": "delay"}')
+
+    def test_it_answers_whatever_the_peers_do(self):
+        """A client that never reads, a black hole for a backend, hundreds that hang."""
+        def flood(sock):
+            with contextlib.suppress(OSError):
+                sock.sendall(bytes(50000000))
+
+        with driven(flood) as (proxy, client), contextlib.ExitStack() as stack:
+            stack.enter_context(connected(proxy))
+            wait_until(lambda: proxy.loop.budget.held)
+            client.set_handler("hang")
+            socks = [stack.enter_context(connected(proxy)) for _ in range(200)]
+            for sock in socks:
+                sock.sendall(bytes(10000))
+            wait_until(lambda: proxy.faults["hang"] == 200)
+            with black_hole() as silent:
+                client.set_backend("127.0.0.1:%d" % silent)
+                for name in "delay", "hang", "dummy":
+                    client.set_handler(name)
+                    self.assertEqual(client.get_handler(), name)
+                stuck = client.connections()
+                self.assertEqual(len(stuck), 201)
+                self.assertFalse(all(one["connected"] for one in stuck))
+                self.assertTrue(any(one["held_down"] for one in stuck))
+
+    def test_the_connections_that_are_open(self):
+        with driven() as (proxy, client), connected(proxy) as sock:
+            exchange(sock, b"question")
+            client.set_handler("delay", sleep=0.001)
+            exchange(sock, b"another")
+            one, = client.connections()
+            self.assertEqual(one["client"], "127.0.0.1:%d" % sock.getsockname()[1])
+            self.assertEqual(one["backend"], vaurien.show_address(proxy.backend))
+            self.assertEqual((one["bytes_up"], one["bytes_down"], one["requests"], one["faults"]),
+                             (15, 15, 2, ["delay"]))
+            self.assertTrue(one["connected"])
+            self.assertGreaterEqual(one["age"], 0)
+
+    def test_the_events(self):
+        with driven(behavior="100:delay", options={"delay": {"sleep": 0.001}}) as (proxy, client):
+            with connected(proxy) as sock:
+                for _ in range(3):
+                    exchange(sock, b"question")
+            events = client.events()
+            self.assertEqual([(event["number"], event["connection"], event["request"],
+                               event["handler"], event["options"]) for event in events],
+                             [(number, 1, number, "delay", {"sleep": 0.001, "before": True})
+                              for number in (1, 2, 3)])
+            self.assertEqual(client.events(since=2), events[2:])
+
+    def test_new_connections_go_to_a_new_backend(self):
+        def shout(sock):
+            sock.sendall(read(sock, 8).upper())
+            echo(sock)
+
+        with driven() as (proxy, client), serving(shout) as (port, _), connected(proxy) as old:
+            exchange(old, b"question")
+            client.set_backend("127.0.0.1:%d" % port)
+            self.assertEqual(client.get_backend(), "127.0.0.1:%d" % port)
+            with connected(proxy) as new:
+                new.sendall(b"question")
+                self.assertEqual(read(new, 8), b"QUESTION")
+            self.assertEqual(exchange(old, b"question"), b"question")
+
+
+class TestClient(unittest.TestCase):
+
+    def test_both_words_for_it(self):
+        with driven() as (proxy, client):
+            self.assertEqual(client.list_handlers(), list(HANDLERS))
+            client.set_behavior("delay", sleep=2)
+            self.assertEqual((client.get_behavior(), client.get_handler()), ("delay", "delay"))
+            self.assertEqual(proxy.describe(), "100:delay sleep=2.0")
+
+    def test_with_handler_puts_back_exactly_what_was_there(self):
+        before = "20:delay sleep=2.0 before=no, 5:hang, 75:dummy"
+        with driven(behavior="20:delay,5:hang",
+                    options={"delay": {"sleep": 2, "before": False}}) as (proxy, client):
+            with client.with_handler("error", inject=True, percent=30):
+                self.assertEqual(proxy.describe(), "30:error inject=yes warmup=0, 70:dummy")
+                with client.with_behavior("blackout"):
+                    self.assertEqual(client.get_handler(), "blackout")
+                self.assertEqual(client.get_handler(), "error")
+            self.assertEqual(proxy.describe(), before)
+            with self.assertRaises(KeyError), client.with_handler("blackout"):
+                raise KeyError
+            self.assertEqual(proxy.describe(), before)
+
+    def test_a_refusal_is_a_value_error_with_the_servers_words(self):
+        with driven() as (_, client):
+            with self.assertRaisesRegex(ValueError, "unknown handler 'nope': there are abort"):
+                client.set_handler("nope")
+            with self.assertRaisesRegex(ValueError, "sleep must be a number, 0 or more, not 'x'"):
+                client.set_handler("delay", sleep="x")
+            with self.assertRaisesRegex(ValueError, "there is no proxy 'x'"):
+                vaurien.Client("127.0.0.1", client.port, proxy="x").get_handler()
+            with self.assertRaisesRegex(ValueError, "scheme must be"):
+                vaurien.Client("127.0.0.1", client.port, "ftp").get_handler()
+
+    def test_no_server_is_an_os_error(self):
+        with self.assertRaises(OSError):
+            vaurien.Client("127.0.0.1", unused_port()).get_handler()
+        with serving(lambda sock: sock.sendall(b"220 smtp\r\n\r\n")) as (port, _):
+            with self.assertRaises(OSError):
+                vaurien.Client("127.0.0.1", port).get_handler()
+
+
+class TestInProcess(unittest.TestCase):
+
+    def test_a_handler_for_the_time_of_a_block(self):
+        with proxy_of(echo, "5:hang") as proxy:
+            before = list(proxy.rules.armed)
+            with proxy.handler("delay", sleep=2, percent=20, per="connection"):
+                self.assertEqual(proxy.describe(), "20:delay sleep=2.0, 80:dummy")
+            self.assertEqual(proxy.rules.armed, before)
+            with self.assertRaises(KeyError), proxy.handler("error"):
+                raise KeyError
+            self.assertEqual(proxy.rules.armed, before)
+            with self.assertRaisesRegex(ValueError, "unknown handler 'nope'"):
+                with proxy.handler("nope"):
+                    pass
+            with self.assertRaisesRegex(ValueError, "dely is not an option of delay"):
+                with proxy.handler("delay", dely=1):
+                    pass
+
+    def test_so_many_times_after_so_many_requests(self):
+        with proxy_of(echo) as proxy, connected(proxy) as sock:
+            exchange(sock, b"question")
+            failed = []
+            with proxy.handler("error", times=2, after=3):
+                for _ in range(8):
+                    sock.sendall(b"question")
+                    answer = read(sock, 8)
+                    failed.append(answer != b"question")
+                    if failed[-1]:
+                        read(sock, 992)
+            self.assertEqual(failed, [False] * 3 + [True] * 2 + [False] * 3)
+
+    def test_wait_for_a_fault(self):
+        with proxy_of(echo) as proxy, connected(proxy) as sock:
+            with proxy.handler("delay", sleep=0.001):
+                with self.assertRaisesRegex(TimeoutError, "delay has not acted in 0.01 seconds"):
+                    proxy.wait_for("delay", timeout=0.01)
+                thread = threading.Thread(target=exchange, args=(sock, b"question"))
+                thread.start()
+                event = proxy.wait_for("delay", timeout=PATIENCE)
+                thread.join(PATIENCE)
+            self.assertEqual((event.handler, event.options["sleep"]), ("delay", 0.001))
+            self.assertEqual(proxy.wait_for("delay"), event)
+            with self.assertRaises(TimeoutError):
+                proxy.wait_for("delay", timeout=0.01, since=event.number)
+            with self.assertRaises(ValueError):
+                proxy.wait_for("nope")
+
+    def test_many_at_once(self):
+        with serving(echo) as (port, _), contextlib.ExitStack() as stack:
+            proxies = [stack.enter_context(vaurien.Proxy("127.0.0.1:%d" % port, "127.0.0.1:0"))
+                       for _ in range(10)]
+            self.assertEqual(len({proxy.port for proxy in proxies}), 10)
+            with proxies[0].handler("blackout"):
+                for proxy in proxies[1:]:
+                    with connected(proxy) as sock:
+                        exchange(sock, b"question")
+
+
+class TestStartProxy(Folder):
+    """A proxy in a process of its own."""
+
+    def start(self, **words):
+        """The pid, the port of the proxy, and a Client."""
+        proxy_port, http_port = unused_port(), unused_port()
+        pid = vaurien.start_proxy(proxy_port=proxy_port, http_port=http_port, log_output="v.log",
+                                  warmup=PATIENCE, **words)
+        self.addCleanup(lambda: pid in vaurien.STARTED and vaurien.stop_proxy(pid))
+        return pid, proxy_port, vaurien.Client(port=http_port)
+
+    def test_both_ports_answer_when_it_returns(self):
+        with serving(echo) as (port, saw):
+            pid, proxy_port, client = self.start(host="127.0.0.1", port=port)
+            self.assertEqual(client.get_handler(), "dummy")
+            self.assertEqual(saw, [])               # nobody has called the backend for that
+            with contextlib.closing(connect(proxy_port)) as sock:
+                exchange(sock, b"question")
+                with client.with_handler("blackout"):
+                    sock.sendall(b"question")
+                    hear(sock)
+            vaurien.stop_proxy(pid)
+            with self.assertRaises(OSError):
+                connect(proxy_port)
+
+    def test_the_other_names_of_the_backend_and_more_words(self):
+        with serving(echo) as (port, _):
+            _, _, client = self.start(backend_host="127.0.0.1", backend_port=port,
+                                      options=["--behavior", "20:delay", "--seed", "3"])
+            self.assertEqual(client.get_backend(), "127.0.0.1:%d" % port)
+            self.assertEqual(client.get_handler(), "delay")
+
+    def test_what_cannot_start_says_why(self):
+        with contextlib.closing(socket.socket()) as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen(1)
+            with mock.patch.object(subprocess, "Popen", quiet_popen), self.assertRaisesRegex(
+                    RuntimeError, "did not start: cannot listen on 127.0.0.1:%d: Address"
+                    % taken.getsockname()[1]):
+                vaurien.start_proxy(proxy_port=taken.getsockname()[1], http=False, warmup=PATIENCE)
+        with mock.patch.object(subprocess, "Popen", quiet_popen), self.assertRaisesRegex(
+                RuntimeError, "did not start: --behavior names the unknown handler 'nope'"):
+            vaurien.start_proxy(proxy_port=0, http=False, options=["--behavior", "1:nope"],
+                                warmup=PATIENCE)
+        with self.assertRaisesRegex(ValueError, "protocol must be tcp"):
+            vaurien.start_proxy(protocol="nope")
+        self.assertEqual(vaurien.STARTED, {})
+
+    def test_an_unknown_pid(self):
+        with self.assertRaisesRegex(ValueError, "no proxy was started as process 1"):
+            vaurien.stop_proxy(1)
+
+    def test_nothing_is_left_when_the_test_process_is_killed(self):
+        port = unused_port()
+        parent = subprocess.Popen(
+            [sys.executable, "-c", "import sys; sys.path.insert(0, %r); import vaurien\n"
+             "vaurien.start_proxy(proxy_port=%d, http=False, log_output='v.log', warmup=%d)\n"
+             "print('up', flush=True); input()" % (HERE, port, PATIENCE)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        with parent:
+            self.assertEqual(parent.stdout.readline().strip(), b"up")
+            connect(port).close()
+            parent.kill()
+
+        def gone():
+            try:
+                connect(port).close()
+            except OSError:
+                return True
+        wait_until(gone)
+
+    def test_vendored_under_another_name(self):
+        os.makedirs("pack/age")
+        shutil.copy(FILE, "pack/age/chaos.py")
+        for folder in "pack", "pack/age":
+            self.write(folder + "/__init__.py", "")
+        program = """
+from pack.age.chaos.handlers import BaseHandler
+from pack.age import chaos
+assert BaseHandler is chaos.BaseHandler
+pid = chaos.start_proxy(proxy_port=%d, http_port=%d, log_output="v.log", warmup=%d)
+print(chaos.Client(port=%d).get_handler())
+chaos.stop_proxy(pid)
+"""
+        one, two = unused_port(), unused_port()
+        out = subprocess.check_output([sys.executable, "-c", program % (one, two, PATIENCE, two)])
+        self.assertEqual(out.strip(), b"dummy")
+
+
+def quiet_popen(*args, really=subprocess.Popen, **words):
+    return really(*args, stderr=subprocess.DEVNULL, **words)
+
+
+class TestBlockingHandlers(unittest.TestCase):
+    """The class form: it blocks, in a thread of its own, on real sockets."""
+
+    @contextlib.contextmanager
+    def armed(self, cls, talk=echo, **fields):
+        with registered(cls), proxy_of(talk) as proxy:
+            with proxy.handler(cls.__name__, **fields):
+                yield proxy
+
+    def test_from_vaurien_handlers_import(self):
+        from vaurien.handlers import BaseHandler
+        self.assertIs(BaseHandler, vaurien.BaseHandler)
+
+    def test_the_documented_form(self):
+        class Super(vaurien.BaseHandler):
+            name = "super"
+            options = {"sleep": ("Delay in seconds", float, 1), "loud": ("Upper case", bool, False)}
+
+            def __call__(self, client_sock, backend_sock, to_backend):
+                data = self._get_data(client_sock, backend_sock, to_backend)
+                if data:
+                    if not to_backend:
+                        time.sleep(self.option("sleep"))
+                        data = data.upper() if self.option("loud") else data
+                    (backend_sock if to_backend else client_sock).sendall(data)
+
+        with self.armed(Super, sleep=0.1, loud=True) as proxy, connected(proxy) as sock:
+            for _ in range(3):
+                began = time.monotonic()
+                sock.sendall(b"question")
+                self.assertEqual(read(sock, 8), b"QUESTION")
+                self.assertGreaterEqual(time.monotonic() - began, 0.1)
+            self.assertEqual(proxy.faults, {"Super": 3})
+            sock.shutdown(socket.SHUT_WR)
+            self.assertEqual(hear(sock)[2], "eof")
+
+    def test_options_settings_and_proxy(self):
+        class Plain(vaurien.BaseHandler):
+            options = {"sleep": ("Seconds", int, 1), "on": ("Whether", bool, "no")}
+
+        plain = Plain({"sleep": "2"}, proxy="the proxy")
+        self.assertEqual((plain.option("sleep"), plain.option("on"), plain.proxy),
+                         (2, False, "the proxy"))
+        plain.update_settings({"on": "yes"})
+        self.assertEqual((plain.option("on"), plain.settings), (True, {"sleep": "2", "on": "yes"}))
+
+    def test_ten_block_at_the_same_time_and_the_loop_goes_on(self):
+        meeting = threading.Barrier(11)
+
+        class Meets(vaurien.BaseHandler):
+            def __call__(self, client_sock, backend_sock, to_backend):
+                if to_backend:
+                    meeting.wait(PATIENCE)
+                data = self._get_data(client_sock, backend_sock, to_backend)
+                (backend_sock if to_backend else client_sock).sendall(data)
+
+        with self.armed(Meets) as proxy, contextlib.ExitStack() as stack:
+            socks = [stack.enter_context(connected(proxy)) for _ in range(10)]
+            for sock in socks:
+                sock.sendall(b"question")
+            wait_until(lambda: meeting.n_waiting == 10)
+            with proxy.handler("dummy"), connected(proxy) as other:
+                exchange(other, b"question")
+            meeting.wait(PATIENCE)
+            for sock in socks:
+                self.assertEqual(read(sock, 8), b"question")
+
+    def test_what_it_raises_ends_that_connection_only(self):
+        class Fails(vaurien.BaseHandler):
+            def __call__(self, client_sock, backend_sock, to_backend):
+                if client_sock.recv(8) == b"question":
+                    raise KeyError("no idea")
+                backend_sock.sendall(b"dropped")
+
+        with self.armed(Fails) as proxy, connected(proxy) as one, connected(proxy) as two:
+            with self.assertLogs("vaurien", "ERROR") as logged:
+                one.sendall(b"question")
+                self.assertEqual(hear(one)[0], 0)
+            self.assertIn("handler Fails failed", logged.output[0])
+            with proxy.handler("dummy"):
+                exchange(two, b"another")
+
+    def test_a_socket_that_it_closes_ends_the_connection(self):
+        class Closes(vaurien.BaseHandler):
+            def __call__(self, client_sock, backend_sock, to_backend):
+                client_sock.close()
+
+        with self.armed(Closes) as proxy, connected(proxy) as sock:
+            sock.sendall(b"question")
+            hear(sock)
+            wait_until(lambda: not proxy.connections and proxy.saw)
+
+    def test_large_answers_and_requests_pass_through_it(self):
+        class Passes(vaurien.BaseHandler):
+            def __call__(self, client_sock, backend_sock, to_backend):
+                data = self._get_data(client_sock, backend_sock, to_backend)
+                (backend_sock if to_backend else client_sock).sendall(data)
+
+        data = noise(3000000)
+        with self.armed(Passes) as proxy, connected(proxy) as sock:
+            thread = threading.Thread(target=sock.sendall, args=(data,))
+            thread.start()
+            self.assertTrue(read(sock, len(data)) == data)
+            thread.join(PATIENCE)
+
+    def test_leaving_while_it_waits_for_a_peer(self):
+        class Waits(vaurien.BaseHandler):
+            def __call__(self, client_sock, backend_sock, to_backend):
+                client_sock.recv(100)
+                client_sock.recv(100)           # nothing will come
+
+        with self.armed(Waits) as proxy, connected(proxy) as sock:
+            sock.sendall(b"question")
+            proxy.wait_for("Waits", PATIENCE)
+            proxy.loop.call(proxy.close)
+            hear(sock)
+            wait_until(lambda: threading.active_count() < 20)
+
+    def test_it_is_drawn_among_others(self):
+        class Notes(vaurien.BaseHandler):
+            def __call__(self, client_sock, backend_sock, to_backend):
+                data = self._get_data(client_sock, backend_sock, to_backend)
+                (backend_sock if to_backend else client_sock).sendall(data)
+
+        with registered(Notes), proxy_of(echo, "40:Notes,30:delay", seed=1,
+                                         options={"delay": {"sleep": 0.002}}) as proxy:
+            with connected(proxy) as sock:
+                for number in range(60):
+                    exchange(sock, b"question %d" % number)
+            self.assertTrue(10 < proxy.faults["Notes"] < 40)
+            self.assertTrue(5 < proxy.faults["delay"] < 35)
+
+    def test_names_of_options_that_are_taken(self):
+        class Taken(vaurien.BaseHandler):
+            options = {"percent": ("?", int, 1)}
+
+        with self.assertRaisesRegex(ValueError, "an option cannot be called 'percent'"):
+            vaurien.check_handler("x", Taken)
+
+
+class TestCtl(unittest.TestCase):
+    """vaurienctl, as it is typed."""
+
+    def ctl(self, client, *words):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = vaurien.main(["ctl", *words, "--host", "http://127.0.0.1:%d" % client.port])
+        return status, out.getvalue().strip(), err.getvalue().strip()
+
+    def test_all_it_can_do(self):
+        with driven() as (proxy, client):
+            self.assertEqual(self.ctl(client, "list-handlers"), (0, ", ".join(HANDLERS), ""))
+            self.assertEqual(self.ctl(client, "get-handler"), (0, "dummy", ""))
+            self.assertEqual(self.ctl(client, "set-handler", "blackout"),
+                             (0, 'Handler changed to "blackout"', ""))
+            self.assertEqual(self.ctl(client, "set-behavior", "delay", "sleep=0.001", "percent=100",
+                                      "before=no")[0], 0)
+            self.assertEqual(proxy.describe(), "100:delay sleep=0.001 before=no")
+            with connected(proxy) as sock:
+                exchange(sock, b"question")
+                self.assertIn('"bytes_up": 8', self.ctl(client, "connections")[1])
+            self.assertIn('"handler": "delay"', self.ctl(client, "events")[1])
+            backend = vaurien.show_address(proxy.backend)
+            self.assertEqual(self.ctl(client, "backend"), (0, backend, ""))
+            self.assertEqual(self.ctl(client, "backend", "localhost:9"), (0, "localhost:9", ""))
+
+    def test_what_goes_wrong(self):
+        with driven() as (_, client):
+            for words, status, said in [
+                    (["set-handler", "nope"], 1, "unknown handler 'nope'"),
+                    (["set-handler", "delay", "sleep=x"], 1, "sleep must be a number"),
+                    (["backend", "x"], 1, "backend must be HOST:PORT"),
+                    (["set-handler"], 2, "set-handler: missing a required argument: 'name'"),
+                    (["set-handler", "delay", "sleep"], 2, "'sleep' must be NAME=VALUE"),
+                    (["get-handler", "x"], 2, "get-handler: too many positional arguments"),
+                    (["nope"], 2, "invalid choice: 'nope'"), ([], 2, "required: ACTION")]:
+                with self.subTest(words):
+                    found, out, err = self.ctl(client, *words)
+                    self.assertEqual((found, out), (status, ""))
+                    self.assertRegex(err, "^vaurien: [^\n]*%s[^\n]*$" % re.escape(said))
+
+    def test_no_server(self):
+        status, _, err = self.ctl(vaurien.Client(port=unused_port()), "get-handler")
+        self.assertEqual(status, 1)
+        self.assertRegex(err, "^vaurien: no answer from 127.0.0.1:[0-9]+: Connection refused$")
+
+    def test_where_it_is(self):
+        for text, found in [("http://localhost:8080", ("localhost", 8080, "http")),
+                            ("localhost", ("localhost", 8080, "http")),
+                            ("https://[::1]:1/", ("::1", 1, "https")),
+                            (":81", ("localhost", 81, "http"))]:
+            self.assertEqual(vaurien.parse_host(text), found)
+        for text in "ftp://x:1", "http://x:y", "x y:1":
+            with self.assertRaises(ValueError):
+                vaurien.parse_host(text)
+
+
 class TestReadme(unittest.TestCase):
     """What the README says is what is there."""
 
@@ -1778,6 +2451,58 @@ class TestReadme(unittest.TestCase):
             if "mine." not in command and "--help" not in command:
                 found = vaurien.read_arguments(shlex.split(command)[1:], vaurien.SETTINGS)
                 self.assertTrue(vaurien.make_proxies(*found), command)
+
+    def code(self, start):
+        """The indented block of the README that begins so, and its line."""
+        text = self.text[self.text.index("    " + start):]
+        return textwrap.dedent(re.match(r"(?:(?: {4}.*)?\n)+", text).group())
+
+    def test_the_unittest_of_the_original_documentation(self):
+        with serving(echo) as (port, _):
+            ports = {"proxy_port": unused_port(), "http_port": unused_port()}
+            start = functools.partial(vaurien.start_proxy, warmup=PATIENCE, log_output="-",
+                                      log_level="critical", **ports)
+            source = self.code("from vaurien import Client, start_proxy, stop_proxy")
+            names = {"unittest": unittest}
+            exec(source.replace("from vaurien import", "# ").replace("8888", str(port)), dict(
+                names, start_proxy=start, stop_proxy=vaurien.stop_proxy,
+                Client=functools.partial(vaurien.Client, port=ports["http_port"])), names)
+            result = unittest.TestResult()
+            unittest.defaultTestLoader.loadTestsFromTestCase(names["MyTest"]).run(result)
+            self.assertEqual((result.testsRun, result.errors, result.failures), (1, [], []))
+
+    def test_the_block_in_process(self):
+        with serving(echo) as (port, _):
+            source = self.code("import vaurien\n\n    with")
+            source = source.replace("localhost:6379", "127.0.0.1:%d" % port).replace("sleep=2", "sleep=0.01")
+
+            def redis(port):
+                self.sock = connect(port)
+                self.addCleanup(self.sock.close)
+                return self
+
+            here = "exchange(test.sock, b'q') if 'delay' in proxy.describe() else None"
+            exec(source.replace("...", here), {"Redis": redis, "test": self, "exchange": exchange})
+
+    def test_the_class_of_the_readme_works(self):
+        names = {}
+        exec(self.code("import time\n    from vaurien.handlers"), names)
+        with registered(names["MySuperHandler"]), proxy_of(echo) as proxy, connected(proxy) as sock:
+            with proxy.handler("MySuperHandler", sleep=0):
+                exchange(sock, b"question")
+            self.assertEqual(proxy.faults, {"MySuperHandler": 1})
+
+    def test_the_curl_lines_are_answered_so(self):
+        with driven() as (proxy, _):
+            control = vaurien.Control(("localhost", 0), [proxy])
+            for words, answer in re.findall(r"\n    \$ curl (.*)\n    (.*)", self.text):
+                words = shlex.split(words)
+                method = words[words.index("-X") + 1] if "-X" in words else \
+                    "POST" if any(word.startswith("-d") for word in words) else "GET"
+                body = next((word[2:] or words[words.index(word) + 1] for word in words
+                             if word.startswith("-d")), "")
+                target = words[-1][len("http://localhost:8080"):]
+                self.assertEqual(vaurien.respond(control, method, target, body.encode())[2], answer)
 
     def test_the_handler_of_the_readme_works(self):
         source = self.text.split("into `mine.py`:\n\n")[1].split("\nand run")[0]
@@ -1888,8 +2613,7 @@ class RealServer:
         return proxy
 
     def use(self, proxy, behavior, **options):
-        rules = vaurien.behavior_rules(vaurien.parse_behavior(behavior), options)
-        proxy.loop.call(proxy.use, rules)
+        proxy.loop.call(proxy.use, rules_of(behavior, options))
 
     def client(self, proxy, timeout=PATIENCE):
         client = self.connect(proxy.port, timeout)

@@ -29,12 +29,15 @@ instead. It never sleeps, reads no clock and touches no socket: time is a value.
 rooms above it.
 """
 import argparse
+import atexit
 import configparser
+import contextlib
 import errno
 import hashlib
 import heapq
 import importlib
 import inspect
+import json
 import logging
 import math
 import os
@@ -45,9 +48,12 @@ import selectors
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
+import types
+import urllib.parse
 from collections import ChainMap, Counter, OrderedDict, deque, namedtuple
 from selectors import EVENT_READ, EVENT_WRITE
 
@@ -233,8 +239,58 @@ def noise(generator, size):
     return generator.getrandbits(8 * size).to_bytes(size, "little")
 
 
+class BaseHandler:
+    """The class form of a handler: it may block, in a thread of its own.
+
+    name       what it is called
+    options    {option: (help, type, default)}
+
+    One object serves all connections of a proxy, many at a time.
+    """
+
+    name = ""
+    options: dict = {}      # noqa: RUF012
+
+    def __init__(self, settings=None, proxy=None):
+        self.settings = dict(settings or {})
+        self.proxy = proxy
+        self.logger = log
+
+    def __call__(self, client_sock, backend_sock, to_backend):
+        """Handle what has come: from the client if to_backend, else from the backend.
+
+        There is something to read when this is called. What is read and not sent on is
+        lost; an exception, or a socket that is closed here, ends the connection.
+        """
+        raise NotImplementedError
+
+    def update_settings(self, settings):
+        self.settings.update(settings)
+
+    def option(self, name):
+        """An option's value, of its declared type."""
+        _, kind, default = self.options[name]
+        value = self.settings.get(name, default)
+        if kind is bool and not isinstance(value, bool):
+            return YES_NO[str(value).strip().lower()]
+        return kind(value)
+
+    def _get_data(self, client_sock, backend_sock=None, to_backend=True, buffer=CHUNK):
+        """What has come; b"" if nothing will any more."""
+        try:
+            return (client_sock if to_backend else backend_sock).recv(buffer)
+        except OSError:
+            return b""
+
+
+def is_class_form(function):
+    return isinstance(function, type) and issubclass(function, BaseHandler)
+
+
 def options_of(function):
     """The option table of a handler: {name: default}."""
+    if is_class_form(function):
+        return {name: kind(default) for name, (_, kind, default) in function.options.items()}
     return getattr(function, "__kwdefaults__", None) or {}
 
 
@@ -244,7 +300,9 @@ def summary(function):
 
 
 def option_help(function):
-    """The docstring's line for each option: {name: help}."""
+    """The line of help for each option: {name: help}."""
+    if is_class_form(function):
+        return {name: words for name, (words, _, _) in function.options.items()}
     lines = re.findall(r"^(\w+) {2,}(\S.*)$", inspect.getdoc(function) or "", re.MULTILINE)
     return {name: text for name, text in lines if name in options_of(function)}
 
@@ -259,9 +317,8 @@ YES_NO = configparser.ConfigParser.BOOLEAN_STATES
 
 def get_handler(name):
     """The handler of that name. Raises ValueError."""
-    if name not in HANDLERS:
-        raise ValueError("names the unknown handler %r: there are %s"
-                         % (name, ", ".join(sorted(HANDLERS))))
+    if not isinstance(name, str) or name not in HANDLERS:
+        raise ValueError("unknown handler %r: there are %s" % (name, ", ".join(sorted(HANDLERS))))
     return HANDLERS[name]
 
 
@@ -305,6 +362,30 @@ def check_timeout(value):
                         lambda number: number > 0)
 
 
+def check_percent(value):
+    return check_number(value, float, "a number from 0 to 100", lambda number: 0 <= number <= 100)
+
+
+def check_count(value):
+    return check_number(value, int, "a whole number, 0 or more")
+
+
+def one_of(*words):
+    """A check that takes these words only."""
+    def check(value):
+        if value not in words:
+            raise ValueError("must be one of %s, not %r" % (", ".join(words), value))
+        return value
+    return check
+
+
+# What a rule has beside its handler and options; see Rule.
+RULE_FIELDS = OrderedDict((
+    ("percent", check_percent), ("per", one_of("request", "connection")),
+    ("stream", one_of("both", UPSTREAM, DOWNSTREAM)), ("after", check_count),
+    ("times", check_count)))
+
+
 def load_handler(name, path):
     """Register as name a handler of the user's, imported by its dotted path.
 
@@ -324,17 +405,23 @@ def load_handler(name, path):
 
 def check_handler(path, function):
     """Refuse, with a ValueError, what cannot be called as a handler."""
-    wanted = "a handler is a function (state, t, to, data, *, option=default ...)"
-    if inspect.isclass(function) or not callable(function):
-        raise ValueError("%r is not a function: %s" % (path, wanted))
+    wanted = ("a handler is a function (state, t, to, data, *, option=default ...) "
+              "or a class that inherits from vaurien.handlers.BaseHandler")
     try:
-        inspect.signature(function).bind(None, None, None, None)
+        if isinstance(function, type) and not is_class_form(function):
+            raise TypeError("it is a class of its own")
+        if not is_class_form(function):
+            inspect.signature(function).bind(None, None, None, None)
+        table = options_of(function)
     except (TypeError, ValueError) as problem:
-        raise ValueError("%r: %s: %s" % (path, problem, wanted)) from None
-    for option, default in options_of(function).items():
+        raise ValueError("%r is no handler: %s: %s" % (path, problem, wanted)) from None
+    for option, default in table.items():
         if type(default) not in (bool, int, float, str):
             raise ValueError("%r: the default of option %r must be a yes/no, a number "
                              "or a text, not %r" % (path, option, default))
+        if option == "name" or option in RULE_FIELDS:
+            raise ValueError("%r: an option cannot be called %r: that is a field of its rule"
+                             % (path, option))
 
 
 # -- Rules, line and pipe -----------------------------------------------------
@@ -354,21 +441,31 @@ class Rule:
                at most one of them acts
     per        what is drawn for: "request" or "connection"
     stream     which events it sees: UPSTREAM, DOWNSTREAM or "both"
+    after      how many requests (or connections) it leaves alone first
+    times      on how many it acts at most; 0 is no limit
     """
 
-    __slots__ = ("name", "handler", "options", "low", "high", "dice", "per", "stream",
-                 "thrown", "shared", "failed")
+    __slots__ = ("name", "handler", "options", "low", "high", "dice", "per", "stream", "after",
+                 "times", "thrown", "drawn", "shared", "failed", "worker")
 
     def __init__(self, name, options=None, low=0.0, high=100.0, dice="behavior",
-                 per="request", stream="both"):
+                 per="request", stream="both", after=0, times=0):
         self.name = name
         self.handler = get_handler(name)
         self.options = dict(options_of(self.handler), **options or {})
         self.low, self.high, self.dice = low, high, dice
         self.per, self.stream = per, stream
+        self.after, self.times = after, times
         self.thrown = 0             # requests, or connections, that its dice were thrown for
+        self.drawn = 0              # how many of them it acts on
         self.shared = Counter()     # for the handler, across connections
         self.failed = False         # whether the log has a traceback of it already
+        self.worker = None          # of the class form: the object that is called
+
+    @property
+    def blocking(self):
+        """Whether the handler has the class form, which is not for the fold."""
+        return is_class_form(self.handler)
 
     def __str__(self):
         """The handler and its options; a yes/no only where it is not the default."""
@@ -376,6 +473,11 @@ class Rule:
         said = ["%s=%s" % (option, show_value(value)) for option, value in self.options.items()
                 if value != usual[option] or not isinstance(value, bool)]
         return " ".join([self.name] + said)
+
+    def fields(self):
+        """All of it as one table, as `read_rules` reads it."""
+        return dict(self.options, name=self.name, percent=self.high - self.low, per=self.per,
+                    stream=self.stream, after=self.after, times=self.times)
 
 
 def parse_behavior(text):
@@ -391,7 +493,7 @@ def parse_behavior(text):
             raise ValueError("must be PERCENT:HANDLER[,PERCENT:HANDLER ...], "
                              "like 20:delay,5:error, not %r" % text)
         try:
-            number = check_number(percent, float, "", lambda number: 0 <= number <= 100)
+            number = check_percent(percent)
         except ValueError:
             raise ValueError("must be PERCENT:HANDLER with a percent from 0 to 100, not %r"
                              % part.strip()) from None
@@ -402,17 +504,46 @@ def parse_behavior(text):
     return chosen
 
 
-def behavior_rules(chosen, options):
+class BadRule(ValueError):
+    """What is wrong with the fields of a rule: one (field, description) for each."""
+
+    def __init__(self, errors):
+        super().__init__("; ".join(description for _, description in errors))
+        self.errors = errors
+
+
+def read_rules(tables):
     """The rules of one behavior: one throw of the dice, at most one of them acts.
 
-    chosen    [(percent, handler)]
-    options   {handler: {option: value}}
+    tables    [{"name": ..., and what is not the default: an option, a rule's field}]
+
+    Raises BadRule, which says of each thing what is wrong with it.
     """
-    rules, low = [], 0.0
-    for percent, name in chosen:
+    rules, low, errors = [], 0.0, []
+    for table in tables:
+        fields, options = {"percent": 100.0}, {}
+        name = table.get("name")
+        try:
+            get_handler(name)
+        except ValueError as problem:
+            errors.append(("name", str(problem)))
+            continue
+        for key, value in table.items():
+            try:
+                if key in RULE_FIELDS:
+                    fields[key] = RULE_FIELDS[key](value)
+                elif key != "name":
+                    options[key] = check_option(name, key, value)
+            except ValueError as problem:
+                errors.append((key, "%s %s" % (key, problem)))
+        percent = fields.pop("percent")
         if get_handler(name) is not dummy:      # which needs no rule to do nothing
-            rules.append(Rule(name, options.get(name), low, low + percent))
+            rules.append(Rule(name, options, low, low + percent, **fields))
         low += percent
+    if low > 100.000001:        # 33.3 three times and 0.1 are 100
+        errors.append(("percent", "percent must add up to 100 at most, not %g" % low))
+    if errors:
+        raise BadRule(errors)
     return rules
 
 
@@ -470,8 +601,11 @@ class Rules:
     def draw(self, rule, connection, request):
         """A step if the rule acts on this request (request 0: this connection), or None."""
         rule.thrown += 1
+        if rule.thrown <= rule.after or 0 < rule.times <= rule.drawn:
+            return None
         chance = self.throw(rule.dice, connection, request)
         if rule.low <= chance * 100 / 2 ** 64 < rule.high:
+            rule.drawn += 1
             return Step(rule, State(rule, chance))
         return None
 
@@ -536,6 +670,10 @@ class Line:
                 steps.append(step)
         return steps
 
+    def blocking(self):
+        """The first step at work that wants the sockets themselves, or None."""
+        return next((step for step in self.steps if step.rule.blocking), None)
+
     def carry(self, t, to, data):
         """What has become of an event after the last step: [(t, to, data, holds)].
 
@@ -543,6 +681,8 @@ class Line:
         """
         events = [(t, to, data, ())]
         for step in self.steps:
+            if step.rule.blocking:
+                continue                # it gets the sockets: see Connection.lend
             try:
                 events = [out for event in events for out in self.through(step, *event)]
             except (Exception, SystemExit) as problem:
@@ -966,7 +1106,7 @@ class Connection:
 
     __slots__ = ("proxy", "loop", "number", "name", "line", "up", "down",
                  "client", "client_events", "backend", "backend_events",
-                 "addresses", "deadline", "dialled", "connecting", "torn",
+                 "addresses", "deadline", "dialled", "connecting", "torn", "lent", "faults",
                  "alarm", "patience", "began")
 
     def __init__(self, proxy, number, client, peer):
@@ -986,6 +1126,8 @@ class Connection:
         self.dialled = False            # whether the backend has been called
         self.connecting = False
         self.torn = ""                  # how a peer went; a reset follows what it had said
+        self.lent = False               # a blocking handler has the sockets
+        self.faults = None              # names of the handlers that acted on it
         self.alarm = None               # for what is due next
         self.patience = None            # for connecting
         self.began = self.loop.clock()
@@ -1017,8 +1159,10 @@ class Connection:
     def receive(self, pipe, source, target):
         """One recv for each wake-up: a fast sender must not starve the others."""
         room = pipe.room()
-        if room <= 0:                   # ready since before the pipe filled up
+        if room <= 0 or self.lent:      # ready since before the pipe filled up
             self.watch()
+            return
+        if self.proxy.blocks and self.lend(pipe, source):
             return
         try:
             size = source.recv_into(self.loop.buffer, room)
@@ -1053,6 +1197,69 @@ class Connection:
             pipe.out.append(bytes(self.loop.view[sent:size]))
             pipe.hold(size - sent)
             self.watch()
+
+    def lend(self, pipe, source):
+        """Leave what has come to a blocking handler, if one was drawn for this request.
+
+        Returns whether it has the sockets, or gets them when the backend is there and
+        nothing is under way any more.
+        """
+        try:
+            if not source.recv(1, socket.MSG_PEEK):
+                return False            # the end is not for it
+        except OSError:
+            return False                # receive finds out
+        if self.line.speaker is not pipe.to:
+            self.line.turn(pipe.to)
+        step = self.line.blocking()
+        if step is None:
+            return False
+        if self.settled():
+            try:
+                socks = [self.client.dup(), self.backend.dup()]
+            except OSError as problem:  # no descriptors
+                self.reset("no handler: %s" % problem.strerror)
+                return True
+            self.lent = True
+            if not step.acted:
+                step.acted = True
+                self.proxy.record(self, step.rule)
+            self.loop.away(lambda: work(step.rule, socks, pipe.to == UPSTREAM),
+                           lambda done, problem: self.give_back(step.rule, socks, done, problem))
+        self.watch()
+        return True
+
+    def backend_name(self):
+        """The address of its backend, or what is called for it."""
+        try:
+            return show_address(self.backend.getpeername())
+        except (AttributeError, OSError):       # not called, not connected
+            return show_address(self.proxy.backend)
+
+    def settled(self):
+        """Whether there is a backend, and nothing under way that a handler would overtake."""
+        return self.backend is not None and not self.connecting and not (
+            self.up.queue or self.up.out or self.down.queue or self.down.out)
+
+    def give_back(self, rule, socks, open, problem):
+        """A blocking handler has done its work; open tells whether it left the sockets open."""
+        self.lent = False
+        for sock in socks:
+            sock.close()
+        if self.client is None:
+            return
+        for sock in (self.client, self.backend):
+            sock.setblocking(False)     # whatever it has done to them
+        if problem:
+            log.error("connection %d, request %d: handler %s failed and the connection is closed: "
+                      "%s: %s", self.number, self.line.request, rule.name,
+                      type(problem).__name__, problem,
+                      exc_info=not (rule.failed or isinstance(problem, OSError)) and problem)
+            rule.failed = True
+        if problem or not open:
+            self.close("closed by %s" % rule.name)
+        else:
+            self.advance()
 
     def take(self, to, data):
         """An event comes: carry it down the line and put what becomes of it into the pipes."""
@@ -1121,7 +1328,8 @@ class Connection:
     def watch(self):
         """What the two sockets are watched for, as things stand; it is decided here alone."""
         up, down = self.up, self.down
-        events = ((EVENT_READ if not up.over and up.room() > 0 else 0)
+        busy = self.lent or (self.proxy.blocks and self.line.blocking() and not self.settled())
+        events = ((EVENT_READ if not (up.over or busy) and up.room() > 0 else 0)
                   | (EVENT_WRITE if down.out else 0))
         if events != self.client_events:
             self.client_events = events
@@ -1131,7 +1339,7 @@ class Connection:
         if self.connecting:
             events = EVENT_WRITE
         else:
-            events = ((EVENT_READ if not down.over and down.room() > 0 else 0)
+            events = ((EVENT_READ if not (down.over or busy) and down.room() > 0 else 0)
                       | (EVENT_WRITE if up.out else 0))
         if events != self.backend_events:
             self.backend_events = events
@@ -1255,6 +1463,10 @@ class Connection:
         """All is over; how says what ended it."""
         if self.client is None:
             return
+        if self.lent:                   # wake up who waits in a recv of theirs
+            for sock in (self.client, self.backend):
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
         self.forget_backend()
         self.loop.watch(self.client, 0)
         self.client.close()
@@ -1264,6 +1476,21 @@ class Connection:
         self.proxy.ended(self, how)
         self.up.close()
         self.down.close()
+
+
+def work(rule, socks, to_backend):
+    """Call a blocking handler, in a thread of its own. Returns whether it left the sockets open.
+
+    socks are duplicates with a time-out: the descriptors stay non-blocking, Python waits.
+    """
+    try:
+        for sock in socks:
+            sock.settimeout(LONGEST)
+        rule.worker(socks[0], socks[1], to_backend)
+        return all(sock.fileno() >= 0 for sock in socks)
+    finally:
+        for sock in socks:
+            sock.close()
 
 
 # -- Proxy --------------------------------------------------------------------
@@ -1277,8 +1504,10 @@ Event = namedtuple("Event", "number time proxy connection client request handler
 class Proxy:
     """A chaos proxy in front of one backend.
 
-        with Proxy("localhost:6379", behavior="20:delay") as proxy:
+        with Proxy("localhost:6379") as proxy:
             redis = Redis(port=proxy.port)
+            with proxy.handler("delay", sleep=2):
+                ...
 
     distant    the backend, "HOST:PORT" or (host, port), called anew for each client
     local      where to listen, likewise; port 0 picks a free one
@@ -1297,29 +1526,24 @@ class Proxy:
                  name="vaurien", seed=None, timeout=30.0):
         self.name = name
         self.label = "" if name == "vaurien" else name + ": "
-        self.backend = parse_address(distant) if isinstance(distant, str) else distant
         self.local = parse_listener(local) if isinstance(local, str) else local
         chosen = parse_behavior(behavior) if isinstance(behavior, str) else behavior
-        if meet(self.local, self.backend):
-            raise ValueError("backend %s is the address that is listened on: the proxy would "
-                             "call itself" % show_address(self.backend))
         self.timeout = check_timeout(timeout)
         self.seed = random.SystemRandom().getrandbits(32) if seed is None else seed
         self.rules = Rules(self.seed, name)
-        self.rules.armed = behavior_rules(chosen, {
-            handler: {option: check_option(handler, option, value)
-                      for option, value in table.items()}
-            for handler, table in (options or {}).items()})
+        self.arm(read_rules([dict((options or {}).get(handler, {}), name=handler,
+                                  percent=percent) for percent, handler in chosen]))
         self.loop = None
-        self.listeners = []
+        self.listener = None
+        self.set_backend(distant)
         self.connections = {}               # {number: Connection}, those that are open
         self.accepted = 0
         self.faults = Counter()             # {handler: requests or connections it acted on}
         self.failures = 0                   # to connect to the backend
         self.events = deque(maxlen=EVENTS_KEPT)
         self.recorded = 0
+        self.acted = threading.Condition()  # notified of each event
         self.asking = []                    # connections that wait for the backend's addresses
-        self.complained = 0.0               # when we last said that descriptors have run out
 
     # For other threads
 
@@ -1340,21 +1564,48 @@ class Proxy:
     @property
     def port(self):
         """The port listened on."""
-        return self.listeners[0].getsockname()[1]
+        return self.listener.sockets[0].getsockname()[1]
+
+    @contextlib.contextmanager
+    def handler(self, name, **fields):
+        """Have a handler act for the time of a block, and then what acted before.
+
+        fields    its options, and percent, per, stream, after, times: see Rule
+
+        Raises ValueError for what cannot be understood.
+        """
+        before = self.loop.call(self.use, read_rules([dict(fields, name=name)]))
+        try:
+            yield self
+        finally:
+            self.loop.call(self.use, before)
+
+    def wait_for(self, name, timeout=5, since=0):
+        """Wait until a handler has acted, and return the Event; TimeoutError otherwise.
+
+        since    the number of an event: only later ones count
+        """
+        def found():
+            return next((event for event in list(self.events)
+                         if event.number > since and event.handler == name), None)
+        get_handler(name)
+        with self.acted:
+            event = self.acted.wait_for(found, timeout)
+        if not event:
+            raise TimeoutError("%s has not acted in %g seconds" % (name, timeout))
+        return event
 
     # In the loop's thread
 
     def bind(self):
         """Have a port. Raises OSError, with the address in its words."""
-        self.listeners = listen(self.local)
+        self.listener = Listener(self.local, self.welcome)
 
     def open(self, loop):
         """Begin to accept."""
         self.loop = loop
-        for listener in self.listeners:
-            self.listen_to(listener)
-        log.info("%slistening on %s for %s: %s; seed %s", self.label,
-                 " and ".join(show_address(listener.getsockname()) for listener in self.listeners),
+        self.listener.open(loop)
+        log.info("%slistening on %s for %s: %s; seed %s", self.label, self.listener,
                  show_address(self.backend), self.describe(), self.seed)
 
     def describe(self):
@@ -1363,47 +1614,28 @@ class Proxy:
         rest = 100 - sum(rule.high - rule.low for rule in self.rules.armed)
         return ", ".join(words + ["%g:dummy" % rest] * (rest > 0.000001))
 
-    def listen_to(self, listener):
-        self.loop.watch(listener, EVENT_READ, lambda events: self.accept(listener))
+    def acting(self):
+        """The name of the handler that acts, or the names."""
+        return ",".join(rule.name for rule in self.rules.armed) or "dummy"
 
-    def accept(self, listener):
-        """Take in who waits, a burst at most."""
-        for _ in range(BURST):
-            if listener not in self.listeners:      # closed earlier in this select()
-                return
-            if self.loop.full():
-                self.pause(listener, OSError(errno.EMFILE, "select() takes no more sockets"))
-                return
-            try:
-                client, peer = listener.accept()
-            except BlockingIOError:
-                return
-            except ConnectionError:
-                continue                    # it has gone again already
-            except OSError as problem:      # no descriptors, no memory: wait for better times
-                self.pause(listener, problem)
-                return
-            try:
-                client.setblocking(False)
-                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                peer = peer or client.getpeername()     # macOS has none of one that has gone
-            except OSError:
-                client.close()              # likewise
-                continue
-            self.accepted += 1
-            connection = Connection(self, self.accepted, client, peer)
-            self.connections[self.accepted] = connection
-            connection.start()
+    def welcome(self, client, peer):
+        """Somebody has come."""
+        client.setblocking(False)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.accepted += 1
+        connection = Connection(self, self.accepted, client, peer)
+        self.connections[self.accepted] = connection
+        connection.start()
 
-    def pause(self, listener, problem):
-        """Accept nobody for a while; those who are here go on."""
-        now = self.loop.clock()
-        if now - self.complained >= PAUSE:
-            self.complained = now
-            log.warning("%scannot accept: %s: trying again in %g s", self.label,
-                        problem.strerror, PAUSE)
-        self.loop.watch(listener, 0)
-        self.loop.at(now + PAUSE, lambda: listener in self.listeners and self.listen_to(listener))
+    def set_backend(self, distant):
+        """Have new connections go to HOST:PORT. Raises ValueError."""
+        backend = parse_address(distant) if isinstance(distant, str) else distant
+        here = [self.local] + ([sock.getsockname()[:2] for sock in self.listener.sockets]
+                               if self.listener else [])
+        if any(meet(address, backend) for address in here):
+            raise ValueError("%s is the address that is listened on: the proxy would call itself"
+                             % show_address(backend))
+        self.backend = backend
 
     def find_backend(self, then):
         """then(addresses, problem), at once for a number, later for a name.
@@ -1430,20 +1662,36 @@ class Proxy:
         Adding one touches nothing that is under way; what a rule that goes was
         holding goes on at once. Open connections follow from their next request, or
         from this one if nobody has spoken in it yet.
+
+        Returns those that were armed before.
         """
-        gone = [rule for rule in self.rules.armed if rule not in rules]
-        new = [rule for rule in rules if rule not in self.rules.armed]
-        self.rules.armed = list(rules)
+        before = self.rules.armed
+        gone = [rule for rule in before if rule not in rules]
+        new = [rule for rule in rules if rule not in before]
+        self.arm(rules)
+        log.info("%srules: %s", self.label, self.describe())
         for connection in list(self.connections.values()):
             connection.renew(new, gone)
+        return before
+
+    def arm(self, rules):
+        """Have the rules, and the objects of those whose handlers have the class form."""
+        for rule in rules:
+            if rule.blocking and rule.worker is None:
+                rule.worker = rule.handler(rule.options, self)
+        self.rules.armed = list(rules)
+        self.blocks = any(rule.blocking for rule in rules)
 
     def record(self, connection, rule):
         """A fault has acted."""
         self.recorded += 1
         self.faults[rule.name] += 1
-        self.events.append(Event(self.recorded, time.time(), self.name, connection.number,
-                                 connection.name, connection.line.request, rule.name,
-                                 dict(rule.options)))
+        connection.faults = [*(connection.faults or []), rule.name][-100:]
+        with self.acted:
+            self.events.append(Event(self.recorded, time.time(), self.name, connection.number,
+                                     connection.name, connection.line.request, rule.name,
+                                     dict(rule.options)))
+            self.acted.notify_all()
         log.info("%sconnection %d, client %s, request %d: %s", self.label, connection.number,
                  connection.name, connection.line.request, rule)
 
@@ -1460,13 +1708,24 @@ class Proxy:
                   self.loop.clock() - connection.began, connection.up.bytes,
                   connection.down.bytes, connection.line.request)
 
+    def list_connections(self):
+        """What is open, a table each."""
+        now = self.loop.clock()
+        return [{
+            "number": connection.number, "client": connection.name,
+            "backend": connection.backend_name(),
+            "connected": connection.backend is not None and not connection.connecting,
+            "age": round(now - connection.began, 3),
+            "bytes_up": connection.up.bytes, "bytes_down": connection.down.bytes,
+            "requests": connection.line.request,
+            "held_up": connection.up.held, "held_down": connection.down.held,
+            "faults": connection.faults or [],
+        } for connection in self.connections.values()]
+
     def close(self):
         """Stop listening and close every connection."""
-        for listener in self.listeners:
-            if self.loop:
-                self.loop.watch(listener, 0)
-            listener.close()
-        self.listeners = []
+        if self.listener:
+            self.listener.close()
         if not self.loop:
             return
         for connection in list(self.connections.values()):
@@ -1474,6 +1733,67 @@ class Proxy:
         log.info("%sstopped: connections: %d, requests: %d, faults: %s", self.label,
                  self.accepted, self.rules.requests,
                  ", ".join("%d %s" % (n, name) for name, n in self.faults.items()) or "none")
+
+
+class Listener:
+    """Accepts, on every address of a host, all on one port."""
+
+    def __init__(self, local, welcome):
+        """Have the port; welcome(client, peer) gets who comes. Raises OSError."""
+        self.sockets = listen(local)
+        self.welcome = welcome
+        self.loop = None
+        self.complained = 0.0       # when we last said that descriptors have run out
+
+    def __str__(self):
+        return " and ".join(show_address(sock.getsockname()) for sock in self.sockets)
+
+    def open(self, loop):
+        self.loop = loop
+        for sock in self.sockets:
+            self.watch(sock)
+
+    def watch(self, sock):
+        self.loop.watch(sock, EVENT_READ, lambda events: self.accept(sock))
+
+    def accept(self, sock):
+        """Take in who waits, a burst at most."""
+        for _ in range(BURST):
+            if sock not in self.sockets:            # closed earlier in this select()
+                return
+            if self.loop.full():
+                self.pause(sock, OSError(errno.EMFILE, "select() takes no more sockets"))
+                return
+            try:
+                client, peer = sock.accept()
+            except BlockingIOError:
+                return
+            except ConnectionError:
+                continue                            # it has gone again already
+            except OSError as problem:              # no descriptors, no memory
+                self.pause(sock, problem)
+                return
+            try:
+                self.welcome(client, peer or client.getpeername())
+            except OSError:                         # likewise; macOS then has no peer
+                client.close()
+
+    def pause(self, sock, problem):
+        """Accept nobody for a while; those who are here go on."""
+        now = self.loop.clock()
+        if now - self.complained >= PAUSE:
+            self.complained = now
+            log.warning("cannot accept on %s: %s: trying again in %g s", self, problem.strerror,
+                        PAUSE)
+        self.loop.watch(sock, 0)
+        self.loop.at(now + PAUSE, lambda: sock in self.sockets and self.watch(sock))
+
+    def close(self):
+        for sock in self.sockets:
+            if self.loop:
+                self.loop.watch(sock, 0)
+            sock.close()
+        self.sockets = []
 
 
 def listen(local):
@@ -1526,6 +1846,486 @@ def listen_at(family, address):
     return sock
 
 
+# -- Control ------------------------------------------------------------------
+#
+# HTTP for a test that drives the proxy while it runs. A route is a function of a
+# question that returns the answer: a dict goes out as JSON, a str as text. To add one,
+# write it here: `GET /` lists them. The loop accepts; a short-lived thread reads the
+# question and answers it, and says `loop.call` for all that touches a proxy.
+
+ROUTES = OrderedDict()          # {path: {method: function}}
+BODY_MAX = 1 << 20              # bytes of a question's body
+TALKERS_MAX = 64                # questions read at a time
+TALK_TIME = 10.0                # seconds that a connection may say nothing
+
+# What a route is asked: the control, the proxy chosen by ?proxy=NAME, the other words of
+# the query, the body's text.
+Question = namedtuple("Question", "control proxy query body")
+
+
+class Refused(Exception):
+    """An answer that is an error: a status, and (location, name, description) of each."""
+
+    def __init__(self, status, errors, headers=()):
+        super().__init__("; ".join(description for _, _, description in errors))
+        self.status, self.errors, self.headers = status, errors, dict(headers)
+
+
+def route(method, path, example=""):
+    """Register a function for a method of a path; example is what curl is told to send."""
+    def register(function):
+        function.example = example
+        ROUTES.setdefault(path, OrderedDict())[method] = function
+        return function
+    return register
+
+
+def refuse(name, description, location="body", status=400):
+    raise Refused(status, [(location, name, description)])
+
+
+def read_table(body):
+    """The JSON object in a body. Raises Refused."""
+    try:
+        table = json.loads(body)
+    except (ValueError, RecursionError) as problem:
+        refuse("", "the body must be JSON: %s" % problem)
+    if not isinstance(table, dict):
+        refuse("", "the body must be a JSON object, like {\"name\": \"delay\", \"sleep\": 2}")
+    return table
+
+
+def set_rules(question, tables):
+    """Have the proxy use these rules and no others. Raises Refused."""
+    try:
+        rules = read_rules(tables)
+    except BadRule as bad:
+        raise Refused(400, [("body", name, words) for name, words in bad.errors]) from None
+    question.proxy.loop.call(question.proxy.use, rules)
+
+
+@route("GET", "/")
+def index(question):
+    """This list."""
+    lines = ["Vaurien %s: what can be asked, with an example each." % __version__, ""]
+    for path, methods in ROUTES.items():
+        for method, function in methods.items():
+            lines.append("%-4s %-13s %s" % (method, path, summary(function)))
+            lines.append("     curl %s%s%s%s" % (
+                "-X %s " % method if method not in ("GET", "POST") else "",
+                "-d '%s' " % function.example if method != "GET" else "",
+                question.control.url, path + (function.example if method == "GET" else "")))
+    lines += ["", "The handlers: %s." % ", ".join(HANDLERS),
+              "The proxies: %s; ?proxy=NAME picks one, the first is usual."
+              % ", ".join(proxy.name for proxy in question.control.proxies)]
+    return "\n".join(lines) + "\n"
+
+
+@route("GET", "/handler")
+def get_name(question):
+    """The name of the handler that acts, as text."""
+    return question.proxy.acting()
+
+
+@route("POST", "/handler", '{"name": "delay", "sleep": 2}')
+def set_by_name(question):
+    """Set a handler: a bare name, or JSON with its options and percent."""
+    text = question.body.strip()
+    if text[:1] in ("{", "[", '"'):
+        table = read_table(text)
+    else:
+        table = {"name": text}
+    set_rules(question, [table])
+    return "ok"
+
+
+@route("GET", "/handlers")
+def list_handlers(question):
+    """The names of all handlers."""
+    return {"handlers": list(HANDLERS)}
+
+
+@route("GET", "/behavior")
+def get_behavior(question):
+    """As GET /handler, as JSON."""
+    return {"behavior": question.proxy.acting()}
+
+
+@route("PUT", "/behavior", '{"name": "delay", "sleep": 2, "percent": 20}')
+def set_behavior(question):
+    """As POST /handler, as JSON."""
+    set_rules(question, [read_table(question.body)])
+    return {"status": "ok"}
+
+
+@route("GET", "/behaviors")
+def list_behaviors(question):
+    """As GET /handlers."""
+    return {"behaviors": list(HANDLERS)}
+
+
+@route("GET", "/rules")
+def get_rules(question):
+    """All rules, with every option and field."""
+    return {"rules": [rule.fields() for rule in question.proxy.rules.armed]}
+
+
+@route("PUT", "/rules",
+       '{"rules": [{"name": "delay", "percent": 20}, {"name": "hang", "percent": 5}]}')
+def put_rules(question):
+    """Set several at once: one throw of the dice, at most one of them acts."""
+    table = read_table(question.body)
+    tables = table.pop("rules", None)
+    if table or not isinstance(tables, list) or not all(isinstance(rule, dict) for rule in tables):
+        refuse("rules", "the body must be {\"rules\": [{\"name\": ..., \"percent\": ...}, ...]}")
+    set_rules(question, tables)
+    return {"status": "ok"}
+
+
+@route("GET", "/backend")
+def get_backend(question):
+    """The backend that new connections go to."""
+    return {"backend": show_address(question.proxy.backend)}
+
+
+@route("PUT", "/backend", '{"backend": "localhost:80"}')
+def set_backend(question):
+    """Set it; connections that are open stay where they are."""
+    table = read_table(question.body)
+    for name in sorted(set(table) - {"backend"}):
+        refuse(name, "%s is not known here: give backend" % name)
+    if not isinstance(table.get("backend"), str):
+        refuse("backend", "backend must be HOST:PORT, like localhost:8000")
+    try:
+        question.proxy.loop.call(question.proxy.set_backend, table["backend"])
+    except ValueError as problem:
+        refuse("backend", "backend %s" % problem)
+    return {"status": "ok"}
+
+
+@route("GET", "/connections")
+def list_connections(question):
+    """What is open, and what is held in it."""
+    return {"connections": question.proxy.loop.call(question.proxy.list_connections)}
+
+
+@route("GET", "/events", "?since=0")
+def list_events(question):
+    """The faults that acted, those after number `since`."""
+    try:
+        since = check_count(question.query.get("since", "0"))
+    except ValueError as problem:
+        refuse("since", "since %s" % problem, "querystring")
+    events = question.proxy.loop.call(lambda: list(question.proxy.events))
+    return {"events": [event._asdict() for event in events if event.number > since]}
+
+
+QUERIES = {list_events: {"since"}}      # the words of a query, beside proxy, that a route knows
+
+
+def respond(control, method, target, body):
+    """The answer to one question: (status, headers, text). Nothing else may come of it."""
+    try:
+        answer = ask(control, method, target, body)
+    except Refused as refused:
+        return refused.status, dict(refused.headers, **{"Content-Type": "application/json"}), \
+            json.dumps({"status": "error", "errors": [
+                {"location": location, "name": name, "description": description}
+                for location, name, description in refused.errors]})
+    if isinstance(answer, str):
+        return 200, {"Content-Type": "text/plain; charset=utf-8"}, answer
+    return 200, {"Content-Type": "application/json"}, json.dumps(answer)
+
+
+def ask(control, method, target, body):
+    """Find the route and ask it. Raises Refused."""
+    path, _, words = target.partition("#")[0].partition("?")
+    methods = ROUTES.get(path, {})
+    if not methods:
+        refuse("path", "there is no %s: there are %s" % (path[:200], ", ".join(ROUTES)),
+               "path", 404)
+    function = methods.get("GET" if method == "HEAD" else method)
+    if function is None:
+        allowed = ", ".join(sorted(methods))
+        raise Refused(405, [("method", method[:20], "%s takes %s" % (path, allowed))],
+                      {"Allow": allowed})
+    query = dict(urllib.parse.parse_qsl(words, keep_blank_values=True))
+    name = query.pop("proxy", control.proxies[0].name)
+    proxy = next((proxy for proxy in control.proxies if proxy.name == name), None)
+    if proxy is None:
+        refuse("proxy", "there is no proxy %r: there are %s" % (
+            name[:200], ", ".join(proxy.name for proxy in control.proxies)), "querystring")
+    for word in sorted(set(query) - QUERIES.get(function, set())):
+        refuse(word, "%s does not know %r in a query" % (path, word[:200]), "querystring")
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as problem:
+        refuse("", "the body must be UTF-8: %s" % problem)
+    return function(Question(control, proxy, query, text))
+
+
+class Control:
+    """The control server: the loop accepts for it, threads answer."""
+
+    def __init__(self, local, proxies):
+        self.local = local
+        self.proxies = proxies
+        self.listener = None
+        self.url = ""
+        self.places = threading.BoundedSemaphore(TALKERS_MAX)
+
+    def bind(self):
+        """Have a port. Raises OSError, with the address in its words."""
+        self.listener = Listener(self.local, self.welcome)
+        port = self.listener.sockets[0].getsockname()[1]
+        self.url = "http://%s" % show_address((self.local[0] or "localhost", port))
+
+    def open(self, loop):
+        """Begin to answer."""
+        self.talk = talker()
+        self.listener.open(loop)
+        log.info("control on %s", self.listener)
+
+    def welcome(self, client, peer):
+        """Have a thread answer a client; too many at a time are turned away."""
+        if not self.places.acquire(blocking=False):
+            client.close()
+            return
+        client.settimeout(TALK_TIME)
+        threading.Thread(target=self.answer, args=(client, peer), daemon=True).start()
+
+    def answer(self, client, peer):
+        try:
+            self.talk(client, peer, self)
+        except OSError:
+            pass                        # it has gone
+        finally:
+            client.close()
+            self.places.release()
+
+    def close(self):
+        if self.listener:
+            self.listener.close()
+
+
+def talker():
+    """The request handler of http.server that puts every question to `respond`."""
+    import http.server  # late: few commands need it, and it takes its time
+
+    class Talker(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        server_version = "vaurien/" + __version__
+        disable_nagle_algorithm = True
+        wbufsize = -1                   # the head and the body leave together
+        command = requestline = ""      # until it is known
+
+        def handle(self):
+            try:
+                self.rfile.peek(1)  # type: ignore
+            except socket.timeout:
+                self.send_error(408, "nothing was asked in %g seconds" % TALK_TIME)
+                return
+            super().handle()
+
+        def __getattr__(self, name):    # any method: it is for the routes to refuse
+            if name.startswith("do_"):
+                return self.answer
+            raise AttributeError(name)
+
+        def answer(self):
+            try:
+                body = self.read_body()
+            except socket.timeout:
+                self.send_error(408, "the body did not come")
+            else:
+                if body is not None:
+                    self.reply(*respond(self.server, self.command, self.path, body))
+
+        def read_body(self):
+            """The body; or None, and it is answered."""
+            length = self.headers.get("Content-Length", "0")
+            if self.headers.get("Transfer-Encoding"):
+                self.send_error(411, "a body must come with its Content-Length")
+            elif self.headers.get("Content-Encoding", "identity") != "identity":
+                self.send_error(415, "a body must come as it is, without Content-Encoding")
+            elif not re.fullmatch("[0-9]{1,18}", length):
+                self.send_error(400, "Content-Length must be a number")
+            elif int(length) > BODY_MAX:
+                self.send_error(413, "a body may have %d bytes at most" % BODY_MAX)
+            else:
+                body = self.rfile.read(int(length))
+                if len(body) == int(length):
+                    return body
+                self.close_connection = True
+            return None
+
+        def reply(self, status, headers, text):
+            data = text.encode("utf-8")
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(data)))
+            if self.close_connection:
+                self.send_header("Connection", "close")
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(data)
+
+        def send_error(self, code, message=None, explain=None):
+            self.close_connection = True
+            self.request_version = self.protocol_version    # whatever was asked for
+            self.reply(code, {"Content-Type": "application/json"}, json.dumps({
+                "status": "error", "errors": [{"location": "request", "name": "",
+                                               "description": message or explain or ""}]}))
+            self.wfile.flush()
+
+        def log_message(self, form, *args):
+            log.debug("control: %s: %s", self.client_address[0], form % args)
+
+    return Talker
+
+
+# -- Client -------------------------------------------------------------------
+#
+# The other end of Control, for a test in another process or on another host; and
+# start_proxy and stop_proxy, that run this very file in a process of its own.
+
+class Client:
+    """Drives a proxy that was started with --http.
+
+    A refusal is a ValueError with the server's words; no server is an OSError.
+    """
+
+    def __init__(self, host="localhost", port=8080, scheme="http", proxy=None):
+        self.host, self.port, self.scheme = host, int(port), scheme
+        self.proxy = proxy              # its name, where there are several
+
+    def ask(self, method, path, body=None, **query):
+        """Ask the server; returns its JSON, or its text."""
+        import http.client  # late: it takes its time to import
+        kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+        if self.scheme not in kinds:
+            raise ValueError("scheme must be http or https, not %r" % self.scheme)
+        if self.proxy is not None:
+            query["proxy"] = self.proxy
+        if query:
+            path += "?" + urllib.parse.urlencode(query)
+        connection = kinds[self.scheme](self.host, self.port, timeout=30)
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body))
+            response = connection.getresponse()
+            text = response.read().decode("utf-8", "replace")
+        except http.client.HTTPException as problem:
+            raise OSError("%s:%d does not speak HTTP: %s" % (
+                self.host, self.port, problem)) from None
+        finally:
+            connection.close()
+        if response.getheader("Content-Type", "").startswith("application/json"):
+            text = json.loads(text)
+        if response.status >= 400:
+            errors = text.get("errors") if isinstance(text, dict) else None
+            raise ValueError("; ".join(error["description"] for error in errors) if errors
+                             else "HTTP %d: %s" % (response.status, text))
+        return text
+
+    def set_handler(self, handler, **options):
+        """Set a handler, with its options, percent and other fields of a rule."""
+        self.ask("PUT", "/behavior", dict(options, name=handler))
+
+    def get_handler(self):
+        """The name of the handler that acts."""
+        return self.ask("GET", "/behavior")["behavior"]
+
+    def list_handlers(self):
+        return self.ask("GET", "/handlers")["handlers"]
+
+    @contextlib.contextmanager
+    def with_handler(self, handler, **options):
+        """Set a handler for the time of a block, then what was there before."""
+        before = self.ask("GET", "/rules")
+        self.set_handler(handler, **options)
+        try:
+            yield
+        finally:
+            self.ask("PUT", "/rules", before)
+
+    set_behavior, get_behavior = set_handler, get_handler
+    list_behaviors, with_behavior = list_handlers, with_handler
+
+    def get_backend(self):
+        return self.ask("GET", "/backend")["backend"]
+
+    def set_backend(self, backend):
+        """Have new connections go to HOST:PORT."""
+        self.ask("PUT", "/backend", {"backend": backend})
+
+    def events(self, since=0):
+        """The faults that acted, those after number `since`: a list of dicts."""
+        return self.ask("GET", "/events", since=since)["events"]
+
+    def connections(self):
+        """What is open: a list of dicts."""
+        return self.ask("GET", "/connections")["connections"]
+
+
+STARTED = {}            # {pid: Popen} of start_proxy
+
+
+def start_proxy(host="localhost", port=8888, http=True, warmup=2, *, proxy_host="localhost",
+                proxy_port=8000, backend_host=None, backend_port=None, protocol="tcp",
+                http_host="localhost", http_port=8080, options=None, log_level="info",
+                log_output="-"):
+    """Start a proxy in a process of its own, and return its pid when it listens.
+
+    host, port       the backend (backend_host and backend_port mean the same)
+    http             whether it can be driven by a Client, at http_host and http_port
+    warmup           seconds to wait for it, at the longest
+    options          more words for the command line, like ["--behavior", "20:delay"]
+
+    Raises RuntimeError, in the words of the proxy, if it cannot start. It ends with
+    `stop_proxy`, or when this process does, however that ends.
+    """
+    if protocol != "tcp":
+        raise ValueError("protocol must be tcp, not %r" % protocol)
+    backend = show_address((backend_host or host, backend_port or port))
+    words = [sys.executable, os.path.abspath(__file__), "--attached", "--backend", backend,
+             "--proxy", show_address((proxy_host, proxy_port)), "--log-level", log_level,
+             "--log-output", log_output]
+    if http:
+        words += ["--http", "--http-host", http_host, "--http-port", str(http_port)]
+    process = subprocess.Popen(words + list(options or ()), stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, universal_newlines=True)
+    if not STARTED:
+        atexit.register(stop_all)
+    STARTED[process.pid] = process
+    said = []
+    reader = threading.Thread(target=lambda: said.append(process.stdout.readline()), daemon=True)
+    reader.start()
+    reader.join(warmup)
+    if said != ["ready\n"]:
+        stop_proxy(process.pid)
+        reader.join()
+        raise RuntimeError("the proxy did not start: %s" % (
+            "".join(said).strip() or "it said nothing in %g seconds" % warmup))
+    return process.pid
+
+
+def stop_proxy(pid):
+    """Stop a proxy of `start_proxy`, and wait for its end. ValueError if it is none."""
+    if pid not in STARTED:
+        raise ValueError("no proxy was started as process %r" % (pid,))
+    process = STARTED.pop(pid)
+    process.terminate()
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+
+
+def stop_all():
+    for pid in list(STARTED):
+        stop_proxy(pid)
+
+
 # -- Command line -------------------------------------------------------------
 #
 # Every setting is declared once, here, and every handler's options once, in its
@@ -1533,12 +2333,29 @@ def listen_at(family, address):
 # The command line wins over the file, the file over the defaults.
 
 # How a setting is spelt, its default, and the function that checks its text, which
-# raises ValueError with the end of a sentence: "must be ...".
+# raises ValueError with the end of a sentence: "must be ...". No metavar: it takes
+# no value on the command line, and yes or no in a file.
 Setting = namedtuple("Setting", "flags default check metavar help")
 
 
 def check_seed(text):
     return check_number(text, int, "a whole number, 0 or more")
+
+
+def check_yes_no(text):
+    if text.strip().lower() not in YES_NO:
+        raise ValueError("must be yes or no, not %r" % text)
+    return YES_NO[text.strip().lower()]
+
+
+def check_host(text):
+    if not nameable(text):
+        raise ValueError("must be a host, like localhost or 127.0.0.1, not %r" % text)
+    return text
+
+
+def check_port(text):
+    return check_number(text, int, "a port from 0 to 65535", lambda number: 0 <= number <= 65535)
 
 
 def check_requests(text):
@@ -1572,6 +2389,11 @@ PROXY_SETTINGS = OrderedDict((
                         "for connecting to the backend")),
 ))
 PROCESS_SETTINGS = OrderedDict((
+    ("http", Setting(("--http",), "no", check_yes_no, None, "let it be driven while it runs")),
+    ("http-host", Setting(("--http-host",), "localhost", check_host, "HOST",
+                          "where to be driven from")),
+    ("http-port", Setting(("--http-port",), "8080", check_port, "PORT",
+                          "likewise; 0 picks a free one")),
     ("log-level", Setting(("--log-level",), "info", check_log_level, "LEVEL",
                           "debug, info, warning, error or critical")),
     ("log-output", Setting(("--log-output",), "-", check_file, "FILE",
@@ -1580,7 +2402,9 @@ PROCESS_SETTINGS = OrderedDict((
 FILE_SETTINGS = OrderedDict(list(PROXY_SETTINGS.items()) + list(PROCESS_SETTINGS.items()))
 CONFIG = Setting(("--config",), None, check_file, "FILE",
                  "an ini file; the command line wins over it")
-SETTINGS = OrderedDict([("config", CONFIG)] + list(FILE_SETTINGS.items()))
+ATTACHED = Setting(("--attached",), "no", check_yes_no, None,
+                   "for what starts it: say ready on stdout, stop when stdin ends")
+SETTINGS = OrderedDict([("config", CONFIG), *FILE_SETTINGS.items(), ("attached", ATTACHED)])
 DEMO_SETTINGS = OrderedDict((
     ("behavior", PROXY_SETTINGS["behavior"]._replace(default="20:delay")),
     ("seed", PROXY_SETTINGS["seed"]._replace(default="1",
@@ -1621,11 +2445,15 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter, **words)
         for name, setting in settings.items():
             usual = "" if setting.default is None else " (%s)" % setting.default
-            self.add_argument(*setting.flags, dest=name, metavar=setting.metavar,
-                              help=setting.help + usual)
+            if setting.metavar:
+                self.add_argument(*setting.flags, dest=name, metavar=setting.metavar,
+                                  help=setting.help + usual)
+            else:
+                self.add_argument(*setting.flags, dest=name, help=setting.help,
+                                  action="store_const", const="yes")
 
     def error(self, message):
-        raise ValueError("%s (see vaurien --help)" % message)
+        raise ValueError("%s (see %s --help)" % (message, self.prog))
 
     def add_handlers(self):
         """A group for each handler, an argument for each of its options."""
@@ -1653,7 +2481,8 @@ def read_arguments(argv, settings, **words):
     Returns what the command line gives, the sections of the file, and the handlers'
     options of both: {setting: Given}, {proxy: {setting: Given}}, {(handler, option): Given}.
     """
-    first = vars(Parser(settings, add_help=False).parse_known_args(argv)[0])
+    first = vars(Parser(settings, add_help=False, prog=words.get("prog"))
+                 .parse_known_args(argv)[0])
     given = {name: Given(settings[name].flags[0], text) for name, text in first.items()}
     sections, options = {}, {}
     if "config" in given:
@@ -1819,22 +2648,28 @@ def raise_descriptors():
         pass                            # not on this system: then with what there is
 
 
-def serve(proxies):
-    """Run the proxies until SIGTERM or Ctrl-C. Raises OSError where one cannot listen."""
+def serve(places, attached):
+    """Run proxies, and their control, until SIGTERM or Ctrl-C.
+
+    Raises OSError where one of them cannot listen; then nothing has been accepted.
+    """
     raise_descriptors()
     loop = Loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.stop())
     signal.set_wakeup_fd(loop.waker.fileno())       # Windows' select() sleeps through a signal
     try:
-        for proxy in proxies:
-            proxy.bind()
-        for proxy in proxies:
-            proxy.open(loop)
+        for place in places:
+            place.bind()
+        for place in places:
+            place.open(loop)
+        if attached:
+            print("ready", flush=True)
+            loop.away(sys.stdin.read, lambda *_: loop.stop())
         loop.run()
     finally:
-        for proxy in proxies:
-            proxy.close()
+        for place in places:
+            place.close()
         signal.set_wakeup_fd(-1)
         loop.close()
     return 0
@@ -1845,9 +2680,13 @@ def run(argv):
     given, sections, options = read_arguments(argv, SETTINGS, prog="vaurien", epilog=EXAMPLES,
                                               description=introduction())
     process = values(ChainMap(given, sections.get("vaurien", {})), PROCESS_SETTINGS)
-    proxies = make_proxies(given, sections, options)
+    places = make_proxies(given, sections, options)
+    if process["http"]:
+        places.append(Control((process["http-host"], process["http-port"]), list(places)))
+    elif "http-host" in given or "http-port" in given:
+        raise ValueError("--http-host and --http-port are for --http, which is not given")
     start_log(process["log-level"], process["log-output"])
-    return lambda: serve(proxies)
+    return lambda: serve(places, "attached" in given)
 
 
 def introduction():
@@ -2035,18 +2874,116 @@ def sentences(outcomes, met):
     return lines
 
 
-COMMANDS = {"demo": demo}       # from its words to what is to be done
+# vaurienctl: what Client does, by hand.
+
+CTL_EXAMPLES = """\
+examples:
+  vaurienctl list-handlers
+  vaurienctl get-handler
+  vaurienctl set-handler blackout
+  vaurienctl set-handler delay sleep=2 percent=20
+  vaurienctl events
+  vaurienctl connections
+  vaurienctl backend
+  vaurienctl backend localhost:6379"""
+
+
+def ctl_list(client):
+    return ", ".join(client.list_handlers())
+
+
+def ctl_get(client):
+    return client.get_handler()
+
+
+def ctl_set(client, name, *fields):
+    """Options and fields as NAME=VALUE; the server knows their types."""
+    client.set_handler(name, **dict(field.split("=", 1) for field in fields))
+    return "Handler changed to \"%s\"" % name
+
+
+def ctl_events(client):
+    return "\n".join(json.dumps(event) for event in client.events())
+
+
+def ctl_connections(client):
+    return "\n".join(json.dumps(connection) for connection in client.connections())
+
+
+def ctl_backend(client, backend=None):
+    if backend:
+        client.set_backend(backend)
+    return client.get_backend()
+
+
+CTL = OrderedDict((("list-handlers", ctl_list), ("get-handler", ctl_get), ("set-handler", ctl_set),
+                   ("list-behaviors", ctl_list), ("get-behavior", ctl_get),
+                   ("set-behavior", ctl_set), ("events", ctl_events),
+                   ("connections", ctl_connections), ("backend", ctl_backend)))
+
+
+def ctl(argv):
+    """Drive a proxy that was started with --http."""
+    parser = Parser({}, prog="vaurienctl", description=ctl.__doc__, epilog=CTL_EXAMPLES)
+    parser.add_argument("action", choices=list(CTL), metavar="ACTION", help=", ".join(CTL))
+    parser.add_argument("words", nargs="*", metavar="WORD", default=[],
+                        help="a handler, and what is to be set")
+    parser.add_argument("--host", default="http://localhost:8080", metavar="URL",
+                        help="where the proxy is driven from (http://localhost:8080)")
+    parser.add_argument("--proxy", metavar="NAME", default=None,
+                        help="which proxy, if there are several (the first)")
+    said = parser.parse_args(argv)
+    host, port, scheme = Given("--host", said.host).checked(parse_host)
+    client = Client(host, port, scheme, said.proxy)
+    action = CTL[said.action]
+    try:
+        inspect.signature(action).bind(client, *said.words)  # type: ignore
+        for field in said.words[1:]:
+            if "=" not in field:
+                raise TypeError("%r must be NAME=VALUE" % field)
+    except TypeError as problem:
+        raise ValueError("%s: %s (see vaurienctl --help)" % (said.action, problem)) from None
+    return lambda: ctl_do(action, client, said.words)
+
+
+def ctl_do(action, client, words):
+    try:
+        answer = action(client, *words)
+    except ValueError as problem:
+        return complain(problem, 1)
+    except OSError as problem:
+        return complain("no answer from %s: %s" % (show_address((client.host, client.port)),
+                                                   problem.strerror or problem), 1)
+    if answer:
+        print(answer)
+    return 0
+
+
+def parse_host(text):
+    """Read SCHEME://HOST:PORT, the scheme and the port may lack, into Client's arguments."""
+    scheme, _, rest = text.rpartition("://")
+    rest = rest.rstrip("/")
+    if not re.search(r":\d+$", rest):
+        rest += ":8080"
+    host, port = parse_address(rest)
+    if scheme not in ("", "http", "https"):
+        raise ValueError("must be http://HOST:PORT, not %r" % text)
+    return host or "localhost", port, scheme or "http"
+
+
+COMMANDS = {"demo": demo, "ctl": ctl}       # from its words to what is to be done
 
 
 def main(argv=None):
     """The command line. Returns the exit status: 0, 1 for the network, 2 for bad input."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    attached = "--attached" in argv
     try:
         command = COMMANDS[argv.pop(0)] if argv and argv[0] in COMMANDS else run
         try:
             job = command(argv)
         except ValueError as problem:
-            return complain(problem, 2)
+            return complain(problem, 2, attached)
         return job()
     except KeyboardInterrupt:
         return 0
@@ -2054,15 +2991,32 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as problem:
-        return complain(problem.strerror or problem, 1)
+        return complain(problem.strerror or problem, 1, attached)
 
 
-def complain(problem, status):
-    print("vaurien: %s" % " ".join(str(problem).split()), file=sys.stderr)
+def complain(problem, status, attached=False):
+    """Say it in one line; to what has started us, too."""
+    words = " ".join(str(problem).split())
+    print("vaurien: %s" % words, file=sys.stderr)
+    if attached:
+        print(words, flush=True)
     return status
+
+
+def main_ctl():
+    """The command vaurienctl."""
+    return main(["ctl", *sys.argv[1:]])
+
+
+# `from vaurien.handlers import BaseHandler` works although this is one module, under
+# whatever name it was imported.
+handlers = types.ModuleType(__name__ + ".handlers", "The class form of a handler.")
+handlers.BaseHandler = BaseHandler      # type: ignore
+sys.modules[handlers.__name__] = handlers
 
 
 if __name__ == "__main__":
     # A user's handler that imports vaurien gets this module, not a second one.
     sys.modules.setdefault("vaurien", sys.modules["__main__"])
+    sys.modules.setdefault("vaurien.handlers", handlers)
     sys.exit(main())
