@@ -1229,13 +1229,6 @@ class Connection:
         self.watch()
         return True
 
-    def backend_name(self):
-        """The address of its backend, or what is called for it."""
-        try:
-            return show_address(self.backend.getpeername())
-        except (AttributeError, OSError):       # not called, not connected
-            return show_address(self.proxy.backend)
-
     def settled(self):
         """Whether there is a backend, and nothing under way that a handler would overtake."""
         return self.backend is not None and not self.connecting and not (
@@ -1301,7 +1294,7 @@ class Connection:
         elif self.up.done and self.down.done:
             faults = [step.rule.name for step in self.line.steps if step.acted]
             both = self.up.over and self.down.over
-            self.close("closed" if both else "closed by %s" % " and ".join(faults))
+            self.close("closed" if both else "closed by %s" % (" and ".join(faults) or "a fault"))
         else:
             self.watch()
             self.set_alarm()
@@ -1447,6 +1440,13 @@ class Connection:
         pipe.drop()
         pipe.done = True
         self.torn = self.torn or "reset by %s" % ("backend" if pipe is self.up else "client")
+
+    def backend_name(self):
+        """The address of its backend, or what is called for it."""
+        try:
+            return show_address(self.backend.getpeername())
+        except (AttributeError, OSError):       # not called, not connected
+            return show_address(self.proxy.backend)
 
     def reset(self, how):
         """Close both sockets with RST: linger on, for 0 seconds (man 7 socket, SO_LINGER)."""
@@ -2665,7 +2665,7 @@ def serve(places, attached):
             place.open(loop)
         if attached:
             print("ready", flush=True)
-            loop.away(sys.stdin.read, lambda *_: loop.stop())
+            loop.away(wait_for_stdin, lambda *_: loop.stop())
         loop.run()
     finally:
         for place in places:
@@ -2673,6 +2673,12 @@ def serve(places, attached):
         signal.set_wakeup_fd(-1)
         loop.close()
     return 0
+
+
+def wait_for_stdin():
+    """Return when stdin ends. Not through sys.stdin: its lock must be free when we exit."""
+    while os.read(0, 4096):
+        pass
 
 
 def run(argv):
