@@ -503,6 +503,21 @@ class TestLoop(unittest.TestCase):
             loop.cancel(alarm)
         loop.close()
 
+    def test_a_call_does_not_wait_for_hundreds_of_busy_sockets(self):
+        loop, order = vaurien.Loop(), []
+        pairs = [socket.socketpair() for _ in range(3)]
+        for one, two in pairs:
+            two.send(b"x")
+            loop.watch(one, selectors.EVENT_READ, lambda events: (
+                order.append("socket"), loop.post(order.append, "call"),
+                len(order) > 5 and loop.stop()))
+        loop.run()
+        self.assertEqual(order[:4], ["socket", "call"] * 2)
+        loop.close()
+        for pair in pairs:
+            for sock in pair:
+                sock.close()
+
     def test_call_says_so_when_the_loop_has_ended(self):
         loop = vaurien.Loop()
         loop.stop()
@@ -1836,6 +1851,15 @@ class TestRoutes(unittest.TestCase):
         self.ask("PUT", "/rules", json.dumps(rules).encode())
         self.assertEqual(self.one.describe(), "20:delay sleep=2.0, 5:hang, 75:dummy")
 
+    def test_the_share_of_dummy_comes_back_too(self):
+        chosen = [(20, "delay"), (30, "dummy"), (5, "error")]
+        with vaurien.Proxy("127.0.0.1:9", "127.0.0.1:0", chosen) as proxy:
+            self.control.proxies = [proxy]
+            rules = self.ask("GET", "/rules")
+            self.ask("PUT", "/rules", json.dumps(rules).encode())
+            self.assertEqual([(rule.low, rule.high) for rule in proxy.rules.armed],
+                             [(0, 20), (50, 55)])
+
     def test_one_of_several_proxies(self):
         self.ask("POST", "/handler?proxy=two", b"blackout")
         self.assertEqual(self.ask("GET", "/handler?proxy=two"), "blackout")
@@ -1877,6 +1901,8 @@ class TestRoutes(unittest.TestCase):
                 (("PUT", "/backend", b"{}"), "body", "backend", "backend must be HOST:PORT"),
                 (("PUT", "/backend", b'{"backend": "http://x/"}'), "body", "backend", "like x:80"),
                 (("PUT", "/backend", b'{"backend": "x:1", "y": 2}'), "body", "y", "y is not known"),
+                (("PUT", "/behavior", b'{"name": "error", "warmup": 1' + b"0" * 500 + b"}"),
+                 "body", "", "a number of 501 digits"),
                 (("GET", "/handler?proxy=nope"), "querystring", "proxy", "there are one, two"),
                 (("GET", "/handler?x=1"), "querystring", "x", "does not know 'x'"),
                 (("GET", "/events?since=x"), "querystring", "since", "since must be")]:
@@ -1889,6 +1915,10 @@ class TestRoutes(unittest.TestCase):
     def test_each_thing_that_is_wrong_is_named(self):
         found = self.errors("PUT", "/behavior", b'{"name": "delay", "sleep": -1, "x": 1, "per": 2}')
         self.assertEqual({name for _, name, _ in found}, {"sleep", "x", "per"})
+        found = self.errors("PUT", "/behavior", b'{"name": "nope", "percent": 200}')
+        self.assertEqual({name for _, name, _ in found}, {"name", "percent"})
+        found = self.errors("PUT", "/backend", b'{"backend": "x", "y": 1, "z": 2}')
+        self.assertEqual({name for _, name, _ in found}, {"backend", "y", "z"})
 
     def test_what_calls_itself_is_refused(self):
         (_, name, words), = self.errors(
@@ -1954,6 +1984,69 @@ class TestControl(unittest.TestCase):
                 self.assertEqual(client.get_handler(), "dummy")
                 for sock in silent, half:
                     self.assertEqual(sock.recv(1000).split()[1], b"408")
+
+    def test_too_many_silent_ones_make_room(self):
+        with mock.patch.object(vaurien, "TALKERS_MAX", 4), driven() as (_, client), \
+                contextlib.ExitStack() as stack:
+            for _ in range(12):
+                stack.enter_context(contextlib.closing(connect(client.port)))
+            for _ in range(6):
+                self.assertEqual(client.get_handler(), "dummy")
+
+    def test_no_more_threads_is_no_end_of_the_control(self):
+        with driven() as (_, client):
+            with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("none")), \
+                    self.assertLogs("vaurien", "ERROR"), self.assertRaises(OSError):
+                client.get_handler()
+            self.assertEqual(client.get_handler(), "dummy")
+
+    def test_a_client_that_waits_for_100_continue(self):
+        with driven() as (_, client), contextlib.closing(connect(client.port)) as sock:
+            sock.sendall(b"POST /handler HTTP/1.1\r\nExpect: 100-continue\r\n"
+                         b"Content-Length: 5\r\n\r\n")
+            self.assertEqual(sock.recv(1000), b"HTTP/1.1 100 Continue\r\n\r\n")
+            sock.sendall(b"delay")
+            self.assertEqual(sock.recv(1000).split()[1], b"200")
+
+    def test_who_sends_too_much_gets_to_see_the_answer(self):
+        with driven() as (_, client):
+            with self.assertRaisesRegex(ValueError, "a body may have 1048576 bytes at most"):
+                client.set_handler("delay", sleep="x" * 5000000)
+
+    def test_a_bug_in_a_route_is_a_500(self):
+        def broken(question):
+            raise KeyError("no idea")
+
+        with driven() as (_, client), self.assertLogs("vaurien", "ERROR"):
+            with mock.patch.dict(vaurien.ROUTES["/handler"], GET=broken):
+                with self.assertRaisesRegex(ValueError, "KeyError: 'no idea'"):
+                    client.ask("GET", "/handler")
+
+    def test_a_backend_that_is_set_while_the_old_name_is_looked_up(self):
+        gate, really = threading.Event(), vaurien.resolve
+
+        def resolve(address, *rest, **words):
+            if address[0] == "slow.invalid":
+                gate.wait(PATIENCE)
+                return really(("127.0.0.1", address[1]))
+            return really(address, *rest, **words)
+
+        def literal(address, *_):
+            return None
+
+        def says(words):
+            return lambda sock: (sock.sendall(words), hear(sock))
+
+        with serving(says(b"old")) as (old, _), serving(says(b"new")) as (new, _), \
+                vaurien.Proxy("slow.invalid:%d" % old, "127.0.0.1:0") as proxy, \
+                mock.patch.object(vaurien, "resolve", resolve), \
+                mock.patch.object(vaurien, "literal", literal), connected(proxy) as first:
+            wait_until(lambda: proxy.asking)
+            proxy.loop.call(proxy.set_backend, ("127.0.0.1", new))
+            with connected(proxy) as second:
+                self.assertEqual(read(second, 3), b"new")
+            gate.set()
+            self.assertEqual(read(first, 3), b"old")
 
     def test_one_connection_asks_many_times(self):
         with driven() as (_, client):
@@ -2106,6 +2199,34 @@ class TestInProcess(unittest.TestCase):
                         read(sock, 992)
             self.assertEqual(failed, [False] * 3 + [True] * 2 + [False] * 3)
 
+    def test_a_connection_that_says_nothing_does_not_use_up_the_times(self):
+        with proxy_of(echo) as proxy, contextlib.ExitStack() as stack:
+            idle = [stack.enter_context(connected(proxy)) for _ in range(3)]
+            wait_until(lambda: len(proxy.connections) == 3)
+            with proxy.handler("error", times=1, after=1):
+                idle[0].close()
+                wait_until(lambda: len(proxy.connections) == 2)
+                exchange(idle[1], b"question")
+                idle[2].sendall(b"question")
+                self.assertNotIn(b"question", read(idle[2], 1000))
+                exchange(idle[1], b"question")
+            self.assertEqual(proxy.faults, {"error": 1})
+
+    def test_blocks_that_end_in_another_order(self):
+        with proxy_of(echo) as proxy:
+            one, two = proxy.handler("hang"), proxy.handler("delay")
+            one.__enter__()
+            two.__enter__()
+            one.__exit__(None, None, None)
+            self.assertEqual(proxy.acting(), "delay")
+            two.__exit__(None, None, None)
+            self.assertEqual(proxy.acting(), "dummy")
+
+    def test_options_of_handlers_that_are_not_there(self):
+        for options in {"dlay": {"sleep": 1}}, {"delay": {"slep": 1}}, {"delay": {"sleep": "x"}}:
+            with self.assertRaises(ValueError):
+                vaurien.Proxy("localhost:9", options=options)
+
     def test_wait_for_a_fault(self):
         with proxy_of(echo) as proxy, connected(proxy) as sock:
             with proxy.handler("delay", sleep=0.001):
@@ -2203,6 +2324,88 @@ class TestStartProxy(Folder):
             except OSError:
                 return True
         wait_until(gone)
+
+    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
+    def test_nothing_is_left_when_a_fork_of_the_test_process_lives_on(self):
+        port = unused_port()
+        parent = subprocess.Popen(
+            [sys.executable, "-c", "import os, sys; sys.path.insert(0, %r); import vaurien\n"
+             "vaurien.start_proxy(proxy_port=%d, http=False, log_output='v.log', warmup=%d)\n"
+             "child = os.fork()\n"
+             "if child: print(child, flush=True)\n"
+             "sys.stdin.read()" % (HERE, port, PATIENCE)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        with parent:
+            child = int(parent.stdout.readline())
+            self.addCleanup(os.kill, child, signal.SIGKILL)
+            connect(port).close()
+            parent.kill()
+
+            def gone():
+                try:
+                    connect(port).close()
+                except OSError:
+                    return True
+            wait_until(gone)
+
+    def test_a_handler_that_prints_is_not_held_up(self):
+        self.write("prints.py", """
+def talk(state, t, to, data):
+    print("x" * 10000)
+    yield t, to, data
+""")
+        with serving(echo) as (port, _), mock.patch.object(subprocess, "Popen", quiet_popen):
+            _, proxy_port, _ = self.start(port=port, options=["--behavior", "100:prints.talk"])
+            with contextlib.closing(connect(proxy_port)) as sock:
+                for _ in range(30):
+                    exchange(sock, b"question")
+
+    def test_handlers_of_a_vendored_copy(self):
+        """They import it by the name it has there, and neighbouring files do not disturb it."""
+        os.makedirs("pack")
+        shutil.copy(FILE, "pack/chaos.py")
+        self.write("pack/__init__.py", "")
+        self.write("pack/logging.py", "")
+        self.write("pack/mine.py", """
+from pack.chaos import EOF
+from pack.chaos.handlers import BaseHandler
+
+class Super(BaseHandler):
+    name = "super"
+    def __call__(self, client_sock, backend_sock, to_backend):
+        data = self._get_data(client_sock, backend_sock, to_backend)
+        (backend_sock if to_backend else client_sock).sendall(data.upper())
+
+def last(state, t, to, data):
+    if data is EOF:
+        yield t, to, b"the end"
+    yield t, to, data
+""")
+        program = """
+from pack import chaos
+pid = chaos.start_proxy(port=%d, proxy_port=%d, http_port=%d, log_output="v.log", warmup=%d,
+                        options=["--behavior", "100:pack.mine.%s"])
+input()
+"""
+        for name, answer in ("Super", b"QUESTION"), ("last", b"question"):
+            with serving(echo) as (port, _):
+                one, two = unused_port(), unused_port()
+                with subprocess.Popen([sys.executable, "-c", program % (port, one, two, PATIENCE, name)],
+                                      stdin=subprocess.PIPE) as parent:
+                    wait_until(lambda: self.answers(two))
+                    with contextlib.closing(connect(one)) as sock:
+                        sock.sendall(b"question")
+                        self.assertEqual(read(sock, 8), answer)
+                        if name == "last":
+                            sock.shutdown(socket.SHUT_WR)
+                            self.assertEqual(read(sock, 14), b"the endthe end")
+                    parent.kill()
+
+    def answers(self, port):
+        try:
+            return vaurien.Client("127.0.0.1", port).get_handler()
+        except OSError:
+            return False
 
     def test_vendored_under_another_name(self):
         os.makedirs("pack/age")
@@ -2308,6 +2511,38 @@ class TestBlockingHandlers(unittest.TestCase):
             with proxy.handler("dummy"):
                 exchange(two, b"another")
 
+    def test_one_that_leaves_is_no_end_of_anything_else(self):
+        class Leaves(vaurien.BaseHandler):
+            def __call__(self, client_sock, backend_sock, to_backend):
+                raise SystemExit(5)
+
+        with self.armed(Leaves) as proxy, connected(proxy) as sock:
+            with self.assertLogs("vaurien", "ERROR"):
+                sock.sendall(b"question")
+                hear(sock)
+            wait_until(lambda: not proxy.connections)
+
+    def test_one_that_cannot_be_made_is_refused(self):
+        class Fails(vaurien.BaseHandler):
+            def __init__(self, settings, proxy):
+                raise KeyError("no idea")
+
+        with registered(Fails), driven() as (proxy, client):
+            for set_it in lambda: client.set_handler("Fails"), lambda: proxy.handler("Fails").__enter__():
+                with self.assertRaisesRegex(ValueError, "Fails cannot be made: KeyError: 'no idea'"):
+                    set_it()
+            self.assertEqual(proxy.acting(), "dummy")
+            with proxy.handler("delay"):
+                pass
+            self.assertEqual(proxy.acting(), "dummy")
+
+    def test_it_gets_the_sockets_and_so_both_streams(self):
+        class Super(vaurien.BaseHandler):
+            pass
+
+        with registered(Super), self.assertRaisesRegex(ValueError, "stream must be both for Super"):
+            vaurien.read_rules([{"name": "Super", "stream": "upstream"}])
+
     def test_a_socket_that_it_closes_ends_the_connection(self):
         class Closes(vaurien.BaseHandler):
             def __call__(self, client_sock, backend_sock, to_backend):
@@ -2400,12 +2635,22 @@ class TestCtl(unittest.TestCase):
                     (["backend", "x"], 1, "backend must be HOST:PORT"),
                     (["set-handler"], 2, "set-handler: missing a required argument: 'name'"),
                     (["set-handler", "delay", "sleep"], 2, "'sleep' must be NAME=VALUE"),
+                    (["set-handler", "delay", "sleep=1", "sleep=2"], 2, "each name once"),
+                    (["set-handler", "delay", "name=hang"], 2, "'name=hang' must be"),
+                    (["set-handler", "delay", "self=1"], 1, "self is not an option of delay"),
+                    (["get-handler", "--nope"], 2, "unrecognized arguments: --nope"),
                     (["get-handler", "x"], 2, "get-handler: too many positional arguments"),
                     (["nope"], 2, "invalid choice: 'nope'"), ([], 2, "required: ACTION")]:
                 with self.subTest(words):
                     found, out, err = self.ctl(client, *words)
                     self.assertEqual((found, out), (status, ""))
                     self.assertRegex(err, "^vaurien: [^\n]*%s[^\n]*$" % re.escape(said))
+
+    def test_words_may_stand_behind_options(self):
+        with driven() as (proxy, client), contextlib.redirect_stdout(io.StringIO()):
+            self.assertEqual(vaurien.main(["ctl", "set-handler", "--host", "127.0.0.1:%d" % client.port,
+                                           "delay", "sleep=2"]), 0)
+            self.assertEqual(proxy.describe(), "100:delay sleep=2.0")
 
     def test_no_server(self):
         status, _, err = self.ctl(vaurien.Client(port=unused_port()), "get-handler")

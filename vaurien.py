@@ -250,6 +250,7 @@ class BaseHandler:
 
     name = ""
     options: dict = {}      # noqa: RUF012
+    blocks = True           # marks the class form
 
     def __init__(self, settings=None, proxy=None):
         self.settings = dict(settings or {})
@@ -259,8 +260,9 @@ class BaseHandler:
     def __call__(self, client_sock, backend_sock, to_backend):
         """Handle what has come: from the client if to_backend, else from the backend.
 
-        There is something to read when this is called. What is read and not sent on is
-        lost; an exception, or a socket that is closed here, ends the connection.
+        There is something to read when this is called; what is left unread brings the
+        next call at once. What is read and not sent on is lost. The sockets are for this
+        call only. An exception, or closing one of them, ends the connection.
         """
         raise NotImplementedError
 
@@ -271,9 +273,7 @@ class BaseHandler:
         """An option's value, of its declared type."""
         _, kind, default = self.options[name]
         value = self.settings.get(name, default)
-        if kind is bool and not isinstance(value, bool):
-            return YES_NO[str(value).strip().lower()]
-        return kind(value)
+        return check_yes_no(value) if kind is bool else kind(value)
 
     def _get_data(self, client_sock, backend_sock=None, to_backend=True, buffer=CHUNK):
         """What has come; b"" if nothing will any more."""
@@ -284,7 +284,8 @@ class BaseHandler:
 
 
 def is_class_form(function):
-    return isinstance(function, type) and issubclass(function, BaseHandler)
+    """Whether it inherits from BaseHandler, be it the one of another copy of this file."""
+    return isinstance(function, type) and getattr(function, "blocks", False)
 
 
 def options_of(function):
@@ -335,9 +336,7 @@ def check_option(name, option, value):
     if kind is str and isinstance(value, str):
         return value
     if kind is bool:
-        if not isinstance(value, bool) and str(value).strip().lower() not in YES_NO:
-            raise ValueError("must be yes or no, not %r" % (value,))
-        return YES_NO[str(value).strip().lower()]
+        return check_yes_no(value)
     return check_number(value, kind, {int: "a whole number, 0 or more",
                                       float: "a number, 0 or more", str: "a text"}[kind])
 
@@ -357,17 +356,9 @@ def check_number(value, kind, words, fits=lambda number: number >= 0):
     raise ValueError("must be %s, not %r" % (words, value))
 
 
-def check_timeout(value):
-    return check_number(value, float, "a number of seconds, more than 0",
-                        lambda number: number > 0)
-
-
-def check_percent(value):
-    return check_number(value, float, "a number from 0 to 100", lambda number: 0 <= number <= 100)
-
-
-def check_count(value):
-    return check_number(value, int, "a whole number, 0 or more")
+def number(kind, words, fits=lambda number: number >= 0):
+    """A check that takes such numbers only."""
+    return lambda value: check_number(value, kind, words, fits)
 
 
 def one_of(*words):
@@ -378,6 +369,18 @@ def one_of(*words):
         return value
     return check
 
+
+def check_yes_no(value):
+    if str(value).strip().lower() not in YES_NO:
+        raise ValueError("must be yes or no, not %r" % (value,))
+    return YES_NO[str(value).strip().lower()]
+
+
+check_count = number(int, "a whole number, 0 or more")
+check_percent = number(float, "a number from 0 to 100", lambda number: 0 <= number <= 100)
+check_port = number(int, "a port from 0 to 65535", lambda number: 0 <= number <= 65535)
+check_requests = number(int, "a whole number from 10 to 1000", lambda number: 10 <= number <= 1000)
+check_timeout = number(float, "a number of seconds, more than 0", lambda number: number > 0)
 
 # What a rule has beside its handler and options; see Rule.
 RULE_FIELDS = OrderedDict((
@@ -401,6 +404,8 @@ def load_handler(name, path):
             path, type(problem).__name__, " ".join(str(problem).split()))) from None
     check_handler(path, function)
     HANDLERS[name] = function
+    if is_class_form(function) and function.name:
+        HANDLERS.setdefault(function.name, function)
 
 
 def check_handler(path, function):
@@ -413,7 +418,7 @@ def check_handler(path, function):
         if not is_class_form(function):
             inspect.signature(function).bind(None, None, None, None)
         table = options_of(function)
-    except (TypeError, ValueError) as problem:
+    except (TypeError, ValueError, AttributeError) as problem:
         raise ValueError("%r is no handler: %s: %s" % (path, problem, wanted)) from None
     for option, default in table.items():
         if type(default) not in (bool, int, float, str):
@@ -446,7 +451,7 @@ class Rule:
     """
 
     __slots__ = ("name", "handler", "options", "low", "high", "dice", "per", "stream", "after",
-                 "times", "thrown", "drawn", "shared", "failed", "worker")
+                 "times", "thrown", "acts", "shared", "failed", "worker")
 
     def __init__(self, name, options=None, low=0.0, high=100.0, dice="behavior",
                  per="request", stream="both", after=0, times=0):
@@ -457,7 +462,7 @@ class Rule:
         self.per, self.stream = per, stream
         self.after, self.times = after, times
         self.thrown = 0             # requests, or connections, that its dice were thrown for
-        self.drawn = 0              # how many of them it acts on
+        self.acts = 0               # on how many of them it has acted
         self.shared = Counter()     # for the handler, across connections
         self.failed = False         # whether the log has a traceback of it already
         self.worker = None          # of the class form: the object that is called
@@ -524,20 +529,22 @@ def read_rules(tables):
         fields, options = {"percent": 100.0}, {}
         name = table.get("name")
         try:
-            get_handler(name)
+            handler = get_handler(name)
         except ValueError as problem:
             errors.append(("name", str(problem)))
-            continue
+            handler = None
         for key, value in table.items():
             try:
                 if key in RULE_FIELDS:
                     fields[key] = RULE_FIELDS[key](value)
-                elif key != "name":
+                elif handler and key != "name":
                     options[key] = check_option(name, key, value)
             except ValueError as problem:
                 errors.append((key, "%s %s" % (key, problem)))
+        if is_class_form(handler) and fields.get("stream", "both") != "both":
+            errors.append(("stream", "stream must be both for %s, which gets the sockets" % name))
         percent = fields.pop("percent")
-        if get_handler(name) is not dummy:      # which needs no rule to do nothing
+        if handler and handler is not dummy and not errors:     # dummy needs no rule
             rules.append(Rule(name, options, low, low + percent, **fields))
         low += percent
     if low > 100.000001:        # 33.3 three times and 0.1 are 100
@@ -573,6 +580,16 @@ class Step:
         self.rule, self.state = rule, state
         self.acted = False      # whether it has changed anything yet
 
+    def may_act(self):
+        """Whether it has begun to, or its rule may do so once more."""
+        return self.acted or not 0 < self.rule.times <= self.rule.acts
+
+    def act(self):
+        """It changes something; returns whether that is for the first time."""
+        first, self.acted = not self.acted, True
+        self.rule.acts += first
+        return first
+
 
 class Rules:
     """The rules armed on one proxy, and its dice.
@@ -601,11 +618,8 @@ class Rules:
     def draw(self, rule, connection, request):
         """A step if the rule acts on this request (request 0: this connection), or None."""
         rule.thrown += 1
-        if rule.thrown <= rule.after or 0 < rule.times <= rule.drawn:
-            return None
         chance = self.throw(rule.dice, connection, request)
-        if rule.low <= chance * 100 / 2 ** 64 < rule.high:
-            rule.drawn += 1
+        if rule.thrown > rule.after and rule.low <= chance * 100 / 2 ** 64 < rule.high:
             return Step(rule, State(rule, chance))
         return None
 
@@ -618,7 +632,7 @@ class Line:
     protocol that takes turns.
     """
 
-    __slots__ = ("rules", "connection", "request", "speaker", "steps", "lasting", "news")
+    __slots__ = ("rules", "connection", "request", "speaker", "steps", "late", "lasting", "news")
 
     def __init__(self, rules, connection):
         self.rules = rules
@@ -626,6 +640,7 @@ class Line:
         self.request = 0                # the number of the request under way
         self.speaker = None             # which way its last bytes went, if there were any
         self.steps = []                 # drawn for the request under way, in rule order
+        self.late = []                  # rules that came before anybody spoke in it
         self.lasting = {}               # per connection: {rule: step, or None}
         self.news = []                  # rules that have acted for the first time
 
@@ -633,6 +648,7 @@ class Line:
         """A request begins: throw the dice for it."""
         self.request += 1
         self.rules.requests += 1
+        self.late = []
         if self.rules.armed or self.steps:
             self.steps = self.drawn(self.draw)
 
@@ -640,6 +656,10 @@ class Line:
         """The other side speaks: bytes go this way, and the last ones did not."""
         if self.speaker == DOWNSTREAM:
             self.begin()
+        elif self.speaker is None and self.late:
+            at_work = {step.rule: step for step in self.steps}
+            self.steps = self.drawn(lambda rule: self.draw(rule) if rule in self.late
+                                    else at_work.get(rule))
         self.speaker = to
 
     def renew(self, new):
@@ -650,8 +670,8 @@ class Line:
         at_work = {step.rule: step for step in self.steps}
         self.lasting = {rule: self.lasting[rule] for rule in self.lasting
                         if rule in self.rules.armed}
-        self.steps = self.drawn(lambda rule: at_work.get(rule) or (
-            self.draw(rule) if rule in new and self.speaker is None else None))
+        self.late = [rule for rule in [*self.late, *new] if rule in self.rules.armed]
+        self.steps = self.drawn(at_work.get)
 
     def draw(self, rule):
         return self.rules.draw(rule, self.connection, self.request)
@@ -672,7 +692,7 @@ class Line:
 
     def blocking(self):
         """The first step at work that wants the sockets themselves, or None."""
-        return next((step for step in self.steps if step.rule.blocking), None)
+        return next((step for step in self.steps if step.rule.blocking and step.may_act()), None)
 
     def carry(self, t, to, data):
         """What has become of an event after the last step: [(t, to, data, holds)].
@@ -696,7 +716,7 @@ class Line:
     def through(self, step, t, to, data, holds):
         """What a step makes of one event."""
         rule = step.rule
-        if rule.stream not in ("both", to):
+        if rule.stream not in ("both", to) or not step.may_act():
             return [(t, to, data, holds)]
         events = [(max(t, due), way, out) for due, way, out
                   in rule.handler(step.state, t, to, data, **rule.options)]
@@ -705,8 +725,7 @@ class Line:
                 raise TypeError("a handler yields (t, to, data), not (t, %r, %r)" % (way, out))
             if way == DOWNSTREAM and out:
                 self.speaker = DOWNSTREAM
-        if not step.acted and events != [(t, to, data)]:
-            step.acted = True
+        if events != [(t, to, data)] and step.act():
             self.news.append(rule)
         return [(due, way, out, holds if due == t else holds + ((rule, due - t),))
                 for due, way, out in events]
@@ -844,7 +863,7 @@ def attempt(function, *args):
     """(result, None) or (None, exception): to be carried into another thread."""
     try:
         return function(*args), None
-    except Exception as problem:
+    except BaseException as problem:        # it is for the other thread to judge
         return None, problem
 
 
@@ -866,7 +885,7 @@ class Loop:
         self.waker, self.sleeper = socket.socketpair()
         self.waker.setblocking(False)
         self.sleeper.setblocking(False)
-        self.watch(self.sleeper, EVENT_READ, self.answer_calls)
+        self.watch(self.sleeper, EVENT_READ, self.wake_up)
         # An epoll or kqueue descriptor can itself be selected, which waits by the
         # microsecond where epoll rounds up to the millisecond. FD_SETSIZE bounds it.
         fileno = getattr(self.selector, "fileno", None)
@@ -912,6 +931,8 @@ class Loop:
             while self.running:
                 for key, events in self.wait():
                     key.data(events)
+                    if self.calls:      # nobody waits for hundreds of busy sockets
+                        self.answer_calls()
                 self.ring_alarms()
         finally:
             self.ended = True
@@ -948,11 +969,12 @@ class Loop:
         except OSError:
             pass                        # closed: nobody is left to call
 
-    def answer_calls(self, events):
-        try:
+    def wake_up(self, events):
+        with contextlib.suppress(BlockingIOError):
             self.sleeper.recv(4096)
-        except BlockingIOError:
-            pass
+        self.answer_calls()
+
+    def answer_calls(self):
         while self.calls:
             function, args = self.calls.popleft()
             function(*args)
@@ -1221,8 +1243,7 @@ class Connection:
                 self.reset("no handler: %s" % problem.strerror)
                 return True
             self.lent = True
-            if not step.acted:
-                step.acted = True
+            if step.act():
                 self.proxy.record(self, step.rule)
             self.loop.away(lambda: work(step.rule, socks, pipe.to == UPSTREAM),
                            lambda done, problem: self.give_back(step.rule, socks, done, problem))
@@ -1239,16 +1260,17 @@ class Connection:
         self.lent = False
         for sock in socks:
             sock.close()
+        if problem:
+            gone = isinstance(problem, OSError)         # most likely a peer, not a bug
+            log.log(logging.INFO if gone else logging.ERROR,
+                    "connection %d, request %d: handler %s failed and the connection is closed: "
+                    "%s: %s", self.number, self.line.request, rule.name, type(problem).__name__,
+                    problem, exc_info=not (rule.failed or gone) and problem)
+            rule.failed = rule.failed or not gone
         if self.client is None:
             return
         for sock in (self.client, self.backend):
             sock.setblocking(False)     # whatever it has done to them
-        if problem:
-            log.error("connection %d, request %d: handler %s failed and the connection is closed: "
-                      "%s: %s", self.number, self.line.request, rule.name,
-                      type(problem).__name__, problem,
-                      exc_info=not (rule.failed or isinstance(problem, OSError)) and problem)
-            rule.failed = True
         if problem or not open:
             self.close("closed by %s" % rule.name)
         else:
@@ -1531,8 +1553,11 @@ class Proxy:
         self.timeout = check_timeout(timeout)
         self.seed = random.SystemRandom().getrandbits(32) if seed is None else seed
         self.rules = Rules(self.seed, name)
-        self.arm(read_rules([dict((options or {}).get(handler, {}), name=handler,
-                                  percent=percent) for percent, handler in chosen]))
+        options = options or {}
+        read_rules([dict(table, name=handler, percent=0) for handler, table in options.items()])
+        self.arm(read_rules([dict(options.get(handler, {}), name=handler, percent=percent)
+                             for percent, handler in chosen]))
+        self.blocks_begun = [self.rules.armed]      # those of `handler`, on what was there before
         self.loop = None
         self.listener = None
         self.set_backend(distant)
@@ -1543,7 +1568,7 @@ class Proxy:
         self.events = deque(maxlen=EVENTS_KEPT)
         self.recorded = 0
         self.acted = threading.Condition()  # notified of each event
-        self.asking = []                    # connections that wait for the backend's addresses
+        self.asking = {}                    # {backend: who waits for its addresses}
 
     # For other threads
 
@@ -1574,11 +1599,12 @@ class Proxy:
 
         Raises ValueError for what cannot be understood.
         """
-        before = self.loop.call(self.use, read_rules([dict(fields, name=name)]))
+        rules = read_rules([dict(fields, name=name)])
+        self.loop.call(self.begin, rules)
         try:
             yield self
         finally:
-            self.loop.call(self.use, before)
+            self.loop.call(self.end, rules)
 
     def wait_for(self, name, timeout=5, since=0):
         """Wait until a handler has acted, and return the Event; TimeoutError otherwise.
@@ -1647,13 +1673,14 @@ class Proxy:
         if addresses:
             then(addresses, None)
             return
-        self.asking.append(then)
-        if len(self.asking) == 1:
-            self.loop.away(lambda: resolve(backend), self.found_backend)
+        waiting = self.asking.setdefault(backend, [])
+        waiting.append(then)
+        if len(waiting) == 1:
+            self.loop.away(lambda: resolve(backend), lambda addresses, problem:
+                           self.found_backend(backend, addresses, problem))
 
-    def found_backend(self, addresses, problem):
-        waiting, self.asking = self.asking, []
-        for then in waiting:
+    def found_backend(self, backend, addresses, problem):
+        for then in self.asking.pop(backend):
             then(addresses, problem)
 
     def use(self, rules):
@@ -1674,11 +1701,34 @@ class Proxy:
             connection.renew(new, gone)
         return before
 
+    def begin(self, rules):
+        """A block of `handler` begins: its rules act until it ends, or another begins."""
+        self.blocks_begun.append(rules)
+        try:
+            self.use(rules)
+        except ValueError:
+            self.blocks_begun.remove(rules)
+            raise
+
+    def end(self, rules):
+        """It ends, in whatever order they do: the one that began last acts now."""
+        last = self.blocks_begun[-1] is rules
+        self.blocks_begun = [block for block in self.blocks_begun if block is not rules]
+        if last:
+            self.use(self.blocks_begun[-1])
+
     def arm(self, rules):
-        """Have the rules, and the objects of those whose handlers have the class form."""
+        """Have the rules, and the objects of those whose handlers have the class form.
+
+        Raises BadRule.
+        """
         for rule in rules:
             if rule.blocking and rule.worker is None:
-                rule.worker = rule.handler(rule.options, self)
+                try:
+                    rule.worker = rule.handler(rule.options, self)
+                except Exception as problem:        # the user's class may do anything
+                    raise BadRule([("name", "%s cannot be made: %s: %s" % (
+                        rule.name, type(problem).__name__, problem))]) from None
         self.rules.armed = list(rules)
         self.blocks = any(rule.blocking for rule in rules)
 
@@ -1855,7 +1905,7 @@ def listen_at(family, address):
 
 ROUTES = OrderedDict()          # {path: {method: function}}
 BODY_MAX = 1 << 20              # bytes of a question's body
-TALKERS_MAX = 64                # questions read at a time
+TALKERS_MAX = 256               # connections at a time
 TALK_TIME = 10.0                # seconds that a connection may say nothing
 
 # What a route is asked: the control, the proxy chosen by ?proxy=NAME, the other words of
@@ -1887,7 +1937,7 @@ def refuse(name, description, location="body", status=400):
 def read_table(body):
     """The JSON object in a body. Raises Refused."""
     try:
-        table = json.loads(body)
+        table = json.loads(body, parse_int=short_int)
     except (ValueError, RecursionError) as problem:
         refuse("", "the body must be JSON: %s" % problem)
     if not isinstance(table, dict):
@@ -1895,13 +1945,19 @@ def read_table(body):
     return table
 
 
+def short_int(text):
+    """A number that is not there to keep us busy: reading takes the square of its length."""
+    if len(text) > 400:
+        raise ValueError("a number of %d digits" % len(text))
+    return int(text)
+
+
 def set_rules(question, tables):
     """Have the proxy use these rules and no others. Raises Refused."""
     try:
-        rules = read_rules(tables)
+        question.proxy.loop.call(question.proxy.use, read_rules(tables))
     except BadRule as bad:
         raise Refused(400, [("body", name, words) for name, words in bad.errors]) from None
-    question.proxy.loop.call(question.proxy.use, rules)
 
 
 @route("GET", "/")
@@ -1967,7 +2023,13 @@ def list_behaviors(question):
 @route("GET", "/rules")
 def get_rules(question):
     """All rules, with every option and field."""
-    return {"rules": [rule.fields() for rule in question.proxy.rules.armed]}
+    tables, low = [], 0.0
+    for rule in question.proxy.rules.armed:
+        if rule.low > low:              # dummy's share, so that the dice fall the same again
+            tables.append({"name": "dummy", "percent": rule.low - low})
+        tables.append(rule.fields())
+        low = rule.high
+    return {"rules": tables}
 
 
 @route("PUT", "/rules",
@@ -1992,14 +2054,16 @@ def get_backend(question):
 def set_backend(question):
     """Set it; connections that are open stay where they are."""
     table = read_table(question.body)
-    for name in sorted(set(table) - {"backend"}):
-        refuse(name, "%s is not known here: give backend" % name)
-    if not isinstance(table.get("backend"), str):
-        refuse("backend", "backend must be HOST:PORT, like localhost:8000")
+    errors = [("body", name, "%s is not known here: give backend" % name)
+              for name in sorted(set(table) - {"backend"})]
     try:
-        question.proxy.loop.call(question.proxy.set_backend, table["backend"])
+        backend = parse_address(str(table.get("backend", "")))
+        if not errors:
+            question.proxy.loop.call(question.proxy.set_backend, backend)
     except ValueError as problem:
-        refuse("backend", "backend %s" % problem)
+        errors.append(("body", "backend", "backend %s" % problem))
+    if errors:
+        raise Refused(400, errors)
     return {"status": "ok"}
 
 
@@ -2026,7 +2090,13 @@ QUERIES = {list_events: {"since"}}      # the words of a query, beside proxy, th
 def respond(control, method, target, body):
     """The answer to one question: (status, headers, text). Nothing else may come of it."""
     try:
-        answer = ask(control, method, target, body)
+        try:
+            answer = ask(control, method, target, body)
+        except Exception as problem:
+            if isinstance(problem, Refused):
+                raise
+            log.exception("control: %s %s failed", method[:20], target[:200])
+            refuse("", "%s: %s" % (type(problem).__name__, problem), "server", 500)
     except Refused as refused:
         return refused.status, dict(refused.headers, **{"Content-Type": "application/json"}), \
             json.dumps({"status": "error", "errors": [
@@ -2065,14 +2135,15 @@ def ask(control, method, target, body):
 
 
 class Control:
-    """The control server: the loop accepts for it, threads answer."""
+    """The control server: a loop of its own, in a thread of its own, accepts; threads answer."""
 
     def __init__(self, local, proxies):
         self.local = local
         self.proxies = proxies
         self.listener = None
         self.url = ""
-        self.places = threading.BoundedSemaphore(TALKERS_MAX)
+        self.talkers = OrderedDict()        # {socket: None} of those we talk to, the oldest first
+        self.loop = None
 
     def bind(self):
         """Have a port. Raises OSError, with the address in its words."""
@@ -2081,31 +2152,49 @@ class Control:
         self.url = "http://%s" % show_address((self.local[0] or "localhost", port))
 
     def open(self, loop):
-        """Begin to answer."""
+        """Begin to answer; the proxies' loop may be busy."""
         self.talk = talker()
-        self.listener.open(loop)
+        self.loop = Loop()
+        self.listener.open(self.loop)
+        self.thread = threading.Thread(target=self.loop.run, name="control", daemon=True)
+        self.thread.start()
         log.info("control on %s", self.listener)
 
     def welcome(self, client, peer):
-        """Have a thread answer a client; too many at a time are turned away."""
-        if not self.places.acquire(blocking=False):
-            client.close()
-            return
+        """Have a thread answer a client; the oldest makes room if there are too many."""
+        while len(self.talkers) >= TALKERS_MAX:
+            oldest, _ = self.talkers.popitem(last=False)
+            with contextlib.suppress(OSError):
+                oldest.shutdown(socket.SHUT_RDWR)
         client.settimeout(TALK_TIME)
-        threading.Thread(target=self.answer, args=(client, peer), daemon=True).start()
+        self.talkers[client] = None
+        self.loop.away(lambda: self.answer(client, peer),
+                       lambda done, problem: self.leave(client, problem))
 
     def answer(self, client, peer):
-        try:
+        """Talk, then linger: to close over what is unread would destroy the last answer."""
+        with client:
             self.talk(client, peer, self)
-        except OSError:
-            pass                        # it has gone
-        finally:
-            client.close()
-            self.places.release()
+            client.shutdown(socket.SHUT_WR)
+            client.settimeout(1)
+            for _ in range(1000):
+                if not client.recv(65536):
+                    break
+
+    def leave(self, client, problem):
+        self.talkers.pop(client, None)
+        client.close()                  # again, where there was no thread to do it
+        if problem and not isinstance(problem, OSError):
+            log.error("control: %s: %s", type(problem).__name__, problem)
 
     def close(self):
+        if self.loop:
+            self.loop.stop()
+            self.thread.join()
         if self.listener:
             self.listener.close()
+        if self.loop:
+            self.loop.close()
 
 
 def talker():
@@ -2153,6 +2242,7 @@ def talker():
             elif int(length) > BODY_MAX:
                 self.send_error(413, "a body may have %d bytes at most" % BODY_MAX)
             else:
+                self.wfile.flush()      # a "100 Continue"
                 body = self.rfile.read(int(length))
                 if len(body) == int(length):
                     return body
@@ -2228,9 +2318,9 @@ class Client:
                              else "HTTP %d: %s" % (response.status, text))
         return text
 
-    def set_handler(self, handler, **options):
+    def set_handler(self, name, **options):
         """Set a handler, with its options, percent and other fields of a rule."""
-        self.ask("PUT", "/behavior", dict(options, name=handler))
+        self.ask("PUT", "/behavior", dict(options, name=name))
 
     def get_handler(self):
         """The name of the handler that acts."""
@@ -2240,10 +2330,10 @@ class Client:
         return self.ask("GET", "/handlers")["handlers"]
 
     @contextlib.contextmanager
-    def with_handler(self, handler, **options):
+    def with_handler(self, name, **options):
         """Set a handler for the time of a block, then what was there before."""
         before = self.ask("GET", "/rules")
-        self.set_handler(handler, **options)
+        self.set_handler(name, **options)
         try:
             yield
         finally:
@@ -2268,7 +2358,19 @@ class Client:
         return self.ask("GET", "/connections")["connections"]
 
 
-STARTED = {}            # {pid: Popen} of start_proxy
+# Runs this very file under the name it was imported by, so that a handler of the user's
+# that imports it by that name, or as vaurien, gets the same module.
+STARTER = """\
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location(*sys.argv[1:3])
+del sys.argv[1:3]
+module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+sys.modules.setdefault("vaurien", module)
+spec.loader.exec_module(module)
+sys.modules.setdefault("vaurien.handlers", module.handlers)
+sys.exit(module.main())
+"""
+STARTED = {}            # {pid: (Popen, who started it)} of start_proxy
 
 
 def start_proxy(host="localhost", port=8888, http=True, warmup=2, *, proxy_host="localhost",
@@ -2287,43 +2389,59 @@ def start_proxy(host="localhost", port=8888, http=True, warmup=2, *, proxy_host=
     """
     if protocol != "tcp":
         raise ValueError("protocol must be tcp, not %r" % protocol)
-    backend = show_address((backend_host or host, backend_port or port))
-    words = [sys.executable, os.path.abspath(__file__), "--attached", "--backend", backend,
-             "--proxy", show_address((proxy_host, proxy_port)), "--log-level", log_level,
+    backend = show_address((backend_host or host, int(backend_port or port)))
+    if isinstance(options, str):
+        raise ValueError("options must be a list of words, not %r" % options)
+    words = [sys.executable, "-c", STARTER, __name__, os.path.abspath(__file__), "--attached",
+             "--backend", backend,
+             "--proxy", show_address((proxy_host, int(proxy_port))), "--log-level", log_level,
              "--log-output", log_output]
     if http:
         words += ["--http", "--http-host", http_host, "--http-port", str(http_port)]
-    process = subprocess.Popen(words + list(options or ()), stdin=subprocess.PIPE,
+    process = subprocess.Popen([*words, *map(str, options or ())], stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, universal_newlines=True)
-    if not STARTED:
-        atexit.register(stop_all)
-    STARTED[process.pid] = process
-    said = []
-    reader = threading.Thread(target=lambda: said.append(process.stdout.readline()), daemon=True)
-    reader.start()
-    reader.join(warmup)
-    if said != ["ready\n"]:
+    STARTED[process.pid] = process, os.getpid()
+    said = ["it said nothing in %s seconds" % warmup]
+
+    def listen_to_it():
+        for line in process.stdout:
+            said.append(line.strip())
+            if line == "ready\n":
+                break
+
+    reader = threading.Thread(target=listen_to_it, daemon=True)
+    try:
+        reader.start()
+        reader.join(warmup)
+        if said[-1] != "ready":
+            raise RuntimeError("the proxy did not start: %s" % said[-1])
+    except BaseException:
         stop_proxy(process.pid)
-        reader.join()
-        raise RuntimeError("the proxy did not start: %s" % (
-            "".join(said).strip() or "it said nothing in %g seconds" % warmup))
+        raise
     return process.pid
 
 
 def stop_proxy(pid):
     """Stop a proxy of `start_proxy`, and wait for its end. ValueError if it is none."""
-    if pid not in STARTED:
+    if not isinstance(pid, int) or pid not in STARTED:
         raise ValueError("no proxy was started as process %r" % (pid,))
-    process = STARTED.pop(pid)
-    process.terminate()
-    process.wait()
+    process, _ = STARTED.pop(pid)
+    with contextlib.suppress(OSError):      # somebody else has waited for it
+        process.terminate()
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:       # a handler of the user's does not let it end
+        process.kill()
+        process.wait()
     process.stdin.close()
     process.stdout.close()
 
 
+@atexit.register
 def stop_all():
-    for pid in list(STARTED):
-        stop_proxy(pid)
+    for pid, (_, starter) in list(STARTED.items()):
+        if starter == os.getpid():          # and not a fork of it
+            stop_proxy(pid)
 
 
 # -- Command line -------------------------------------------------------------
@@ -2338,36 +2456,14 @@ def stop_all():
 Setting = namedtuple("Setting", "flags default check metavar help")
 
 
-def check_seed(text):
-    return check_number(text, int, "a whole number, 0 or more")
-
-
-def check_yes_no(text):
-    if text.strip().lower() not in YES_NO:
-        raise ValueError("must be yes or no, not %r" % text)
-    return YES_NO[text.strip().lower()]
-
-
 def check_host(text):
     if not nameable(text):
         raise ValueError("must be a host, like localhost or 127.0.0.1, not %r" % text)
     return text
 
 
-def check_port(text):
-    return check_number(text, int, "a port from 0 to 65535", lambda number: 0 <= number <= 65535)
-
-
-def check_requests(text):
-    return check_number(text, int, "a whole number from 10 to 1000",
-                        lambda number: 10 <= number <= 1000)
-
-
 def check_log_level(text):
-    levels = ("debug", "info", "warning", "error", "critical")
-    if text.lower() not in levels:
-        raise ValueError("must be one of %s, not %r" % (", ".join(levels), text))
-    return text.upper()
+    return one_of("debug", "info", "warning", "error", "critical")(text.lower()).upper()
 
 
 def check_file(text):
@@ -2383,7 +2479,7 @@ PROXY_SETTINGS = OrderedDict((
                         "the backend to pass everything to")),
     ("behavior", Setting(("--behavior",), "100:dummy", parse_behavior, "PERCENT:HANDLER,...",
                          "which handlers act, on how many of the requests")),
-    ("seed", Setting(("--seed",), None, check_seed, "N",
+    ("seed", Setting(("--seed",), None, check_count, "N",
                      "the same seed gives the same faults; drawn and logged if not given")),
     ("timeout", Setting(("--timeout",), "30", check_timeout, "SECONDS",
                         "for connecting to the backend")),
@@ -2665,7 +2761,9 @@ def serve(places, attached):
             place.open(loop)
         if attached:
             print("ready", flush=True)
+            os.dup2(2, 1)               # nobody reads on: what a handler prints goes to stderr
             loop.away(wait_for_stdin, lambda *_: loop.stop())
+            watch_parent(loop, os.getppid())
         loop.run()
     finally:
         for place in places:
@@ -2673,6 +2771,14 @@ def serve(places, attached):
         signal.set_wakeup_fd(-1)
         loop.close()
     return 0
+
+
+def watch_parent(loop, parent):
+    """Stop with the process that has started us, though a fork of it keeps our stdin open."""
+    if os.getppid() == parent:
+        loop.at(loop.clock() + 0.5, lambda: watch_parent(loop, parent))
+    else:
+        loop.stop()
 
 
 def wait_for_stdin():
@@ -2894,26 +3000,10 @@ examples:
   vaurienctl backend localhost:6379"""
 
 
-def ctl_list(client):
-    return ", ".join(client.list_handlers())
-
-
-def ctl_get(client):
-    return client.get_handler()
-
-
 def ctl_set(client, name, *fields):
     """Options and fields as NAME=VALUE; the server knows their types."""
-    client.set_handler(name, **dict(field.split("=", 1) for field in fields))
+    client.ask("PUT", "/behavior", dict([field.split("=", 1) for field in fields], name=name))
     return "Handler changed to \"%s\"" % name
-
-
-def ctl_events(client):
-    return "\n".join(json.dumps(event) for event in client.events())
-
-
-def ctl_connections(client):
-    return "\n".join(json.dumps(connection) for connection in client.connections())
 
 
 def ctl_backend(client, backend=None):
@@ -2922,10 +3012,14 @@ def ctl_backend(client, backend=None):
     return client.get_backend()
 
 
-CTL = OrderedDict((("list-handlers", ctl_list), ("get-handler", ctl_get), ("set-handler", ctl_set),
-                   ("list-behaviors", ctl_list), ("get-behavior", ctl_get),
-                   ("set-behavior", ctl_set), ("events", ctl_events),
-                   ("connections", ctl_connections), ("backend", ctl_backend)))
+CTL = OrderedDict((
+    ("list-handlers", lambda client: ", ".join(client.list_handlers())),
+    ("get-handler", Client.get_handler), ("set-handler", ctl_set),
+    ("list-behaviors", lambda client: ", ".join(client.list_behaviors())),
+    ("get-behavior", Client.get_behavior), ("set-behavior", ctl_set),
+    ("events", lambda client: "\n".join(map(json.dumps, client.events()))),
+    ("connections", lambda client: "\n".join(map(json.dumps, client.connections()))),
+    ("backend", ctl_backend)))
 
 
 def ctl(argv):
@@ -2938,15 +3032,20 @@ def ctl(argv):
                         help="where the proxy is driven from (http://localhost:8080)")
     parser.add_argument("--proxy", metavar="NAME", default=None,
                         help="which proxy, if there are several (the first)")
-    said = parser.parse_args(argv)
+    said, rest = parser.parse_known_args(argv)      # words may stand behind options, too
+    for word in rest:
+        if word.startswith("-"):
+            parser.error("unrecognized arguments: %s" % word)
+    said.words += rest
     host, port, scheme = Given("--host", said.host).checked(parse_host)
     client = Client(host, port, scheme, said.proxy)
     action = CTL[said.action]
     try:
         inspect.signature(action).bind(client, *said.words)  # type: ignore
-        for field in said.words[1:]:
-            if "=" not in field:
-                raise TypeError("%r must be NAME=VALUE" % field)
+        names = [word.partition("=")[0] for word in said.words[1:]]
+        for word, name in zip(said.words[1:], names):
+            if "=" not in word or name == "name" or names.count(name) > 1:
+                raise TypeError("%r must be NAME=VALUE, each name once" % word)
     except TypeError as problem:
         raise ValueError("%s: %s (see vaurienctl --help)" % (said.action, problem)) from None
     return lambda: ctl_do(action, client, said.words)
@@ -2957,6 +3056,8 @@ def ctl_do(action, client, words):
         answer = action(client, *words)
     except ValueError as problem:
         return complain(problem, 1)
+    except (KeyError, TypeError):
+        return complain("%s is no vaurien" % show_address((client.host, client.port)), 1)
     except OSError as problem:
         return complain("no answer from %s: %s" % (show_address((client.host, client.port)),
                                                    problem.strerror or problem), 1)
