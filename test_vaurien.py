@@ -1995,9 +1995,11 @@ class TestControl(unittest.TestCase):
 
     def test_no_more_threads_is_no_end_of_the_control(self):
         with driven() as (_, client):
-            with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("none")), \
-                    self.assertLogs("vaurien", "ERROR"), self.assertRaises(OSError):
-                client.get_handler()
+            with self.assertLogs("vaurien", "ERROR") as logged:
+                with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("none")):
+                    with self.assertRaises(OSError):
+                        client.get_handler()
+                    wait_until(lambda: logged.output)
             self.assertEqual(client.get_handler(), "dummy")
 
     def test_a_client_that_waits_for_100_continue(self):
