@@ -2224,6 +2224,15 @@ class TestInProcess(unittest.TestCase):
             two.__exit__(None, None, None)
             self.assertEqual(proxy.acting(), "dummy")
 
+    def test_what_is_set_within_a_block_stays(self):
+        with driven() as (proxy, client):
+            with proxy.handler("hang"):
+                client.set_handler("delay")
+            self.assertEqual(proxy.acting(), "delay")
+            with proxy.handler("hang"):
+                pass
+            self.assertEqual(proxy.acting(), "delay")
+
     def test_options_of_handlers_that_are_not_there(self):
         for options in {"dlay": {"sleep": 1}}, {"delay": {"slep": 1}}, {"delay": {"sleep": "x"}}:
             with self.assertRaises(ValueError):

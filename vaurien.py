@@ -114,6 +114,59 @@ EOF = Signal("EOF")         # no more bytes this way: half-close; both ways: clo
 RESET = Signal("RESET")     # forget what is under way, reset both sockets
 
 
+# -- Checks -------------------------------------------------------------------
+#
+# What users give is checked where it enters, be it a text or a value of JSON. A check
+# returns what it makes of it, or raises ValueError with the end of a sentence, "must
+# be ...", whose beginning is known to the caller.
+
+YES_NO = configparser.ConfigParser.BOOLEAN_STATES
+
+
+def check_number(value, kind, words, fits=lambda number: number >= 0):
+    """A number of that kind, finite and one that fits, given as such or as a text."""
+    try:
+        number = kind(value)
+        if (isinstance(value, (str, kind)) or number == value) and not isinstance(value, bool) \
+                and fits(number) and number != math.inf:
+            return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError("must be %s, not %r" % (words, value))
+
+
+def number(kind, words, fits=lambda number: number >= 0):
+    """A check that takes such numbers only."""
+    return lambda value: check_number(value, kind, words, fits)
+
+
+def one_of(*words):
+    """A check that takes these words only."""
+    def check(value):
+        if value not in words:
+            raise ValueError("must be one of %s, not %r" % (", ".join(words), value))
+        return value
+    return check
+
+
+def check_yes_no(value):
+    if str(value).strip().lower() not in YES_NO:
+        raise ValueError("must be yes or no, not %r" % (value,))
+    return YES_NO[str(value).strip().lower()]
+
+
+check_count = number(int, "a whole number, 0 or more")
+check_percent = number(float, "a number from 0 to 100", lambda number: 0 <= number <= 100)
+check_port = number(int, "a port from 0 to 65535", lambda number: 0 <= number <= 65535)
+check_requests = number(int, "a whole number from 10 to 1000", lambda number: 10 <= number <= 1000)
+check_timeout = number(float, "a number of seconds, more than 0", lambda number: number > 0)
+
+
+def show_value(value):
+    """An option's value as it is written on the command line."""
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
 # -- Handlers -----------------------------------------------------------------
 #
 # A handler is a generator function of one event; it yields the events to pass on
@@ -250,7 +303,7 @@ class BaseHandler:
 
     name = ""
     options: dict = {}      # noqa: RUF012
-    blocks = True           # marks the class form
+    class_form = True       # whichever copy of this file it comes from
 
     def __init__(self, settings=None, proxy=None):
         self.settings = dict(settings or {})
@@ -285,7 +338,7 @@ class BaseHandler:
 
 def is_class_form(function):
     """Whether it inherits from BaseHandler, be it the one of another copy of this file."""
-    return isinstance(function, type) and getattr(function, "blocks", False)
+    return isinstance(function, type) and getattr(function, "class_form", False)
 
 
 def options_of(function):
@@ -306,14 +359,6 @@ def option_help(function):
         return {name: words for name, (words, _, _) in function.options.items()}
     lines = re.findall(r"^(\w+) {2,}(\S.*)$", inspect.getdoc(function) or "", re.MULTILINE)
     return {name: text for name, text in lines if name in options_of(function)}
-
-
-def show_value(value):
-    """An option's value as it is written on the command line."""
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
-
-
-YES_NO = configparser.ConfigParser.BOOLEAN_STATES
 
 
 def get_handler(name):
@@ -340,47 +385,6 @@ def check_option(name, option, value):
     return check_number(value, kind, {int: "a whole number, 0 or more",
                                       float: "a number, 0 or more", str: "a text"}[kind])
 
-
-def check_number(value, kind, words, fits=lambda number: number >= 0):
-    """A number of that kind, finite and one that fits, given as such or as a text.
-
-    Raises ValueError with the end of a sentence.
-    """
-    try:
-        number = kind(value)
-        if (isinstance(value, (str, kind)) or number == value) and not isinstance(value, bool) \
-                and fits(number) and number != math.inf:
-            return number
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise ValueError("must be %s, not %r" % (words, value))
-
-
-def number(kind, words, fits=lambda number: number >= 0):
-    """A check that takes such numbers only."""
-    return lambda value: check_number(value, kind, words, fits)
-
-
-def one_of(*words):
-    """A check that takes these words only."""
-    def check(value):
-        if value not in words:
-            raise ValueError("must be one of %s, not %r" % (", ".join(words), value))
-        return value
-    return check
-
-
-def check_yes_no(value):
-    if str(value).strip().lower() not in YES_NO:
-        raise ValueError("must be yes or no, not %r" % (value,))
-    return YES_NO[str(value).strip().lower()]
-
-
-check_count = number(int, "a whole number, 0 or more")
-check_percent = number(float, "a number from 0 to 100", lambda number: 0 <= number <= 100)
-check_port = number(int, "a port from 0 to 65535", lambda number: 0 <= number <= 65535)
-check_requests = number(int, "a whole number from 10 to 1000", lambda number: 10 <= number <= 1000)
-check_timeout = number(float, "a number of seconds, more than 0", lambda number: number > 0)
 
 # What a rule has beside its handler and options; see Rule.
 RULE_FIELDS = OrderedDict((
@@ -657,17 +661,20 @@ class Line:
         if self.speaker == DOWNSTREAM:
             self.begin()
         elif self.speaker is None and self.late:
-            at_work = {step.rule: step for step in self.steps}
+            at_work = self.at_work()
             self.steps = self.drawn(lambda rule: self.draw(rule) if rule in self.late
                                     else at_work.get(rule))
         self.speaker = to
+
+    def at_work(self):
+        return {step.rule: step for step in self.steps}
 
     def renew(self, new):
         """The rules have changed: steps whose rule is gone go.
 
         New ones begin with the next request, or with this one if nobody has spoken yet.
         """
-        at_work = {step.rule: step for step in self.steps}
+        at_work = self.at_work()
         self.lasting = {rule: self.lasting[rule] for rule in self.lasting
                         if rule in self.rules.armed}
         self.late = [rule for rule in [*self.late, *new] if rule in self.rules.armed]
@@ -1184,7 +1191,7 @@ class Connection:
         if room <= 0 or self.lent:      # ready since before the pipe filled up
             self.watch()
             return
-        if self.proxy.blocks and self.lend(pipe, source):
+        if self.proxy.lends and self.lend(pipe, source):
             return
         try:
             size = source.recv_into(self.loop.buffer, room)
@@ -1343,7 +1350,7 @@ class Connection:
     def watch(self):
         """What the two sockets are watched for, as things stand; it is decided here alone."""
         up, down = self.up, self.down
-        busy = self.lent or (self.proxy.blocks and self.line.blocking() and not self.settled())
+        busy = self.lent or (self.proxy.lends and self.line.blocking() and not self.settled())
         events = ((EVENT_READ if not (up.over or busy) and up.room() > 0 else 0)
                   | (EVENT_WRITE if down.out else 0))
         if events != self.client_events:
@@ -1557,7 +1564,7 @@ class Proxy:
         read_rules([dict(table, name=handler, percent=0) for handler, table in options.items()])
         self.arm(read_rules([dict(options.get(handler, {}), name=handler, percent=percent)
                              for percent, handler in chosen]))
-        self.blocks_begun = [self.rules.armed]      # those of `handler`, on what was there before
+        self.stack = [self.rules.armed]     # what was there, and the blocks of `handler` on it
         self.loop = None
         self.listener = None
         self.set_backend(distant)
@@ -1600,11 +1607,11 @@ class Proxy:
         Raises ValueError for what cannot be understood.
         """
         rules = read_rules([dict(fields, name=name)])
-        self.loop.call(self.begin, rules)
+        self.loop.call(self.push, rules)
         try:
             yield self
         finally:
-            self.loop.call(self.end, rules)
+            self.loop.call(self.pop, rules)
 
     def wait_for(self, name, timeout=5, since=0):
         """Wait until a handler has acted, and return the Event; TimeoutError otherwise.
@@ -1684,13 +1691,16 @@ class Proxy:
             then(addresses, problem)
 
     def use(self, rules):
+        """Have these rules act from now on; blocks of `handler` that end later change nothing."""
+        self.switch(rules)
+        self.stack = [rules]
+
+    def switch(self, rules):
         """Arm these rules, and no others.
 
         Adding one touches nothing that is under way; what a rule that goes was
         holding goes on at once. Open connections follow from their next request, or
-        from this one if nobody has spoken in it yet.
-
-        Returns those that were armed before.
+        from this one if nobody has spoken in it yet. Raises BadRule.
         """
         before = self.rules.armed
         gone = [rule for rule in before if rule not in rules]
@@ -1699,29 +1709,21 @@ class Proxy:
         log.info("%srules: %s", self.label, self.describe())
         for connection in list(self.connections.values()):
             connection.renew(new, gone)
-        return before
 
-    def begin(self, rules):
+    def push(self, rules):
         """A block of `handler` begins: its rules act until it ends, or another begins."""
-        self.blocks_begun.append(rules)
-        try:
-            self.use(rules)
-        except ValueError:
-            self.blocks_begun.remove(rules)
-            raise
+        self.switch(rules)
+        self.stack.append(rules)
 
-    def end(self, rules):
+    def pop(self, rules):
         """It ends, in whatever order they do: the one that began last acts now."""
-        last = self.blocks_begun[-1] is rules
-        self.blocks_begun = [block for block in self.blocks_begun if block is not rules]
+        last = self.stack[-1] is rules
+        self.stack = [block for block in self.stack if block is not rules]
         if last:
-            self.use(self.blocks_begun[-1])
+            self.switch(self.stack[-1])
 
     def arm(self, rules):
-        """Have the rules, and the objects of those whose handlers have the class form.
-
-        Raises BadRule.
-        """
+        """Have the rules, and the objects of those whose handlers have the class form."""
         for rule in rules:
             if rule.blocking and rule.worker is None:
                 try:
@@ -1730,7 +1732,7 @@ class Proxy:
                     raise BadRule([("name", "%s cannot be made: %s: %s" % (
                         rule.name, type(problem).__name__, problem))]) from None
         self.rules.armed = list(rules)
-        self.blocks = any(rule.blocking for rule in rules)
+        self.lends = any(rule.blocking for rule in rules)
 
     def record(self, connection, rule):
         """A fault has acted."""
@@ -2750,6 +2752,7 @@ def serve(places, attached):
     Raises OSError where one of them cannot listen; then nothing has been accepted.
     """
     raise_descriptors()
+    parent = os.getppid()               # asked before anybody is told that we are here
     loop = Loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.stop())
@@ -2763,7 +2766,7 @@ def serve(places, attached):
             print("ready", flush=True)
             os.dup2(2, 1)               # nobody reads on: what a handler prints goes to stderr
             loop.away(wait_for_stdin, lambda *_: loop.stop())
-            watch_parent(loop, os.getppid())
+            watch_parent(loop, parent)
         loop.run()
     finally:
         for place in places:
