@@ -1326,10 +1326,13 @@ class TestProxy(unittest.TestCase):
 
 
 def unused_port():
-    """A port that nobody listens on: refused, as long as nobody is given it."""
-    with contextlib.closing(socket.socket()) as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """A port that nobody listens on, below those that the system gives to whoever asks for one."""
+    while True:
+        port = random.SystemRandom().randrange(10000, 32000)
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for family, host in [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")][:1 + has_ipv6()]:
+                stack.enter_context(contextlib.closing(socket.socket(family))).bind((host, port))
+            return port
 
 
 @contextlib.contextmanager

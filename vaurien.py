@@ -2764,7 +2764,8 @@ def serve(places, attached):
             place.open(loop)
         if attached:
             print("ready", flush=True)
-            os.dup2(2, 1)               # nobody reads on: what a handler prints goes to stderr
+            with contextlib.suppress(OSError):      # nobody reads on: a handler's prints go to
+                os.dup2(2, 1)                       # stderr, if there is one
             loop.away(wait_for_stdin, lambda *_: loop.stop())
             watch_parent(loop, parent)
         loop.run()
