@@ -686,6 +686,12 @@ def exchange(sock, data):
     return read(sock, len(data))
 
 
+def exchange_after(sock, data, size):
+    """Send data while an answer of that size is still to come; both answers."""
+    sock.sendall(data)
+    return read(sock, size + len(data))
+
+
 def hear(sock):
     """All that comes until the end, and how it ends: (size, digest, "eof" or "reset")."""
     digest, size = hashlib.sha1(), 0
@@ -1694,6 +1700,12 @@ class TestProcess(Folder):
             for sock in socks:
                 sock.close()
 
+    def test_what_started_it_may_end_it_through_stdin(self):
+        process = self.start("--attached", "--local", "127.0.0.1:0", stdin=subprocess.PIPE)
+        self.assertEqual(process.stdout.readline(), "ready\n")
+        process.stdin.close()
+        self.assertEqual(process.wait(PATIENCE), 0)
+
     def test_a_port_in_use(self):
         with contextlib.closing(socket.socket()) as taken:
             taken.bind(("127.0.0.1", 0))
@@ -1991,10 +2003,11 @@ class TestControl(unittest.TestCase):
     def test_too_many_silent_ones_make_room(self):
         with mock.patch.object(vaurien, "TALKERS_MAX", 4), driven() as (_, client), \
                 contextlib.ExitStack() as stack:
-            for _ in range(12):
-                stack.enter_context(contextlib.closing(connect(client.port)))
+            silent = [stack.enter_context(contextlib.closing(connect(client.port)))
+                      for _ in range(12)]
             for _ in range(6):
                 self.assertEqual(client.get_handler(), "dummy")
+            self.assertEqual(silent[0].recv(1000), b"")
 
     def test_no_more_threads_is_no_end_of_the_control(self):
         with driven() as (_, client):
@@ -2381,7 +2394,7 @@ def talk(state, t, to, data):
         self.write("pack/__init__.py", "")
         self.write("pack/logging.py", "")
         self.write("pack/mine.py", """
-from pack.chaos import EOF
+from vaurien import EOF
 from pack.chaos.handlers import BaseHandler
 
 class Super(BaseHandler):
@@ -2580,6 +2593,59 @@ class TestBlockingHandlers(unittest.TestCase):
             self.assertTrue(read(sock, len(data)) == data)
             thread.join(PATIENCE)
 
+    def test_it_waits_for_the_backend_and_costs_nothing_meanwhile(self):
+        gate, work = threading.Event(), threading.Event()
+
+        class Waits(vaurien.BaseHandler):
+            def __call__(self, client_sock, backend_sock, to_backend):
+                work.wait(PATIENCE)
+                data = self._get_data(client_sock, backend_sock, to_backend)
+                (backend_sock if to_backend else client_sock).sendall(data)
+
+        def turns(loop, while_waiting):
+            counted, really = [], loop.ring_alarms
+            loop.ring_alarms = lambda: (counted.append(1), really())
+            time.sleep(0.2)
+            loop.ring_alarms = really
+            self.assertLess(len(counted), 30, while_waiting)
+
+        def resolve(address, *_):
+            gate.wait(PATIENCE)
+            return [(socket.AF_INET, ("127.0.0.1", address[1]))]
+
+        with serving(echo) as (port, _), registered(Waits), \
+                vaurien.Proxy("slow.invalid:%d" % port, "127.0.0.1:0", "100:Waits") as proxy, \
+                mock.patch.object(vaurien, "literal", lambda *_: None), \
+                mock.patch.object(vaurien, "resolve", resolve), connected(proxy) as sock:
+            sock.sendall(b"question")
+            wait_until(lambda: proxy.asking)
+            turns(proxy.loop, "for the name")
+            gate.set()
+            proxy.wait_for("Waits", PATIENCE)
+            turns(proxy.loop, "for the handler")
+            work.set()
+            self.assertEqual(read(sock, 8), b"question")
+
+    def test_what_it_does_to_the_sockets_does_not_block_the_loop(self):
+        class Blocks(vaurien.BaseHandler):
+            def __call__(self, client_sock, backend_sock, to_backend):
+                client_sock.setblocking(True)
+                backend_sock.setblocking(True)
+                data = self._get_data(client_sock, backend_sock, to_backend)
+                (backend_sock if to_backend else client_sock).sendall(data)
+
+        def talk(sock):
+            sock.sendall(read(sock, 8))
+            read(sock, 8)
+            sock.sendall(bytes(30000000))
+
+        with self.armed(Blocks, talk) as proxy, connected(proxy) as sock:
+            exchange(sock, b"question")
+            with proxy.handler("dummy"):
+                sock.sendall(b"question")
+                wait_until(lambda: proxy.loop.budget.held > vaurien.HELD_STILL // 2)
+                self.assertEqual(len(read(sock, 30000000)), 30000000)
+
     def test_leaving_while_it_waits_for_a_peer(self):
         class Waits(vaurien.BaseHandler):
             def __call__(self, client_sock, backend_sock, to_backend):
@@ -2606,6 +2672,21 @@ class TestBlockingHandlers(unittest.TestCase):
                     exchange(sock, b"question %d" % number)
             self.assertTrue(10 < proxy.faults["Notes"] < 40)
             self.assertTrue(5 < proxy.faults["delay"] < 35)
+
+    def test_it_does_not_overtake_what_is_still_held(self):
+        class Passes(vaurien.BaseHandler):
+            def __call__(self, client_sock, backend_sock, to_backend):
+                data = self._get_data(client_sock, backend_sock, to_backend)
+                (backend_sock if to_backend else client_sock).sendall(data)
+
+        with registered(Passes), proxy_of(echo, "50:Passes,50:delay", seed=1, options={
+                "delay": {"sleep": 0.03, "before": False}}) as proxy, connected(proxy) as sock:
+            for number in range(20):
+                sock.sendall(b"one %02d " % number)
+                time.sleep(0.005)       # the answer is there, and perhaps held
+                self.assertEqual(exchange_after(sock, b"two %02d " % number, 7),
+                                 b"one %02d two %02d " % (number, number))
+            self.assertEqual(set(proxy.faults), {"Passes", "delay"})
 
     def test_names_of_options_that_are_taken(self):
         class Taken(vaurien.BaseHandler):

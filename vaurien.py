@@ -1524,8 +1524,119 @@ def work(rule, socks, to_backend):
 
 # -- Proxy --------------------------------------------------------------------
 #
-# Listens, accepts, and keeps what belongs to all its connections: the rules, the
-# counts, and the record of the faults that acted.
+# Who listens and accepts, for a proxy and for its control; and the proxy, which keeps what
+# belongs to all its connections: the rules, the counts, the record of the faults that acted.
+
+class Listener:
+    """Accepts, on every address of a host, all on one port."""
+
+    def __init__(self, local, welcome):
+        """Have the port; welcome(client, peer) gets who comes. Raises OSError."""
+        self.sockets = listen(local)
+        self.welcome = welcome
+        self.loop = None
+        self.complained = 0.0       # when we last said that descriptors have run out
+
+    def __str__(self):
+        return " and ".join(show_address(sock.getsockname()) for sock in self.sockets)
+
+    def open(self, loop):
+        self.loop = loop
+        for sock in self.sockets:
+            self.watch(sock)
+
+    def watch(self, sock):
+        self.loop.watch(sock, EVENT_READ, lambda events: self.accept(sock))
+
+    def accept(self, sock):
+        """Take in who waits, a burst at most."""
+        for _ in range(BURST):
+            if sock not in self.sockets:            # closed earlier in this select()
+                return
+            if self.loop.full():
+                self.pause(sock, OSError(errno.EMFILE, "select() takes no more sockets"))
+                return
+            try:
+                client, peer = sock.accept()
+            except BlockingIOError:
+                return
+            except ConnectionError:
+                continue                            # it has gone again already
+            except OSError as problem:              # no descriptors, no memory
+                self.pause(sock, problem)
+                return
+            try:
+                self.welcome(client, peer or client.getpeername())
+            except OSError:                         # likewise; macOS then has no peer
+                client.close()
+
+    def pause(self, sock, problem):
+        """Accept nobody for a while; those who are here go on."""
+        now = self.loop.clock()
+        if now - self.complained >= PAUSE:
+            self.complained = now
+            log.warning("cannot accept on %s: %s: trying again in %g s", self, problem.strerror,
+                        PAUSE)
+        self.loop.watch(sock, 0)
+        self.loop.at(now + PAUSE, lambda: sock in self.sockets and self.watch(sock))
+
+    def close(self):
+        for sock in self.sockets:
+            if self.loop:
+                self.loop.watch(sock, 0)
+            sock.close()
+        self.sockets = []
+
+
+def listen(local):
+    """Sockets that listen on every address of (host, port), all on one port.
+
+    Port 0 picks a port that is free on all of them. Raises OSError, the address in
+    its words, and then nothing is left open.
+    """
+    tries = 20 if local[1] == 0 else 1      # a free port may be taken on the next address
+    while True:
+        sockets, problem, tries = [], None, tries - 1
+        try:
+            for family, address in resolve(local, everywhere=EVERYWHERE):
+                if sockets:                 # the port that the first one got
+                    address = (address[0], sockets[0].getsockname()[1]) + address[2:]
+                try:
+                    sockets.append(listen_at(family, address))
+                except OSError as refused:
+                    problem = cannot_listen(refused, address)
+                    if not missing(refused):
+                        break
+        except OSError as unknown:
+            problem = cannot_listen(unknown, local)
+        if problem is None or (sockets and missing(problem)):
+            return sockets
+        for sock in sockets:
+            sock.close()
+        if not tries or problem.errno != errno.EADDRINUSE:
+            raise problem
+
+
+def cannot_listen(problem, address):
+    return OSError(problem.errno, "cannot listen on %s: %s"
+                   % (show_address(address), problem.strerror or problem))
+
+
+def listen_at(family, address):
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if os.name == "posix":          # elsewhere it means that two may listen on one port
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.setblocking(False)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
 
 Event = namedtuple("Event", "number time proxy connection client request handler options")
 
@@ -1717,10 +1828,8 @@ class Proxy:
 
     def pop(self, rules):
         """It ends, in whatever order they do: the one that began last acts now."""
-        last = self.stack[-1] is rules
         self.stack = [block for block in self.stack if block is not rules]
-        if last:
-            self.switch(self.stack[-1])
+        self.switch(self.stack[-1])
 
     def arm(self, rules):
         """Have the rules, and the objects of those whose handlers have the class form."""
@@ -1785,117 +1894,6 @@ class Proxy:
         log.info("%sstopped: connections: %d, requests: %d, faults: %s", self.label,
                  self.accepted, self.rules.requests,
                  ", ".join("%d %s" % (n, name) for name, n in self.faults.items()) or "none")
-
-
-class Listener:
-    """Accepts, on every address of a host, all on one port."""
-
-    def __init__(self, local, welcome):
-        """Have the port; welcome(client, peer) gets who comes. Raises OSError."""
-        self.sockets = listen(local)
-        self.welcome = welcome
-        self.loop = None
-        self.complained = 0.0       # when we last said that descriptors have run out
-
-    def __str__(self):
-        return " and ".join(show_address(sock.getsockname()) for sock in self.sockets)
-
-    def open(self, loop):
-        self.loop = loop
-        for sock in self.sockets:
-            self.watch(sock)
-
-    def watch(self, sock):
-        self.loop.watch(sock, EVENT_READ, lambda events: self.accept(sock))
-
-    def accept(self, sock):
-        """Take in who waits, a burst at most."""
-        for _ in range(BURST):
-            if sock not in self.sockets:            # closed earlier in this select()
-                return
-            if self.loop.full():
-                self.pause(sock, OSError(errno.EMFILE, "select() takes no more sockets"))
-                return
-            try:
-                client, peer = sock.accept()
-            except BlockingIOError:
-                return
-            except ConnectionError:
-                continue                            # it has gone again already
-            except OSError as problem:              # no descriptors, no memory
-                self.pause(sock, problem)
-                return
-            try:
-                self.welcome(client, peer or client.getpeername())
-            except OSError:                         # likewise; macOS then has no peer
-                client.close()
-
-    def pause(self, sock, problem):
-        """Accept nobody for a while; those who are here go on."""
-        now = self.loop.clock()
-        if now - self.complained >= PAUSE:
-            self.complained = now
-            log.warning("cannot accept on %s: %s: trying again in %g s", self, problem.strerror,
-                        PAUSE)
-        self.loop.watch(sock, 0)
-        self.loop.at(now + PAUSE, lambda: sock in self.sockets and self.watch(sock))
-
-    def close(self):
-        for sock in self.sockets:
-            if self.loop:
-                self.loop.watch(sock, 0)
-            sock.close()
-        self.sockets = []
-
-
-def listen(local):
-    """Sockets that listen on every address of (host, port), all on one port.
-
-    Port 0 picks a port that is free on all of them. Raises OSError, the address in
-    its words, and then nothing is left open.
-    """
-    tries = 20 if local[1] == 0 else 1      # a free port may be taken on the next address
-    while True:
-        sockets, problem, tries = [], None, tries - 1
-        try:
-            for family, address in resolve(local, everywhere=EVERYWHERE):
-                if sockets:                 # the port that the first one got
-                    address = (address[0], sockets[0].getsockname()[1]) + address[2:]
-                try:
-                    sockets.append(listen_at(family, address))
-                except OSError as refused:
-                    problem = cannot_listen(refused, address)
-                    if not missing(refused):
-                        break
-        except OSError as unknown:
-            problem = cannot_listen(unknown, local)
-        if problem is None or (sockets and missing(problem)):
-            return sockets
-        for sock in sockets:
-            sock.close()
-        if not tries or problem.errno != errno.EADDRINUSE:
-            raise problem
-
-
-def cannot_listen(problem, address):
-    return OSError(problem.errno, "cannot listen on %s: %s"
-                   % (show_address(address), problem.strerror or problem))
-
-
-def listen_at(family, address):
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        if os.name == "posix":          # elsewhere it means that two may listen on one port
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.setblocking(False)
-        sock.bind(address)
-        sock.listen(BACKLOG)
-    except OSError:
-        sock.close()
-        raise
-    return sock
 
 
 # -- Control ------------------------------------------------------------------
