@@ -2614,11 +2614,12 @@ class TestBlockingHandlers(unittest.TestCase):
             return [(socket.AF_INET, ("127.0.0.1", address[1]))]
 
         with serving(echo) as (port, _), registered(Waits), \
-                vaurien.Proxy("slow.invalid:%d" % port, "127.0.0.1:0", "100:Waits") as proxy, \
+                vaurien.Proxy("slow.invalid:%d" % port, "127.0.0.1:0") as proxy, \
                 mock.patch.object(vaurien, "literal", lambda *_: None), \
                 mock.patch.object(vaurien, "resolve", resolve), connected(proxy) as sock:
-            sock.sendall(b"question")
             wait_until(lambda: proxy.asking)
+            proxy.loop.call(proxy.use, rules_of("100:Waits"))
+            sock.sendall(b"question")
             turns(proxy.loop, "for the name")
             gate.set()
             proxy.wait_for("Waits", PATIENCE)
