@@ -57,6 +57,11 @@ def rules_of(behavior, options=None):
                                for percent, name in vaurien.parse_behavior(behavior)])
 
 
+def use(proxy, behavior, **options):
+    """Have a running proxy use other rules."""
+    proxy.loop.call(proxy.use, rules_of(behavior, options))
+
+
 @contextlib.contextmanager
 def registered(function):
     """A handler for the time of a test."""
@@ -895,9 +900,6 @@ def wait_until(condition):
 
 class TestProxy(unittest.TestCase):
 
-    def use(self, proxy, behavior, **options):
-        proxy.loop.call(proxy.use, rules_of(behavior, options))
-
     def test_delay_delays_each_request_that_it_is_drawn_for_and_no_other(self):
         with proxy_of(echo, "30:delay", seed=1, options={"delay": {"sleep": 0.05}}) as proxy:
             late = set()
@@ -950,7 +952,7 @@ class TestProxy(unittest.TestCase):
     def test_blackout_in_the_middle_of_a_connection(self):
         with proxy_of(echo) as proxy, connected(proxy) as sock:
             exchange(sock, b"question")
-            self.use(proxy, "100:blackout")
+            use(proxy, "100:blackout")
             sock.sendall(b"another")
             self.assertEqual(hear(sock)[0], 0)
             wait_until(lambda: not proxy.connections and proxy.saw)
@@ -973,7 +975,7 @@ class TestProxy(unittest.TestCase):
         with proxy_of(echo, "100:error") as proxy, connected(proxy) as sock:
             sock.sendall(b"question")
             self.assertNotIn(b"question", read(sock, 1000))
-            self.use(proxy, "100:dummy")
+            use(proxy, "100:dummy")
             self.assertEqual(exchange(sock, b"question"), b"question")
 
     def test_error_injects_into_the_valid_answer(self):
@@ -999,7 +1001,7 @@ class TestProxy(unittest.TestCase):
             pipe = proxy.loop.budget
             wait_until(lambda: pipe.held > vaurien.HELD_STILL // 2)
             self.assertEqual(proxy.saw, [])
-            self.use(proxy, "100:dummy")
+            use(proxy, "100:dummy")
             self.assertEqual(read(sock, len(question)), question)
             thread.join(PATIENCE)
             sock.shutdown(socket.SHUT_WR)
@@ -1008,7 +1010,7 @@ class TestProxy(unittest.TestCase):
     def test_a_fault_meets_the_first_request_of_a_connection_that_was_open_before(self):
         with proxy_of(echo) as proxy, connected(proxy) as sock:
             wait_until(lambda: proxy.connections)
-            self.use(proxy, "100:error")
+            use(proxy, "100:error")
             sock.sendall(b"question")
             self.assertNotIn(b"question", read(sock, 1000))
 
@@ -1086,7 +1088,7 @@ class TestProxy(unittest.TestCase):
                 self.assertLess(sent, 1 << 27)
                 self.assertGreater(proxy.loop.budget.held, vaurien.HELD_ENTRY * 2)
                 gate.set()
-                self.use(proxy, "100:dummy")
+                use(proxy, "100:dummy")
                 sock.close()
                 wait_until(lambda: proxy.saw)
                 self.assertEqual(proxy.saw[0][0], sent)
@@ -1116,7 +1118,7 @@ class TestProxy(unittest.TestCase):
             with connected(proxy) as sock:
                 sock.sendall(data)
                 self.assertEqual(proxy.saw, [])
-                self.use(proxy, "100:dummy")
+                use(proxy, "100:dummy")
                 sock.shutdown(socket.SHUT_WR)
                 wait_until(lambda: proxy.saw)
         self.assertEqual(proxy.saw[0], (len(data), hashlib.sha1(data).hexdigest(), "eof"))
@@ -2456,6 +2458,14 @@ def quiet_popen(*args, really=subprocess.Popen, **words):
     return really(*args, stderr=subprocess.DEVNULL, **words)
 
 
+class Passes(vaurien.BaseHandler):
+    """A blocking handler that passes on what has come."""
+
+    def __call__(self, client_sock, backend_sock, to_backend):
+        data = self._get_data(client_sock, backend_sock, to_backend)
+        (backend_sock if to_backend else client_sock).sendall(data)
+
+
 class TestBlockingHandlers(unittest.TestCase):
     """The class form: it blocks, in a thread of its own, on real sockets."""
 
@@ -2505,12 +2515,11 @@ class TestBlockingHandlers(unittest.TestCase):
     def test_ten_block_at_the_same_time_and_the_loop_goes_on(self):
         meeting = threading.Barrier(11)
 
-        class Meets(vaurien.BaseHandler):
+        class Meets(Passes):
             def __call__(self, client_sock, backend_sock, to_backend):
                 if to_backend:
                     meeting.wait(PATIENCE)
-                data = self._get_data(client_sock, backend_sock, to_backend)
-                (backend_sock if to_backend else client_sock).sendall(data)
+                super().__call__(client_sock, backend_sock, to_backend)
 
         with self.armed(Meets) as proxy, contextlib.ExitStack() as stack:
             socks = [stack.enter_context(connected(proxy)) for _ in range(10)]
@@ -2581,11 +2590,6 @@ class TestBlockingHandlers(unittest.TestCase):
             wait_until(lambda: not proxy.connections and proxy.saw)
 
     def test_large_answers_and_requests_pass_through_it(self):
-        class Passes(vaurien.BaseHandler):
-            def __call__(self, client_sock, backend_sock, to_backend):
-                data = self._get_data(client_sock, backend_sock, to_backend)
-                (backend_sock if to_backend else client_sock).sendall(data)
-
         data = noise(3000000)
         with self.armed(Passes) as proxy, connected(proxy) as sock:
             thread = threading.Thread(target=sock.sendall, args=(data,))
@@ -2596,11 +2600,10 @@ class TestBlockingHandlers(unittest.TestCase):
     def test_it_waits_for_the_backend_and_costs_nothing_meanwhile(self):
         gate, work = threading.Event(), threading.Event()
 
-        class Waits(vaurien.BaseHandler):
+        class Waits(Passes):
             def __call__(self, client_sock, backend_sock, to_backend):
                 work.wait(PATIENCE)
-                data = self._get_data(client_sock, backend_sock, to_backend)
-                (backend_sock if to_backend else client_sock).sendall(data)
+                super().__call__(client_sock, backend_sock, to_backend)
 
         def turns(loop, while_waiting):
             counted, really = [], loop.ring_alarms
@@ -2628,12 +2631,11 @@ class TestBlockingHandlers(unittest.TestCase):
             self.assertEqual(read(sock, 8), b"question")
 
     def test_what_it_does_to_the_sockets_does_not_block_the_loop(self):
-        class Blocks(vaurien.BaseHandler):
+        class Blocks(Passes):
             def __call__(self, client_sock, backend_sock, to_backend):
                 client_sock.setblocking(True)
                 backend_sock.setblocking(True)
-                data = self._get_data(client_sock, backend_sock, to_backend)
-                (backend_sock if to_backend else client_sock).sendall(data)
+                super().__call__(client_sock, backend_sock, to_backend)
 
         def talk(sock):
             sock.sendall(read(sock, 8))
@@ -2661,25 +2663,15 @@ class TestBlockingHandlers(unittest.TestCase):
             wait_until(lambda: threading.active_count() < 20)
 
     def test_it_is_drawn_among_others(self):
-        class Notes(vaurien.BaseHandler):
-            def __call__(self, client_sock, backend_sock, to_backend):
-                data = self._get_data(client_sock, backend_sock, to_backend)
-                (backend_sock if to_backend else client_sock).sendall(data)
-
-        with registered(Notes), proxy_of(echo, "40:Notes,30:delay", seed=1,
+        with registered(Passes), proxy_of(echo, "40:Passes,30:delay", seed=1,
                                          options={"delay": {"sleep": 0.002}}) as proxy:
             with connected(proxy) as sock:
                 for number in range(60):
                     exchange(sock, b"question %d" % number)
-            self.assertTrue(10 < proxy.faults["Notes"] < 40)
+            self.assertTrue(10 < proxy.faults["Passes"] < 40)
             self.assertTrue(5 < proxy.faults["delay"] < 35)
 
     def test_it_does_not_overtake_what_is_still_held(self):
-        class Passes(vaurien.BaseHandler):
-            def __call__(self, client_sock, backend_sock, to_backend):
-                data = self._get_data(client_sock, backend_sock, to_backend)
-                (backend_sock if to_backend else client_sock).sendall(data)
-
         with registered(Passes), proxy_of(echo, "50:Passes,50:delay", seed=1, options={
                 "delay": {"sleep": 0.03, "before": False}}) as proxy, connected(proxy) as sock:
             for number in range(20):
@@ -2953,9 +2945,6 @@ class RealServer:
         self.addCleanup(proxy.__exit__)
         return proxy
 
-    def use(self, proxy, behavior, **options):
-        proxy.loop.call(proxy.use, rules_of(behavior, options))
-
     def client(self, proxy, timeout=PATIENCE):
         client = self.connect(proxy.port, timeout)
         self.addCleanup(self.disconnect, client)
@@ -2986,7 +2975,7 @@ class RealServer:
         proxy = self.proxy()
         client = self.client(proxy)
         self.query(client, 1)
-        self.use(proxy, "100:blackout")
+        use(proxy, "100:blackout")
         with self.assertRaises(self.lost):
             self.query(client, 2)
         with self.assertRaises(self.lost):
@@ -2997,7 +2986,7 @@ class RealServer:
         proxy = self.proxy()
         client = self.client(proxy)
         self.query(client, 1)
-        self.use(proxy, "100:delay", delay={"sleep": 0.1})
+        use(proxy, "100:delay", delay={"sleep": 0.1})
         began = time.monotonic()
         self.assertEqual(self.query(client, 2), 2)
         self.assertGreaterEqual(time.monotonic() - began, 0.1)
@@ -3006,10 +2995,10 @@ class RealServer:
         proxy = self.proxy()
         client = self.client(proxy, timeout=0.3)
         self.query(client, 1)
-        self.use(proxy, "100:hang")
+        use(proxy, "100:hang")
         with self.assertRaises(self.late):
             self.query_in_time(client, proxy)
-        self.use(proxy, "100:dummy")
+        use(proxy, "100:dummy")
         self.assertEqual(self.query(self.client(proxy), 3), 3)
 
     def query_in_time(self, client, proxy):
@@ -3019,12 +3008,12 @@ class RealServer:
         proxy, answers = self.proxy(), []
         client = self.client(proxy)
         self.query(client, 1)
-        self.use(proxy, "100:hang")
+        use(proxy, "100:hang")
         thread = threading.Thread(target=lambda: answers.append(self.query(client, 2)))
         thread.start()
         wait_until(lambda: proxy.loop.budget.held)
         self.assertEqual(answers, [])
-        self.use(proxy, "100:dummy")
+        use(proxy, "100:dummy")
         thread.join(PATIENCE)
         self.assertEqual(answers, [2])
         self.assertEqual(self.query(client, 3), 3)

@@ -489,6 +489,9 @@ class Rule:
                     stream=self.stream, after=self.after, times=self.times)
 
 
+WHOLE = 100.000001      # percent: 33.3 three times and 0.1 are 100
+
+
 def parse_behavior(text):
     """Read "20:delay,5:error" into [(20.0, "delay"), (5.0, "error")].
 
@@ -508,7 +511,7 @@ def parse_behavior(text):
                              % part.strip()) from None
         chosen.append((number, name.strip()))
     total = sum(percent for percent, _ in chosen)
-    if total > 100.000001:      # 33.3 three times and 0.1 are 100
+    if total > WHOLE:
         raise ValueError("must add up to 100 percent at most, not %g: %r" % (total, text))
     return chosen
 
@@ -551,7 +554,7 @@ def read_rules(tables):
         if handler and handler is not dummy and not errors:     # dummy needs no rule
             rules.append(Rule(name, options, low, low + percent, **fields))
         low += percent
-    if low > 100.000001:        # 33.3 three times and 0.1 are 100
+    if low > WHOLE:
         errors.append(("percent", "percent must add up to 100 at most, not %g" % low))
     if errors:
         raise BadRule(errors)
@@ -1920,6 +1923,13 @@ class Refused(Exception):
         super().__init__("; ".join(description for _, _, description in errors))
         self.status, self.errors, self.headers = status, errors, dict(headers)
 
+    def answer(self):
+        """(status, headers, text), in the form of 1.x."""
+        return self.status, dict(self.headers, **{"Content-Type": "application/json"}), json.dumps(
+            {"status": "error", "errors": [
+                {"location": location, "name": name, "description": description}
+                for location, name, description in self.errors]})
+
 
 def route(method, path, example=""):
     """Register a function for a method of a path; example is what curl is told to send."""
@@ -2090,18 +2100,13 @@ QUERIES = {list_events: {"since"}}      # the words of a query, beside proxy, th
 def respond(control, method, target, body):
     """The answer to one question: (status, headers, text). Nothing else may come of it."""
     try:
-        try:
-            answer = ask(control, method, target, body)
-        except Exception as problem:
-            if isinstance(problem, Refused):
-                raise
-            log.exception("control: %s %s failed", method[:20], target[:200])
-            refuse("", "%s: %s" % (type(problem).__name__, problem), "server", 500)
+        answer = ask(control, method, target, body)
     except Refused as refused:
-        return refused.status, dict(refused.headers, **{"Content-Type": "application/json"}), \
-            json.dumps({"status": "error", "errors": [
-                {"location": location, "name": name, "description": description}
-                for location, name, description in refused.errors]})
+        return refused.answer()
+    except Exception as problem:
+        log.exception("control: %s %s failed", method[:20], target[:200])
+        words = "%s: %s" % (type(problem).__name__, problem)
+        return Refused(500, [("server", "", words)]).answer()
     if isinstance(answer, str):
         return 200, {"Content-Type": "text/plain; charset=utf-8"}, answer
     return 200, {"Content-Type": "application/json"}, json.dumps(answer)
@@ -2264,9 +2269,7 @@ def talker():
         def send_error(self, code, message=None, explain=None):
             self.close_connection = True
             self.request_version = self.protocol_version    # whatever was asked for
-            self.reply(code, {"Content-Type": "application/json"}, json.dumps({
-                "status": "error", "errors": [{"location": "request", "name": "",
-                                               "description": message or explain or ""}]}))
+            self.reply(*Refused(code, [("request", "", message or explain or "")]).answer())
             self.wfile.flush()
 
         def log_message(self, form, *args):
