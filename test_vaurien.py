@@ -31,6 +31,7 @@ import textwrap
 import threading
 import time
 import unittest
+import urllib.parse
 import warnings
 from unittest import mock
 
@@ -225,7 +226,7 @@ class TestLaws(unittest.TestCase):
                                 self.assertGreaterEqual(t, event[0])
                                 self.assertIn(to, (UPSTREAM, DOWNSTREAM))
                                 self.assertIsInstance(data, bytes)
-                                self.assertEqual(event[0] + sum(s for _, s in holds), t)
+                                self.assertEqual(event[0] + sum(s for _, s, _ in holds), t)
 
     def test_what_only_puts_off_loses_nothing_when_it_is_released(self):
         for name in "delay", "hang", "dummy":
@@ -390,7 +391,7 @@ class TestLine(unittest.TestCase):
         one, two = (vaurien.Rule("delay", {"sleep": seconds}, dice=name)
                     for seconds, name in ((1.0, "a"), (2.0, "b")))
         self.assertEqual(line_of(one, two).carry(0, UPSTREAM, b"q"),
-                         [(3.0, UPSTREAM, b"q", ((one, 1.0), (two, 2.0)))])
+                         [(3.0, UPSTREAM, b"q", ((one, 1.0, False), (two, 2.0, False)))])
 
     def test_a_stream_that_a_rule_does_not_see_passes_it_by(self):
         line = line_of(vaurien.Rule("hang", stream=DOWNSTREAM))
@@ -426,11 +427,11 @@ class TestPipe(unittest.TestCase):
         self.assertEqual(list(self.pipe.out), [b"a"])
 
     def test_release_lets_go_of_what_one_rule_holds_and_leaves_the_rest(self):
-        one, two, three = "one", "two", "three"      # any rules
-        self.pipe.put(NEVER, b"a", 1, ((one, NEVER),))
+        one, two, three = (vaurien.Rule("delay") for _ in range(3))
+        self.pipe.put(NEVER, b"a", 1, ((one, NEVER, False),))
         self.pipe.put(2, b"b", 2)                    # only behind a
-        self.pipe.put(NEVER, b"c", 3, ((two, 4), (one, NEVER)))
-        self.pipe.put(NEVER, b"d", 4, ((three, NEVER),))
+        self.pipe.put(NEVER, b"c", 3, ((two, 4, False), (one, NEVER, False)))
+        self.pipe.put(NEVER, b"d", 4, ((three, NEVER, False),))
         self.pipe.release([one])
         self.assertEqual(self.pipe.due(3.5), [])
         self.assertEqual(list(self.pipe.out), [b"a", b"b"])
@@ -462,8 +463,8 @@ class TestPipe(unittest.TestCase):
     def test_more_may_be_held_where_it_flows_than_where_it_stands(self):
         def fill(due):
             pipe = vaurien.Pipe(UPSTREAM, vaurien.Budget())
-            while pipe.room() > 0:
-                pipe.put(due, bytes(pipe.room()), 0)
+            while pipe.room(lambda: 0) > 0:
+                pipe.put(due, bytes(pipe.room(lambda: 0)), 0)
             return pipe.held
 
         self.assertLessEqual(fill(NEVER), vaurien.HELD_STILL)
@@ -475,8 +476,8 @@ class TestPipe(unittest.TestCase):
         budget = vaurien.Budget(32 * 1024 * 1024)
         pipes = [vaurien.Pipe(UPSTREAM, budget) for _ in range(4000)]
         for pipe in pipes:
-            while pipe.room() > 0:
-                pipe.put(5, bytes(pipe.room()), 0)
+            while pipe.room(lambda: 0) > 0:
+                pipe.put(5, bytes(pipe.room(lambda: 0)), 0)
             self.assertLessEqual(budget.held, budget.total)
             self.assertGreater(pipe.held, 0)
 
@@ -1311,7 +1312,7 @@ class TestProxy(unittest.TestCase):
             proxy.thread.join(PATIENCE)
         self.assertEqual(hear(sock)[0], 0)
         sock.close()
-        self.assertEqual(proxy.listener.sockets, [])
+        self.assertIsNone(proxy.listener)
 
     def test_the_log_says_what_a_fault_did_and_how_a_connection_ended(self):
         with proxy_of(echo, "100:delay", seed=7, options={"delay": {"sleep": 0.001}}) as proxy:
@@ -1401,7 +1402,8 @@ class TestSettings(Folder):
     """What the command line and the ini file come to, before anything is opened."""
 
     def proxies(self, *argv):
-        return vaurien.make_proxies(*vaurien.read_arguments(list(argv), vaurien.SETTINGS))
+        found = vaurien.read_arguments(list(argv), vaurien.SETTINGS)
+        return list(vaurien.make_proxies(found).values())
 
     def proxy(self, *argv):
         proxy, = self.proxies(*argv)
@@ -1790,11 +1792,18 @@ def late_end(state, t, to, data):
 
 # -- Control, from outside and from code -------------------------------------------
 
+def fleet(*proxies):
+    """The proxies of a control server."""
+    found = vaurien.Proxies(proxies)
+    found.loop = proxies[0].loop if proxies else None
+    return found
+
+
 @contextlib.contextmanager
 def driven(talk=echo, behavior="100:dummy", **words):
     """A proxy and its control server, in one loop; yields (proxy, Client)."""
     with proxy_of(talk, behavior, **words) as proxy:
-        control = vaurien.Control(("127.0.0.1", 0), [proxy])
+        control = vaurien.Control(("127.0.0.1", 0), fleet(proxy))
         control.bind()
         proxy.loop.call(control.open, proxy.loop)
         port = control.listener.sockets[0].getsockname()[1]
@@ -1813,7 +1822,7 @@ class TestRoutes(unittest.TestCase):
         self.one = stack.enter_context(vaurien.Proxy("127.0.0.1:9", "127.0.0.1:0", "20:delay,5:hang",
                                                      {"delay": {"sleep": 2}}, "one"))
         self.two = stack.enter_context(vaurien.Proxy("127.0.0.1:9", "127.0.0.1:0", name="two"))
-        self.control = vaurien.Control(("localhost", 0), [self.one, self.two])
+        self.control = vaurien.Control(("localhost", 0), fleet(self.one, self.two))
         self.control.url = "http://localhost:8080"
 
     def ask(self, method, target, body=b"", status=200):
@@ -1871,7 +1880,7 @@ class TestRoutes(unittest.TestCase):
     def test_the_share_of_dummy_comes_back_too(self):
         chosen = [(20, "delay"), (30, "dummy"), (5, "error")]
         with vaurien.Proxy("127.0.0.1:9", "127.0.0.1:0", chosen) as proxy:
-            self.control.proxies = [proxy]
+            self.control.proxies = fleet(proxy)
             rules = self.ask("GET", "/rules")
             self.ask("PUT", "/rules", json.dumps(rules).encode())
             self.assertEqual([(rule.low, rule.high) for rule in proxy.rules.armed],
@@ -2037,6 +2046,8 @@ class TestControl(unittest.TestCase):
         def broken(question):
             raise KeyError("no idea")
 
+        broken.form, broken.needs_proxy, broken.query = vaurien.Refused, True, ()
+
         with driven() as (_, client), self.assertLogs("vaurien", "ERROR"):
             with mock.patch.dict(vaurien.ROUTES["/handler"], GET=broken):
                 with self.assertRaisesRegex(ValueError, "KeyError: 'no idea'"):
@@ -2144,6 +2155,928 @@ class TestControl(unittest.TestCase):
                 new.sendall(b"question")
                 self.assertEqual(read(new, 8), b"QUESTION")
             self.assertEqual(exchange(old, b"question"), b"question")
+
+
+# -- Toxiproxy: toxics, their API, and what the original gets wrong ------------------
+
+class TestToxics(unittest.TestCase):
+    """The handlers of Toxiproxy as tables, in its units."""
+
+    def play(self, kind, *events, stream="both", **options):
+        """What a toxic makes of one connection's events: [(t, to, data)]."""
+        line = line_of(vaurien.Rule(kind, options, per="connection", stream=stream))
+        found = [event for event in line.greet(0, [UPSTREAM, DOWNSTREAM])]
+        for event in events:
+            found += line.carry(*event)
+        return [(round(t, 6), to, data) for t, to, data, _ in found]
+
+    def test_latency_is_milliseconds_and_none_waits_for_another(self):
+        self.assertEqual(
+            self.play("latency", (0, UPSTREAM, OPEN), (1, DOWNSTREAM, b"a"), (1.05, DOWNSTREAM, b"b"),
+                      (2, DOWNSTREAM, EOF), latency=200),
+            [(0, UPSTREAM, OPEN), (1.2, DOWNSTREAM, b"a"), (1.25, DOWNSTREAM, b"b"), (2.2, DOWNSTREAM, EOF)])
+
+    def test_jitter_is_more_or_less_and_never_into_the_past(self):
+        times = [t for t, _, _ in self.play("latency", *[(0, UPSTREAM, b"q")] * 200, latency=100, jitter=50)]
+        self.assertTrue(0.05 <= min(times) < 0.07 and 0.13 < max(times) <= 0.15, times)
+        times = [t for t, _, _ in self.play("latency", *[(0, UPSTREAM, b"q")] * 200, latency=10, jitter=50)]
+        self.assertEqual(min(times), 0)
+
+    def test_bandwidth_is_kilobytes_of_1000_bytes_and_each_way_has_its_own(self):
+        found = self.play("bandwidth", (0, UPSTREAM, bytes(5000)), (0, DOWNSTREAM, b"a" * 100),
+                          (1, UPSTREAM, bytes(1000)), rate=1)
+        self.assertEqual(sum(len(data) for _, _, data in found), 6100)
+        self.assertEqual([t for t, to, _ in found if to == DOWNSTREAM][-1], 0.1)
+        self.assertEqual([t for t, to, _ in found if to == UPSTREAM][-1], 6)
+        self.assertTrue(all(len(data) <= 10 for _, _, data in found))
+
+    def test_bandwidth_is_idle_when_it_is_idle(self):
+        found = self.play("bandwidth", (0, UPSTREAM, bytes(1000)), (10, UPSTREAM, bytes(1000)), rate=1)
+        self.assertEqual(found[-1][0], 11)
+
+    def test_no_bandwidth_holds_everything(self):
+        self.assertEqual(self.play("bandwidth", (0, UPSTREAM, b"q"), (1, UPSTREAM, EOF)),
+                         [(NEVER, UPSTREAM, b"q"), (NEVER, UPSTREAM, EOF)])
+
+    def test_slicer_cuts_into_pieces_and_waits_after_each(self):
+        found = self.play("slicer", (1, DOWNSTREAM, b"abcdefgh"), (1, DOWNSTREAM, b"i"), (1, DOWNSTREAM, EOF),
+                          average_size=3, delay=1000)
+        self.assertEqual(found, [(1, DOWNSTREAM, b"abc"), (1.001, DOWNSTREAM, b"def"), (1.002, DOWNSTREAM, b"gh"),
+                                 (1.003, DOWNSTREAM, b"i"), (1.004, DOWNSTREAM, EOF)])
+
+    def test_slicer_varies_its_pieces(self):
+        data = noise(100000)
+        found = self.play("slicer", (1, DOWNSTREAM, data), average_size=500, size_variation=100)
+        sizes = [len(piece) for _, _, piece in found]
+        self.assertEqual(b"".join(piece for _, _, piece in found), data)
+        self.assertTrue(all(400 <= size <= 600 for size in sizes[:-1]), sizes)
+        self.assertGreater(len(set(sizes)), 50)
+
+    def test_slicer_with_what_crashes_the_original(self):
+        for size, variation in (0, 0), (0, 5), (1, 1), (1, 10 ** 18), (10 ** 18, 1), (5, 5), (3, 7):
+            found = self.play("slicer", (1, DOWNSTREAM, b"abcdefgh"), average_size=size, size_variation=variation)
+            self.assertEqual(b"".join(data for _, _, data in found), b"abcdefgh", (size, variation))
+            self.assertTrue(all(data for _, _, data in found))
+
+    def test_a_chunk_is_not_cut_into_more_pieces_than_there_is_memory_for(self):
+        for kind, options in ("slicer", {"average_size": 1}), ("bandwidth", {"rate": 1}):
+            found = self.play(kind, (1, DOWNSTREAM, bytes(vaurien.CHUNK)), **options)
+            self.assertLessEqual(len(found), vaurien.PIECES + 1)
+            self.assertEqual(sum(len(data) for _, _, data in found), vaurien.CHUNK)
+
+    def test_slow_close_puts_off_the_end_alone(self):
+        self.assertEqual(self.play("slow_close", (1, DOWNSTREAM, b"a"), (2, DOWNSTREAM, EOF), delay=500),
+                         [(1, DOWNSTREAM, b"a"), (2.5, DOWNSTREAM, EOF)])
+
+    def test_timeout_is_counted_from_when_it_began_and_not_anew_for_each_chunk(self):
+        found = self.play("timeout", (0.4, DOWNSTREAM, b"a"), (0.6, DOWNSTREAM, b"b"), stream=DOWNSTREAM, timeout=700)
+        self.assertEqual(found, [(0.7, DOWNSTREAM, EOF), (0.7, UPSTREAM, EOF)])
+
+    def test_timeout_0_loses_everything_and_closes_when_it_is_removed(self):
+        rule = vaurien.Rule("timeout", per="connection", stream=DOWNSTREAM)
+        pipe = vaurien.Pipe(DOWNSTREAM, vaurien.Budget())
+        line = line_of(rule)
+        for t, to, data, holds in line.greet(0, [DOWNSTREAM]) + line.carry(1, DOWNSTREAM, b"a"):
+            if to == DOWNSTREAM:
+                pipe.put(t, data, 0, holds)
+        self.assertEqual((pipe.due(10 ** 9), list(pipe.out)), ([], []))
+        pipe.release([rule])
+        pipe.due(2)
+        self.assertEqual(list(pipe.out), [EOF])
+
+    def test_timeout_passes_the_end_on(self):
+        found = self.play("timeout", (1, DOWNSTREAM, b"a"), (2, DOWNSTREAM, EOF), stream=DOWNSTREAM)
+        self.assertEqual(found[2:], [(2, DOWNSTREAM, EOF)])
+
+    def test_reset_peer_answers_what_comes_first_with_a_reset(self):
+        for first in b"a", EOF:
+            self.assertEqual(
+                self.play("reset_peer", (0, UPSTREAM, OPEN), (1, DOWNSTREAM, first), (1.1, DOWNSTREAM, b"b"),
+                          (1.2, DOWNSTREAM, EOF), timeout=500),
+                [(0, UPSTREAM, OPEN), (1.5, DOWNSTREAM, RESET)])
+
+    def test_limit_data_lets_exactly_so_much_through(self):
+        for limit, passed in (0, b""), (3, b"abc"), (5, b"abcde"):
+            found = self.play("limit_data", (1, DOWNSTREAM, b"a"), (2, DOWNSTREAM, b"bcde"),
+                              (3, DOWNSTREAM, b"f"), stream=DOWNSTREAM, bytes=limit)
+            passing = found[:found.index(next(event for event in found if event[2] is EOF))]
+            self.assertEqual(b"".join(data for _, _, data in passing), passed)
+            self.assertEqual({event[1] for event in found if event[2] is EOF}, {UPSTREAM, DOWNSTREAM})
+            self.assertEqual(b"".join(data for _, _, data in found), passed)
+
+    def test_a_fault_drawn_for_a_connection_is_shown_its_beginning_each_way(self):
+        seen = []
+
+        def watch(state, t, to, data):
+            seen.append((t, to, data))
+            yield t, to, data
+
+        with registered(watch):
+            for stream in "both", UPSTREAM, DOWNSTREAM:
+                line = line_of(vaurien.Rule("watch", per="connection", stream=stream))
+                self.assertEqual(line.greet(3, [UPSTREAM, DOWNSTREAM]), [])
+                self.assertEqual(seen, [(3, way, OPEN) for way in (UPSTREAM, DOWNSTREAM) if stream in ("both", way)])
+                seen.clear()
+            line_of(vaurien.Rule("watch")).greet(3, [UPSTREAM, DOWNSTREAM])
+            self.assertEqual(seen, [])
+
+    def test_what_one_makes_of_the_beginning_goes_through_those_behind_it(self):
+        line = line_of(vaurien.Rule("blackout", per="connection", dice="a"),
+                       vaurien.Rule("slow_close", {"delay": 5000}, per="connection", dice="b"))
+        self.assertEqual({event[:3] for event in line.greet(1, [DOWNSTREAM])},
+                         {(6, DOWNSTREAM, EOF), (6, UPSTREAM, EOF)})
+
+
+class TestMatch(unittest.TestCase):
+    """Rules that wait for what the request says."""
+
+    def line(self, *rules):
+        return line_of(*rules)
+
+    def test_it_acts_from_where_the_request_matches(self):
+        line = line_of(vaurien.Rule("hang", match=vaurien.check_match("GET /cart")))
+        self.assertEqual(line.carry(0, UPSTREAM, OPEN)[0][0], 0)
+        self.assertEqual(line.carry(0, UPSTREAM, b"GET /")[0][0], 0)
+        self.assertEqual(line.carry(1, UPSTREAM, b"cart HTTP/1.1")[0][0], NEVER)
+        self.assertEqual(line.carry(1, DOWNSTREAM, b"a")[0][0], NEVER)
+
+    def test_each_request_is_looked_at_anew(self):
+        line = line_of(vaurien.Rule("hang", match=vaurien.check_match("ab")))
+        held = []
+        for text in b"a", b"b", b"ab", b"xx":
+            line.turn(UPSTREAM)
+            held.append(line.carry(0, UPSTREAM, text)[0][0] == NEVER)
+            line.turn(DOWNSTREAM)
+        self.assertEqual(held, [False, False, True, False])
+
+    def test_after_and_times_count_the_requests_that_match(self):
+        rule = vaurien.Rule("hang", match=vaurien.check_match("hit"), after=1, times=2)
+        line, held = line_of(rule), []
+        for text in b"miss", b"hit", b"miss", b"hit", b"hit", b"hit":
+            line.turn(UPSTREAM)
+            held.append(line.carry(0, UPSTREAM, text)[0][0] == NEVER)
+            line.turn(DOWNSTREAM)
+        self.assertEqual(held, [False, False, False, True, True, False])
+
+    def test_a_connection_is_hit_from_its_first_request_that_matches(self):
+        line = line_of(vaurien.Rule("hang", match=vaurien.check_match("^hit"), per="connection"))
+        held = []
+        for text in b"mi", b"hit", b"miss":
+            line.turn(UPSTREAM)
+            held.append(line.carry(0, UPSTREAM, text)[0][0] == NEVER)
+            line.turn(DOWNSTREAM)
+        self.assertEqual(held, [False, True, True])
+
+    def test_the_dice_decide_too(self):
+        armed = vaurien.Rules(1, "test")
+        armed.armed = [vaurien.Rule("hang", high=30, match=vaurien.check_match("hit"))]
+        hits = 0
+        for number in range(300):
+            line = vaurien.Line(armed, number)
+            line.begin()
+            hits += line.carry(0, UPSTREAM, b"hit")[0][0] == NEVER
+        self.assertTrue(60 < hits < 120, hits)
+
+    def test_it_looks_at_the_first_bytes_of_a_long_request_only(self):
+        line = line_of(vaurien.Rule("hang", match=vaurien.check_match("hit")))
+        line.carry(0, UPSTREAM, bytes(vaurien.HEARD_MAX))
+        self.assertEqual(line.carry(0, UPSTREAM, b"hit")[0][0], 0)
+
+    def test_bad_expressions_are_refused(self):
+        for text in "(", "", 5, None, "a{99999999999}", "\ud800", "(?P<a>x)(?P<a>y)":
+            with self.assertRaisesRegex(ValueError, "must be a regular expression", msg=repr(text)):
+                vaurien.check_match(text)
+
+    def test_through_a_proxy(self):
+        with proxy_of(echo) as proxy, connected(proxy) as sock:
+            with proxy.handler("hang", match="^slow"):
+                exchange(sock, b"quick")
+                sock.sendall(b"slow")
+                proxy.wait_for("hang")
+            self.assertEqual(read(sock, 4), b"slow")
+
+
+class Toxicproxy(unittest.TestCase):
+    """Tests that speak to a control server as Toxiproxy's clients do."""
+
+    def setUp(self):
+        self.stack = contextlib.ExitStack()
+        self.addCleanup(self.stack.close)
+        self.loop = vaurien.Loop()
+        thread = threading.Thread(target=self.loop.run, daemon=True)
+        thread.start()
+        self.proxies = vaurien.Proxies(seed=1)
+        self.control = vaurien.Control(("127.0.0.1", 0), self.proxies)
+        self.control.bind()
+        self.port = self.control.listener.sockets[0].getsockname()[1]
+        self.loop.call(self.proxies.open, self.loop)
+        self.loop.call(self.control.open, self.loop)
+
+        def end():
+            self.loop.stop()
+            thread.join()
+            self.control.close()
+            self.proxies.close()
+            self.loop.close()
+        self.addCleanup(end)
+
+    def ask(self, method, path, body=None, status=200):
+        """The JSON of an answer, or its text."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        with contextlib.closing(connection):
+            connection.request(method, path, body if isinstance(body, (str, type(None))) else json.dumps(body))
+            response = connection.getresponse()
+            text = response.read().decode("utf-8")
+        self.assertEqual(response.status, status, text)
+        self.headers = response.headers
+        return json.loads(text) if text[:1] in ("{", "[") else text
+
+    def refused(self, method, path, body, status):
+        """The words of an error."""
+        found = self.ask(method, path, body, status)
+        self.assertEqual(found["status"], status)
+        return found["error"]
+
+    def backend(self, talk=echo):
+        port, saw = self.stack.enter_context(serving(talk))
+        return "127.0.0.1:%d" % port, saw
+
+    def create(self, talk=echo, name="p", **fields):
+        """A proxy made through the API; its port."""
+        upstream, self.saw = self.backend(talk)
+        found = self.ask("POST", "/proxies", dict({"name": name, "listen": "127.0.0.1:0", "upstream": upstream}, **fields), 201)
+        return int(found["listen"].rpartition(":")[2])
+
+    def connect(self, port):
+        return self.stack.enter_context(contextlib.closing(connect(port)))
+
+    def toxic(self, kind, status=200, proxy="p", stream="downstream", attributes=None, **fields):
+        return self.ask("POST", "/proxies/%s/toxics" % proxy,
+                        dict(fields, type=kind, stream=stream, attributes=attributes or {}), status)
+
+    def begun(self):
+        """Wait until the clients that have connected are known to the proxy."""
+        proxy = self.proxies["p"]
+        wait_until(lambda: proxy.connections and all(
+            connection.backend and not connection.connecting for connection in list(proxy.connections.values())))
+        return proxy
+
+
+class TestToxiproxyApi(Toxicproxy):
+    """Status codes, shapes, words and defaults of Toxiproxy 2.12."""
+
+    def test_proxies_come_and_go(self):
+        self.assertEqual(self.ask("GET", "/proxies"), {})
+        made = self.ask("POST", "/proxies", {"name": "b", "listen": "localhost:0", "upstream": "localhost:6379"}, 201)
+        self.assertRegex(made["listen"], r"^127\.0\.0\.1:\d+$")
+        self.assertEqual(made, {"name": "b", "listen": made["listen"], "upstream": "localhost:6379", "enabled": True, "toxics": []})
+        self.assertEqual(list(made), ["name", "listen", "upstream", "enabled", "toxics"])
+        self.assertEqual(self.headers["Content-Type"], "application/json")
+        self.assertTrue(self.headers["X-Toxiproxy-Request-Id"])
+        self.assertEqual(self.ask("GET", "/proxies/b"), made)
+        self.ask("POST", "/proxies", {"name": "a", "upstream": "localhost:1"}, 201)
+        self.assertEqual(list(self.ask("GET", "/proxies")), ["a", "b"])
+        self.assertEqual(self.ask("DELETE", "/proxies/b", status=204), "")
+        self.assertEqual(self.refused("GET", "/proxies/b", None, 404), "proxy not found")
+        with self.assertRaises(ConnectionRefusedError):
+            connect(int(made["listen"].split(":")[1]))
+
+    def test_what_is_not_given(self):
+        made = self.ask("POST", "/proxies", {"name": "a", "upstream": "localhost:1", "listen": None, "enabled": None}, 201)
+        self.assertRegex(made["listen"], r"^\[::\]:\d+$")
+        self.assertIs(made["enabled"], True)
+        made = self.ask("POST", "/proxies", {"NAME": "b", "Upstream": "localhost:1", "listen": "localhost:3310",
+                                             "enabled": False, "x": 1}, 201)
+        self.assertEqual((made["name"], made["listen"], made["enabled"]), ("b", "localhost:3310", False))
+
+    def test_refusals(self):
+        taken = self.stack.enter_context(contextlib.closing(vaurien.listen_at(socket.AF_INET, ("127.0.0.1", 0))))
+        here = "127.0.0.1:%d" % taken.getsockname()[1]
+        self.create()
+        create = functools.partial(self.refused, "POST", "/proxies")
+        for body, status, words in [
+                ("", 400, "bad request body: EOF"),
+                ('{"name": "x', 400, "bad request body: unexpected EOF"),
+                ('{"name": "x",', 400, "bad request body: unexpected EOF"),
+                ("nope", 400, "bad request body: invalid JSON"),
+                ("[]", 400, "bad request body: json: cannot unmarshal array into Go value of type toxiproxy.Proxy"),
+                ('{"name": 5}', 400, "bad request body: json: cannot unmarshal number into Go struct field Proxy.name of type string"),
+                ('{"name": "x", "enabled": "yes"}', 400,
+                 "bad request body: json: cannot unmarshal string into Go struct field Proxy.enabled of type bool"),
+                ("{}", 400, "missing required field: name"),
+                ('{"name": ""}', 400, "missing required field: name"),
+                ('{"name": "x"}', 400, "missing required field: upstream"),
+                ({"name": "p", "upstream": "localhost:1", "listen": "localhost:0"}, 409, "proxy already exists"),
+                ({"name": "x", "upstream": "localhost:1", "listen": here}, 500,
+                 "listen tcp %s: bind: address already in use" % here),
+                ({"name": "x", "upstream": "localhost:1", "listen": "local373"}, 500,
+                 "listen tcp: address local373: missing port in address"),
+                ({"name": "x", "upstream": "localhost:1", "listen": "localhost:99999"}, 500,
+                 "listen tcp: address 99999: invalid port"),
+                ({"name": "x", "upstream": "https://example.com/a"}, 400,
+                 "bad request body: upstream must be HOST:PORT, without a scheme or a path, like example.com:443"),
+                ({"name": "x", "listen": "localhost:7", "upstream": "localhost:7"}, 400, "would call itself"),
+                ({"name": "a\nb", "upstream": "localhost:1"}, 400, "bad request body: name must be"),
+                ({"name": "x" * 10240, "upstream": "localhost:1"}, 400, "bad request body: name must be"),
+                ('{"name": "\\ud800", "upstream": "localhost:1"}', 400, "bad request body: name must be"),
+                ("[" * 100000, 400, "bad request body")]:
+            with self.subTest(body=str(body)[:80]):
+                self.assertIn(words, create(body, status))
+                self.assertEqual(self.headers["Content-Type"], "text/plain; charset=utf-8")
+        self.assertEqual(list(self.ask("GET", "/proxies")), ["p"])
+
+    def test_what_follows_the_first_value_is_ignored(self):
+        self.ask("POST", "/proxies", '{"name": "a", "upstream": "localhost:1"} and more', 201)
+
+    def test_methods_and_paths(self):
+        self.create()
+        for method, path in ("PUT", "/proxies/p"), ("HEAD", "/proxies"), ("DELETE", "/proxies"), ("GET", "/populate"):
+            self.assertEqual(self.ask(method, path, status=405), "")
+        for path in "/proxies/", "/proxies/p/", "/proxies/p/toxics/", "/nope", "/proxies/p/toxics/t/u":
+            self.ask("GET", path, status=404)
+        self.assertEqual(self.ask("GET", "/version"), {"version": vaurien.__version__})
+        self.assertGreaterEqual(tuple(map(int, vaurien.__version__.split("."))), (2, 6, 0))
+
+    def test_a_browser_is_turned_away(self):
+        found = vaurien.respond(self.control, "GET", "/proxies", b"", "Mozilla/5.0 (X11)")
+        self.assertEqual((found.status, found.text), (403, "User agent not allowed\n"))
+
+    def test_names_with_any_characters_can_be_addressed(self):
+        for name in "a b", "a/b", "ü", "100%", "?#":
+            self.create(name=name)
+            self.assertEqual(self.ask("GET", "/proxies/" + urllib.parse.quote(name, safe=""))["name"], name)
+
+    def test_an_update_that_changes_nothing_leaves_the_connections_alone(self):
+        port = self.create()
+        sock = self.connect(port)
+        exchange(sock, b"question")
+        upstream = self.ask("GET", "/proxies/p")["upstream"]
+        for body in ({}, {"enabled": True}, {"listen": "127.0.0.1:%d" % port, "upstream": upstream, "enabled": None},
+                     {"name": "other"}, {"listen": ""}):
+            for method in "POST", "PATCH":
+                if body != {"listen": ""}:
+                    self.assertEqual(self.ask(method, "/proxies/p", body)["name"], "p")
+        exchange(sock, b"question")
+
+    def test_disabled_and_enabled_it_keeps_its_port_and_its_toxics(self):
+        port = self.create()
+        self.toxic("latency", attributes={"latency": 1})
+        sock = self.connect(port)
+        exchange(sock, b"question")
+        found = self.ask("POST", "/proxies/p", {"enabled": False})
+        self.assertEqual((found["enabled"], found["listen"]), (False, "127.0.0.1:%d" % port))
+        self.assertEqual(hear(sock), (0, hashlib.sha1().hexdigest(), "eof"))
+        with self.assertRaises(ConnectionRefusedError):
+            connect(port)
+        found = self.ask("PATCH", "/proxies/p", {"enabled": True})
+        self.assertEqual((found["listen"], len(found["toxics"])), ("127.0.0.1:%d" % port, 1))
+        exchange(self.connect(port), b"question")
+
+    def test_localhost_listens_on_both_families_again_when_it_is_enabled_again(self):
+        if not has_ipv6():
+            self.skipTest("no IPv6")
+        port = self.create(listen="localhost:0")
+        self.ask("POST", "/proxies/p", {"enabled": False})
+        self.ask("POST", "/proxies/p", {"enabled": True})
+        with contextlib.closing(connect(port, "::1")) as sock:
+            exchange(sock, b"question")
+
+    def test_another_upstream_closes_the_connections_and_keeps_the_port(self):
+        port = self.create()
+        sock = self.connect(port)
+        exchange(sock, b"question")
+        other, _ = self.backend(lambda sock: sock.sendall(b"other"))
+        self.ask("POST", "/proxies/p", {"upstream": other})
+        self.assertEqual(hear(sock)[0], 0)
+        self.assertEqual(read(self.connect(port), 5), b"other")
+
+    def test_another_port_and_one_that_cannot_be_had(self):
+        port = self.create()
+        sock = self.connect(port)
+        exchange(sock, b"question")
+        taken = self.stack.enter_context(contextlib.closing(vaurien.listen_at(socket.AF_INET, ("127.0.0.1", 0))))
+        words = self.refused("POST", "/proxies/p", {"listen": "127.0.0.1:%d" % taken.getsockname()[1]}, 500)
+        self.assertIn("address already in use", words)
+        for body in {"listen": "bad"}, {"listen": "127.0.0.1:99999"}, {"upstream": "bad"}, {"enabled": 5}, {"upstream": "127.0.0.1:%d" % port}:
+            self.refused("POST", "/proxies/p", body, 500 if "listen" in body else 400)
+        exchange(sock, b"question")                 # nothing running was disturbed
+        found = self.ask("POST", "/proxies/p", {"listen": "127.0.0.1:0"})
+        new = int(found["listen"].split(":")[1])
+        self.assertNotEqual(new, port)
+        exchange(self.connect(new), b"question")
+        self.assertEqual(hear(sock)[0], 0)
+
+    def test_the_same_port_on_other_addresses(self):
+        port = self.create()
+        self.assertEqual(self.ask("POST", "/proxies/p", {"listen": "0.0.0.0:%d" % port})["listen"], "0.0.0.0:%d" % port)
+        exchange(self.connect(port), b"question")
+        with mock.patch.object(vaurien, "listen", side_effect=[vaurien.CannotListen(
+                OSError(vaurien.errno.EADDRINUSE, "Address already in use"), ("127.0.0.1", port))] * 2 + [
+                [vaurien.listen_at(socket.AF_INET, ("127.0.0.1", 0))]]):
+            self.refused("POST", "/proxies/p", {"listen": "127.0.0.1:%d" % port}, 500)
+
+    def test_toxics_have_their_defaults(self):
+        self.create()
+        made = self.ask("POST", "/proxies/p/toxics", {"type": "latency"})
+        self.assertEqual(json.dumps(made), json.dumps({
+            "attributes": {"latency": 0, "jitter": 0}, "name": "latency_downstream", "type": "latency",
+            "stream": "downstream", "toxicity": 1.0}))
+        made = self.ask("POST", "/proxies/p/toxics", {
+            "type": "latency", "stream": "UPSTREAM", "toxicity": 5, "attributes": {"LATENCY": -5, "jitter": None, "x": 1}})
+        self.assertEqual((made["name"], made["stream"], made["toxicity"], made["attributes"]),
+                         ("latency_UPSTREAM", "UPSTREAM", 5, {"latency": -5, "jitter": 0}))
+        self.toxic("noop", stream="both")
+        self.assertEqual([toxic["name"] for toxic in self.ask("GET", "/proxies/p/toxics")],
+                         ["latency_UPSTREAM", "latency_downstream", "noop_both"])
+        self.assertEqual(self.ask("GET", "/proxies/p")["toxics"], self.ask("GET", "/proxies/p/toxics"))
+
+    def test_every_handler_is_a_toxic(self):
+        self.create()
+        for kind, function in HANDLERS.items():
+            made = self.toxic(kind)
+            self.assertEqual((made["type"], made["attributes"]), (kind, vaurien.options_of(function)))
+
+    def test_a_toxic_is_changed_and_removed(self):
+        self.create()
+        self.toxic("latency", attributes={"latency": 100, "jitter": 10})
+        path = "/proxies/p/toxics/latency_downstream"
+        for method, body, found in [
+                ("POST", {"attributes": {"latency": 5}}, (5, 10, 1)), ("PATCH", {"toxicity": 0.5}, (5, 10, 0.5)),
+                ("PATCH", {"name": "x", "type": "noop", "stream": "upstream", "toxicity": None}, (5, 10, 0.5)),
+                ("PATCH", {}, (5, 10, 0.5))]:
+            toxic = self.ask(method, path, body)
+            self.assertEqual((toxic["attributes"]["latency"], toxic["attributes"]["jitter"], toxic["toxicity"]), found)
+            self.assertEqual((toxic["name"], toxic["stream"]), ("latency_downstream", "downstream"))
+        self.assertEqual(self.ask("GET", path), toxic)
+        self.assertEqual(self.ask("DELETE", path, status=204), "")
+        for method in "GET", "DELETE", "POST", "PATCH":
+            self.assertEqual(self.refused(method, path, "{}", 404), "toxic not found")
+        for method in "GET", "DELETE", "POST", "PATCH":
+            self.assertEqual(self.refused(method, path.replace("/p/", "/q/"), "{}", 404), "proxy not found")
+
+    def test_refused_toxics(self):
+        self.create()
+        self.toxic("latency")
+        for body, status, words in [
+                ("", 400, "bad request body: EOF"), ("{}", 400, "invalid toxic type"),
+                ({"type": "nope"}, 400, "invalid toxic type"), ({"type": "os.system"}, 400, "invalid toxic type"),
+                ({"type": "latency", "stream": ""}, 400, "stream was invalid, can be either upstream or downstream"),
+                ({"type": "nope", "stream": "x"}, 400, "stream was invalid, can be either upstream or downstream"),
+                ({"type": "latency"}, 409, "toxic already exists"),
+                ({"type": "latency", "name": "latency_downstream", "stream": "upstream"}, 409, "toxic already exists"),
+                ({"type": "slicer", "toxicity": "1"}, 400,
+                 "bad request body: json: cannot unmarshal string into Go struct field ToxicWrapper.toxicity of type float64"),
+                ({"type": "slicer", "percent": 5, "toxicity": 1}, 400, "percent and toxicity say the same"),
+                ({"type": "slicer", "percent": 500}, 400, "percent must be a number from 0 to 100, not 500"),
+                ({"type": "slicer", "per": "chunk"}, 400, "per must be one of request, connection, not 'chunk'"),
+                ({"type": "slicer", "match": "("}, 400, "match must be a regular expression, not '('"),
+                ({"type": "slicer", "times": -1}, 400, "times must be a whole number, 0 or more, not -1"),
+                ({"type": "slicer", "attributes": []}, 400, "cannot unmarshal array")]:
+            with self.subTest(body):
+                self.assertIn(words, self.refused("POST", "/proxies/p/toxics", body, status))
+        for kind, attribute, value in [
+                ("latency", "latency", "5"), ("latency", "latency", 5.5), ("latency", "latency", 5.0), ("latency", "jitter", True),
+                ("bandwidth", "rate", -1), ("slicer", "average_size", -1), ("slicer", "size_variation", -3), ("latency", "latency", 2 ** 63),
+                ("bandwidth", "rate", 10 ** 300), ("delay", "sleep", -1), ("delay", "sleep", "2"), ("delay", "before", 1)]:
+            with self.subTest(kind=kind, attribute=attribute, value=value):
+                words = self.refused("POST", "/proxies/p/toxics", {"type": kind, "name": "x", "attributes": {attribute: value}}, 400)
+                self.assertIn("bad request body", words)
+                self.assertIn(attribute, words)
+        for number in "NaN", "Infinity", "-Infinity", "1e999":
+            self.refused("POST", "/proxies/p/toxics", '{"type": "delay", "attributes": {"sleep": %s}}' % number, 400)
+            self.refused("POST", "/proxies/p/toxics", '{"type": "noop", "toxicity": %s}' % number, 400)
+        self.assertEqual(len(self.ask("GET", "/proxies/p/toxics")), 1)
+
+    def test_the_fields_of_a_rule(self):
+        self.create()
+        made = self.toxic("hang", percent=50, per="request", after=3, times=2, match="^GET")
+        self.assertEqual((made["toxicity"], made["per"], made["after"], made["times"], made["match"]), (0.5, "request", 3, 2, "^GET"))
+        rule, = self.proxies["p"].rules.armed
+        self.assertEqual((rule.high, rule.per, rule.after, rule.times, rule.stream), (50, "request", 3, 2, DOWNSTREAM))
+
+    def test_all_toxics_are_replaced_in_one_call(self):
+        self.create()
+        self.toxic("latency")
+        found = self.ask("PUT", "/proxies/p/toxics", [{"type": "noop", "stream": "both"}, {"type": "latency", "toxicity": 0.5}])
+        self.assertEqual([(toxic["type"], toxic["toxicity"]) for toxic in found], [("latency", 0.5), ("noop", 1)])
+        for body, words in [
+                ([{"type": "noop", "nope": 1}], "nope is not a field of a toxic: they are name, type"),
+                ([{"type": "latency", "attributes": {"latence": 1}}], "latence is not an attribute of latency: it has jitter, latency"),
+                ({}, "cannot unmarshal object"), ([5], "cannot unmarshal number"), ([{"type": "noop"}, {"type": "nope"}], "invalid toxic type")]:
+            self.assertIn(words, self.refused("PUT", "/proxies/p/toxics", body, 400))
+        self.refused("PUT", "/proxies/p/toxics", [{"type": "noop"}, {"type": "noop"}], 409)
+        self.assertEqual(self.ask("GET", "/proxies/p/toxics"), found)
+        self.assertEqual(self.ask("PUT", "/proxies/p/toxics", []), [])
+        self.refused("PUT", "/proxies/q/toxics", [], 404)
+
+    def test_toxics_are_on_a_proxy_before_anybody_can_come(self):
+        port = self.create(toxics=[{"type": "limit_data", "attributes": {"bytes": 0}}, {"type": "noop", "stream": "upstream"}])
+        sock = self.connect(port)
+        sock.sendall(b"question")
+        self.assertEqual(hear(sock)[0], 0)
+        self.assertEqual(len(self.ask("GET", "/proxies/p")["toxics"]), 2)
+        for toxics, status in ([{"type": "nope"}], 400), ([{"type": "noop"}, {"type": "noop"}], 409), (5, 400):
+            self.refused("POST", "/proxies", {"name": "q", "upstream": "localhost:1", "toxics": toxics}, status)
+        self.refused("GET", "/proxies/q", None, 404)
+
+    def test_populate(self):
+        one, two = ({"name": name, "listen": "127.0.0.1:0", "upstream": "localhost:%d" % port}
+                    for name, port in (("one", 1), ("two", 2)))
+        self.assertEqual(self.ask("POST", "/populate", "[]", 201), {"proxies": None})
+        found = self.ask("POST", "/populate", [one, dict(two, enabled=False, toxics=[{"type": "noop"}])], 201)["proxies"]
+        self.assertEqual([(proxy["name"], proxy["enabled"], len(proxy["toxics"])) for proxy in found], [("one", True, 0), ("two", False, 1)])
+        self.assertEqual(list(self.ask("GET", "/proxies")), ["one", "two"])
+        for body, words in [
+                ([one, {"name": ""}], "missing required field: name at proxy 2"), ([{"name": "x"}], "missing required field: upstream at proxy 1"),
+                ([dict(one, name="x"), dict(two, name="y", toxics=[{"type": "nope"}])], "invalid toxic type"),
+                ([dict(one, name="x"), dict(one, name="x")], "duplicate proxy name 'x' at proxy 2"),
+                ("{}", "cannot unmarshal object"), ("", "bad request body: EOF")]:
+            found = self.ask("POST", "/populate", body, 400)
+            self.assertIn(words, found["error"])
+            self.assertEqual((found["status"], found["proxies"], self.headers["Content-Type"]), (400, None, "application/json"))
+        self.assertEqual(list(self.ask("GET", "/proxies")), ["one", "two"])
+
+    def test_populate_stops_at_the_first_port_that_cannot_be_had(self):
+        taken = self.stack.enter_context(contextlib.closing(vaurien.listen_at(socket.AF_INET, ("127.0.0.1", 0))))
+        bodies = [{"name": name, "listen": listen, "upstream": "localhost:1"} for name, listen in [
+            ("a", "127.0.0.1:0"), ("b", "127.0.0.1:%d" % taken.getsockname()[1]), ("c", "127.0.0.1:0")]]
+        found = self.ask("POST", "/populate", bodies, 500)
+        self.assertIn("address already in use", found["error"])
+        self.assertEqual([proxy["name"] for proxy in found["proxies"]], ["a"])
+        self.assertEqual(list(self.ask("GET", "/proxies")), ["a"])
+
+    def test_populate_leaves_an_unchanged_proxy_alone(self):
+        port = self.create()
+        upstream = self.ask("GET", "/proxies/p")["upstream"]
+        self.toxic("noop")
+        sock = self.connect(port)
+        exchange(sock, b"question")
+        same = {"name": "p", "listen": "127.0.0.1:%d" % port, "upstream": upstream}
+        for body, toxics in (same, 1), (dict(same, enabled=False, toxics=None), 1), (dict(same, toxics=[]), 0):
+            found = self.ask("POST", "/populate", [body], 201)["proxies"][0]
+            self.assertEqual((found["enabled"], len(found["toxics"])), (True, toxics))
+            exchange(sock, b"question")
+        self.toxic("noop")
+        other, _ = self.backend()
+        found = self.ask("POST", "/populate", [dict(same, upstream=other)], 201)["proxies"][0]
+        self.assertEqual((found["upstream"], found["toxics"]), (other, []))
+        self.assertEqual(hear(sock)[0], 0)
+
+    def test_reset(self):
+        port = self.create()
+        self.create(name="q")
+        self.toxic("noop")
+        sock = self.connect(port)
+        exchange(sock, b"question")
+        self.ask("POST", "/proxies/q", {"enabled": False})
+        self.assertEqual(self.ask("POST", "/reset", status=204), "")
+        self.assertEqual([(proxy["enabled"], proxy["toxics"]) for proxy in self.ask("GET", "/proxies").values()], [(True, [])] * 2)
+        exchange(sock, b"question")
+
+    def test_the_handler_of_the_first_proxy_beside_its_toxics(self):
+        self.assertIn("there are none yet", self.ask("GET", "/handler", status=400)["errors"][0]["description"])
+        self.create()
+        self.toxic("latency")
+        self.assertEqual(self.ask("GET", "/handler"), "dummy")
+        self.assertEqual(self.ask("POST", "/handler", "delay"), "ok")
+        self.assertEqual([rule["name"] for rule in self.ask("GET", "/rules")["rules"]], ["delay"])
+        self.assertEqual(self.proxies["p"].describe(), "100:delay sleep=1.0, toxic latency_downstream (100:downstream latency latency=0 jitter=0)")
+        self.assertEqual(self.ask("POST", "/handler", "dummy"), "ok")
+        self.assertEqual(len(self.ask("GET", "/proxies/p/toxics")), 1)
+
+    def test_events_and_connections_of_a_proxy(self):
+        self.create(name="q")
+        sock = self.connect(self.create())
+        self.toxic("delay", stream="both", attributes={"sleep": 0.001})
+        exchange(sock, b"question")
+        event = self.ask("GET", "/proxies/p/events?since=0")["events"][0]
+        self.assertEqual((event["handler"], event["proxy"]), ("delay", "p"))
+        self.assertEqual(self.ask("GET", "/proxies/q/events")["events"], [])
+        self.assertEqual(len(self.ask("GET", "/proxies/p/connections")["connections"]), 1)
+        self.ask("GET", "/proxies/nope/events", status=400)
+
+    def test_metrics_move_while_a_connection_lives(self):
+        sock = self.connect(self.create(name='p"\\'))
+        exchange(sock, b"question")
+        sample = re.compile(r'^(\w+)\{((?:\w+="(?:[^"\\]|\\.)*",?)*)\} (\d+)$')
+        found = {}
+        for line in self.ask("GET", "/metrics").splitlines():
+            if not line.startswith("# "):
+                name, labels, value = sample.match(line).groups()
+                found[name, tuple(re.findall(r'direction="(\w+)"', labels))] = int(value)
+        self.assertEqual(found["toxiproxy_proxy_received_bytes_total", ("upstream",)], 8)
+        self.assertEqual(found["toxiproxy_proxy_sent_bytes_total", ("downstream",)], 8)
+        self.assertEqual(found["vaurien_connections_open", ()], 1)
+        self.assertEqual(found["vaurien_requests_total", ()], 1)
+        self.assertIn('{direction="upstream",listener="127.0.0.1:', self.ask("GET", "/metrics"))
+
+    def test_bytes_are_counted_on_both_roads_and_stay_when_a_connection_ends(self):
+        port = self.create()
+        for toxics in [], [{"type": "slicer", "attributes": {"average_size": 1000}}], [{"type": "latency", "attributes": {"latency": 1}}]:
+            self.ask("PUT", "/proxies/p/toxics", toxics)
+            with contextlib.closing(connect(port)) as sock:
+                self.assertEqual(both_ways(sock, noise(300000))[0], 300000)
+        wait_until(lambda: not self.proxies["p"].connections)
+        self.assertEqual(self.proxies["p"].traffic(), {(way, what): 900000 for way in (UPSTREAM, DOWNSTREAM) for what in ("received", "sent")})
+
+    def test_what_is_lost_is_received_and_not_sent(self):
+        sock = self.connect(self.create())
+        self.toxic("timeout")
+        sock.sendall(b"question")
+        proxy = self.proxies["p"]
+        wait_until(lambda: proxy.loop.call(proxy.traffic)[DOWNSTREAM, "received"] == 8)
+        self.assertEqual(proxy.loop.call(proxy.traffic)[DOWNSTREAM, "sent"], 0)
+
+    def test_statsd(self):
+        with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as server:
+            server.bind(("127.0.0.1", 0))
+            server.settimeout(PATIENCE)
+            sock = self.connect(self.create(name="my.proxy"))
+            self.toxic("noop", proxy="my.proxy")
+            self.toxic("delay", proxy="my.proxy", stream="both", attributes={"sleep": 0.001})
+            exchange(sock, b"question")
+            statsd = vaurien.Statsd(server.getsockname(), self.proxies)
+            self.loop.call(statsd.open, self.loop)
+            lines = server.recv(65536).decode().split("\n")
+            for line in ("vaurien.my_proxy.connections:1|c", "vaurien.my_proxy.connections_open:1|g", "vaurien.my_proxy.requests:1|c",
+                         "vaurien.my_proxy.faults.delay:1|c", "vaurien.my_proxy.received_bytes.upstream:8|c"):
+                self.assertIn(line, lines)
+            exchange(sock, b"question")
+            lines = server.recv(65536).decode().split("\n")
+            self.assertIn("vaurien.my_proxy.requests:1|c", lines)
+            self.assertNotIn("vaurien.my_proxy.connections:1|c", lines)
+            self.loop.call(statsd.close)
+
+    def test_a_statsd_packet_is_not_cut_on_its_way(self):
+        class Sock:
+            sent = []
+
+            def sendto(self, packet, address):
+                self.sent.append(packet)
+
+        for number in range(40):
+            self.ask("POST", "/proxies", {"name": "p%d" % number + "x" * 100, "upstream": "localhost:1", "enabled": False}, 201)
+        statsd = vaurien.Statsd(("localhost", 1), self.proxies)
+        statsd.sock = Sock()
+        statsd.send()
+        self.assertLessEqual(max(map(len, Sock.sent)), vaurien.STATSD_PACKET)
+        self.assertEqual(sum(packet.count(b"connections_open") for packet in Sock.sent), 40)
+
+
+class TestDefects(Toxicproxy):
+    """What Toxiproxy 2.12 gets wrong, a test for each: see its issues by these numbers."""
+
+    QUIET = [("latency", {"latency": 5, "jitter": 3}), ("bandwidth", {"rate": 100000}), ("slow_close", {"delay": 5}),
+             ("slicer", {"average_size": 100, "size_variation": 50}), ("limit_data", {"bytes": 10 ** 9}), ("noop", {}), ("delay", {"sleep": 0.001})]
+
+    def test_half_close_survives_every_toxic(self):
+        """The original closes a connection whole at the first EOF, and loses the answer."""
+        def talk(sock):
+            size, digest, end = hear(sock)
+            sock.sendall(("%d %s %s" % (size, digest, end)).encode())
+            return end
+
+        port = self.create(talk)
+        data = noise(20000)
+        for stream in "upstream", "downstream", "both":
+            for kind, attributes in self.QUIET:
+                with self.subTest(kind, stream=stream):
+                    self.ask("PUT", "/proxies/p/toxics", [{"type": kind, "stream": stream, "attributes": attributes}])
+                    sock = self.connect(port)
+                    sock.sendall(data)
+                    sock.shutdown(socket.SHUT_WR)
+                    answer = b"20000 %s eof" % hashlib.sha1(data).hexdigest().encode()
+                    self.assertEqual(hear(sock), (len(answer), hashlib.sha1(answer).hexdigest(), "eof"))
+
+    def test_half_close_survives_the_timeout_of_the_other_stream(self):
+        sock = self.connect(self.create(lambda sock: hear(sock)[2]))
+        self.toxic("timeout", stream="downstream")
+        sock.shutdown(socket.SHUT_WR)
+        wait_until(lambda: self.saw)
+        self.assertEqual(self.saw, ["eof"])
+
+    def test_reset_peer_resets_connections_that_are_open_already(self):
+        """The original sends them FIN: it sets linger only when a connection begins."""
+        sock = self.connect(self.create(lambda sock: echo(sock) or hear(sock)))
+        exchange(sock, b"question")
+        self.toxic("reset_peer")
+        sock.sendall(b"question")
+        self.assertEqual(hear(sock)[2], "reset")
+
+    def test_reset_peer_resets_both_sides(self):
+        ends = []
+
+        def talk(sock):
+            sock.sendall(b"hello")
+            ends.append(hear(sock)[2])
+
+        sock = self.connect(self.create(talk, toxics=[{"type": "reset_peer"}]))
+        self.assertEqual(hear(sock)[2], "reset")
+        wait_until(lambda: ends)
+        self.assertEqual(ends, ["reset"])
+
+    def test_toxicity_0_is_as_if_absent(self):
+        """#603: a reset_peer of toxicity 0 still resets normal closes."""
+        toxics = [{"type": kind, "toxicity": 0, "stream": "both"} for kind in HANDLERS]
+        port = self.create(lambda sock: echo(sock), toxics=toxics)
+        sock = self.connect(port)
+        exchange(sock, b"question")
+        sock.shutdown(socket.SHUT_WR)
+        self.assertEqual(hear(sock)[2], "eof")
+        self.assertFalse(self.proxies["p"].faults)
+
+    def test_adding_or_changing_one_neither_releases_nor_delays_what_another_holds(self):
+        """In the original, adding B wakes A up, which lets go of its chunk and draws anew."""
+        sock = self.connect(self.create())
+        hour = 3600000
+        self.toxic("latency", name="a", attributes={"latency": hour})
+        sock.sendall(b"question")
+        proxy = self.begun()
+        connection, = proxy.connections.values()
+        wait_until(lambda: proxy.loop.call(connection.down.next_due) < NEVER)
+        due = proxy.loop.call(connection.down.next_due)
+        for method, path, body in [
+                ("POST", "", {"type": "latency", "name": "b", "attributes": {"latency": 5}}), ("POST", "/b", {"attributes": {"latency": 9}}),
+                ("PATCH", "/b", {"toxicity": 0}), ("POST", "", {"type": "bandwidth"}), ("DELETE", "/b", None)]:
+            self.ask(method, "/proxies/p/toxics" + path, body, 204 if method == "DELETE" else 200)
+            self.assertEqual(proxy.loop.call(connection.down.next_due), due)
+        self.ask("DELETE", "/proxies/p/toxics/a", status=204)
+        self.assertEqual(read(sock, 8), b"question")
+
+    def test_a_change_keeps_the_draw_of_a_connection(self):
+        port = self.create(toxics=[{"type": "hang", "toxicity": 0.5, "stream": "upstream"}])
+        proxy = self.proxies["p"]
+        socks = [self.connect(port) for _ in range(20)]
+        wait_until(lambda: len(proxy.connections) == 20)
+
+        def drawn():
+            return proxy.loop.call(lambda: {number for number, connection in proxy.connections.items() if connection.line.steps})
+        before = drawn()
+        self.assertTrue(2 < len(before) < 18)
+        self.ask("POST", "/proxies/p/toxics/hang_upstream", {})
+        self.toxic("noop", toxicity=0)
+        self.assertEqual(drawn(), before)
+        self.ask("POST", "/proxies/p/toxics/hang_upstream", {"toxicity": 1})
+        self.assertEqual(len(drawn()), 20)
+        self.ask("POST", "/proxies/p/toxics/hang_upstream", {"toxicity": 0.5})
+        self.assertEqual(drawn(), before)
+        self.assertEqual(len(socks), 20)
+
+    def test_a_changed_toxic_lets_go_of_what_it_holds(self):
+        sock = self.connect(self.create())
+        self.toxic("latency", attributes={"latency": 3600000})
+        sock.sendall(b"question")
+        proxy = self.begun()
+        connection, = proxy.connections.values()
+        wait_until(lambda: proxy.loop.call(connection.down.next_due) < NEVER)
+        self.ask("PATCH", "/proxies/p/toxics/latency_downstream", {"attributes": {"latency": 1}})
+        self.assertEqual(read(sock, 8), b"question")
+        exchange(sock, b"question")
+
+    def test_a_thin_wire_that_is_made_thicker_is_free(self):
+        sock = self.connect(self.create())
+        self.toxic("bandwidth", attributes={"rate": 1})
+        sock.sendall(bytes(100000))                 # 100 seconds of it
+        proxy = self.begun()
+        connection, = proxy.connections.values()
+        wait_until(lambda: proxy.loop.call(lambda: connection.down.received) > 50000)
+        self.ask("PATCH", "/proxies/p/toxics/bandwidth_downstream", {"attributes": {"rate": 1000000}})
+        self.assertEqual(read(sock, 100000), bytes(100000))
+        exchange(sock, b"question")
+
+    def test_timeout_changed_is_still_counted_from_its_beginning(self):
+        sock = self.connect(self.create())
+        exchange(sock, b"question")
+        self.toxic("timeout", attributes={"timeout": 3600000})
+        proxy = self.begun()
+        connection, = proxy.connections.values()
+        first = proxy.loop.call(connection.down.next_due)
+        self.ask("PATCH", "/proxies/p/toxics/timeout_downstream", {"attributes": {"timeout": 7200000}})
+        self.assertAlmostEqual(proxy.loop.call(connection.down.next_due), first + 3600, places=3)
+        self.assertEqual(len(proxy.loop.call(lambda: list(proxy.connections))), 1)
+        self.ask("PATCH", "/proxies/p/toxics/timeout_downstream", {"attributes": {"timeout": 1}})
+        self.assertEqual(hear(sock)[0], 0)
+
+    def test_timeout_closes_a_connection_that_is_open_and_idle(self):
+        sock = self.connect(self.create())
+        exchange(sock, b"question")
+        began = time.monotonic()
+        self.toxic("timeout", attributes={"timeout": 100})
+        self.assertEqual(hear(sock)[0::2], (0, "eof"))
+        self.assertGreaterEqual(time.monotonic() - began, 0.1)
+
+    def test_timeout_removed_closes_the_connection(self):
+        sock = self.connect(self.create())
+        self.toxic("timeout")
+        sock.sendall(b"question")
+        self.begun()
+        self.ask("DELETE", "/proxies/p/toxics/timeout_downstream", status=204)
+        self.assertEqual(hear(sock)[0], 0)
+
+    def test_limit_data_goes_on_counting_when_it_is_changed(self):
+        sock = self.connect(self.create())
+        self.toxic("limit_data", attributes={"bytes": 10})
+        exchange(sock, b"question")
+        self.ask("PATCH", "/proxies/p/toxics/limit_data_downstream", {"attributes": {"bytes": 12}})
+        sock.sendall(b"question")
+        self.assertEqual(hear(sock)[0], 4)
+
+    def test_removal_returns_while_the_peer_does_not_read(self):
+        """#88, #159, #210, #412, #500, #558: the API hangs, 25 s and for ever."""
+        def talk(sock):
+            with contextlib.suppress(OSError):
+                sock.sendall(bytes(50000000))
+
+        for kind, attributes in [("latency", {"latency": 3600000}), ("bandwidth", {"rate": 1}), ("slicer", {"average_size": 1, "delay": 10 ** 6}),
+                                 ("bandwidth", {}), ("slow_close", {"delay": 3600000}), ("timeout", {}), ("hang", {})]:
+            with self.subTest(kind):
+                port = self.create(talk)
+                sock = self.connect(port)
+                self.toxic(kind, attributes=attributes)
+                proxy = self.begun()
+                connection, = proxy.connections.values()
+                wait_until(lambda: proxy.loop.call(lambda: connection.down.received) > 100000)
+                self.ask("PATCH", "/proxies/p/toxics/%s_downstream" % kind, {"toxicity": 1})
+                self.ask("DELETE", "/proxies/p/toxics/%s_downstream" % kind, status=204)
+                self.ask("DELETE", "/proxies/p", status=204)
+                sock.close()
+
+    def test_removal_returns_while_the_peer_is_dead_or_a_delay_is_long(self):
+        """A reset_peer is removed after its timeout, in the original."""
+        port = self.create()
+        for kind, attributes in ("latency", {"latency": 3600000}), ("reset_peer", {"timeout": 3600000}), ("slow_close", {"delay": 3600000}):
+            self.toxic(kind, attributes=attributes)
+            sock = connect(port)
+            sock.sendall(b"question")
+            proxy = self.begun()
+            connection, = proxy.connections.values()
+            wait_until(lambda: proxy.loop.call(lambda: connection.down.received) > 0)
+            hang_up(sock)
+            self.ask("DELETE", "/proxies/p/toxics/%s_downstream" % kind, status=204)
+            wait_until(lambda: not proxy.connections)
+
+    def test_what_crashes_the_original_is_harmless_or_refused(self):
+        """#178, #541, #770, and a bandwidth of rate -1."""
+        port = self.create()
+        for kind, attributes in [
+                ("slicer", {}), ("slicer", {"average_size": 5, "size_variation": 5}), ("slicer", {"average_size": 1, "size_variation": 2 ** 62}),
+                ("slicer", {"average_size": 2 ** 62}), ("latency", {"latency": -5, "jitter": -5}), ("latency", {"jitter": 3}),
+                ("bandwidth", {"rate": 2 ** 63 - 1}), ("limit_data", {"bytes": 2 ** 63 - 1}), ("slow_close", {"delay": -1})]:
+            self.ask("PUT", "/proxies/p/toxics", [{"type": kind, "attributes": attributes, "stream": "both"}])
+            with contextlib.closing(connect(port)) as sock:
+                exchange(sock, b"a question of more than one byte")
+        with self.assertLogs("vaurien", "INFO"):        # nothing of it was a bug
+            self.ask("PUT", "/proxies/p/toxics", [])
+
+    def test_a_dead_upstream_holds_up_nobody_else(self):
+        """The original calls the backend in its accept loop, without a time-out."""
+        with black_hole() as hole:
+            found = self.ask("POST", "/proxies", {"name": "dead", "listen": "127.0.0.1:0", "upstream": "127.0.0.1:%d" % hole}, 201)
+            dead = [self.connect(int(found["listen"].split(":")[1])) for _ in range(100)]
+            exchange(self.connect(self.create()), b"question")
+            wait_until(lambda: len(self.proxies["dead"].connections) == 100)
+            self.assertEqual(len(dead), 100)
+            self.ask("DELETE", "/proxies/dead", status=204)
+
+    def test_the_seed_is_honoured(self):
+        """-seed has no effect in the original."""
+        runs = []
+        for _ in range(2):
+            port = self.create(toxics=[{"type": "limit_data", "toxicity": 0.5, "attributes": {"bytes": 0}}])
+            run = []
+            for _ in range(30):
+                with contextlib.closing(connect(port)) as sock:
+                    sock.sendall(b"question")
+                    run.append(sock.recv(8))
+            runs.append(run)
+            self.ask("DELETE", "/proxies/p", status=204)
+        self.assertEqual(runs[0], runs[1])
+        self.assertEqual(set(runs[0]), {b"", b"question"})
+
+    def test_a_name_that_is_taken_leaks_nothing(self):
+        """#69: the port of a proxy that is refused stays taken."""
+        self.create()
+        port = unused_port()
+        self.refused("POST", "/proxies", {"name": "p", "listen": "127.0.0.1:%d" % port, "upstream": "localhost:1"}, 409)
+        self.ask("POST", "/proxies", {"name": "q", "listen": "127.0.0.1:%d" % port, "upstream": "localhost:1"}, 201)
+
+    def test_a_thin_wire_is_felt_by_the_sender_and_a_long_one_is_not(self):
+        def pour(sock):
+            sock.settimeout(PATIENCE)
+            with contextlib.suppress(OSError):
+                sock.sendall(bytes(12 << 20))
+            return sock.recv(1)
+
+        for toxics, least, most in [([("bandwidth", {"rate": 1})], 0, 2 << 20), ([("latency", {"latency": 3600000})], 8 << 20, 17 << 20)]:
+            port = self.create(pour, toxics=[{"type": kind, "attributes": attributes} for kind, attributes in toxics])
+            sock = self.connect(port)
+            proxy = self.begun()
+            connection, = proxy.connections.values()
+            wait_until(lambda: proxy.loop.call(lambda: connection.backend_events) == 0
+                       or proxy.loop.call(lambda: connection.down.received) == 12 << 20)
+            self.assertTrue(least <= connection.down.received <= most, connection.down.received)
+            self.ask("DELETE", "/proxies/p", status=204)
+            sock.close()
 
 
 class TestClient(unittest.TestCase):
@@ -2783,7 +3716,7 @@ class TestReadme(unittest.TestCase):
         for command in commands:
             if "mine." not in command and "--help" not in command:
                 found = vaurien.read_arguments(shlex.split(command)[1:], vaurien.SETTINGS)
-                self.assertTrue(vaurien.make_proxies(*found), command)
+                self.assertTrue(vaurien.make_proxies(found), command)
 
     def code(self, start):
         """The indented block of the README that begins so, and its line."""
@@ -2827,7 +3760,7 @@ class TestReadme(unittest.TestCase):
 
     def test_the_curl_lines_are_answered_so(self):
         with driven() as (proxy, _):
-            control = vaurien.Control(("localhost", 0), [proxy])
+            control = vaurien.Control(("localhost", 0), fleet(proxy))
             for words, answer in re.findall(r"\n    \$ curl (.*)\n    (.*)", self.text):
                 words = shlex.split(words)
                 method = words[words.index("-X") + 1] if "-X" in words else \

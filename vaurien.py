@@ -54,6 +54,7 @@ import threading
 import time
 import types
 import urllib.parse
+import warnings
 from collections import ChainMap, Counter, OrderedDict, deque, namedtuple
 from selectors import EVENT_READ, EVENT_WRITE
 
@@ -67,6 +68,7 @@ HELD_MAX = 16 * 1024 * 1024     # what one pipe may hold while it flows: 1 GB/s 
 HELD_STILL = 256 * 1024         # the same where nothing is delayed, or nothing is ever due
 HELD_TOTAL = 512 * 1024 * 1024  # what all pipes of a loop may hold together
 HELD_LEAST = 4 * 1024           # what each pipe is sure of, however full the others are
+HEARD_MAX = 64 * 1024           # of a request, that an expression is looked for in
 HELD_ENTRY = 400                # what keeping one chunk costs besides its bytes: 398 on
                                 #   Python 3.6, 336 on 3.13 (measured)
 BACKLOG = 4096                  # for listen; the kernel caps it (net.core.somaxconn)
@@ -74,6 +76,9 @@ BURST = 64                      # connections accepted in a row before others ha
 PAUSE = 1.0                     # seconds without accepting when descriptors have run out
 FINE = 0.005                    # seconds before an alarm from which waiting is exact
 LONGEST = 3600.0                # seconds of one wait: epoll's timeout is a C int of ms
+MOMENT = 0.1                    # seconds that may wait for a thin wire before its source feels it
+STATSD_EVERY = 1.0              # seconds between two reports
+STATSD_PACKET = 1400            # bytes of one, so that it is not cut on its way
 EVENTS_KEPT = 10000             # faults that acted, remembered by each proxy
 
 
@@ -109,7 +114,9 @@ class Signal(bytes):
     __eq__, __ne__, __hash__ = object.__eq__, object.__ne__, object.__hash__
 
 
-OPEN = Signal("OPEN")       # a client is here; upstream, this calls the backend
+OPEN = Signal("OPEN")       # a client is here; upstream, this calls the backend. A fault that
+                            #   was drawn for the connection sees it each way, and again
+                            #   when it has been changed
 EOF = Signal("EOF")         # no more bytes this way: half-close; both ways: close
 RESET = Signal("RESET")     # forget what is under way, reset both sockets
 
@@ -120,6 +127,7 @@ RESET = Signal("RESET")     # forget what is under way, reset both sockets
 # returns what it makes of it, or raises ValueError with the end of a sentence, "must
 # be ...", whose beginning is known to the caller.
 
+LARGEST = 2 ** 63 - 1       # of a number, as in Toxiproxy
 YES_NO = configparser.ConfigParser.BOOLEAN_STATES
 
 
@@ -159,6 +167,7 @@ check_count = number(int, "a whole number, 0 or more")
 check_percent = number(float, "a number from 0 to 100", lambda number: 0 <= number <= 100)
 check_port = number(int, "a port from 0 to 65535", lambda number: 0 <= number <= 65535)
 check_requests = number(int, "a whole number from 10 to 1000", lambda number: 10 <= number <= 1000)
+check_toxicity = number(float, "a number from 0 to 1", lambda number: 0 <= number <= 1)
 check_timeout = number(float, "a number of seconds, more than 0", lambda number: number > 0)
 
 
@@ -180,7 +189,9 @@ def show_value(value):
 #              shared    a Counter for all the states of this fault at this proxy
 #   t        when the event comes; an earlier time yielded means t
 #   to       UPSTREAM or DOWNSTREAM; yield the other one to answer
-#   data     bytes, or OPEN, or EOF (also before a peer's reset); RESET may be yielded
+#   data     bytes, or OPEN, or EOF (also before a peer's reset); RESET may be yielded.
+#            To a fault drawn for the connection, OPEN is the beginning: it comes each way,
+#            also on a connection that was open before, and again when it has been changed
 #   *, ...   its options: the defaults give their types (a yes/no, a whole number,
 #            a number, a text), the docstring their help, a line each
 #
@@ -193,6 +204,12 @@ HANDLERS = OrderedDict()
 def handler(function):
     """Register a handler under its own name; the function stays as it is."""
     HANDLERS[function.__name__] = function
+    return function
+
+
+def thin(function):
+    """Mark a handler that things queue for: the source is soon to feel it, see Pipe.room."""
+    function.thin = True
     return function
 
 
@@ -280,11 +297,140 @@ def blackout(state, t, to, data):
 @handler
 def abort(state, t, to, data):
     """A lost answer: the backend gets the request, then the client's side is closed."""
-    if to == UPSTREAM:
+    if to == UPSTREAM or data is OPEN:
         yield t, to, data
     else:
         yield t, DOWNSTREAM, EOF
         yield t, UPSTREAM, EOF
+
+
+# Those of Toxiproxy, with its names and units. As toxics they are drawn for a connection and
+# see one stream; as a behavior they are drawn for a request and see both.
+
+@handler
+def noop(state, t, to, data):
+    """Nothing at all: everything passes."""
+    yield t, to, data
+
+
+@handler
+def latency(state, t, to, data, *, latency=0, jitter=0):
+    """A longer wire: every chunk arrives later, none waits for another.
+
+    latency  milliseconds added to each chunk
+    jitter   milliseconds more or less, drawn for each chunk
+    """
+    if data is not OPEN:
+        t += max(0, latency + (state.random.uniform(-jitter, jitter) if jitter else 0)) / 1000
+    yield t, to, data
+
+
+@handler
+@thin
+def bandwidth(state, t, to, data, *, rate=0):
+    """A thinner wire: chunks queue for it, each way on its own.
+
+    rate     kilobytes (1000 bytes) per second; 0 lets nothing through
+    """
+    if data is OPEN:
+        state[to] = t
+    for piece in cut(data, rate * 10, rate * 10):       # what takes a hundredth of a second
+        if piece:
+            state[to] = max(t, state[to]) + len(piece) / (rate * 1000) if rate > 0 else NEVER
+        yield max(t, state[to]), to, piece
+
+
+@handler
+@thin
+def slicer(state, t, to, data, *, average_size=0, size_variation=0, delay=0):
+    """A wire of small packets: every chunk is cut into pieces.
+
+    average_size    bytes of a piece; 0 cuts nothing
+    size_variation  bytes more or less, drawn for each piece
+    delay           microseconds after each piece
+    """
+    if data is OPEN:
+        state[to] = t
+    most = average_size + size_variation if average_size > 0 else 0
+    for piece in cut(data, average_size - size_variation, most,
+                     state.random if most and size_variation > 0 else None):
+        t = max(t, state[to])
+        yield t, to, piece
+        if piece:
+            state[to] = t + delay / 1000000
+
+
+@handler
+def slow_close(state, t, to, data, *, delay=0):
+    """A slow goodbye: the end of the stream arrives later.
+
+    delay    milliseconds
+    """
+    yield t + delay / 1000 if data is EOF else t, to, data
+
+
+@handler
+def timeout(state, t, to, data, *, timeout=0):
+    """A cut wire: what is sent is lost, and after a time the connection is closed.
+
+    When the fault is removed the connection is closed too: bytes are missing in it.
+
+    timeout  milliseconds from when it begins; 0 never closes
+    """
+    if data is OPEN or "began" not in state:
+        state.setdefault("began", t)
+        until = state["began"] + timeout / 1000 if timeout > 0 else NEVER
+        yield until, DOWNSTREAM, EOF
+        yield until, UPSTREAM, EOF
+    if not data:
+        yield t, to, data
+
+
+@handler
+def reset_peer(state, t, to, data, *, timeout=0):
+    """A broken connection: what is sent first, or its end, is answered by a reset (RST).
+
+    timeout  milliseconds before it
+    """
+    if data is OPEN:
+        yield t, to, data
+    elif not state["hit"]:
+        state["hit"] = 1
+        yield t + timeout / 1000, to, RESET
+
+
+@handler
+def limit_data(state, t, to, data, *, bytes=0):
+    """A wire that breaks: so many bytes pass, then the connection is closed.
+
+    bytes    how many, each way on its own, since it began
+    """
+    if not data:
+        yield t, to, data
+        return
+    piece = data[:max(0, bytes - state[to])]
+    state[to] += len(piece)
+    yield t, to, piece
+    if state[to] >= bytes:
+        yield t, DOWNSTREAM, EOF
+        yield t, UPSTREAM, EOF
+
+
+PIECES = 1000       # that a chunk is cut into at most: each costs HELD_ENTRY, and a system call
+
+
+def cut(data, least, most, generator=None):
+    """The pieces of data: of these sizes, drawn if there is a generator; longer than that if
+    there would be too many. A signal, or data for which there is no size, is one piece.
+    """
+    whole = max(1, len(data) // PIECES)
+    start = 0
+    while most > 0 and start < len(data):
+        size = max(whole, generator.randint(least, most) if generator else most)
+        yield data[start:start + size]
+        start += size
+    if not start:
+        yield data
 
 
 def noise(generator, size):
@@ -382,15 +528,30 @@ def check_option(name, option, value):
         return value
     if kind is bool:
         return check_yes_no(value)
-    return check_number(value, kind, {int: "a whole number, 0 or more",
-                                      float: "a number, 0 or more", str: "a text"}[kind])
+    number = check_number(value, kind, {int: "a whole number, 0 or more",
+                                        float: "a number, 0 or more", str: "a text"}[kind])
+    if number > LARGEST:
+        raise ValueError("must be less than 2**63, not %r" % (value,))
+    return number
+
+
+def check_match(text):
+    """A regular expression, for the bytes of a request."""
+    if not isinstance(text, str) or not text:
+        raise ValueError("must be a regular expression, not %r" % (text,))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return re.compile(text.encode("utf-8"))
+    except (re.error, UnicodeError, RecursionError, OverflowError, Warning) as problem:
+        raise ValueError("must be a regular expression, not %r: %s" % (text, problem)) from None
 
 
 # What a rule has beside its handler and options; see Rule.
 RULE_FIELDS = OrderedDict((
     ("percent", check_percent), ("per", one_of("request", "connection")),
-    ("stream", one_of("both", UPSTREAM, DOWNSTREAM)), ("after", check_count),
-    ("times", check_count)))
+    ("stream", one_of("both", UPSTREAM, DOWNSTREAM)), ("match", check_match),
+    ("after", check_count), ("times", check_count)))
 
 
 def load_handler(name, path):
@@ -450,26 +611,33 @@ class Rule:
                at most one of them acts
     per        what is drawn for: "request" or "connection"
     stream     which events it sees: UPSTREAM, DOWNSTREAM or "both"
+    match      a compiled expression that the request's bytes must contain, or None: it
+               is thrown for the requests that do, as soon as they do
     after      how many requests (or connections) it leaves alone first
     times      on how many it acts at most; 0 is no limit
     """
 
-    __slots__ = ("name", "handler", "options", "low", "high", "dice", "per", "stream", "after",
-                 "times", "thrown", "acts", "shared", "failed", "worker")
+    __slots__ = ("name", "handler", "options", "low", "high", "dice", "per", "stream", "match",
+                 "after", "times", "thin", "thrown", "acts", "shared", "failed", "worker")
 
     def __init__(self, name, options=None, low=0.0, high=100.0, dice="behavior",
-                 per="request", stream="both", after=0, times=0):
+                 per="request", stream="both", match=None, after=0, times=0):
         self.name = name
         self.handler = get_handler(name)
         self.options = dict(options_of(self.handler), **options or {})
         self.low, self.high, self.dice = low, high, dice
-        self.per, self.stream = per, stream
+        self.per, self.stream, self.match = per, stream, match
         self.after, self.times = after, times
+        self.thin = getattr(self.handler, "thin", False)
         self.thrown = 0             # requests, or connections, that its dice were thrown for
         self.acts = 0               # on how many of them it has acted
         self.shared = Counter()     # for the handler, across connections
         self.failed = False         # whether the log has a traceback of it already
         self.worker = None          # of the class form: the object that is called
+
+    def takes(self, chance):
+        """Whether the dice, 64 bits of chance, have fallen so that it acts."""
+        return self.low <= chance * 100 / 2 ** 64 < self.high
 
     @property
     def blocking(self):
@@ -485,8 +653,9 @@ class Rule:
 
     def fields(self):
         """All of it as one table, as `read_rules` reads it."""
-        return dict(self.options, name=self.name, percent=self.high - self.low, per=self.per,
-                    stream=self.stream, after=self.after, times=self.times)
+        table = dict(self.options, name=self.name, percent=self.high - self.low, per=self.per,
+                     stream=self.stream, after=self.after, times=self.times)
+        return dict(table, match=self.match.pattern.decode()) if self.match else table
 
 
 WHOLE = 100.000001      # percent: 33.3 three times and 0.1 are 100
@@ -514,6 +683,18 @@ def parse_behavior(text):
     if total > WHOLE:
         raise ValueError("must add up to 100 percent at most, not %g: %r" % (total, text))
     return chosen
+
+
+def misfits(name, handler, fields):
+    """Fields that a handler of the class form cannot have: [(field, description)]."""
+    if not is_class_form(handler):
+        return []
+    wrong = []
+    if fields.get("stream", "both") != "both":
+        wrong.append(("stream", "stream must be both for %s, which gets the sockets" % name))
+    if "match" in fields:
+        wrong.append(("match", "match is not for %s, which gets the sockets" % name))
+    return wrong
 
 
 class BadRule(ValueError):
@@ -548,8 +729,7 @@ def read_rules(tables):
                     options[key] = check_option(name, key, value)
             except ValueError as problem:
                 errors.append((key, "%s %s" % (key, problem)))
-        if is_class_form(handler) and fields.get("stream", "both") != "both":
-            errors.append(("stream", "stream must be both for %s, which gets the sockets" % name))
+        errors += misfits(name, handler, fields)
         percent = fields.pop("percent")
         if handler and handler is not dummy and not errors:     # dummy needs no rule
             rules.append(Rule(name, options, low, low + percent, **fields))
@@ -581,11 +761,12 @@ class State(Counter):
 class Step:
     """A rule at work on one request or one connection, with its memory."""
 
-    __slots__ = ("rule", "state", "acted")
+    __slots__ = ("rule", "state", "acted", "heard")
 
     def __init__(self, rule, state):
         self.rule, self.state = rule, state
         self.acted = False      # whether it has changed anything yet
+        self.heard = b""        # of the request, while there is no state: it does not match yet
 
     def may_act(self):
         """Whether it has begun to, or its rule may do so once more."""
@@ -623,12 +804,10 @@ class Rules:
         return int.from_bytes(whole.digest(), "big")
 
     def draw(self, rule, connection, request):
-        """A step if the rule acts on this request (request 0: this connection), or None."""
+        """A state if the rule acts on this request (request 0: this connection), or None."""
         rule.thrown += 1
         chance = self.throw(rule.dice, connection, request)
-        if rule.thrown > rule.after and rule.low <= chance * 100 / 2 ** 64 < rule.high:
-            return Step(rule, State(rule, chance))
-        return None
+        return State(rule, chance) if rule.thrown > rule.after and rule.takes(chance) else None
 
 
 class Line:
@@ -657,6 +836,9 @@ class Line:
         self.rules.requests += 1
         self.late = []
         if self.rules.armed or self.steps:
+            for step in self.lasting.values():
+                if step and step.heard:
+                    step.heard = b""
             self.steps = self.drawn(self.draw)
 
     def turn(self, to):
@@ -672,29 +854,42 @@ class Line:
     def at_work(self):
         return {step.rule: step for step in self.steps}
 
-    def renew(self, new):
-        """The rules have changed: steps whose rule is gone go.
+    def renew(self, new, changed=()):
+        """The rules are others, or have changed: steps whose rule is gone go.
 
-        New ones begin with the next request, or with this one if nobody has spoken yet.
+        New ones begin with the next request, or with this one if nobody has spoken yet;
+        those drawn per connection at once. One that has changed keeps its memory.
         """
         at_work = self.at_work()
         self.lasting = {rule: self.lasting[rule] for rule in self.lasting
                         if rule in self.rules.armed}
+        for rule in changed:
+            step = self.lasting.get(rule)
+            takes = rule.takes(self.rules.throw(rule.dice, self.connection, 0))
+            if step and step.state is not None and not takes:
+                self.lasting[rule] = None
+            elif not step and takes:
+                self.lasting.pop(rule, None)
         self.late = [rule for rule in [*self.late, *new] if rule in self.rules.armed]
         self.steps = self.drawn(at_work.get)
 
     def draw(self, rule):
-        return self.rules.draw(rule, self.connection, self.request)
+        """A step if the rule acts on the request under way, or may do so when it matches."""
+        if rule.match:
+            return Step(rule, None)
+        state = self.rules.draw(rule, self.connection,
+                                self.request if rule.per == "request" else 0)
+        return None if state is None else Step(rule, state)
 
     def drawn(self, for_request):
-        """The steps of the request under way; those drawn per connection last."""
+        """The steps of the request under way, in the order of their rules."""
         steps = []
         for rule in self.rules.armed:
             if rule.per == "request":
                 step = for_request(rule)
             else:
                 if rule not in self.lasting:
-                    self.lasting[rule] = self.rules.draw(rule, self.connection, 0)
+                    self.lasting[rule] = self.draw(rule)
                 step = self.lasting[rule]
             if step:
                 steps.append(step)
@@ -707,10 +902,28 @@ class Line:
     def carry(self, t, to, data):
         """What has become of an event after the last step: [(t, to, data, holds)].
 
-        holds is which rules have put it off and by how much: ((rule, seconds), ...).
+        holds is which rules have put it off and by how much, and whether they have made
+        it of nothing but OPEN: ((rule, seconds, made), ...).
         """
-        events = [(t, to, data, ())]
-        for step in self.steps:
+        return self.fold(self.steps, t, to, [(t, to, data, ())])
+
+    def greet(self, t, ways, rules=None):
+        """Show OPEN to the faults drawn for the connection; what comes of it, but OPEN.
+
+        rules   those that begin now, or have changed, while it is open; None for all
+        """
+        found = []
+        for place, step in enumerate(self.steps):
+            if step.rule.per == "connection" and (rules is None or step.rule in rules):
+                for to in ways:
+                    made = self.fold([step], t, to, [(t, to, OPEN, ())])
+                    made = [event for event in made if event[2] is not OPEN]
+                    found += self.fold(self.steps[place + 1:], t, to, made)
+        return found
+
+    def fold(self, steps, t, to, events):
+        """What these steps make of the events that came of one at t; a bug resets."""
+        for step in steps:
             if step.rule.blocking:
                 continue                # it gets the sockets: see Connection.lend
             try:
@@ -726,6 +939,8 @@ class Line:
     def through(self, step, t, to, data, holds):
         """What a step makes of one event."""
         rule = step.rule
+        if step.state is None and not self.matches(step, to, data):
+            return [(t, to, data, holds)]
         if rule.stream not in ("both", to) or not step.may_act():
             return [(t, to, data, holds)]
         events = [(max(t, due), way, out) for due, way, out
@@ -737,8 +952,19 @@ class Line:
                 self.speaker = DOWNSTREAM
         if events != [(t, to, data)] and step.act():
             self.news.append(rule)
-        return [(due, way, out, holds if due == t else holds + ((rule, due - t),))
+        return [(due, way, out, holds if due == t else
+                 holds + ((rule, due - t, data is OPEN and out is not OPEN),))
                 for due, way, out in events]
+
+    def matches(self, step, to, data):
+        """Whether what the client has said by now is what the rule waits for, and it is drawn."""
+        if to == UPSTREAM and data and step.heard is not None and len(step.heard) < HEARD_MAX:
+            step.heard += data[:HEARD_MAX - len(step.heard)]
+            if step.rule.match.search(step.heard):
+                step.state = self.rules.draw(step.rule, self.connection,
+                                             self.request if step.rule.per == "request" else 0)
+                step.heard = None
+        return step.state is not None
 
 
 class Budget:
@@ -768,8 +994,8 @@ class Pipe:
     is no longer the handlers' business.
     """
 
-    __slots__ = ("to", "budget", "queue", "order", "latest", "out", "held", "bytes",
-                 "over", "done")
+    __slots__ = ("to", "budget", "queue", "order", "latest", "thin", "out", "held", "received",
+                 "written", "over", "done")
 
     def __init__(self, to, budget):
         self.to = to
@@ -777,9 +1003,11 @@ class Pipe:
         self.queue = []         # a heap of (due, order, data, start, holds)
         self.order = 0          # what is due at the same time leaves as it came
         self.latest = 0.0       # when the last byte put in is due
+        self.thin = 0.0         # until when what is there queues for a thin wire
         self.out = deque()      # bytes, and EOF, that are due
         self.held = 0           # what queue and out hold, as the budget counts it
-        self.bytes = 0          # received, ever
+        self.received = 0       # bytes from the source, ever
+        self.written = 0        # bytes to the target, ever
         self.over = False       # the source has said EOF
         self.done = False       # nothing more goes to the target: what still comes is dropped
         budget.pipes += 1
@@ -788,7 +1016,7 @@ class Pipe:
         """Bytes and EOF keep their order, as in TCP; RESET overtakes.
 
         t        when it is due
-        start    when it came; holds says what put it off since
+        start    when it came; holds says what put it off since, as in Line.carry
         """
         if not data and not isinstance(data, Signal):
             return
@@ -799,6 +1027,11 @@ class Pipe:
         # An EOF set for later does not hold up what comes before it.
         if data or data is OPEN:
             self.latest = t
+        at = start
+        for rule, seconds, _ in holds:
+            at += seconds
+            if rule.thin:
+                self.thin = max(self.thin, at)
         self.order += 1
         self.hold(len(data))
         heapq.heappush(self.queue, (t, self.order, data, start, holds))
@@ -832,27 +1065,40 @@ class Pipe:
     def sent(self, size):
         """The first `size` bytes of out's first chunk are sent."""
         first = self.out.popleft()
+        self.written += size
         if size < len(first):
             self.out.appendleft(memoryview(first)[size:])
             self.let_go(size)
         else:
             self.let_go(size + HELD_ENTRY)
 
-    def release(self, gone):
-        """Let go at once, in order, what these rules hold; what others hold stays."""
-        if not any(rule in gone for entry in self.queue for rule, _ in entry[4]):
+    def release(self, gone, changed=()):
+        """Let go at once, in order, what these rules hold; what others hold stays.
+
+        What a rule that has changed had made of nothing, it makes anew: that is dropped.
+        """
+        rules = [*gone, *changed]
+        if not any(rule in rules for entry in self.queue for rule, _, _ in entry[4]):
             return
-        entries, self.queue, self.latest = self.queue, [], 0.0
+        entries, self.queue, self.latest, self.thin = self.queue, [], 0.0, 0.0
         for _, _, data, start, holds in sorted(entries, key=lambda entry: entry[1]):
             self.let_go(len(data) + HELD_ENTRY)
-            holds = tuple(hold for hold in holds if hold[0] not in gone)
-            self.put(start + sum(seconds for _, seconds in holds), data, start, holds)
+            if any(made and rule in changed for rule, _, made in holds):
+                continue
+            holds = tuple(hold for hold in holds if hold[0] not in rules)
+            self.put(start + sum(hold[1] for hold in holds), data, start, holds)
 
-    def room(self):
-        """How many bytes may be read into this pipe now: its source's backpressure."""
-        flows = self.queue and self.queue[0][0] < NEVER
-        share = self.budget.share(HELD_MAX if flows else HELD_STILL)
-        return min(CHUNK, share - self.held - HELD_ENTRY)
+    def room(self, clock):
+        """How many bytes may be read into this pipe now: its source's backpressure.
+
+        Much, where it flows; little, where nothing is due, or where what is there waits
+        for a thin wire: a sender is to feel that.
+        """
+        bound = HELD_STILL
+        if self.queue and self.queue[0][0] < NEVER and (
+                not self.thin or self.thin - clock() < MOMENT):
+            bound = HELD_MAX
+        return min(CHUNK, self.budget.share(bound) - self.held - HELD_ENTRY)
 
     def drop(self):
         """Forget what is under way."""
@@ -1166,8 +1412,10 @@ class Connection:
 
     def start(self):
         """A client is here."""
+        now = self.loop.clock()
         self.line.begin()
-        self.take(UPSTREAM, OPEN)
+        self.place(now, self.line.carry(now, UPSTREAM, OPEN)
+                   + self.line.greet(now, [DOWNSTREAM]))
 
     def client_ready(self, events):
         if self.client is None:         # closed by an earlier callback of this select()
@@ -1190,7 +1438,7 @@ class Connection:
 
     def receive(self, pipe, source, target):
         """One recv for each wake-up: a fast sender must not starve the others."""
-        room = pipe.room()
+        room = pipe.room(self.loop.clock)
         if room <= 0 or self.lent:      # ready since before the pipe filled up
             self.watch()
             return
@@ -1203,7 +1451,7 @@ class Connection:
         except OSError as problem:
             self.lost(pipe, problem)
             return
-        pipe.bytes += size
+        pipe.received += size
         line = self.line
         if not size:
             pipe.over = True
@@ -1225,6 +1473,7 @@ class Connection:
             self.tear(pipe)
             self.advance()
             return
+        pipe.written += sent
         if sent < size:
             pipe.out.append(bytes(self.loop.view[sent:size]))
             pipe.hold(size - sent)
@@ -1287,20 +1536,25 @@ class Connection:
             self.advance()
 
     def take(self, to, data):
-        """An event comes: carry it down the line and put what becomes of it into the pipes."""
+        """An event comes: carry it down the line."""
         now = self.loop.clock()
-        for t, way, out, holds in self.line.carry(now, to, data):
+        self.place(now, self.line.carry(now, to, data))
+
+    def place(self, now, events):
+        """Put into the pipes what has become of an event, and see what follows."""
+        for t, way, out, holds in events:
             (self.up if way == UPSTREAM else self.down).put(t, out, now, holds)
         while self.line.news:
             self.proxy.record(self, self.line.news.pop(0))
         self.advance()
 
-    def renew(self, new, gone):
-        """The rules have changed: what those that are gone hold goes on at once."""
-        self.line.renew(new)
-        self.up.release(gone)
-        self.down.release(gone)
-        self.advance()
+    def renew(self, new, gone, changed):
+        """The rules are others: what those hold that are gone, or have changed, goes on."""
+        now = self.loop.clock()
+        self.line.renew(new, changed)
+        self.up.release(gone, changed)
+        self.down.release(gone, changed)
+        self.place(now, self.line.greet(now, [UPSTREAM, DOWNSTREAM], [*new, *changed]))
 
     def ring(self):
         self.alarm = None
@@ -1337,7 +1591,8 @@ class Connection:
             data = pipe.out[0]
             try:
                 if pipe.done:
-                    pipe.sent(len(data))
+                    pipe.out.popleft()
+                    pipe.let_go(len(data) + HELD_ENTRY)
                 elif data is EOF:
                     pipe.sent(0)
                     pipe.done = True
@@ -1354,7 +1609,8 @@ class Connection:
         """What the two sockets are watched for, as things stand; it is decided here alone."""
         up, down = self.up, self.down
         busy = self.lent or (self.proxy.lends and self.line.blocking() and not self.settled())
-        events = ((EVENT_READ if not (up.over or busy) and up.room() > 0 else 0)
+        clock = self.loop.clock
+        events = ((EVENT_READ if not (up.over or busy) and up.room(clock) > 0 else 0)
                   | (EVENT_WRITE if down.out else 0))
         if events != self.client_events:
             self.client_events = events
@@ -1364,7 +1620,7 @@ class Connection:
         if self.connecting:
             events = EVENT_WRITE
         else:
-            events = ((EVENT_READ if not (down.over or busy) and down.room() > 0 else 0)
+            events = ((EVENT_READ if not (down.over or busy) and down.room(clock) > 0 else 0)
                       | (EVENT_WRITE if up.out else 0))
         if events != self.backend_events:
             self.backend_events = events
@@ -1527,8 +1783,9 @@ def work(rule, socks, to_backend):
 
 # -- Proxy --------------------------------------------------------------------
 #
-# Who listens and accepts, for a proxy and for its control; and the proxy, which keeps what
-# belongs to all its connections: the rules, the counts, the record of the faults that acted.
+# Who listens and accepts, for a proxy and for its control; the proxy, which keeps what
+# belongs to all its connections: the rules, the counts, the record of the faults that acted;
+# and the proxies of one process.
 
 class Listener:
     """Accepts, on every address of a host, all on one port."""
@@ -1607,11 +1864,11 @@ def listen(local):
                 try:
                     sockets.append(listen_at(family, address))
                 except OSError as refused:
-                    problem = cannot_listen(refused, address)
+                    problem = CannotListen(refused, address)
                     if not missing(refused):
                         break
         except OSError as unknown:
-            problem = cannot_listen(unknown, local)
+            problem = CannotListen(unknown, local)
         if problem is None or (sockets and missing(problem)):
             return sockets
         for sock in sockets:
@@ -1620,9 +1877,13 @@ def listen(local):
             raise problem
 
 
-def cannot_listen(problem, address):
-    return OSError(problem.errno, "cannot listen on %s: %s"
-                   % (show_address(address), problem.strerror or problem))
+class CannotListen(OSError):
+    """No listener at an address, and why."""
+
+    def __init__(self, problem, address):
+        self.address = show_address(address)
+        self.reason = problem.strerror or str(problem)
+        super().__init__(problem.errno, "cannot listen on %s: %s" % (self.address, self.reason))
 
 
 def listen_at(family, address):
@@ -1644,6 +1905,35 @@ def listen_at(family, address):
 Event = namedtuple("Event", "number time proxy connection client request handler options")
 
 
+class Toxic:
+    """A rule on a proxy with a name, and so dice, of its own, beside the behavior.
+
+    name        unique on its proxy
+    toxicity    how often it acts, from 0 to 1
+    attributes  {option: value}, as they were given: negative ones count as 0
+    stream      "upstream", "downstream" or "both", in any case
+    fields      of its rule: per, match, after, times
+    """
+
+    def __init__(self, kind, name, toxicity=1.0, attributes=None, stream=DOWNSTREAM,
+                 per="connection", **fields):
+        self.name = name
+        self.stream = stream        # as it was written
+        self.rule = Rule(kind, dice="toxic " + name, stream=stream.lower(), per=per, **fields)
+        self.attributes = dict(self.rule.options)
+        self.set(toxicity, attributes or {})
+
+    def set(self, toxicity, attributes):
+        self.toxicity = toxicity
+        self.attributes.update(attributes)
+        self.rule.options = {option: value if isinstance(value, str) else max(value, type(value)())
+                             for option, value in self.attributes.items()}
+        self.rule.high = 100.0 * toxicity
+
+    def __str__(self):
+        return "%s (%g:%s %s)" % (self.name, 100 * self.toxicity, self.rule.stream, self.rule)
+
+
 class Proxy:
     """A chaos proxy in front of one backend.
 
@@ -1659,6 +1949,8 @@ class Proxy:
     name       in the log, and in the dice
     seed       any whole number: the same seed gives the same faults; None draws one
     timeout    seconds to connect to the backend, for all of its addresses
+    toxics     rules beside the behavior: [Toxic]
+    enabled    whether it listens, once it is bound
 
     Raises ValueError for what cannot be understood, OSError for what cannot be
     listened on. Used as a context it runs in a thread of its own; everything is
@@ -1666,19 +1958,22 @@ class Proxy:
     """
 
     def __init__(self, distant, local="localhost:0", behavior="100:dummy", options=None,
-                 name="vaurien", seed=None, timeout=30.0):
+                 name="vaurien", seed=None, timeout=30.0, toxics=(), enabled=True):
         self.name = name
         self.label = "" if name == "vaurien" else name + ": "
         self.local = parse_listener(local) if isinstance(local, str) else local
+        self.listen = show_address(self.local)      # as it was given, then as it is
+        self.enabled = enabled
         chosen = parse_behavior(behavior) if isinstance(behavior, str) else behavior
         self.timeout = check_timeout(timeout)
         self.seed = random.SystemRandom().getrandbits(32) if seed is None else seed
         self.rules = Rules(self.seed, name)
         options = options or {}
         read_rules([dict(table, name=handler, percent=0) for handler, table in options.items()])
-        self.arm(read_rules([dict(options.get(handler, {}), name=handler, percent=percent)
-                             for percent, handler in chosen]))
-        self.stack = [self.rules.armed]     # what was there, and the blocks of `handler` on it
+        self.stack = [read_rules([dict(options.get(handler, {}), name=handler, percent=percent)
+                                  for percent, handler in chosen])]
+        self.toxics = list(toxics)          # in the order in which they act
+        self.arm(self.stack, self.toxics)
         self.loop = None
         self.listener = None
         self.set_backend(distant)
@@ -1686,6 +1981,7 @@ class Proxy:
         self.accepted = 0
         self.faults = Counter()             # {handler: requests or connections it acted on}
         self.failures = 0                   # to connect to the backend
+        self.past = Counter()               # {(way, "received" or "sent"): bytes} of those gone
         self.events = deque(maxlen=EVENTS_KEPT)
         self.recorded = 0
         self.acted = threading.Condition()  # notified of each event
@@ -1746,24 +2042,46 @@ class Proxy:
 
     def bind(self):
         """Have a port. Raises OSError, with the address in its words."""
-        self.listener = Listener(self.local, self.welcome)
+        self.set_listener(self.local, Listener(self.local, self.welcome))
+
+    def set_listener(self, local, listener):
+        """Take over a listener; one that got a free port keeps it for the next time."""
+        self.listener = listener
+        address = listener.sockets[0].getsockname()
+        self.local = local[0], address[1]
+        # An empty host is all addresses, which Toxiproxy calls [::].
+        self.listen = show_address(address if local[0] else ("::", address[1]))
 
     def open(self, loop):
-        """Begin to accept."""
+        """Begin to accept, if it is enabled."""
         self.loop = loop
-        self.listener.open(loop)
-        log.info("%slistening on %s for %s: %s; seed %s", self.label, self.listener,
-                 show_address(self.backend), self.describe(), self.seed)
+        if self.listener:
+            self.listener.open(loop)
+            log.info("%slistening on %s for %s: %s; seed %s", self.label, self.listener,
+                     show_address(self.backend), self.describe(), self.seed)
+
+    def shut(self, how):
+        """No longer listen, and close every connection."""
+        if self.listener:
+            self.listener.close()
+            self.listener = None
+        self.drop_connections(how)
+
+    def drop_connections(self, how):
+        for connection in list(self.connections.values()):
+            connection.close(how)
 
     def describe(self):
-        """The behavior in words: "20:delay sleep=1.0, 80:dummy"."""
-        words = ["%g:%s" % (rule.high - rule.low, rule) for rule in self.rules.armed]
-        rest = 100 - sum(rule.high - rule.low for rule in self.rules.armed)
-        return ", ".join(words + ["%g:dummy" % rest] * (rest > 0.000001))
+        """The behavior and the toxics in words: "20:delay sleep=1.0, 80:dummy"."""
+        behavior = self.stack[-1]
+        words = ["%g:%s" % (rule.high - rule.low, rule) for rule in behavior]
+        rest = 100 - sum(rule.high - rule.low for rule in behavior)
+        return ", ".join(words + ["%g:dummy" % rest] * (rest > 0.000001)
+                         + ["toxic %s" % toxic for toxic in self.toxics])
 
     def acting(self):
         """The name of the handler that acts, or the names."""
-        return ",".join(rule.name for rule in self.rules.armed) or "dummy"
+        return ",".join(rule.name for rule in self.stack[-1]) or "dummy"
 
     def welcome(self, client, peer):
         """Somebody has come."""
@@ -1806,36 +2124,54 @@ class Proxy:
 
     def use(self, rules):
         """Have these rules act from now on; blocks of `handler` that end later change nothing."""
-        self.switch(rules)
-        self.stack = [rules]
-
-    def switch(self, rules):
-        """Arm these rules, and no others.
-
-        Adding one touches nothing that is under way; what a rule that goes was
-        holding goes on at once. Open connections follow from their next request, or
-        from this one if nobody has spoken in it yet. Raises BadRule.
-        """
-        before = self.rules.armed
-        gone = [rule for rule in before if rule not in rules]
-        new = [rule for rule in rules if rule not in before]
-        self.arm(rules)
-        log.info("%srules: %s", self.label, self.describe())
-        for connection in list(self.connections.values()):
-            connection.renew(new, gone)
+        self.switch([rules], self.toxics)
 
     def push(self, rules):
         """A block of `handler` begins: its rules act until it ends, or another begins."""
-        self.switch(rules)
-        self.stack.append(rules)
+        self.switch(self.stack + [rules], self.toxics)
 
     def pop(self, rules):
         """It ends, in whatever order they do: the one that began last acts now."""
-        self.stack = [block for block in self.stack if block is not rules]
-        self.switch(self.stack[-1])
+        self.switch([block for block in self.stack if block is not rules], self.toxics)
 
-    def arm(self, rules):
+    def add_toxic(self, toxic):
+        self.switch(self.stack, self.toxics + [toxic])
+
+    def remove_toxic(self, toxic):
+        self.switch(self.stack, [other for other in self.toxics if other is not toxic])
+
+    def set_toxics(self, toxics):
+        """Have these toxics, and no others, from now on."""
+        self.switch(self.stack, toxics)
+
+    def change_toxic(self, toxic, toxicity, attributes):
+        """Give a toxic other values: it lets go of what it holds, and keeps its memory."""
+        toxic.set(toxicity, attributes)
+        if toxic.rule.worker:
+            toxic.rule.worker.update_settings(toxic.rule.options)
+        self.switch(self.stack, self.toxics, [toxic.rule])
+
+    def switch(self, stack, toxics, changed=()):
+        """Arm the rules on top of the stack, and those of the toxics, and no others.
+
+        Adding one touches nothing that is under way; what a rule that goes, or has
+        changed, was holding goes on at once. Open connections follow from their next
+        request, or from this one if nobody has spoken in it yet; at once where a rule is
+        drawn per connection. Raises BadRule.
+        """
+        before = self.rules.armed
+        self.arm(stack, toxics)
+        self.stack, self.toxics = stack, toxics
+        after = self.rules.armed
+        gone = [rule for rule in before if rule not in after]
+        new = [rule for rule in after if rule not in before]
+        log.info("%srules: %s", self.label, self.describe())
+        for connection in list(self.connections.values()):
+            connection.renew(new, gone, changed)
+
+    def arm(self, stack, toxics):
         """Have the rules, and the objects of those whose handlers have the class form."""
+        rules = stack[-1] + [toxic.rule for toxic in toxics]
         for rule in rules:
             if rule.blocking and rule.worker is None:
                 try:
@@ -1843,8 +2179,21 @@ class Proxy:
                 except Exception as problem:        # the user's class may do anything
                     raise BadRule([("name", "%s cannot be made: %s: %s" % (
                         rule.name, type(problem).__name__, problem))]) from None
-        self.rules.armed = list(rules)
+        self.rules.armed = rules
         self.lends = any(rule.blocking for rule in rules)
+
+    def become(self, local, backend, enabled, listener):
+        """Have other addresses; listener is a new one, or None where the old one does."""
+        if listener or not enabled or backend != self.backend:
+            self.drop_connections("%s by the control" % ("changed" if enabled else "disabled"))
+        if self.listener and (listener or not enabled):
+            self.shut("changed")
+        self.backend, self.enabled = backend, enabled
+        if listener:
+            self.set_listener(local, listener)
+            self.open(self.loop)
+        elif not enabled and local != self.local:
+            self.local, self.listen = local, show_address(local)
 
     def record(self, connection, rule):
         """A fault has acted."""
@@ -1867,10 +2216,13 @@ class Proxy:
 
     def ended(self, connection, how):
         del self.connections[connection.number]
+        for pipe in connection.up, connection.down:
+            self.past[pipe.to, "received"] += pipe.received
+            self.past[pipe.to, "sent"] += pipe.written
         log.debug("%sconnection %d, client %s: %s after %.3f s, %d bytes up, %d bytes down, "
                   "requests: %d", self.label, connection.number, connection.name, how,
-                  self.loop.clock() - connection.began, connection.up.bytes,
-                  connection.down.bytes, connection.line.request)
+                  self.loop.clock() - connection.began, connection.up.received,
+                  connection.down.received, connection.line.request)
 
     def list_connections(self):
         """What is open, a table each."""
@@ -1880,40 +2232,242 @@ class Proxy:
             "backend": connection.backend_name(),
             "connected": connection.backend is not None and not connection.connecting,
             "age": round(now - connection.began, 3),
-            "bytes_up": connection.up.bytes, "bytes_down": connection.down.bytes,
+            "bytes_up": connection.up.received, "bytes_down": connection.down.received,
             "requests": connection.line.request,
             "held_up": connection.up.held, "held_down": connection.down.held,
             "faults": connection.faults or [],
         } for connection in self.connections.values()]
 
+    def measure(self):
+        """What there is to count: {metric: [(labels, value)]}."""
+        mine = {"proxy": self.name}
+        traffic = self.traffic()
+        found = {"vaurien_connections_total": [(mine, self.accepted)],
+                 "vaurien_connections_open": [(mine, len(self.connections))],
+                 "vaurien_requests_total": [(mine, self.rules.requests)],
+                 "vaurien_faults_total": [(dict(mine, handler=name), number)
+                                          for name, number in sorted(self.faults.items())],
+                 "vaurien_backend_failures_total": [(mine, self.failures)]}
+        for what in "received", "sent":
+            found["toxiproxy_proxy_%s_bytes_total" % what] = [
+                (dict(mine, direction=way, listener=self.listen,
+                      upstream=show_address(self.backend)), traffic[way, what])
+                for way in (UPSTREAM, DOWNSTREAM)]
+        return found
+
+    def traffic(self):
+        """{(way, "received" or "sent"): bytes} up to now."""
+        bytes_so_far = Counter(self.past)
+        for connection in self.connections.values():
+            for pipe in connection.up, connection.down:
+                bytes_so_far[pipe.to, "received"] += pipe.received
+                bytes_so_far[pipe.to, "sent"] += pipe.written
+        return bytes_so_far
+
     def close(self):
         """Stop listening and close every connection."""
-        if self.listener:
-            self.listener.close()
         if not self.loop:
+            if self.listener:
+                self.listener.close()
             return
-        for connection in list(self.connections.values()):
-            connection.close("stopped")
+        self.shut("stopped")
         log.info("%sstopped: connections: %d, requests: %d, faults: %s", self.label,
                  self.accepted, self.rules.requests,
                  ", ".join("%d %s" % (n, name) for name, n in self.faults.items()) or "none")
 
 
+# What is counted of each proxy: {name: (kind, help)}, as Prometheus names it; see Proxy.measure.
+METRICS = OrderedDict((
+    ("toxiproxy_proxy_received_bytes_total", (
+        "counter", "Bytes from the client (upstream) and from the backend (downstream).")),
+    ("toxiproxy_proxy_sent_bytes_total", (
+        "counter", "Bytes to the backend (upstream) and to the client (downstream).")),
+    ("vaurien_connections_total", ("counter", "Clients accepted.")),
+    ("vaurien_connections_open", ("gauge", "Connections that are open.")),
+    ("vaurien_requests_total", ("counter", "Requests begun.")),
+    ("vaurien_faults_total", ("counter", "Requests or connections that a handler acted on.")),
+    ("vaurien_backend_failures_total", ("counter", "Backends that could not be connected to.")),
+))
+
+
+class Statsd:
+    """Sends the counts of all proxies to a StatsD server, by UDP, each STATSD_EVERY seconds.
+
+    A counter goes out as what it has grown by (vaurien.PROXY.requests:3|c), a gauge as it is.
+    """
+
+    def __init__(self, address, proxies):
+        self.address = address
+        self.proxies = proxies
+        self.loop = self.sock = None
+        self.sent = Counter()       # {name: value} as it was told before
+
+    def bind(self):
+        pass                        # it listens nowhere
+
+    def open(self, loop):
+        self.loop = loop
+        loop.away(lambda: resolve(self.address), self.found)
+
+    def found(self, addresses, problem):
+        if not addresses:
+            log.warning("statsd: cannot find %s: %s", show_address(self.address), problem)
+            self.loop.at(self.loop.clock() + 60, lambda: self.open(self.loop))
+            return
+        family, self.address = addresses[0]
+        self.sock = socket.socket(family, socket.SOCK_DGRAM)
+        self.sock.setblocking(False)
+        self.ring()
+
+    def ring(self):
+        if self.sock:
+            self.send()
+            self.loop.at(self.loop.clock() + STATSD_EVERY, self.ring)
+
+    def send(self):
+        lines = []
+        for proxy in self.proxies.values():
+            for metric, found in proxy.measure().items():
+                for labels, value in found:
+                    name = self.name(metric, labels)
+                    if METRICS[metric][0] == "gauge":
+                        lines.append("%s:%d|g" % (name, value))
+                    elif value != self.sent[name]:
+                        grown = value - self.sent[name]     # or it is another proxy's by now
+                        lines.append("%s:%d|c" % (name, grown if grown > 0 else value))
+                        self.sent[name] = value
+        packet = b""
+        for line in [*lines, ""]:
+            if packet and (not line or len(packet) + len(line) > STATSD_PACKET):
+                with contextlib.suppress(OSError):          # nobody listens: it is UDP
+                    self.sock.sendto(packet, self.address)
+                packet = b""
+            packet += b"\n" * bool(packet) + line.encode()
+
+    def name(self, metric, labels):
+        """vaurien.PROXY.received_bytes.upstream of toxiproxy_proxy_received_bytes_total{...}."""
+        words = [labels["proxy"], re.sub("^(vaurien|toxiproxy_proxy)_|_total$", "", metric),
+                 labels.get("direction") or labels.get("handler")]
+        return ".".join(["vaurien"] + [re.sub(r"[^\w-]", "_", word) for word in words if word])
+
+    def close(self):
+        if self.sock:
+            self.send()
+            self.sock.close()
+            self.sock = None
+
+
+class Proxies(OrderedDict):
+    """The proxies of one process, in one loop: {name: Proxy}.
+
+    seed, timeout    for those that are made while it runs, as in Proxy
+
+    Who changes them from a thread of its own holds `changing`; what it does to a proxy that
+    is there is done in the loop, and does not wait for any peer.
+    """
+
+    def __init__(self, proxies=(), seed=None, timeout=30.0):
+        super().__init__((proxy.name, proxy) for proxy in proxies)
+        self.seed = random.SystemRandom().getrandbits(32) if seed is None else seed
+        self.timeout = timeout
+        self.loop = None
+        self.changing = threading.RLock()
+
+    def bind(self):
+        """Have the ports. Raises OSError, with the address in its words."""
+        for proxy in self.values():
+            if proxy.enabled:
+                proxy.bind()
+
+    def open(self, loop):
+        self.loop = loop
+        if not self:
+            log.info("no proxy yet: POST /proxies makes one; seed %s", self.seed)
+        for proxy in self.values():
+            proxy.open(loop)
+
+    def close(self):
+        for proxy in self.values():
+            proxy.close()
+
+    # For other threads, that hold `changing`
+
+    def add(self, proxy):
+        """One more, that accepts if it is enabled. Raises OSError."""
+        if proxy.enabled:
+            proxy.bind()
+        self.loop.call(self.welcome, proxy)
+
+    def welcome(self, proxy):
+        self[proxy.name] = proxy
+        proxy.open(self.loop)
+
+    def remove(self, proxy):
+        proxy.loop.call(proxy.close)
+        del self[proxy.name]
+
+    def change(self, proxy, local, backend, enabled):
+        """Give a proxy other addresses, or have it enabled or not. Raises OSError, ValueError.
+
+        What stays as it is goes on; a change of an address closes its connections. If
+        it cannot listen there, it stays where it is.
+        """
+        if meet(local, backend):
+            raise ValueError("upstream %s is the address that is listened on: the proxy would "
+                             "call itself" % show_address(backend))
+        moved = first_address(local) != proxy.listen
+        if not moved:
+            local = proxy.local
+        listener = None
+        if enabled and (moved or not proxy.enabled):
+            listener = self.listen_anew(proxy, local)
+        proxy.loop.call(proxy.become, local, backend, enabled, listener)
+
+    def listen_anew(self, proxy, local):
+        """A listener at local, though the proxy may have that port on another address."""
+        try:
+            return Listener(local, proxy.welcome)
+        except CannotListen as problem:
+            if problem.errno != errno.EADDRINUSE or not proxy.listener \
+                    or local[1] != proxy.local[1]:
+                raise
+        old = proxy.listener
+        proxy.loop.call(old.close)
+        try:
+            return Listener(local, proxy.welcome)
+        except CannotListen:
+            old.sockets = listen(proxy.local)
+            proxy.loop.call(old.open, proxy.loop)
+            raise
+
+
+def first_address(local):
+    """Where a listener at local would be, as Toxiproxy writes it. Raises OSError."""
+    if not local[0]:
+        return show_address(("::", local[1]))
+    try:
+        return show_address(resolve(local)[0][1])
+    except OSError as problem:
+        raise CannotListen(problem, local) from None
+
+
 # -- Control ------------------------------------------------------------------
 #
 # HTTP for a test that drives the proxy while it runs. A route is a function of a
-# question that returns the answer: a dict goes out as JSON, a str as text. To add one,
-# write it here: `GET /` lists them. The loop accepts; a short-lived thread reads the
-# question and answers it, and says `loop.call` for all that touches a proxy.
+# question that returns the answer: a dict goes out as JSON, a str as text, an Answer as it
+# is. To add one, write it here: `GET /` lists them. The loop accepts; a short-lived thread
+# reads the question and answers it, and says `loop.call` for all that touches a proxy.
 
-ROUTES = OrderedDict()          # {path: {method: function}}
+ROUTES = OrderedDict()          # {path: {method: function}}; a part in capitals is any name
 BODY_MAX = 1 << 20              # bytes of a question's body
 TALKERS_MAX = 256               # connections at a time
 TALK_TIME = 10.0                # seconds that a connection may say nothing
 
-# What a route is asked: the control, the proxy chosen by ?proxy=NAME, the other words of
-# the query, the body's text.
-Question = namedtuple("Question", "control proxy query body")
+# What a route is asked: the control, {part of the path: name}, the other words of the query
+# beside proxy, the body's text, the User-Agent. The proxy is the one that is chosen, by the
+# path or by ?proxy=NAME, or the first; None if there is none.
+Question = namedtuple("Question", "control proxy names query body agent")
+Answer = namedtuple("Answer", "status headers text")
 
 
 class Refused(Exception):
@@ -1924,17 +2478,30 @@ class Refused(Exception):
         self.status, self.errors, self.headers = status, errors, dict(headers)
 
     def answer(self):
-        """(status, headers, text), in the form of 1.x."""
-        return self.status, dict(self.headers, **{"Content-Type": "application/json"}), json.dumps(
-            {"status": "error", "errors": [
-                {"location": location, "name": name, "description": description}
-                for location, name, description in self.errors]})
+        """The Answer, in the form of 1.x."""
+        headers = dict(self.headers, **{"Content-Type": "application/json"})
+        return Answer(self.status, headers, json.dumps({"status": "error", "errors": [
+            {"location": location, "name": name, "description": description}
+            for location, name, description in self.errors]}))
+
+    @classmethod
+    def wrong_method(cls, method, path, methods):
+        allowed = ", ".join(sorted(methods))
+        return cls(405, [("method", method[:20], "%s takes %s" % (path, allowed))],
+                   {"Allow": allowed})
 
 
-def route(method, path, example=""):
-    """Register a function for a method of a path; example is what curl is told to send."""
+def route(method, path, example="", query=(), needs_proxy=True, form=Refused):
+    """Register a function for a method of a path.
+
+    example        what curl is told to send
+    query          the words of a query, beside proxy, that it knows; None for any
+    needs_proxy    whether it is about one
+    form           how this path refuses what is asked
+    """
     def register(function):
-        function.example = example
+        function.example, function.query = example, query
+        function.needs_proxy, function.form = needs_proxy, form
         ROUTES.setdefault(path, OrderedDict())[method] = function
         return function
     return register
@@ -1970,20 +2537,21 @@ def set_rules(question, tables):
         raise Refused(400, [("body", name, words) for name, words in bad.errors]) from None
 
 
-@route("GET", "/")
+@route("GET", "/", needs_proxy=False)
 def index(question):
     """This list."""
     lines = ["Vaurien %s: what can be asked, with an example each." % __version__, ""]
     for path, methods in ROUTES.items():
         for method, function in methods.items():
-            lines.append("%-4s %-13s %s" % (method, path, summary(function)))
+            lines.append("%-6s %-28s %s" % (method, path, summary(function)))
             lines.append("     curl %s%s%s%s" % (
-                "-X %s " % method if method not in ("GET", "POST") else "",
-                "-d '%s' " % function.example if method != "GET" else "",
+                "" if method == "GET" or (method == "POST" and function.example)
+                else "-X %s " % method,
+                "-d '%s' " % function.example if method != "GET" and function.example else "",
                 question.control.url, path + (function.example if method == "GET" else "")))
     lines += ["", "The handlers: %s." % ", ".join(HANDLERS),
               "The proxies: %s; ?proxy=NAME picks one, the first is usual."
-              % ", ".join(proxy.name for proxy in question.control.proxies)]
+              % (", ".join(question.control.proxies) or "none yet")]
     return "\n".join(lines) + "\n"
 
 
@@ -2005,7 +2573,7 @@ def set_by_name(question):
     return "ok"
 
 
-@route("GET", "/handlers")
+@route("GET", "/handlers", needs_proxy=False)
 def list_handlers(question):
     """The names of all handlers."""
     return {"handlers": list(HANDLERS)}
@@ -2024,7 +2592,7 @@ def set_behavior(question):
     return {"status": "ok"}
 
 
-@route("GET", "/behaviors")
+@route("GET", "/behaviors", needs_proxy=False)
 def list_behaviors(question):
     """As GET /handlers."""
     return {"behaviors": list(HANDLERS)}
@@ -2032,9 +2600,9 @@ def list_behaviors(question):
 
 @route("GET", "/rules")
 def get_rules(question):
-    """All rules, with every option and field."""
+    """The rules of the behavior, with every option and field."""
     tables, low = [], 0.0
-    for rule in question.proxy.rules.armed:
+    for rule in question.proxy.stack[-1]:
         if rule.low > low:              # dummy's share, so that the dice fall the same again
             tables.append({"name": "dummy", "percent": rule.low - low})
         tables.append(rule.fields())
@@ -2077,13 +2645,15 @@ def set_backend(question):
     return {"status": "ok"}
 
 
+@route("GET", "/proxies/PROXY/connections")
 @route("GET", "/connections")
 def list_connections(question):
     """What is open, and what is held in it."""
     return {"connections": question.proxy.loop.call(question.proxy.list_connections)}
 
 
-@route("GET", "/events", "?since=0")
+@route("GET", "/proxies/PROXY/events", "?since=0", query=["since"])
+@route("GET", "/events", "?since=0", query=["since"])
 def list_events(question):
     """The faults that acted, those after number `since`."""
     try:
@@ -2094,49 +2664,63 @@ def list_events(question):
     return {"events": [event._asdict() for event in events if event.number > since]}
 
 
-QUERIES = {list_events: {"since"}}      # the words of a query, beside proxy, that a route knows
-
-
-def respond(control, method, target, body):
-    """The answer to one question: (status, headers, text). Nothing else may come of it."""
+def respond(control, method, target, body, agent=""):
+    """The Answer to one question. Nothing else may come of it."""
     try:
-        answer = ask(control, method, target, body)
+        answer = ask(control, method, target, body, agent)
     except Refused as refused:
         return refused.answer()
     except Exception as problem:
         log.exception("control: %s %s failed", method[:20], target[:200])
         words = "%s: %s" % (type(problem).__name__, problem)
         return Refused(500, [("server", "", words)]).answer()
+    if isinstance(answer, Answer):
+        return answer
     if isinstance(answer, str):
-        return 200, {"Content-Type": "text/plain; charset=utf-8"}, answer
-    return 200, {"Content-Type": "application/json"}, json.dumps(answer)
+        return Answer(200, {"Content-Type": "text/plain; charset=utf-8"}, answer)
+    return Answer(200, {"Content-Type": "application/json"}, json.dumps(answer))
 
 
-def ask(control, method, target, body):
+def ask(control, method, target, body, agent):
     """Find the route and ask it. Raises Refused."""
     path, _, words = target.partition("#")[0].partition("?")
-    methods = ROUTES.get(path, {})
+    methods, names = find_route(path)
     if not methods:
         refuse("path", "there is no %s: there are %s" % (path[:200], ", ".join(ROUTES)),
                "path", 404)
-    function = methods.get("GET" if method == "HEAD" else method)
+    form = next(iter(methods.values())).form
+    function = methods.get("GET" if method == "HEAD" and form is Refused else method)
     if function is None:
-        allowed = ", ".join(sorted(methods))
-        raise Refused(405, [("method", method[:20], "%s takes %s" % (path, allowed))],
-                      {"Allow": allowed})
-    query = dict(urllib.parse.parse_qsl(words, keep_blank_values=True))
-    name = query.pop("proxy", control.proxies[0].name)
-    proxy = next((proxy for proxy in control.proxies if proxy.name == name), None)
-    if proxy is None:
-        refuse("proxy", "there is no proxy %r: there are %s" % (
-            name[:200], ", ".join(proxy.name for proxy in control.proxies)), "querystring")
-    for word in sorted(set(query) - QUERIES.get(function, set())):
-        refuse(word, "%s does not know %r in a query" % (path, word[:200]), "querystring")
+        raise form.wrong_method(method, path, methods)
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as problem:
         refuse("", "the body must be UTF-8: %s" % problem)
-    return function(Question(control, proxy, query, text))
+    query = dict(urllib.parse.parse_qsl(words, keep_blank_values=True))
+    name = names.get("PROXY", query.pop("proxy", None))
+    proxies = control.proxies
+    proxy = proxies.get(next(iter(proxies), None) if name is None else name)
+    if proxy is None and function.needs_proxy:
+        refuse("proxy", "there is no proxy %r: there are %s" % (
+            (name or "")[:200], ", ".join(proxies) or "none yet"), "querystring")
+    for word in sorted(query):
+        if function.query is not None and word not in function.query:
+            refuse(word, "%s does not know %r in a query" % (path, word[:200]), "querystring")
+    return function(Question(control, proxy, names, query, text, agent))
+
+
+def find_route(path):
+    """({method: function}, {part in capitals: name}) of a path."""
+    if path in ROUTES:
+        return ROUTES[path], {}
+    parts = path.split("/")
+    for known, methods in ROUTES.items():
+        wanted = known.split("/")
+        if len(wanted) == len(parts) and all(
+                part == want or (part and want.isupper()) for part, want in zip(parts, wanted)):
+            return methods, {want: urllib.parse.unquote(part)
+                             for part, want in zip(parts, wanted) if want.isupper()}
+    return {}, {}
 
 
 class Control:
@@ -2233,7 +2817,8 @@ def talker():
                 self.send_error(408, "the body did not come")
             else:
                 if body is not None:
-                    self.reply(*respond(self.server, self.command, self.path, body))
+                    self.reply(*respond(self.server, self.command, self.path, body,
+                                        self.headers.get("User-Agent", "")))
 
         def read_body(self):
             """The body; or None, and it is answered."""
@@ -2259,7 +2844,9 @@ def talker():
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(len(data)))
+            self.send_header("X-Toxiproxy-Request-Id", os.urandom(10).hex())
+            if status != 204:
+                self.send_header("Content-Length", str(len(data)))
             if self.close_connection:
                 self.send_header("Connection", "close")
             self.end_headers()
@@ -2276,6 +2863,531 @@ def talker():
             log.debug("control: %s: %s", self.client_address[0], form % args)
 
     return Talker
+
+
+# -- Toxiproxy ----------------------------------------------------------------
+#
+# Its API, as its clients know it (2.12): named proxies, and toxics on them. A toxic is a rule;
+# its type is a handler. What is read is read as its server does: keys in any case, unknown
+# ones ignored, null for what is not given, numbers only as what they are.
+
+STREAM_WORDS = "stream was invalid, can be either upstream or downstream"
+NAME_MAX = 255
+GO_TYPES = {str: "string", bool: "bool", int: "int64", float: "float64", list: "[]", dict: "{}"}
+JSON_TYPES = {str: "string", bool: "bool", int: "number", float: "number", list: "array",
+              dict: "object", type(None): "null"}
+# As in the original these may be negative, which is as 0; where it crashed, it is refused.
+SIGNED = {"latency", "jitter", "delay", "timeout", "bytes"}
+PROXY_FIELDS = OrderedDict((("name", str), ("listen", str), ("upstream", str),
+                            ("enabled", bool), ("toxics", list)))
+TOXIC_FIELDS = OrderedDict((("name", str), ("type", str), ("stream", str), ("toxicity", float),
+                            ("attributes", dict)))
+
+
+class ApiError(Refused):
+    """An answer that is an error, in Toxiproxy's form."""
+
+    def __init__(self, status, message):
+        super().__init__(status, [("", "", message)])
+        self.message = message
+
+    def table(self):
+        return OrderedDict((("error", self.message), ("status", self.status)))
+
+    def answer(self):
+        return plain(self.status, compact(self.table()) + "\n")
+
+    @classmethod
+    def wrong_method(cls, method, path, methods):
+        return Silent(405)
+
+
+class Silent(ApiError):
+    """An answer that is an error, and says nothing but this."""
+
+    def __init__(self, status, text=""):
+        super().__init__(status, text)
+
+    def answer(self):
+        return plain(self.status, self.message)
+
+
+def plain(status, text):
+    return Answer(status, {"Content-Type": "text/plain; charset=utf-8",
+                           "X-Content-Type-Options": "nosniff"}, text)
+
+
+def compact(value):
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def api(method, path, example="", status=200):
+    """Register a function of a question; what it returns goes out as JSON, None as 204."""
+    def register(function):
+        def answer(question):
+            if question.agent.startswith("Mozilla/"):       # no page in a browser drives us
+                raise Silent(403, "User agent not allowed\n")
+            found = function(question)
+            if isinstance(found, Answer):
+                return found
+            if found is None:
+                return Answer(204, {}, "")
+            return Answer(status, {"Content-Type": "application/json"}, compact(found))
+        answer.__doc__ = function.__doc__
+        route(method, path, example, query=None, needs_proxy=False, form=ApiError)(answer)
+        return function
+    return register
+
+
+# Reading
+
+def bad_body(words):
+    return ApiError(400, "bad request body: %s" % words)
+
+
+def read_json(text):
+    """The first JSON value in a text; what follows it is ignored. Raises ApiError."""
+    def constant(name):
+        raise ValueError("invalid number %s" % name)
+    text = text.lstrip(" \t\r\n")
+    if not text:
+        raise bad_body("EOF")
+    try:
+        return json.JSONDecoder(parse_int=short_int, parse_constant=constant).raw_decode(text)[0]
+    except json.JSONDecodeError as problem:
+        cut_off = problem.pos >= len(text.rstrip()) or problem.msg.startswith("Unterminated")
+        raise bad_body("unexpected EOF" if cut_off else "invalid JSON: %s" % problem) from None
+    except (ValueError, RecursionError) as problem:
+        raise bad_body(problem) from None
+
+
+def read_value(value, kind, place):
+    """A value of that kind and no other. Raises ApiError, in the words of the original."""
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    if fits and kind is int:
+        fits = -LARGEST - 1 <= value <= LARGEST
+    elif fits and kind is float:
+        fits = abs(value) <= sys.float_info.max
+    if not fits:
+        what = JSON_TYPES[type(value)]
+        if what == "number" and kind in (int, float):
+            what = "number %s" % str(value)[:50]
+        raise bad_body("json: cannot unmarshal %s into Go struct field %s of type %s"
+                       % (what, place, GO_TYPES[kind]))
+    return float(value) if kind is float else value
+
+
+def read_object(value, struct):
+    """A JSON object, its keys in lower case; null is as if it had none. Raises ApiError."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise bad_body("json: cannot unmarshal %s into Go value of type %s"
+                       % (JSON_TYPES[type(value)], struct))
+    return {key.lower(): given for key, given in value.items() if given is not None}
+
+
+def read_fields(table, kinds, struct):
+    return {name: read_value(table[name], kind, "%s.%s" % (struct, name))
+            for name, kind in kinds.items() if name in table}
+
+
+def read_proxy(value):
+    """The fields of a proxy that are given. Raises ApiError."""
+    fields = read_fields(read_object(value, "toxiproxy.Proxy"), PROXY_FIELDS, "Proxy")
+    if not fields.get("listen", "x"):
+        fields["listen"] = ":0"
+    return fields
+
+
+def check_name(name):
+    """Refuse, with an ApiError, a name that cannot be written into a line of the log."""
+    if len(name) > NAME_MAX or not name.isprintable():
+        raise bad_body("name must be at most %d characters, and printable ones, not %r"
+                       % (NAME_MAX, name[:50]))
+
+
+def make_proxy(fields, proxies, place=""):
+    """A proxy, not open yet, of the fields of `read_proxy`. Raises ApiError."""
+    for name in "name", "upstream":
+        if not fields.get(name):
+            raise ApiError(400, "missing required field: %s%s" % (name, place))
+    check_name(fields["name"])
+    toxics = [read_toxic(table) for table in fields.get("toxics", ())]
+    refuse_doubles(toxics)
+    local = read_listen(fields.get("listen", ":0"), "listen tcp: ")
+    backend = read_upstream(fields["upstream"])
+    enabled = fields.get("enabled", True)
+    try:
+        return Proxy(backend, local, name=fields["name"], seed=proxies.seed,
+                     timeout=proxies.timeout, toxics=toxics, enabled=enabled)
+    except ValueError as problem:
+        raise bad_body("upstream %s" % problem) from None
+
+
+def refuse_doubles(toxics):
+    names = [toxic.name for toxic in toxics]
+    if len(set(names)) < len(names):
+        raise ApiError(409, "toxic already exists")
+
+
+def read_upstream(text):
+    try:
+        return parse_address(text)
+    except ValueError as problem:
+        raise bad_body("upstream %s" % problem) from None
+
+
+def read_listen(text, prefix=""):
+    """(host, port) of an address to listen on. Raises ApiError, in the words of the original."""
+    try:
+        return parse_listener(text)
+    except ValueError as problem:
+        if ":" not in text:
+            raise ApiError(500, "%saddress %s: missing port in address" % (prefix, text)) from None
+        if re.fullmatch(r"[^:]*:\d{5,}", text):
+            raise ApiError(500, "%saddress %s: invalid port"
+                           % (prefix, text.rpartition(":")[2])) from None
+        raise bad_body("listen %s" % problem) from None
+
+
+def cannot_bind(problem):
+    return ApiError(500, "listen tcp %s: bind: %s" % (problem.address, problem.reason.lower()))
+
+
+def read_toxic(value, strict=False):
+    """A Toxic of a JSON object. Raises ApiError.
+
+    strict    whether what is unknown is refused
+    """
+    table = read_object(value, "toxics.ToxicWrapper")
+    fields = read_fields(table, TOXIC_FIELDS, "ToxicWrapper")
+    stream = fields.get("stream", DOWNSTREAM)
+    if stream.lower() not in (UPSTREAM, DOWNSTREAM, "both"):
+        raise ApiError(400, STREAM_WORDS)
+    kind = fields.get("type", "")
+    if kind not in HANDLERS:
+        raise ApiError(400, "invalid toxic type")
+    name = fields.get("name") or "%s_%s" % (kind, stream)
+    check_name(name)
+    rule_fields = {}
+    for key, given in table.items():
+        try:
+            if key in RULE_FIELDS and key != "stream":
+                rule_fields[key] = RULE_FIELDS[key](given)
+            elif strict and key not in TOXIC_FIELDS:
+                raise ValueError("is not a field of a toxic: they are %s"
+                                 % ", ".join([*TOXIC_FIELDS, *RULE_FIELDS]))
+        except ValueError as problem:
+            raise bad_body("%s %s" % (key, problem)) from None
+    for _, words in misfits(kind, HANDLERS[kind], dict(rule_fields, stream=stream.lower())):
+        raise bad_body(words)
+    toxicity = read_toxicity(fields, rule_fields)
+    attributes = read_attributes(kind, fields.get("attributes", {}), strict)
+    return Toxic(kind, name, 1.0 if toxicity is None else toxicity, attributes, stream,
+                 **rule_fields)
+
+
+def read_toxicity(fields, rule_fields):
+    """From 0 to 1, or None; a percent means the same."""
+    percent = rule_fields.pop("percent", None)
+    if percent is not None and "toxicity" in fields:
+        raise bad_body("percent and toxicity say the same: give one of them")
+    return fields.get("toxicity") if percent is None else percent / 100
+
+
+def read_attributes(kind, value, strict=False):
+    """The options of a handler that are given in a JSON object. Raises ApiError."""
+    usual = options_of(HANDLERS[kind])
+    known = {option.lower(): option for option in usual}
+    found = {}
+    for key, given in read_object(value, "attributes").items():
+        if key not in known:
+            if strict:
+                raise bad_body("%s is not an attribute of %s: it has %s"
+                               % (key, kind, ", ".join(sorted(usual)) or "none"))
+            continue
+        option = known[key]
+        number = read_value(given, type(usual[option]), ".attributes." + option)
+        if not (option in SIGNED and type(number) is int and number < 0):
+            try:
+                check_option(kind, option, number)
+            except ValueError as problem:
+                raise bad_body("%s %s" % (option, problem)) from None
+        found[option] = number
+    return found
+
+
+# Writing
+
+def show_toxic(toxic):
+    rule = toxic.rule
+    table = OrderedDict((("attributes", toxic.attributes), ("name", toxic.name),
+                         ("type", rule.name), ("stream", toxic.stream),
+                         ("toxicity", toxic.toxicity)))
+    fields = rule.fields()
+    usual = {"per": "connection", "match": None, "after": 0, "times": 0}
+    table.update((name, fields[name]) for name in usual
+                 if fields.get(name, usual[name]) != usual[name])
+    return table
+
+
+def show_toxics(proxy):
+    """Those of upstream first, each in the order they were made."""
+    order = [UPSTREAM, DOWNSTREAM, "both"]
+    return [show_toxic(toxic)
+            for toxic in sorted(proxy.toxics, key=lambda toxic: order.index(toxic.rule.stream))]
+
+
+def show_proxy(proxy):
+    return proxy.loop.call(lambda: OrderedDict((
+        ("name", proxy.name), ("listen", proxy.listen), ("upstream", show_address(proxy.backend)),
+        ("enabled", proxy.enabled), ("toxics", show_toxics(proxy)))))
+
+
+# The routes
+
+def find_proxy(question):
+    proxy = question.proxy
+    if proxy is None or question.control.proxies.get(proxy.name) is not proxy:
+        raise ApiError(404, "proxy not found")
+    return proxy
+
+
+def find_toxic(question):
+    for toxic in find_proxy(question).toxics:
+        if toxic.name == question.names["TOXIC"]:
+            return toxic
+    raise ApiError(404, "toxic not found")
+
+
+@api("GET", "/proxies")
+def list_proxies(question):
+    """All proxies, with their toxics."""
+    proxies = dict(question.control.proxies)
+    return OrderedDict((name, show_proxy(proxies[name])) for name in sorted(proxies))
+
+
+@api("POST", "/proxies", '{"name": "redis", "listen": "localhost:26379", '
+                         '"upstream": "localhost:6379"}', status=201)
+def create_proxy(question):
+    """Make one; `toxics` are on it before anybody can come."""
+    fields = read_proxy(read_json(question.body))
+    proxies = question.control.proxies
+    proxy = make_proxy(fields, proxies)
+    with proxies.changing:
+        if proxy.name in proxies:
+            raise ApiError(409, "proxy already exists")
+        add_proxy(proxies, proxy)
+        return show_proxy(proxy)
+
+
+def add_proxy(proxies, proxy):
+    try:
+        proxies.add(proxy)
+    except CannotListen as problem:
+        raise cannot_bind(problem) from None
+
+
+@api("GET", "/proxies/PROXY")
+def get_proxy(question):
+    """One of them."""
+    return show_proxy(find_proxy(question))
+
+
+@api("PATCH", "/proxies/PROXY", '{"enabled": false}')
+@api("POST", "/proxies/PROXY", '{"enabled": false}')
+def update_proxy(question):
+    """Change listen, upstream or enabled; its toxics stay as they are."""
+    find_proxy(question)
+    fields = read_proxy(read_json(question.body))
+    with question.control.proxies.changing:
+        proxy = find_proxy(question)
+        change_proxy(question.control.proxies, proxy, fields, fields.get("enabled", proxy.enabled))
+        return show_proxy(proxy)
+
+
+def change_proxy(proxies, proxy, fields, enabled):
+    local, backend = proxy.local, proxy.backend
+    if fields.get("listen", proxy.listen) != proxy.listen:
+        local = read_listen(fields["listen"])
+    if fields.get("upstream"):
+        backend = read_upstream(fields["upstream"])
+    change_to(proxies, proxy, local, backend, enabled)
+
+
+def change_to(proxies, proxy, local, backend, enabled):
+    try:
+        proxies.change(proxy, local, backend, enabled)
+    except CannotListen as problem:
+        raise cannot_bind(problem) from None
+    except ValueError as problem:
+        raise bad_body(problem) from None
+
+
+@api("DELETE", "/proxies/PROXY")
+def delete_proxy(question):
+    """Remove it, and close its connections."""
+    with question.control.proxies.changing:
+        question.control.proxies.remove(find_proxy(question))
+
+
+@api("GET", "/proxies/PROXY/toxics")
+def list_toxics(question):
+    """Its toxics."""
+    proxy = find_proxy(question)
+    return proxy.loop.call(show_toxics, proxy)
+
+
+@api("POST", "/proxies/PROXY/toxics", '{"type": "latency", "attributes": {"latency": 200}}')
+def create_toxic(question):
+    """Add one: from now on, on open connections too."""
+    find_proxy(question)
+    toxic = read_toxic(read_json(question.body))
+    with question.control.proxies.changing:
+        proxy = find_proxy(question)
+        refuse_doubles([*proxy.toxics, toxic])
+        arm_toxics(proxy, proxy.add_toxic, toxic)
+    return show_toxic(toxic)
+
+
+def arm_toxics(proxy, function, toxics):
+    try:
+        proxy.loop.call(function, toxics)
+    except BadRule as problem:
+        raise bad_body(problem) from None
+
+
+@api("PUT", "/proxies/PROXY/toxics", '[{"type": "latency", "attributes": {"latency": 200}}]')
+def put_toxics(question):
+    """Have these and no others; what is unknown in them is refused."""
+    find_proxy(question)
+    tables = read_value(read_json(question.body), list, "toxics")
+    toxics = [read_toxic(table, strict=True) for table in tables]
+    refuse_doubles(toxics)
+    with question.control.proxies.changing:
+        proxy = find_proxy(question)
+        arm_toxics(proxy, proxy.set_toxics, toxics)
+        return proxy.loop.call(show_toxics, proxy)
+
+
+@api("GET", "/proxies/PROXY/toxics/TOXIC")
+def get_toxic(question):
+    """One of them."""
+    return show_toxic(find_toxic(question))
+
+
+@api("PATCH", "/proxies/PROXY/toxics/TOXIC", '{"attributes": {"latency": 100}}')
+@api("POST", "/proxies/PROXY/toxics/TOXIC", '{"attributes": {"latency": 100}}')
+def update_toxic(question):
+    """Change its toxicity, or some of its attributes."""
+    find_toxic(question)
+    fields = read_fields(read_object(read_json(question.body), "toxics.ToxicWrapper"),
+                         OrderedDict((("toxicity", float), ("attributes", dict))), "")
+    with question.control.proxies.changing:
+        toxic = find_toxic(question)
+        attributes = read_attributes(toxic.rule.name, fields.get("attributes", {}))
+        question.proxy.loop.call(question.proxy.change_toxic, toxic,
+                                 fields.get("toxicity", toxic.toxicity), attributes)
+    return show_toxic(toxic)
+
+
+@api("DELETE", "/proxies/PROXY/toxics/TOXIC")
+def delete_toxic(question):
+    """Remove it: what it holds goes on at once."""
+    with question.control.proxies.changing:
+        toxic = find_toxic(question)
+        question.proxy.loop.call(question.proxy.remove_toxic, toxic)
+
+
+@api("POST", "/populate", '[{"name": "redis", "listen": "localhost:26379", '
+                          '"upstream": "localhost:6379", "toxics": [{"type": "latency"}]}]')
+def populate(question):
+    """Have these proxies, beside those that are there; nothing is done if one is wrong."""
+    made = []
+    try:
+        for proxy, fields in read_proxies(question.body, question.control.proxies):
+            made.append(populate_one(question.control.proxies, proxy, fields))
+    except ApiError as problem:
+        return Answer(problem.status, {"Content-Type": "application/json"}, compact(OrderedDict(
+            problem.table(), proxies=[show_proxy(proxy) for proxy in made] or None)))
+    return Answer(201, {"Content-Type": "application/json"},
+                  compact({"proxies": [show_proxy(proxy) for proxy in made] or None}))
+
+
+def read_proxies(text, proxies):
+    """The proxies in a JSON array, not open yet: [(Proxy, fields)]. Raises ApiError."""
+    tables = read_json(text)
+    if tables is None:
+        tables = []
+    if not isinstance(tables, list):
+        raise bad_body("json: cannot unmarshal %s into Go value of type []toxiproxy.Proxy"
+                       % JSON_TYPES[type(tables)])
+    everything = [read_proxy(table) for table in tables]
+    found = [(make_proxy(fields, proxies, " at proxy %d" % number), fields)
+             for number, fields in enumerate(everything, 1)]
+    names = [proxy.name for proxy, _ in found]
+    for number, name in enumerate(names, 1):
+        if name in names[:number - 1]:
+            raise bad_body("duplicate proxy name %r at proxy %d" % (name, number))
+    return found
+
+
+def populate_one(proxies, proxy, fields):
+    """Have a proxy; one that is there and has these addresses stays, but for its toxics."""
+    with proxies.changing:
+        known = proxies.get(proxy.name)
+        if known is None:
+            add_proxy(proxies, proxy)
+            return proxy
+        try:
+            same = (known.backend == proxy.backend
+                    and known.listen in (proxy.listen, first_address(proxy.local)))
+        except CannotListen as problem:
+            raise cannot_bind(problem) from None
+        if not same:
+            change_to(proxies, known, proxy.local, proxy.backend, proxy.enabled)
+            known.loop.call(known.use, [])
+        if not same or "toxics" in fields:
+            arm_toxics(known, known.set_toxics, proxy.toxics)
+        return known
+
+
+@api("POST", "/reset")
+def reset(question):
+    """Enable all proxies, remove all toxics; connections stay."""
+    proxies = question.control.proxies
+    with proxies.changing:
+        for proxy in list(proxies.values()):
+            change_proxy(proxies, proxy, {}, True)
+            proxy.loop.call(proxy.set_toxics, [])
+
+
+@api("GET", "/version")
+def version(question):
+    """Which version this is: at least what clients ask of Toxiproxy."""
+    return Answer(200, {"Content-Type": "application/json;charset=utf-8"},
+                  '{"version": "%s"}\n' % __version__)
+
+
+@api("GET", "/metrics")
+def metrics(question):
+    """All counts, for Prometheus."""
+    measured = [proxy.loop.call(proxy.measure)
+                for proxy in list(question.control.proxies.values())]
+    lines = []
+    for name, (kind, words) in METRICS.items():
+        lines += ["# HELP %s %s" % (name, words), "# TYPE %s %s" % (name, kind)]
+        lines += ["%s{%s} %d" % (name, ",".join('%s="%s"' % (label, escape(str(text)))
+                                                for label, text in sorted(labels.items())), value)
+                  for found in measured for labels, value in found[name]]
+    return Answer(200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
+                  "\n".join(lines) + "\n")
+
+
+def escape(text):
+    """A label's value in Prometheus' text."""
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 # -- Client -------------------------------------------------------------------
@@ -2493,6 +3605,8 @@ PROCESS_SETTINGS = OrderedDict((
                           "where to be driven from")),
     ("http-port", Setting(("--http-port",), "8080", check_port, "PORT",
                           "likewise; 0 picks a free one")),
+    ("statsd", Setting(("--statsd",), None, parse_address, "HOST:PORT",
+                       "a StatsD server to send counts to, by UDP")),
     ("log-level", Setting(("--log-level",), "info", check_log_level, "LEVEL",
                           "debug, info, warning, error or critical")),
     ("log-output", Setting(("--log-output",), "-", check_file, "FILE",
@@ -2500,10 +3614,18 @@ PROCESS_SETTINGS = OrderedDict((
 ))
 FILE_SETTINGS = OrderedDict(list(PROXY_SETTINGS.items()) + list(PROCESS_SETTINGS.items()))
 CONFIG = Setting(("--config",), None, check_file, "FILE",
-                 "an ini file; the command line wins over it")
+                 "an ini file, or proxies as JSON; the command line wins over it")
 ATTACHED = Setting(("--attached",), "no", check_yes_no, None,
                    "for what starts it: say ready on stdout, stop when stdin ends")
 SETTINGS = OrderedDict([("config", CONFIG), *FILE_SETTINGS.items(), ("attached", ATTACHED)])
+SERVE_SETTINGS = OrderedDict([
+    ("config", CONFIG._replace(flags=("--config", "-config"))),
+    ("http-host", FILE_SETTINGS["http-host"]._replace(flags=("--http-host", "--host", "-host"))),
+    ("http-port", FILE_SETTINGS["http-port"]._replace(flags=("--http-port", "--port", "-port"),
+                                                      default="8474")),
+    ("seed", FILE_SETTINGS["seed"]._replace(flags=("--seed", "-seed")))]
+    + [(name, SETTINGS[name]) for name in ("timeout", "statsd", "log-level", "log-output",
+                                           "attached")])
 DEMO_SETTINGS = OrderedDict((
     ("behavior", PROXY_SETTINGS["behavior"]._replace(default="20:delay")),
     ("seed", PROXY_SETTINGS["seed"]._replace(default="1",
@@ -2517,6 +3639,7 @@ examples:
   vaurien --local localhost:8000 --distant google.com:80 \\
           --behavior 20:delay,5:error --handlers.delay.sleep 2
   vaurien --config vaurien.ini
+  vaurien serve                  for Toxiproxy's clients: proxies made through its API
   vaurien demo                   see it at work, with nothing else installed
   vaurien demo --help"""
 
@@ -2577,18 +3700,25 @@ def read_arguments(argv, settings, **words):
     """Read the command line, and the ini file that it names. Raises ValueError.
 
     Handlers of the user's are imported first, so that the parser knows their options.
-    Returns what the command line gives, the sections of the file, and the handlers'
-    options of both: {setting: Given}, {proxy: {setting: Given}}, {(handler, option): Given}.
+    Returns what the command line gives, the sections of the file, the handlers' options of
+    both, and the file's toxics and, if it is JSON, its text: {setting: Given},
+    {proxy: {setting: Given}}, {(handler, option): Given}, [(Toxic, Given proxy)], Given.
     """
     first = vars(Parser(settings, add_help=False, prog=words.get("prog"))
                  .parse_known_args(argv)[0])
     given = {name: Given(settings[name].flags[0], text) for name, text in first.items()}
-    sections, options = {}, {}
+    sections, options, toxics, entries = {}, {}, [], Given("", "")
     if "config" in given:
-        sections, options = read_ini(given["config"].checked(check_file))
+        path = given["config"].checked(check_file)
+        text = read_file(path)
+        if re.match(r"\s*(\{|\[\s*[]{])", text):        # no section of an ini file begins so
+            entries = Given("cannot read %s:" % path, text)
+        else:
+            sections, options, toxics = read_ini(path, text)
+    known = ChainMap(settings, FILE_SETTINGS)
     for section in [given, *sections.values()]:
         for name, text in section.items():      # those that others win over, too
-            text.checked(find_handlers if name == "behavior" else settings[name].check)
+            text.checked(find_handlers if name == "behavior" else known[name].check)
     parser = Parser(settings, **words)
     parser.add_argument("--version", action="version", version="vaurien " + __version__)
     parser.add_handlers()
@@ -2596,10 +3726,19 @@ def read_arguments(argv, settings, **words):
         handler_name, _, option = name.rpartition(".")
         if handler_name:
             options[handler_name, option] = Given(option_flags(handler_name, option)[0], text)
-    return given, sections, options
+    return given, sections, options, toxics, entries
 
 
-def read_ini(path):
+def read_file(path):
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
+    except (OSError, ValueError) as problem:
+        words = getattr(problem, "strerror", None) or " ".join(str(problem).split())
+        raise ValueError("cannot read %s: %s" % (path, words)) from None
+
+
+def read_ini(path, text):
     """Read an ini file, and import the handlers it names: as `read_arguments` returns it.
 
     Raises ValueError, in one line, for anything that is not understood.
@@ -2608,12 +3747,10 @@ def read_ini(path):
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     parser.optionxform = str  # type: ignore    # keys as they are written
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            parser.read_file(file)
-    except (OSError, ValueError, configparser.Error) as problem:
-        words = getattr(problem, "strerror", None) or " ".join(str(problem).split())
-        raise ValueError("cannot read %s: %s" % (path, words)) from None
-    sections, options = OrderedDict(), OrderedDict()
+        parser.read_string(text, path)
+    except (ValueError, configparser.Error) as problem:
+        raise ValueError("cannot read %s: %s" % (path, " ".join(str(problem).split()))) from None
+    sections, options, toxics = OrderedDict(), OrderedDict(), OrderedDict()
     for title in parser.sections():
         where = "%s: [%s]" % (path, title)
         given = {key: Given("%s %s" % (where, key), text) for key, text in parser.items(title)}
@@ -2631,10 +3768,35 @@ def read_ini(path):
             for option, text in given.items():
                 text.checked(check_option, name, option)
                 put_anew(options, (name, option), text.where, text)
+        elif kind == "toxic" and name:
+            put_anew(toxics, name, where, given)
         else:
-            raise ValueError("%s is not a section: they are [vaurien], [proxy:NAME] and "
-                             "[handler:NAME]" % where)
-    return sections, options
+            raise ValueError("%s is not a section: they are [vaurien], [proxy:NAME], "
+                             "[handler:NAME] and [toxic:NAME]" % where)
+    return sections, options, [read_ini_toxic("%s: [toxic:%s]" % (path, name), name, given)
+                               for name, given in toxics.items()]
+
+
+def read_ini_toxic(where, name, given):
+    """(Toxic, the Given name of its proxy or None) of a section. Raises ValueError."""
+    place = given.pop("proxy", None)
+    kind = given.pop("type", Given(where + " type", ""))
+    kind.checked(find_handler)
+    toxicity, fields, attributes = 1.0, {}, {}
+    for key, text in given.items():
+        if key == "toxicity":
+            toxicity = text.checked(check_toxicity)
+        elif key in RULE_FIELDS:
+            fields[key] = text.checked(RULE_FIELDS[key])
+        else:
+            attributes[key] = text.checked(check_option, kind.text, key)
+    if "percent" in fields:
+        if "toxicity" in given:
+            raise ValueError("%s percent and toxicity say the same: give one of them" % where)
+        toxicity = fields.pop("percent") / 100
+    for _, words in misfits(kind.text, HANDLERS[kind.text], fields):
+        raise ValueError("%s %s" % (where, words))
+    return Toxic(kind.text, name, toxicity, attributes, **fields), place
 
 
 def expand(text):
@@ -2698,16 +3860,19 @@ def option_values(options):
     return found
 
 
-def make_proxies(given, sections, options):
-    """The proxies, not open yet. Raises ValueError.
+def make_proxies(found, needs_one=True):
+    """The Proxies of what `read_arguments` has found, not open yet. Raises ValueError.
 
     Where there are [proxy:NAME] sections, [vaurien] is one more proxy only if it says
     where it listens or what it calls. Its seed and its timeout hold for all of them, and
     so does its behavior if it is not one more.
     """
+    given, sections, options, toxics, entries = found
     sections = dict(sections)
     own = sections.pop("vaurien", {})
-    one_more = "local" in own or "distant" in own or not sections
+    one_more = "local" in own or "distant" in own or bool(
+        entries.text and ("local" in given or "distant" in given)) or (
+        needs_one and not sections and not entries.text)
     for_all = {name: own[name] for name in ["seed", "timeout"] + ["behavior"] * (not one_more)
                if name in own}
     common = {name: given[name] for name in given if name not in ("local", "distant")}
@@ -2719,8 +3884,35 @@ def make_proxies(given, sections, options):
     chosen = [("vaurien", ChainMap(given, own))] if one_more else []
     chosen += [(name, ChainMap(common, section, for_all)) for name, section in sections.items()]
     checked = option_values(options)
-    return [Proxy(name=name, options=checked, **values(texts, PROXY_SETTINGS))
-            for name, texts in chosen]
+    usual = values(ChainMap(given, own), PROXY_SETTINGS)
+    proxies = Proxies(seed=usual["seed"], timeout=usual["timeout"])
+    for name, texts in chosen:
+        value = values(texts, PROXY_SETTINGS)
+        if value["seed"] is None:
+            value["seed"] = proxies.seed
+        proxies[name] = Proxy(name=name, options=checked, **value)
+    try:
+        for proxy, _ in read_proxies(entries.text or "[]", proxies):
+            put_anew(proxies, proxy.name, "%s %s" % (entries.where, proxy.name), proxy)
+    except ApiError as problem:
+        words = re.sub("^bad request body: ", "", problem.message)
+        raise ValueError("%s %s" % (entries.where, words)) from None
+    give_toxics(proxies, toxics)
+    return proxies
+
+
+def give_toxics(proxies, toxics):
+    """Give each toxic of the file to its proxy. Raises ValueError."""
+    for toxic, place in toxics:
+        if place is None and len(proxies) != 1:
+            raise ValueError("[toxic:%s] must say proxy = one of %s" % (
+                toxic.name, ", ".join(proxies) or "those that are there: there is none"))
+        if place is not None and place.text not in proxies:
+            raise ValueError("%s must be one of %s, not %r"
+                             % (place.where, ", ".join(proxies), place.text))
+        proxy = proxies[place.text if place else next(iter(proxies))]
+        proxy.toxics.append(toxic)
+        proxy.arm(proxy.stack, proxy.toxics)
 
 
 def start_log(level, output):
@@ -2794,16 +3986,40 @@ def wait_for_stdin():
 
 def run(argv):
     """The main job: proxies, until they are told to stop. Returns it, to be done."""
-    given, sections, options = read_arguments(argv, SETTINGS, prog="vaurien", epilog=EXAMPLES,
-                                              description=introduction())
+    found = read_arguments(argv, SETTINGS, prog="vaurien", epilog=EXAMPLES,
+                           description=introduction())
+    given, sections = found[:2]
     process = values(ChainMap(given, sections.get("vaurien", {})), PROCESS_SETTINGS)
-    places = make_proxies(given, sections, options)
-    if process["http"]:
-        places.append(Control((process["http-host"], process["http-port"]), list(places)))
-    elif "http-host" in given or "http-port" in given:
+    if not process["http"] and ("http-host" in given or "http-port" in given):
         raise ValueError("--http-host and --http-port are for --http, which is not given")
+    return prepare(make_proxies(found), process, "attached" in given)
+
+
+def run_server(argv):
+    """A server for Toxiproxy's clients: proxies come and go while it runs.
+
+    It has the proxies of its file, be that Toxiproxy's JSON or an ini file of vaurien's,
+    and those that are made through its API.
+    """
+    found = read_arguments(argv, SERVE_SETTINGS, prog="vaurien serve",
+                           description=inspect.getdoc(run_server))
+    given, sections = found[:2]
+    settings = OrderedDict((name, SERVE_SETTINGS.get(name, setting))
+                           for name, setting in PROCESS_SETTINGS.items())
+    process = values(ChainMap(given, sections.get("vaurien", {})), settings)
+    process["http"] = True
+    return prepare(make_proxies(found, needs_one=False), process, "attached" in given)
+
+
+def prepare(proxies, process, attached):
+    """What is to be run, once all that was given is understood."""
+    places = [proxies]
+    if process["http"]:
+        places.append(Control((process["http-host"], process["http-port"]), proxies))
+    if process["statsd"]:
+        places.append(Statsd(process["statsd"], proxies))
     start_log(process["log-level"], process["log-output"])
-    return lambda: serve(places, "attached" in given)
+    return lambda: serve(places, attached)
 
 
 def introduction():
@@ -2820,8 +4036,8 @@ GIVE_UP = 3.0                   # seconds a client of the demo waits for an answ
 
 def demo(argv):
     """See it at work: an embedded HTTP backend, the proxy in front of it, a histogram."""
-    given, _, options = read_arguments(argv, DEMO_SETTINGS, prog="vaurien demo",
-                                       description=demo.__doc__)
+    given, _, options, _, _ = read_arguments(argv, DEMO_SETTINGS, prog="vaurien demo",
+                                             description=demo.__doc__)
     value = values(given, DEMO_SETTINGS)
     return lambda: show_demo(value, option_values(options))
 
@@ -3083,7 +4299,8 @@ def parse_host(text):
     return host or "localhost", port, scheme or "http"
 
 
-COMMANDS = {"demo": demo, "ctl": ctl}       # from its words to what is to be done
+# From its words to what is to be done.
+COMMANDS = {"serve": run_server, "demo": demo, "ctl": ctl}
 
 
 def main(argv=None):
