@@ -1494,6 +1494,47 @@ timeout = 3
         with self.assertRaisesRegex(ValueError, "--local .* which proxy .* redis, sql"):
             self.proxies("--config", path, "--local", "localhost:3")
 
+    def test_toxics_of_a_file(self):
+        path = self.write("v.ini", """
+[toxic:slow]
+type = latency
+stream = upstream
+latency = 200
+toxicity = 0.5
+[toxic:lost]
+type = hang
+match = ^SELECT .* FROM carts
+percent = 20
+per = request
+times = 3
+""")
+        proxy = self.proxy("--config", path)
+        self.assertEqual(proxy.describe(), "100:dummy, toxic slow (50:upstream latency latency=200 jitter=0), toxic lost (20:downstream hang)")
+        lost = proxy.rules.armed[1]
+        self.assertEqual((lost.per, lost.times, lost.match.pattern), ("request", 3, b"^SELECT .* FROM carts"))
+        path = self.write("v.ini", "[proxy:a]\nlocal=:1\n[proxy:b]\nlocal=:2\n[toxic:x]\nproxy=b\ntype=noop\n")
+        self.assertEqual([len(proxy.toxics) for proxy in self.proxies("--config", path)], [0, 1])
+
+    def test_proxies_of_toxiproxys_file(self):
+        path = self.write("toxiproxy.json", json.dumps([
+            {"name": "redis", "listen": "[::]:26379", "upstream": "localhost:6379", "x": 1},
+            {"name": "sql", "listen": "localhost:0", "upstream": "localhost:3306", "enabled": False,
+             "toxics": [{"type": "latency", "attributes": {"latency": 5}}]}]))
+        one, two = self.proxies("--config", path, "--seed", "7")
+        self.assertEqual((one.name, one.local, one.backend, one.enabled, one.seed),
+                         ("redis", ("::", 26379), ("localhost", 6379), True, 7))
+        self.assertEqual((two.enabled, two.describe()), (False, "100:dummy, toxic latency_downstream (100:downstream latency latency=5 jitter=0)"))
+        self.assertEqual([proxy.name for proxy in self.proxies("--config", path, "--local", "localhost:1")], ["vaurien", "redis", "sql"])
+        self.assertEqual(self.proxies("--config", self.write("empty.json", " [ ] ")), [])
+
+    def test_a_server_without_a_proxy(self):
+        found = vaurien.read_arguments(["-host=127.0.0.1", "-port", "0", "-seed=5"], vaurien.SERVE_SETTINGS)
+        self.assertEqual(len(vaurien.make_proxies(found, needs_one=False)), 0)
+        path = self.write("v.ini", "[vaurien]\nseed = 3\nhttp-port = 1\n[proxy:a]\nlocal = :1\n")
+        found = vaurien.read_arguments(["--config", path], vaurien.SERVE_SETTINGS)
+        proxies = vaurien.make_proxies(found, needs_one=False)
+        self.assertEqual((list(proxies), proxies.seed, proxies["a"].seed), (["a"], 3, 3))
+
     def test_the_command_line_wins_over_the_only_proxy_of_a_file(self):
         path = self.write("v.ini", "[proxy:redis]\nlocal = localhost:1\ndistant = localhost:2\n")
         proxy = self.proxy("--config", path, "--distant", "localhost:3")
@@ -1611,7 +1652,21 @@ class TestBadInput(Folder):
                  "v.ini: [vaurien] local needs ${NO_SUCH_NAME}, which is not set"),
                 ("[vaurien]\nlocal = ${HOME:1\n", "[vaurien] local has a ${ without its }"),
                 ("[vaurien]\nlocal = \n", "[vaurien] local must be HOST:PORT"),
-                ("[vaurien]\nbehavior = 20:delay,60:error,60:hang", "must add up to 100 percent")]:
+                ("[vaurien]\nbehavior = 20:delay,60:error,60:hang", "must add up to 100 percent"),
+                ("[toxic:a]\n", "v.ini: [toxic:a] type names the unknown handler ''"),
+                ("[toxic:a]\ntype = noop\n[toxic: a]\ntype = noop\n", "[toxic: a] says again"),
+                ("[toxic:a]\ntype = latency\nlatence = 1\n", "v.ini: [toxic:a] latence is not an option of latency"),
+                ("[toxic:a]\ntype = latency\nlatency = -1\n", "v.ini: [toxic:a] latency must be a whole number, 0 or more"),
+                ("[toxic:a]\ntype = noop\ntoxicity = 2\n", "v.ini: [toxic:a] toxicity must be a number from 0 to 1"),
+                ("[toxic:a]\ntype = noop\ntoxicity = 1\npercent = 2\n", "percent and toxicity say the same"),
+                ("[toxic:a]\ntype = noop\nmatch = (\n", "v.ini: [toxic:a] match must be a regular expression"),
+                ("[toxic:a]\ntype = noop\nproxy = b\n", "v.ini: [toxic:a] proxy must be one of vaurien, not 'b'"),
+                ("[proxy:a]\n[proxy:b]\n[toxic:c]\ntype = noop\n", "[toxic:c] must say proxy = one of a, b"),
+                ("[vaurien]\nstatsd = x\n", "v.ini: [vaurien] statsd must be HOST:PORT"),
+                ("[{", "cannot read v.ini: unexpected EOF"), ("{}", "cannot read v.ini: json: cannot unmarshal object"),
+                ('[{"name": "a"}]', "cannot read v.ini: missing required field: upstream at proxy 1"),
+                ('[{"name": "a", "upstream": "x:1", "listen": "x"}]', "cannot read v.ini: listen tcp: address x: missing port"),
+                ('[{"name": "a", "upstream": "http://x/"}]', "cannot read v.ini: upstream must be HOST:PORT, without a scheme")]:
             with self.subTest(ini):
                 self.assertIn(words, self.refused(ini=ini))
 
@@ -1709,6 +1764,21 @@ class TestProcess(Folder):
         self.assertEqual(process.stdout.readline(), "ready\n")
         process.stdin.close()
         self.assertEqual(process.wait(PATIENCE), 0)
+
+    def test_a_server_for_toxiproxys_clients(self):
+        self.write("toxiproxy.json", json.dumps([{"name": "a", "listen": "127.0.0.1:0", "upstream": "localhost:1"}]))
+        for argv, names in (["--http-port", "0"], []), (["-port=0", "-config", "toxiproxy.json"], ["a"]):
+            process = self.start("serve", *argv)
+            while True:
+                line = process.stderr.readline()
+                if "control on" in line:
+                    break
+            port = int(re.search(r"127\.0\.0\.1:(\d+)", line).group(1))
+            client = vaurien.Client("127.0.0.1", port)
+            self.assertEqual(list(client.ask("GET", "/proxies")), names)
+            client.ask("POST", "/proxies", {"name": "b", "upstream": "localhost:1", "listen": "127.0.0.1:0"})
+            process.terminate()
+            self.assertEqual(process.wait(PATIENCE), 0)
 
     def test_a_port_in_use(self):
         with contextlib.closing(socket.socket()) as taken:
@@ -2165,7 +2235,7 @@ class TestToxics(unittest.TestCase):
     def play(self, kind, *events, stream="both", **options):
         """What a toxic makes of one connection's events: [(t, to, data)]."""
         line = line_of(vaurien.Rule(kind, options, per="connection", stream=stream))
-        found = [event for event in line.greet(0, [UPSTREAM, DOWNSTREAM])]
+        found = line.greet(0, [UPSTREAM, DOWNSTREAM])
         for event in events:
             found += line.carry(*event)
         return [(round(t, 6), to, data) for t, to, data, _ in found]
@@ -2495,7 +2565,7 @@ class TestToxiproxyApi(Toxicproxy):
         for path in "/proxies/", "/proxies/p/", "/proxies/p/toxics/", "/nope", "/proxies/p/toxics/t/u":
             self.ask("GET", path, status=404)
         self.assertEqual(self.ask("GET", "/version"), {"version": vaurien.__version__})
-        self.assertGreaterEqual(tuple(map(int, vaurien.__version__.split("."))), (2, 6, 0))
+        self.assertRegex(vaurien.__version__, r"^([3-9]|2\.([6-9]|\d\d))[.]")     # what clients ask for
 
     def test_a_browser_is_turned_away(self):
         found = vaurien.respond(self.control, "GET", "/proxies", b"", "Mozilla/5.0 (X11)")
@@ -3705,7 +3775,7 @@ class TestReadme(unittest.TestCase):
             self.assertIn(row.replace("  ", " "), self.text)
 
     def test_every_option_is_there(self):
-        for setting in vaurien.SETTINGS.values():
+        for setting in [*vaurien.SETTINGS.values(), *vaurien.SERVE_SETTINGS.values()]:
             for flag in setting.flags:
                 self.assertIn("`%s`" % flag, self.text)
 
@@ -3761,14 +3831,17 @@ class TestReadme(unittest.TestCase):
     def test_the_curl_lines_are_answered_so(self):
         with driven() as (proxy, _):
             control = vaurien.Control(("localhost", 0), fleet(proxy))
-            for words, answer in re.findall(r"\n    \$ curl (.*)\n    (.*)", self.text):
-                words = shlex.split(words)
+            for words, answer in re.findall(r"\n    \$ curl (.*)\n    (?!\$)(.*)", self.text):
+                # Any free port, in the place of the one that is written there.
+                words = shlex.split(words.replace("localhost:26379", "127.0.0.1:0"))
                 method = words[words.index("-X") + 1] if "-X" in words else \
                     "POST" if any(word.startswith("-d") for word in words) else "GET"
                 body = next((word[2:] or words[words.index(word) + 1] for word in words
                              if word.startswith("-d")), "")
                 target = words[-1][len("http://localhost:8080"):]
-                self.assertEqual(vaurien.respond(control, method, target, body.encode())[2], answer)
+                found = vaurien.respond(control, method, target, body.encode())
+                self.assertEqual(re.sub("127.0.0.1:[0-9]+", "127.0.0.1:26379", found.text), answer)
+            control.proxies.remove(control.proxies["redis"])
 
     def test_the_handler_of_the_readme_works(self):
         source = self.text.split("into `mine.py`:\n\n")[1].split("\nand run")[0]
@@ -3779,6 +3852,98 @@ class TestReadme(unittest.TestCase):
             self.assertEqual([event[:3] for event in line.carry(1, DOWNSTREAM, b"leftright")],
                              [(1, DOWNSTREAM, b"left"), (1.2, DOWNSTREAM, b"right")])
             self.assertEqual(line.carry(1, UPSTREAM, b"q")[0][:3], (1, UPSTREAM, b"q"))
+
+
+# -- Real clients of Toxiproxy -------------------------------------------------------
+
+class TestToxiproxyClients(Toxicproxy):
+    """The clients that people have drive this server instead."""
+
+    def test_python(self):
+        """toxiproxy-python, from PyPI."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")     # theirs, not ours
+                import toxiproxy
+                from toxiproxy.exceptions import InvalidToxic, NotFound, ProxyExists
+        except ImportError:
+            raise unittest.SkipTest("no toxiproxy-python") from None
+        server = toxiproxy.Toxiproxy()
+        server.update_api_consumer("127.0.0.1", self.port)
+        self.assertTrue(server.running())
+        self.assertIn(b"version", server.version())
+        upstream, _ = self.backend()
+        proxy = server.create(upstream=upstream, name="p")
+        port = int(proxy.listen.split(":")[1])
+        exchange(self.connect(port), b"question")
+        with self.assertRaises(ProxyExists):
+            toxiproxy.api.APIConsumer.post("/proxies", json={"name": "p", "upstream": upstream})
+        proxy.add_toxic(type="latency", attributes={"latency": 50})
+        self.assertEqual(proxy.get_toxic("latency_downstream").attributes, {"latency": 50, "jitter": 0})
+        began = time.monotonic()
+        exchange(self.connect(port), b"question")
+        self.assertGreaterEqual(time.monotonic() - began, 0.05)
+        with self.assertRaises(InvalidToxic):
+            proxy.add_toxic(type="nope")
+        with proxy.down(), self.assertRaises(ConnectionRefusedError):
+            connect(port)
+        proxy.disable()
+        server.reset()
+        self.assertEqual(proxy.toxics(), {})
+        exchange(self.connect(port), b"question")
+        proxy.add_toxic(type="noop", stream="upstream")
+        self.assertTrue(proxy.destroy_toxic("noop_upstream"))
+        made = server.populate([{"name": "a", "upstream": upstream, "listen": "127.0.0.1:0"}])
+        exchange(self.connect(int(made[0].listen.split(":")[1])), b"question")
+        self.assertEqual(set(server.proxies()), {"p", "a"})
+        server.destroy_all()
+        self.assertEqual(server.proxies(), {})
+        with self.assertRaises(NotFound):
+            proxy.destroy()
+
+    NODE = """
+        const assert = require("assert");
+        const {Toxiproxy} = require("toxiproxy-node-client");
+        (async () => {
+            const server = new Toxiproxy(process.argv[2]), upstream = process.argv[3];
+            assert.match(await server.getVersion(), /version/);
+            const proxy = await server.createProxy({name: "p", listen: "localhost:0", upstream});
+            const kinds = {latency: {latency: 1000, jitter: 100}, bandwidth: {rate: 1000}, slow_close: {delay: 1000},
+                timeout: {timeout: 5000}, slicer: {average_size: 1000, delay: 1000, size_variation: 1000},
+                reset_peer: {timeout: 1000}, limit_data: {bytes: 42}};
+            for (const type in kinds) {
+                const toxic = await proxy.addToxic({type, attributes: kinds[type]});
+                assert.deepEqual(toxic.attributes, kinds[type]);
+                assert.deepEqual((await proxy.getToxic(toxic.name)).toJson(), toxic.toJson());
+                const changed = await toxic.update({toxicity: 0.5, attributes: {}});
+                assert.deepEqual([changed.toxicity, changed.attributes], [0.5, kinds[type]]);
+                await changed.remove();
+            }
+            await assert.rejects(server.createProxy({name: "p", listen: "localhost:0", upstream}), /status code 409/);
+            await assert.rejects(proxy.getToxic("latency_downstream"), /status code 404/);
+            assert.equal((await proxy.update({enabled: false, listen: proxy.listen, upstream})).enabled, false);
+            const moved = await proxy.update({enabled: true, listen: proxy.listen, upstream: "somehost:12345"});
+            assert.deepEqual([moved.enabled, moved.upstream], [true, "somehost:12345"]);
+            const both = await server.populate([{name: "a", listen: "127.0.0.1:0", upstream}, {name: "b", listen: "127.0.0.1:0", upstream}]);
+            assert.deepEqual(Object.keys(both), ["a", "b"]);
+            await server.reset();
+            const all = await server.getAll();
+            assert.deepEqual(Object.keys(all), ["a", "b", "p"]);
+            for (const name in all) { await all[name].remove(); }
+            console.log("done");
+        })().catch(problem => { console.error(problem); process.exit(1); });
+    """
+
+    def test_node(self):
+        """toxiproxy-node-client, from npm: where NODE_PATH says, or here."""
+        node = shutil.which("node")
+        if not node or subprocess.call([node, "-e", "require('toxiproxy-node-client'); fetch"],
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+            raise unittest.SkipTest("no toxiproxy-node-client")
+        upstream, _ = self.backend()
+        said = subprocess.check_output([node, "-", "http://127.0.0.1:%d" % self.port, upstream], input=self.NODE,
+                                       universal_newlines=True, timeout=PATIENCE, stderr=subprocess.STDOUT)
+        self.assertEqual(said, "done\n")
 
 
 # -- Real servers, with their real drivers -----------------------------------------
@@ -4123,5 +4288,113 @@ class TestMariaDB(RealServer, unittest.TestCase):
             return cursor.fetchone()[0]
 
 
+# -- Benchmark: python3 test_vaurien.py bench ----------------------------------------
+
+def bench_backend():
+    """A backend in a process of its own: says its port; pours to who begins so, echoes to others."""
+    def talk(sock):
+        with contextlib.suppress(OSError):
+            first = sock.recv(65536)
+            if first == b"pour":
+                while True:
+                    sock.sendall(bytes(1 << 20))
+            sock.sendall(first)
+            echo(sock)
+
+    with serving(talk) as (port, _):
+        print(port, flush=True)
+        sys.stdin.read()
+
+
+class Bench:
+    """The proxy between a backend and this process, each in a process of its own."""
+
+    def __enter__(self):
+        self.stack = contextlib.ExitStack()
+        self.backend = int(self.start(__file__, "bench-backend").readline())
+        self.control = unused_port()
+        self.start(FILE, "serve", "--attached", "--http-port", str(self.control)).readline()
+        made = self.ask("POST", "/proxies", {"name": "p", "listen": "127.0.0.1:0",
+                                             "upstream": "127.0.0.1:%d" % self.backend})
+        self.port = int(made["listen"].split(":")[1])
+        return self
+
+    def __exit__(self, *exception):
+        self.stack.close()
+
+    def start(self, *argv):
+        process = subprocess.Popen([sys.executable, *argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   stderr=subprocess.DEVNULL, universal_newlines=True)
+
+        def end():
+            process.kill()
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
+        self.stack.callback(end)
+        return process.stdout
+
+    def ask(self, method, path, body=None):
+        return vaurien.Client("127.0.0.1", self.control).ask(method, path, body)
+
+    def use(self, *toxics):
+        self.ask("PUT", "/proxies/p/toxics", [{"type": kind, "attributes": attributes} for kind, attributes in toxics])
+
+    def round_trip(self, times):
+        """Milliseconds of a round trip of 64 bytes on one connection, the median."""
+        found = []
+        with contextlib.closing(connect(self.port)) as sock:
+            exchange(sock, bytes(64))
+            for _ in range(times):
+                began = time.perf_counter()
+                exchange(sock, bytes(64))
+                found.append(time.perf_counter() - began)
+        return 1000 * vaurien.median(found)
+
+    def bulk(self, seconds):
+        """Kilobytes per second that one connection brings."""
+        buffer, size = bytearray(1 << 20), 0
+        with contextlib.closing(connect(self.port)) as sock:
+            sock.sendall(b"pour")
+            sock.recv_into(buffer)
+            began = now = time.perf_counter()
+            while now - began < seconds:
+                size += sock.recv_into(buffer)
+                now = time.perf_counter()
+        return size / (now - began) / 1000
+
+
+def bench(argv):
+    """How much faults are off what they say, and what they cost. Medians of interleaved rounds."""
+    quick = argv == ["--quick"]
+    rounds, trips, seconds = (3, 50, 1) if quick else (7, 200, 3)
+    rates = 100, 10000, 100000
+    seen = {}
+    with Bench() as at:
+        for number in range(rounds):
+            print("\rround %d of %d" % (number + 1, rounds), end="", file=sys.stderr, flush=True)
+            at.use()
+            plain, bulk = at.round_trip(10 * trips), at.bulk(seconds)
+            at.use(("latency", {"latency": 10}))
+            late, far = at.round_trip(trips), at.bulk(seconds)
+            for name, value in ("plain", plain), ("added", late - plain), ("bulk", bulk), ("far", far), ("far/bulk", far / bulk):
+                seen.setdefault(name, []).append(value)
+            for rate in rates:
+                at.use(("bandwidth", {"rate": rate}))
+                seen.setdefault(rate, []).append(100 * (at.bulk(seconds) / rate - 1))
+    found = {name: vaurien.median(values) for name, values in seen.items()}
+    print("\r%-50s %10.3f ms" % ("round trip of 64 bytes, nothing drawn", found["plain"]))
+    print("%-50s %10.3f ms" % ("latency 10 ms adds to it", found["added"]))
+    print("%-50s %10.2f GB/s" % ("one connection, nothing drawn", found["bulk"] / 1e6))
+    print("%-50s %10.2f GB/s, a ratio of %.2f" % ("one connection, latency 10 ms", found["far"] / 1e6, found["far/bulk"]))
+    for rate in rates:
+        print("%-50s %+10.2f %%" % ("bandwidth of %d KB/s is off by" % rate, found[rate]))
+
+
 if __name__ == "__main__":
-    unittest.main()
+    if sys.argv[1:2] == ["bench"]:
+        bench(sys.argv[2:])
+    elif sys.argv[1:] == ["bench-backend"]:
+        bench_backend()
+    else:
+        unittest.main()

@@ -75,6 +75,7 @@ BACKLOG = 4096                  # for listen; the kernel caps it (net.core.somax
 BURST = 64                      # connections accepted in a row before others have their turn
 PAUSE = 1.0                     # seconds without accepting when descriptors have run out
 FINE = 0.005                    # seconds before an alarm from which waiting is exact
+EARLY = 0.00015                 # seconds by which select() wakes up later than it is asked to
 LONGEST = 3600.0                # seconds of one wait: epoll's timeout is a C int of ms
 MOMENT = 0.1                    # seconds that may wait for a thin wire before its source feels it
 STATSD_EVERY = 1.0              # seconds between two reports
@@ -1201,8 +1202,9 @@ class Loop:
         if seconds > FINE:
             return self.selector.select(min(LONGEST, seconds - FINE / 2))
         if seconds > 0 and self.exact:
-            select.select(self.exact, [], [], seconds)
-            seconds = 0
+            if seconds > EARLY:
+                select.select(self.exact, [], [], seconds - EARLY)
+            seconds = 0                 # the rest, if any, passes in turns of the loop
         return self.selector.select(max(0, seconds))
 
     def ring_alarms(self):
@@ -1445,7 +1447,9 @@ class Connection:
         if self.proxy.lends and self.lend(pipe, source):
             return
         try:
-            size = source.recv_into(self.loop.buffer, room)
+            # What is to be held is read into bytes of its own: one copy less.
+            data = source.recv(room) if pipe.queue else None
+            size = source.recv_into(self.loop.buffer, room) if data is None else len(data)
         except BlockingIOError:
             return
         except OSError as problem:
@@ -1460,7 +1464,7 @@ class Connection:
         if line.speaker is not pipe.to:
             line.turn(pipe.to)
         if line.steps or pipe.queue or pipe.out or pipe.done or target is None:
-            self.take(pipe.to, bytes(self.loop.view[:size]))
+            self.take(pipe.to, data or bytes(self.loop.view[:size]))
             return
         # The straight road: no fault has been drawn and nothing is under way, so
         # the bytes leave from where they came in. What the target does not take
