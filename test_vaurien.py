@@ -5,6 +5,7 @@ sockets against an oracle, the same conversation over a direct connection; the c
 line in its own process; real servers with their real drivers, where they are installed.
 """
 import contextlib
+import errno
 import functools
 import glob
 import hashlib
@@ -2640,10 +2641,14 @@ class TestToxiproxyApi(Toxicproxy):
         port = self.create()
         self.assertEqual(self.ask("POST", "/proxies/p", {"listen": "0.0.0.0:%d" % port})["listen"], "0.0.0.0:%d" % port)
         exchange(self.connect(port), b"question")
-        with mock.patch.object(vaurien, "listen", side_effect=[vaurien.CannotListen(
-                OSError(vaurien.errno.EADDRINUSE, "Address already in use"), ("127.0.0.1", port))] * 2 + [
-                [vaurien.listen_at(socket.AF_INET, ("127.0.0.1", 0))]]):
+        sock = self.connect(port)
+        exchange(sock, b"question")
+        again = vaurien.listen_at(socket.AF_INET, ("127.0.0.1", 0))
+        taken = vaurien.CannotListen(OSError(errno.EADDRINUSE, "Address already in use"), ("127.0.0.1", port))
+        with mock.patch.object(vaurien, "listen", side_effect=[taken, taken, [again]]):
             self.refused("POST", "/proxies/p", {"listen": "127.0.0.1:%d" % port}, 500)
+        exchange(self.connect(again.getsockname()[1]), b"question")     # where it was before
+        exchange(sock, b"question")
 
     def test_toxics_have_their_defaults(self):
         self.create()
@@ -3035,6 +3040,12 @@ class TestDefects(Toxicproxy):
         self.assertEqual(hear(sock)[0::2], (0, "eof"))
         self.assertGreaterEqual(time.monotonic() - began, 0.1)
 
+    def test_timeout_closes_a_new_connection_where_nobody_speaks(self):
+        port = self.create(toxics=[{"type": "timeout", "attributes": {"timeout": 100}}])
+        began = time.monotonic()
+        self.assertEqual(hear(self.connect(port))[0::2], (0, "eof"))
+        self.assertGreaterEqual(time.monotonic() - began, 0.1)
+
     def test_timeout_removed_closes_the_connection(self):
         sock = self.connect(self.create())
         self.toxic("timeout")
@@ -3065,7 +3076,7 @@ class TestDefects(Toxicproxy):
                 self.toxic(kind, attributes=attributes)
                 proxy = self.begun()
                 connection, = proxy.connections.values()
-                wait_until(lambda: proxy.loop.call(lambda: connection.down.received) > 100000)
+                wait_until(lambda: proxy.loop.call(lambda: connection.down.received) > 0)
                 self.ask("PATCH", "/proxies/p/toxics/%s_downstream" % kind, {"toxicity": 1})
                 self.ask("DELETE", "/proxies/p/toxics/%s_downstream" % kind, status=204)
                 self.ask("DELETE", "/proxies/p", status=204)
