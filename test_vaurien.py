@@ -125,8 +125,11 @@ class TestHandlers(unittest.TestCase):
 
     def test_delay_drawn_for_a_connection_waits_in_each_of_its_turns(self):
         line = line_of(vaurien.Rule("delay", per="connection"))
-        times = [line.carry(*event)[0][0] for event in [
-            (0, UPSTREAM, b"q"), (2, DOWNSTREAM, b"a"), (3, UPSTREAM, b"r"), (3.5, UPSTREAM, b"s")]]
+        times = []
+        for t, to, data in [(0, UPSTREAM, b"q"), (2, DOWNSTREAM, b"a"), (3, UPSTREAM, b"r"), (3.5, UPSTREAM, b"s")]:
+            if to != line.speaker:
+                line.turn(to)
+            times.append(line.carry(t, to, data)[0][0])
         self.assertEqual(times, [1, 2, 4, 4])
 
     def test_error_puts_random_bytes_in_the_place_of_the_answer(self):
@@ -2057,7 +2060,7 @@ class TestControl(unittest.TestCase):
                     (b"POST /handler HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
                     (b"POST /handler HTTP/1.1\r\nContent-Length: -5\r\n\r\n", 400),
                     (b"POST /handler HTTP/1.1\r\nContent-Length: 1048577\r\n\r\n", 413),
-                    (b"POST /handler HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\ndelay\r\n", 411),
+                    (b"POST /handler HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n5\r\ndelay\r\n", 411),
                     (b"POST /handler HTTP/1.1\r\nContent-Encoding: gzip\r\n"
                      b"Content-Length: 5\r\n\r\ndelay", 415)]:
                 with self.subTest(data[:60]):
@@ -2245,7 +2248,7 @@ class TestToxics(unittest.TestCase):
         self.assertEqual(
             self.play("latency", (0, UPSTREAM, OPEN), (1, DOWNSTREAM, b"a"), (1.05, DOWNSTREAM, b"b"),
                       (2, DOWNSTREAM, EOF), latency=200),
-            [(0, UPSTREAM, OPEN), (1.2, DOWNSTREAM, b"a"), (1.25, DOWNSTREAM, b"b"), (2.2, DOWNSTREAM, EOF)])
+            [(0, UPSTREAM, OPEN), (1.2, DOWNSTREAM, b"a"), (1.25, DOWNSTREAM, b"b"), (2, DOWNSTREAM, EOF)])
 
     def test_jitter_is_more_or_less_and_never_into_the_past(self):
         times = [t for t, _, _ in self.play("latency", *[(0, UPSTREAM, b"q")] * 200, latency=100, jitter=50)]
@@ -2358,6 +2361,40 @@ class TestToxics(unittest.TestCase):
                          {(6, DOWNSTREAM, EOF), (6, UPSTREAM, EOF)})
 
 
+class TestThinWires(unittest.TestCase):
+    """What queues for a wire, and what does not."""
+
+    def test_a_thin_wire_behind_a_hang_is_free_when_that_is_gone(self):
+        with proxy_of(echo) as proxy, connected(proxy) as sock:
+            toxics = [vaurien.Toxic(kind, kind, attributes=attributes, stream="both")
+                      for kind, attributes in (("bandwidth", {"rate": 100000}), ("slicer", {"average_size": 3, "delay": 1}))]
+            proxy.loop.call(proxy.set_toxics, toxics)
+            with proxy.handler("hang"):
+                sock.sendall(b"one")
+                proxy.wait_for("hang")
+            self.assertEqual(read(sock, 3), b"one")
+            exchange(sock, b"two")
+
+    def test_latency_is_no_limit_to_a_bandwidth(self):
+        pipe = vaurien.Pipe(DOWNSTREAM, vaurien.Budget())
+        line = line_of(vaurien.Rule("bandwidth", {"rate": 5000}, dice="a"), vaurien.Rule("latency", {"latency": 1000}, dice="b"))
+        for number in range(50):        # a second of what that wire carries
+            self.assertGreater(pipe.room(lambda: number / 50), 0)
+            for t, _, data, holds in line.carry(number / 50, DOWNSTREAM, bytes(100000)):
+                pipe.put(t, data, number / 50, holds)
+        self.assertGreater(pipe.held, 4900000)
+
+    def test_room_comes_back_by_the_clock(self):
+        pipe = vaurien.Pipe(DOWNSTREAM, vaurien.Budget())
+        line = line_of(vaurien.Rule("bandwidth", {"rate": 1000}))
+        for t, _, data, holds in line.carry(0, DOWNSTREAM, bytes(500000)):
+            pipe.put(t, data, 0, holds)
+        self.assertLess(pipe.room(lambda: 0), 0)
+        self.assertAlmostEqual(pipe.next_room(0), 0.4)
+        self.assertGreater(pipe.room(lambda: 0.41), 0)
+        self.assertEqual(pipe.next_room(0.41), NEVER)
+
+
 class TestMatch(unittest.TestCase):
     """Rules that wait for what the request says."""
 
@@ -2417,6 +2454,7 @@ class TestMatch(unittest.TestCase):
         for text in "(", "", 5, None, "a{99999999999}", "\ud800", "(?P<a>x)(?P<a>y)":
             with self.assertRaisesRegex(ValueError, "must be a regular expression", msg=repr(text)):
                 vaurien.check_match(text)
+        self.assertTrue(vaurien.check_match("^SELECT .* FROM carts").search(b"SELECT 1 FROM carts"))
 
     def test_through_a_proxy(self):
         with proxy_of(echo) as proxy, connected(proxy) as sock:
@@ -2645,7 +2683,7 @@ class TestToxiproxyApi(Toxicproxy):
         exchange(sock, b"question")
         again = vaurien.listen_at(socket.AF_INET, ("127.0.0.1", 0))
         taken = vaurien.CannotListen(OSError(errno.EADDRINUSE, "Address already in use"), ("127.0.0.1", port))
-        with mock.patch.object(vaurien, "listen", side_effect=[taken, taken, [again]]):
+        with mock.patch.object(vaurien, "listen", side_effect=[taken, [again]]):
             self.refused("POST", "/proxies/p", {"listen": "127.0.0.1:%d" % port}, 500)
         exchange(self.connect(again.getsockname()[1]), b"question")     # where it was before
         exchange(sock, b"question")
@@ -2737,12 +2775,72 @@ class TestToxiproxyApi(Toxicproxy):
         for body, words in [
                 ([{"type": "noop", "nope": 1}], "nope is not a field of a toxic: they are name, type"),
                 ([{"type": "latency", "attributes": {"latence": 1}}], "latence is not an attribute of latency: it has jitter, latency"),
-                ({}, "cannot unmarshal object"), ([5], "cannot unmarshal number"), ([{"type": "noop"}, {"type": "nope"}], "invalid toxic type")]:
+                ({}, "cannot unmarshal object"), ([5], "cannot unmarshal number"), ("[] x", "bad request body"),
+                ([{"type": "noop"}, {"type": "nope"}], "invalid toxic type: 'nope': there are dummy, delay"),
+                ([{"type": "noop", "toxicity": 7}], "toxicity must be a number from 0 to 1, not 7"), ([{"TYPE": "noop"}], "invalid toxic type"),
+                ([{"type": "latency", "attributes": {"latency": -5}}], "latency must be a whole number, 0 or more, not -5")]:
             self.assertIn(words, self.refused("PUT", "/proxies/p/toxics", body, 400))
         self.refused("PUT", "/proxies/p/toxics", [{"type": "noop"}, {"type": "noop"}], 409)
         self.assertEqual(self.ask("GET", "/proxies/p/toxics"), found)
         self.assertEqual(self.ask("PUT", "/proxies/p/toxics", []), [])
         self.refused("PUT", "/proxies/q/toxics", [], 404)
+
+    def test_toxics_that_are_there_already_stay_as_they_are(self):
+        sock = self.connect(self.create())
+        same = [{"type": "latency", "attributes": {"latency": 3600000}}, {"type": "limit_data", "attributes": {"bytes": 10}}]
+        self.ask("PUT", "/proxies/p/toxics", same)
+        sock.sendall(b"question")
+        proxy = self.begun()
+        connection, = proxy.connections.values()
+        wait_until(lambda: proxy.loop.call(connection.down.next_due) < NEVER)
+        due = proxy.loop.call(connection.down.next_due)
+        upstream = self.ask("GET", "/proxies/p")["upstream"]
+        self.ask("PUT", "/proxies/p/toxics", same + [{"type": "noop"}])
+        self.ask("POST", "/populate", [{"name": "p", "listen": "127.0.0.1:%d" % proxy.port, "upstream": upstream, "toxics": same}], 201)
+        self.ask("PATCH", "/proxies/p/toxics/latency_downstream", {})
+        self.assertEqual(proxy.loop.call(connection.down.next_due), due)
+        same[0]["attributes"]["latency"] = 1
+        self.ask("PUT", "/proxies/p/toxics", same)
+        self.assertEqual(read(sock, 8), b"question")
+        sock.sendall(b"question")
+        self.assertEqual(hear(sock)[0], 2)          # limit_data has kept its count
+        for body, words in [({"percent": 500}, "percent must be"), ({"percent": 5, "toxicity": 1}, "say the same"), ({"match": "("}, "match must"),
+                            ({"after": 3}, "after cannot be changed")]:
+            self.assertIn(words, self.refused("PATCH", "/proxies/p/toxics/latency_downstream", body, 400))
+        self.assertEqual(self.ask("PATCH", "/proxies/p/toxics/latency_downstream", {"percent": 50})["toxicity"], 0.5)
+
+    def test_handlers_of_our_own_are_toxics_of_both_streams(self):
+        sock = self.connect(self.create())
+        for kind, attributes in ("delay", {"sleep": 0.05}), ("delay", {"sleep": 0.05, "before": False}):
+            for stream in None, "upstream", "downstream":
+                made = self.ask("POST", "/proxies/p/toxics", {"type": kind, "stream": stream, "attributes": attributes})
+                self.assertEqual(made["stream"], stream or "both")
+                for _ in range(3):                  # each request, one delay
+                    began = time.monotonic()
+                    exchange(sock, b"question")
+                    self.assertGreaterEqual(time.monotonic() - began, 0.05)
+                self.ask("DELETE", "/proxies/p/toxics/delay_%s" % (stream or "both"), status=204)
+        for stream in None, "downstream":
+            made = self.ask("POST", "/proxies/p/toxics", {"type": "error", "stream": stream})
+            for _ in range(3):
+                sock.sendall(b"question")
+                self.assertNotIn(b"question", read(sock, 1000))
+            self.ask("DELETE", "/proxies/p/toxics/" + made["name"], status=204)
+        for kind in "error", "transient", "abort":
+            words = self.refused("POST", "/proxies/p/toxics", {"type": kind, "stream": "upstream"}, 400)
+            self.assertIn("stream must be both or downstream for %s" % kind, words)
+
+    def test_the_proxy_called_proxy(self):
+        self.create()
+        self.refused("DELETE", "/proxies/PROXY", None, 404)
+
+    def test_a_body_in_chunks(self):
+        head = b"POST /proxies HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+        for chunks, status in [(b'5\r\n{"nam\r\n1e;x=y\r\ne": "a", "upstream": "x:1"}   \r\n0\r\nX: y\r\n\r\n', b"201"),
+                               (b"x\r\n", b"400"), (b"-1\r\n", b"400"), (b"2\r\nabc", b"400"), (b"fffffff\r\n", b"413")]:
+            with contextlib.closing(connect(self.port)) as sock:
+                sock.sendall(head + chunks)
+                self.assertEqual(sock.recv(65536)[9:12], status, chunks)
 
     def test_toxics_are_on_a_proxy_before_anybody_can_come(self):
         port = self.create(toxics=[{"type": "limit_data", "attributes": {"bytes": 0}}, {"type": "noop", "stream": "upstream"}])
@@ -2828,7 +2926,7 @@ class TestToxiproxyApi(Toxicproxy):
         self.assertEqual((event["handler"], event["proxy"]), ("delay", "p"))
         self.assertEqual(self.ask("GET", "/proxies/q/events")["events"], [])
         self.assertEqual(len(self.ask("GET", "/proxies/p/connections")["connections"]), 1)
-        self.ask("GET", "/proxies/nope/events", status=400)
+        self.ask("GET", "/proxies/nope/events", status=404)
 
     def test_metrics_move_while_a_connection_lives(self):
         sock = self.connect(self.create(name='p"\\'))
@@ -2886,7 +2984,7 @@ class TestToxiproxyApi(Toxicproxy):
         class Sock:
             sent = []
 
-            def sendto(self, packet, address):
+            def send(self, packet):
                 self.sent.append(packet)
 
         for number in range(40):
@@ -2997,6 +3095,36 @@ class TestDefects(Toxicproxy):
         self.assertEqual(drawn(), before)
         self.assertEqual(len(socks), 20)
 
+    def test_a_connection_that_was_left_alone_stays_so(self):
+        """`after` is counted when a connection comes, and not anew by each change."""
+        port = self.create(toxics=[{"type": "limit_data", "after": 1, "attributes": {"bytes": 0}}])
+        first = self.connect(port)
+        exchange(first, b"question")
+        second = self.connect(port)
+        second.sendall(b"question")
+        self.assertEqual(hear(second)[0], 0)
+        for body in {"attributes": {"bytes": 1}}, {"toxicity": 0}, {"toxicity": 1}:
+            self.ask("PATCH", "/proxies/p/toxics/limit_data_downstream", body)
+        exchange(first, b"question")
+
+    def test_a_fault_has_not_acted_where_nobody_has_spoken(self):
+        port = self.create(toxics=[{"type": "delay", "stream": "downstream"}])
+        sock = self.connect(port)
+        self.begun()
+        self.assertEqual(self.ask("GET", "/proxies/p/events")["events"], [])
+        sock.close()
+
+    def test_a_bug_resets_though_others_hold(self):
+        def bad(state, t, to, data):
+            raise KeyError("no idea")
+            yield
+
+        with registered(bad):
+            sock = self.connect(self.create())
+            exchange(sock, b"question")
+            self.ask("PUT", "/proxies/p/toxics", [{"type": "bad"}, {"type": "hang"}])
+            self.assertEqual(hear(sock)[2], "reset")
+
     def test_a_changed_toxic_lets_go_of_what_it_holds(self):
         sock = self.connect(self.create())
         self.toxic("latency", attributes={"latency": 3600000})
@@ -3103,7 +3231,8 @@ class TestDefects(Toxicproxy):
                 ("slicer", {}), ("slicer", {"average_size": 5, "size_variation": 5}), ("slicer", {"average_size": 1, "size_variation": 2 ** 62}),
                 ("slicer", {"average_size": 2 ** 62}), ("latency", {"latency": -5, "jitter": -5}), ("latency", {"jitter": 3}),
                 ("bandwidth", {"rate": 2 ** 63 - 1}), ("limit_data", {"bytes": 2 ** 63 - 1}), ("slow_close", {"delay": -1})]:
-            self.ask("PUT", "/proxies/p/toxics", [{"type": kind, "attributes": attributes, "stream": "both"}])
+            self.ask("PUT", "/proxies/p/toxics", [])
+            self.toxic(kind, stream="both", attributes=attributes)
             with contextlib.closing(connect(port)) as sock:
                 exchange(sock, b"a question of more than one byte")
         with self.assertLogs("vaurien", "INFO"):        # nothing of it was a bug

@@ -54,7 +54,6 @@ import threading
 import time
 import types
 import urllib.parse
-import warnings
 from collections import ChainMap, Counter, OrderedDict, deque, namedtuple
 from selectors import EVENT_READ, EVENT_WRITE
 
@@ -187,6 +186,8 @@ def show_value(value):
 #              random    a random.Random, repeatable by --seed
 #              request   the number of this request (or connection) at the proxy,
 #                        counted from 1 since the fault was armed
+#              turn      the number of the request under way in the connection
+#              stream    which events it sees: UPSTREAM, DOWNSTREAM or "both"
 #              shared    a Counter for all the states of this fault at this proxy
 #   t        when the event comes; an earlier time yielded means t
 #   to       UPSTREAM or DOWNSTREAM; yield the other one to answer
@@ -209,7 +210,10 @@ def handler(function):
 
 
 def thin(function):
-    """Mark a handler that things queue for: the source is soon to feel it, see Pipe.room."""
+    """Mark a handler that chunks queue for, whose end it keeps in state[to].
+
+    The source is soon to feel it (Pipe.room); what is released leaves the queue (Line.free).
+    """
     function.thin = True
     return function
 
@@ -228,14 +232,14 @@ def delay(state, t, to, data, *, sleep=1.0, before=True):
     before   yes: before the backend is called; no: before the first byte of the answer
     """
     way = UPSTREAM if before else DOWNSTREAM
+    if state.stream != "both":
+        way = state.stream              # it sees no other
     if to != way:
-        if data:
-            state["spoken"] = 0         # the other side's turn: ours begins anew
         yield t, to, data
         return
-    if not state["spoken"] and (data or data is OPEN):
+    if data is OPEN or (data and state["spoken"] != state.turn):
         state["until"] = t + sleep      # of OPEN, then once more of the first byte
-        state["spoken"] = len(data)
+        state["spoken"] = state.turn if data else 0
     yield max(t, state["until"]), to, data
 
 
@@ -246,12 +250,10 @@ def error(state, t, to, data, *, inject=False, warmup=0):
     inject   yes: put 100 random bytes into the middle of the valid answer instead
     warmup   requests of the proxy that pass untouched first
     """
-    if to == UPSTREAM and data:
-        state["answered"] = 0
     if to == UPSTREAM or not data or state.request <= warmup:
         yield t, to, data
-    elif not state["answered"]:
-        state["answered"] = 1
+    elif state["answered"] != state.turn:
+        state["answered"] = state.turn
         if inject:
             middle = len(data) // 2
             yield t, to, data[:middle] + noise(state.random, 100) + data[middle:]
@@ -308,10 +310,7 @@ def abort(state, t, to, data):
 # Those of Toxiproxy, with its names and units. As toxics they are drawn for a connection and
 # see one stream; as a behavior they are drawn for a request and see both.
 
-@handler
-def noop(state, t, to, data):
-    """Nothing at all: everything passes."""
-    yield t, to, data
+HANDLERS["noop"] = dummy
 
 
 @handler
@@ -321,7 +320,7 @@ def latency(state, t, to, data, *, latency=0, jitter=0):
     latency  milliseconds added to each chunk
     jitter   milliseconds more or less, drawn for each chunk
     """
-    if data is not OPEN:
+    if data:
         t += max(0, latency + (state.random.uniform(-jitter, jitter) if jitter else 0)) / 1000
     yield t, to, data
 
@@ -541,10 +540,8 @@ def check_match(text):
     if not isinstance(text, str) or not text:
         raise ValueError("must be a regular expression, not %r" % (text,))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            return re.compile(text.encode("utf-8"))
-    except (re.error, UnicodeError, RecursionError, OverflowError, Warning) as problem:
+        return re.compile(text.encode("utf-8"))
+    except (re.error, UnicodeError, RecursionError, OverflowError) as problem:
         raise ValueError("must be a regular expression, not %r: %s" % (text, problem)) from None
 
 
@@ -687,10 +684,13 @@ def parse_behavior(text):
 
 
 def misfits(name, handler, fields):
-    """Fields that a handler of the class form cannot have: [(field, description)]."""
-    if not is_class_form(handler):
-        return []
+    """Fields with which a handler would not act: [(field, description)]."""
     wrong = []
+    if handler in (error, transient, abort) and fields.get("stream") == UPSTREAM:
+        wrong.append(("stream", "stream must be both or downstream for %s, which spoils what "
+                                "the backend says" % name))
+    if not is_class_form(handler):
+        return wrong
     if fields.get("stream", "both") != "both":
         wrong.append(("stream", "stream must be both for %s, which gets the sockets" % name))
     if "match" in fields:
@@ -745,10 +745,12 @@ def read_rules(tables):
 class State(Counter):
     """A handler's memory of what its fault was drawn for; see the room of handlers."""
 
-    def __init__(self, rule, chance):
+    def __init__(self, rule, chance, number):
         super().__init__()
         self.shared = rule.shared
-        self.request = rule.thrown
+        self.stream = rule.stream
+        self.request = number
+        self.turn = 0
         self.chance = chance        # the seed of `random`
         self.generator = None
 
@@ -762,12 +764,14 @@ class State(Counter):
 class Step:
     """A rule at work on one request or one connection, with its memory."""
 
-    __slots__ = ("rule", "state", "acted", "heard")
+    __slots__ = ("rule", "state", "heard", "number", "acted")
 
-    def __init__(self, rule, state):
-        self.rule, self.state = rule, state
+    def __init__(self, rule, state=None, heard=None):
+        self.rule = rule
+        self.state = state      # None where it does not act
+        self.heard = heard      # of a request that may yet match; None when that is decided
+        self.number = rule.thrown
         self.acted = False      # whether it has changed anything yet
-        self.heard = b""        # of the request, while there is no state: it does not match yet
 
     def may_act(self):
         """Whether it has begun to, or its rule may do so once more."""
@@ -807,8 +811,13 @@ class Rules:
     def draw(self, rule, connection, request):
         """A state if the rule acts on this request (request 0: this connection), or None."""
         rule.thrown += 1
+        return self.decide(rule, connection, request, rule.thrown)
+
+    def decide(self, rule, connection, request, number):
+        """As draw, of what was number so many that the dice were thrown for."""
         chance = self.throw(rule.dice, connection, request)
-        return State(rule, chance) if rule.thrown > rule.after and rule.takes(chance) else None
+        acts = number > rule.after and rule.takes(chance)
+        return State(rule, chance, number) if acts else None
 
 
 class Line:
@@ -828,7 +837,7 @@ class Line:
         self.speaker = None             # which way its last bytes went, if there were any
         self.steps = []                 # drawn for the request under way, in rule order
         self.late = []                  # rules that came before anybody spoke in it
-        self.lasting = {}               # per connection: {rule: step, or None}
+        self.lasting = {}               # per connection: {rule: step}
         self.news = []                  # rules that have acted for the first time
 
     def begin(self):
@@ -838,7 +847,7 @@ class Line:
         self.late = []
         if self.rules.armed or self.steps:
             for step in self.lasting.values():
-                if step and step.heard:
+                if step.heard:
                     step.heard = b""
             self.steps = self.drawn(self.draw)
 
@@ -866,21 +875,24 @@ class Line:
                         if rule in self.rules.armed}
         for rule in changed:
             step = self.lasting.get(rule)
-            takes = rule.takes(self.rules.throw(rule.dice, self.connection, 0))
-            if step and step.state is not None and not takes:
-                self.lasting[rule] = None
-            elif not step and takes:
-                self.lasting.pop(rule, None)
+            if step and step.heard is None:
+                state = self.rules.decide(rule, self.connection, 0, step.number)
+                step.state = state if step.state is None or state is None else step.state
         self.late = [rule for rule in [*self.late, *new] if rule in self.rules.armed]
         self.steps = self.drawn(at_work.get)
 
+    def free(self, to, latest):
+        """What was on its way has been released: thin wires have nothing queued after latest."""
+        for step in self.steps:
+            if step.rule.thin and step.state is not None:
+                step.state[to] = min(step.state[to], latest)
+
     def draw(self, rule):
-        """A step if the rule acts on the request under way, or may do so when it matches."""
+        """A step, that may act on the request under way, or when that matches."""
         if rule.match:
-            return Step(rule, None)
-        state = self.rules.draw(rule, self.connection,
-                                self.request if rule.per == "request" else 0)
-        return None if state is None else Step(rule, state)
+            return Step(rule, heard=b"")
+        return Step(rule, self.rules.draw(rule, self.connection,
+                                          self.request if rule.per == "request" else 0))
 
     def drawn(self, for_request):
         """The steps of the request under way, in the order of their rules."""
@@ -892,7 +904,7 @@ class Line:
                 if rule not in self.lasting:
                     self.lasting[rule] = self.draw(rule)
                 step = self.lasting[rule]
-            if step:
+            if step and (step.state is not None or step.heard is not None):
                 steps.append(step)
         return steps
 
@@ -903,8 +915,8 @@ class Line:
     def carry(self, t, to, data):
         """What has become of an event after the last step: [(t, to, data, holds)].
 
-        holds is which rules have put it off and by how much, and whether they have made
-        it of nothing but OPEN: ((rule, seconds, made), ...).
+        holds is which rules have put it off, by how much, and whether they have made it
+        when they were shown OPEN: ((rule, seconds, made), ...).
         """
         return self.fold(self.steps, t, to, [(t, to, data, ())])
 
@@ -915,20 +927,22 @@ class Line:
         """
         found = []
         for place, step in enumerate(self.steps):
-            if step.rule.per == "connection" and (rules is None or step.rule in rules):
+            if step.rule.per == "connection" if rules is None else step.rule in rules:
                 for to in ways:
-                    made = self.fold([step], t, to, [(t, to, OPEN, ())])
+                    made = self.fold([step], t, to, [(t, to, OPEN, ())], shown=True)
+                    if made == [(t, to, RESET, ())]:
+                        return made         # a bug: nobody holds that up
                     made = [event for event in made if event[2] is not OPEN]
                     found += self.fold(self.steps[place + 1:], t, to, made)
         return found
 
-    def fold(self, steps, t, to, events):
+    def fold(self, steps, t, to, events, shown=False):
         """What these steps make of the events that came of one at t; a bug resets."""
         for step in steps:
             if step.rule.blocking:
                 continue                # it gets the sockets: see Connection.lend
             try:
-                events = [out for event in events for out in self.through(step, *event)]
+                events = [out for event in events for out in self.through(step, event, shown)]
             except (Exception, SystemExit) as problem:
                 log.error("connection %d, request %d: handler %s failed and the connection is "
                           "reset: %s: %s", self.connection, self.request, step.rule.name,
@@ -937,13 +951,15 @@ class Line:
                 return [(t, to, RESET, ())]
         return events
 
-    def through(self, step, t, to, data, holds):
+    def through(self, step, event, shown):
         """What a step makes of one event."""
+        t, to, data, holds = event
         rule = step.rule
         if step.state is None and not self.matches(step, to, data):
-            return [(t, to, data, holds)]
+            return [event]
         if rule.stream not in ("both", to) or not step.may_act():
-            return [(t, to, data, holds)]
+            return [event]
+        step.state.turn = self.request
         events = [(max(t, due), way, out) for due, way, out
                   in rule.handler(step.state, t, to, data, **rule.options)]
         for _, way, out in events:
@@ -951,7 +967,10 @@ class Line:
                 raise TypeError("a handler yields (t, to, data), not (t, %r, %r)" % (way, out))
             if way == DOWNSTREAM and out:
                 self.speaker = DOWNSTREAM
-        if events != [(t, to, data)] and step.act():
+        acts = events != [(t, to, data)]
+        if shown:
+            acts = any(event[2] is not OPEN for event in events)
+        if acts and step.act():
             self.news.append(rule)
         return [(due, way, out, holds if due == t else
                  holds + ((rule, due - t, data is OPEN and out is not OPEN),))
@@ -964,7 +983,7 @@ class Line:
             if step.rule.match.search(step.heard):
                 step.state = self.rules.draw(step.rule, self.connection,
                                              self.request if step.rule.per == "request" else 0)
-                step.heard = None
+                step.heard, step.number = None, step.rule.thrown
         return step.state is not None
 
 
@@ -995,8 +1014,8 @@ class Pipe:
     is no longer the handlers' business.
     """
 
-    __slots__ = ("to", "budget", "queue", "order", "latest", "thin", "out", "held", "received",
-                 "written", "over", "done")
+    __slots__ = ("to", "budget", "queue", "order", "latest", "thin_until", "out", "held",
+                 "received", "written", "over", "done")
 
     def __init__(self, to, budget):
         self.to = to
@@ -1004,7 +1023,7 @@ class Pipe:
         self.queue = []         # a heap of (due, order, data, start, holds)
         self.order = 0          # what is due at the same time leaves as it came
         self.latest = 0.0       # when the last byte put in is due
-        self.thin = 0.0         # until when what is there queues for a thin wire
+        self.thin_until = 0.0   # until when what is there queues for a thin wire
         self.out = deque()      # bytes, and EOF, that are due
         self.held = 0           # what queue and out hold, as the budget counts it
         self.received = 0       # bytes from the source, ever
@@ -1028,11 +1047,8 @@ class Pipe:
         # An EOF set for later does not hold up what comes before it.
         if data or data is OPEN:
             self.latest = t
-        at = start
-        for rule, seconds, _ in holds:
-            at += seconds
-            if rule.thin:
-                self.thin = max(self.thin, at)
+        self.thin_until = max(self.thin_until,
+                              start + sum(hold[1] for hold in holds if hold[0].thin))
         self.order += 1
         self.hold(len(data))
         heapq.heappush(self.queue, (t, self.order, data, start, holds))
@@ -1063,6 +1079,10 @@ class Pipe:
     def next_due(self):
         return self.queue[0][0] if self.queue else NEVER
 
+    def next_room(self, now):
+        """When a thin wire lets the source go on, if it does not now; see `room`."""
+        return self.thin_until - MOMENT if self.queue and now < self.thin_until - MOMENT else NEVER
+
     def sent(self, size):
         """The first `size` bytes of out's first chunk are sent."""
         first = self.out.popleft()
@@ -1076,28 +1096,29 @@ class Pipe:
     def release(self, gone, changed=()):
         """Let go at once, in order, what these rules hold; what others hold stays.
 
-        What a rule that has changed had made of nothing, it makes anew: that is dropped.
+        What a rule that has changed had made when it was shown OPEN is dropped: it is
+        shown OPEN again. Returns whether there was anything.
         """
         rules = [*gone, *changed]
         if not any(rule in rules for entry in self.queue for rule, _, _ in entry[4]):
-            return
-        entries, self.queue, self.latest, self.thin = self.queue, [], 0.0, 0.0
+            return False
+        entries, self.queue, self.latest, self.thin_until = self.queue, [], 0.0, 0.0
         for _, _, data, start, holds in sorted(entries, key=lambda entry: entry[1]):
             self.let_go(len(data) + HELD_ENTRY)
             if any(made and rule in changed for rule, _, made in holds):
                 continue
             holds = tuple(hold for hold in holds if hold[0] not in rules)
             self.put(start + sum(hold[1] for hold in holds), data, start, holds)
+        return True
 
     def room(self, clock):
         """How many bytes may be read into this pipe now: its source's backpressure.
 
         Much, where it flows; little, where nothing is due, or where what is there waits
-        for a thin wire: a sender is to feel that.
+        for a thin wire: a sender is to feel that. The clock is not read where nothing is held.
         """
         bound = HELD_STILL
-        if self.queue and self.queue[0][0] < NEVER and (
-                not self.thin or self.thin - clock() < MOMENT):
+        if self.queue and self.queue[0][0] < NEVER and self.thin_until - MOMENT <= clock():
             bound = HELD_MAX
         return min(CHUNK, self.budget.share(bound) - self.held - HELD_ENTRY)
 
@@ -1556,8 +1577,9 @@ class Connection:
         """The rules are others: what those hold that are gone, or have changed, goes on."""
         now = self.loop.clock()
         self.line.renew(new, changed)
-        self.up.release(gone, changed)
-        self.down.release(gone, changed)
+        for pipe in self.up, self.down:
+            if pipe.release(gone, changed):
+                self.line.free(pipe.to, pipe.latest)
         self.place(now, self.line.greet(now, [UPSTREAM, DOWNSTREAM], [*new, *changed]))
 
     def ring(self):
@@ -1587,7 +1609,7 @@ class Connection:
             self.close("closed" if both else "closed by %s" % (" and ".join(faults) or "a fault"))
         else:
             self.watch()
-            self.set_alarm()
+            self.set_alarm(now)
 
     def flush(self, pipe, target):
         """Send what is due, until the target takes no more."""
@@ -1630,9 +1652,10 @@ class Connection:
             self.backend_events = events
             self.loop.watch(self.backend, events, self.backend_ready)
 
-    def set_alarm(self):
+    def set_alarm(self, now):
         """For what is due next, if it ever is."""
-        due = min(self.up.next_due(), self.down.next_due())
+        due = min(self.up.next_due(), self.down.next_due(),
+                  self.up.next_room(now), self.down.next_room(now))
         if self.alarm and self.alarm[0] != due:
             self.loop.cancel(self.alarm)
             self.alarm = None
@@ -1934,6 +1957,12 @@ class Toxic:
                              for option, value in self.attributes.items()}
         self.rule.high = 100.0 * toxicity
 
+    def is_like(self, other):
+        """Whether it differs from another in its toxicity and attributes at most."""
+        return self.stream == other.stream and all(
+            getattr(self.rule, name) == getattr(other.rule, name)
+            for name in ("name", "per", "match", "after", "times"))
+
     def __str__(self):
         return "%s (%g:%s %s)" % (self.name, 100 * self.toxicity, self.rule.stream, self.rule)
 
@@ -2138,22 +2167,25 @@ class Proxy:
         """It ends, in whatever order they do: the one that began last acts now."""
         self.switch([block for block in self.stack if block is not rules], self.toxics)
 
-    def add_toxic(self, toxic):
-        self.switch(self.stack, self.toxics + [toxic])
-
-    def remove_toxic(self, toxic):
-        self.switch(self.stack, [other for other in self.toxics if other is not toxic])
-
     def set_toxics(self, toxics):
-        """Have these toxics, and no others, from now on."""
-        self.switch(self.stack, toxics)
+        """Have these toxics, and no others, from now on.
 
-    def change_toxic(self, toxic, toxicity, attributes):
-        """Give a toxic other values: it lets go of what it holds, and keeps its memory."""
-        toxic.set(toxicity, attributes)
-        if toxic.rule.worker:
-            toxic.rule.worker.update_settings(toxic.rule.options)
-        self.switch(self.stack, self.toxics, [toxic.rule])
+        One that is there already stays; it lets go of what it holds, and keeps its
+        memory, if its toxicity or an attribute has changed.
+        """
+        kept, changed = [], []
+        known = {toxic.name: toxic for toxic in self.toxics}
+        for toxic in toxics:
+            old = known.get(toxic.name, toxic)
+            if not old.is_like(toxic):
+                old = toxic
+            elif (old.toxicity, old.attributes) != (toxic.toxicity, toxic.attributes):
+                old.set(toxic.toxicity, toxic.attributes)
+                changed.append(old.rule)
+                if old.rule.worker:
+                    old.rule.worker.update_settings(old.rule.options)
+            kept.append(old)
+        self.switch(self.stack, kept, changed)
 
     def switch(self, stack, toxics, changed=()):
         """Arm the rules on top of the stack, and those of the toxics, and no others.
@@ -2304,23 +2336,28 @@ class Statsd:
         self.address = address
         self.proxies = proxies
         self.loop = self.sock = None
-        self.sent = Counter()       # {name: value} as it was told before
+        self.sent = {}              # {(proxy, name): value} as it was told before
 
     def bind(self):
         pass                        # it listens nowhere
 
     def open(self, loop):
         self.loop = loop
-        loop.away(lambda: resolve(self.address), self.found)
+        loop.away(self.call, self.called)
 
-    def found(self, addresses, problem):
-        if not addresses:
-            log.warning("statsd: cannot find %s: %s", show_address(self.address), problem)
+    def call(self):
+        family, address = resolve(self.address)[0]
+        sock = socket.socket(family, socket.SOCK_DGRAM)
+        sock.setblocking(False)
+        sock.connect(address)
+        return sock
+
+    def called(self, sock, problem):
+        if problem:
+            log.warning("statsd: cannot call %s: %s", show_address(self.address), problem)
             self.loop.at(self.loop.clock() + 60, lambda: self.open(self.loop))
             return
-        family, self.address = addresses[0]
-        self.sock = socket.socket(family, socket.SOCK_DGRAM)
-        self.sock.setblocking(False)
+        self.sock = sock
         self.ring()
 
     def ring(self):
@@ -2329,22 +2366,22 @@ class Statsd:
             self.loop.at(self.loop.clock() + STATSD_EVERY, self.ring)
 
     def send(self):
-        lines = []
-        for proxy in self.proxies.values():
+        lines, before, self.sent = [], self.sent, {}
+        for proxy in list(self.proxies.values()):
             for metric, found in proxy.measure().items():
                 for labels, value in found:
                     name = self.name(metric, labels)
+                    self.sent[proxy, name] = value
+                    grown = value - before.get((proxy, name), 0)
                     if METRICS[metric][0] == "gauge":
                         lines.append("%s:%d|g" % (name, value))
-                    elif value != self.sent[name]:
-                        grown = value - self.sent[name]     # or it is another proxy's by now
-                        lines.append("%s:%d|c" % (name, grown if grown > 0 else value))
-                        self.sent[name] = value
+                    elif grown:
+                        lines.append("%s:%d|c" % (name, grown))
         packet = b""
         for line in [*lines, ""]:
             if packet and (not line or len(packet) + len(line) > STATSD_PACKET):
                 with contextlib.suppress(OSError):          # nobody listens: it is UDP
-                    self.sock.sendto(packet, self.address)
+                    self.sock.send(packet)
                 packet = b""
             packet += b"\n" * bool(packet) + line.encode()
 
@@ -2366,8 +2403,8 @@ class Proxies(OrderedDict):
 
     seed, timeout    for those that are made while it runs, as in Proxy
 
-    Who changes them from a thread of its own holds `changing`; what it does to a proxy that
-    is there is done in the loop, and does not wait for any peer.
+    They change in the loop only, which waits for no peer; a thread that makes several
+    steps of it holds `changing` meanwhile.
     """
 
     def __init__(self, proxies=(), seed=None, timeout=30.0):
@@ -2397,18 +2434,26 @@ class Proxies(OrderedDict):
     # For other threads, that hold `changing`
 
     def add(self, proxy):
-        """One more, that accepts if it is enabled. Raises OSError."""
+        """One more, that accepts if it is enabled; False if the name is taken. Raises OSError."""
+        if proxy.name in self:
+            return False
+        if self.loop.full():
+            problem = OSError(errno.EMFILE, "select() takes no more sockets")
+            raise CannotListen(problem, proxy.local)
         if proxy.enabled:
             proxy.bind()
-        self.loop.call(self.welcome, proxy)
+        return self.loop.call(self.welcome, proxy)
 
     def welcome(self, proxy):
+        if proxy.name in self:          # since we looked
+            proxy.close()
+            return False
         self[proxy.name] = proxy
         proxy.open(self.loop)
+        return True
 
     def remove(self, proxy):
-        proxy.loop.call(proxy.close)
-        del self[proxy.name]
+        self.loop.call(lambda: self.pop(proxy.name).close())
 
     def change(self, proxy, local, backend, enabled):
         """Give a proxy other addresses, or have it enabled or not. Raises OSError, ValueError.
@@ -2419,7 +2464,7 @@ class Proxies(OrderedDict):
         if meet(local, backend):
             raise ValueError("upstream %s is the address that is listened on: the proxy would "
                              "call itself" % show_address(backend))
-        moved = first_address(local) != proxy.listen
+        moved = local != proxy.local and first_address(local) != proxy.listen
         if not moved:
             local = proxy.local
         listener = None
@@ -2429,19 +2474,15 @@ class Proxies(OrderedDict):
 
     def listen_anew(self, proxy, local):
         """A listener at local, though the proxy may have that port on another address."""
-        try:
-            return Listener(local, proxy.welcome)
-        except CannotListen as problem:
-            if problem.errno != errno.EADDRINUSE or not proxy.listener \
-                    or local[1] != proxy.local[1]:
-                raise
-        old = proxy.listener
-        proxy.loop.call(old.close)
+        old = proxy.listener if local[1] == proxy.local[1] else None
+        if old:
+            proxy.loop.call(old.close)
         try:
             return Listener(local, proxy.welcome)
         except CannotListen:
-            old.sockets = listen(proxy.local)
-            proxy.loop.call(old.open, proxy.loop)
+            if old:
+                old.sockets = listen(proxy.local)
+                proxy.loop.call(old.open, proxy.loop)
             raise
 
 
@@ -2492,7 +2533,7 @@ class Refused(Exception):
     def wrong_method(cls, method, path, methods):
         allowed = ", ".join(sorted(methods))
         return cls(405, [("method", method[:20], "%s takes %s" % (path, allowed))],
-                   {"Allow": allowed})
+                   {"Allow": allowed}).answer()
 
 
 def route(method, path, example="", query=(), needs_proxy=True, form=Refused):
@@ -2689,15 +2730,17 @@ def ask(control, method, target, body, agent):
     """Find the route and ask it. Raises Refused."""
     path, _, words = target.partition("#")[0].partition("?")
     methods, names = find_route(path)
+    if not methods and path.startswith("/proxies/"):
+        return plain(404, "404 page not found\n")
     if not methods:
         refuse("path", "there is no %s: there are %s" % (path[:200], ", ".join(ROUTES)),
                "path", 404)
     form = next(iter(methods.values())).form
     function = methods.get("GET" if method == "HEAD" and form is Refused else method)
     if function is None:
-        raise form.wrong_method(method, path, methods)
+        return form.wrong_method(method, path, methods)
     try:
-        text = body.decode("utf-8")
+        text = body.decode("utf-8", "strict" if form is Refused else "replace")
     except UnicodeDecodeError as problem:
         refuse("", "the body must be UTF-8: %s" % problem)
     query = dict(urllib.parse.parse_qsl(words, keep_blank_values=True))
@@ -2706,7 +2749,8 @@ def ask(control, method, target, body, agent):
     proxy = proxies.get(next(iter(proxies), None) if name is None else name)
     if proxy is None and function.needs_proxy:
         refuse("proxy", "there is no proxy %r: there are %s" % (
-            (name or "")[:200], ", ".join(proxies) or "none yet"), "querystring")
+            (name or "")[:200], ", ".join(proxies) or "none yet"), "querystring",
+            404 if "PROXY" in names else 400)
     for word in sorted(query):
         if function.query is not None and word not in function.query:
             refuse(word, "%s does not know %r in a query" % (path, word[:200]), "querystring")
@@ -2715,8 +2759,6 @@ def ask(control, method, target, body, agent):
 
 def find_route(path):
     """({method: function}, {part in capitals: name}) of a path."""
-    if path in ROUTES:
-        return ROUTES[path], {}
     parts = path.split("/")
     for known, methods in ROUTES.items():
         wanted = known.split("/")
@@ -2827,8 +2869,10 @@ def talker():
         def read_body(self):
             """The body; or None, and it is answered."""
             length = self.headers.get("Content-Length", "0")
+            if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
+                return self.read_chunks()
             if self.headers.get("Transfer-Encoding"):
-                self.send_error(411, "a body must come with its Content-Length")
+                self.send_error(411, "a body must come with its Content-Length, or in chunks")
             elif self.headers.get("Content-Encoding", "identity") != "identity":
                 self.send_error(415, "a body must come as it is, without Content-Encoding")
             elif not re.fullmatch("[0-9]{1,18}", length):
@@ -2842,6 +2886,27 @@ def talker():
                     return body
                 self.close_connection = True
             return None
+
+        def read_chunks(self):
+            """As read_body, of one in chunks (RFC 9112, 7.1)."""
+            self.wfile.flush()
+            body, size = b"", 1
+            while size:
+                line = self.rfile.readline(100).split(b";")[0].strip()
+                if not re.fullmatch(b"[0-9A-Fa-f]{1,8}", line):
+                    self.send_error(400, "a chunk must begin with its length")
+                    return None
+                size = int(line, 16)
+                if len(body) + size > BODY_MAX:
+                    self.send_error(413, "a body may have %d bytes at most" % BODY_MAX)
+                    return None
+                body += self.rfile.read(size)
+                if size and self.rfile.read(2) != b"\r\n":
+                    self.send_error(400, "a chunk must be as long as it says")
+                    return None
+            while self.rfile.readline(1000).strip():        # trailers
+                pass
+            return body
 
         def reply(self, status, headers, text):
             data = text.encode("utf-8")
@@ -2880,6 +2945,8 @@ NAME_MAX = 255
 GO_TYPES = {str: "string", bool: "bool", int: "int64", float: "float64", list: "[]", dict: "{}"}
 JSON_TYPES = {str: "string", bool: "bool", int: "number", float: "number", list: "array",
               dict: "object", type(None): "null"}
+TOXIPROXYS = {"noop", "latency", "bandwidth", "slicer", "slow_close", "timeout", "reset_peer",
+              "limit_data"}
 # As in the original these may be negative, which is as 0; where it crashed, it is refused.
 SIGNED = {"latency", "jitter", "delay", "timeout", "bytes"}
 PROXY_FIELDS = OrderedDict((("name", str), ("listen", str), ("upstream", str),
@@ -2903,17 +2970,7 @@ class ApiError(Refused):
 
     @classmethod
     def wrong_method(cls, method, path, methods):
-        return Silent(405)
-
-
-class Silent(ApiError):
-    """An answer that is an error, and says nothing but this."""
-
-    def __init__(self, status, text=""):
-        super().__init__(status, text)
-
-    def answer(self):
-        return plain(self.status, self.message)
+        return plain(405, "")
 
 
 def plain(status, text):
@@ -2922,7 +2979,7 @@ def plain(status, text):
 
 
 def compact(value):
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return json.dumps(value, separators=(",", ":"))
 
 
 def api(method, path, example="", status=200):
@@ -2930,8 +2987,9 @@ def api(method, path, example="", status=200):
     def register(function):
         def answer(question):
             if question.agent.startswith("Mozilla/"):       # no page in a browser drives us
-                raise Silent(403, "User agent not allowed\n")
-            found = function(question)
+                return plain(403, "User agent not allowed\n")
+            with in_its_words():
+                found = function(question)
             if isinstance(found, Answer):
                 return found
             if found is None:
@@ -2943,25 +3001,40 @@ def api(method, path, example="", status=200):
     return register
 
 
+@contextlib.contextmanager
+def in_its_words():
+    """An ApiError in the place of what a proxy raises."""
+    try:
+        yield
+    except CannotListen as problem:
+        raise ApiError(500, "listen tcp %s: bind: %s"
+                       % (problem.address, problem.reason.lower())) from None
+    except ValueError as problem:
+        raise bad_body(problem) from None
+
+
 # Reading
 
 def bad_body(words):
     return ApiError(400, "bad request body: %s" % words)
 
 
-def read_json(text):
-    """The first JSON value in a text; what follows it is ignored. Raises ApiError."""
+def read_json(text, strict=False):
+    """The first JSON value in a text; what follows it is ignored, or refused. Raises ApiError."""
     def constant(name):
         raise ValueError("invalid number %s" % name)
     text = text.lstrip(" \t\r\n")
     if not text:
         raise bad_body("EOF")
     try:
-        return json.JSONDecoder(parse_int=short_int, parse_constant=constant).raw_decode(text)[0]
+        decoder = json.JSONDecoder(parse_int=short_int, parse_constant=constant)
+        return decoder.decode(text) if strict else decoder.raw_decode(text)[0]
     except json.JSONDecodeError as problem:
         cut_off = problem.pos >= len(text.rstrip()) or problem.msg.startswith("Unterminated")
         raise bad_body("unexpected EOF" if cut_off else "invalid JSON: %s" % problem) from None
-    except (ValueError, RecursionError) as problem:
+    except RecursionError:
+        raise bad_body("nested too deeply") from None
+    except ValueError as problem:
         raise bad_body(problem) from None
 
 
@@ -2981,14 +3054,15 @@ def read_value(value, kind, place):
     return float(value) if kind is float else value
 
 
-def read_object(value, struct):
-    """A JSON object, its keys in lower case; null is as if it had none. Raises ApiError."""
+def read_object(value, struct, strict=False):
+    """A JSON object, its keys in any case if not strict; null is not given. Raises ApiError."""
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise bad_body("json: cannot unmarshal %s into Go value of type %s"
                        % (JSON_TYPES[type(value)], struct))
-    return {key.lower(): given for key, given in value.items() if given is not None}
+    return {key if strict else key.lower(): given
+            for key, given in value.items() if given is not None}
 
 
 def read_fields(table, kinds, struct):
@@ -3017,7 +3091,13 @@ def make_proxy(fields, proxies, place=""):
         if not fields.get(name):
             raise ApiError(400, "missing required field: %s%s" % (name, place))
     check_name(fields["name"])
-    toxics = [read_toxic(table) for table in fields.get("toxics", ())]
+    toxics = []
+    for number, table in enumerate(fields.get("toxics", ()), 1):
+        try:
+            toxics.append(read_toxic(table))
+        except ApiError as problem:
+            raise ApiError(problem.status, "%s (toxic %d of proxy %s)" % (
+                problem.message, number, fields["name"])) from None
     refuse_doubles(toxics)
     local = read_listen(fields.get("listen", ":0"), "listen tcp: ")
     backend = read_upstream(fields["upstream"])
@@ -3055,57 +3135,66 @@ def read_listen(text, prefix=""):
         raise bad_body("listen %s" % problem) from None
 
 
-def cannot_bind(problem):
-    return ApiError(500, "listen tcp %s: bind: %s" % (problem.address, problem.reason.lower()))
-
-
 def read_toxic(value, strict=False):
     """A Toxic of a JSON object. Raises ApiError.
 
-    strict    whether what is unknown is refused
+    strict    whether what is unknown, or out of range, is refused
     """
-    table = read_object(value, "toxics.ToxicWrapper")
+    table = read_object(value, "toxics.ToxicWrapper", strict)
     fields = read_fields(table, TOXIC_FIELDS, "ToxicWrapper")
-    stream = fields.get("stream", DOWNSTREAM)
+    kind = fields.get("type", "")
+    # Toxiproxy's own have a stream unless it is said; the others see both.
+    usual = "both" if kind in HANDLERS and kind not in TOXIPROXYS else DOWNSTREAM
+    stream = fields.get("stream", usual)
     if stream.lower() not in (UPSTREAM, DOWNSTREAM, "both"):
         raise ApiError(400, STREAM_WORDS)
-    kind = fields.get("type", "")
     if kind not in HANDLERS:
-        raise ApiError(400, "invalid toxic type")
+        raise ApiError(400, "invalid toxic type" + ": %r: there are %s" % (
+            kind, ", ".join(HANDLERS)) * strict)
     name = fields.get("name") or "%s_%s" % (kind, stream)
     check_name(name)
-    rule_fields = {}
-    for key, given in table.items():
-        try:
-            if key in RULE_FIELDS and key != "stream":
-                rule_fields[key] = RULE_FIELDS[key](given)
-            elif strict and key not in TOXIC_FIELDS:
-                raise ValueError("is not a field of a toxic: they are %s"
-                                 % ", ".join([*TOXIC_FIELDS, *RULE_FIELDS]))
-        except ValueError as problem:
-            raise bad_body("%s %s" % (key, problem)) from None
+    for key in table:
+        if strict and key not in TOXIC_FIELDS and key not in RULE_FIELDS:
+            raise bad_body("%s is not a field of a toxic: they are %s" % (
+                key, ", ".join(OrderedDict([*TOXIC_FIELDS.items(), *RULE_FIELDS.items()]))))
+    rule_fields = read_rule_fields(table)
     for _, words in misfits(kind, HANDLERS[kind], dict(rule_fields, stream=stream.lower())):
         raise bad_body(words)
-    toxicity = read_toxicity(fields, rule_fields)
+    toxicity = read_toxicity(fields, rule_fields, 1.0)
+    if strict and not 0 <= toxicity <= 1:
+        raise bad_body("toxicity must be a number from 0 to 1, not %r" % toxicity)
     attributes = read_attributes(kind, fields.get("attributes", {}), strict)
-    return Toxic(kind, name, 1.0 if toxicity is None else toxicity, attributes, stream,
-                 **rule_fields)
+    return Toxic(kind, name, toxicity, attributes, stream, **rule_fields)
 
 
-def read_toxicity(fields, rule_fields):
-    """From 0 to 1, or None; a percent means the same."""
+def read_rule_fields(table):
+    """The fields of a rule, but for stream, that a table has. Raises ApiError."""
+    found = {}
+    for key in RULE_FIELDS:
+        if key in table and key != "stream":
+            try:
+                found[key] = RULE_FIELDS[key](table[key])
+            except ValueError as problem:
+                raise bad_body("%s %s" % (key, problem)) from None
+    return found
+
+
+def read_toxicity(fields, rule_fields, usual):
+    """From 0 to 1; a percent means the same."""
     percent = rule_fields.pop("percent", None)
-    if percent is not None and "toxicity" in fields:
+    if percent is None:
+        return fields.get("toxicity", usual)
+    if "toxicity" in fields:
         raise bad_body("percent and toxicity say the same: give one of them")
-    return fields.get("toxicity") if percent is None else percent / 100
+    return percent / 100
 
 
 def read_attributes(kind, value, strict=False):
     """The options of a handler that are given in a JSON object. Raises ApiError."""
     usual = options_of(HANDLERS[kind])
-    known = {option.lower(): option for option in usual}
+    known = {option if strict else option.lower(): option for option in usual}
     found = {}
-    for key, given in read_object(value, "attributes").items():
+    for key, given in read_object(value, "attributes", strict).items():
         if key not in known:
             if strict:
                 raise bad_body("%s is not an attribute of %s: it has %s"
@@ -3113,7 +3202,7 @@ def read_attributes(kind, value, strict=False):
             continue
         option = known[key]
         number = read_value(given, type(usual[option]), ".attributes." + option)
-        if not (option in SIGNED and type(number) is int and number < 0):
+        if strict or not (option in SIGNED and type(number) is int and number < 0):
             try:
                 check_option(kind, option, number)
             except ValueError as problem:
@@ -3179,18 +3268,9 @@ def create_proxy(question):
     fields = read_proxy(read_json(question.body))
     proxies = question.control.proxies
     proxy = make_proxy(fields, proxies)
-    with proxies.changing:
-        if proxy.name in proxies:
-            raise ApiError(409, "proxy already exists")
-        add_proxy(proxies, proxy)
-        return show_proxy(proxy)
-
-
-def add_proxy(proxies, proxy):
-    try:
-        proxies.add(proxy)
-    except CannotListen as problem:
-        raise cannot_bind(problem) from None
+    if not proxies.add(proxy):
+        raise ApiError(409, "proxy already exists")
+    return show_proxy(proxy)
 
 
 @api("GET", "/proxies/PROXY")
@@ -3217,16 +3297,7 @@ def change_proxy(proxies, proxy, fields, enabled):
         local = read_listen(fields["listen"])
     if fields.get("upstream"):
         backend = read_upstream(fields["upstream"])
-    change_to(proxies, proxy, local, backend, enabled)
-
-
-def change_to(proxies, proxy, local, backend, enabled):
-    try:
-        proxies.change(proxy, local, backend, enabled)
-    except CannotListen as problem:
-        raise cannot_bind(problem) from None
-    except ValueError as problem:
-        raise bad_body(problem) from None
+    proxies.change(proxy, local, backend, enabled)
 
 
 @api("DELETE", "/proxies/PROXY")
@@ -3250,28 +3321,22 @@ def create_toxic(question):
     toxic = read_toxic(read_json(question.body))
     with question.control.proxies.changing:
         proxy = find_proxy(question)
-        refuse_doubles([*proxy.toxics, toxic])
-        arm_toxics(proxy, proxy.add_toxic, toxic)
+        toxics = [*proxy.toxics, toxic]
+        refuse_doubles(toxics)
+        proxy.loop.call(proxy.set_toxics, toxics)
     return show_toxic(toxic)
-
-
-def arm_toxics(proxy, function, toxics):
-    try:
-        proxy.loop.call(function, toxics)
-    except BadRule as problem:
-        raise bad_body(problem) from None
 
 
 @api("PUT", "/proxies/PROXY/toxics", '[{"type": "latency", "attributes": {"latency": 200}}]')
 def put_toxics(question):
     """Have these and no others; what is unknown in them is refused."""
     find_proxy(question)
-    tables = read_value(read_json(question.body), list, "toxics")
+    tables = read_value(read_json(question.body, strict=True), list, "toxics")
     toxics = [read_toxic(table, strict=True) for table in tables]
     refuse_doubles(toxics)
     with question.control.proxies.changing:
         proxy = find_proxy(question)
-        arm_toxics(proxy, proxy.set_toxics, toxics)
+        proxy.loop.call(proxy.set_toxics, toxics)
         return proxy.loop.call(show_toxics, proxy)
 
 
@@ -3286,22 +3351,31 @@ def get_toxic(question):
 def update_toxic(question):
     """Change its toxicity, or some of its attributes."""
     find_toxic(question)
-    fields = read_fields(read_object(read_json(question.body), "toxics.ToxicWrapper"),
-                         OrderedDict((("toxicity", float), ("attributes", dict))), "")
+    table = read_object(read_json(question.body), "toxics.ToxicWrapper")
+    fields = read_fields(table, OrderedDict((("toxicity", float), ("attributes", dict))), "")
+    rule_fields = read_rule_fields(table)
     with question.control.proxies.changing:
-        toxic = find_toxic(question)
-        attributes = read_attributes(toxic.rule.name, fields.get("attributes", {}))
-        question.proxy.loop.call(question.proxy.change_toxic, toxic,
-                                 fields.get("toxicity", toxic.toxicity), attributes)
-    return show_toxic(toxic)
+        toxic, proxy = find_toxic(question), question.proxy
+        rule = toxic.rule
+        toxicity = read_toxicity(fields, rule_fields, toxic.toxicity)
+        for name, value in rule_fields.items():
+            if value != getattr(rule, name):
+                raise bad_body("%s cannot be changed: remove the toxic, and add it anew" % name)
+        attributes = read_attributes(rule.name, fields.get("attributes", {}))
+        changed = Toxic(rule.name, toxic.name, toxicity, dict(toxic.attributes, **attributes),
+                        toxic.stream, rule.per, match=rule.match, after=rule.after,
+                        times=rule.times)
+        proxy.loop.call(proxy.set_toxics, [changed if other is toxic else other
+                                           for other in proxy.toxics])
+        return show_toxic(toxic)
 
 
 @api("DELETE", "/proxies/PROXY/toxics/TOXIC")
 def delete_toxic(question):
     """Remove it: what it holds goes on at once."""
     with question.control.proxies.changing:
-        toxic = find_toxic(question)
-        question.proxy.loop.call(question.proxy.remove_toxic, toxic)
+        toxic, proxy = find_toxic(question), question.proxy
+        proxy.loop.call(proxy.set_toxics, [other for other in proxy.toxics if other is not toxic])
 
 
 @api("POST", "/populate", '[{"name": "redis", "listen": "localhost:26379", '
@@ -3311,7 +3385,8 @@ def populate(question):
     made = []
     try:
         for proxy, fields in read_proxies(question.body, question.control.proxies):
-            made.append(populate_one(question.control.proxies, proxy, fields))
+            with in_its_words():
+                made.append(populate_one(question.control.proxies, proxy, fields))
     except ApiError as problem:
         return Answer(problem.status, {"Content-Type": "application/json"}, compact(OrderedDict(
             problem.table(), proxies=[show_proxy(proxy) for proxy in made] or None)))
@@ -3342,18 +3417,15 @@ def populate_one(proxies, proxy, fields):
     with proxies.changing:
         known = proxies.get(proxy.name)
         if known is None:
-            add_proxy(proxies, proxy)
+            proxies.add(proxy)
             return proxy
-        try:
-            same = (known.backend == proxy.backend
-                    and known.listen in (proxy.listen, first_address(proxy.local)))
-        except CannotListen as problem:
-            raise cannot_bind(problem) from None
+        same = (known.backend == proxy.backend
+                and known.listen in (proxy.listen, first_address(proxy.local)))
         if not same:
-            change_to(proxies, known, proxy.local, proxy.backend, proxy.enabled)
+            proxies.change(known, proxy.local, proxy.backend, proxy.enabled)
             known.loop.call(known.use, [])
         if not same or "toxics" in fields:
-            arm_toxics(known, known.set_toxics, proxy.toxics)
+            known.loop.call(known.set_toxics, proxy.toxics)
         return known
 
 
@@ -3700,18 +3772,22 @@ def option_flags(name, option):
         "--behavior-%s-%s" % (name, option.replace("_", "-"))] * ("_" in option)
 
 
+# What the command line gives, {setting: Given}; the sections of the file, {proxy: {setting:
+# Given}}; the handlers' options of both, {(handler, option): Given}; the file's toxics,
+# [(Toxic, the name of its proxy as Given, or None)]; the file's text, if it is JSON, as Given.
+Found = namedtuple("Found", "given sections options toxics json")
+
+
 def read_arguments(argv, settings, **words):
     """Read the command line, and the ini file that it names. Raises ValueError.
 
     Handlers of the user's are imported first, so that the parser knows their options.
-    Returns what the command line gives, the sections of the file, the handlers' options of
-    both, and the file's toxics and, if it is JSON, its text: {setting: Given},
-    {proxy: {setting: Given}}, {(handler, option): Given}, [(Toxic, Given proxy)], Given.
+    Returns what was Found.
     """
     first = vars(Parser(settings, add_help=False, prog=words.get("prog"))
                  .parse_known_args(argv)[0])
     given = {name: Given(settings[name].flags[0], text) for name, text in first.items()}
-    sections, options, toxics, entries = {}, {}, [], Given("", "")
+    sections, options, toxics, entries = {}, {}, [], Given("", "[]")
     if "config" in given:
         path = given["config"].checked(check_file)
         text = read_file(path)
@@ -3730,7 +3806,7 @@ def read_arguments(argv, settings, **words):
         handler_name, _, option = name.rpartition(".")
         if handler_name:
             options[handler_name, option] = Given(option_flags(handler_name, option)[0], text)
-    return given, sections, options, toxics, entries
+    return Found(given, sections, options, toxics, entries)
 
 
 def read_file(path):
@@ -3871,12 +3947,11 @@ def make_proxies(found, needs_one=True):
     where it listens or what it calls. Its seed and its timeout hold for all of them, and
     so does its behavior if it is not one more.
     """
-    given, sections, options, toxics, entries = found
-    sections = dict(sections)
+    given, sections, json_given = found.given, dict(found.sections), found.json.text != "[]"
     own = sections.pop("vaurien", {})
-    one_more = "local" in own or "distant" in own or bool(
-        entries.text and ("local" in given or "distant" in given)) or (
-        needs_one and not sections and not entries.text)
+    one_more = "local" in own or "distant" in own or (
+        json_given and ("local" in given or "distant" in given)) or (
+        needs_one and not sections and not json_given)
     for_all = {name: own[name] for name in ["seed", "timeout"] + ["behavior"] * (not one_more)
                if name in own}
     common = {name: given[name] for name in given if name not in ("local", "distant")}
@@ -3887,7 +3962,7 @@ def make_proxies(found, needs_one=True):
                          "there are %s" % ", ".join(sections))
     chosen = [("vaurien", ChainMap(given, own))] if one_more else []
     chosen += [(name, ChainMap(common, section, for_all)) for name, section in sections.items()]
-    checked = option_values(options)
+    checked = option_values(found.options)
     usual = values(ChainMap(given, own), PROXY_SETTINGS)
     proxies = Proxies(seed=usual["seed"], timeout=usual["timeout"])
     for name, texts in chosen:
@@ -3896,12 +3971,12 @@ def make_proxies(found, needs_one=True):
             value["seed"] = proxies.seed
         proxies[name] = Proxy(name=name, options=checked, **value)
     try:
-        for proxy, _ in read_proxies(entries.text or "[]", proxies):
-            put_anew(proxies, proxy.name, "%s %s" % (entries.where, proxy.name), proxy)
+        for proxy, _ in read_proxies(found.json.text, proxies):
+            put_anew(proxies, proxy.name, "%s %s" % (found.json.where, proxy.name), proxy)
     except ApiError as problem:
         words = re.sub("^bad request body: ", "", problem.message)
-        raise ValueError("%s %s" % (entries.where, words)) from None
-    give_toxics(proxies, toxics)
+        raise ValueError("%s %s" % (found.json.where, words)) from None
+    give_toxics(proxies, found.toxics)
     return proxies
 
 
@@ -3992,8 +4067,8 @@ def run(argv):
     """The main job: proxies, until they are told to stop. Returns it, to be done."""
     found = read_arguments(argv, SETTINGS, prog="vaurien", epilog=EXAMPLES,
                            description=introduction())
-    given, sections = found[:2]
-    process = values(ChainMap(given, sections.get("vaurien", {})), PROCESS_SETTINGS)
+    given = found.given
+    process = values(ChainMap(given, found.sections.get("vaurien", {})), PROCESS_SETTINGS)
     if not process["http"] and ("http-host" in given or "http-port" in given):
         raise ValueError("--http-host and --http-port are for --http, which is not given")
     return prepare(make_proxies(found), process, "attached" in given)
@@ -4007,10 +4082,10 @@ def run_server(argv):
     """
     found = read_arguments(argv, SERVE_SETTINGS, prog="vaurien serve",
                            description=inspect.getdoc(run_server))
-    given, sections = found[:2]
+    given = found.given
     settings = OrderedDict((name, SERVE_SETTINGS.get(name, setting))
                            for name, setting in PROCESS_SETTINGS.items())
-    process = values(ChainMap(given, sections.get("vaurien", {})), settings)
+    process = values(ChainMap(given, found.sections.get("vaurien", {})), settings)
     process["http"] = True
     return prepare(make_proxies(found, needs_one=False), process, "attached" in given)
 
@@ -4040,10 +4115,9 @@ GIVE_UP = 3.0                   # seconds a client of the demo waits for an answ
 
 def demo(argv):
     """See it at work: an embedded HTTP backend, the proxy in front of it, a histogram."""
-    given, _, options, _, _ = read_arguments(argv, DEMO_SETTINGS, prog="vaurien demo",
-                                             description=demo.__doc__)
-    value = values(given, DEMO_SETTINGS)
-    return lambda: show_demo(value, option_values(options))
+    found = read_arguments(argv, DEMO_SETTINGS, prog="vaurien demo", description=demo.__doc__)
+    value = values(found.given, DEMO_SETTINGS)
+    return lambda: show_demo(value, option_values(found.options))
 
 
 def show_demo(value, options):
