@@ -2837,7 +2837,7 @@ class TestToxiproxyApi(Toxicproxy):
     def test_a_body_in_chunks(self):
         head = b"POST /proxies HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
         for chunks, status in [(b'5\r\n{"nam\r\n1e;x=y\r\ne": "a", "upstream": "x:1"}   \r\n0\r\nX: y\r\n\r\n', b"201"),
-                               (b"x\r\n", b"400"), (b"-1\r\n", b"400"), (b"2\r\nabc", b"400"), (b"fffffff\r\n", b"413")]:
+                               (b"x\r\n", b"400"), (b"-1\r\n", b"400"), (b"2\r\nabcd", b"400"), (b"fffffff\r\n", b"413")]:
             with contextlib.closing(connect(self.port)) as sock:
                 sock.sendall(head + chunks)
                 self.assertEqual(sock.recv(65536)[9:12], status, chunks)
