@@ -72,6 +72,7 @@ HELD_ENTRY = 400                # what keeping one chunk costs besides its bytes
                                 #   Python 3.6, 336 on 3.13 (measured)
 BACKLOG = 4096                  # for listen; the kernel caps it (net.core.somaxconn)
 BURST = 64                      # connections accepted in a row before others have their turn
+LINGER = 5.0                    # seconds for a client to close after an error (as nginx has it)
 PAUSE = 1.0                     # seconds without accepting when descriptors have run out
 FINE = 0.005                    # seconds before an alarm from which waiting is exact
 EARLY = 0.00015                 # seconds by which select() wakes up later than it is asked to
@@ -119,6 +120,8 @@ OPEN = Signal("OPEN")       # a client is here; upstream, this calls the backend
                             #   when it has been changed
 EOF = Signal("EOF")         # no more bytes this way: half-close; both ways: close
 RESET = Signal("RESET")     # forget what is under way, reset both sockets
+END = Signal("END")         # of a request, of a reply, where there is a protocol; goes no further
+MORE = Signal("MORE")       # what goes on with the request before; for protocols alone
 
 
 # -- Checks -------------------------------------------------------------------
@@ -191,9 +194,12 @@ def show_value(value):
 #              shared    a Counter for all the states of this fault at this proxy
 #   t        when the event comes; an earlier time yielded means t
 #   to       UPSTREAM or DOWNSTREAM; yield the other one to answer
+#              protocol  the Protocol of the connection; None for tcp
+#              asked     the Request that the event belongs to, where there is a protocol
 #   data     bytes, or OPEN, or EOF (also before a peer's reset); RESET may be yielded.
 #            To a fault drawn for the connection, OPEN is the beginning: it comes each way,
-#            also on a connection that was open before, and again when it has been changed
+#            also on a connection that was open before, and again when it has been changed.
+#            Where there is a protocol, END comes when a request, or its reply, is complete
 #   *, ...   its options: the defaults give their types (a yes/no, a whole number,
 #            a number, a text), the docstring their help, a line each
 #
@@ -244,13 +250,18 @@ def delay(state, t, to, data, *, sleep=1.0, before=True):
 
 
 @handler
-def error(state, t, to, data, *, inject=False, warmup=0):
-    """A broken backend: it is asked as usual, its answer replaced by random bytes.
+def error(state, t, to, data, *, inject=False, warmup=0, kind=""):
+    """A broken backend: the answer is random bytes; of a protocol, what a real server says.
 
     inject   yes: put 100 random bytes into the middle of the valid answer instead
     warmup   requests of the proxy that pass untouched first
+    kind     which of its protocol's errors, like 503, LOADING, 1213 or 57P01; drawn if not given
     """
-    if to == UPSTREAM or not data or state.request <= warmup:
+    if state.request <= warmup:
+        yield t, to, data
+    elif state.protocol and not inject:
+        yield from say_error(state, t, to, data, kind)
+    elif to == UPSTREAM or not data:
         yield t, to, data
     elif state["answered"] != state.turn:
         state["answered"] = state.turn
@@ -264,19 +275,58 @@ def error(state, t, to, data, *, inject=False, warmup=0):
         yield t, to, data
 
 
+def say_error(state, t, to, data, kind):
+    """Answer in the backend's place, as a real server does; pass what one would not refuse."""
+    protocol, asked = state.protocol, state.asked
+    if asked is None:                           # somebody connects
+        usual = (protocol.greeting or protocol.closing) if protocol.speaks else ()
+        kinds = [kind] if kind else usual
+        reply = None
+        if state["refused"] and to == UPSTREAM and data is not EOF:
+            return
+        if kinds and to == UPSTREAM and data is not EOF and data is not END:
+            reply = protocol.refuse(kinds[state.chance % len(kinds)], data)
+        if not reply:
+            yield t, to, data
+            return
+        if reply.data:
+            yield t, DOWNSTREAM, reply.data
+        if reply.closes:
+            state["refused"] = 1
+            yield t, DOWNSTREAM, EOF
+            yield t, UPSTREAM, EOF
+        return
+    if asked not in state.replies:
+        state.replies[asked] = protocol.answer(kind or state.random.choice(protocol.usual), asked)
+        if state.replies[asked] and state.replies[asked].instead:
+            yield t, UPSTREAM, state.replies[asked].instead
+    reply = state.replies[asked]
+    if not reply or data is EOF or data is OPEN:
+        yield t, to, data
+    elif to == UPSTREAM and data is END and not reply.instead:
+        yield t, DOWNSTREAM, reply.data
+        if reply.closes:
+            yield t, DOWNSTREAM, EOF
+            yield t, UPSTREAM, EOF
+    elif to == DOWNSTREAM and data is END and reply.instead:
+        yield t, DOWNSTREAM, protocol.complete(reply, asked)
+
+
 @handler
-def transient(state, t, to, data, *, agitate=1, inject=False, warmup=0):
+def transient(state, t, to, data, *, agitate=1, inject=False, warmup=0, kind=""):
     """A backend that recovers: errors for the first requests, then it succeeds.
 
     agitate  requests of the proxy that fail
     inject   as in error
     warmup   as in error: requests that pass before the first one fails
+    kind     as in error
     """
-    if data and not state["counted"] and state.request > warmup:
+    if data and not state["counted"] and state.request > warmup and (
+            state.asked or not state.protocol):
         state.shared["failed"] += 1         # a connection that says nothing does not count
         state["counted"] = state.shared["failed"]
     if 1 <= state["counted"] <= agitate:
-        yield from error(state, t, to, data, inject=inject, warmup=warmup)
+        yield from error(state, t, to, data, inject=inject, warmup=warmup, kind=kind)
     else:
         yield t, to, data
 
@@ -448,7 +498,7 @@ class BaseHandler:
     """
 
     name = ""
-    options: dict = {}      # noqa: RUF012
+    options: dict = {}
     class_form = True       # whichever copy of this file it comes from
 
     def __init__(self, settings=None, proxy=None):
@@ -524,8 +574,8 @@ def check_option(name, option, value):
         raise ValueError("is not an option of %s: it has %s"
                          % (name, ", ".join(sorted(table)) or "none"))
     kind = type(table[option])
-    if kind is str and isinstance(value, str):
-        return value
+    if kind is str and isinstance(value, (str, int)) and not isinstance(value, bool):
+        return str(value)
     if kind is bool:
         return check_yes_no(value)
     number = check_number(value, kind, {int: "a whole number, 0 or more",
@@ -592,6 +642,766 @@ def check_handler(path, function):
                              % (path, option))
 
 
+# -- Protocols ----------------------------------------------------------------
+#
+# What tells one request from the next in the client's bytes and one reply from the next
+# in the backend's, and what a real server says when it fails. A protocol reads; it never
+# holds, changes or loses a byte, and knows of no socket, clock or thread.
+#
+# Its two readers are generators, one for each way. They yield what they need next, are sent
+# it, and mark where they are:
+#
+#   a number       so many bytes pass by
+#   Take(number)   so many bytes are sent to it
+#   Past(bytes)    all bytes up to the end of these pass by
+#   a pattern      the bytes up to the end of its first match are sent to it, HEARD_MAX at most
+#   a Request      what has passed since the last END is the head of a request: now it can
+#                  be said what it is, and nothing of it need have been let through
+#   MORE           what has passed since the last END goes on with the request before
+#   END            here a request, or a reply, ends
+#
+# NotOurs is raised where bytes are not, or no longer, of the protocol: the connection goes
+# on as plain tcp.
+
+PROTOCOLS = OrderedDict((("tcp", None),))       # {name: class}
+LINE = re.compile(rb"\n")
+HEADERS = re.compile(rb"\n\r?\n")
+PATTERN = type(LINE)
+FOREVER = 1 << 62               # bytes that are of no more interest
+
+
+def protocol(function):
+    """Register a protocol under its own name, in small letters."""
+    PROTOCOLS[function.__name__.lower()] = function
+    return function
+
+
+class Take(int):
+    """So many bytes, to be looked at."""
+
+
+class Past:
+    """All bytes up to the end of these, of which some may have gone by."""
+
+    __slots__ = ("words", "tail")
+
+    def __init__(self, words, tail=b""):
+        self.words, self.tail = words, tail
+
+
+class NotOurs(Exception):
+    """These bytes are not of the protocol; the words are for the log."""
+
+
+class Request:
+    """What is known of a request when its head has come.
+
+    text      what `match` is looked for in
+    name      its command, in capitals
+    replies   whether the backend answers it
+    info      what else its protocol wants to know of it
+    draws     whether dice are thrown for it; else it shares the lot of the one before
+    """
+
+    __slots__ = ("text", "name", "replies", "info", "draws")
+
+    def __init__(self, text, name, replies=True, info=None, draws=True):
+        self.text, self.name, self.replies, self.info = text, name, replies, info
+        self.draws = draws
+
+
+class Reply(namedtuple("Reply", "data closes instead")):
+    """How a fault answers a request.
+
+    data       what is said in the backend's place
+    closes     whether the connection is closed then
+    instead    what the backend gets in the request's place, if it has to know
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, data, closes=False, instead=b""):
+        return super().__new__(cls, data, closes, instead)
+
+
+class Frames:
+    """Where requests, or replies, begin and end in the bytes of one way, split as they come."""
+
+    __slots__ = ("reader", "need", "kept", "lost")
+
+    def __init__(self, reader):
+        self.reader = reader
+        self.need = next(reader)
+        self.kept = b""             # of what is needed, from earlier pieces
+        self.lost = ""              # why the bytes are not the protocol's any more
+
+    def feed(self, data, size):
+        """The marks in the first `size` of these bytes: [(offset, mark)]."""
+        marks = []
+        try:
+            self.read(data, size, marks)
+        except NotOurs as problem:
+            self.lost = str(problem)
+        return marks
+
+    def read(self, data, size, marks):
+        at, need, kept, send = 0, self.need, self.kept, self.reader.send
+        while True:
+            kind = type(need)
+            if kind is int:
+                if need > size - at:
+                    need -= size - at
+                    break
+                at += need
+                need = send(None)
+            elif kind is Take:
+                found = kept + data[at:min(size, at + need - len(kept))]
+                at += len(found) - len(kept)
+                kept = found
+                if len(kept) < need:
+                    break
+                kept = b""
+                need = send(bytes(found))
+            elif kind is PATTERN:
+                text, start = (kept + data[at:size], 0) if kept else (data, at)
+                match = need.search(text, start, len(kept) + size - at if kept else size)
+                if not match:
+                    kept += data[at:size]
+                    if len(kept) > HEARD_MAX:
+                        raise NotOurs("a head of more than %d bytes" % HEARD_MAX)
+                    break
+                found = bytes(text[start:match.end()])
+                at += len(found) - len(kept)
+                kept = b""
+                need = send(found)
+            elif kind is Past:
+                words, tail = need.words, need.tail
+                near = tail + data[at:min(size, at + len(words) - 1)]
+                end = near.find(words) + len(words) - len(tail)
+                if end < len(words) - len(tail):
+                    end = data.find(words, at, size) + len(words) - at
+                    if end < len(words) - at:
+                        need.tail = bytes((tail + data[max(at, size - len(words) + 1):size])
+                                          [-len(words) + 1:])
+                        break
+                at += end
+                need = send(None)
+            else:
+                marks.append((at, need))
+                need = send(None)
+        self.need, self.kept = need, kept
+
+
+class Protocol:
+    """What a connection's protocol has read of it.
+
+    errors    {kind: what is said}: by the protocol's own names
+    usual     the kinds that are drawn from where none is named
+    greeting  the kinds that come when a client connects, in the place of all else
+    closing   the kinds after which a server closes
+    speaks    whether the backend speaks first, or is asked who it is: connecting is then
+              a request by itself
+    """
+
+    errors: dict = {}
+    usual: tuple = ()
+    greeting: tuple = ()
+    closing: tuple = ()
+    speaks = False
+
+    def __init__(self):
+        self.pending = deque()      # Requests that the backend has, and has not answered
+        self.up = Frames(self.requests())
+        self.down = Frames(self.replies())
+
+    def first(self):
+        """The Request that is answered next; None while somebody connects."""
+        return self.pending[0] if self.pending else None
+
+    def ended(self):
+        """A reply has come to its end."""
+        return self.pending.popleft() if self.pending else None
+
+    def requests(self):
+        """The reader of the client's bytes."""
+        raise NotImplementedError
+
+    def replies(self):
+        """The reader of the backend's bytes."""
+        raise NotImplementedError
+
+    def refuse(self, kind, data):
+        """The Reply to a client that connects, or None if that is no time for this kind.
+
+        data    OPEN, or what it has said
+        """
+        return Reply(self.said(kind), True) if kind in self.greeting else None
+
+    def complete(self, reply, request):
+        """What is said when the backend has answered what it got instead."""
+        return reply.data
+
+    def answer(self, kind, request):
+        """The Reply to a request, or None if a server would not answer it so."""
+        if kind in self.greeting or not request.replies:
+            return None
+        return Reply(self.said(kind))
+
+    def said(self, kind):
+        return self.errors[kind].encode() + b"\r\n"
+
+
+def digits(text, most=1 << 40):
+    """A number as protocols write it. Raises NotOurs."""
+    text = text.strip()
+    if not text.isdigit() or len(text) > 12 or int(text) > most:
+        raise NotOurs("%r is no length" % text[:20])
+    return int(text)
+
+
+@protocol
+class Http(Protocol):
+    """HTTP/1.0 and 1.1 (RFC 9112)."""
+
+    errors = OrderedDict((
+        ("500", "Internal Server Error"), ("502", "Bad Gateway"), ("503", "Service Unavailable"),
+        ("504", "Gateway Timeout"), ("429", "Too Many Requests")))
+    usual = ("500", "502", "503", "504")
+    FIRST = re.compile(rb"\s*([A-Z]+) [^ \r\n]+ HTTP/1\.([01])\r?\n")
+    STATUS = re.compile(rb"HTTP/1\.[01] (\d\d\d)")
+    LENGTH = re.compile(rb"(?im)^content-length[ \t]*:[ \t]*(\d+)[ \t]*\r?$")
+    CHUNKED = re.compile(rb"(?im)^transfer-encoding[ \t]*:.*chunked[ \t]*\r?$")
+    CLOSE = re.compile(rb"(?im)^connection[ \t]*:.*\bclose\b")
+    ALIVE = re.compile(rb"(?im)^connection[ \t]*:.*\bkeep-alive\b")
+    EXPECT = re.compile(rb"(?im)^expect[ \t]*:.*100-continue")
+
+    def requests(self):
+        while True:
+            head = yield HEADERS
+            first = self.FIRST.match(head)
+            if not first:
+                raise NotOurs("no request line of HTTP/1")
+            closes = (self.CLOSE.search(head) or self.EXPECT.search(head)
+                      or (first.group(2) == b"0" and not self.ALIVE.search(head)))
+            yield Request(head.strip().replace(b"\r\n", b"\n"), first.group(1).decode(),
+                          info=bool(closes))
+            yield from self.body(head, 0)
+            yield END
+
+    def replies(self):
+        while True:
+            head = yield HEADERS
+            found = self.STATUS.match(head)
+            if not found:
+                raise NotOurs("no status line of HTTP/1")
+            status, request = int(found.group(1)), self.first()
+            name = request.name if request else ""
+            if status == 101 or (name == "CONNECT" and 200 <= status < 300):
+                raise NotOurs("another protocol from here")
+            if status >= 200:
+                if name != "HEAD" and status not in (204, 304):
+                    yield from self.body(head, FOREVER)
+                self.ended()
+                yield END
+
+    def body(self, head, usual):
+        """What follows a head; usual is its length where nothing is said of it."""
+        if self.CHUNKED.search(head):
+            size = 1
+            while size:
+                line = yield LINE
+                try:
+                    size = int(line.split(b";")[0], 16)
+                except ValueError:
+                    raise NotOurs("%r is no chunk" % line[:20]) from None
+                if size:
+                    yield size + 2
+            while (yield LINE).strip():     # trailers
+                pass
+        else:
+            length = self.LENGTH.search(head)
+            yield digits(length.group(1)) if length else usual
+
+    def answer(self, kind, request):
+        words = "%s %s" % (kind, self.errors[kind])
+        body = "" if request.name == "HEAD" else words + "\n"
+        head = ["HTTP/1.1 " + words, "Content-Type: text/plain", "Content-Length: %d"
+                % (len(words) + 1)]
+        head += ["Retry-After: 5"] * (kind in ("429", "503"))
+        head += ["Connection: close"] * request.info
+        return Reply(("\r\n".join(head) + "\r\n\r\n" + body).encode(), request.info)
+
+
+@protocol
+class Redis(Protocol):
+    """RESP2 and RESP3, and inline commands (redis.io, protocol specification)."""
+
+    errors = OrderedDict((
+        ("LOADING", "Redis is loading the dataset in memory"),
+        ("BUSY", "Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN "
+                 "NOSAVE."),
+        ("OOM", "command not allowed when used memory > 'maxmemory'."),
+        ("READONLY", "You can't write against a read only replica."),
+        ("MISCONF", "Redis is configured to save RDB snapshots, but it's currently unable to "
+                    "persist to disk. Commands that may modify the data set are disabled, "
+                    "because this instance is configured to report errors during writes if RDB "
+                    "snapshotting fails (stop-writes-on-bgsave-error option). Please check the "
+                    "Redis logs for details about the RDB error."),
+        ("MASTERDOWN", "Link with MASTER is down and replica-serve-stale-data is set to 'no'."),
+        ("NOREPLICAS", "Not enough good replicas to write."),
+        ("CLUSTERDOWN", "The cluster is down"), ("MOVED", "3999 127.0.0.1:6381"),
+        ("ASK", "3999 127.0.0.1:6381"),
+        ("TRYAGAIN", "Multiple keys request during rehashing of slot"),
+        ("NOAUTH", "Authentication required."),
+        ("MAXCLIENTS", "max number of clients reached")))
+    usual = ("LOADING", "BUSY", "OOM", "READONLY", "MISCONF", "CLUSTERDOWN")
+    greeting = ("MAXCLIENTS",)
+    # From these on the backend speaks when it likes.
+    PUSHES = {"SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE", "MONITOR", "SYNC", "PSYNC", "REPLCONF"}
+
+    def __init__(self):
+        self.queueing = False       # between MULTI and EXEC
+        super().__init__()
+
+    def requests(self):
+        while True:
+            line = yield LINE
+            words, room, said = [], HEARD_MAX, False
+            if line[:1] == b"*":
+                number = 0 if line[1:2] == b"-" else digits(line[1:], 1 << 20)
+                for _ in range(number):
+                    line = yield LINE
+                    if line[:1] != b"$":
+                        raise NotOurs("%r in a command" % line[:20])
+                    size = digits(line[1:])
+                    words.append((yield Take(min(size, room))))
+                    room -= len(words[-1])
+                    if len(words[-1]) < size and not said:
+                        said = True         # its name and more is known: enough
+                        yield self.request(words)
+                    yield size - len(words[-1]) + 2
+            else:
+                words = line.split()
+            if not said:
+                yield self.request(words)
+            yield END
+
+    def request(self, words):
+        name = words[0].upper().decode("latin-1") if words else ""
+        if name in self.PUSHES or (name == "CLIENT" and words[1:2]
+                                   and words[1].upper() in (b"REPLY", b"TRACKING")):
+            raise NotOurs("%s: from here it pushes" % name)
+        request = Request(b" ".join(words), name, bool(words), self.queueing)
+        if name in ("MULTI", "EXEC", "DISCARD"):
+            self.queueing = name == "MULTI"
+        return request
+
+    def replies(self):
+        while True:
+            left = 1
+            while left:
+                line = yield LINE
+                kind, left = line[:1], left - 1
+                if kind in (b"$", b"=", b"!"):
+                    if line[1:2] not in (b"-", b"?"):
+                        yield digits(line[1:]) + 2
+                elif kind in (b"*", b"~", b"%"):
+                    if line[1:2] != b"-":
+                        left += digits(line[1:]) * (1 + (kind == b"%"))
+                elif kind == b"|":          # attributes, then what they are of
+                    left += 2 * digits(line[1:]) + 1
+                elif kind not in (b"+", b"-", b":", b"_", b"#", b",", b"("):
+                    raise NotOurs("%r is no reply" % line[:20])
+            self.ended()
+            yield END
+
+    def said(self, kind):
+        name = "ERR" if kind == "MAXCLIENTS" else kind
+        return ("-%s %s\r\n" % (name, self.errors[kind])).encode()
+
+    def answer(self, kind, request):
+        if kind in self.greeting or not request.replies or request.name in ("QUIT", "RESET"):
+            return None
+        if request.name in ("EXEC", "DISCARD", "MULTI"):
+            # A server in trouble says so to what it queues, and EXEC then tells of it.
+            return Reply(self.said(kind)) if not request.info and request.name == "MULTI" else None
+        # A command that is refused spoils its transaction: the backend gets one that it refuses.
+        return Reply(self.said(kind), False, b"*1\r\n$7\r\nvaurien\r\n" if request.info else b"")
+
+
+@protocol
+class Memcache(Protocol):
+    """The text protocol of memcached, with its meta commands (doc/protocol.txt)."""
+
+    errors = OrderedDict((
+        ("SERVER_ERROR", "SERVER_ERROR out of memory"),
+        ("OUT_OF_MEMORY", "SERVER_ERROR out of memory storing object"),
+        ("WRITING", "SERVER_ERROR out of memory writing get response"),
+        ("TOO_LARGE", "SERVER_ERROR object too large for cache"),
+        ("CLIENT_ERROR", "CLIENT_ERROR bad data chunk"), ("ERROR", "ERROR"),
+        ("TOO_MANY", "ERROR Too many open connections")))
+    usual = ("SERVER_ERROR",)
+    greeting = ("TOO_MANY",)
+    STORE = {"set", "add", "replace", "append", "prepend", "cas"}
+    GET = {"get", "gets", "gat", "gats"}
+    META = {"mg", "ms", "md", "ma", "me", "mn"}
+
+    def requests(self):
+        while True:
+            line = yield LINE
+            if line[:1] == b"\x80":
+                raise NotOurs("the binary protocol")
+            words = line.decode("latin-1").split()
+            name = words[0] if words else ""
+            if name in ("watch", "lru_crawler"):
+                raise NotOurs("%s: from here it pushes" % name)
+            size = 4 if name in self.STORE else 2
+            body = 0
+            if name in self.STORE or name == "ms":
+                if len(words) <= size:
+                    name = ""               # it is answered with an error
+                else:
+                    body = digits(words[size].encode()) + 2
+            # A quiet meta command is answered or not: whoever sends one waits for `mn`.
+            quiet = name in self.META and "q" in "".join(word[0] for word in words[2:])
+            replies = words[-1:] != ["noreply"] and name != "quit" and not quiet
+            yield Request(line.strip(), name, replies, quiet)
+            yield body
+            yield END
+
+    def replies(self):
+        while True:
+            line = yield LINE
+            words = line.decode("latin-1").split() or [""]
+            request = self.first()
+            name = request.name if request else ""
+            if words[0] == "VALUE" and len(words) > 3:
+                yield digits(words[3].encode()) + 2
+            elif words[0] == "VA" and len(words) > 1:
+                yield digits(words[1].encode()) + 2
+                self.ended()
+                yield END
+            elif not (words[0] in ("STAT", "ITEM") and name not in self.GET):
+                self.ended()
+                yield END
+
+    def answer(self, kind, request):
+        if request.name == "mn":            # it says that all before it is done
+            return None
+        return super().answer(kind, request)
+
+
+@protocol
+class Mysql(Protocol):
+    """MySQL's and MariaDB's client/server protocol."""
+
+    errors = OrderedDict((
+        ("1205", ("HY000", "Lock wait timeout exceeded; try restarting transaction")),
+        ("1213", ("40001", "Deadlock found when trying to get lock; try restarting transaction")),
+        ("1317", ("70100", "Query execution was interrupted")),
+        ("3024", ("HY000", "Query execution was interrupted, maximum statement execution time "
+                           "exceeded")),
+        ("1969", ("70100", "Query execution was interrupted (max_statement_time exceeded)")),
+        ("1290", ("HY000", "The MySQL server is running with the --read-only option so it cannot "
+                           "execute this statement")),
+        ("1203", ("42000", "User has already more than 'max_user_connections' active "
+                           "connections")),
+        ("1053", ("08S01", "Server shutdown in progress")),
+        ("1927", ("70100", "Connection was killed")),
+        ("4031", ("HY000", "The client was disconnected by the server because of inactivity. See "
+                           "wait_timeout and interactive_timeout for configuring this behavior.")),
+        ("1040", ("08004", "Too many connections")),
+        ("1129", ("HY000", "Host is blocked because of many connection errors; unblock with "
+                           "'mysqladmin flush-hosts'"))))
+    usual = ("1205", "1213", "1317", "1290")
+    greeting = ("1040", "1129")
+    closing = ("1053", "1927", "4031")
+    speaks = True
+    QUERY, PREPARE, EXECUTE = 3, 0x16, 0x17
+    SILENT = {0x01, 0x18, 0x19}             # QUIT, STMT_SEND_LONG_DATA, STMT_CLOSE
+
+    def __init__(self):
+        self.statements = {}                # {number: text} of those that are prepared
+        super().__init__()
+
+    def requests(self):
+        known = False                       # whether the client has said what it can
+        while True:
+            head = yield Take(4)
+            size = int.from_bytes(head[:3], "little")
+            if head[3] or not size:
+                yield MORE                  # it goes on with logging in, or with LOCAL INFILE
+                if head[3] and not known:
+                    flags = yield Take(min(4, size))
+                    size -= len(flags)
+                    known = True
+                    flags = int.from_bytes(flags, "little")
+                    if size == 28 and flags & 0x800:
+                        raise NotOurs("TLS from here")
+                    if flags & 0x20:
+                        raise NotOurs("compression from here")
+                yield size
+                yield END
+                continue
+            first = yield Take(min(size, HEARD_MAX))
+            yield self.request(first)
+            yield size - len(first)
+            while size == 0xFFFFFF:
+                size = int.from_bytes((yield Take(4))[:3], "little")
+                yield size
+            yield END
+
+    def request(self, first):
+        command, text = first[0], b""
+        if command in (self.QUERY, self.PREPARE):
+            text = first[1:]
+        elif command == self.EXECUTE:
+            text = self.statements.get(first[1:5], b"")
+        self.down = Frames(self.replies())      # one at a time: all before is answered
+        self.pending.clear()
+        return Request(text, command, command not in self.SILENT)
+
+    def replies(self):
+        """The first packet of a reply: the rest is over when the next request comes."""
+        head = yield Take(4)
+        size = int.from_bytes(head[:3], "little")
+        first = yield Take(min(size, 5))
+        request = self.first()
+        if request and request.name == self.PREPARE and first[:1] == b"\0":
+            self.statements[first[1:5]] = request.text
+        yield size - len(first)
+        self.ended()
+        yield END
+        yield FOREVER
+
+    def said(self, kind, seq=1):
+        state, words = self.errors[kind]
+        body = b"\xff" + int(kind).to_bytes(2, "little")
+        body += ("#" + state if seq else "").encode() + words.encode()   # none before the greeting
+        return len(body).to_bytes(3, "little") + bytes([seq]) + body
+
+    def refuse(self, kind, data):
+        return Reply(self.said(kind, 0), True) if kind in self.greeting else None
+
+    def answer(self, kind, request):
+        if kind in self.greeting or not request.replies:
+            return None
+        # A deadlock rolls the whole transaction back, in the backend too.
+        undo = b"\x09\0\0\0\x03ROLLBACK" if kind == "1213" else b""
+        return Reply(self.said(kind), kind in self.closing, undo)
+
+
+@protocol
+class Postgres(Protocol):
+    """PostgreSQL's frontend/backend protocol 3."""
+
+    errors = OrderedDict((
+        ("57014", "canceling statement due to statement timeout"),
+        ("40001", "could not serialize access due to concurrent update"),
+        ("40P01", "deadlock detected"), ("55P03", "canceling statement due to lock timeout"),
+        ("25006", "cannot execute INSERT in a read-only transaction"),
+        ("53100", "could not extend file: No space left on device"), ("53200", "out of memory"),
+        ("57P01", "terminating connection due to administrator command"),
+        ("25P03", "terminating connection due to idle-in-transaction timeout"),
+        ("57P05", "terminating connection due to idle-session timeout"),
+        ("57P03", "the database system is starting up"),
+        ("53300", "sorry, too many clients already")))
+    usual = ("57014", "40001", "40P01", "55P03")
+    greeting = ("57P03", "53300")
+    closing = ("57P01", "25P03", "57P05")
+    speaks = True
+    TLS, GSS, CANCEL = 80877103, 80877104, 80877102
+
+    def __init__(self):
+        self.statements, self.portals = {}, {}      # {name: text}
+        self.asked = False          # for TLS or GSS encryption: the reply is one byte
+        self.status = b"I"          # of the transaction: idle, in one, in a failed one
+        self.skipping = False       # whether all is left out up to the next Sync
+        self.executed = False       # whether something was, since the last Sync
+        super().__init__()
+
+    def requests(self):
+        while True:
+            size, code = struct.unpack(">II", (yield Take(8)))
+            if code not in (self.TLS, self.GSS, self.CANCEL) and code >> 16 != 3:
+                raise NotOurs("no start-up message")
+            if code in (self.TLS, self.GSS):
+                self.asked = True
+                self.down = Frames(self.replies())      # nothing is on its way
+            yield MORE
+            yield max(0, size - 8)
+            yield END
+            if code >> 16 == 3:
+                break
+        while True:
+            yield from self.batch()
+
+    def batch(self):
+        """The messages up to one that is answered as a whole."""
+        request = None
+        while True:
+            kind, size = struct.unpack(">cI", (yield Take(5)))
+            size -= 4
+            if not kind.isalpha() or size < 0:
+                raise NotOurs("%r is no message" % kind)
+            if kind in b"dcfpHX" and not request:       # COPY's data, a password, Flush, the end
+                yield MORE
+                yield size
+                yield END
+                return
+            text = yield Take(min(size, HEARD_MAX))
+            if kind == b"P":
+                name, query = text.split(b"\0")[:2] if text.count(b"\0") > 1 else (text, b"")
+                self.statements[name] = query
+            elif kind == b"B" and text.count(b"\0") > 1:
+                portal, name = text.split(b"\0")[:2]
+                self.portals[portal] = self.statements.get(name, b"")
+                if not request:
+                    request = Request(self.portals[portal], "EXECUTE", not self.skipping)
+                    yield request
+            elif kind in b"QFSE" and not request:
+                name = {b"Q": "QUERY", b"F": "QUERY", b"S": "SYNC"}.get(kind, "EXECUTE")
+                text = (text if kind == b"Q" else self.portals.get(text.split(b"\0")[0], b"")
+                        if kind == b"E" else b"")
+                request = Request(text.rstrip(b"\0"), name,
+                                  name != "EXECUTE" or not self.skipping,
+                                  draws=not (name == "SYNC" and self.executed))
+                yield request
+            yield size - min(size, HEARD_MAX)
+            if kind in b"QFSE":
+                self.executed = kind == b"E"
+                if kind == b"S":
+                    self.skipping = False
+                    request.name, request.replies = "SYNC", True    # though something was bound
+                yield END
+                return
+
+    def replies(self):
+        while True:
+            if self.asked:
+                self.asked = False
+                if (yield Take(1)) in b"SG":
+                    raise NotOurs("encryption from here")
+                continue
+            kind, size = struct.unpack(">cI", (yield Take(5)))
+            if not kind.isalnum():
+                raise NotOurs("%r is no message" % kind)
+            if kind == b"Z":
+                self.status = yield Take(1)
+                size -= 1
+            yield max(0, size - 4)
+            request = self.first()
+            if kind == b"Z":
+                self.ended()
+                yield END
+            elif request and request.name == "EXECUTE" and kind in b"CIsE":
+                self.ended()
+                if kind == b"E":
+                    self.skip()
+                yield END
+
+    def skip(self):
+        """After an error, all is left out up to the next Sync."""
+        while self.pending:
+            if self.pending[0].name == "SYNC":
+                return
+            self.pending.popleft().replies = False
+        self.skipping = True
+
+    def complete(self, reply, request):
+        """The error, and for a simple query that the backend is ready again, in its own words."""
+        ready = b"Z\0\0\0\5" + self.status if request.name == "QUERY" else b""
+        return reply.data + ready
+
+    def said(self, kind):
+        severity = "FATAL" if kind in self.closing or kind in self.greeting else "ERROR"
+        body = ("S%s\0V%s\0C%s\0M%s\0\0" % (severity, severity, kind, self.errors[kind])).encode()
+        return b"E" + struct.pack(">I", 4 + len(body)) + body
+
+    def refuse(self, kind, data):
+        """It says so when it knows who is there; no encryption until then."""
+        if kind not in self.greeting:
+            return None
+        if not data:
+            return Reply(b"")
+        asks = data[4:8] in (struct.pack(">I", self.TLS), struct.pack(">I", self.GSS))
+        return Reply(b"N") if asks else Reply(self.said(kind), True)
+
+    def answer(self, kind, request):
+        if kind in self.greeting or request.name == "SYNC":
+            return None
+        if kind in self.closing:
+            return Reply(self.said(kind), True)
+        # The backend fails as well, so that it is where the client believes it to be: in a
+        # failed transaction, or leaving out all up to the next Sync. Its words are replaced.
+        text = b"vaurien\0"
+        instead = (b"Q" + struct.pack(">I", 4 + len(text)) + text if request.name == "QUERY" else
+                   b"P" + struct.pack(">I", 6 + 2 * len(text)) + text + text + b"\0\0")
+        return Reply(self.said(kind), False, instead)
+
+
+@protocol
+class Smtp(Protocol):
+    """SMTP with PIPELINING and CHUNKING (RFC 5321, 2920, 3030)."""
+
+    errors = OrderedDict((
+        ("450", "4.2.1 mailbox busy"),
+        ("451", "4.3.0 Requested action aborted: local error in processing"),
+        ("452", "4.3.1 Insufficient system storage"),
+        ("421", "4.3.2 Service not available, closing transmission channel"),
+        ("454", "4.7.0 TLS not available due to temporary reason"),
+        ("552", "5.3.4 Message size exceeds fixed limit"),
+        ("554", "5.7.1 Transaction failed")))
+    usual = ("450", "451", "452")
+    greeting = ()
+    closing = ("421",)
+    speaks = True
+    def requests(self, message=False):
+        while True:
+            if message:                     # after DATA was answered by 354
+                first = yield Take(1)
+                yield Request(b"", "MESSAGE")
+                yield Past(b"\r\n.\r\n", b"\r\n" + first)
+                message = False
+                yield END
+                continue
+            line = yield LINE
+            words = line.decode("latin-1").split()
+            name = words[0].upper() if words else ""
+            yield Request(line.strip(), name)
+            if name == "BDAT" and len(words) > 1:
+                yield digits(words[1].encode())
+            yield END
+
+    def replies(self):
+        while True:
+            line = yield LINE
+            if not line[:3].isdigit():
+                raise NotOurs("%r is no reply" % line[:20])
+            if line[3:4] == b"-":
+                continue
+            request = self.first()
+            name = request.name if request else ""
+            if name == "STARTTLS" and line[:3] == b"220":
+                raise NotOurs("TLS from here")
+            if name == "DATA" and line[:3] == b"354":
+                self.up = Frames(self.requests(message=True))   # nothing of it has come yet
+            self.ended()
+            yield END
+
+    def said(self, kind):
+        return ("%s %s\r\n" % (kind, self.errors[kind])).encode()
+
+    def refuse(self, kind, data):
+        return Reply(self.said(kind), True) if kind in self.closing else None
+
+    def answer(self, kind, request):
+        if request.name in ("QUIT", "MESSAGE"):
+            return None             # the backend waits for the message: it is DATA that fails
+        undo = b"RSET\r\n" if request.name in ("DATA", "BDAT") else b""
+        return Reply(self.said(kind), kind in self.closing, undo)
+
+
 # -- Rules, line and pipe -----------------------------------------------------
 #
 # A rule is a handler with options, armed on a proxy, and says when it acts. A line
@@ -643,10 +1453,10 @@ class Rule:
         return is_class_form(self.handler)
 
     def __str__(self):
-        """The handler and its options; a yes/no only where it is not the default."""
+        """The handler and its options; a yes/no or a text only where it is not the default."""
         usual = options_of(self.handler)
         said = ["%s=%s" % (option, show_value(value)) for option, value in self.options.items()
-                if value != usual[option] or not isinstance(value, bool)]
+                if value != usual[option] or not isinstance(value, (bool, str))]
         return " ".join([self.name] + said)
 
     def fields(self):
@@ -696,6 +1506,10 @@ def misfits(name, handler, fields):
     if "match" in fields:
         wrong.append(("match", "match is not for %s, which gets the sockets" % name))
     return wrong
+
+
+def check_protocol(name):
+    return one_of(*PROTOCOLS)(name)
 
 
 class BadRule(ValueError):
@@ -751,6 +1565,8 @@ class State(Counter):
         self.stream = rule.stream
         self.request = number
         self.turn = 0
+        self.protocol = self.asked = None
+        self.replies = {}           # {Request: Reply or None}, of `error`
         self.chance = chance        # the seed of `random`
         self.generator = None
 
@@ -828,10 +1644,14 @@ class Line:
     protocol that takes turns.
     """
 
-    __slots__ = ("rules", "connection", "request", "speaker", "steps", "late", "lasting", "news")
+    __slots__ = ("rules", "connection", "request", "speaker", "steps", "late", "lasting", "news",
+                 "protocol", "asked", "turned")
 
     def __init__(self, rules, connection):
         self.rules = rules
+        self.protocol = None            # see FramedLine
+        self.asked = None               # the Request that the events at hand belong to
+        self.turned = False             # whether a client has been answered in the backend's place
         self.connection = connection    # its number
         self.request = 0                # the number of the request under way
         self.speaker = None             # which way its last bytes went, if there were any
@@ -901,12 +1721,16 @@ class Line:
             if rule.per == "request":
                 step = for_request(rule)
             else:
-                if rule not in self.lasting:
+                if rule not in self.lasting or self.may_match(rule):
                     self.lasting[rule] = self.draw(rule)
                 step = self.lasting[rule]
             if step and (step.state is not None or step.heard is not None):
                 steps.append(step)
         return steps
+
+    def may_match(self, rule):
+        """Whether a rule that is drawn per connection is still to be drawn: for a FramedLine."""
+        return False
 
     def blocking(self):
         """The first step at work that wants the sockets themselves, or None."""
@@ -959,7 +1783,8 @@ class Line:
             return [event]
         if rule.stream not in ("both", to) or not step.may_act():
             return [event]
-        step.state.turn = self.request
+        step.state.turn, step.state.asked = self.request, self.asked
+        step.state.protocol = self.protocol
         events = [(max(t, due), way, out) for due, way, out
                   in rule.handler(step.state, t, to, data, **rule.options)]
         for _, way, out in events:
@@ -967,6 +1792,7 @@ class Line:
                 raise TypeError("a handler yields (t, to, data), not (t, %r, %r)" % (way, out))
             if way == DOWNSTREAM and out:
                 self.speaker = DOWNSTREAM
+                self.turned = self.turned or to == UPSTREAM
         acts = events != [(t, to, data)]
         if shown:
             acts = any(event[2] is not OPEN for event in events)
@@ -985,6 +1811,193 @@ class Line:
                                              self.request if step.rule.per == "request" else 0)
                 step.heard, step.number = None, step.rule.thrown
         return step.state is not None
+
+
+class Exchange:
+    """A request and its answer, of a connection whose protocol tells them apart.
+
+    What a fault answers in the backend's place waits here until it is the first in the
+    row: so replies stay in order, however many requests are under way.
+    """
+
+    __slots__ = ("number", "steps", "request", "waiting", "sent", "complete", "over")
+
+    def __init__(self, number, steps, request):
+        self.number = number
+        self.steps = steps
+        self.request = request      # None while the client connects
+        self.waiting = []           # events, as in Line.carry
+        self.sent = False           # whether the backend gets anything of it
+        self.complete = False       # whether the request has come to its end
+        self.over = False           # whether the reply has
+
+    def is_over(self):
+        return self.over or (self.complete and not (self.sent and self.request.replies))
+
+
+class FramedLine(Line):
+    """A line whose protocol says where requests and replies begin and end.
+
+    Bytes of the client belong to the last exchange of the row, bytes of the backend to
+    the first. The head of a request is held until it is known what it is, where any
+    rule is armed; then its dice are thrown.
+    """
+
+    __slots__ = ("row", "head", "inside", "leaked")
+
+    def __init__(self, rules, connection, kind):
+        super().__init__(rules, connection)
+        self.row = deque()
+        self.protocol = kind()
+        self.head = b""             # of a request that is not known yet
+        self.inside = False         # whether the client is in the middle of a request
+        self.leaked = False         # whether some of its head has gone through already
+
+    def begin(self):
+        """A client connects; until it is known what it asks, where it speaks first."""
+        super().begin()
+        self.row.append(Exchange(self.request, self.steps, None))
+
+    def append(self, request):
+        """A request has begun."""
+        last = self.row[-1]
+        self.asked = request
+        if last.request is None and not self.protocol.speaks:
+            at_work = self.at_work()
+            if self.rules.armed:
+                self.steps = self.drawn(lambda rule: at_work.get(rule) if rule not in self.late
+                                        and not rule.match else self.draw(rule))
+            self.late = []
+            last.request, last.steps = request, self.steps
+            return
+        if request.draws:
+            super().begin()
+        if self.leaked:                 # too late for those that want all of it
+            self.steps = [step for step in self.steps if step.rule.per == "connection"]
+        self.row.append(Exchange(self.request, self.steps, request))
+
+    def draw(self, rule):
+        """A step, if the request is known and matches, where the rule says what it waits for."""
+        if rule.match and not (self.asked and rule.match.search(self.asked.text[:HEARD_MAX])):
+            return None
+        return Step(rule, self.rules.draw(rule, self.connection,
+                                          self.request if rule.per == "request" else 0))
+
+    def may_match(self, rule):
+        return rule.match and self.lasting[rule] is None
+
+    def renew(self, new, changed=()):
+        super().renew(new, changed)
+        self.row[-1].steps = self.steps
+        for exchange in list(self.row)[:-1]:        # what they have answered for, they finish
+            exchange.steps = [step for step in exchange.steps if step.rule in self.rules.armed
+                              or (step.state is not None and step.state.replies)]
+
+    def turn(self, to):
+        self.speaker = to               # requests begin where the protocol says
+
+    def quiet(self, to, marks, size):
+        """Follow the marks, if no fault is at work; False if one may be, and nothing is done."""
+        if self.rules.armed or self.head or any(
+                exchange.steps or exchange.waiting for exchange in self.row):
+            return False
+        for _, mark in marks:
+            self.follow(to, mark)
+            self.row[-1].sent = True
+            while len(self.row) > 1 and self.row[0].is_over():
+                self.row.popleft()
+        if to == UPSTREAM and not self.inside and (not marks or marks[-1][0] < size):
+            self.leaked = True
+        return True
+
+    def follow(self, to, mark):
+        """Where the row stands after a mark."""
+        if to == DOWNSTREAM:
+            self.row[0].over = True
+        elif mark is END:
+            last = self.row[-1]
+            last.complete = last.request is not None
+            if last.complete and not last.sent and last.request in self.protocol.pending:
+                self.protocol.pending.remove(last.request)
+            self.inside = self.leaked = False
+        else:
+            self.inside = True
+            if mark is not MORE:
+                if mark.replies:
+                    self.protocol.pending.append(mark)
+                self.append(mark)
+
+    def read(self, now, to, data, marks):
+        """What becomes of bytes with these marks: [(t, to, data, holds)], as in carry."""
+        events, at = [], 0
+        for offset, mark in [*marks, (len(data), None)]:
+            piece, at = data[at:offset], offset
+            if to == DOWNSTREAM:
+                events += self.piece(now, to, piece) if piece else []
+                if mark is END:
+                    events += self.piece(now, to, END)
+                    self.follow(to, END)
+                    events += self.settle(now)
+                continue
+            if piece and self.inside:
+                events += self.piece(now, to, piece)
+            else:
+                self.head += piece
+            if mark is END:
+                events += self.piece(now, to, END)
+                self.follow(to, END)
+                events += self.settle(now)
+            elif mark is not None:
+                self.follow(to, mark)
+                events += self.settle(now)
+                head, self.head = self.head, b""
+                events += self.piece(now, to, head) if head else []
+        return events
+
+    def piece(self, now, to, data):
+        """What becomes of bytes, or a signal, of the exchange that they belong to."""
+        exchange = self.row[-1 if to == UPSTREAM else 0]
+        self.asked = exchange.request
+        events = []
+        # What goes on with a request that was complete is no longer its fault's.
+        steps = [] if to == UPSTREAM and exchange.complete and data else exchange.steps
+        for event in self.fold(steps, now, to, [(now, to, data, ())]):
+            _, way, out, _ = event
+            exchange.sent = exchange.sent or (way == UPSTREAM and bool(out))
+            if out is END:
+                continue
+            if exchange is not self.row[0] and (way == DOWNSTREAM or not (out or out is data)):
+                exchange.waiting.append(event)
+            else:
+                events.append(event)
+        return events
+
+    def settle(self, now):
+        """Let those that are over go; what the next one has said already follows."""
+        events = []
+        while len(self.row) > 1 and self.row[0].is_over():
+            self.row.popleft()
+            first = self.row[0]
+            events += [(max(t, now), to, data, holds) for t, to, data, holds in first.waiting]
+            first.waiting = []
+        return events
+
+    def carry(self, t, to, data):
+        """As in Line: for signals; before the end comes what was held of a head."""
+        head, self.head = self.head, b""
+        held = [(t, UPSTREAM, head, ())] if head and to == UPSTREAM else []
+        self.head = b"" if held else head
+        return held + self.piece(t, to, data)
+
+    def give_up(self, now):
+        """(a Line, events): the connection goes on as plain tcp."""
+        line = Line(self.rules, self.connection)
+        line.request, line.speaker, line.lasting = self.request, self.speaker, self.lasting
+        line.steps, line.news, line.turned = self.steps, self.news, self.turned
+        events = [event for exchange in self.row for event in exchange.waiting]
+        if self.head:
+            events.append((now, UPSTREAM, self.head, ()))
+        return line, events
 
 
 class Budget:
@@ -1408,14 +2421,15 @@ class Connection:
     __slots__ = ("proxy", "loop", "number", "name", "line", "up", "down",
                  "client", "client_events", "backend", "backend_events",
                  "addresses", "deadline", "dialled", "connecting", "torn", "lent", "faults",
-                 "alarm", "patience", "began")
+                 "alarm", "patience", "lingers", "began")
 
     def __init__(self, proxy, number, client, peer):
         self.proxy = proxy
         self.loop = proxy.loop
         self.number = number
         self.name = show_address(peer)
-        self.line = Line(proxy.rules, number)
+        self.line = (FramedLine(proxy.rules, number, proxy.protocol) if proxy.protocol
+                     else Line(proxy.rules, number))
         self.up = Pipe(UPSTREAM, self.loop.budget)
         self.down = Pipe(DOWNSTREAM, self.loop.budget)
         self.client = client            # a socket; None when all is over
@@ -1430,7 +2444,8 @@ class Connection:
         self.lent = False               # a blocking handler has the sockets
         self.faults = None              # names of the handlers that acted on it
         self.alarm = None               # for what is due next
-        self.patience = None            # for connecting
+        self.patience = None            # for connecting, and for lingering
+        self.lingers = False            # all is said, but the client has not closed
         self.began = self.loop.clock()
 
     def start(self):
@@ -1484,7 +2499,9 @@ class Connection:
             return
         if line.speaker is not pipe.to:
             line.turn(pipe.to)
-        if line.steps or pipe.queue or pipe.out or pipe.done or target is None:
+        if line.protocol and not self.read_frames(pipe, data, size):
+            return
+        if self.line.steps or pipe.queue or pipe.out or pipe.done or target is None:
             self.take(pipe.to, data or bytes(self.loop.view[:size]))
             return
         # The straight road: no fault has been drawn and nothing is under way, so
@@ -1503,6 +2520,24 @@ class Connection:
             pipe.out.append(bytes(self.loop.view[sent:size]))
             pipe.hold(size - sent)
             self.watch()
+
+    def read_frames(self, pipe, data, size):
+        """Have the protocol read what has come; whether it goes on as it is."""
+        line = self.line
+        assert isinstance(line, FramedLine)
+        frames = line.protocol.up if pipe is self.up else line.protocol.down
+        marks = frames.feed(data or self.loop.buffer, size)
+        if not frames.lost and line.quiet(pipe.to, marks, size):
+            return True
+        now = self.loop.clock()
+        events = line.read(now, pipe.to, data or bytes(self.loop.view[:size]), marks)
+        if frames.lost:
+            log.info("%sconnection %d, request %d: goes on as plain tcp: %s", self.proxy.label,
+                     self.number, line.request, frames.lost)
+            self.line, held = line.give_up(now)
+            events += held
+        self.place(now, events)
+        return False
 
     def lend(self, pipe, source):
         """Leave what has come to a blocking handler, if one was drawn for this request.
@@ -1603,6 +2638,8 @@ class Connection:
             self.reset("reset by a fault")
         elif self.up.done and self.down.done and self.torn:
             self.reset(self.torn)
+        elif self.up.done and self.down.done and self.line.turned and not self.up.over:
+            self.linger()
         elif self.up.done and self.down.done:
             faults = [step.rule.name for step in self.line.steps if step.acted]
             both = self.up.over and self.down.over
@@ -1610,6 +2647,17 @@ class Connection:
         else:
             self.watch()
             self.set_alarm(now)
+
+    def linger(self):
+        """Hear the client out: to close over what is unread would destroy the answer."""
+        self.forget_backend()
+        self.down.over = True
+        self.watch()
+        if not self.lingers:
+            self.lingers = True
+            self.loop.cancel(self.patience)
+            self.patience = self.loop.at(self.loop.clock() + LINGER,
+                                         lambda: self.close("closed by a fault"))
 
     def flush(self, pipe, target):
         """Send what is due, until the target takes no more."""
@@ -1982,6 +3030,7 @@ class Proxy:
     name       in the log, and in the dice
     seed       any whole number: the same seed gives the same faults; None draws one
     timeout    seconds to connect to the backend, for all of its addresses
+    protocol   what is spoken: tcp, http, redis, memcache, mysql, postgres or smtp
     toxics     rules beside the behavior: [Toxic]
     enabled    whether it listens, once it is bound
 
@@ -1991,8 +3040,10 @@ class Proxy:
     """
 
     def __init__(self, distant, local="localhost:0", behavior="100:dummy", options=None,
-                 name="vaurien", seed=None, timeout=30.0, toxics=(), enabled=True):
+                 name="vaurien", seed=None, timeout=30.0, protocol="tcp", toxics=(),
+                 enabled=True):
         self.name = name
+        self.protocol = PROTOCOLS[check_protocol(protocol)]
         self.label = "" if name == "vaurien" else name + ": "
         self.local = parse_listener(local) if isinstance(local, str) else local
         self.listen = show_address(self.local)      # as it was given, then as it is
@@ -2209,6 +3260,7 @@ class Proxy:
         """Have the rules, and the objects of those whose handlers have the class form."""
         rules = stack[-1] + [toxic.rule for toxic in toxics]
         for rule in rules:
+            self.check_kind(rule)
             if rule.blocking and rule.worker is None:
                 try:
                     rule.worker = rule.handler(rule.options, self)
@@ -2217,6 +3269,16 @@ class Proxy:
                         rule.name, type(problem).__name__, problem))]) from None
         self.rules.armed = rules
         self.lends = any(rule.blocking for rule in rules)
+
+    def check_kind(self, rule):
+        """Refuse, with BadRule, what the protocol does not know."""
+        kind = rule.options.get("kind") if rule.handler in (error, transient) else ""
+        if kind and (self.protocol is None or kind not in self.protocol.errors):
+            raise BadRule([("kind", "kind must be one of %s, which %s has, not %r" % (
+                ", ".join(self.protocol.errors) if self.protocol else "none",
+                self.protocol.__name__.lower() if self.protocol else "tcp", kind))])
+        if rule.blocking and self.protocol:
+            raise BadRule([("name", "%s gets the sockets: it is for protocol tcp" % rule.name)])
 
     def become(self, local, backend, enabled, listener):
         """Have other addresses; listener is a new one, or None where the old one does."""
@@ -3670,6 +4732,8 @@ PROXY_SETTINGS = OrderedDict((
                         "the backend to pass everything to")),
     ("behavior", Setting(("--behavior",), "100:dummy", parse_behavior, "PERCENT:HANDLER,...",
                          "which handlers act, on how many of the requests")),
+    ("protocol", Setting(("--protocol",), "tcp", check_protocol, "NAME",
+                         "what is spoken: " + ", ".join(PROTOCOLS))),
     ("seed", Setting(("--seed",), None, check_count, "N",
                      "the same seed gives the same faults; drawn and logged if not given")),
     ("timeout", Setting(("--timeout",), "30", check_timeout, "SECONDS",
