@@ -23,6 +23,7 @@ import selectors
 import shlex
 import shutil
 import signal
+import smtplib
 import socket
 import struct
 import subprocess
@@ -356,7 +357,7 @@ class TestLine(unittest.TestCase):
         line.begin()
         for event in (0, UPSTREAM, b"q"), (0, DOWNSTREAM, b"a"), (0, DOWNSTREAM, b"b"):
             line.carry(*event)
-        self.assertEqual([rule.name for rule in line.news], ["error"])
+        self.assertEqual([(rule.name, number) for rule, number in line.news], [("error", 2)])
 
     def test_a_bug_of_a_handler_resets_the_connection_and_says_its_name(self):
         def none(state, t, to, data):
@@ -2231,6 +2232,446 @@ class TestControl(unittest.TestCase):
             self.assertEqual(exchange(old, b"question"), b"question")
 
 
+# -- Protocols: framing as tables and as a law, and what is answered -----------------
+
+def packet(seq, body):
+    """A packet of MySQL's."""
+    return len(body).to_bytes(3, "little") + bytes([seq]) + body
+
+
+def message(kind, body=b""):
+    """A message of PostgreSQL's."""
+    return kind + struct.pack(">I", 4 + len(body)) + body
+
+
+STARTUP = struct.pack(">II", 16, 196608) + b"user\0x\0\0"
+SSL_REQUEST = struct.pack(">II", 8, 80877103)
+LOGIN = packet(1, struct.pack("<I", 0x0A285) + bytes(28) + b"root\0\0")
+
+
+class TestFraming(unittest.TestCase):
+    """Where requests and replies begin and end, whatever pieces the bytes come in."""
+
+    # protocol: the client's bytes as [(text, name, how they end)] of their requests
+    REQUESTS = [
+        ("redis", b"*2\r\n$3\r\nget\r\n$1\r\na\r\nPING x\r\n*3\r\n$3\r\nSET\r\n$1\r\nb\r\n$5\r\nhe\r\nl\r\n",
+         [(b"get a", "GET"), (b"PING x", "PING"), (b"SET b he\r\nl", "SET")]),
+        ("http", b"GET /a HTTP/1.1\r\nHost: x\r\n\r\nPOST /b HTTP/1.1\r\ncontent-length: 5\r\n\r\nhe\n\nlPUT / HTTP/1.1\r\n"
+         b"Transfer-Encoding: gzip, chunked\r\n\r\n3;x=y\r\nabc\r\nA\r\n0123456789\r\n0\r\nX: y\r\n\r\nHEAD / HTTP/1.0\n\n",
+         [(b"GET /a HTTP/1.1\nHost: x", "GET"), (b"POST /b HTTP/1.1\ncontent-length: 5", "POST"),
+          (b"PUT / HTTP/1.1\nTransfer-Encoding: gzip, chunked", "PUT"), (b"HEAD / HTTP/1.0", "HEAD")]),
+        ("memcache", b"get a b\r\nset a 0 0 5\r\nhe\r\nl\r\ncas b 0 0 1 77 noreply\r\nx\r\nms c 3 T0\r\nabc\r\nmg c v q\r\nmn\r\nbogus\r\n",
+         [(b"get a b", "get"), (b"set a 0 0 5", "set"), (b"cas b 0 0 1 77 noreply", "cas"), (b"ms c 3 T0", "ms"), (b"mg c v q", "mg"),
+          (b"mn", "mn"), (b"bogus", "bogus")]),
+        ("mysql", LOGIN + packet(0, b"\x03SELECT 1") + packet(0, b"\x0e") + packet(0, b"\x16SELECT ?") + packet(0, b"\x01"),
+         [(b"SELECT 1", 3), (b"", 14), (b"SELECT ?", 22), (b"", 1)]),
+        ("postgres", SSL_REQUEST + STARTUP + message(b"p", b"secret\0") + message(b"Q", b"SELECT 1\0")
+         + message(b"P", b"s\0SELECT $1\0\0\0") + message(b"D", b"Ss\0") + message(b"S") + message(b"B", b"\0s\0\0\0\0\0\0\0")
+         + message(b"D", b"P\0") + message(b"E", b"\0\0\0\0\0") + message(b"H") + message(b"S") + message(b"X"),
+         [(b"SELECT 1", "QUERY"), (b"", "SYNC"), (b"SELECT $1", "EXECUTE"), (b"", "SYNC")]),
+        ("smtp", b"EHLO x\r\nMAIL FROM:<a@b>\r\nbdat 5 LAST\r\nhe\r\nlQUIT\r\n",
+         [(b"EHLO x", "EHLO"), (b"MAIL FROM:<a@b>", "MAIL"), (b"bdat 5 LAST", "BDAT"), (b"QUIT", "QUIT")])]
+
+    # protocol: what was asked, and the lengths of its replies
+    REPLIES = [
+        ("redis", "GET GET GET GET GET", [b"+OK\r\n", b"$5\r\nhe\r\nl\r\n", b"*3\r\n:1\r\n*1\r\n$-1\r\n*-1\r\n",
+                                          b"%1\r\n+a\r\n~1\r\n_\r\n", b"|1\r\n+k\r\n+v\r\n=6\r\ntxt:ab\r\n"]),
+        ("http", "GET HEAD GET GET PUT", [b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\na\n\n", b"HTTP/1.1 200 OK\r\nContent-Length: 300\r\n\r\n",
+                                          b"HTTP/1.1 304 Not Modified\r\nContent-Length: 3\r\n\r\n",
+                                          b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nX: y\r\n\r\n",
+                                          b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 204 No Content\r\n\r\n"]),
+        ("memcache", "get set stats ms mg mn", [b"VALUE a 0 5\r\nhe\r\nl\r\nVALUE b 0 3 7\r\nEND\r\nEND\r\n", b"STORED\r\n", b"STAT a 1\r\nSTAT b END\r\nEND\r\n",
+                                                b"HD\r\n", b"VA 3 x\r\nabc\r\n", b"MN\r\n"]),
+        ("postgres", "QUERY EXECUTE EXECUTE SYNC", [
+            message(b"T", b"x") + message(b"D", b"Z") + message(b"C", b"SELECT 1\0") + message(b"Z", b"I"),
+            message(b"1") + message(b"2") + message(b"n") + message(b"C", b"INSERT 0 1\0"), message(b"E", b"SERROR\0\0"), message(b"Z", b"I")]),
+        ("smtp", "HELO EHLO MAIL", [b"250 hi\r\n", b"250-a\r\n250-b\r\n250 c\r\n", b"450 no\r\n"])]
+
+    def read(self, name, data, pieces, way="up", pending=()):
+        """The marks in data that comes in such pieces."""
+        protocol = vaurien.PROTOCOLS[name]()
+        protocol.pending.extend(pending)
+        found, at = [], 0
+        for size in pieces:
+            frames = getattr(protocol, way)
+            for offset, mark in frames.feed(bytearray(data[at:at + size]), len(data[at:at + size])):
+                found.append((at + offset, mark if isinstance(mark, vaurien.Signal) else (bytes(mark.text), mark.name)))
+            at += size
+            if frames.lost:
+                return found + [frames.lost]
+        return found
+
+    def splits(self, data):
+        yield [1] * len(data)
+        for seed in range(20):
+            generator, sizes = random.Random(seed), []
+            while sum(sizes) < len(data):
+                sizes.append(generator.randint(1, 30))
+            yield sizes
+
+    def test_requests(self):
+        for name, data, wanted in self.REQUESTS:
+            found = self.read(name, data, [len(data)])
+            self.assertEqual([mark for _, mark in found if isinstance(mark, tuple)], wanted, name)
+            self.assertEqual(found[-1], (len(data), vaurien.END), name)
+            for sizes in self.splits(data):
+                self.assertEqual(self.read(name, data, sizes), found, name)
+
+    def test_replies(self):
+        for name, asked, replies in self.REPLIES:
+            data = b"".join(replies)
+            pending = [vaurien.Request(b"", word) for word in asked.split()]
+            ends = [(sum(map(len, replies[:number])), vaurien.END) for number in range(1, len(replies) + 1)]
+            self.assertEqual(self.read(name, data, [len(data)], "down", pending), ends, name)
+            for sizes in self.splits(data):
+                self.assertEqual(self.read(name, data, sizes, "down", pending), ends, name)
+
+    def test_what_is_answered_is_known(self):
+        for name, data, silent in [("memcache", b"set a 0 0 1 noreply\r\nx\r\n", True), ("memcache", b"quit\r\n", True), ("memcache", b"mg a q\r\n", True),
+                                   ("memcache", b"mg a v\r\n", False), ("redis", b"*0\r\n", True), ("redis", b"\r\n", True), ("redis", b"PING\r\n", False),
+                                   ("mysql", packet(0, b"\x19\1\0\0\0"), True), ("mysql", packet(0, b"\x01"), True), ("mysql", packet(0, b"\x0e"), False)]:
+            (_, request), _ = vaurien.PROTOCOLS[name]().up.feed(data, len(data))
+            self.assertEqual(request.replies, not silent, data)
+
+    def test_a_body_of_any_size_is_not_kept(self):
+        block = bytes(1 << 20)
+        for name, head in [("http", b"POST / HTTP/1.1\r\nContent-Length: 1099511627776\r\n\r\n"), ("memcache", b"set a 0 0 1000000000\r\n"),
+                           ("redis", b"*2\r\n$3\r\nSET\r\n$1000000000\r\n"), ("postgres", STARTUP + b"Q\x7f\0\0\0SELECT 1"),
+                           ("mysql", b"\xff\xff\xff\0\x03SELECT 1")]:
+            frames = vaurien.PROTOCOLS[name]().up
+            frames.feed(head, len(head))
+            for _ in range(10):
+                frames.feed(block, len(block))
+            self.assertLessEqual(len(frames.kept), vaurien.HEARD_MAX)
+            self.assertEqual(frames.lost, "")
+
+    def test_the_end_of_a_message(self):
+        data = b".\r\nx\r\n..\r\n.x\r\n\r\n.\r\nQUIT\r\n"
+        for body, length in (b".\r\nRSET\r\n", 3), (b"a\r\n.\r\nRSET\r\n", 6), (b"..\r\n.x\r\n\n.\r\n\r\n.\r\nRSET\r\n", 17), (data, 3):
+            for sizes in [[len(body)], *self.splits(body)]:
+                protocol, found, at = vaurien.Smtp(), [], 0
+                protocol.pending.append(vaurien.Request(b"DATA", "DATA"))
+                protocol.down.feed(b"354 go\r\n", 8)
+                for size in sizes:
+                    found += [at + offset for offset, mark in protocol.up.feed(body[at:at + size], len(body[at:at + size])) if mark is vaurien.END]
+                    at += size
+                self.assertEqual(found[0], length, body)
+
+    def test_what_is_not_the_protocol_is_known(self):
+        for name, way, data in [
+                ("http", "up", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), ("http", "up", b"\x16\x03\x01" + bytes(300) + b"\n\n"), ("http", "up", b"x" * 70000),
+                ("http", "down", b"HTTP/1.1 101 Switching Protocols\r\n\r\n"), ("redis", "up", b"SUBSCRIBE a\r\n"), ("redis", "up", b"*1\r\n$7\r\nmonitor\r\n"),
+                ("redis", "up", b"*2\r\n$6\r\nclient\r\n$5\r\nreply\r\n"), ("redis", "up", b"*2\r\nx\r\n"), ("redis", "up", b"*x\r\n"), ("redis", "down", b"hello\r\n"),
+                ("redis", "down", b">2\r\n"), ("memcache", "up", b"\x80\n"), ("memcache", "up", b"set a 0 0 x\r\n"),
+                ("mysql", "up", packet(1, struct.pack("<I", 0xAA85) + bytes(28))), ("mysql", "up", packet(1, struct.pack("<I", 0xA2A5) + bytes(28))),
+                ("postgres", "up", b"\x16\x03\x01\0\0\0\0\0"), ("postgres", "up", struct.pack(">II", 16, 80877102 + 5)),
+                ("smtp", "down", b"hello\r\n")]:
+            self.assertIsInstance(self.read(name, data, [len(data)], way)[-1], str, data)
+        protocol = vaurien.Postgres()
+        protocol.up.feed(SSL_REQUEST, 8)
+        protocol.down.feed(b"S", 1)
+        self.assertEqual(protocol.down.lost, "encryption from here")
+        protocol = vaurien.Smtp()
+        protocol.pending.append(vaurien.Request(b"STARTTLS", "STARTTLS"))
+        protocol.down.feed(b"220 go\r\n", 8)
+        self.assertEqual(protocol.down.lost, "TLS from here")
+
+    def test_random_bytes_never_raise(self):
+        samples = {name: [data for kind, data, _ in self.REQUESTS if kind == name] for name in vaurien.PROTOCOLS}
+        for name, kind in vaurien.PROTOCOLS.items():
+            for seed in range(300 if kind else 0):
+                generator = random.Random("%s %d" % (name, seed))
+                data = bytearray(generator.choice(samples[name]) if seed % 2 else b"")
+                for _ in range(generator.randint(1, 20)):
+                    data.insert(generator.randint(0, len(data)), generator.choice(b"\r\n\0*$ 019abQZS\xff-"))
+                for way in "up", "down":
+                    sizes = next(split for split in [[len(data)], *self.splits(data)])
+                    one = self.read(name, data, sizes, way)
+                    self.assertEqual(self.read(name, data, [1] * len(data), way), one, (name, way, bytes(data)))
+
+
+class TestFramedLine(unittest.TestCase):
+    """What faults make of the requests of a protocol, as tables."""
+
+    def line(self, name, *rules):
+        armed = vaurien.Rules(1, "test")
+        armed.armed = list(rules)
+        line = vaurien.FramedLine(armed, 1, vaurien.PROTOCOLS[name]())
+        line.begin()
+        line.row[0].over = line.protocol.speaks         # it is connected
+        return line
+
+    def feed(self, line, to, data, sizes=None):
+        """What becomes of the bytes: ({way: bytes}, the signals)."""
+        out, signals, at = {UPSTREAM: b"", DOWNSTREAM: b""}, [], 0
+        for size in sizes or [len(data)]:
+            piece = data[at:at + size]
+            at += size
+            frames = line.protocol.up if to == UPSTREAM else line.protocol.down
+            marks = frames.feed(piece, len(piece))
+            if not frames.lost and line.quiet(to, marks, len(piece)):
+                out[to] += piece
+                continue
+            events = line.read(0, to, piece, marks)
+            if frames.lost:
+                events += line.give_up(0)[1]
+            for _, way, made, _ in events:
+                out[way] += made
+                signals += [made] * (not made)
+        return out[UPSTREAM], out[DOWNSTREAM], signals
+
+    def test_no_byte_is_lost_or_changed(self):
+        later = vaurien.Rule("delay", {"sleep": 1.0})
+        for rules in [], [later], [vaurien.Rule("error", high=0)], [vaurien.Rule("hang", match=re.compile(b"nope"))]:
+            for name, data, _ in TestFraming.REQUESTS:
+                for sizes in [[len(data)], [1] * len(data)]:
+                    self.assertEqual(self.feed(self.line(name, *rules), UPSTREAM, data, sizes), (data, b"", []), name)
+
+    def test_random_bytes_are_passed_on(self):
+        for name in list(vaurien.PROTOCOLS)[1:]:
+            for seed in range(50):
+                generator = random.Random("%s %d" % (name, seed))
+                data = bytes(generator.choice(b"\r\n\0*$ 019abQZS\xff-") for _ in range(100))
+                for to in UPSTREAM, DOWNSTREAM:
+                    line = self.line(name, vaurien.Rule("delay"))
+                    up, down, _ = self.feed(line, to, data)
+                    held = line.head if to == UPSTREAM else b""
+                    if line.protocol.up.lost or line.protocol.down.lost:
+                        held = b""
+                    self.assertEqual((up if to == UPSTREAM else down) + held, data, (name, to))
+
+    def test_pipelined_answers_are_in_their_places(self):
+        line = self.line("redis", vaurien.Rule("error", {"kind": "OOM"}, match=re.compile(b"bad")))
+        up, down, _ = self.feed(line, UPSTREAM, b"get 1\r\nget bad\r\nget 2\r\nget bad\r\nget bad\r\nget 3\r\n")
+        self.assertEqual((up, down), (b"get 1\r\nget 2\r\nget 3\r\n", b""))
+        oom = b"-OOM command not allowed when used memory > 'maxmemory'.\r\n"
+        found = b""
+        for piece in b"$1\r\n", b"a\r\n", b"$1\r\nb\r\n$1\r\n", b"c\r\n":
+            found += self.feed(line, DOWNSTREAM, piece)[1]
+        self.assertEqual(found, b"$1\r\na\r\n" + oom + b"$1\r\nb\r\n" + oom + oom + b"$1\r\nc\r\n")
+        self.assertEqual(len(line.row), 1)
+
+    def test_an_answer_that_nothing_is_before_is_said_at_once(self):
+        line = self.line("memcache", vaurien.Rule("error"))
+        self.assertEqual(self.feed(line, UPSTREAM, b"set a 0 0 3\r\nab"), (b"", b"", []))
+        self.assertEqual(self.feed(line, UPSTREAM, b"c\r\n"), (b"", b"SERVER_ERROR out of memory\r\n", []))
+
+    def test_a_head_is_held_until_it_is_known(self):
+        line = self.line("http", vaurien.Rule("error", {"kind": "503"}, match=re.compile(b"(?m)^X-Bad")))
+        self.assertEqual(self.feed(line, UPSTREAM, b"GET / HTTP/1.1\r\nX-B")[0], b"")
+        self.assertEqual(self.feed(line, UPSTREAM, b"etter: 1\r\n\r\n")[0], b"GET / HTTP/1.1\r\nX-Better: 1\r\n\r\n")
+        up, down, _ = self.feed(line, UPSTREAM, b"POST / HTTP/1.1\r\nX-Bad: 1\r\nContent-Length: 2\r\n\r\nab")
+        self.assertEqual((up, down), (b"", b""))           # the first is not answered yet
+        self.assertIn(b"503 Service Unavailable\r\n", self.feed(line, DOWNSTREAM, b"HTTP/1.1 204 No\r\n\r\n")[1])
+
+    def test_what_is_not_answered_is_left_alone(self):
+        for name, data in [("memcache", b"set a 0 0 1 noreply\r\nx\r\n"), ("memcache", b"quit\r\n"), ("mysql", packet(0, b"\x19\1\0\0\0")),
+                           ("redis", b"QUIT\r\n"), ("smtp", b"QUIT\r\n")]:
+            line = self.line(name, vaurien.Rule("error"))
+            line.row[0].over = True
+            self.assertEqual(self.feed(line, UPSTREAM, data), (data, b"", []), data)
+            self.assertEqual(line.news, [])
+
+    def test_the_answers_of_each_protocol(self):
+        for name, kind, data, answer in [
+                ("mysql", "1205", packet(0, b"\x03SELECT 1"), b"\x3f\0\0\x01\xff\xb5\x04#HY000Lock wait timeout exceeded; try restarting transaction"),
+                ("redis", "LOADING", b"PING\r\n", b"-LOADING Redis is loading the dataset in memory\r\n"),
+                ("smtp", "450", b"MAIL FROM:<a>\r\n", b"450 4.2.1 mailbox busy\r\n"),
+                ("http", "429", b"GET / HTTP/1.1\r\n\r\n", b"HTTP/1.1 429 Too Many Requests\r\nContent-Type: text/plain\r\nContent-Length: 22\r\n"
+                                                           b"Retry-After: 5\r\n\r\n429 Too Many Requests\n"),
+                ("http", "500", b"HEAD / HTTP/1.1\r\n\r\n", b"HTTP/1.1 500 Internal Server Error\r\nContent-Type: text/plain\r\nContent-Length: 26\r\n\r\n")]:
+            line = self.line(name, vaurien.Rule("error", {"kind": kind}))
+            self.assertEqual(self.feed(line, UPSTREAM, data), (b"", answer, []))
+
+    def test_errors_that_close(self):
+        for name, kind, data in [("mysql", "1053", packet(0, b"\x03SELECT 1")), ("postgres", "57P01", message(b"Q", b"SELECT 1\0")), ("smtp", "421", b"NOOP\r\n"),
+                                 ("http", "503", b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n"), ("http", "503", b"GET / HTTP/1.0\r\n\r\n")]:
+            line = self.line(name, vaurien.Rule("error", {"kind": kind}))
+            if name == "postgres":
+                line.protocol.up.feed(STARTUP, len(STARTUP))
+            up, down, signals = self.feed(line, UPSTREAM, data)
+            self.assertEqual((up, signals), (b"", [EOF, EOF]), kind)
+            self.assertIn(kind.encode() if name != "mysql" else b"shutdown in progress", down)
+
+    def test_errors_when_a_client_connects(self):
+        for name, kind, wanted in [("mysql", "1040", b"\x17\0\0\0\xff\x10\x04Too many connections"), ("redis", "MAXCLIENTS", b"-ERR max number of clients reached\r\n"),
+                                   ("memcache", "TOO_MANY", b"ERROR Too many open connections\r\n"),
+                                   ("smtp", "421", b"421 4.3.2 Service not available, closing transmission channel\r\n")]:
+            line = self.line(name, vaurien.Rule("error", {"kind": kind}))
+            self.assertEqual([event[1:3] for event in line.carry(0, UPSTREAM, OPEN)], [(DOWNSTREAM, wanted), (DOWNSTREAM, EOF), (UPSTREAM, EOF)])
+        line = self.line("postgres", vaurien.Rule("error", {"kind": "53300"}))
+        self.assertEqual([event[2] for event in line.carry(0, UPSTREAM, OPEN)], [])      # it is to say who it is
+        self.assertEqual(self.feed(line, UPSTREAM, SSL_REQUEST), (b"", b"N", []))
+        up, down, signals = self.feed(line, UPSTREAM, STARTUP)
+        self.assertEqual((up, signals, down[:1]), (b"", [EOF, EOF], b"E"))
+        self.assertIn(b"SFATAL\0VFATAL\0C53300\0Msorry, too many clients already\0\0", down)
+
+    def test_without_a_kind_one_of_the_usual_is_drawn(self):
+        for name, kind in list(vaurien.PROTOCOLS.items())[1:]:
+            self.assertTrue(set(kind.usual) <= set(kind.errors) >= set(kind.greeting) | set(kind.closing), name)
+        seen = set()
+        line = self.line("redis", vaurien.Rule("error"))
+        self.assertEqual(line.carry(0, UPSTREAM, OPEN)[0][2], OPEN)
+        for _ in range(60):
+            seen.add(self.feed(line, UPSTREAM, b"PING\r\n")[1].split(b" ")[0])
+        self.assertEqual(seen, {b"-" + kind.encode() for kind in vaurien.Redis.usual})
+
+    def test_a_transaction_that_is_spoilt_stays_spoilt(self):
+        line = self.line("redis", vaurien.Rule("error", {"kind": "OOM"}, match=re.compile(b"^SET")))
+        self.assertEqual(self.feed(line, UPSTREAM, b"MULTI\r\nSET a 1\r\nEXEC\r\n")[0], b"MULTI\r\n*1\r\n$7\r\nvaurien\r\nEXEC\r\n")
+        down = self.feed(line, DOWNSTREAM, b"+OK\r\n-ERR unknown command\r\n-EXECABORT Transaction discarded\r\n")[1]
+        self.assertEqual(down, b"+OK\r\n-OOM command not allowed when used memory > 'maxmemory'.\r\n-EXECABORT Transaction discarded\r\n")
+
+    def test_a_deadlock_rolls_back(self):
+        line = self.line("mysql", vaurien.Rule("error", {"kind": "1213"}))
+        self.assertEqual(self.feed(line, UPSTREAM, packet(0, b"\x03UPDATE t"))[0], packet(0, b"\x03ROLLBACK"))
+        self.assertIn(b"Deadlock found", self.feed(line, DOWNSTREAM, packet(1, b"\0\0\0\2\0\0\0"))[1])
+
+    def test_an_error_in_a_batch_leaves_out_all_up_to_sync(self):
+        line = self.line("postgres", vaurien.Rule("error", {"kind": "40001"}, match=re.compile(b"bad")))
+        line.protocol.up.feed(STARTUP, len(STARTUP))
+        good = message(b"P", b"a\0good\0\0\0") + message(b"B", b"\0a\0\0\0\0\0\0\0") + message(b"E", b"\0\0\0\0\0")
+        bad = message(b"P", b"b\0bad\0\0\0") + message(b"B", b"\0b\0\0\0\0\0\0\0") + message(b"E", b"\0\0\0\0\0")
+        sync = message(b"S")
+        up, down, _ = self.feed(line, UPSTREAM, good + bad + good + sync)
+        self.assertEqual((up.count(b"vaurien"), up.count(b"bad"), down), (2, 0, b""))
+        done = message(b"1") + message(b"2") + message(b"C", b"SELECT 1\0")
+        up, down, _ = self.feed(line, DOWNSTREAM, done + message(b"E", b"SERROR\0C42601\0\0") + message(b"Z", b"E"))
+        self.assertEqual(down, done + vaurien.Postgres().said("40001") + message(b"Z", b"E"))
+        self.feed(line, UPSTREAM, good + sync)
+        self.assertEqual(self.feed(line, DOWNSTREAM, done + message(b"Z", b"I"))[1], done + message(b"Z", b"I"))
+
+    def test_prepared_statements_match_by_their_text(self):
+        protocol = vaurien.Mysql()
+        data = packet(0, b"\x16SELECT ? FROM carts")
+        (_, request), _ = protocol.up.feed(data, len(data))
+        protocol.pending.append(request)
+        protocol.down.feed(packet(1, b"\0\7\0\0\0\1\0\1\0\0\0\0"), 16)
+        data = packet(0, b"\x17\7\0\0\0\0\1\0\0\0")
+        (_, request), _ = protocol.up.feed(data, len(data))
+        self.assertEqual(request.text, b"SELECT ? FROM carts")
+
+    def test_faults_act_on_each_request(self):
+        line = self.line("redis", vaurien.Rule("hang", match=re.compile(b"^get")))
+        self.assertEqual([event[0] for event in line.read(0, UPSTREAM, b"ping\r\nget a\r\n", line.protocol.up.feed(b"ping\r\nget a\r\n", 13))], [0, NEVER])
+        line = self.line("redis", vaurien.Rule("transient", {"agitate": 2, "kind": "BUSY"}))
+        line.carry(0, UPSTREAM, OPEN)
+        failed = [b"BUSY" in self.feed(line, UPSTREAM, b"PING\r\n")[1] for _ in range(4)]
+        self.assertEqual(failed, [True, True, False, False])
+        line = self.line("redis", vaurien.Rule("error", {"kind": "BUSY"}, after=1, times=2))
+        failed = []
+        for _ in range(5):
+            up, down, _ = self.feed(line, UPSTREAM, b"PING\r\n")
+            failed.append(b"BUSY" in down)
+            self.feed(line, DOWNSTREAM, b"+PONG\r\n" * bool(up))
+        self.assertEqual(failed, [False, True, True, False, False])
+
+    def test_a_request_whose_head_went_through_before_the_fault_came(self):
+        line = self.line("http")
+        self.assertEqual(self.feed(line, UPSTREAM, b"GET / HT")[0], b"GET / HT")
+        line.rules.armed = [vaurien.Rule("error")]
+        line.renew(line.rules.armed)
+        self.assertEqual(self.feed(line, UPSTREAM, b"TP/1.1\r\n\r\n")[0], b"TP/1.1\r\n\r\n")
+        self.assertEqual(self.feed(line, UPSTREAM, b"GET / HTTP/1.1\r\n\r\n")[0], b"")
+
+    def test_the_host_header(self):
+        armed = vaurien.Rules(1, "test")
+        for rules in [], [vaurien.Rule("delay", high=0)]:
+            armed.armed = rules
+            for data, wanted in [(b"GET / HTTP/1.1\r\nA: b\r\nhost:  localhost:8000\r\n\r\n", b"GET / HTTP/1.1\r\nA: b\r\nhost:  google.com\r\n\r\n"),
+                                 (b"GET / HTTP/1.1\r\nHost: Google.com\r\n\r\n",) * 2, (b"GET / HTTP/1.0\r\n\r\n",) * 2,
+                                 (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nHost: x\r\n", b"POST / HTTP/1.1\r\nHost: google.com\r\nContent-Length: 9\r\n\r\nHost: x\r\n")]:
+                for sizes in [[len(data)], [1] * len(data)]:
+                    line = vaurien.FramedLine(armed, 1, vaurien.Http(b"google.com"))
+                    line.begin()
+                    self.assertEqual(self.feed(line, UPSTREAM, data, sizes)[0], wanted)
+        for backend, name in (("google.com", 80), b"google.com"), (("::1", 8000), b"[::1]:8000"), (("", 81), b"localhost:81"):
+            self.assertEqual(vaurien.Proxy(backend, ("", 9), protocol="http").host_header(), name)
+        self.assertEqual(vaurien.Proxy(("x", 1), ("", 9), protocol="http", overwrite_host_header=False).host_header(), b"")
+
+
+class TestProtocols(unittest.TestCase):
+    """Protocols on real sockets."""
+
+    def test_kinds_that_a_protocol_does_not_have_are_refused(self):
+        for protocol, words in ("redis", "kind must be one of LOADING, BUSY"), ("tcp", "kind must be one of none, which tcp has, not '503'"):
+            with self.assertRaisesRegex(ValueError, words):
+                vaurien.Proxy("x:1", protocol=protocol, behavior="1:error", options={"error": {"kind": "503"}})
+        with self.assertRaisesRegex(ValueError, "must be one of tcp, http, redis, memcache, mysql, postgres, smtp, not 'nope'"):
+            vaurien.Proxy("x:1", protocol="nope")
+        with registered(Passes), self.assertRaisesRegex(ValueError, "it is for protocol tcp"):
+            vaurien.Proxy("x:1", protocol="redis", behavior="1:Passes")
+
+    def test_http_with_keep_alive(self):
+        def talk(sock):
+            file = sock.makefile("rb")
+            while file.readline():
+                length = 0
+                for line in iter(file.readline, b"\r\n"):
+                    if line.lower().startswith(b"content-length:"):
+                        length = int(line.split(b":")[1])
+                body = file.read(length)
+                sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+
+        with proxy_of(talk, protocol="http") as proxy:
+            client = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=PATIENCE)
+            with contextlib.closing(client):
+                for kind in [None, *vaurien.Http.errors, None]:
+                    with proxy.handler("error", kind=kind) if kind else proxy.handler("dummy"):
+                        for body in b"", b"x" * 3000000:
+                            client.request("POST", "/", body)
+                            response = client.getresponse()
+                            self.assertEqual(response.status, int(kind or 200))
+                            self.assertEqual(response.read() == body, not kind)
+            self.assertEqual(proxy.accepted, 1)
+
+    def test_an_error_that_closes_is_heard_though_the_client_goes_on_sending(self):
+        with proxy_of(echo, protocol="http") as proxy, connected(proxy) as sock:
+            with proxy.handler("error", kind="503"):
+                sock.sendall(b"POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 10\r\n\r\n")
+                sock.sendall(b"0123456789")
+                found = b""
+                while b"503 Service Unavailable\n" not in found:
+                    found += sock.recv(65536)
+                sock.sendall(bytes(3000000))
+                self.assertEqual(hear(sock)[0::2], (0, "eof"))
+
+    def test_a_connection_goes_on_as_tcp(self):
+        data = noise(300000)
+        for protocol in list(vaurien.PROTOCOLS)[1:]:
+            for behavior in "100:dummy", "0:hang":
+                with self.subTest(protocol, behavior=behavior), proxy_of(echo, behavior, protocol=protocol) as proxy, connected(proxy) as sock:
+                    self.assertEqual(both_ways(sock, b"\n\n" * 5 + data)[0], 300010)
+
+    def test_a_backend_that_speaks_first(self):
+        def talk(sock):
+            sock.sendall(b"220 hello\r\n")
+            echo(sock)
+
+        with proxy_of(talk, protocol="smtp") as proxy, connected(proxy) as sock:
+            self.assertEqual(read(sock, 11), b"220 hello\r\n")
+            with proxy.handler("delay", sleep=0.05):
+                began = time.monotonic()
+                exchange(sock, b"250 NOOP\r\n")
+                self.assertGreaterEqual(time.monotonic() - began, 0.05)
+
+    def test_large_values_pass_with_little_memory(self):
+        class Small(vaurien.Budget):
+            most = 0
+
+            def share(self, bound):
+                self.most = max(self.most, self.held)
+                return super().share(bound)
+
+        data = bytes(8 << 20)
+        for protocol, head in [("redis", b"*2\r\n$4\r\nECHO\r\n$%d\r\n" % len(data)), ("http", b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(data)),
+                               ("memcache", b"set a 0 0 %d\r\n" % len(data))]:
+            for behavior in "100:dummy", "0:hang":
+                with mock.patch.object(vaurien, "Budget", Small), proxy_of(echo, behavior, protocol=protocol) as proxy, connected(proxy) as sock:
+                    self.assertEqual(both_ways(sock, head + data + b"\r\n")[0], len(head) + len(data) + 2)
+                    self.assertLessEqual(proxy.loop.budget.most, 4 * vaurien.HELD_STILL + 4 * vaurien.CHUNK)
+
+
 # -- Toxiproxy: toxics, their API, and what the original gets wrong ------------------
 
 class TestToxics(unittest.TestCase):
@@ -3142,7 +3583,7 @@ class TestDefects(Toxicproxy):
         sock.sendall(bytes(100000))                 # 100 seconds of it
         proxy = self.begun()
         connection, = proxy.connections.values()
-        wait_until(lambda: proxy.loop.call(lambda: connection.down.received) > 50000)
+        wait_until(lambda: proxy.loop.call(lambda: connection.down.received) > 0)
         self.ask("PATCH", "/proxies/p/toxics/bandwidth_downstream", {"attributes": {"rate": 1000000}})
         self.assertEqual(read(sock, 100000), bytes(100000))
         exchange(sock, b"question")
@@ -3470,8 +3911,9 @@ class TestStartProxy(Folder):
                 RuntimeError, "did not start: --behavior names the unknown handler 'nope'"):
             vaurien.start_proxy(proxy_port=0, http=False, options=["--behavior", "1:nope"],
                                 warmup=PATIENCE)
-        with self.assertRaisesRegex(ValueError, "protocol must be tcp"):
-            vaurien.start_proxy(protocol="nope")
+        with mock.patch.object(subprocess, "Popen", quiet_popen), self.assertRaisesRegex(
+                RuntimeError, "did not start: --protocol must be one of tcp, http"):
+            vaurien.start_proxy(protocol="nope", warmup=PATIENCE)
         self.assertEqual(vaurien.STARTED, {})
 
     def test_an_unknown_pid(self):
@@ -3914,6 +4356,11 @@ class TestReadme(unittest.TestCase):
             row = "| `%s` | %s | %s |" % (name, vaurien.summary(function), options)
             self.assertIn(row.replace("  ", " "), self.text)
 
+    def test_the_table_of_protocols_is_the_registry(self):
+        for name, kind in list(vaurien.PROTOCOLS.items())[1:]:
+            row, = (line for line in self.text.splitlines() if line.startswith("| `%s` | `" % name))
+            self.assertEqual(sorted(set(re.findall("`([^`]*)`", row)) - {name}), sorted(kind.errors))
+
     def test_every_option_is_there(self):
         for setting in [*vaurien.SETTINGS.values(), *vaurien.SERVE_SETTINGS.values()]:
             for flag in setting.flags:
@@ -4117,6 +4564,7 @@ class RealServer:
     """
 
     size = 32 << 20
+    reconnects = False      # whether the driver does so after an error
 
     @classmethod
     def setUpClass(cls):
@@ -4177,8 +4625,8 @@ class RealServer:
         return subprocess.Popen(argv, cwd=cls.folder, stdin=subprocess.DEVNULL,
                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **words)
 
-    def proxy(self, behavior="100:dummy", **options):
-        proxy = vaurien.Proxy("127.0.0.1:%d" % self.port, "127.0.0.1:0", behavior, options)
+    def proxy(self, behavior="100:dummy", protocol="tcp", **options):
+        proxy = vaurien.Proxy("127.0.0.1:%d" % self.port, "127.0.0.1:0", behavior, options, protocol=protocol, seed=1)
         proxy.__enter__()
         self.addCleanup(proxy.__exit__)
         return proxy
@@ -4205,9 +4653,68 @@ class RealServer:
 
     def test_a_large_value_passes_byte_for_byte(self):
         data = noise(self.size, 7)
-        for behavior in "100:dummy", "100:delay":
-            client = self.client(self.proxy(behavior, delay={"sleep": 0.001}))
-            self.assertTrue(self.carry(client, data) == data)   # no diff of 32 MiB, please
+        client = self.client(self.proxy("100:delay", delay={"sleep": 0.001}))
+        self.assertTrue(self.carry(client, data) == data)       # no diff of 32 MiB, please
+
+    def test_its_protocol_passes_everything(self):
+        for behavior in "100:dummy", "0:hang":
+            client = self.client(self.proxy(behavior, self.protocol))
+            for number in range(200):
+                self.assertEqual(self.query(client, number), number)
+        data = noise(64 << 20, 7)
+        self.assertTrue(self.carry(client, data) == data)
+
+    def test_errors_are_the_servers_to_the_driver(self):
+        """The driver's own class for it, and the next query on the same connection works."""
+        for kind, name, words in self.errors:
+            proxy = self.proxy(protocol=self.protocol)
+            client = self.client(proxy)
+            self.query(client, 1)
+            with self.subTest(kind), proxy.handler("error", kind=kind):
+                with self.assertRaises(self.error_class(name)) as caught:
+                    self.query(client, 2)
+                self.assertIn(words, str(caught.exception))
+                self.assertIs(type(caught.exception), self.error_class(name))
+            self.assertEqual(self.query(client, 3), 3)
+            self.assertEqual(proxy.accepted, 1 + self.reconnects)
+
+    def test_errors_that_close(self):
+        for kind, name, words in self.endings:
+            proxy = self.proxy(protocol=self.protocol)
+            client = self.client(proxy)
+            self.query(client, 1)
+            with self.subTest(kind), proxy.handler("error", kind=kind):
+                with self.assertRaises(self.error_class(name)) as caught:
+                    self.query(client, 2)
+                self.assertIn(words, str(caught.exception))
+            self.assertEqual(self.query(self.client(proxy), 3), 3)
+
+    def test_errors_when_connecting(self):
+        for kind, name, words in self.greetings:
+            proxy = self.proxy(protocol=self.protocol)
+            with self.subTest(kind), proxy.handler("error", kind=kind):
+                with self.assertRaises(self.error_class(name)) as caught:
+                    self.query(self.client(proxy), 2)
+                self.assertIn(words, str(caught.exception))
+            self.assertEqual(self.query(self.client(proxy), 3), 3)
+
+    def test_it_fails_twice_and_then_succeeds(self):
+        kind, name, _ = self.errors[0]
+        proxy = self.proxy(protocol=self.protocol)
+        client = self.client(proxy)
+        self.query(client, 1)
+        with proxy.handler("transient", agitate=2, kind=kind):
+            for _ in range(2):
+                with self.assertRaises(self.error_class(name)):
+                    self.query(client, 2)
+            self.assertEqual(self.query(client, 3), 3)
+
+    def error_class(self, name):
+        """The first of these, separated by slashes, that this version of the driver has."""
+        for path in name.split("/"):
+            module, _, name = ("%s.%s" % (self.driver_name, path)).rpartition(".")
+            with contextlib.suppress(AttributeError):
+                return getattr(importlib.import_module(module), name)
 
     def test_blackout_is_a_lost_connection_to_the_driver(self):
         proxy = self.proxy()
@@ -4259,6 +4766,11 @@ class RealServer:
 
 class TestHTTP(RealServer, unittest.TestCase):
     driver_name = "http.client"
+    protocol = "http"
+    size = 64 << 20
+    reconnects = True
+    errors = [(kind, "HTTPException", kind) for kind in ("500", "502", "503", "504", "429")]
+    endings = greetings = []
     lost = (ConnectionError, http.client.BadStatusLine)
     late = socket.timeout
 
@@ -4279,7 +4791,11 @@ class TestHTTP(RealServer, unittest.TestCase):
     @classmethod
     def query(cls, client, number):
         client.request("GET", "/%d" % number)
-        return int(client.getresponse().read())
+        answer = client.getresponse()
+        text = answer.read()
+        if answer.status != 200:
+            raise http.client.HTTPException("%d %s" % (answer.status, answer.reason))
+        return int(text)
 
     def carry(self, client, data):
         client.request("GET", "/large")
@@ -4288,6 +4804,11 @@ class TestHTTP(RealServer, unittest.TestCase):
 
 class TestRedis(RealServer, unittest.TestCase):
     driver_name = "redis"
+    protocol = "redis"
+    errors = [("OOM", "exceptions.OutOfMemoryError/exceptions.ResponseError", "maxmemory"), ("READONLY", "exceptions.ReadOnlyError", "read only replica"),
+              ("BUSY", "exceptions.ResponseError", "BUSY Redis is busy running a script"), ("NOREPLICAS", "exceptions.ResponseError", "NOREPLICAS")]
+    endings = [("LOADING", "exceptions.BusyLoadingError", "loading the dataset")]     # this driver closes then
+    greetings = [("MAXCLIENTS", "exceptions.ConnectionError", "max number of clients")]
 
     @property
     def lost(self):
@@ -4318,9 +4839,52 @@ class TestRedis(RealServer, unittest.TestCase):
         client.set("large", data)
         return client.get("large")
 
+    def test_a_pipeline_fails_exactly_where_it_was_drawn(self):
+        proxy = self.proxy(protocol="redis")
+        client = self.client(proxy)
+        client.flushall()
+        with proxy.handler("error", percent=20, kind="OOM"):
+            pipeline = client.pipeline(transaction=False)
+            for number in range(100):
+                pipeline.set("n%d" % number, number)
+            found = pipeline.execute(raise_on_error=False)
+        failed = [number for number, answer in enumerate(found) if isinstance(answer, Exception)]
+        first = min(event.request for event in proxy.events) - failed[0]
+        self.assertEqual([event.request - first for event in proxy.events], failed)
+        self.assertTrue(5 < len(failed) < 40)
+        self.assertEqual([number for number in range(100) if client.get("n%d" % number) is None], failed)
+
+    def test_a_command_that_fails_in_a_transaction(self):
+        proxy = self.proxy(protocol="redis")
+        client = self.client(proxy)
+        client.delete("m")
+        with proxy.handler("error", kind="OOM", match="(?i)^set m"):
+            pipeline = client.pipeline(transaction=True)
+            pipeline.set("k", 1)
+            pipeline.set("m", 1)
+            with self.assertRaises(self.driver.exceptions.ResponseError):
+                pipeline.execute()
+        self.assertIsNone(client.get("m"))
+        self.assertEqual(self.query(client, 5), 5)
+
+    def test_subscriptions_pass(self):
+        client = self.client(self.proxy("0:hang", "redis"))
+        listener = client.pubsub()
+        self.addCleanup(listener.close)
+        listener.subscribe("here")
+        self.assertEqual(listener.get_message(timeout=PATIENCE)["type"], "subscribe")
+        client.publish("here", "hello")
+        self.assertEqual(listener.get_message(timeout=PATIENCE)["data"], b"hello")
+
 
 class TestMemcached(RealServer, unittest.TestCase):
     driver_name = "pymemcache"
+    protocol = "memcache"
+    reconnects = True
+    errors = [("SERVER_ERROR", "exceptions.MemcacheServerError", "out of memory"), ("OUT_OF_MEMORY", "exceptions.MemcacheServerError", "storing object"),
+              ("CLIENT_ERROR", "exceptions.MemcacheClientError", "bad data chunk")]
+    endings = []
+    greetings = [("TOO_MANY", "exceptions.MemcacheUnknownCommandError", "")]
     late = socket.timeout
 
     @property
@@ -4330,7 +4894,7 @@ class TestMemcached(RealServer, unittest.TestCase):
     @classmethod
     def start_server(cls):
         return cls.popen(find_program("memcached"), "-p", str(cls.port), "-l", "127.0.0.1", "-U",
-                         "0", "-I", "64m", "-m", "512", *["-u", "nobody"] * (os.getuid() == 0))
+                         "0", "-I", "128m", "-m", "1024", *["-u", "nobody"] * (os.getuid() == 0))
 
     @classmethod
     def connect(cls, port, timeout=PATIENCE):
@@ -4348,6 +4912,11 @@ class TestMemcached(RealServer, unittest.TestCase):
 
 class TestPostgreSQL(RealServer, unittest.TestCase):
     driver_name = "psycopg"
+    protocol = "postgres"
+    errors = [("40P01", "errors.DeadlockDetected", "deadlock detected"), ("57014", "errors.QueryCanceled", "statement timeout"),
+              ("40001", "errors.SerializationFailure", "could not serialize"), ("53100", "errors.DiskFull", "No space left")]
+    endings = [("57P01", "OperationalError", "administrator command"), ("57P05", "OperationalError", "idle-session")]
+    greetings = [("53300", "OperationalError", "too many clients"), ("57P03", "OperationalError", "starting up")]
 
     @property
     def lost(self):
@@ -4385,9 +4954,100 @@ class TestPostgreSQL(RealServer, unittest.TestCase):
     def carry(self, client, data):
         return client.execute("SELECT %b::bytea", (data,), binary=True).fetchone()[0]
 
+    def test_a_transaction_fails_as_a_whole(self):
+        proxy = self.proxy(protocol="postgres")
+        client = self.client(proxy)
+        client.execute("DROP TABLE IF EXISTS t")
+        client.execute("CREATE TABLE t (i int)")
+        for query, values in ("INSERT INTO t VALUES (2)", None), ("INSERT INTO t VALUES (%s)", (2,)):
+            client.execute("BEGIN")
+            client.execute("INSERT INTO t VALUES (1)")
+            with proxy.handler("error", kind="40001", match="^INSERT"), self.assertRaises(self.driver.errors.SerializationFailure):
+                client.execute(query, values)
+            with self.assertRaises(self.driver.errors.InFailedSqlTransaction):
+                client.execute("SELECT 1")
+            client.execute("ROLLBACK")
+            self.assertEqual(client.execute("SELECT count(*) FROM t").fetchone()[0], 0)
+
+    def test_prepared_statements_match_by_their_text(self):
+        proxy = self.proxy(protocol="postgres")
+        client = self.client(proxy)
+        for number in range(8):                     # prepared from the sixth on
+            self.query(client, number)
+        with proxy.handler("error", kind="57014", match=r"^SELECT \$1::int"):
+            with self.assertRaises(self.driver.errors.QueryCanceled):
+                self.query(client, 8)
+            self.assertEqual(client.execute("SELECT 1").fetchone(), (1,))
+        self.assertEqual(self.query(client, 9), 9)
+
+    def test_a_pipeline_fails_exactly_where_it_was_drawn(self):
+        proxy = self.proxy(protocol="postgres")
+        if not hasattr(self.driver, "Pipeline") or not self.driver.Pipeline.is_supported():
+            client = self.connect_pg8000(proxy.port)    # this driver has none: another one, query by query
+            failed = []
+            with proxy.handler("error", kind="40001", percent=20):
+                for number in range(40):
+                    try:
+                        self.assertEqual(client.run("SELECT cast(:v as int)", v=number), [[number]])
+                    except Exception as problem:
+                        self.assertIn("40001", str(problem))
+                        failed.append(number)
+            self.assertEqual(len(proxy.events), len(failed))
+            return
+        client = self.client(proxy)
+        client.execute("DROP TABLE IF EXISTS t")
+        client.execute("CREATE TABLE t (i int)")
+        failed = []
+        with proxy.handler("error", kind="40001", percent=20), client.pipeline() as pipeline:
+            for number in range(40):
+                client.cursor().execute("INSERT INTO t VALUES (%s)", (number,))
+                try:
+                    pipeline.sync()
+                except self.driver.errors.SerializationFailure:
+                    failed.append(number)
+        there = {row[0] for row in client.execute("SELECT i FROM t").fetchall()}
+        self.assertEqual(len(proxy.events), 40 - len(there))
+        self.assertTrue(2 < len(proxy.events) < 20)
+        self.assertTrue(failed)
+
+    def connect_pg8000(self, port):
+        import pg8000.native
+        client = pg8000.native.Connection("postgres", host="127.0.0.1", port=port)
+        self.addCleanup(self.disconnect, client)
+        return client
+
+    def test_another_driver(self):
+        import pg8000.exceptions
+        proxy = self.proxy(protocol="postgres")
+        client = self.connect_pg8000(proxy.port)
+        for query, words in ("SELECT 1", {}), ("SELECT cast(:v as int)", {"v": 1}):
+            self.assertEqual(client.run(query, **words), [[1]])
+            with proxy.handler("error", kind="40P01"):
+                with self.assertRaises(pg8000.exceptions.DatabaseError) as caught:
+                    client.run(query, **words)
+                self.assertIn("deadlock detected", str(caught.exception))
+            self.assertEqual(client.run(query, **words), [[1]])
+
+    def test_copy_passes(self):
+        proxy = self.proxy(protocol="postgres")
+        client = self.client(proxy)
+        client.execute("DROP TABLE IF EXISTS t")
+        client.execute("CREATE TABLE t (i int)")
+        with proxy.handler("error", match="^nothing"):
+            with client.cursor().copy("COPY t FROM STDIN") as copy:
+                for number in range(1000):
+                    copy.write_row([number])
+            with client.cursor().copy("COPY t TO STDOUT") as copy:
+                self.assertEqual(sum(bytes(data).count(b"\n") for data in copy), 1000)
+
 
 class TestMariaDB(RealServer, unittest.TestCase):
     driver_name = "pymysql"
+    protocol = "mysql"
+    errors = [("1213", "err.OperationalError", "1213, 'Deadlock found"), ("1205", "err.OperationalError", "1205, 'Lock wait timeout"),
+              ("1290", "err.OperationalError", "--read-only"), ("1969", "err.OperationalError", "max_statement_time")]
+    endings = [("1053", "err.OperationalError", "1053, 'Server shutdown in progress'"), ("1927", "err.OperationalError", "Connection was killed")]
+    greetings = [("1040", "err.OperationalError", "ny connections"), ("1129", "err.OperationalError", "connection errors; unblock")]
 
     @property
     def lost(self):
@@ -4407,14 +5067,14 @@ class TestMariaDB(RealServer, unittest.TestCase):
         return cls.popen(find_program("mariadbd", "mysqld"), "--no-defaults", "--datadir=" + data,
                          "--port=%d" % cls.port, "--bind-address=127.0.0.1",
                          "--socket=" + os.path.join(cls.folder, "s"), "--pid-file=" + data + ".pid",
-                         "--max-allowed-packet=128M", "--innodb-flush-log-at-trx-commit=0",
+                         "--max-allowed-packet=256M", "--innodb-flush-log-at-trx-commit=0",
                          "--innodb-buffer-pool-size=64M", "--skip-name-resolve", *user)
 
     @classmethod
     def connect(cls, port, timeout=PATIENCE):
         return cls.driver.connect(host="127.0.0.1", port=port, user="root", password="",
                                   connect_timeout=max(1, int(timeout)), read_timeout=timeout,
-                                  max_allowed_packet=128 << 20)
+                                  max_allowed_packet=256 << 20)
 
     @classmethod
     def query(cls, client, number):
@@ -4426,6 +5086,138 @@ class TestMariaDB(RealServer, unittest.TestCase):
         with client.cursor() as cursor:
             cursor.execute("SELECT CAST(%s AS BINARY)", (data,))
             return cursor.fetchone()[0]
+
+    def test_a_deadlock_rolls_the_transaction_back_and_a_lock_wait_does_not(self):
+        proxy = self.proxy(protocol="mysql")
+        client = self.client(proxy)
+        with client.cursor() as cursor:
+            cursor.execute("CREATE DATABASE IF NOT EXISTS d")
+            cursor.execute("CREATE OR REPLACE TABLE d.t (i int) ENGINE=InnoDB")
+            for kind, left in ("1205", [(1,), (3,)]), ("1213", [(3,)]):
+                cursor.execute("TRUNCATE d.t")
+                cursor.execute("BEGIN")
+                cursor.execute("INSERT INTO d.t VALUES (1)")
+                with proxy.handler("error", kind=kind, match="^INSERT"), self.assertRaises(self.driver.err.OperationalError):
+                    cursor.execute("INSERT INTO d.t VALUES (2)")
+                cursor.execute("INSERT INTO d.t VALUES (3)")
+                cursor.execute("COMMIT")
+                cursor.execute("SELECT i FROM d.t ORDER BY i")
+                self.assertEqual(list(cursor.fetchall()), left)
+
+    def test_another_driver_and_its_prepared_statements(self):
+        import mysql.connector
+        proxy = self.proxy(protocol="mysql")
+        client = mysql.connector.connect(host="127.0.0.1", port=proxy.port, user="root", use_pure=True, ssl_disabled=True)
+        self.addCleanup(self.disconnect, client)
+        cursor = client.cursor(prepared=True)
+
+        def query(number):
+            cursor.execute("SELECT %s + 40", (number,))
+            return int(cursor.fetchall()[0][0])
+
+        self.assertEqual(query(2), 42)
+        with proxy.handler("error", kind="1213", match="40$"), self.assertRaises(mysql.connector.Error) as caught:
+            query(3)
+        self.assertEqual((caught.exception.errno, caught.exception.sqlstate), (1213, "40001"))
+        self.assertEqual(query(4), 44)
+
+
+class TestSmtp(unittest.TestCase):
+    """smtplib, and a real server: aiosmtpd."""
+
+    def setUp(self):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")     # theirs, not ours
+                from aiosmtpd.controller import Controller
+        except ImportError:
+            raise unittest.SkipTest("no aiosmtpd") from None
+        self.sizes = []
+        test = self
+
+        class Handler:
+            async def handle_DATA(self, server, session, envelope):
+                test.sizes.append(len(envelope.content))
+                return "250 OK"
+
+        port = unused_port()
+        controller = Controller(Handler(), hostname="127.0.0.1", port=port, data_size_limit=1 << 28)
+        controller.start()
+        self.addCleanup(controller.stop)
+        self.proxy = vaurien.Proxy("127.0.0.1:%d" % port, "127.0.0.1:0", protocol="smtp", seed=1)
+        self.proxy.__enter__()
+        self.addCleanup(self.proxy.__exit__)
+
+    def connect(self):
+        client = smtplib.SMTP("127.0.0.1", self.proxy.port, timeout=PATIENCE)
+        self.addCleanup(client.close)
+        return client
+
+    def send(self, client, text="Subject: hello\r\n\r\n.dot\r\n"):
+        return client.sendmail("a@example.com", ["b@example.com"], text)
+
+    def test_errors_are_the_servers_and_the_next_mail_is_sent(self):
+        client = self.connect()
+        for kind in "450", "451", "452":
+            for match, name in ("(?i)^mail", "SMTPSenderRefused"), ("(?i)^rcpt", "SMTPRecipientsRefused"), ("(?i)^data", "SMTPDataError"):
+                with self.proxy.handler("error", kind=kind, match=match), self.assertRaises(getattr(smtplib, name)) as caught:
+                    self.send(client)
+                self.assertIn(kind, str(caught.exception))
+                self.send(client)
+        self.assertEqual(self.proxy.accepted, 1)
+        self.assertEqual(len(self.sizes), 9)
+
+    def test_a_server_that_leaves(self):
+        client = self.connect()
+        self.send(client)
+        with self.proxy.handler("error", kind="421"):
+            with self.assertRaises(smtplib.SMTPSenderRefused) as caught:
+                self.send(client)
+            self.assertEqual(caught.exception.smtp_code, 421)
+            with self.assertRaises(smtplib.SMTPServerDisconnected):
+                client.noop()
+            with self.assertRaises(smtplib.SMTPConnectError):
+                self.connect()
+        self.send(self.connect())
+
+    def test_a_large_message(self):
+        with self.proxy.handler("error", match="^nothing"):
+            self.send(self.connect(), "Subject: hello\r\n\r\n" + ("x" * 70 + "\r\n") * 200000)
+        self.assertGreater(self.sizes[0], 72 * 200000)
+
+    def test_it_fails_twice_and_then_succeeds(self):
+        client = self.connect()
+        with self.proxy.handler("transient", agitate=2, kind="451", match="(?i)^mail"):
+            for _ in range(2):
+                with self.assertRaises(smtplib.SMTPSenderRefused):
+                    self.send(client)
+            self.send(client)
+
+
+class TestRequests(unittest.TestCase):
+    """requests, from PyPI, and the server of the standard library."""
+
+    def test_errors_are_answers_and_the_connection_lives(self):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")     # theirs, not ours
+                import requests
+        except ImportError:
+            raise unittest.SkipTest("no requests") from None
+        backend = vaurien.start_backend()
+        self.addCleanup(backend.server_close)
+        self.addCleanup(backend.shutdown)
+        backend.RequestHandlerClass.protocol_version = "HTTP/1.1"
+        with vaurien.Proxy(backend.server_address, "127.0.0.1:0", protocol="http") as proxy, requests.Session() as session:
+            url = "http://127.0.0.1:%d/" % proxy.port
+            self.assertEqual(session.get(url).content, vaurien.ANSWER)
+            for kind in vaurien.Http.errors:
+                with proxy.handler("error", kind=kind, match="^GET /cart"):
+                    answer = session.get(url + "cart")
+                    self.assertEqual((answer.status_code, answer.headers.get("Retry-After")),
+                                     (int(kind), "5" if kind in ("429", "503") else None))
+                    self.assertEqual(session.get(url).content, vaurien.ANSWER)
+            self.assertEqual(proxy.accepted, 1)
 
 
 # -- Benchmark: python3 test_vaurien.py bench ----------------------------------------

@@ -809,7 +809,8 @@ class Protocol:
     closing: tuple = ()
     speaks = False
 
-    def __init__(self):
+    def __init__(self, host=b""):
+        self.host = host            # what a request is to name in the client's words, if anything
         self.pending = deque()      # Requests that the backend has, and has not answered
         self.up = Frames(self.requests())
         self.down = Frames(self.replies())
@@ -829,6 +830,13 @@ class Protocol:
     def replies(self):
         """The reader of the backend's bytes."""
         raise NotImplementedError
+
+    def passes(self, request):
+        """Whether the head of a request may go on as it is; else `reword` changes it."""
+        return True
+
+    def reword(self, head):
+        return head
 
     def refuse(self, kind, data):
         """The Reply to a client that connects, or None if that is no time for this kind.
@@ -851,10 +859,10 @@ class Protocol:
         return self.errors[kind].encode() + b"\r\n"
 
 
-def digits(text, most=1 << 40):
+def digits(text, most=1 << 60):
     """A number as protocols write it. Raises NotOurs."""
     text = text.strip()
-    if not text.isdigit() or len(text) > 12 or int(text) > most:
+    if not text.isdigit() or len(text) > 18 or int(text) > most:
         raise NotOurs("%r is no length" % text[:20])
     return int(text)
 
@@ -874,6 +882,7 @@ class Http(Protocol):
     CLOSE = re.compile(rb"(?im)^connection[ \t]*:.*\bclose\b")
     ALIVE = re.compile(rb"(?im)^connection[ \t]*:.*\bkeep-alive\b")
     EXPECT = re.compile(rb"(?im)^expect[ \t]*:.*100-continue")
+    HOST = re.compile(rb"(?im)^(host[ \t]*:[ \t]*)([^ \t\r\n]*)")
 
     def requests(self):
         while True:
@@ -922,6 +931,13 @@ class Http(Protocol):
             length = self.LENGTH.search(head)
             yield digits(length.group(1)) if length else usual
 
+    def passes(self, request):
+        named = self.HOST.search(request.text) if self.host else None
+        return not named or named.group(2).lower() == self.host
+
+    def reword(self, head):
+        return self.HOST.sub(lambda named: named.group(1) + self.host, head, 1)
+
     def answer(self, kind, request):
         words = "%s %s" % (kind, self.errors[kind])
         body = "" if request.name == "HEAD" else words + "\n"
@@ -959,9 +975,9 @@ class Redis(Protocol):
     # From these on the backend speaks when it likes.
     PUSHES = {"SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE", "MONITOR", "SYNC", "PSYNC", "REPLCONF"}
 
-    def __init__(self):
+    def __init__(self, host=b""):
         self.queueing = False       # between MULTI and EXEC
-        super().__init__()
+        super().__init__(host)
 
     def requests(self):
         while True:
@@ -1120,9 +1136,9 @@ class Mysql(Protocol):
     QUERY, PREPARE, EXECUTE = 3, 0x16, 0x17
     SILENT = {0x01, 0x18, 0x19}             # QUIT, STMT_SEND_LONG_DATA, STMT_CLOSE
 
-    def __init__(self):
+    def __init__(self, host=b""):
         self.statements = {}                # {number: text} of those that are prepared
-        super().__init__()
+        super().__init__(host)
 
     def requests(self):
         known = False                       # whether the client has said what it can
@@ -1212,13 +1228,13 @@ class Postgres(Protocol):
     speaks = True
     TLS, GSS, CANCEL = 80877103, 80877104, 80877102
 
-    def __init__(self):
+    def __init__(self, host=b""):
         self.statements, self.portals = {}, {}      # {name: text}
         self.asked = False          # for TLS or GSS encryption: the reply is one byte
         self.status = b"I"          # of the transaction: idle, in one, in a failed one
         self.skipping = False       # whether all is left out up to the next Sync
         self.executed = False       # whether something was, since the last Sync
-        super().__init__()
+        super().__init__(host)
 
     def requests(self):
         while True:
@@ -1645,7 +1661,7 @@ class Line:
     """
 
     __slots__ = ("rules", "connection", "request", "speaker", "steps", "late", "lasting", "news",
-                 "protocol", "asked", "turned")
+                 "number", "protocol", "asked", "turned")
 
     def __init__(self, rules, connection):
         self.rules = rules
@@ -1658,11 +1674,13 @@ class Line:
         self.steps = []                 # drawn for the request under way, in rule order
         self.late = []                  # rules that came before anybody spoke in it
         self.lasting = {}               # per connection: {rule: step}
-        self.news = []                  # rules that have acted for the first time
+        self.news = []                  # (rule, request) where one has acted for the first time
+        self.number = 0                 # of the request that the events at hand belong to
 
     def begin(self):
         """A request begins: throw the dice for it."""
         self.request += 1
+        self.number = self.request
         self.rules.requests += 1
         self.late = []
         if self.rules.armed or self.steps:
@@ -1769,7 +1787,7 @@ class Line:
                 events = [out for event in events for out in self.through(step, event, shown)]
             except (Exception, SystemExit) as problem:
                 log.error("connection %d, request %d: handler %s failed and the connection is "
-                          "reset: %s: %s", self.connection, self.request, step.rule.name,
+                          "reset: %s: %s", self.connection, self.number, step.rule.name,
                           type(problem).__name__, problem, exc_info=not step.rule.failed)
                 step.rule.failed = True
                 return [(t, to, RESET, ())]
@@ -1783,7 +1801,7 @@ class Line:
             return [event]
         if rule.stream not in ("both", to) or not step.may_act():
             return [event]
-        step.state.turn, step.state.asked = self.request, self.asked
+        step.state.turn, step.state.asked = self.number, self.asked
         step.state.protocol = self.protocol
         events = [(max(t, due), way, out) for due, way, out
                   in rule.handler(step.state, t, to, data, **rule.options)]
@@ -1797,7 +1815,7 @@ class Line:
         if shown:
             acts = any(event[2] is not OPEN for event in events)
         if acts and step.act():
-            self.news.append(rule)
+            self.news.append((rule, self.number))
         return [(due, way, out, holds if due == t else
                  holds + ((rule, due - t, data is OPEN and out is not OPEN),))
                 for due, way, out in events]
@@ -1845,10 +1863,10 @@ class FramedLine(Line):
 
     __slots__ = ("row", "head", "inside", "leaked")
 
-    def __init__(self, rules, connection, kind):
+    def __init__(self, rules, connection, protocol):
         super().__init__(rules, connection)
+        self.protocol = protocol
         self.row = deque()
-        self.protocol = kind()
         self.head = b""             # of a request that is not known yet
         self.inside = False         # whether the client is in the middle of a request
         self.leaked = False         # whether some of its head has gone through already
@@ -1862,19 +1880,20 @@ class FramedLine(Line):
         """A request has begun."""
         last = self.row[-1]
         self.asked = request
-        if last.request is None and not self.protocol.speaks:
+        connects = last.request is None and not self.protocol.speaks
+        if connects and self.rules.armed:
             at_work = self.at_work()
-            if self.rules.armed:
-                self.steps = self.drawn(lambda rule: at_work.get(rule) if rule not in self.late
-                                        and not rule.match else self.draw(rule))
+            self.steps = self.drawn(lambda rule: at_work.get(rule) if rule not in self.late
+                                    and not rule.match else self.draw(rule))
             self.late = []
-            last.request, last.steps = request, self.steps
-            return
-        if request.draws:
+        elif not connects and request.draws:
             super().begin()
         if self.leaked:                 # too late for those that want all of it
             self.steps = [step for step in self.steps if step.rule.per == "connection"]
-        self.row.append(Exchange(self.request, self.steps, request))
+        if connects:
+            last.request, last.steps = request, self.steps
+        else:
+            self.row.append(Exchange(self.request, self.steps, request))
 
     def draw(self, rule):
         """A step, if the request is known and matches, where the rule says what it waits for."""
@@ -1901,6 +1920,10 @@ class FramedLine(Line):
         if self.rules.armed or self.head or any(
                 exchange.steps or exchange.waiting for exchange in self.row):
             return False
+        if to == UPSTREAM and self.protocol.host and not (self.inside and not marks):
+            if (not marks or (marks[-1][0] < size and marks[-1][1] is END)) or not all(
+                    self.protocol.passes(mark) for _, mark in marks if isinstance(mark, Request)):
+                return False
         for _, mark in marks:
             self.follow(to, mark)
             self.row[-1].sent = True
@@ -1951,13 +1974,15 @@ class FramedLine(Line):
                 self.follow(to, mark)
                 events += self.settle(now)
                 head, self.head = self.head, b""
+                if mark is not MORE and not self.protocol.passes(mark):
+                    head = self.protocol.reword(head)
                 events += self.piece(now, to, head) if head else []
         return events
 
     def piece(self, now, to, data):
         """What becomes of bytes, or a signal, of the exchange that they belong to."""
         exchange = self.row[-1 if to == UPSTREAM else 0]
-        self.asked = exchange.request
+        self.asked, self.number = exchange.request, exchange.number
         events = []
         # What goes on with a request that was complete is no longer its fault's.
         steps = [] if to == UPSTREAM and exchange.complete and data else exchange.steps
@@ -2428,8 +2453,8 @@ class Connection:
         self.loop = proxy.loop
         self.number = number
         self.name = show_address(peer)
-        self.line = (FramedLine(proxy.rules, number, proxy.protocol) if proxy.protocol
-                     else Line(proxy.rules, number))
+        self.line = (FramedLine(proxy.rules, number, proxy.protocol(proxy.host_header()))
+                     if proxy.protocol else Line(proxy.rules, number))
         self.up = Pipe(UPSTREAM, self.loop.budget)
         self.down = Pipe(DOWNSTREAM, self.loop.budget)
         self.client = client            # a socket; None when all is over
@@ -2563,7 +2588,7 @@ class Connection:
                 return True
             self.lent = True
             if step.act():
-                self.proxy.record(self, step.rule)
+                self.proxy.record(self, step.rule, self.line.request)
             self.loop.away(lambda: work(step.rule, socks, pipe.to == UPSTREAM),
                            lambda done, problem: self.give_back(step.rule, socks, done, problem))
         self.watch()
@@ -2605,7 +2630,7 @@ class Connection:
         for t, way, out, holds in events:
             (self.up if way == UPSTREAM else self.down).put(t, out, now, holds)
         while self.line.news:
-            self.proxy.record(self, self.line.news.pop(0))
+            self.proxy.record(self, *self.line.news.pop(0))
         self.advance()
 
     def renew(self, new, gone, changed):
@@ -3031,6 +3056,8 @@ class Proxy:
     seed       any whole number: the same seed gives the same faults; None draws one
     timeout    seconds to connect to the backend, for all of its addresses
     protocol   what is spoken: tcp, http, redis, memcache, mysql, postgres or smtp
+    overwrite_host_header
+               of http: whether the backend is asked for by its own name
     toxics     rules beside the behavior: [Toxic]
     enabled    whether it listens, once it is bound
 
@@ -3040,10 +3067,11 @@ class Proxy:
     """
 
     def __init__(self, distant, local="localhost:0", behavior="100:dummy", options=None,
-                 name="vaurien", seed=None, timeout=30.0, protocol="tcp", toxics=(),
-                 enabled=True):
+                 name="vaurien", seed=None, timeout=30.0, protocol="tcp",
+                 overwrite_host_header=True, toxics=(), enabled=True):
         self.name = name
         self.protocol = PROTOCOLS[check_protocol(protocol)]
+        self.overwrite_host_header = overwrite_host_header
         self.label = "" if name == "vaurien" else name + ": "
         self.local = parse_listener(local) if isinstance(local, str) else local
         self.listen = show_address(self.local)      # as it was given, then as it is
@@ -3270,6 +3298,20 @@ class Proxy:
         self.rules.armed = rules
         self.lends = any(rule.blocking for rule in rules)
 
+    def set_protocol(self, protocol, overwrite_host_header):
+        """Have new connections speak another one; those that are open are closed."""
+        if (protocol, overwrite_host_header) != (self.protocol, self.overwrite_host_header):
+            self.protocol, self.overwrite_host_header = protocol, overwrite_host_header
+            self.drop_connections("changed by the control")
+
+    def host_header(self):
+        """What a request is to name the backend, or nothing."""
+        if not self.overwrite_host_header or self.protocol is not Http:
+            return b""
+        host, port = self.backend
+        named = show_address((host or "localhost", port))
+        return (named[:-len(":80")] if port == 80 else named).lower().encode("utf-8")
+
     def check_kind(self, rule):
         """Refuse, with BadRule, what the protocol does not know."""
         kind = rule.options.get("kind") if rule.handler in (error, transient) else ""
@@ -3293,18 +3335,18 @@ class Proxy:
         elif not enabled and local != self.local:
             self.local, self.listen = local, show_address(local)
 
-    def record(self, connection, rule):
-        """A fault has acted."""
+    def record(self, connection, rule, request):
+        """A fault has acted on a request."""
         self.recorded += 1
         self.faults[rule.name] += 1
         connection.faults = [*(connection.faults or []), rule.name][-100:]
         with self.acted:
             self.events.append(Event(self.recorded, time.time(), self.name, connection.number,
-                                     connection.name, connection.line.request, rule.name,
+                                     connection.name, request, rule.name,
                                      dict(rule.options)))
             self.acted.notify_all()
         log.info("%sconnection %d, client %s, request %d: %s", self.label, connection.number,
-                 connection.name, connection.line.request, rule)
+                 connection.name, request, rule)
 
     def failed(self, connection, problem):
         """The backend could not be connected to."""
@@ -4012,7 +4054,7 @@ TOXIPROXYS = {"noop", "latency", "bandwidth", "slicer", "slow_close", "timeout",
 # As in the original these may be negative, which is as 0; where it crashed, it is refused.
 SIGNED = {"latency", "jitter", "delay", "timeout", "bytes"}
 PROXY_FIELDS = OrderedDict((("name", str), ("listen", str), ("upstream", str),
-                            ("enabled", bool), ("toxics", list)))
+                            ("enabled", bool), ("toxics", list), ("protocol", str)))
 TOXIC_FIELDS = OrderedDict((("name", str), ("type", str), ("stream", str), ("toxicity", float),
                             ("attributes", dict)))
 
@@ -4163,12 +4205,19 @@ def make_proxy(fields, proxies, place=""):
     refuse_doubles(toxics)
     local = read_listen(fields.get("listen", ":0"), "listen tcp: ")
     backend = read_upstream(fields["upstream"])
-    enabled = fields.get("enabled", True)
+    if meet(local, backend):
+        raise bad_body("upstream %s is where it listens: the proxy would call itself"
+                       % fields["upstream"])
+    try:
+        protocol = check_protocol(fields.get("protocol", "tcp"))
+    except ValueError as problem:
+        raise bad_body("protocol %s" % problem) from None
     try:
         return Proxy(backend, local, name=fields["name"], seed=proxies.seed,
-                     timeout=proxies.timeout, toxics=toxics, enabled=enabled)
+                     timeout=proxies.timeout, protocol=protocol, toxics=toxics,
+                     enabled=fields.get("enabled", True))
     except ValueError as problem:
-        raise bad_body("upstream %s" % problem) from None
+        raise bad_body(problem) from None
 
 
 def refuse_doubles(toxics):
@@ -4295,9 +4344,10 @@ def show_toxics(proxy):
 
 
 def show_proxy(proxy):
-    return proxy.loop.call(lambda: OrderedDict((
+    own = [("protocol", proxy.protocol.__name__.lower())] if proxy.protocol else []
+    return proxy.loop.call(lambda: OrderedDict([
         ("name", proxy.name), ("listen", proxy.listen), ("upstream", show_address(proxy.backend)),
-        ("enabled", proxy.enabled), ("toxics", show_toxics(proxy)))))
+        ("enabled", proxy.enabled), ("toxics", show_toxics(proxy)), *own]))
 
 
 # The routes
@@ -4359,6 +4409,8 @@ def change_proxy(proxies, proxy, fields, enabled):
         local = read_listen(fields["listen"])
     if fields.get("upstream"):
         backend = read_upstream(fields["upstream"])
+    if "protocol" in fields and PROTOCOLS.get(fields["protocol"], "") is not proxy.protocol:
+        raise bad_body("protocol cannot be changed: delete the proxy, and make it anew")
     proxies.change(proxy, local, backend, enabled)
 
 
@@ -4481,11 +4533,12 @@ def populate_one(proxies, proxy, fields):
         if known is None:
             proxies.add(proxy)
             return proxy
-        same = (known.backend == proxy.backend
+        same = (known.backend == proxy.backend and known.protocol is proxy.protocol
                 and known.listen in (proxy.listen, first_address(proxy.local)))
         if not same:
             proxies.change(known, proxy.local, proxy.backend, proxy.enabled)
             known.loop.call(known.use, [])
+            known.loop.call(known.set_protocol, proxy.protocol, True)
         if not same or "toxics" in fields:
             known.loop.call(known.set_toxics, proxy.toxics)
         return known
@@ -4640,13 +4693,11 @@ def start_proxy(host="localhost", port=8888, http=True, warmup=2, *, proxy_host=
     Raises RuntimeError, in the words of the proxy, if it cannot start. It ends with
     `stop_proxy`, or when this process does, however that ends.
     """
-    if protocol != "tcp":
-        raise ValueError("protocol must be tcp, not %r" % protocol)
     backend = show_address((backend_host or host, int(backend_port or port)))
     if isinstance(options, str):
         raise ValueError("options must be a list of words, not %r" % options)
     words = [sys.executable, "-c", STARTER, __name__, os.path.abspath(__file__), "--attached",
-             "--backend", backend,
+             "--backend", backend, "--protocol", protocol,
              "--proxy", show_address((proxy_host, int(proxy_port))), "--log-level", log_level,
              "--log-output", log_output]
     if http:
@@ -4734,6 +4785,9 @@ PROXY_SETTINGS = OrderedDict((
                          "which handlers act, on how many of the requests")),
     ("protocol", Setting(("--protocol",), "tcp", check_protocol, "NAME",
                          "what is spoken: " + ", ".join(PROTOCOLS))),
+    ("overwrite_host_header", Setting((
+        "--protocol-http-overwrite-host-header",), "yes", check_yes_no, "YES|NO",
+        "of http: ask for the backend by its own name, not by the proxy's")),
     ("seed", Setting(("--seed",), None, check_count, "N",
                      "the same seed gives the same faults; drawn and logged if not given")),
     ("timeout", Setting(("--timeout",), "30", check_timeout, "SECONDS",
