@@ -1154,7 +1154,7 @@ class TestProxy(unittest.TestCase):
             with vaurien.Proxy("127.0.0.1:%d" % silent, "127.0.0.1:0", timeout=0.3) as proxy:
                 began = time.monotonic()
                 with self.assertLogs("vaurien", "WARNING") as logged, connected(proxy) as stuck:
-                    proxy.loop.call(setattr, proxy, "backend", ("127.0.0.1", port))
+                    proxy.loop.call(proxy.set_backend, ("127.0.0.1", port))
                     with connected(proxy) as sock:
                         self.assertEqual(exchange(sock, b"question"), b"question")
                     hear(stuck)
@@ -5221,29 +5221,215 @@ class TestRequests(unittest.TestCase):
 
 
 # -- Benchmark: python3 test_vaurien.py bench ----------------------------------------
+#
+# Each proxy that is there, in front of the same backend, does the same work in turns; what
+# counts is the ratio of medians. The load comes from processes of their own, that need two
+# system calls for a round trip, and so does the backend: they cost less than any proxy.
+
+BLOCK = 64                  # bytes of a round trip
+
 
 def bench_backend():
-    """A backend in a process of its own: says its port; pours to who begins so, echoes to others."""
-    def talk(sock):
+    """The backend, in a process of its own: pours to who begins so, echoes to others."""
+    listener = vaurien.listen_at(socket.AF_INET, ("127.0.0.1", 0))
+    listener.setblocking(True)
+    print(listener.getsockname()[1], flush=True)
+    sel = selectors.DefaultSelector()
+    sel.register(listener, selectors.EVENT_READ)
+    buffer = bytearray(1 << 16)
+    while True:
+        for key, _ in sel.select():
+            sock = key.fileobj
+            if sock is listener:
+                sel.register(listener.accept()[0], selectors.EVENT_READ)
+                continue
+            try:
+                size = sock.recv_into(buffer)
+                if buffer[:size] == b"pour":
+                    threading.Thread(target=pour, args=(sock,), daemon=True).start()
+                    sel.unregister(sock)
+                    continue
+                sock.sendall(buffer[:size])
+            except OSError:
+                size = 0
+            if not size:
+                sel.unregister(sock)
+                sock.close()
+
+
+def pour(sock):
+    with contextlib.suppress(OSError), sock:
+        while True:
+            sock.sendall(bytes(1 << 20))
+
+
+def bench_load(work, port, number, seconds):
+    """The load, in a process of its own: prints what it did, in how many seconds, and p50 and p99."""
+    times, done, buffer = [], 0, bytearray(1 << 20)
+    if work in ("trips", "bulk"):
+        socks = [connect(port) for _ in range(number)]
+        for sock in socks:
+            sock.sendall(b"pour" if work == "bulk" else bytes(BLOCK))
+            sock.recv_into(buffer)
+    began = now = time.perf_counter()
+    if work == "trips":
+        while now - began < seconds:
+            last = now
+            for sock in socks:
+                sock.send(bytes(BLOCK))
+            for sock in socks:
+                sock.recv_into(buffer)
+            now = time.perf_counter()
+            done += number
+            times.append(now - last)
+    elif work == "bulk":
+        sel = selectors.DefaultSelector()
+        for sock in socks:
+            sel.register(sock, selectors.EVENT_READ)
+        while now - began < seconds:
+            for sock in socks if number == 1 else [key.fileobj for key, _ in sel.select()]:
+                done += sock.recv_into(buffer)
+            now = time.perf_counter()
+        done /= 1 << 20
+    else:                               # connect, ask, close
+        while now - began < seconds:
+            last = now
+            with contextlib.closing(connect(port)) as sock:
+                sock.send(bytes(BLOCK))
+                sock.recv_into(buffer)
+            now = time.perf_counter()
+            done += 1
+            times.append(now - last)
+    times.sort()
+    print(json.dumps([done, now - began, times[len(times) // 2] if times else 0,
+                      times[len(times) * 99 // 100] if times else 0]))
+
+
+def processes(pid):
+    """A process and its descendants."""
+    found = [pid]
+    for parent in found:
         with contextlib.suppress(OSError):
-            first = sock.recv(65536)
-            if first == b"pour":
-                while True:
-                    sock.sendall(bytes(1 << 20))
-            sock.sendall(first)
-            echo(sock)
-
-    with serving(talk) as (port, _):
-        print(port, flush=True)
-        sys.stdin.read()
+            for task in os.listdir("/proc/%d/task" % parent):
+                with open("/proc/%d/task/%s/children" % (parent, task)) as file:
+                    found += [int(word) for word in file.read().split()]
+    return found
 
 
-class Bench:
+def cpu_seconds(pid):
+    """What a process and its descendants, those that have ended too, have used."""
+    total = 0
+    for each in processes(pid):
+        with contextlib.suppress(OSError), open("/proc/%d/stat" % each) as file:
+            fields = file.read().rpartition(")")[2].split()
+            total += sum(map(int, fields[11:15] if each == pid else fields[11:13]))
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+def resident(pid):
+    """Bytes of memory that a process and its descendants have to themselves."""
+    total = 0
+    for each in processes(pid):
+        with contextlib.suppress(OSError), open("/proc/%d/statm" % each) as file:
+            total += int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return total
+
+
+def start_vaurien(folder, port, backend):
+    return [sys.executable, FILE, "--local", "127.0.0.1:%d" % port, "--distant", "127.0.0.1:%d" % backend, "--log-level", "error"]
+
+
+def start_delay(folder, port, backend):
+    return start_vaurien(folder, port, backend) + ["--behavior", "20:delay", "--handlers.delay.sleep", "0"]
+
+
+def start_haproxy(folder, port, backend):
+    path = os.path.join(folder, "haproxy.cfg")
+    with open(path, "w") as file:
+        file.write("global\n nbthread 1\n maxconn 5000\ndefaults\n mode tcp\n timeout connect 5s\n timeout client 1h\n timeout server 1h\n"
+                   "listen all\n bind 127.0.0.1:%d\n server one 127.0.0.1:%d\n" % (port, backend))
+    return [find_program("haproxy"), "-f", path, "-db"]
+
+
+def start_nginx(folder, port, backend):
+    path, module = os.path.join(folder, "nginx.conf"), "/usr/lib/nginx/modules/ngx_stream_module.so"
+    with open(path, "w") as file:
+        file.write("%sworker_processes 1; daemon off; pid %s/nginx.pid; error_log /dev/null crit;\nevents { worker_connections 20000; }\n"
+                   "stream { server { listen 127.0.0.1:%d; proxy_pass 127.0.0.1:%d; tcp_nodelay on; } }\n"
+                   % ("load_module %s;\n" % module if os.path.exists(module) else "", folder, port, backend))
+    return [find_program("nginx"), "-c", path, "-p", folder]
+
+
+def start_socat(folder, port, backend):
+    return [find_program("socat"), "TCP-LISTEN:%d,bind=127.0.0.1,fork,reuseaddr,nodelay,backlog=1000" % port, "TCP:127.0.0.1:%d,nodelay" % backend]
+
+
+def start_toxiproxy(folder, port, backend):
+    path = os.path.join(folder, "toxiproxy.json")
+    with open(path, "w") as file:
+        json.dump([{"name": "p", "listen": "127.0.0.1:%d" % port, "upstream": "127.0.0.1:%d" % backend}], file)
+    return [find_program("toxiproxy-server"), "-port", str(unused_port()), "-config", path]
+
+
+BENCHED = {"vaurien": start_vaurien, "vaurien 20:delay": start_delay, "haproxy": start_haproxy, "nginx": start_nginx,
+           "socat": start_socat, "toxiproxy": start_toxiproxy}
+# name: (what a process of the load does, how many processes, connections of each, unit)
+WORKS = [("round trips, 1 connection", "trips", 1, 1, "/s"), ("round trips, 50 connections", "trips", 2, 25, "/s"),
+         ("bulk, 1 connection", "bulk", 1, 1, "MiB/s"), ("bulk, 8 connections", "bulk", 2, 4, "MiB/s"),
+         ("connect, ask, close", "connect", 2, 1, "/s")]
+
+
+class Benched:
+    """A proxy under test, or none, in front of the backend."""
+
+    def __init__(self, name, backend, stack):
+        self.name, self.port, self.pid = name, backend, None
+        if name == "direct":
+            return
+        folder = tempfile.mkdtemp()
+        stack.callback(shutil.rmtree, folder, True)
+        self.port = unused_port()
+        process = subprocess.Popen(BENCHED[name](folder, self.port, backend), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        stack.callback(process.wait)
+        stack.callback(process.terminate)
+        self.pid = process.pid
+
+        def listens():
+            with contextlib.suppress(OSError):
+                connect(self.port).close()
+                return True
+        wait_until(listens)
+
+    def measure(self, work, processes, connections, seconds):
+        """(units per second, CPU us per unit, p50 ms, p99 ms)."""
+        used = cpu_seconds(self.pid) if self.pid else 0
+        load = [subprocess.Popen([sys.executable, os.path.abspath(__file__), "bench-load", work, str(self.port), str(connections), str(seconds)],
+                                 stdout=subprocess.PIPE, universal_newlines=True) for _ in range(processes)]
+        found = [json.loads(process.communicate()[0]) for process in load]
+        used = cpu_seconds(self.pid) - used if self.pid else 0
+        done = sum(one[0] for one in found)
+        return (sum(one[0] / one[1] for one in found), used / done * 1e6, 1000 * max(one[2] for one in found), 1000 * max(one[3] for one in found))
+
+    def memory(self, number):
+        """Bytes for each of so many idle connections."""
+        if not self.pid:
+            return 0
+        with contextlib.ExitStack() as stack:
+            for _ in range(100):            # what the first ones need is not theirs alone
+                exchange(stack.enter_context(contextlib.closing(connect(self.port))), b"hello")
+            before = resident(self.pid)
+            for _ in range(number):
+                exchange(stack.enter_context(contextlib.closing(connect(self.port))), b"hello")
+            return (resident(self.pid) - before) / number
+
+
+class Faulty:
     """The proxy between a backend and this process, each in a process of its own."""
 
     def __enter__(self):
         self.stack = contextlib.ExitStack()
-        self.backend = int(self.start(__file__, "bench-backend").readline())
+        self.backend = int(self.start(os.path.abspath(__file__), "bench-backend").readline())
         self.control = unused_port()
         self.start(FILE, "serve", "--attached", "--http-port", str(self.control)).readline()
         made = self.ask("POST", "/proxies", {"name": "p", "listen": "127.0.0.1:0",
@@ -5296,15 +5482,14 @@ class Bench:
         return size / (now - began) / 1000
 
 
-def bench(argv):
-    """How much faults are off what they say, and what they cost. Medians of interleaved rounds."""
-    quick = argv == ["--quick"]
+def bench_faults(quick):
+    """How much faults are off what they say, and what they cost."""
     rounds, trips, seconds = (3, 50, 1) if quick else (7, 200, 3)
     rates = 100, 10000, 100000
     seen = {}
-    with Bench() as at:
+    with Faulty() as at:
         for number in range(rounds):
-            print("\rround %d of %d" % (number + 1, rounds), end="", file=sys.stderr, flush=True)
+            print("\rfaults, round %d of %d" % (number + 1, rounds), end="", file=sys.stderr, flush=True)
             at.use()
             plain, bulk = at.round_trip(10 * trips), at.bulk(seconds)
             at.use(("latency", {"latency": 10}))
@@ -5315,7 +5500,8 @@ def bench(argv):
                 at.use(("bandwidth", {"rate": rate}))
                 seen.setdefault(rate, []).append(100 * (at.bulk(seconds) / rate - 1))
     found = {name: vaurien.median(values) for name, values in seen.items()}
-    print("\r%-50s %10.3f ms" % ("round trip of 64 bytes, nothing drawn", found["plain"]))
+    print("\r%30s\r" % "", end="", file=sys.stderr)
+    print("%-50s %10.3f ms" % ("round trip of 64 bytes, nothing drawn", found["plain"]))
     print("%-50s %10.3f ms" % ("latency 10 ms adds to it", found["added"]))
     print("%-50s %10.2f GB/s" % ("one connection, nothing drawn", found["bulk"] / 1e6))
     print("%-50s %10.2f GB/s, a ratio of %.2f" % ("one connection, latency 10 ms", found["far"] / 1e6, found["far/bulk"]))
@@ -5323,10 +5509,46 @@ def bench(argv):
         print("%-50s %+10.2f %%" % ("bandwidth of %d KB/s is off by" % rate, found[rate]))
 
 
+def bench(argv):
+    """One table: medians of rounds in turns, and the ratio of vaurien's to each."""
+    quick = "--quick" in argv
+    rounds, seconds, idle = (2, 0.25, 300) if quick else (7, 1.5, 1000)
+    with contextlib.ExitStack() as stack:
+        backend = subprocess.Popen([sys.executable, os.path.abspath(__file__), "bench-backend"], stdout=subprocess.PIPE, universal_newlines=True)
+        stack.callback(backend.stdout.close)
+        stack.callback(backend.wait)
+        stack.callback(backend.kill)
+        port = int(backend.stdout.readline())
+        programs = {"haproxy": "haproxy", "nginx": "nginx", "socat": "socat", "toxiproxy": "toxiproxy-server"}
+        names = ["direct"] + [name for name in BENCHED if name not in programs or find_program(programs[name])]
+        targets = [Benched(name, port, stack) for name in names]
+        seen = {}
+        for number in range(rounds):
+            for title, work, processes, connections, _ in WORKS:
+                print("\r%-70s" % ("round %d of %d: %s" % (number + 1, rounds, title)), end="", file=sys.stderr, flush=True)
+                for target in targets:
+                    seen.setdefault((title, target.name), []).append(target.measure(work, processes, connections, seconds))
+        held = {target.name: target.memory(0 if target.name == "socat" else idle) if target.name != "socat" else 0 for target in targets}
+    print("\r%70s\r" % "", end="", file=sys.stderr)
+    print("%-28s %-17s %12s %10s %9s %9s %8s" % ("work", "proxy", "rate", "CPU us per", "p50 ms", "p99 ms", "vaurien"))
+    for title, _, _, _, unit in WORKS:
+        own = vaurien.median([one[0] for one in seen[title, "vaurien"]])
+        for name in names:
+            rate, cost, middle, late = (vaurien.median(column) for column in zip(*seen[title, name]))
+            print("%-28s %-17s %12s %10s %9s %9s %8.2f" % (title if name == "direct" else "", name, "%.0f %s" % (rate, unit), "%.1f" % cost if cost else "",
+                                                           "%.3f" % middle if middle else "", "%.3f" % late if late else "", own / rate))
+    for name in names:
+        if held[name]:
+            print("%-28s %-17s %12s %39s" % ("memory, idle connection" if name == "vaurien" else "", name, "%.1f KiB" % (held[name] / 1024), "%.2f" % (held["vaurien"] / held[name])))
+    bench_faults(quick)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["bench"]:
         bench(sys.argv[2:])
-    elif sys.argv[1:] == ["bench-backend"]:
+    elif sys.argv[1:2] == ["bench-backend"]:
         bench_backend()
+    elif sys.argv[1:2] == ["bench-load"]:
+        bench_load(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))
     else:
         unittest.main()

@@ -71,6 +71,7 @@ HEARD_MAX = 64 * 1024           # of a request, that an expression is looked for
 HELD_ENTRY = 400                # what keeping one chunk costs besides its bytes: 398 on
                                 #   Python 3.6, 336 on 3.13 (measured)
 BACKLOG = 4096                  # for listen; the kernel caps it (net.core.somaxconn)
+INHERITS = sys.platform.startswith("linux")     # a client has its listener's TCP_NODELAY
 BURST = 64                      # connections accepted in a row before others have their turn
 LINGER = 5.0                    # seconds for a client to close after an error (as nginx has it)
 PAUSE = 1.0                     # seconds without accepting when descriptors have run out
@@ -2189,6 +2190,7 @@ class Loop:
     def __init__(self, clock=time.monotonic, selector=None):
         self.clock = clock
         self.selector = selector or selectors.DefaultSelector()
+        self.watched = set()                # sockets
         self.alarms = []                    # a heap of [t, order, callback or None]
         self.order = 0
         self.cancelled = 0                  # how many of the alarms will not ring
@@ -2211,17 +2213,20 @@ class Loop:
 
     def watch(self, sock, events, callback=None):
         """Call back with the events sock is ready for; for none, forget the socket."""
-        known = sock in self.selector.get_map()
+        # To ask the selector would cost a system call: it words an error that nobody reads.
+        known = sock in self.watched
         if events and known:
             self.selector.modify(sock, events, callback)
         elif events:
+            self.watched.add(sock)
             self.selector.register(sock, events, callback)
         elif known:
+            self.watched.remove(sock)
             self.selector.unregister(sock)
 
     def full(self):
         """Whether the selector could not take one more connection."""
-        return len(self.selector.get_map()) + 2 > self.limit
+        return len(self.watched) + 2 > self.limit
 
     def at(self, t, callback):
         """Call back at t. Returns the alarm, for `cancel`."""
@@ -2680,6 +2685,8 @@ class Connection:
         self.watch()
         if not self.lingers:
             self.lingers = True
+            with contextlib.suppress(OSError):
+                self.client.shutdown(socket.SHUT_WR)
             self.loop.cancel(self.patience)
             self.patience = self.loop.at(self.loop.clock() + LINGER,
                                          lambda: self.close("closed by a fault"))
@@ -2695,7 +2702,8 @@ class Connection:
                 elif data is EOF:
                     pipe.sent(0)
                     pipe.done = True
-                    if not self.torn:           # or else a reset is what follows
+                    # Or else a reset, or a close, is what follows.
+                    if not (self.torn or (self.up.done and self.down.done)):
                         target.shutdown(socket.SHUT_WR)
                 else:
                     pipe.sent(target.send(data))
@@ -2993,6 +3001,8 @@ def listen_at(family, address):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if INHERITS:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setblocking(False)
         sock.bind(address)
         sock.listen(BACKLOG)
@@ -3198,7 +3208,8 @@ class Proxy:
     def welcome(self, client, peer):
         """Somebody has come."""
         client.setblocking(False)
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if not INHERITS:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.accepted += 1
         connection = Connection(self, self.accepted, client, peer)
         self.connections[self.accepted] = connection
@@ -3213,6 +3224,7 @@ class Proxy:
             raise ValueError("%s is the address that is listened on: the proxy would call itself"
                              % show_address(backend))
         self.backend = backend
+        self.addresses = literal(backend)       # None where it is a name
 
     def find_backend(self, then):
         """then(addresses, problem), at once for a number, later for a name.
@@ -3220,9 +3232,8 @@ class Proxy:
         A name is asked for anew when a client comes, once for all who wait for it.
         """
         backend = self.backend
-        addresses = literal(backend)
-        if addresses:
-            then(addresses, None)
+        if self.addresses:
+            then(self.addresses, None)
             return
         waiting = self.asking.setdefault(backend, [])
         waiting.append(then)
@@ -3328,7 +3339,7 @@ class Proxy:
             self.drop_connections("%s by the control" % ("changed" if enabled else "disabled"))
         if self.listener and (listener or not enabled):
             self.shut("changed")
-        self.backend, self.enabled = backend, enabled
+        self.backend, self.addresses, self.enabled = backend, literal(backend), enabled
         if listener:
             self.set_listener(local, listener)
             self.open(self.loop)
