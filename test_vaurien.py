@@ -2290,7 +2290,7 @@ class TestFraming(unittest.TestCase):
     def read(self, name, data, pieces, way="up", pending=()):
         """The marks in data that comes in such pieces."""
         protocol = vaurien.PROTOCOLS[name]()
-        protocol.pending.extend(pending)
+        protocol.pending = vaurien.deque(pending)       # it is connected
         found, at = [], 0
         for size in pieces:
             frames = getattr(protocol, way)
@@ -2350,7 +2350,7 @@ class TestFraming(unittest.TestCase):
         for body, length in (b".\r\nRSET\r\n", 3), (b"a\r\n.\r\nRSET\r\n", 6), (b"..\r\n.x\r\n\n.\r\n\r\n.\r\nRSET\r\n", 17), (data, 3):
             for sizes in [[len(body)], *self.splits(body)]:
                 protocol, found, at = vaurien.Smtp(), [], 0
-                protocol.pending.append(vaurien.Request(b"DATA", "DATA"))
+                protocol.pending[0] = vaurien.Request(b"DATA", "DATA")
                 protocol.down.feed(b"354 go\r\n", 8)
                 for size in sizes:
                     found += [at + offset for offset, mark in protocol.up.feed(body[at:at + size], len(body[at:at + size])) if mark is vaurien.END]
@@ -2372,7 +2372,7 @@ class TestFraming(unittest.TestCase):
         protocol.down.feed(b"S", 1)
         self.assertEqual(protocol.down.lost, "encryption from here")
         protocol = vaurien.Smtp()
-        protocol.pending.append(vaurien.Request(b"STARTTLS", "STARTTLS"))
+        protocol.pending[0] = vaurien.Request(b"STARTTLS", "STARTTLS")
         protocol.down.feed(b"220 go\r\n", 8)
         self.assertEqual(protocol.down.lost, "TLS from here")
 
@@ -2399,6 +2399,7 @@ class TestFramedLine(unittest.TestCase):
         line = vaurien.FramedLine(armed, 1, vaurien.PROTOCOLS[name]())
         line.begin()
         line.row[0].over = line.protocol.speaks         # it is connected
+        line.protocol.pending.clear()
         return line
 
     def feed(self, line, to, data, sizes=None):
@@ -2590,8 +2591,151 @@ class TestFramedLine(unittest.TestCase):
         self.assertEqual(vaurien.Proxy(("x", 1), ("", 9), protocol="http", overwrite_host_header=False).host_header(), b"")
 
 
+    def armed(self, line, *rules):
+        """The rules of an open connection are others."""
+        new = [rule for rule in rules if rule not in line.rules.armed]
+        line.rules.armed = list(rules)
+        line.renew(new)
+
+    def test_an_expression_for_a_connection_that_does_not_match_at_once(self):
+        line = self.line("redis", vaurien.Rule("error", {"kind": "OOM"}, per="connection", match=re.compile(b"bad")))
+        for words, refused in (b"PING\r\n", False), (b"PING\r\n", False), (b"bad\r\n", True), (b"PING\r\n", True):
+            self.assertEqual(b"OOM" in self.feed(line, UPSTREAM, words)[1], refused)
+            self.feed(line, DOWNSTREAM, b"+PONG\r\n" * (not refused))
+        line = self.line("redis", vaurien.Rule("delay", per="connection", match=re.compile(b"bad")))
+        self.feed(line, UPSTREAM, b"PING\r\n")
+        plain, _ = line.give_up(0)
+        plain.begin()
+
+    def test_a_chunk_of_no_size(self):
+        for size in b"-6", b"+6", b"0x6", b"1_0", b"", b" ":
+            data = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + size + b"\r\n"
+            frames = vaurien.Http().up
+            frames.feed(data, len(data))
+            self.assertIn("is no chunk", frames.lost, size)
+
+    def test_a_fault_that_goes_finishes_what_it_has_begun(self):
+        line = self.line("memcache", vaurien.Rule("error"))
+        self.feed(line, UPSTREAM, b"set a 0 0 8\r\nabc")
+        self.armed(line)
+        self.assertEqual(self.feed(line, UPSTREAM, b"defgh\r\n"), (b"", b"SERVER_ERROR out of memory\r\n", []))
+        self.assertEqual(self.feed(line, UPSTREAM, b"get a\r\n")[0], b"get a\r\n")
+        line = self.line("redis", vaurien.Rule("error", {"kind": "OOM"}, match=re.compile(b"SET")))
+        self.feed(line, UPSTREAM, b"MULTI\r\nSET a 1\r\n")
+        self.feed(line, DOWNSTREAM, b"+OK\r\n")
+        self.armed(line)
+        self.assertEqual(self.feed(line, DOWNSTREAM, b"-ERR unknown command\r\n")[1][:5], b"-OOM ")
+
+    def test_a_fault_that_comes_late_leaves_what_the_backend_has(self):
+        for first, rest, reply in (b"get a\r\n", b"", b"END\r\n"), (b"set a 0 0 8\r\nabc", b"defgh\r\n", b"STORED\r\n"), (b"ge", b"t a\r\n", b"END\r\n"):
+            line = self.line("memcache")
+            self.feed(line, UPSTREAM, first)
+            self.armed(line, vaurien.Rule("error", per="connection"))
+            self.assertEqual(self.feed(line, UPSTREAM, rest)[:2], (rest, b""))
+            self.assertEqual(self.feed(line, DOWNSTREAM, reply)[1], reply)
+            self.assertEqual(self.feed(line, UPSTREAM, b"get b\r\n"), (b"", b"SERVER_ERROR out of memory\r\n", []))
+
+    def test_what_has_been_answered_is_forgotten(self):
+        rule = vaurien.Rule("error", per="connection")
+        line = self.line("redis", rule)
+        self.feed(line, UPSTREAM, b"PING\r\n" * 100)
+        self.assertLessEqual(len(line.lasting[rule].state.replies), 1)
+        protocol = vaurien.Postgres()
+        for data in [STARTUP] + [message(b"P", b"a%d\0SELECT\0\0\0" % number) + message(b"C", b"Sa%d\0" % number) for number in range(9)]:
+            protocol.up.feed(data, len(data))
+        data = message(b"P", b"\0" + b"x" * 70000 + b"\0\0\0")
+        protocol.up.feed(data, len(data))
+        self.assertEqual(list(protocol.statements), [b""])
+        protocol = vaurien.Mysql()
+        protocol.statements[b"\1\0\0\0"] = b"SELECT"
+        protocol.up.feed(packet(0, b"\x19\1\0\0\0"), 9)
+        self.assertEqual(protocol.statements, {})
+
+    def test_a_client_that_speaks_before_it_is_greeted(self):
+        armed = vaurien.Rules(1, "test")
+        for rules in [], [vaurien.Rule("delay", high=0)]:
+            armed.armed = rules
+            line = vaurien.FramedLine(armed, 1, vaurien.Smtp())
+            line.begin()
+            self.feed(line, UPSTREAM, b"EHLO x\r\nMAIL a\r\nRCPT b\r\nDATA\r\n")
+            self.feed(line, DOWNSTREAM, b"220 hi\r\n250 ok\r\n250 ok\r\n250 ok\r\n354 go\r\n")
+            self.feed(line, UPSTREAM, b"body\r\n.\r\n")
+            self.assertEqual(line.row[-1].request.name, "MESSAGE")
+
+    def test_a_dialogue_of_auth_is_one_request(self):
+        line = self.line("smtp", vaurien.Rule("error", {"kind": "450"}, match=re.compile(b"dXNl")))
+        for words, reply in (b"AUTH LOGIN\r\n", b"334 VXNl\r\n"), (b"dXNlcg==\r\n", b"334 UGFz\r\n"), (b"dXNl\r\n", b"235 ok\r\n"):
+            self.assertEqual(self.feed(line, UPSTREAM, words), (words, b"", []))
+            self.assertEqual(self.feed(line, DOWNSTREAM, reply)[1], reply)
+        self.assertEqual(self.feed(line, UPSTREAM, b"dXNl\r\n")[1][:3], b"450")
+
+    def test_a_local_file_is_one_request(self):
+        line = self.line("mysql", vaurien.Rule("error", {"kind": "1205"}, match=re.compile(b"data")))
+        self.feed(line, UPSTREAM, LOGIN + packet(0, b"\3LOAD"))
+        self.feed(line, DOWNSTREAM, packet(1, b"\xfbfile"))
+        data = b"".join(packet(number % 256, b"\3data") for number in range(2, 600)) + packet(88, b"")
+        self.assertEqual(self.feed(line, UPSTREAM, data), (data, b"", []))
+        self.feed(line, DOWNSTREAM, packet(89, b"\0\0\0\2\0\0\0"))
+        self.assertIn(b"Lock wait", self.feed(line, UPSTREAM, packet(0, b"\3data"))[1])
+
+    def test_commands_of_mysql_that_did_not_wait_do_not_hold_up_later_ones(self):
+        line = self.line("mysql", vaurien.Rule("error", {"kind": "1205"}, match=re.compile(b"bad")))
+        self.feed(line, UPSTREAM, LOGIN + packet(0, b"\x16SELECT 1") + packet(0, b"\x17\xff\xff\xff\xff\0\1\0\0\0"))
+        self.feed(line, DOWNSTREAM, packet(1, b"\0\1\0\0\0\0\0\0\0\0\0\0") + packet(1, b"\0\0\0\2\0\0\0"))
+        self.feed(line, UPSTREAM, packet(0, b"\x03good"))
+        self.feed(line, DOWNSTREAM, packet(1, b"\0\0\0\2\0\0\0"))
+        self.assertIn(b"Lock wait", self.feed(line, UPSTREAM, packet(0, b"\x03bad"))[1])
+
+    def test_quiet_commands_that_are_answered_after_all(self):
+        line = self.line("memcache", vaurien.Rule("error", {"kind": "ERROR"}, match=re.compile(b"^set")))
+        self.feed(line, UPSTREAM, b"mg a v q\r\nms b 1 q\r\nx\r\nmn\r\nget x\r\nset y 0 0 1\r\n1\r\n")
+        replies = b"VA 1\r\n1\r\nNS\r\nMN\r\n"
+        self.assertEqual(self.feed(line, DOWNSTREAM, replies)[1], replies)
+        self.assertEqual(self.feed(line, DOWNSTREAM, b"END\r\n")[1], b"END\r\nERROR\r\n")
+
+    def test_the_faults_of_the_last_request_are_not_those_of_what_comes_as_tcp(self):
+        line = self.line("redis", vaurien.Rule("error", {"kind": "OOM"}, match=re.compile(b"^GET")))
+        self.assertIn(b"OOM", self.feed(line, UPSTREAM, b"GET a\r\n")[1])
+        data = b"SUBSCRIBE a\r\n"
+        events = line.read(0, UPSTREAM, data, line.protocol.up.feed(data, len(data)))
+        plain, more = line.give_up(0)
+        self.assertEqual([event[2] for event in events + more], [data])
+        self.assertEqual(plain.carry(0, DOWNSTREAM, b"*3\r\n"), [(0, DOWNSTREAM, b"*3\r\n", ())])
+
+    def test_long_pipelines_take_no_longer_for_each(self):
+        line = self.line("redis", vaurien.Rule("error", {"kind": "OOM"}, match=re.compile(b"A")))
+        began = time.monotonic()
+        self.feed(line, UPSTREAM, b"B\r\nA\r\n" * 20000)           # 10 s, where each is looked for among all
+        self.assertLess(time.monotonic() - began, 5)
+        line = self.line("redis")
+        self.feed(line, UPSTREAM, b"PING\r\n" * 20000)
+        began = time.monotonic()
+        for _ in range(5000):
+            self.feed(line, DOWNSTREAM, b"+PONG\r\n")
+        self.assertLess(time.monotonic() - began, 1)
+
+
 class TestProtocols(unittest.TestCase):
     """Protocols on real sockets."""
+
+    def test_who_says_nothing_and_goes_is_forgotten(self):
+        with proxy_of(echo, "100:error", protocol="postgres") as proxy:
+            connect(proxy.port).close()
+            wait_until(lambda: proxy.accepted and not proxy.connections)
+
+    def test_what_is_said_after_the_last_answer_is_no_request(self):
+        with proxy_of(echo, "100:error", options={"error": {"kind": "503"}}, protocol="http") as proxy, connected(proxy) as sock:
+            sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            self.assertEqual(hear(sock)[2], "eof")
+            for _ in range(3):
+                sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                time.sleep(0.02)
+            self.assertEqual(proxy.faults, {"error": 1})
+
+    def test_one_stream_is_not_enough_to_answer(self):
+        with self.assertRaisesRegex(ValueError, "stream must be both"):
+            vaurien.Proxy("x:1", protocol="redis", toxics=[vaurien.Toxic("error", "e")])
+        vaurien.Proxy("x:1", protocol="redis", toxics=[vaurien.Toxic("error", "e", stream="both")])
 
     def test_kinds_that_a_protocol_does_not_have_are_refused(self):
         for protocol, words in ("redis", "kind must be one of LOADING, BUSY"), ("tcp", "kind must be one of none, which tcp has, not '503'"):

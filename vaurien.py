@@ -812,7 +812,8 @@ class Protocol:
 
     def __init__(self, host=b""):
         self.host = host            # what a request is to name in the client's words, if anything
-        self.pending = deque()      # Requests that the backend has, and has not answered
+        # Requests that the backend has, and has not answered; None stands for connecting.
+        self.pending = deque([None] if self.speaks else [])
         self.up = Frames(self.requests())
         self.down = Frames(self.replies())
 
@@ -882,6 +883,7 @@ class Http(Protocol):
     CHUNKED = re.compile(rb"(?im)^transfer-encoding[ \t]*:.*chunked[ \t]*\r?$")
     CLOSE = re.compile(rb"(?im)^connection[ \t]*:.*\bclose\b")
     ALIVE = re.compile(rb"(?im)^connection[ \t]*:.*\bkeep-alive\b")
+    SIZE = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,15})[ \t]*[;\r\n]")
     EXPECT = re.compile(rb"(?im)^expect[ \t]*:.*100-continue")
     HOST = re.compile(rb"(?im)^(host[ \t]*:[ \t]*)([^ \t\r\n]*)")
 
@@ -920,10 +922,10 @@ class Http(Protocol):
             size = 1
             while size:
                 line = yield LINE
-                try:
-                    size = int(line.split(b";")[0], 16)
-                except ValueError:
-                    raise NotOurs("%r is no chunk" % line[:20]) from None
+                found = self.SIZE.match(line)
+                if not found:
+                    raise NotOurs("%r is no chunk" % line[:20])
+                size = int(found.group(1), 16)
                 if size:
                     yield size + 2
             while (yield LINE).strip():     # trailers
@@ -1009,7 +1011,7 @@ class Redis(Protocol):
                                    and words[1].upper() in (b"REPLY", b"TRACKING")):
             raise NotOurs("%s: from here it pushes" % name)
         request = Request(b" ".join(words), name, bool(words), self.queueing)
-        if name in ("MULTI", "EXEC", "DISCARD"):
+        if name in ("MULTI", "EXEC", "DISCARD", "RESET"):
             self.queueing = name == "MULTI"
         return request
 
@@ -1096,8 +1098,11 @@ class Memcache(Protocol):
                 yield digits(words[3].encode()) + 2
             elif words[0] == "VA" and len(words) > 1:
                 yield digits(words[1].encode()) + 2
-                self.ended()
-                yield END
+                if name != "mn":            # or else of a quiet one before
+                    self.ended()
+                    yield END
+            elif name == "mn" and words[0] != "MN":
+                continue                    # of a quiet one before
             elif not (words[0] in ("STAT", "ITEM") and name not in self.GET):
                 self.ended()
                 yield END
@@ -1134,11 +1139,12 @@ class Mysql(Protocol):
     greeting = ("1040", "1129")
     closing = ("1053", "1927", "4031")
     speaks = True
-    QUERY, PREPARE, EXECUTE = 3, 0x16, 0x17
-    SILENT = {0x01, 0x18, 0x19}             # QUIT, STMT_SEND_LONG_DATA, STMT_CLOSE
+    QUERY, PREPARE, EXECUTE, CLOSE = 3, 0x16, 0x17, 0x19
+    SILENT = {0x01, 0x18, CLOSE}            # QUIT, STMT_SEND_LONG_DATA
 
     def __init__(self, host=b""):
         self.statements = {}                # {number: text} of those that are prepared
+        self.loading = False                # whether the client sends a LOCAL INFILE
         super().__init__(host)
 
     def requests(self):
@@ -1146,7 +1152,8 @@ class Mysql(Protocol):
         while True:
             head = yield Take(4)
             size = int.from_bytes(head[:3], "little")
-            if head[3] or not size:
+            if head[3] or not size or self.loading:
+                self.loading = self.loading and size > 0
                 yield MORE                  # it goes on with logging in, or with LOCAL INFILE
                 if head[3] and not known:
                     flags = yield Take(min(4, size))
@@ -1174,9 +1181,13 @@ class Mysql(Protocol):
             text = first[1:]
         elif command == self.EXECUTE:
             text = self.statements.get(first[1:5], b"")
+        elif command == self.CLOSE:
+            self.statements.pop(first[1:5], None)
         self.down = Frames(self.replies())      # one at a time: all before is answered
+        for request in filter(None, self.pending):
+            request.replies = False
         self.pending.clear()
-        return Request(text, command, command not in self.SILENT)
+        return Request(text, command, command not in self.SILENT, text)
 
     def replies(self):
         """The first packet of a reply: the rest is over when the next request comes."""
@@ -1185,20 +1196,19 @@ class Mysql(Protocol):
         first = yield Take(min(size, 5))
         request = self.first()
         if request and request.name == self.PREPARE and first[:1] == b"\0":
-            self.statements[first[1:5]] = request.text
+            self.statements[first[1:5]] = request.info
+        self.loading = bool(request and request.name == self.QUERY and first[:1] == b"\xfb")
         yield size - len(first)
         self.ended()
         yield END
         yield FOREVER
 
-    def said(self, kind, seq=1):
+    def said(self, kind):
         state, words = self.errors[kind]
         body = b"\xff" + int(kind).to_bytes(2, "little")
-        body += ("#" + state if seq else "").encode() + words.encode()   # none before the greeting
+        seq = int(kind not in self.greeting)        # before the greeting there is no state either
+        body += (("#" + state) * seq + words).encode()
         return len(body).to_bytes(3, "little") + bytes([seq]) + body
-
-    def refuse(self, kind, data):
-        return Reply(self.said(kind, 0), True) if kind in self.greeting else None
 
     def answer(self, kind, request):
         if kind in self.greeting or not request.replies:
@@ -1268,8 +1278,11 @@ class Postgres(Protocol):
                 return
             text = yield Take(min(size, HEARD_MAX))
             if kind == b"P":
-                name, query = text.split(b"\0")[:2] if text.count(b"\0") > 1 else (text, b"")
+                name, query = [*text.split(b"\0", 2), b""][:2]
                 self.statements[name] = query
+            elif kind == b"C":
+                table = self.statements if text[:1] == b"S" else self.portals
+                table.pop(text[1:-1], None)
             elif kind == b"B" and text.count(b"\0") > 1:
                 portal, name = text.split(b"\0")[:2]
                 self.portals[portal] = self.statements.get(name, b"")
@@ -1370,9 +1383,10 @@ class Smtp(Protocol):
         ("552", "5.3.4 Message size exceeds fixed limit"),
         ("554", "5.7.1 Transaction failed")))
     usual = ("450", "451", "452")
-    greeting = ()
     closing = ("421",)
     speaks = True
+    asks = False                # whether the backend wants to know more, for AUTH
+
     def requests(self, message=False):
         while True:
             if message:                     # after DATA was answered by 354
@@ -1383,6 +1397,11 @@ class Smtp(Protocol):
                 yield END
                 continue
             line = yield LINE
+            if self.asks:                   # AUTH goes on
+                self.asks = False
+                yield MORE
+                yield END
+                continue
             words = line.decode("latin-1").split()
             name = words[0].upper() if words else ""
             yield Request(line.strip(), name)
@@ -1396,6 +1415,9 @@ class Smtp(Protocol):
             if not line[:3].isdigit():
                 raise NotOurs("%r is no reply" % line[:20])
             if line[3:4] == b"-":
+                continue
+            if line[:3] == b"334":
+                self.asks = True
                 continue
             request = self.first()
             name = request.name if request else ""
@@ -1686,7 +1708,7 @@ class Line:
         self.late = []
         if self.rules.armed or self.steps:
             for step in self.lasting.values():
-                if step.heard:
+                if step and step.heard:
                     step.heard = b""
             self.steps = self.drawn(self.draw)
 
@@ -1862,7 +1884,7 @@ class FramedLine(Line):
     rule is armed; then its dice are thrown.
     """
 
-    __slots__ = ("row", "head", "inside", "leaked")
+    __slots__ = ("row", "head", "inside", "leaked", "busy")
 
     def __init__(self, rules, connection, protocol):
         super().__init__(rules, connection)
@@ -1871,6 +1893,7 @@ class FramedLine(Line):
         self.head = b""             # of a request that is not known yet
         self.inside = False         # whether the client is in the middle of a request
         self.leaked = False         # whether some of its head has gone through already
+        self.busy = None            # the last in the row on which a fault that is gone is at work
 
     def begin(self):
         """A client connects; until it is known what it asks, where it speaks first."""
@@ -1895,6 +1918,8 @@ class FramedLine(Line):
             last.request, last.steps = request, self.steps
         else:
             self.row.append(Exchange(self.request, self.steps, request))
+        if self.leaked:
+            self.spare(self.row[-1])
 
     def draw(self, rule):
         """A step, if the request is known and matches, where the rule says what it waits for."""
@@ -1908,18 +1933,43 @@ class FramedLine(Line):
 
     def renew(self, new, changed=()):
         super().renew(new, changed)
-        self.row[-1].steps = self.steps
-        for exchange in list(self.row)[:-1]:        # what they have answered for, they finish
-            exchange.steps = [step for step in exchange.steps if step.rule in self.rules.armed
-                              or (step.state is not None and step.state.replies)]
+        last, self.busy = self.row[-1], None
+        for exchange in self.row:       # what they have answered for, they finish
+            exchange.steps = [step for step in exchange.steps
+                              if (step.rule in self.rules.armed and exchange is not last)
+                              or (step.state is not None
+                                  and step.state.replies.get(exchange.request))]
+            if exchange is last:
+                exchange.steps += [step for step in self.steps if step not in exchange.steps]
+            if exchange.steps or exchange.waiting:
+                self.busy = exchange
+        if last.sent:
+            self.spare(last)
+
+    def spare(self, exchange):
+        """The backend has some of this request: it is too late to answer in its place."""
+        for step in exchange.steps:
+            if step.state is not None:
+                step.state.replies.setdefault(exchange.request, None)
+
+    def leave(self):
+        """Let the first of the row go, if it is over and not the last; whether it has gone."""
+        if len(self.row) == 1 or not self.row[0].is_over():
+            return False
+        gone = self.row.popleft()
+        for step in gone.steps:
+            if step.state is not None:
+                step.state.replies.pop(gone.request, None)
+        if gone is self.busy:
+            self.busy = None
+        return True
 
     def turn(self, to):
         self.speaker = to               # requests begin where the protocol says
 
     def quiet(self, to, marks, size):
         """Follow the marks, if no fault is at work; False if one may be, and nothing is done."""
-        if self.rules.armed or self.head or any(
-                exchange.steps or exchange.waiting for exchange in self.row):
+        if self.rules.armed or self.head or self.busy:
             return False
         if to == UPSTREAM and self.protocol.host and not (self.inside and not marks):
             if (not marks or (marks[-1][0] < size and marks[-1][1] is END)) or not all(
@@ -1927,9 +1977,10 @@ class FramedLine(Line):
                 return False
         for _, mark in marks:
             self.follow(to, mark)
-            self.row[-1].sent = True
-            while len(self.row) > 1 and self.row[0].is_over():
-                self.row.popleft()
+            if to == UPSTREAM:
+                self.row[-1].sent = True
+            while self.leave():
+                pass
         if to == UPSTREAM and not self.inside and (not marks or marks[-1][0] < size):
             self.leaked = True
         return True
@@ -1941,8 +1992,11 @@ class FramedLine(Line):
         elif mark is END:
             last = self.row[-1]
             last.complete = last.request is not None
-            if last.complete and not last.sent and last.request in self.protocol.pending:
-                self.protocol.pending.remove(last.request)
+            pending = self.protocol.pending
+            if last.complete and not last.sent and pending and pending[-1] is last.request:
+                pending.pop()
+            if last.complete:
+                last.request.text = b""         # nothing is looked for in it any more
             self.inside = self.leaked = False
         else:
             self.inside = True
@@ -2001,8 +2055,7 @@ class FramedLine(Line):
     def settle(self, now):
         """Let those that are over go; what the next one has said already follows."""
         events = []
-        while len(self.row) > 1 and self.row[0].is_over():
-            self.row.popleft()
+        while self.leave():
             first = self.row[0]
             events += [(max(t, now), to, data, holds) for t, to, data, holds in first.waiting]
             first.waiting = []
@@ -2018,11 +2071,15 @@ class FramedLine(Line):
     def give_up(self, now):
         """(a Line, events): the connection goes on as plain tcp."""
         line = Line(self.rules, self.connection)
-        line.request, line.speaker, line.lasting = self.request, self.speaker, self.lasting
+        line.request, line.speaker = self.request, self.speaker
+        line.lasting = {rule: step for rule, step in self.lasting.items() if step}
         line.steps, line.news, line.turned = self.steps, self.news, self.turned
         events = [event for exchange in self.row for event in exchange.waiting]
+        line.number = line.request
         if self.head:
-            events.append((now, UPSTREAM, self.head, ()))
+            if self.row[-1].request or self.protocol.speaks:
+                line.begin()            # it is a request that was not one of the protocol's
+            events += line.carry(now, UPSTREAM, self.head)
         return line, events
 
 
@@ -2527,6 +2584,8 @@ class Connection:
             pipe.over = True
             self.take(pipe.to, EOF)
             return
+        if self.lingers:
+            return
         if line.speaker is not pipe.to:
             line.turn(pipe.to)
         if line.protocol and not self.read_frames(pipe, data, size):
@@ -2634,8 +2693,9 @@ class Connection:
         """Put into the pipes what has become of an event, and see what follows."""
         for t, way, out, holds in events:
             (self.up if way == UPSTREAM else self.down).put(t, out, now, holds)
-        while self.line.news:
-            self.proxy.record(self, *self.line.news.pop(0))
+        news, self.line.news = self.line.news, []
+        for rule, request in news:
+            self.proxy.record(self, rule, request)
         self.advance()
 
     def renew(self, new, gone, changed):
@@ -2660,6 +2720,7 @@ class Connection:
         elif not self.dialled and self.up.out:      # EOF for a backend that was never called
             self.up.drop()
             self.up.done = True
+            self.down.put(now, EOF, now)            # nobody is there to answer
         self.flush(self.down, self.client)
         self.flush(self.up, None if self.connecting else self.backend)
         if self.client is None:
@@ -3330,6 +3391,10 @@ class Proxy:
             raise BadRule([("kind", "kind must be one of %s, which %s has, not %r" % (
                 ", ".join(self.protocol.errors) if self.protocol else "none",
                 self.protocol.__name__.lower() if self.protocol else "tcp", kind))])
+        if (rule.handler in (error, transient) and self.protocol and rule.stream != "both"
+                and not rule.options["inject"]):
+            raise BadRule([("stream", "stream must be both for %s, which answers in the backend's "
+                                      "place" % rule.name)])
         if rule.blocking and self.protocol:
             raise BadRule([("name", "%s gets the sockets: it is for protocol tcp" % rule.name)])
 
