@@ -2575,6 +2575,30 @@ class TestFramedLine(unittest.TestCase):
         self.assertEqual(self.feed(line, UPSTREAM, b"TP/1.1\r\n\r\n")[0], b"TP/1.1\r\n\r\n")
         self.assertEqual(self.feed(line, UPSTREAM, b"GET / HTTP/1.1\r\n\r\n")[0], b"")
 
+    def test_errors_that_wait_are_said_before_what_comes_after_the_protocol(self):
+        with proxy_of(lambda sock: (sock.recv(100), sock.recv(100), sock.sendall(b"+A\r\n*1\r\n:1\r\n"), sock.recv(1)), protocol="redis") as proxy:
+            with connected(proxy) as sock, proxy.handler("error", kind="OOM", match="bad"):
+                sock.sendall(b"GET a\r\nGET bad\r\nSUBSCRIBE x\r\n")
+                proxy.wait_for("error")
+                sock.sendall(b"GET bad\r\n")
+                answer = b"+A\r\n" + vaurien.Redis().said("OOM") + b"*1\r\n:1\r\n"
+                self.assertEqual(read(sock, len(answer)), answer)
+
+    def test_a_client_that_waits_to_be_asked_on(self):
+        line = self.line("http", vaurien.Rule("error", {"kind": "503"}))
+        up, down, signals = self.feed(line, UPSTREAM, b"POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
+        self.assertEqual((up, down[:12], signals), (b"", b"HTTP/1.1 503", [EOF, EOF]))
+        self.assertEqual(self.feed(line, UPSTREAM, b"12345"), (b"", b"", []))
+
+    def test_a_long_head_is_one_however_it_is_split(self):
+        data = b"GET / HTTP/1.1\r\nX: " + b"x" * 70000 + b"\r\n\r\n"
+        for sizes in [len(data)], [60000, len(data) - 60000]:
+            protocol, at = vaurien.Http(), 0
+            for size in sizes:
+                protocol.up.feed(data[at:at + size], size)
+                at += size
+            self.assertTrue(protocol.up.lost)
+
     def test_the_host_header(self):
         armed = vaurien.Rules(1, "test")
         for rules in [], [vaurien.Rule("delay", high=0)]:

@@ -298,17 +298,20 @@ def say_error(state, t, to, data, kind):
             yield t, UPSTREAM, EOF
         return
     if asked not in state.replies:
-        state.replies[asked] = protocol.answer(kind or state.random.choice(protocol.usual), asked)
-        if state.replies[asked] and state.replies[asked].instead:
-            yield t, UPSTREAM, state.replies[asked].instead
+        reply = protocol.answer(kind or state.random.choice(protocol.usual), asked)
+        state.replies[asked] = reply
+        if reply and reply.closes:              # the rest of the request is not waited for
+            state.replies[asked] = Reply(b"")
+            yield t, DOWNSTREAM, reply.data
+            yield t, DOWNSTREAM, EOF
+            yield t, UPSTREAM, EOF
+        elif reply and reply.instead:
+            yield t, UPSTREAM, reply.instead
     reply = state.replies[asked]
     if not reply or data is EOF or data is OPEN:
         yield t, to, data
-    elif to == UPSTREAM and data is END and not reply.instead:
+    elif to == UPSTREAM and data is END and reply.data and not reply.instead:
         yield t, DOWNSTREAM, reply.data
-        if reply.closes:
-            yield t, DOWNSTREAM, EOF
-            yield t, UPSTREAM, EOF
     elif to == DOWNSTREAM and data is END and reply.instead:
         yield t, DOWNSTREAM, protocol.complete(reply, asked)
 
@@ -772,6 +775,8 @@ class Frames:
                         raise NotOurs("a head of more than %d bytes" % HEARD_MAX)
                     break
                 found = bytes(text[start:match.end()])
+                if len(found) > HEARD_MAX:
+                    raise NotOurs("a head of more than %d bytes" % HEARD_MAX)
                 at += len(found) - len(kept)
                 kept = b""
                 need = send(found)
@@ -791,6 +796,11 @@ class Frames:
                 marks.append((at, need))
                 need = send(None)
         self.need, self.kept = need, kept
+
+
+def iter_forever():
+    """A reader to whom all is the same."""
+    yield FOREVER
 
 
 class Protocol:
@@ -813,7 +823,7 @@ class Protocol:
     def __init__(self, host=b""):
         self.host = host            # what a request is to name in the client's words, if anything
         # Requests that the backend has, and has not answered; None stands for connecting.
-        self.pending = deque([None] if self.speaks else [])
+        self.pending: deque = deque([None] if self.speaks else [])
         self.up = Frames(self.requests())
         self.down = Frames(self.replies())
 
@@ -1333,9 +1343,11 @@ class Postgres(Protocol):
     def skip(self):
         """After an error, all is left out up to the next Sync."""
         while self.pending:
-            if self.pending[0].name == "SYNC":
+            request = self.pending[0]
+            if request is None or request.name == "SYNC":
                 return
-            self.pending.popleft().replies = False
+            request.replies = False
+            self.pending.popleft()
         self.skipping = True
 
     def complete(self, reply, request):
@@ -2068,6 +2080,12 @@ class FramedLine(Line):
         self.head = b"" if held else head
         return held + self.piece(t, to, data)
 
+    def let_pass(self, now):
+        """What the client says from now on passes as it is, while errors wait for their turn."""
+        self.protocol.up = Frames(iter_forever())
+        head, self.head, self.inside = self.head, b"", True
+        return [(now, UPSTREAM, head, ())] if head else []
+
     def give_up(self, now):
         """(a Line, events): the connection goes on as plain tcp."""
         line = Line(self.rules, self.connection)
@@ -2623,8 +2641,11 @@ class Connection:
         if frames.lost:
             log.info("%sconnection %d, request %d: goes on as plain tcp: %s", self.proxy.label,
                      self.number, line.request, frames.lost)
-            self.line, held = line.give_up(now)
-            events += held
+            if pipe is self.up and any(exchange.waiting for exchange in line.row):
+                events += line.let_pass(now)
+            else:
+                self.line, held = line.give_up(now)
+                events += held
         self.place(now, events)
         return False
 
