@@ -308,7 +308,7 @@ def say_error(state, t, to, data, kind):
         elif reply and reply.instead:
             yield t, UPSTREAM, reply.instead
     reply = state.replies[asked]
-    if not reply or data is EOF or data is OPEN:
+    if not reply or data is EOF or data is OPEN or (to == DOWNSTREAM and not reply.instead):
         yield t, to, data
     elif to == UPSTREAM and data is END and reply.data and not reply.instead:
         yield t, DOWNSTREAM, reply.data
