@@ -2576,7 +2576,14 @@ class TestFramedLine(unittest.TestCase):
         self.assertEqual(self.feed(line, UPSTREAM, b"GET / HTTP/1.1\r\n\r\n")[0], b"")
 
     def test_errors_that_wait_are_said_before_what_comes_after_the_protocol(self):
-        with proxy_of(lambda sock: (sock.recv(100), sock.recv(100), sock.sendall(b"+A\r\n*1\r\n:1\r\n"), sock.recv(1)), protocol="redis") as proxy:
+        def talk(sock):
+            heard = b""
+            while b"GET bad" not in heard:
+                heard += sock.recv(100)
+            sock.sendall(b"+A\r\n*1\r\n:1\r\n")
+            hear(sock)
+
+        with proxy_of(talk, protocol="redis") as proxy:
             with connected(proxy) as sock, proxy.handler("error", kind="OOM", match="bad"):
                 sock.sendall(b"GET a\r\nGET bad\r\nSUBSCRIBE x\r\n")
                 proxy.wait_for("error")
