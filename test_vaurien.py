@@ -2263,6 +2263,8 @@ class TestFraming(unittest.TestCase):
         ("memcache", b"get a b\r\nset a 0 0 5\r\nhe\r\nl\r\ncas b 0 0 1 77 noreply\r\nx\r\nms c 3 T0\r\nabc\r\nmg c v q\r\nmn\r\nbogus\r\n",
          [(b"get a b", "get"), (b"set a 0 0 5", "set"), (b"cas b 0 0 1 77 noreply", "cas"), (b"ms c 3 T0", "ms"), (b"mg c v q", "mg"),
           (b"mn", "mn"), (b"bogus", "bogus")]),
+        ("memcache", b"set voil\xc3\xa0x 0 0 5\r\nhello\r\nget noreply\r\n", [(b"set voil\xc3\xa0x 0 0 5", "set"), (b"get noreply", "get")]),
+        ("http", b"\r\n\r\nGET / HTTP/1.1\r\n\r\n\r\nGET /b HTTP/1.1\r\n\r\n", [(b"GET / HTTP/1.1", "GET"), (b"GET /b HTTP/1.1", "GET")]),
         ("mysql", LOGIN + packet(0, b"\x03SELECT 1") + packet(0, b"\x0e") + packet(0, b"\x16SELECT ?") + packet(0, b"\x01"),
          [(b"SELECT 1", 3), (b"", 14), (b"SELECT ?", 22), (b"", 1)]),
         ("postgres", SSL_REQUEST + STARTUP + message(b"p", b"secret\0") + message(b"Q", b"SELECT 1\0")
@@ -2590,6 +2592,60 @@ class TestFramedLine(unittest.TestCase):
                 sock.sendall(b"GET bad\r\n")
                 answer = b"+A\r\n" + vaurien.Redis().said("OOM") + b"*1\r\n:1\r\n"
                 self.assertEqual(read(sock, len(answer)), answer)
+
+    def test_nothing_follows_an_error_that_closes(self):
+        line = self.line("redis", vaurien.Rule("error", {"kind": "LOADING"}, match=re.compile(b"none")))
+        line.protocol.answer = lambda kind, request: vaurien.Reply(b"-BYE\r\n", True)
+        line.rules.armed = [vaurien.Rule("error", match=re.compile(b"bad"))]
+        line.renew(line.rules.armed)
+        self.assertEqual(self.feed(line, UPSTREAM, b"GET 1\r\nGET bad\r\nSET 2 2\r\n"), (b"GET 1\r\n", b"", []))
+        self.assertEqual(self.feed(line, UPSTREAM, b"SET 3 3\r\n")[0], b"")
+        self.assertEqual(self.feed(line, DOWNSTREAM, b"+A\r\n"), (b"", b"+A\r\n-BYE\r\n", [EOF, EOF]))
+
+    def test_transactions_of_postgres_end(self):
+        line = self.line("postgres", vaurien.Rule("error", {"kind": "40001"}))
+        line.protocol.up.feed(STARTUP, len(STARTUP))
+        for query, wanted in [(b"ROLLBACK", b"ROLLBACK"), (b"COMMIT", b"ROLLBACK"), (b"end", b"ROLLBACK"), (b"SELECT 1", b"vaurien")]:
+            up, _, _ = self.feed(line, UPSTREAM, message(b"Q", query + b"\0"))
+            self.assertEqual(up, message(b"Q", wanted + b"\0"))
+            self.feed(line, DOWNSTREAM, message(b"C", b"ROLLBACK\0") + message(b"Z", b"E" if wanted == b"vaurien" else b"I"))
+        self.assertEqual(self.feed(line, UPSTREAM, message(b"Q", b"SELECT 2\0"))[0], message(b"Q", b"SELECT 2\0"))
+
+    def test_copy_by_extended_query_ignores_a_sync(self):
+        line = self.line("postgres", vaurien.Rule("error", {"kind": "40001"}, match=re.compile(b"bad")))
+        line.protocol.up.feed(STARTUP, len(STARTUP))
+        execute = message(b"B", b"\0\0\0\0\0\0\0\0") + message(b"E", b"\0\0\0\0\0") + message(b"S")
+        self.feed(line, UPSTREAM, message(b"P", b"\0COPY t FROM STDIN\0\0\0") + execute)
+        self.feed(line, DOWNSTREAM, message(b"1") + message(b"2") + message(b"G", b"\0\0\0"))
+        self.feed(line, UPSTREAM, message(b"d", b"1\n") + message(b"c") + message(b"S"))
+        self.feed(line, DOWNSTREAM, message(b"C", b"COPY 1\0") + message(b"Z", b"I"))
+        self.feed(line, UPSTREAM, message(b"Q", b"bad\0"))
+        found = self.feed(line, DOWNSTREAM, message(b"E", b"SERROR\0\0") + message(b"Z", b"I"))[1]
+        self.assertEqual(found, vaurien.Postgres().said("40001") + message(b"Z", b"I"))
+
+    def test_packets_and_statements_of_mysql(self):
+        line = self.line("mysql", vaurien.Rule("error", {"kind": "1205"}))
+        self.feed(line, UPSTREAM, b"\xff\xff\xff\0\x03" + bytes(0xFFFFFE))
+        self.assertEqual(self.feed(line, UPSTREAM, packet(1, b"x" * 5))[1][3], 2)
+        line = self.line("mysql", vaurien.Rule("error", {"kind": "1205"}, match=re.compile(b"^SELECT")))
+        self.feed(line, UPSTREAM, packet(0, b"\x16SELECT ?"))
+        self.assertEqual(line.row[-1].sent, False)
+        line = self.line("mysql", vaurien.Rule("error", {"kind": "1205"}, match=re.compile(b"nothing")))
+        self.feed(line, UPSTREAM, packet(0, b"\x16SELECT ?"))
+        data = packet(0, b"\x17\xff\xff\xff\xff\0\1\0\0\0")
+        (_, request), _ = line.protocol.up.feed(data, len(data))
+        self.assertEqual(request.text, b"SELECT ?")
+        line = self.line("mysql", vaurien.Rule("error", {"kind": "1205"}))
+        self.assertEqual(self.feed(line, UPSTREAM, packet(0, b"\x17\7\0\0\0\0\1\0\0\0"))[0], packet(0, b"\x1a\7\0\0\0"))
+
+    def test_an_error_is_none_of_a_connection_that_is_encrypted(self):
+        line = self.line("postgres", vaurien.Rule("error", stream="both"))
+        frames = line.protocol.up
+        frames.feed(b"\x16\x03\x01\0\0\0\0\0", 8)
+        plain, _ = line.give_up(0)
+        plain.begin()
+        plain.carry(0, UPSTREAM, b"hello")
+        self.assertEqual(plain.carry(0, DOWNSTREAM, b"world"), [(0, DOWNSTREAM, b"world", ())])
 
     def test_a_client_that_waits_to_be_asked_on(self):
         line = self.line("http", vaurien.Rule("error", {"kind": "503"}))

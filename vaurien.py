@@ -193,10 +193,11 @@ def show_value(value):
 #              turn      the number of the request under way in the connection
 #              stream    which events it sees: UPSTREAM, DOWNSTREAM or "both"
 #              shared    a Counter for all the states of this fault at this proxy
+#              protocol  the Protocol of the connection; None for tcp
+#              asked     the Request that the event belongs to, where there is a protocol;
+#                        None while a client connects
 #   t        when the event comes; an earlier time yielded means t
 #   to       UPSTREAM or DOWNSTREAM; yield the other one to answer
-#              protocol  the Protocol of the connection; None for tcp
-#              asked     the Request that the event belongs to, where there is a protocol
 #   data     bytes, or OPEN, or EOF (also before a peer's reset); RESET may be yielded.
 #            To a fault drawn for the connection, OPEN is the beginning: it comes each way,
 #            also on a connection that was open before, and again when it has been changed.
@@ -258,7 +259,7 @@ def error(state, t, to, data, *, inject=False, warmup=0, kind=""):
     warmup   requests of the proxy that pass untouched first
     kind     which of its protocol's errors, like 503, LOADING, 1213 or 57P01; drawn if not given
     """
-    if state.request <= warmup:
+    if state.request <= warmup or (state.opaque and not inject):
         yield t, to, data
     elif state.protocol and not inject:
         yield from say_error(state, t, to, data, kind)
@@ -311,7 +312,7 @@ def say_error(state, t, to, data, kind):
     if not reply or data is EOF or data is OPEN or (to == DOWNSTREAM and not reply.instead):
         yield t, to, data
     elif to == UPSTREAM and data is END and reply.data and not reply.instead:
-        yield t, DOWNSTREAM, reply.data
+        yield t, DOWNSTREAM, protocol.complete(reply, asked)
     elif to == DOWNSTREAM and data is END and reply.instead:
         yield t, DOWNSTREAM, protocol.complete(reply, asked)
 
@@ -649,8 +650,8 @@ def check_handler(path, function):
 # -- Protocols ----------------------------------------------------------------
 #
 # What tells one request from the next in the client's bytes and one reply from the next
-# in the backend's, and what a real server says when it fails. A protocol reads; it never
-# holds, changes or loses a byte, and knows of no socket, clock or thread.
+# in the backend's, and what a real server says when it fails. A protocol only reads what
+# passes, and knows of no socket, clock or thread.
 #
 # Its two readers are generators, one for each way. They yield what they need next, are sent
 # it, and mark where they are:
@@ -666,6 +667,10 @@ def check_handler(path, function):
 #
 # NotOurs is raised where bytes are not, or no longer, of the protocol: the connection goes
 # on as plain tcp.
+#
+# A reader has read a whole chunk before anybody follows its marks (FramedLine.read). So the
+# two know of each other through `pending` alone, the Requests that the backend is to answer;
+# those without a reply are only in the line's row.
 
 PROTOCOLS = OrderedDict((("tcp", None),))       # {name: class}
 LINE = re.compile(rb"\n")
@@ -798,7 +803,7 @@ class Frames:
         self.need, self.kept = need, kept
 
 
-def iter_forever():
+def read_nothing():
     """A reader to whom all is the same."""
     yield FOREVER
 
@@ -858,7 +863,7 @@ class Protocol:
         return Reply(self.said(kind), True) if kind in self.greeting else None
 
     def complete(self, reply, request):
-        """What is said when the backend has answered what it got instead."""
+        """What is said when the request is complete, and what the backend got instead answered."""
         return reply.data
 
     def answer(self, kind, request):
@@ -900,6 +905,10 @@ class Http(Protocol):
     def requests(self):
         while True:
             head = yield HEADERS
+            if not head.strip():            # empty lines before a request mean nothing
+                yield MORE
+                yield END
+                continue
             first = self.FIRST.match(head)
             if not first:
                 raise NotOurs("no request line of HTTP/1")
@@ -1049,11 +1058,10 @@ class Redis(Protocol):
         return ("-%s %s\r\n" % (name, self.errors[kind])).encode()
 
     def answer(self, kind, request):
-        if kind in self.greeting or not request.replies or request.name in ("QUIT", "RESET"):
+        # A server in trouble refuses what a transaction queues, and EXEC then tells of it.
+        if kind in self.greeting or not request.replies or request.name in (
+                "QUIT", "RESET", "MULTI", "EXEC", "DISCARD"):
             return None
-        if request.name in ("EXEC", "DISCARD", "MULTI"):
-            # A server in trouble says so to what it queues, and EXEC then tells of it.
-            return Reply(self.said(kind)) if not request.info and request.name == "MULTI" else None
         # A command that is refused spoils its transaction: the backend gets one that it refuses.
         return Reply(self.said(kind), False, b"*1\r\n$7\r\nvaurien\r\n" if request.info else b"")
 
@@ -1080,8 +1088,8 @@ class Memcache(Protocol):
             line = yield LINE
             if line[:1] == b"\x80":
                 raise NotOurs("the binary protocol")
-            words = line.decode("latin-1").split()
-            name = words[0] if words else ""
+            words = line.split()
+            name = words[0].decode("latin-1") if words else ""
             if name in ("watch", "lru_crawler"):
                 raise NotOurs("%s: from here it pushes" % name)
             size = 4 if name in self.STORE else 2
@@ -1090,10 +1098,11 @@ class Memcache(Protocol):
                 if len(words) <= size:
                     name = ""               # it is answered with an error
                 else:
-                    body = digits(words[size].encode()) + 2
+                    body = digits(words[size]) + 2
             # A quiet meta command is answered or not: whoever sends one waits for `mn`.
-            quiet = name in self.META and "q" in "".join(word[0] for word in words[2:])
-            replies = words[-1:] != ["noreply"] and name != "quit" and not quiet
+            quiet = name in self.META and b"q" in [word[:1] for word in words[2:]]
+            silent = words[-1:] == [b"noreply"] and name not in self.GET
+            replies = not (silent or quiet or name == "quit")
             yield Request(line.strip(), name, replies, quiet)
             yield body
             yield END
@@ -1101,19 +1110,19 @@ class Memcache(Protocol):
     def replies(self):
         while True:
             line = yield LINE
-            words = line.decode("latin-1").split() or [""]
+            words = line.split() or [b""]
             request = self.first()
             name = request.name if request else ""
-            if words[0] == "VALUE" and len(words) > 3:
-                yield digits(words[3].encode()) + 2
-            elif words[0] == "VA" and len(words) > 1:
-                yield digits(words[1].encode()) + 2
+            if words[0] == b"VALUE" and len(words) > 3:
+                yield digits(words[3]) + 2
+            elif words[0] == b"VA" and len(words) > 1:
+                yield digits(words[1]) + 2
                 if name != "mn":            # or else of a quiet one before
                     self.ended()
                     yield END
-            elif name == "mn" and words[0] != "MN":
+            elif name == "mn" and words[0] != b"MN":
                 continue                    # of a quiet one before
-            elif not (words[0] in ("STAT", "ITEM") and name not in self.GET):
+            elif not (words[0] in (b"STAT", b"ITEM", b"PREFIX") and name not in self.GET):
                 self.ended()
                 yield END
 
@@ -1154,7 +1163,9 @@ class Mysql(Protocol):
 
     def __init__(self, host=b""):
         self.statements = {}                # {number: text} of those that are prepared
+        self.prepared = b""                 # the last text that was
         self.loading = False                # whether the client sends a LOCAL INFILE
+        self.seq = 0                        # of the client's last packet
         super().__init__(host)
 
     def requests(self):
@@ -1180,8 +1191,10 @@ class Mysql(Protocol):
             first = yield Take(min(size, HEARD_MAX))
             yield self.request(first)
             yield size - len(first)
+            self.seq = 0
             while size == 0xFFFFFF:
-                size = int.from_bytes((yield Take(4))[:3], "little")
+                head = yield Take(4)
+                size, self.seq = int.from_bytes(head[:3], "little"), head[3]
                 yield size
             yield END
 
@@ -1189,15 +1202,19 @@ class Mysql(Protocol):
         command, text = first[0], b""
         if command in (self.QUERY, self.PREPARE):
             text = first[1:]
-        elif command == self.EXECUTE:
-            text = self.statements.get(first[1:5], b"")
+            if command == self.PREPARE:
+                self.prepared = text
+        elif command == self.EXECUTE:           # -1 is the one that was prepared last
+            text = (self.prepared if first[1:5] == b"\xff\xff\xff\xff" else
+                    self.statements.get(first[1:5], b""))
         elif command == self.CLOSE:
             self.statements.pop(first[1:5], None)
         self.down = Frames(self.replies())      # one at a time: all before is answered
         for request in filter(None, self.pending):
             request.replies = False
         self.pending.clear()
-        return Request(text, command, command not in self.SILENT, text)
+        return Request(text, command, command not in self.SILENT,
+                       first[1:5] if command == self.EXECUTE else text)
 
     def replies(self):
         """The first packet of a reply: the rest is over when the next request comes."""
@@ -1225,7 +1242,18 @@ class Mysql(Protocol):
             return None
         # A deadlock rolls the whole transaction back, in the backend too.
         undo = b"\x09\0\0\0\x03ROLLBACK" if kind == "1213" else b""
+        if request.name == self.EXECUTE and not undo and request.info != b"\xff\xff\xff\xff":
+            undo = b"\5\0\0\0\x1a" + request.info      # as EXECUTE does: forget long data
         return Reply(self.said(kind), kind in self.closing, undo)
+
+    def complete(self, reply, request):
+        """With the number that follows the client's last packet."""
+        return reply.data[:3] + bytes([(self.seq + 1) % 256]) + reply.data[4:]
+
+
+def message(kind, body):
+    """A message of PostgreSQL's."""
+    return kind + struct.pack(">I", 4 + len(body)) + body
 
 
 @protocol
@@ -1248,6 +1276,8 @@ class Postgres(Protocol):
     closing = ("57P01", "25P03", "57P05")
     speaks = True
     TLS, GSS, CANCEL = 80877103, 80877104, 80877102
+    UNDONE = re.compile(rb"(?i)\s*(rollback|abort)\b")
+    DONE = re.compile(rb"(?i)\s*(commit|end)\b")
 
     def __init__(self, host=b""):
         self.statements, self.portals = {}, {}      # {name: text}
@@ -1255,6 +1285,7 @@ class Postgres(Protocol):
         self.status = b"I"          # of the transaction: idle, in one, in a failed one
         self.skipping = False       # whether all is left out up to the next Sync
         self.executed = False       # whether something was, since the last Sync
+        self.copying = False        # whether the backend reads COPY's data: it ignores Sync
         super().__init__(host)
 
     def requests(self):
@@ -1282,6 +1313,7 @@ class Postgres(Protocol):
             if not kind.isalpha() or size < 0:
                 raise NotOurs("%r is no message" % kind)
             if kind in b"dcfpHX" and not request:       # COPY's data, a password, Flush, the end
+                self.copying = self.copying and kind not in b"cf"
                 yield MORE
                 yield size
                 yield END
@@ -1304,7 +1336,8 @@ class Postgres(Protocol):
                 text = (text if kind == b"Q" else self.portals.get(text.split(b"\0")[0], b"")
                         if kind == b"E" else b"")
                 request = Request(text.rstrip(b"\0"), name,
-                                  name != "EXECUTE" or not self.skipping,
+                                  not (self.skipping and name == "EXECUTE")
+                                  and not (self.copying and name == "SYNC"),
                                   draws=not (name == "SYNC" and self.executed))
                 yield request
             yield size - min(size, HEARD_MAX)
@@ -1312,7 +1345,7 @@ class Postgres(Protocol):
                 self.executed = kind == b"E"
                 if kind == b"S":
                     self.skipping = False
-                    request.name, request.replies = "SYNC", True    # though something was bound
+                    request.name, request.replies = "SYNC", not self.copying
                 yield END
                 return
 
@@ -1334,6 +1367,12 @@ class Postgres(Protocol):
             if kind == b"Z":
                 self.ended()
                 yield END
+            elif request and request.name == "EXECUTE" and kind in b"GW":
+                self.copying = True
+                self.pending.popleft()
+                for other in self.pending:          # a Sync that it will not see
+                    other.replies = False
+                self.pending = deque([request])
             elif request and request.name == "EXECUTE" and kind in b"CIsE":
                 self.ended()
                 if kind == b"E":
@@ -1358,7 +1397,7 @@ class Postgres(Protocol):
     def said(self, kind):
         severity = "FATAL" if kind in self.closing or kind in self.greeting else "ERROR"
         body = ("S%s\0V%s\0C%s\0M%s\0\0" % (severity, severity, kind, self.errors[kind])).encode()
-        return b"E" + struct.pack(">I", 4 + len(body)) + body
+        return message(b"E", body)
 
     def refuse(self, kind, data):
         """It says so when it knows who is there; no encryption until then."""
@@ -1374,11 +1413,17 @@ class Postgres(Protocol):
             return None
         if kind in self.closing:
             return Reply(self.said(kind), True)
+        if self.status == b"E" or self.UNDONE.match(request.text):
+            return None             # what has failed is only left
+        if self.DONE.match(request.text):       # a COMMIT that fails has rolled back
+            instead = message(b"Q", b"ROLLBACK\0") if request.name == "QUERY" else (
+                message(b"P", b"\0ROLLBACK\0\0\0") + message(b"B", b"\0\0\0\0\0\0\0\0")
+                + message(b"E", b"\0\0\0\0\0"))
+            return Reply(self.said(kind), False, instead)
         # The backend fails as well, so that it is where the client believes it to be: in a
         # failed transaction, or leaving out all up to the next Sync. Its words are replaced.
-        text = b"vaurien\0"
-        instead = (b"Q" + struct.pack(">I", 4 + len(text)) + text if request.name == "QUERY" else
-                   b"P" + struct.pack(">I", 6 + 2 * len(text)) + text + text + b"\0\0")
+        instead = (message(b"Q", b"vaurien\0") if request.name == "QUERY" else
+                   message(b"P", b"vaurien\0vaurien\0\0\0"))
         return Reply(self.said(kind), False, instead)
 
 
@@ -1617,6 +1662,7 @@ class State(Counter):
         self.request = number
         self.turn = 0
         self.protocol = self.asked = None
+        self.opaque = False         # whether a connection has left its protocol: TLS
         self.replies = {}           # {Request: Reply or None}, of `error`
         self.chance = chance        # the seed of `random`
         self.generator = None
@@ -1696,11 +1742,12 @@ class Line:
     """
 
     __slots__ = ("rules", "connection", "request", "speaker", "steps", "late", "lasting", "news",
-                 "number", "protocol", "asked", "turned")
+                 "number", "opaque", "protocol", "asked", "turned")
 
     def __init__(self, rules, connection):
         self.rules = rules
         self.protocol = None            # see FramedLine
+        self.opaque = False             # whether it was one, and its protocol is over
         self.asked = None               # the Request that the events at hand belong to
         self.turned = False             # whether a client has been answered in the backend's place
         self.connection = connection    # its number
@@ -1837,7 +1884,7 @@ class Line:
         if rule.stream not in ("both", to) or not step.may_act():
             return [event]
         step.state.turn, step.state.asked = self.number, self.asked
-        step.state.protocol = self.protocol
+        step.state.protocol, step.state.opaque = self.protocol, self.opaque
         events = [(max(t, due), way, out) for due, way, out
                   in rule.handler(step.state, t, to, data, **rule.options)]
         for _, way, out in events:
@@ -1896,7 +1943,7 @@ class FramedLine(Line):
     rule is armed; then its dice are thrown.
     """
 
-    __slots__ = ("row", "head", "inside", "leaked", "busy")
+    __slots__ = ("row", "head", "inside", "leaked", "busy", "closing")
 
     def __init__(self, rules, connection, protocol):
         super().__init__(rules, connection)
@@ -1905,6 +1952,7 @@ class FramedLine(Line):
         self.head = b""             # of a request that is not known yet
         self.inside = False         # whether the client is in the middle of a request
         self.leaked = False         # whether some of its head has gone through already
+        self.closing = False        # whether an error that closes waits for its turn
         self.busy = None            # the last in the row on which a fault that is gone is at work
 
     def begin(self):
@@ -1981,7 +2029,7 @@ class FramedLine(Line):
 
     def quiet(self, to, marks, size):
         """Follow the marks, if no fault is at work; False if one may be, and nothing is done."""
-        if self.rules.armed or self.head or self.busy:
+        if self.rules.armed or self.head or self.busy or self.closing:
             return False
         if to == UPSTREAM and self.protocol.host and not (self.inside and not marks):
             if (not marks or (marks[-1][0] < size and marks[-1][1] is END)) or not all(
@@ -2021,6 +2069,8 @@ class FramedLine(Line):
         """What becomes of bytes with these marks: [(t, to, data, holds)], as in carry."""
         events, at = [], 0
         for offset, mark in [*marks, (len(data), None)]:
+            if self.closing and to == UPSTREAM:
+                break                   # a server would not read it any more
             piece, at = data[at:offset], offset
             if to == DOWNSTREAM:
                 events += self.piece(now, to, piece) if piece else []
@@ -2060,6 +2110,7 @@ class FramedLine(Line):
                 continue
             if exchange is not self.row[0] and (way == DOWNSTREAM or not (out or out is data)):
                 exchange.waiting.append(event)
+                self.closing = self.closing or (way == UPSTREAM and out is EOF)
             else:
                 events.append(event)
         return events
@@ -2082,14 +2133,14 @@ class FramedLine(Line):
 
     def let_pass(self, now):
         """What the client says from now on passes as it is, while errors wait for their turn."""
-        self.protocol.up = Frames(iter_forever())
+        self.protocol.up = Frames(read_nothing())
         head, self.head, self.inside = self.head, b"", True
         return [(now, UPSTREAM, head, ())] if head else []
 
     def give_up(self, now):
         """(a Line, events): the connection goes on as plain tcp."""
         line = Line(self.rules, self.connection)
-        line.request, line.speaker = self.request, self.speaker
+        line.request, line.speaker, line.opaque = self.request, self.speaker, True
         line.lasting = {rule: step for rule, step in self.lasting.items() if step}
         line.steps, line.news, line.turned = self.steps, self.news, self.turned
         events = [event for exchange in self.row for event in exchange.waiting]
