@@ -1499,6 +1499,15 @@ timeout = 3
         with self.assertRaisesRegex(ValueError, "--local .* which proxy .* redis, sql"):
             self.proxies("--config", path, "--local", "localhost:3")
 
+    def test_the_protocol(self):
+        path = self.write("v.ini", "[vaurien]\nprotocol = http\nprotocol_http_overwrite_host_header = no\n")
+        proxy = self.proxy("--config", path)
+        self.assertEqual((proxy.protocol, proxy.overwrite_host_header), (vaurien.Http, False))
+        proxy = self.proxy("--protocol", "redis", "--behavior", "5:error", "--handlers.error.kind", "OOM")
+        self.assertEqual((proxy.protocol, proxy.describe()), (vaurien.Redis, "5:error warmup=0 kind=OOM, 95:dummy"))
+        with self.assertRaisesRegex(ValueError, "kind must be one of LOADING"):
+            self.proxy("--protocol", "redis", "--behavior", "5:error", "--handlers.error.kind", "1213")
+
     def test_toxics_of_a_file(self):
         path = self.write("v.ini", """
 [toxic:slow]
@@ -3431,6 +3440,28 @@ class TestToxiproxyApi(Toxicproxy):
             self.refused("POST", "/proxies/p/toxics", '{"type": "delay", "attributes": {"sleep": %s}}' % number, 400)
             self.refused("POST", "/proxies/p/toxics", '{"type": "noop", "toxicity": %s}' % number, 400)
         self.assertEqual(len(self.ask("GET", "/proxies/p/toxics")), 1)
+
+    def test_a_proxy_with_a_protocol(self):
+        def talk(sock):
+            while sock.recv(100):
+                sock.sendall(b"+PONG\r\n")
+
+        sock = self.connect(self.create(talk, protocol="redis"))
+        self.assertEqual(self.ask("GET", "/proxies/p")["protocol"], "redis")
+        self.toxic("error", stream="both", per="request", match="bad", attributes={"kind": "OOM"})
+        for command, answer in (b"PING\r\n", b"+PONG\r\n"), (b"GET bad\r\n", vaurien.Redis().said("OOM")), (b"PING\r\n", b"+PONG\r\n"):
+            sock.sendall(command)
+            self.assertEqual(read(sock, len(answer)), answer)
+        for body, words in [({"type": "error", "name": "x", "stream": "both", "attributes": {"kind": "503"}}, "kind must be one of LOADING, BUSY"),
+                            ({"type": "error", "name": "x", "stream": "downstream"}, "stream must be both for error")]:
+            self.assertIn(words, self.refused("POST", "/proxies/p/toxics", body, 400))
+        self.assertIn("protocol must be one of tcp, http", self.refused("POST", "/proxies", {"name": "q", "upstream": "x:1", "protocol": "nope"}, 400))
+        self.assertIn("protocol cannot be changed", self.refused("PATCH", "/proxies/p", {"protocol": "http"}, 400))
+        self.ask("PATCH", "/proxies/p", {"protocol": "redis"})
+        found = self.ask("POST", "/populate", [{"name": "p", "listen": "127.0.0.1:%d" % self.proxies["p"].port,
+                                                "upstream": self.ask("GET", "/proxies/p")["upstream"]}], 201)["proxies"][0]
+        self.assertNotIn("protocol", found)
+        self.assertEqual(hear(sock)[0], 0)
 
     def test_the_fields_of_a_rule(self):
         self.create()
