@@ -2602,6 +2602,16 @@ class TestFramedLine(unittest.TestCase):
                 answer = b"+A\r\n" + vaurien.Redis().said("OOM") + b"*1\r\n:1\r\n"
                 self.assertEqual(read(sock, len(answer)), answer)
 
+    def test_the_middle_of_what_drew_nothing_takes_the_straight_road(self):
+        for rule, straight in (vaurien.Rule("error", high=0), True), (vaurien.Rule("delay"), False):
+            line = self.line("http", rule)
+            head = b"POST / HTTP/1.1\r\nContent-Length: 90\r\n\r\n"
+            marks = line.protocol.up.feed(head, len(head))
+            self.assertFalse(line.quiet(UPSTREAM, marks, len(head)))
+            line.read(0, UPSTREAM, head, marks)
+            for to, frames, data in (UPSTREAM, line.protocol.up, bytes(50)), (DOWNSTREAM, line.protocol.down, b"HTTP/1.1 200 OK\r\n"):
+                self.assertEqual(line.quiet(to, frames.feed(data, len(data)), len(data)), straight)
+
     def test_nothing_follows_an_error_that_closes(self):
         line = self.line("redis", vaurien.Rule("error", {"kind": "LOADING"}, match=re.compile(b"none")))
         line.protocol.answer = lambda kind, request: vaurien.Reply(b"-BYE\r\n", True)

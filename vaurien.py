@@ -2029,6 +2029,9 @@ class FramedLine(Line):
 
     def quiet(self, to, marks, size):
         """Follow the marks, if no fault is at work; False if one may be, and nothing is done."""
+        if not marks and not self.closing and (self.inside or to == DOWNSTREAM):
+            # The middle of a request, or of a reply: what it draws is drawn.
+            return not self.row[-1 if to == UPSTREAM else 0].steps
         if self.rules.armed or self.head or self.busy or self.closing:
             return False
         if to == UPSTREAM and self.protocol.host and not (self.inside and not marks):
