@@ -1508,6 +1508,17 @@ timeout = 3
         with self.assertRaisesRegex(ValueError, "kind must be one of LOADING"):
             self.proxy("--protocol", "redis", "--behavior", "5:error", "--handlers.error.kind", "1213")
 
+    def test_the_fields_of_a_rule_beside_the_options_of_its_handler(self):
+        path = self.write("v.ini", "[vaurien]\nbehavior = 20:error,5:delay\n[handler:error]\nmatch = ^SELECT .* FROM carts\ntimes = 3\n")
+        one, two = self.proxy("--config", path, "--handlers.delay.after", "2", "--behavior-delay-per=connection").rules.armed
+        self.assertEqual((one.match.pattern, one.times, one.after), (b"^SELECT .* FROM carts", 3, 0))
+        self.assertEqual((two.match, two.after, two.per, two.high - two.low), (None, 2, "connection", 5))
+        for words in ["--handlers.error.match", "("], ["--handlers.error.times=-1"], ["--handlers.error.per", "chunk"]:
+            with self.assertRaisesRegex(ValueError, "^--handlers.error.(match|times|per) must be"):
+                self.proxy("--behavior", "1:error", *words)
+        with self.assertRaisesRegex(ValueError, "unrecognized arguments: --handlers.error.percent"):
+            self.proxy("--handlers.error.percent", "5")
+
     def test_toxics_of_a_file(self):
         path = self.write("v.ini", """
 [toxic:slow]

@@ -4979,6 +4979,13 @@ DEMO_SETTINGS = OrderedDict((
 ))
 METAVARS = {bool: "YES|NO", int: "N", float: "NUMBER", str: "TEXT"}
 EXAMPLES = """\
+Every handler has the fields of a rule, too, like --handlers.error.match '^SELECT':
+  match   a regular expression that a request must contain
+  after   how many requests it leaves alone first
+  times   on how many it acts at most
+  per     request or connection: what the percent is of
+  stream  both, upstream or downstream: what it sees
+
 examples:
   vaurien --local localhost:8000 --distant google.com:80 --behavior 20:delay
   vaurien --local localhost:8000 --distant google.com:80 \\
@@ -5033,6 +5040,20 @@ class Parser(argparse.ArgumentParser):
                                    metavar=METAVARS[type(default)],
                                    help=("%s (%s)" % (words.get(option, ""), usual))
                                    .replace("%", "%%"))
+            for field in OPTION_FIELDS:         # as in the epilog: the same for each of them
+                group.add_argument(*option_flags(name, field), dest="%s.%s" % (name, field),
+                                   help=argparse.SUPPRESS)
+
+
+OPTION_FIELDS = [field for field in RULE_FIELDS if field != "percent"]
+
+
+def check_handler_option(name, option, text):
+    """As `check_option`; a field of the rule, that stays as it is given, is one too."""
+    if option in OPTION_FIELDS:
+        RULE_FIELDS[option](text)
+        return text
+    return check_option(name, option, text)
 
 
 def option_flags(name, option):
@@ -5115,7 +5136,7 @@ def read_ini(path, text):
                 given.pop("callable").checked(load_handler, name)
             Given(where, name).checked(find_handler)
             for option, text in given.items():
-                text.checked(check_option, name, option)
+                text.checked(check_handler_option, name, option)
                 put_anew(options, (name, option), text.where, text)
         elif kind == "toxic" and name:
             put_anew(toxics, name, where, given)
@@ -5205,7 +5226,7 @@ def option_values(options):
     """The checked options of the handlers: {handler: {option: value}}."""
     found = {}
     for (name, option), given in options.items():
-        found.setdefault(name, {})[option] = given.checked(check_option, name, option)
+        found.setdefault(name, {})[option] = given.checked(check_handler_option, name, option)
     return found
 
 
