@@ -1876,6 +1876,11 @@ def late_end(state, t, to, data):
         self.assertRegex(out, r"\n +(200 - 500 ms|0\.5 - 1 s)  #+ \d+\n")
         self.assertLessEqual(max(map(len, out.splitlines())), 80)
 
+    def test_a_port_that_is_a_clients_again(self):
+        one, two = vaurien.Outcome("a:1", 10.0, 1.0, ""), vaurien.Outcome("a:1", 12.0, 1.0, "")
+        event = vaurien.Event(1, 12.5, "p", 2, "a:1", 1, "delay", {})
+        self.assertEqual(vaurien.match_events([one, two], [event]), {two: "delay"})
+
     def test_demo_of_something_else(self):
         status, out, err = self.run_it("demo", "--behavior", "30:blackout,20:error", "--requests", "60")
         self.assertEqual((status, err), (0, ""))

@@ -5421,7 +5421,7 @@ def show_demo(value, options):
                   % (show_address(backend.server_address), proxy.port, proxy.describe(),
                      proxy.seed, value["requests"]), flush=True)
             outcomes = make_requests(proxy.port, value["requests"])
-            met = {event.client: event.handler for event in proxy.events}
+            met = match_events(outcomes, proxy.events)
     finally:
         backend.shutdown()
         backend.server_close()
@@ -5456,14 +5456,15 @@ def start_backend():
     return backend
 
 
-Outcome = namedtuple("Outcome", "client seconds words")     # words: how it failed, or ""
+# client: its address; began: when, as time.time() has it; words: how it failed, or "".
+Outcome = namedtuple("Outcome", "client began seconds words")
 
 
 def make_request(port):
     """One GET on a connection of its own."""
     import http.client
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=GIVE_UP)
-    client, words = "", ""
+    client, words, start = "", "", time.time()
     began = time.monotonic()
     try:
         connection.connect()
@@ -5482,7 +5483,14 @@ def make_request(port):
         words = problem.strerror or "no connection"
     finally:
         connection.close()
-    return Outcome(client, time.monotonic() - began, words)
+    return Outcome(client, start, time.monotonic() - began, words)
+
+
+def match_events(outcomes, events):
+    """{outcome: handler} of those that met a fault: a port may be a client's again later."""
+    return {outcome: event.handler for outcome in outcomes for event in events
+            if event.client == outcome.client
+            and outcome.began <= event.time <= outcome.began + outcome.seconds}
 
 
 def make_requests(port, number):
@@ -5546,15 +5554,15 @@ def median(numbers):
 def sentences(outcomes, met):
     """What happened, in plain words: to those that met a fault, and to the others.
 
-    met    {client: handler}
+    met    {outcome: handler}
     """
     total = len(outcomes)
     calm = [outcome.seconds for outcome in outcomes
-            if outcome.client not in met and not outcome.words]
+            if outcome not in met and not outcome.words]
     usual = median(calm) if calm else 0.0
     lines = []
     for name in sorted(set(met.values())):
-        mine = [outcome for outcome in outcomes if met.get(outcome.client) == name]
+        mine = [outcome for outcome in outcomes if met.get(outcome) == name]
         times = [outcome.seconds for outcome in mine if not outcome.words]
         failed = Counter(outcome.words for outcome in mine if outcome.words)
         ends = ["%d x %s" % (number, words) for words, number in sorted(failed.items())]
@@ -5569,7 +5577,7 @@ def sentences(outcomes, met):
     if calm:
         lines.append("%s %d were answered in %s at the median."
                      % ("The other" if met else "All", len(calm), show_seconds(usual)))
-    odd = [outcome for outcome in outcomes if outcome.words and outcome.client not in met]
+    odd = [outcome for outcome in outcomes if outcome.words and outcome not in met]
     if odd:
         lines.append("%d failed without a fault: %s." % (len(odd), odd[0].words))
     return lines
