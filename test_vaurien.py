@@ -1550,7 +1550,8 @@ times = 3
                          ("redis", ("::", 26379), ("localhost", 6379), True, 7))
         self.assertEqual((two.enabled, two.describe()), (False, "100:dummy, toxic latency_downstream (100:downstream latency latency=5 jitter=0)"))
         self.assertEqual([proxy.name for proxy in self.proxies("--config", path, "--local", "localhost:1")], ["vaurien", "redis", "sql"])
-        self.assertEqual(self.proxies("--config", self.write("empty.json", " [ ] ")), [])
+        for empty in " [ ] ", "[]":
+            self.assertEqual(self.proxies("--config", self.write("empty.json", empty)), [])
 
     def test_a_server_without_a_proxy(self):
         found = vaurien.read_arguments(["-host=127.0.0.1", "-port", "0", "-seed=5"], vaurien.SERVE_SETTINGS)
@@ -4729,6 +4730,16 @@ class TestReadme(unittest.TestCase):
             self.assertEqual(line.carry(1, UPSTREAM, b"q")[0][:3], (1, UPSTREAM, b"q"))
 
 
+def import_theirs(name):
+    """A package from PyPI; the test is skipped where it is not installed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # theirs, not ours
+            return importlib.import_module(name)
+    except ImportError:
+        raise unittest.SkipTest("no %s" % name) from None
+
+
 # -- Real clients of Toxiproxy -------------------------------------------------------
 
 class TestToxiproxyClients(Toxicproxy):
@@ -4736,13 +4747,7 @@ class TestToxiproxyClients(Toxicproxy):
 
     def test_python(self):
         """toxiproxy-python, from PyPI."""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")     # theirs, not ours
-                import toxiproxy
-                from toxiproxy.exceptions import InvalidToxic, NotFound, ProxyExists
-        except ImportError:
-            raise unittest.SkipTest("no toxiproxy-python") from None
+        toxiproxy, theirs = import_theirs("toxiproxy"), import_theirs("toxiproxy.exceptions")
         server = toxiproxy.Toxiproxy()
         server.update_api_consumer("127.0.0.1", self.port)
         self.assertTrue(server.running())
@@ -4751,14 +4756,14 @@ class TestToxiproxyClients(Toxicproxy):
         proxy = server.create(upstream=upstream, name="p")
         port = int(proxy.listen.split(":")[1])
         exchange(self.connect(port), b"question")
-        with self.assertRaises(ProxyExists):
+        with self.assertRaises(theirs.ProxyExists):
             toxiproxy.api.APIConsumer.post("/proxies", json={"name": "p", "upstream": upstream})
         proxy.add_toxic(type="latency", attributes={"latency": 50})
         self.assertEqual(proxy.get_toxic("latency_downstream").attributes, {"latency": 50, "jitter": 0})
         began = time.monotonic()
         exchange(self.connect(port), b"question")
         self.assertGreaterEqual(time.monotonic() - began, 0.05)
-        with self.assertRaises(InvalidToxic):
+        with self.assertRaises(theirs.InvalidToxic):
             proxy.add_toxic(type="nope")
         with proxy.down(), self.assertRaises(ConnectionRefusedError):
             connect(port)
@@ -4773,7 +4778,7 @@ class TestToxiproxyClients(Toxicproxy):
         self.assertEqual(set(server.proxies()), {"p", "a"})
         server.destroy_all()
         self.assertEqual(server.proxies(), {})
-        with self.assertRaises(NotFound):
+        with self.assertRaises(theirs.NotFound):
             proxy.destroy()
 
     NODE = """
@@ -4884,12 +4889,7 @@ class RealServer:
 
     @classmethod
     def import_driver(cls):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")     # theirs, not ours
-                return importlib.import_module(cls.driver_name)
-        except ImportError:
-            raise unittest.SkipTest("no %s" % cls.driver_name) from None
+        return import_theirs(cls.driver_name)
 
     @classmethod
     def answers(cls):
@@ -5414,12 +5414,7 @@ class TestSmtp(unittest.TestCase):
     """smtplib, and a real server: aiosmtpd."""
 
     def setUp(self):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")     # theirs, not ours
-                from aiosmtpd.controller import Controller
-        except ImportError:
-            raise unittest.SkipTest("no aiosmtpd") from None
+        aiosmtpd = import_theirs("aiosmtpd.controller")
         self.sizes = []
         test = self
 
@@ -5429,7 +5424,7 @@ class TestSmtp(unittest.TestCase):
                 return "250 OK"
 
         port = unused_port()
-        controller = Controller(Handler(), hostname="127.0.0.1", port=port, data_size_limit=1 << 28)
+        controller = aiosmtpd.Controller(Handler(), hostname="127.0.0.1", port=port, data_size_limit=1 << 28)
         controller.start()
         self.addCleanup(controller.stop)
         self.proxy = vaurien.Proxy("127.0.0.1:%d" % port, "127.0.0.1:0", protocol="smtp", seed=1)
@@ -5486,12 +5481,7 @@ class TestRequests(unittest.TestCase):
     """requests, from PyPI, and the server of the standard library."""
 
     def test_errors_are_answers_and_the_connection_lives(self):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")     # theirs, not ours
-                import requests
-        except ImportError:
-            raise unittest.SkipTest("no requests") from None
+        requests = import_theirs("requests")
         backend = vaurien.start_backend()
         self.addCleanup(backend.server_close)
         self.addCleanup(backend.shutdown)

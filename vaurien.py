@@ -295,8 +295,7 @@ def say_error(state, t, to, data, kind):
             yield t, DOWNSTREAM, reply.data
         if reply.closes:
             state["refused"] = 1
-            yield t, DOWNSTREAM, EOF
-            yield t, UPSTREAM, EOF
+            yield from both_ends(t)
         return
     if asked not in state.replies:
         reply = protocol.answer(kind or state.random.choice(protocol.usual), asked)
@@ -304,8 +303,7 @@ def say_error(state, t, to, data, kind):
         if reply and reply.closes:              # the rest of the request is not waited for
             state.replies[asked] = Reply(b"")
             yield t, DOWNSTREAM, reply.data
-            yield t, DOWNSTREAM, EOF
-            yield t, UPSTREAM, EOF
+            yield from both_ends(t)
         elif reply and reply.instead:
             yield t, UPSTREAM, reply.instead
     reply = state.replies[asked]
@@ -348,8 +346,7 @@ def hang(state, t, to, data):
 @handler
 def blackout(state, t, to, data):
     """No backend: the client's connection is closed at once."""
-    yield t, DOWNSTREAM, EOF
-    yield t, UPSTREAM, EOF
+    yield from both_ends(t)
 
 
 @handler
@@ -358,8 +355,7 @@ def abort(state, t, to, data):
     if to == UPSTREAM or data is OPEN:
         yield t, to, data
     else:
-        yield t, DOWNSTREAM, EOF
-        yield t, UPSTREAM, EOF
+        yield from both_ends(t)
 
 
 # Those of Toxiproxy, with its names and units. As toxics they are drawn for a connection and
@@ -435,8 +431,7 @@ def timeout(state, t, to, data, *, timeout=0):
     if data is OPEN or "began" not in state:
         state.setdefault("began", t)
         until = state["began"] + timeout / 1000 if timeout > 0 else NEVER
-        yield until, DOWNSTREAM, EOF
-        yield until, UPSTREAM, EOF
+        yield from both_ends(until)
     if not data:
         yield t, to, data
 
@@ -467,8 +462,7 @@ def limit_data(state, t, to, data, *, bytes=0):
     state[to] += len(piece)
     yield t, to, piece
     if state[to] >= bytes:
-        yield t, DOWNSTREAM, EOF
-        yield t, UPSTREAM, EOF
+        yield from both_ends(t)
 
 
 PIECES = 1000       # that a chunk is cut into at most: each costs HELD_ENTRY, and a system call
@@ -486,6 +480,12 @@ def cut(data, least, most, generator=None):
         start += size
     if not start:
         yield data
+
+
+def both_ends(t):
+    """The connection is closed, as by a server."""
+    yield t, DOWNSTREAM, EOF
+    yield t, UPSTREAM, EOF
 
 
 def noise(generator, size):
@@ -788,14 +788,14 @@ class Frames:
             elif kind is Past:
                 words, tail = need.words, need.tail
                 near = tail + data[at:min(size, at + len(words) - 1)]
-                end = near.find(words) + len(words) - len(tail)
-                if end < len(words) - len(tail):
-                    end = data.find(words, at, size) + len(words) - at
-                    if end < len(words) - at:
-                        need.tail = bytes((tail + data[max(at, size - len(words) + 1):size])
-                                          [-len(words) + 1:])
-                        break
-                at += end
+                found, start = near.find(words), at - len(tail)
+                if found < 0:
+                    found, start = data.find(words, at, size), 0
+                if found < 0:
+                    end = tail + data[max(at, size - len(words) + 1):size]
+                    need.tail = bytes(end[-len(words) + 1:])
+                    break
+                at = start + found + len(words)
                 need = send(None)
             else:
                 marks.append((at, need))
@@ -849,10 +849,11 @@ class Protocol:
         raise NotImplementedError
 
     def passes(self, request):
-        """Whether the head of a request may go on as it is; else `reword` changes it."""
+        """Whether the head of a request may go on as it is."""
         return True
 
     def reword(self, head):
+        """The head of a request as it is to go on."""
         return head
 
     def refuse(self, kind, data):
@@ -870,7 +871,7 @@ class Protocol:
         """The Reply to a request, or None if a server would not answer it so."""
         if kind in self.greeting or not request.replies:
             return None
-        return Reply(self.said(kind))
+        return Reply(self.said(kind), kind in self.closing)
 
     def said(self, kind):
         return self.errors[kind].encode() + b"\r\n"
@@ -958,7 +959,10 @@ class Http(Protocol):
         return not named or named.group(2).lower() == self.host
 
     def reword(self, head):
-        return self.HOST.sub(lambda named: named.group(1) + self.host, head, 1)
+        def named(found):
+            fits = found.group(2).lower() == self.host
+            return found.group() if fits else found.group(1) + self.host
+        return self.HOST.sub(named, head, 1) if self.host else head
 
     def answer(self, kind, request):
         words = "%s %s" % (kind, self.errors[kind])
@@ -1059,11 +1063,12 @@ class Redis(Protocol):
 
     def answer(self, kind, request):
         # A server in trouble refuses what a transaction queues, and EXEC then tells of it.
-        if kind in self.greeting or not request.replies or request.name in (
-                "QUIT", "RESET", "MULTI", "EXEC", "DISCARD"):
+        if request.name in ("QUIT", "RESET", "MULTI", "EXEC", "DISCARD"):
             return None
         # A command that is refused spoils its transaction: the backend gets one that it refuses.
-        return Reply(self.said(kind), False, b"*1\r\n$7\r\nvaurien\r\n" if request.info else b"")
+        reply = super().answer(kind, request)
+        return reply and reply._replace(
+            instead=b"*1\r\n$7\r\nvaurien\r\n" if request.info else b"")
 
 
 @protocol
@@ -1238,13 +1243,12 @@ class Mysql(Protocol):
         return len(body).to_bytes(3, "little") + bytes([seq]) + body
 
     def answer(self, kind, request):
-        if kind in self.greeting or not request.replies:
-            return None
         # A deadlock rolls the whole transaction back, in the backend too.
         undo = b"\x09\0\0\0\x03ROLLBACK" if kind == "1213" else b""
         if request.name == self.EXECUTE and not undo and request.info != b"\xff\xff\xff\xff":
             undo = b"\5\0\0\0\x1a" + request.info      # as EXECUTE does: forget long data
-        return Reply(self.said(kind), kind in self.closing, undo)
+        reply = super().answer(kind, request)
+        return reply and reply._replace(instead=undo)
 
     def complete(self, reply, request):
         """With the number that follows the client's last packet."""
@@ -1495,7 +1499,10 @@ class Smtp(Protocol):
         if request.name in ("QUIT", "MESSAGE"):
             return None             # the backend waits for the message: it is DATA that fails
         undo = b"RSET\r\n" if request.name in ("DATA", "BDAT") else b""
-        return Reply(self.said(kind), kind in self.closing, undo)
+        return super().answer(kind, request)._replace(instead=undo)
+
+
+check_protocol = one_of(*PROTOCOLS)
 
 
 # -- Rules, line and pipe -----------------------------------------------------
@@ -1602,10 +1609,6 @@ def misfits(name, handler, fields):
     if "match" in fields:
         wrong.append(("match", "match is not for %s, which gets the sockets" % name))
     return wrong
-
-
-def check_protocol(name):
-    return one_of(*PROTOCOLS)(name)
 
 
 class BadRule(ValueError):
@@ -1776,9 +1779,7 @@ class Line:
         if self.speaker == DOWNSTREAM:
             self.begin()
         elif self.speaker is None and self.late:
-            at_work = self.at_work()
-            self.steps = self.drawn(lambda rule: self.draw(rule) if rule in self.late
-                                    else at_work.get(rule))
+            self.draw_again(self.late)
         self.speaker = to
 
     def at_work(self):
@@ -1811,8 +1812,17 @@ class Line:
         """A step, that may act on the request under way, or when that matches."""
         if rule.match:
             return Step(rule, heard=b"")
-        return Step(rule, self.rules.draw(rule, self.connection,
-                                          self.request if rule.per == "request" else 0))
+        return Step(rule, self.throw(rule))
+
+    def throw(self, rule):
+        """A state if the dice of the request under way, or of the connection, fall so; or None."""
+        return self.rules.draw(rule, self.connection, self.request if rule.per == "request" else 0)
+
+    def draw_again(self, rules):
+        """Draw these rules for the request under way; the others stay as they were drawn."""
+        at_work = self.at_work()
+        self.steps = self.drawn(lambda rule: self.draw(rule) if rule in rules
+                                else at_work.get(rule))
 
     def drawn(self, for_request):
         """The steps of the request under way, in the order of their rules."""
@@ -1907,8 +1917,7 @@ class Line:
         if to == UPSTREAM and data and step.heard is not None and len(step.heard) < HEARD_MAX:
             step.heard += data[:HEARD_MAX - len(step.heard)]
             if step.rule.match.search(step.heard):
-                step.state = self.rules.draw(step.rule, self.connection,
-                                             self.request if step.rule.per == "request" else 0)
+                step.state = self.throw(step.rule)
                 step.heard, step.number = None, step.rule.thrown
         return step.state is not None
 
@@ -1966,9 +1975,7 @@ class FramedLine(Line):
         self.asked = request
         connects = last.request is None and not self.protocol.speaks
         if connects and self.rules.armed:
-            at_work = self.at_work()
-            self.steps = self.drawn(lambda rule: at_work.get(rule) if rule not in self.late
-                                    and not rule.match else self.draw(rule))
+            self.draw_again([*self.late, *(rule for rule in self.rules.armed if rule.match)])
             self.late = []
         elif not connects and request.draws:
             super().begin()
@@ -1985,8 +1992,7 @@ class FramedLine(Line):
         """A step, if the request is known and matches, where the rule says what it waits for."""
         if rule.match and not (self.asked and rule.match.search(self.asked.text[:HEARD_MAX])):
             return None
-        return Step(rule, self.rules.draw(rule, self.connection,
-                                          self.request if rule.per == "request" else 0))
+        return Step(rule, self.throw(rule))
 
     def may_match(self, rule):
         return rule.match and self.lasting[rule] is None
@@ -2034,7 +2040,7 @@ class FramedLine(Line):
             return not self.row[-1 if to == UPSTREAM else 0].steps
         if self.rules.armed or self.head or self.busy or self.closing:
             return False
-        if to == UPSTREAM and self.protocol.host and not (self.inside and not marks):
+        if to == UPSTREAM and self.protocol.host:       # a head is to go on as a whole
             if (not marks or (marks[-1][0] < size and marks[-1][1] is END)) or not all(
                     self.protocol.passes(mark) for _, mark in marks if isinstance(mark, Request)):
                 return False
@@ -2075,17 +2081,10 @@ class FramedLine(Line):
             if self.closing and to == UPSTREAM:
                 break                   # a server would not read it any more
             piece, at = data[at:offset], offset
-            if to == DOWNSTREAM:
-                events += self.piece(now, to, piece) if piece else []
-                if mark is END:
-                    events += self.piece(now, to, END)
-                    self.follow(to, END)
-                    events += self.settle(now)
-                continue
-            if piece and self.inside:
-                events += self.piece(now, to, piece)
-            else:
+            if to == UPSTREAM and not self.inside:
                 self.head += piece
+            elif piece:
+                events += self.piece(now, to, piece)
             if mark is END:
                 events += self.piece(now, to, END)
                 self.follow(to, END)
@@ -2094,7 +2093,7 @@ class FramedLine(Line):
                 self.follow(to, mark)
                 events += self.settle(now)
                 head, self.head = self.head, b""
-                if mark is not MORE and not self.protocol.passes(mark):
+                if mark is not MORE:
                     head = self.protocol.reword(head)
                 events += self.piece(now, to, head) if head else []
         return events
@@ -2129,16 +2128,18 @@ class FramedLine(Line):
 
     def carry(self, t, to, data):
         """As in Line: for signals; before the end comes what was held of a head."""
+        return (self.spill(t) if to == UPSTREAM else []) + self.piece(t, to, data)
+
+    def spill(self, t):
+        """What was held of a head goes on as it is."""
         head, self.head = self.head, b""
-        held = [(t, UPSTREAM, head, ())] if head and to == UPSTREAM else []
-        self.head = b"" if held else head
-        return held + self.piece(t, to, data)
+        return [(t, UPSTREAM, head, ())] if head else []
 
     def let_pass(self, now):
         """What the client says from now on passes as it is, while errors wait for their turn."""
         self.protocol.up = Frames(read_nothing())
-        head, self.head, self.inside = self.head, b"", True
-        return [(now, UPSTREAM, head, ())] if head else []
+        self.inside = True
+        return self.spill(now)
 
     def give_up(self, now):
         """(a Line, events): the connection goes on as plain tcp."""
@@ -2531,6 +2532,13 @@ def meet(local, backend):
     if here & {(host, local[1]) for host in EVERYWHERE}:
         here |= {(host, local[1]) for host in LOOPBACK}
     return bool(here & there)
+
+
+def check_backend(backend, listeners):
+    """Refuse, with a ValueError, a backend that is where we listen, at one of these."""
+    if any(meet(address, backend) for address in listeners):
+        raise ValueError("%s is the address that is listened on: the proxy would call itself"
+                         % show_address(backend))
 
 
 def show_address(address):
@@ -3356,9 +3364,10 @@ class Proxy:
         backend = parse_address(distant) if isinstance(distant, str) else distant
         here = [self.local] + ([sock.getsockname()[:2] for sock in self.listener.sockets]
                                if self.listener else [])
-        if any(meet(address, backend) for address in here):
-            raise ValueError("%s is the address that is listened on: the proxy would call itself"
-                             % show_address(backend))
+        check_backend(backend, here)
+        self.call_from_now(backend)
+
+    def call_from_now(self, backend):
         self.backend = backend
         self.addresses = literal(backend)       # None where it is a name
 
@@ -3451,6 +3460,9 @@ class Proxy:
             self.protocol, self.overwrite_host_header = protocol, overwrite_host_header
             self.drop_connections("changed by the control")
 
+    def protocol_name(self):
+        return self.protocol.__name__.lower() if self.protocol else "tcp"
+
     def host_header(self):
         """What a request is to name the backend, or nothing."""
         if not self.overwrite_host_header or self.protocol is not Http:
@@ -3465,7 +3477,7 @@ class Proxy:
         if kind and (self.protocol is None or kind not in self.protocol.errors):
             raise BadRule([("kind", "kind must be one of %s, which %s has, not %r" % (
                 ", ".join(self.protocol.errors) if self.protocol else "none",
-                self.protocol.__name__.lower() if self.protocol else "tcp", kind))])
+                self.protocol_name(), kind))])
         if (rule.handler in (error, transient) and self.protocol and rule.stream != "both"
                 and not rule.options["inject"]):
             raise BadRule([("stream", "stream must be both for %s, which answers in the backend's "
@@ -3479,7 +3491,8 @@ class Proxy:
             self.drop_connections("%s by the control" % ("changed" if enabled else "disabled"))
         if self.listener and (listener or not enabled):
             self.shut("changed")
-        self.backend, self.addresses, self.enabled = backend, literal(backend), enabled
+        self.call_from_now(backend)
+        self.enabled = enabled
         if listener:
             self.set_listener(local, listener)
             self.open(self.loop)
@@ -3711,14 +3724,11 @@ class Proxies(OrderedDict):
         self.loop.call(lambda: self.pop(proxy.name).close())
 
     def change(self, proxy, local, backend, enabled):
-        """Give a proxy other addresses, or have it enabled or not. Raises OSError, ValueError.
+        """Give a proxy other addresses, or have it enabled or not. Raises OSError.
 
         What stays as it is goes on; a change of an address closes its connections. If
         it cannot listen there, it stays where it is.
         """
-        if meet(local, backend):
-            raise ValueError("upstream %s is the address that is listened on: the proxy would "
-                             "call itself" % show_address(backend))
         moved = local != proxy.local and first_address(local) != proxy.listen
         if not moved:
             local = proxy.local
@@ -4274,6 +4284,14 @@ def bad_body(words):
     return ApiError(400, "bad request body: %s" % words)
 
 
+def check_field(name, check, *values):
+    """What check makes of a field. Raises ApiError, that names it."""
+    try:
+        return check(*values)
+    except ValueError as problem:
+        raise bad_body("%s %s" % (name, problem)) from None
+
+
 def read_json(text, strict=False):
     """The first JSON value in a text; what follows it is ignored, or refused. Raises ApiError."""
     def constant(name):
@@ -4355,14 +4373,9 @@ def make_proxy(fields, proxies, place=""):
                 problem.message, number, fields["name"])) from None
     refuse_doubles(toxics)
     local = read_listen(fields.get("listen", ":0"), "listen tcp: ")
-    backend = read_upstream(fields["upstream"])
-    if meet(local, backend):
-        raise bad_body("upstream %s is where it listens: the proxy would call itself"
-                       % fields["upstream"])
-    try:
-        protocol = check_protocol(fields.get("protocol", "tcp"))
-    except ValueError as problem:
-        raise bad_body("protocol %s" % problem) from None
+    backend = check_field("upstream", parse_address, fields["upstream"])
+    check_field("upstream", check_backend, backend, [local])
+    protocol = check_field("protocol", check_protocol, fields.get("protocol", "tcp"))
     try:
         return Proxy(backend, local, name=fields["name"], seed=proxies.seed,
                      timeout=proxies.timeout, protocol=protocol, toxics=toxics,
@@ -4375,13 +4388,6 @@ def refuse_doubles(toxics):
     names = [toxic.name for toxic in toxics]
     if len(set(names)) < len(names):
         raise ApiError(409, "toxic already exists")
-
-
-def read_upstream(text):
-    try:
-        return parse_address(text)
-    except ValueError as problem:
-        raise bad_body("upstream %s" % problem) from None
 
 
 def read_listen(text, prefix=""):
@@ -4431,14 +4437,8 @@ def read_toxic(value, strict=False):
 
 def read_rule_fields(table):
     """The fields of a rule, but for stream, that a table has. Raises ApiError."""
-    found = {}
-    for key in RULE_FIELDS:
-        if key in table and key != "stream":
-            try:
-                found[key] = RULE_FIELDS[key](table[key])
-            except ValueError as problem:
-                raise bad_body("%s %s" % (key, problem)) from None
-    return found
+    return {key: check_field(key, check, table[key]) for key, check in RULE_FIELDS.items()
+            if key in table and key != "stream"}
 
 
 def read_toxicity(fields, rule_fields, usual):
@@ -4465,10 +4465,7 @@ def read_attributes(kind, value, strict=False):
         option = known[key]
         number = read_value(given, type(usual[option]), ".attributes." + option)
         if strict or not (option in SIGNED and type(number) is int and number < 0):
-            try:
-                check_option(kind, option, number)
-            except ValueError as problem:
-                raise bad_body("%s %s" % (option, problem)) from None
+            check_field(option, check_option, kind, option, number)
         found[option] = number
     return found
 
@@ -4495,7 +4492,7 @@ def show_toxics(proxy):
 
 
 def show_proxy(proxy):
-    own = [("protocol", proxy.protocol.__name__.lower())] if proxy.protocol else []
+    own = [("protocol", proxy.protocol_name())] if proxy.protocol else []
     return proxy.loop.call(lambda: OrderedDict([
         ("name", proxy.name), ("listen", proxy.listen), ("upstream", show_address(proxy.backend)),
         ("enabled", proxy.enabled), ("toxics", show_toxics(proxy)), *own]))
@@ -4559,7 +4556,8 @@ def change_proxy(proxies, proxy, fields, enabled):
     if fields.get("listen", proxy.listen) != proxy.listen:
         local = read_listen(fields["listen"])
     if fields.get("upstream"):
-        backend = read_upstream(fields["upstream"])
+        backend = check_field("upstream", parse_address, fields["upstream"])
+    check_field("upstream", check_backend, backend, [local])
     if "protocol" in fields and PROTOCOLS.get(fields["protocol"], "") is not proxy.protocol:
         raise bad_body("protocol cannot be changed: delete the proxy, and make it anew")
     proxies.change(proxy, local, backend, enabled)
@@ -5064,7 +5062,7 @@ def option_flags(name, option):
 
 # What the command line gives, {setting: Given}; the sections of the file, {proxy: {setting:
 # Given}}; the handlers' options of both, {(handler, option): Given}; the file's toxics,
-# [(Toxic, the name of its proxy as Given, or None)]; the file's text, if it is JSON, as Given.
+# [(Toxic, the name of its proxy as Given, or None)]; the file's text as Given, if it is JSON.
 Found = namedtuple("Found", "given sections options toxics json")
 
 
@@ -5077,7 +5075,7 @@ def read_arguments(argv, settings, **words):
     first = vars(Parser(settings, add_help=False, prog=words.get("prog"))
                  .parse_known_args(argv)[0])
     given = {name: Given(settings[name].flags[0], text) for name, text in first.items()}
-    sections, options, toxics, entries = {}, {}, [], Given("", "[]")
+    sections, options, toxics, entries = {}, {}, [], None
     if "config" in given:
         path = given["config"].checked(check_file)
         text = read_file(path)
@@ -5237,11 +5235,11 @@ def make_proxies(found, needs_one=True):
     where it listens or what it calls. Its seed and its timeout hold for all of them, and
     so does its behavior if it is not one more.
     """
-    given, sections, json_given = found.given, dict(found.sections), found.json.text != "[]"
+    given, sections = found.given, dict(found.sections)
     own = sections.pop("vaurien", {})
     one_more = "local" in own or "distant" in own or (
-        json_given and ("local" in given or "distant" in given)) or (
-        needs_one and not sections and not json_given)
+        found.json and ("local" in given or "distant" in given)) or (
+        needs_one and not sections and not found.json)
     for_all = {name: own[name] for name in ["seed", "timeout"] + ["behavior"] * (not one_more)
                if name in own}
     common = {name: given[name] for name in given if name not in ("local", "distant")}
@@ -5261,7 +5259,7 @@ def make_proxies(found, needs_one=True):
             value["seed"] = proxies.seed
         proxies[name] = Proxy(name=name, options=checked, **value)
     try:
-        for proxy, _ in read_proxies(found.json.text, proxies):
+        for proxy, _ in read_proxies(found.json.text, proxies) if found.json else ():
             put_anew(proxies, proxy.name, "%s %s" % (found.json.where, proxy.name), proxy)
     except ApiError as problem:
         words = re.sub("^bad request body: ", "", problem.message)
