@@ -4012,7 +4012,7 @@ class TestDefects(Toxicproxy):
             sock = self.connect(port)
             proxy = self.begun()
             connection, = proxy.connections.values()
-            wait_until(lambda: proxy.loop.call(lambda: connection.backend_events) == 0
+            wait_until(lambda: proxy.loop.call(lambda: connection.down.watched) == 0
                        or proxy.loop.call(lambda: connection.down.received) == 12 << 20)
             self.assertTrue(least <= connection.down.received <= most, connection.down.received)
             self.ask("DELETE", "/proxies/p", status=204)

@@ -33,6 +33,7 @@ import atexit
 import configparser
 import contextlib
 import errno
+import functools
 import hashlib
 import heapq
 import importlib
@@ -54,6 +55,10 @@ import threading
 import time
 import types
 import urllib.parse
+try:
+    import fcntl
+except ImportError:             # Windows has none
+    pass
 from collections import ChainMap, Counter, OrderedDict, deque, namedtuple
 from selectors import EVENT_READ, EVENT_WRITE
 
@@ -68,10 +73,13 @@ HELD_STILL = 256 * 1024         # the same where nothing is delayed, or nothing 
 HELD_TOTAL = 512 * 1024 * 1024  # what all pipes of a loop may hold together
 HELD_LEAST = 4 * 1024           # what each pipe is sure of, however full the others are
 HEARD_MAX = 64 * 1024           # of a request, that an expression is looked for in
+DUCT = 1024 * 1024              # bytes in a pipe of the kernel's; what it allows without root
+BULK = 64 * 1024                # bytes in one read that are much
+FULL = 4                        # such reads after which a pipe of the kernel's is worth its while
 HELD_ENTRY = 400                # what keeping one chunk costs besides its bytes: 398 on
                                 #   Python 3.6, 336 on 3.13 (measured)
 BACKLOG = 4096                  # for listen; the kernel caps it (net.core.somaxconn)
-INHERITS = sys.platform.startswith("linux")     # a client has its listener's TCP_NODELAY
+LINUX = sys.platform.startswith("linux")
 BURST = 64                      # connections accepted in a row before others have their turn
 LINGER = 5.0                    # seconds for a client to close after an error (as nginx has it)
 PAUSE = 1.0                     # seconds without accepting when descriptors have run out
@@ -2163,12 +2171,14 @@ class Budget:
     least, which is set aside for each.
     """
 
-    __slots__ = ("total", "held", "pipes")
+    __slots__ = ("total", "held", "pipes", "ample")
 
     def __init__(self, total=HELD_TOTAL):
         self.total = total
         self.held = 0
         self.pipes = 0
+        # Held bytes up to which a read on the straight road fits, whatever it brings.
+        self.ample = total - 8 * max(HELD_STILL, DUCT)
 
     def share(self, bound):
         """What one pipe may hold, bound at most."""
@@ -2184,7 +2194,7 @@ class Pipe:
     """
 
     __slots__ = ("to", "budget", "queue", "order", "latest", "thin_until", "out", "held",
-                 "received", "written", "over", "done")
+                 "passed", "taken", "given", "over", "done")
 
     def __init__(self, to, budget):
         self.to = to
@@ -2193,13 +2203,25 @@ class Pipe:
         self.order = 0          # what is due at the same time leaves as it came
         self.latest = 0.0       # when the last byte put in is due
         self.thin_until = 0.0   # until when what is there queues for a thin wire
-        self.out = deque()      # bytes, and EOF, that are due
+        self.out = ()           # bytes, and EOF, that are due; a deque once there are any
         self.held = 0           # what queue and out hold, as the budget counts it
-        self.received = 0       # bytes from the source, ever
-        self.written = 0        # bytes to the target, ever
+        self.passed = 0         # bytes that have gone straight from the source to the target
+        self.taken = 0          # other bytes from the source, ever
+        self.given = 0          # other bytes to the target, ever
         self.over = False       # the source has said EOF
         self.done = False       # nothing more goes to the target: what still comes is dropped
         budget.pipes += 1
+        budget.ample -= HELD_LEAST
+
+    @property
+    def received(self):
+        """Bytes from the source, ever."""
+        return self.passed + self.taken
+
+    @property
+    def written(self):
+        """Bytes to the target, ever."""
+        return self.passed + self.given
 
     def put(self, t, data, start, holds=()):
         """Bytes and EOF keep their order, as in TCP; RESET overtakes.
@@ -2226,6 +2248,12 @@ class Pipe:
         self.held += size + HELD_ENTRY
         self.budget.held += size + HELD_ENTRY
 
+    def wait(self, data):
+        """Bytes, or EOF, are due, and cannot be sent yet."""
+        if not self.out:
+            self.out = deque()
+        self.out.append(data)
+
     def let_go(self, size):
         self.held -= size
         self.budget.held -= size
@@ -2238,8 +2266,10 @@ class Pipe:
         signals = []
         while self.queue and self.queue[0][0] <= now:
             data = heapq.heappop(self.queue)[2]
-            if data or data is EOF:
-                self.out.append(data)
+            if data:
+                self.wait(memoryview(data))
+            elif data is EOF:
+                self.wait(data)
             else:
                 self.let_go(HELD_ENTRY)
                 signals.append(data)
@@ -2254,13 +2284,13 @@ class Pipe:
 
     def sent(self, size):
         """The first `size` bytes of out's first chunk are sent."""
-        first = self.out.popleft()
-        self.written += size
-        if size < len(first):
-            self.out.appendleft(memoryview(first)[size:])
-            self.let_go(size)
+        rest = self.out.popleft()[size:]
+        self.given += size
+        self.let_go(size)
+        if rest:
+            self.out.appendleft(rest)
         else:
-            self.let_go(size + HELD_ENTRY)
+            self.let_go(HELD_ENTRY)
 
     def release(self, gone, changed=()):
         """Let go at once, in order, what these rules hold; what others hold stays.
@@ -2293,12 +2323,14 @@ class Pipe:
 
     def drop(self):
         """Forget what is under way."""
-        self.queue, self.out = [], deque()
+        self.queue, self.out = [], ()
         self.let_go(self.held)
 
     def close(self):
-        self.drop()
+        if self.held:
+            self.drop()
         self.budget.pipes -= 1
+        self.budget.ample += HELD_LEAST
 
 
 # -- Loop ---------------------------------------------------------------------
@@ -2314,12 +2346,54 @@ def attempt(function, *args):
         return None, problem
 
 
+class Epoll(selectors.BaseSelector):
+    """As selectors.EpollSelector, for less: it does not ask for as many events as there are
+    sockets, and what it makes for each event is one tuple.
+    """
+
+    MASKS = [0, 1, 4, 5]                    # EVENT_READ and EVENT_WRITE as EPOLLIN and EPOLLOUT
+    # EPOLLIN, EPOLLOUT, and EPOLLIN with EPOLLHUP; or else both: an error is to be found.
+    READY = {1: EVENT_READ, 4: EVENT_WRITE, 17: EVENT_READ}
+    MOST = 256                              # events at a time: alarms are not to wait for more
+
+    def __init__(self):
+        self.epoll = select.epoll()
+        self.keys = {}
+        self.fileno, self.close = self.epoll.fileno, self.epoll.close
+
+    def register(self, fileobj, events, data=None):
+        fd = fileobj.fileno()
+        self.epoll.register(fd, self.MASKS[events])
+        key = self.keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
+        return key
+
+    def modify(self, fileobj, events, data=None):
+        fd = fileobj.fileno()
+        self.epoll.modify(fd, self.MASKS[events])
+        key = self.keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
+        return key
+
+    def unregister(self, fileobj):
+        fd = fileobj.fileno()
+        self.epoll.unregister(fd)
+        return self.keys.pop(fd)
+
+    def select(self, timeout=-1):
+        # The keys as they are now: an earlier callback may give a number to another socket.
+        keys, ready = self.keys, self.READY.get
+        return [(keys[fd], ready(mask, 3)) for fd, mask in self.epoll.poll(timeout, self.MOST)]
+
+    def get_map(self):
+        return self.keys
+
+
 class Loop:
     """Watches sockets, rings alarms, and calls what other threads hand in."""
 
     def __init__(self, clock=time.monotonic, selector=None):
         self.clock = clock
-        self.selector = selector or selectors.DefaultSelector()
+        self.selector = selector or (Epoll if hasattr(select, "epoll")
+                                     else selectors.DefaultSelector)()
         self.watched = set()                # sockets
         self.alarms = []                    # a heap of [t, order, callback or None]
         self.order = 0
@@ -2330,6 +2404,7 @@ class Loop:
         self.budget = Budget()
         self.buffer = bytearray(CHUNK)      # every recv reads into this one
         self.view = memoryview(self.buffer)
+        self.ducts = []                     # empty ones, to be used again
         self.waker, self.sleeper = socket.socketpair()
         self.waker.setblocking(False)
         self.sleeper.setblocking(False)
@@ -2342,7 +2417,10 @@ class Loop:
         self.limit = 500 if isinstance(self.selector, selectors.SelectSelector) else math.inf
 
     def watch(self, sock, events, callback=None):
-        """Call back with the events sock is ready for; for none, forget the socket."""
+        """Call back with the events sock is ready for; for none, forget the socket.
+
+        More events than it is watched for mean that there is an error to be found.
+        """
         # To ask the selector would cost a system call: it words an error that nobody reads.
         known = sock in self.watched
         if events and known:
@@ -2375,6 +2453,9 @@ class Loop:
             self.alarms = [alarm for alarm in self.alarms if alarm[2]]
             heapq.heapify(self.alarms)
             self.cancelled = 0
+        while self.alarms and not self.alarms[0][2]:    # or else the loop would read the clock
+            heapq.heappop(self.alarms)
+            self.cancelled -= 1
 
     def run(self):
         """Until `stop`."""
@@ -2384,7 +2465,8 @@ class Loop:
                     key.data(events)
                     if self.calls:      # nobody waits for hundreds of busy sockets
                         self.answer_calls()
-                self.ring_alarms()
+                if self.alarms:
+                    self.ring_alarms()
         finally:
             self.ended = True
 
@@ -2402,7 +2484,7 @@ class Loop:
         return self.selector.select(max(0, seconds))
 
     def ring_alarms(self):
-        now = self.clock() if self.alarms else 0
+        now = self.clock()
         while self.alarms and self.alarms[0][0] <= now:
             alarm = heapq.heappop(self.alarms)
             callback, alarm[2] = alarm[2], None
@@ -2469,6 +2551,8 @@ class Loop:
         self.selector.close()
         self.waker.close()
         self.sleeper.close()
+        while self.ducts:
+            self.ducts.pop().close()
 
 
 # -- Addresses ----------------------------------------------------------------
@@ -2582,11 +2666,77 @@ def missing(problem):
 # Two sockets and the two roads between them. The methods come in the order in which
 # a chunk meets them.
 
+SPLICES = hasattr(os, "splice")         # Linux, with Python 3.10 or newer
+F_SETPIPE_SZ = 1031                     # of linux/fcntl.h; in the module fcntl since Python 3.10
+UNBLOCKED = getattr(socket, "SOCK_NONBLOCK", 0)
+UNDER_WAY = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}      # what connect says then
+
+
+class Duct:
+    """A pipe of the kernel's: bytes go through it from socket to socket, and are not copied.
+
+    Like bytes it has a length, and can be cut in front when they are sent.
+    """
+
+    __slots__ = ("out", "into", "held")
+
+    def __init__(self):
+        """Raises OSError where there are no descriptors."""
+        self.out, self.into = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.held = 0
+        with contextlib.suppress(OSError):      # some systems bound all pipes together (man 7
+            fcntl.fcntl(self.into, F_SETPIPE_SZ, DUCT)      # pipe): then it is a smaller one
+
+    def __len__(self):
+        return self.held
+
+    def __getitem__(self, sent):
+        self.held -= sent.start
+        return self
+
+    def fill(self, source):
+        """Take in what has come to a socket; returns how many bytes. Raises OSError, as recv."""
+        self.held = os.splice(source.fileno(), self.into, DUCT, flags=os.SPLICE_F_NONBLOCK)
+        return self.held
+
+    def send_to(self, target):
+        """Returns how many bytes a socket has taken. Raises OSError, as send."""
+        return os.splice(self.out, target.fileno(), self.held, flags=os.SPLICE_F_NONBLOCK)
+
+    def close(self):
+        os.close(self.out)
+        os.close(self.into)
+
+
+class Way(Pipe):
+    """One direction of a connection: a pipe, and the socket that it begins at."""
+
+    __slots__ = ("source", "watched", "straight", "full")
+
+    def __init__(self, to, budget):
+        super().__init__(to, budget)
+        self.source = None      # a socket
+        self.watched = 0        # what it is watched for, be it to read from it or to write to it
+        self.straight = None    # the target, a socket, while nothing stands between the two
+        self.full = 0           # how often much has come at a time
+
+    def keep(self, data):
+        """What has come on the straight road, and does not leave at once."""
+        self.taken += len(data)
+        self.hold(len(data))
+        self.wait(data)
+
+    def drop(self):
+        for data in self.out:
+            if isinstance(data, Duct):
+                data.close()
+        super().drop()
+
+
 class Connection:
     """A client, the backend called for it, and what is under way between them."""
 
-    __slots__ = ("proxy", "loop", "number", "name", "line", "up", "down",
-                 "client", "client_events", "backend", "backend_events",
+    __slots__ = ("proxy", "loop", "number", "peer", "line", "up", "down", "client", "backend",
                  "addresses", "deadline", "dialled", "connecting", "torn", "lent", "faults",
                  "alarm", "patience", "lingers", "began")
 
@@ -2594,16 +2744,14 @@ class Connection:
         self.proxy = proxy
         self.loop = proxy.loop
         self.number = number
-        self.name = show_address(peer)
+        self.peer = peer                # the client's address
         self.line = (FramedLine(proxy.rules, number, proxy.protocol(proxy.host_header()))
                      if proxy.protocol else Line(proxy.rules, number))
-        self.up = Pipe(UPSTREAM, self.loop.budget)
-        self.down = Pipe(DOWNSTREAM, self.loop.budget)
-        self.client = client            # a socket; None when all is over
-        self.client_events = 0          # what it is watched for
-        self.backend = None             # a socket, once called
-        self.backend_events = 0
-        self.addresses = []             # of the backend, still to try
+        self.up = Way(UPSTREAM, self.loop.budget)
+        self.down = Way(DOWNSTREAM, self.loop.budget)
+        self.client = self.up.source = client       # a socket; None when all is over
+        self.backend = None             # a socket, once called; it is where down begins
+        self.addresses = None           # of the backend, still to try
         self.deadline = None            # for connecting to it
         self.dialled = False            # whether the backend has been called
         self.connecting = False
@@ -2615,95 +2763,170 @@ class Connection:
         self.lingers = False            # all is said, but the client has not closed
         self.began = self.loop.clock()
 
+    @property
+    def name(self):
+        """The client's address, as a person writes it."""
+        return show_address(self.peer)
+
     def start(self):
         """A client is here."""
-        now = self.loop.clock()
+        now = self.began
         self.line.begin()
-        self.place(now, self.line.carry(now, UPSTREAM, OPEN)
-                   + self.line.greet(now, [DOWNSTREAM]))
+        if self.line.steps:
+            self.place(now, self.line.carry(now, UPSTREAM, OPEN)
+                       + self.line.greet(now, [DOWNSTREAM]))
+        else:
+            self.dial()
+            self.watch()
 
-    def client_ready(self, events):
+    def ready(self, way, events):
+        """The straight road: bytes leave from where they came in, as soon as they have come.
+
+        It is open while nothing is under way and no fault is at work: `watch` says so. No
+        event, no queue, no clock, and one recv for each wake-up: a fast sender must not
+        starve the others. What the target does not take waits.
+        """
+        target, loop, line = way.straight, self.loop, self.line
+        if target is None or events != EVENT_READ or loop.budget.held > loop.budget.ample:
+            self.wake(way, events)
+            return
+        if way.full >= FULL and line.speaker is way.to and self.pour(way, target):
+            return
+        try:
+            size = way.source.recv_into(loop.buffer)
+        except BlockingIOError:
+            return
+        except OSError as problem:
+            self.lost(way, problem)
+            return
+        if not size:
+            self.end(way, target)
+            return
+        if line.speaker is not way.to:
+            line.turn(way.to)
+        if line.protocol:
+            if not self.read_frames(way, loop.buffer, size):
+                return
+        elif line.steps:                # drawn just now
+            self.arrive(way, bytes(loop.view[:size]))
+            return
+        if size >= BULK and SPLICES and not line.protocol:
+            way.full += 1
+        try:
+            sent = target.send(loop.view[:size])
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            way.taken += size
+            self.tear(way)
+            self.advance()
+            return
+        way.passed += sent
+        if sent < size:
+            way.keep(memoryview(bytes(loop.view[sent:size])))
+            self.watch()
+
+    def pour(self, way, target):
+        """The straight road of bulk: the bytes do not even come here. False if none did so."""
+        size, ducts = 0, self.loop.ducts
+        try:
+            duct = ducts.pop() if ducts else Duct()
+        except OSError:                 # no descriptors
+            way.full = 0
+            return False
+        try:
+            size = duct.fill(way.source)
+        except ConnectionError as problem:
+            self.lost(way, problem)
+        except OSError:
+            pass                        # nothing is there, or this system cannot: recv will tell
+        if size < BULK:
+            way.full = 0
+        if not size:
+            ducts.append(duct)
+            return self.client is None or way.over
+        way.keep(duct)
+        self.flush(way, target)
+        if way.out or way.done:
+            self.advance()
+        return True
+
+    def end(self, way, target):
+        """The source has said EOF where the straight road is open."""
+        way.over = True
+        if self.line.protocol:          # it may hold a head
+            self.take(way.to, EOF)
+            return
+        way.done = True
+        if not (self.up.done and self.down.done):       # or else a close is what follows
+            try:
+                target.shutdown(socket.SHUT_WR)
+            except OSError:
+                self.tear(way)
+        self.advance()
+
+    def wake(self, way, events):
+        """A socket is ready, and there is more to it than the straight road."""
         if self.client is None:         # closed by an earlier callback of this select()
             return
-        if events & EVENT_WRITE:
-            self.advance()
-        if events & EVENT_READ and self.client is not None:
-            self.receive(self.up, self.client, None if self.connecting else self.backend)
-
-    def backend_ready(self, events):
-        if self.client is None or self.backend is None:
-            return
-        if self.connecting:
+        if way is self.down and self.connecting:
             self.connected()
             return
         if events & EVENT_WRITE:
             self.advance()
-        if events & EVENT_READ and self.client is not None:
-            self.receive(self.down, self.backend, self.client)
+        if events & EVENT_READ and way.source is not None:
+            self.receive(way)
 
-    def receive(self, pipe, source, target):
-        """One recv for each wake-up: a fast sender must not starve the others."""
-        room = pipe.room(self.loop.clock)
+    def receive(self, way):
+        """As `ready`, for what may have to be held, and has to find room."""
+        room = way.room(self.loop.clock)
         if room <= 0 or self.lent:      # ready since before the pipe filled up
             self.watch()
             return
-        if self.proxy.lends and self.lend(pipe, source):
+        if self.proxy.lends and self.lend(way):
             return
         try:
             # What is to be held is read into bytes of its own: one copy less.
-            data = source.recv(room) if pipe.queue else None
-            size = source.recv_into(self.loop.buffer, room) if data is None else len(data)
+            data = (way.source.recv(room) if way.queue else
+                    bytes(self.loop.view[:way.source.recv_into(self.loop.buffer, room)]))
         except BlockingIOError:
             return
         except OSError as problem:
-            self.lost(pipe, problem)
+            self.lost(way, problem)
             return
-        pipe.received += size
         line = self.line
-        if not size:
-            pipe.over = True
-            self.take(pipe.to, EOF)
+        if data and self.lingers:
+            way.taken += len(data)
             return
-        if self.lingers:
-            return
-        if line.speaker is not pipe.to:
-            line.turn(pipe.to)
-        if line.protocol and not self.read_frames(pipe, data, size):
-            return
-        if self.line.steps or pipe.queue or pipe.out or pipe.done or target is None:
-            self.take(pipe.to, data or bytes(self.loop.view[:size]))
-            return
-        # The straight road: no fault has been drawn and nothing is under way, so
-        # the bytes leave from where they came in. What the target does not take
-        # waits, and from then on `watch` says what to wait for.
-        try:
-            sent = target.send(self.loop.view[:size])
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self.tear(pipe)
-            self.advance()
-            return
-        pipe.written += sent
-        if sent < size:
-            pipe.out.append(bytes(self.loop.view[sent:size]))
-            pipe.hold(size - sent)
-            self.watch()
+        if data and line.speaker is not way.to:
+            line.turn(way.to)
+        if not (data and line.protocol) or self.read_frames(way, data, len(data)):
+            self.arrive(way, data)
 
-    def read_frames(self, pipe, data, size):
-        """Have the protocol read what has come; whether it goes on as it is."""
+    def arrive(self, way, data):
+        """Bytes, or none at the end, have come: they go down the line."""
+        way.taken += len(data)
+        way.over = not data
+        self.take(way.to, data or EOF)
+
+    def read_frames(self, way, data, size):
+        """Have the protocol read what has come; whether it goes on as it is.
+
+        data    bytes, or the loop's buffer, of which the first `size` have come
+        """
         line = self.line
         assert isinstance(line, FramedLine)
-        frames = line.protocol.up if pipe is self.up else line.protocol.down
-        marks = frames.feed(data or self.loop.buffer, size)
-        if not frames.lost and line.quiet(pipe.to, marks, size):
+        frames = line.protocol.up if way is self.up else line.protocol.down
+        marks = frames.feed(data, size)
+        if not frames.lost and line.quiet(way.to, marks, size):
             return True
+        way.taken += size
         now = self.loop.clock()
-        events = line.read(now, pipe.to, data or bytes(self.loop.view[:size]), marks)
+        events = line.read(now, way.to, bytes(memoryview(data)[:size]), marks)
         if frames.lost:
             log.info("%sconnection %d, request %d: goes on as plain tcp: %s", self.proxy.label,
                      self.number, line.request, frames.lost)
-            if pipe is self.up and any(exchange.waiting for exchange in line.row):
+            if way is self.up and any(exchange.waiting for exchange in line.row):
                 events += line.let_pass(now)
             else:
                 self.line, held = line.give_up(now)
@@ -2711,19 +2934,19 @@ class Connection:
         self.place(now, events)
         return False
 
-    def lend(self, pipe, source):
+    def lend(self, way):
         """Leave what has come to a blocking handler, if one was drawn for this request.
 
         Returns whether it has the sockets, or gets them when the backend is there and
         nothing is under way any more.
         """
         try:
-            if not source.recv(1, socket.MSG_PEEK):
+            if not way.source.recv(1, socket.MSG_PEEK):
                 return False            # the end is not for it
         except OSError:
             return False                # receive finds out
-        if self.line.speaker is not pipe.to:
-            self.line.turn(pipe.to)
+        if self.line.speaker is not way.to:
+            self.line.turn(way.to)
         step = self.line.blocking()
         if step is None:
             return False
@@ -2736,7 +2959,7 @@ class Connection:
             self.lent = True
             if step.act():
                 self.proxy.record(self, step.rule, self.line.request)
-            self.loop.away(lambda: work(step.rule, socks, pipe.to == UPSTREAM),
+            self.loop.away(lambda: work(step.rule, socks, way.to == UPSTREAM),
                            lambda done, problem: self.give_back(step.rule, socks, done, problem))
         self.watch()
         return True
@@ -2796,31 +3019,34 @@ class Connection:
 
     def advance(self):
         """Move what is due, and see what follows. All that leaves the straight road comes here."""
-        now = self.loop.clock()
-        signals = self.up.due(now) + self.down.due(now)
-        if not self.dialled and (OPEN in signals or any(self.up.out)):
+        up, down, now = self.up, self.down, self.loop.clock()
+        signals = up.due(now) + down.due(now) if up.queue or down.queue else ()
+        if not self.dialled and (OPEN in signals or any(up.out)):
             self.dial()
-        elif not self.dialled and self.up.out:      # EOF for a backend that was never called
-            self.up.drop()
-            self.up.done = True
-            self.down.put(now, EOF, now)            # nobody is there to answer
-        self.flush(self.down, self.client)
-        self.flush(self.up, None if self.connecting else self.backend)
+        elif not self.dialled and up.out:           # EOF for a backend that was never called
+            up.drop()
+            up.done = True
+            down.put(now, EOF, now)                 # nobody is there to answer
+        if down.out:
+            self.flush(down, self.client)
+        if up.out:
+            self.flush(up, None if self.connecting else self.backend)
         if self.client is None:
             return
         if RESET in signals:
             self.reset("reset by a fault")
-        elif self.up.done and self.down.done and self.torn:
-            self.reset(self.torn)
-        elif self.up.done and self.down.done and self.line.turned and not self.up.over:
-            self.linger()
-        elif self.up.done and self.down.done:
-            faults = [step.rule.name for step in self.line.steps if step.acted]
-            both = self.up.over and self.down.over
-            self.close("closed" if both else "closed by %s" % (" and ".join(faults) or "a fault"))
-        else:
+        elif not (up.done and down.done):
             self.watch()
-            self.set_alarm(now)
+            if up.queue or down.queue or self.alarm:
+                self.set_alarm(now)
+        elif self.torn:
+            self.reset(self.torn)
+        elif self.line.turned and not up.over:
+            self.linger()
+        else:
+            faults = [step.rule.name for step in self.line.steps if step.acted]
+            both = up.over and down.over
+            self.close("closed" if both else "closed by %s" % (" and ".join(faults) or "a fault"))
 
     def linger(self):
         """Hear the client out: to close over what is unread would destroy the answer."""
@@ -2835,47 +3061,52 @@ class Connection:
             self.patience = self.loop.at(self.loop.clock() + LINGER,
                                          lambda: self.close("closed by a fault"))
 
-    def flush(self, pipe, target):
+    def flush(self, way, target):
         """Send what is due, until the target takes no more."""
-        while pipe.out and target is not None and self.client is not None:
-            data = pipe.out[0]
+        while way.out and target is not None and self.client is not None:
+            data = way.out[0]
             try:
-                if pipe.done:
-                    pipe.out.popleft()
-                    pipe.let_go(len(data) + HELD_ENTRY)
+                if way.done:
+                    way.out.popleft()
+                    way.let_go(len(data) + HELD_ENTRY)
                 elif data is EOF:
-                    pipe.sent(0)
-                    pipe.done = True
+                    way.sent(0)
+                    way.done = True
                     # Or else a reset, or a close, is what follows.
                     if not (self.torn or (self.up.done and self.down.done)):
                         target.shutdown(socket.SHUT_WR)
+                elif isinstance(data, Duct):
+                    way.sent(data.send_to(target))
+                    if not data:
+                        self.loop.ducts.append(data)
                 else:
-                    pipe.sent(target.send(data))
+                    way.sent(target.send(data))
             except BlockingIOError:
                 return
             except OSError:
-                self.tear(pipe)
+                self.tear(way)
 
     def watch(self):
-        """What the two sockets are watched for, as things stand; it is decided here alone."""
-        up, down = self.up, self.down
-        busy = self.lent or (self.proxy.lends and self.line.blocking() and not self.settled())
-        clock = self.loop.clock
-        events = ((EVENT_READ if not (up.over or busy) and up.room(clock) > 0 else 0)
-                  | (EVENT_WRITE if down.out else 0))
-        if events != self.client_events:
-            self.client_events = events
-            self.loop.watch(self.client, events, self.client_ready)
-        if self.backend is None:
+        """What the two sockets are watched for, and where the straight road is open, as things
+        stand; it is decided here alone.
+        """
+        if self.client is None:
             return
-        if self.connecting:
-            events = EVENT_WRITE
-        else:
-            events = ((EVENT_READ if not (down.over or busy) and down.room(clock) > 0 else 0)
-                      | (EVENT_WRITE if up.out else 0))
-        if events != self.backend_events:
-            self.backend_events = events
-            self.loop.watch(self.backend, events, self.backend_ready)
+        line, proxy, clock = self.line, self.proxy, self.loop.clock
+        busy = self.lent or (proxy.lends and line.blocking() and not self.settled())
+        clear = not (line.steps or self.connecting or proxy.lends or self.lent or self.lingers)
+        for way, back in (self.up, self.down), (self.down, self.up):
+            if way.source is None:
+                continue
+            if way is self.down and self.connecting:
+                events = EVENT_WRITE
+            else:
+                room = not (way.over or busy) and (not way.held or way.room(clock) > 0)
+                events = (EVENT_READ if room else 0) | (EVENT_WRITE if back.out else 0)
+            way.straight = None if way.held or way.over or way.done or not clear else back.source
+            if events != way.watched:
+                way.watched = events
+                self.loop.watch(way.source, events, functools.partial(self.ready, way))
 
     def set_alarm(self, now):
         """For what is due next, if it ever is."""
@@ -2891,38 +3122,38 @@ class Connection:
         """Call the backend: find its addresses, then try one after the other."""
         self.dialled = self.connecting = True
         self.deadline = self.loop.clock() + self.proxy.timeout
-        self.patience = self.loop.at(self.deadline, lambda: self.fail("timed out"))
-        self.proxy.find_backend(self.found)
+        if self.proxy.addresses:
+            self.addresses = list(self.proxy.addresses)
+            self.try_next(None)
+        else:
+            self.patience = self.loop.at(self.deadline, lambda: self.fail("timed out"))
+            self.proxy.look_up(self.found)
 
     def found(self, addresses, problem):
         if self.client is None or self.backend is not None or not self.connecting:
             return                      # it has ended, or given up, while the name was resolved
         self.addresses = list(addresses or ())
         self.try_next(problem)
+        self.advance()
 
     def try_next(self, problem):
         """Connect to the next address, without waiting; problem is how the last one failed."""
         while self.addresses:
-            family, address = self.addresses.pop(0)
             try:
-                self.backend = socket.socket(family, socket.SOCK_STREAM)
-                self.backend.setblocking(False)
-                self.backend.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self.backend.connect(address)
-            except BlockingIOError:
-                pass                    # the usual case: under way
+                self.backend, self.connecting = call(*self.addresses.pop(0))
             except OSError as failed:
                 if problem is None or not missing(failed):
                     problem = failed
-                self.forget_backend()
                 continue
-            # Each address has its share of the time, so that a silent one does not
-            # keep the others from being tried.
-            now = self.loop.clock()
-            share = (self.deadline - now) / (1 + len(self.addresses))
-            self.loop.cancel(self.patience)
-            self.patience = self.loop.at(now + share, self.unanswered)
-            self.watch()
+            self.down.source = self.backend
+            if self.patience:
+                self.loop.cancel(self.patience)
+            if self.connecting:
+                # Each address has its share of the time, so that a silent one does not
+                # keep the others from being tried.
+                now = self.loop.clock()
+                share = (self.deadline - now) / (1 + len(self.addresses))
+                self.patience = self.loop.at(now + share, self.unanswered)
             return
         self.fail(getattr(problem, "strerror", None) or problem or "no address found")
 
@@ -2931,22 +3162,24 @@ class Connection:
         number = self.backend.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if number:
             self.forget_backend()
-            words = getattr(socket, "errorTab", {}).get(number)     # Windows has its own
-            self.try_next(OSError(number, words or os.strerror(number)))
-            return
-        self.connecting = False
-        self.loop.cancel(self.patience)
+            self.try_next(OSError(number, error_words(number)))
+        else:
+            self.connecting = False
+            self.loop.cancel(self.patience)
         self.advance()
 
     def unanswered(self):
         self.forget_backend()
         self.try_next("timed out")
+        self.advance()
 
     def forget_backend(self):
         if self.backend is not None:
-            self.loop.watch(self.backend, 0)
+            if self.down.watched:
+                self.loop.watch(self.backend, 0)
             self.backend.close()
-            self.backend, self.backend_events = None, 0
+            self.backend = self.down.source = self.up.straight = self.down.straight = None
+            self.down.watched = 0
 
     def fail(self, problem):
         """No backend to be had: the client is closed."""
@@ -2988,6 +3221,12 @@ class Connection:
         except (AttributeError, OSError):       # not called, not connected
             return show_address(self.proxy.backend)
 
+    def count(self, totals):
+        """Add its bytes: {(way, "received" or "sent"): bytes}."""
+        for way in self.up, self.down:
+            totals[way.to, "received"] += way.passed + way.taken
+            totals[way.to, "sent"] += way.passed + way.given
+
     def reset(self, how):
         """Close both sockets with RST: linger on, for 0 seconds (man 7 socket, SO_LINGER)."""
         at_once = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
@@ -3008,14 +3247,40 @@ class Connection:
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
         self.forget_backend()
-        self.loop.watch(self.client, 0)
+        if self.up.watched:
+            self.loop.watch(self.client, 0)
         self.client.close()
-        self.client = None
-        self.loop.cancel(self.alarm)
-        self.loop.cancel(self.patience)
+        self.client = self.up.source = None
+        for alarm in self.alarm, self.patience:
+            if alarm:
+                self.loop.cancel(alarm)
         self.proxy.ended(self, how)
         self.up.close()
         self.down.close()
+
+
+def call(family, address):
+    """(a socket, whether it is still connecting): nobody waits. Raises OSError."""
+    sock = socket.socket(family, socket.SOCK_STREAM | UNBLOCKED)
+    try:
+        if not UNBLOCKED:
+            sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        number = sock.connect_ex(address)
+        if number == errno.EINPROGRESS and LINUX:       # asked again, it knows: a backend on
+            number = sock.connect_ex(address)           # this machine has answered by now
+    except OSError:
+        sock.close()
+        raise
+    if number and number not in UNDER_WAY:
+        sock.close()
+        raise OSError(number, error_words(number))
+    return sock, number != 0
+
+
+def error_words(number):
+    """What an error number of a socket means."""
+    return getattr(socket, "errorTab", {}).get(number) or os.strerror(number)   # Windows' own
 
 
 def work(rule, socks, to_backend):
@@ -3145,7 +3410,7 @@ def listen_at(family, address):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        if INHERITS:
+        if LINUX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setblocking(False)
         sock.bind(address)
@@ -3352,7 +3617,7 @@ class Proxy:
     def welcome(self, client, peer):
         """Somebody has come."""
         client.setblocking(False)
-        if not INHERITS:
+        if not LINUX:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.accepted += 1
         connection = Connection(self, self.accepted, client, peer)
@@ -3371,15 +3636,12 @@ class Proxy:
         self.backend = backend
         self.addresses = literal(backend)       # None where it is a name
 
-    def find_backend(self, then):
-        """then(addresses, problem), at once for a number, later for a name.
+    def look_up(self, then):
+        """then(addresses, problem), later, of a backend that has a name.
 
-        A name is asked for anew when a client comes, once for all who wait for it.
+        It is asked for anew when a client comes, once for all who wait for it.
         """
         backend = self.backend
-        if self.addresses:
-            then(self.addresses, None)
-            return
         waiting = self.asking.setdefault(backend, [])
         waiting.append(then)
         if len(waiting) == 1:
@@ -3520,13 +3782,12 @@ class Proxy:
 
     def ended(self, connection, how):
         del self.connections[connection.number]
-        for pipe in connection.up, connection.down:
-            self.past[pipe.to, "received"] += pipe.received
-            self.past[pipe.to, "sent"] += pipe.written
-        log.debug("%sconnection %d, client %s: %s after %.3f s, %d bytes up, %d bytes down, "
-                  "requests: %d", self.label, connection.number, connection.name, how,
-                  self.loop.clock() - connection.began, connection.up.received,
-                  connection.down.received, connection.line.request)
+        connection.count(self.past)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%sconnection %d, client %s: %s after %.3f s, %d bytes up, %d bytes down, "
+                      "requests: %d", self.label, connection.number, connection.name, how,
+                      self.loop.clock() - connection.began, connection.up.received,
+                      connection.down.received, connection.line.request)
 
     def list_connections(self):
         """What is open, a table each."""
@@ -3561,12 +3822,10 @@ class Proxy:
 
     def traffic(self):
         """{(way, "received" or "sent"): bytes} up to now."""
-        bytes_so_far = Counter(self.past)
+        found = Counter(self.past)
         for connection in self.connections.values():
-            for pipe in connection.up, connection.down:
-                bytes_so_far[pipe.to, "received"] += pipe.received
-                bytes_so_far[pipe.to, "sent"] += pipe.written
-        return bytes_so_far
+            connection.count(found)
+        return found
 
     def close(self):
         """Stop listening and close every connection."""
