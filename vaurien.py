@@ -75,6 +75,7 @@ HELD_LEAST = 4 * 1024           # what each pipe is sure of, however full the ot
 HEARD_MAX = 64 * 1024           # of a request, that an expression is looked for in
 DUCT = 1024 * 1024              # bytes in a pipe of the kernel's; what it allows without root
 BULK = 64 * 1024                # bytes in one read that are much
+SMALL = 8 * 1024                # bytes that cost nothing to copy
 FULL = 4                        # such reads after which a pipe of the kernel's is worth its while
 HELD_ENTRY = 400                # what keeping one chunk costs besides its bytes: 398 on
                                 #   Python 3.6, 336 on 3.13 (measured)
@@ -744,28 +745,63 @@ class Reply(namedtuple("Reply", "data closes instead")):
 class Frames:
     """Where requests, or replies, begin and end in the bytes of one way, split as they come."""
 
-    __slots__ = ("reader", "need", "kept", "lost")
+    __slots__ = ("reader", "whole", "need", "kept", "between", "lost")
 
-    def __init__(self, reader):
+    def __init__(self, reader, whole=None):
+        """whole(bytes), if there is one, knows usual messages that come alone, at one look.
+
+        It returns the marks that the reader would make of them; or None, and has done nothing.
+        """
         self.reader = reader
+        self.whole = whole
         self.need = next(reader)
         self.kept = b""             # of what is needed, from earlier pieces
+        self.between = True         # whether all so far was whole messages
         self.lost = ""              # why the bytes are not the protocol's any more
 
     def feed(self, data, size):
         """The marks in the first `size` of these bytes: [(offset, mark)]."""
         marks = []
         try:
+            if self.between and self.whole and size <= SMALL:
+                found = self.whole(bytes(data[:size]))
+                if found:
+                    return found
             self.read(data, size, marks)
         except NotOurs as problem:
             self.lost = str(problem)
+        if marks or self.between:
+            self.between = bool(marks) and marks[-1] == (size, END)
         return marks
 
     def read(self, data, size, marks):
         at, need, kept, send = 0, self.need, self.kept, self.reader.send
         while True:
             kind = type(need)
-            if kind is int:
+            if kind is PATTERN and not kept:
+                match = need.search(data, at, size)
+                end = match.end() if match else size
+                found = bytes(data[at:end])
+                if len(found) > HEARD_MAX:
+                    raise NotOurs("a head of more than %d bytes" % HEARD_MAX)
+                at = end
+                if not match:
+                    kept = found
+                    break
+                need = send(found)
+            elif kind is PATTERN:
+                text = kept + data[at:size]
+                match = need.search(text)
+                end = match.end() if match else len(text)
+                if end > HEARD_MAX:
+                    raise NotOurs("a head of more than %d bytes" % HEARD_MAX)
+                at += end - len(kept)
+                if not match:
+                    kept = text
+                    break
+                kept = b""
+                need = send(bytes(text[:end]))
+            elif kind is int:
                 if need > size - at:
                     need -= size - at
                     break
@@ -779,20 +815,6 @@ class Frames:
                     break
                 kept = b""
                 need = send(bytes(found))
-            elif kind is PATTERN:
-                text, start = (kept + data[at:size], 0) if kept else (data, at)
-                match = need.search(text, start, len(kept) + size - at if kept else size)
-                if not match:
-                    kept += data[at:size]
-                    if len(kept) > HEARD_MAX:
-                        raise NotOurs("a head of more than %d bytes" % HEARD_MAX)
-                    break
-                found = bytes(text[start:match.end()])
-                if len(found) > HEARD_MAX:
-                    raise NotOurs("a head of more than %d bytes" % HEARD_MAX)
-                at += len(found) - len(kept)
-                kept = b""
-                need = send(found)
             elif kind is Past:
                 words, tail = need.words, need.tail
                 near = tail + data[at:min(size, at + len(words) - 1)]
@@ -832,13 +854,14 @@ class Protocol:
     greeting: tuple = ()
     closing: tuple = ()
     speaks = False
+    whole_request = whole_reply = None      # see Frames
 
     def __init__(self, host=b""):
         self.host = host            # what a request is to name in the client's words, if anything
         # Requests that the backend has, and has not answered; None stands for connecting.
         self.pending: deque = deque([None] if self.speaks else [])
-        self.up = Frames(self.requests())
-        self.down = Frames(self.replies())
+        self.up = Frames(self.requests(), self.whole_request)
+        self.down = Frames(self.replies(), self.whole_reply)
 
     def first(self):
         """The Request that is answered next; None while somebody connects."""
@@ -855,10 +878,6 @@ class Protocol:
     def replies(self):
         """The reader of the backend's bytes."""
         raise NotImplementedError
-
-    def passes(self, request):
-        """Whether the head of a request may go on as it is."""
-        return True
 
     def reword(self, head):
         """The head of a request as it is to go on."""
@@ -903,13 +922,13 @@ class Http(Protocol):
     usual = ("500", "502", "503", "504")
     FIRST = re.compile(rb"\s*([A-Z]+) [^ \r\n]+ HTTP/1\.([01])\r?\n")
     STATUS = re.compile(rb"HTTP/1\.[01] (\d\d\d)")
+    USUAL = re.compile(rb"HTTP/1\.[01] (200|[45]\d\d)")
     LENGTH = re.compile(rb"(?im)^content-length[ \t]*:[ \t]*(\d+)[ \t]*\r?$")
     CHUNKED = re.compile(rb"(?im)^transfer-encoding[ \t]*:.*chunked[ \t]*\r?$")
     CLOSE = re.compile(rb"(?im)^connection[ \t]*:.*\bclose\b")
     ALIVE = re.compile(rb"(?im)^connection[ \t]*:.*\bkeep-alive\b")
     SIZE = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,15})[ \t]*[;\r\n]")
     EXPECT = re.compile(rb"(?im)^expect[ \t]*:.*100-continue")
-    HOST = re.compile(rb"(?im)^(host[ \t]*:[ \t]*)([^ \t\r\n]*)")
 
     def requests(self):
         while True:
@@ -918,15 +937,29 @@ class Http(Protocol):
                 yield MORE
                 yield END
                 continue
-            first = self.FIRST.match(head)
-            if not first:
-                raise NotOurs("no request line of HTTP/1")
-            closes = (self.CLOSE.search(head) or self.EXPECT.search(head)
-                      or (first.group(2) == b"0" and not self.ALIVE.search(head)))
-            yield Request(head.strip().replace(b"\r\n", b"\n"), first.group(1).decode(),
-                          info=bool(closes))
+            yield self.request(head, head.lower())
             yield from self.body(head, 0)
             yield END
+
+    def request(self, head, low):
+        """The Request of a head; low is the same in small letters, to look for words in."""
+        first = self.FIRST.match(head)
+        if not first:
+            raise NotOurs("no request line of HTTP/1")
+        closes = ((b"\nconnection" in low and self.CLOSE.search(head))
+                  or (b"\nexpect" in low and self.EXPECT.search(head))
+                  or (first.group(2) == b"0" and not self.ALIVE.search(head)))
+        return Request(head.strip().replace(b"\r\n", b"\n"), first.group(1).decode(),
+                       info=bool(closes))
+
+    def whole_request(self, data):
+        if (data[-4:] != b"\r\n\r\n" or data.find(b"\r\n\r\n") < len(data) - 4
+                or b"\n\n" in data or not data[:1].isalpha()):
+            return None
+        low = data.lower()
+        if b"\ncontent-length" in low or b"\ntransfer-encoding" in low:
+            return None
+        return [(len(data), self.request(data, low)), (len(data), END)]
 
     def replies(self):
         while True:
@@ -944,9 +977,24 @@ class Http(Protocol):
                 self.ended()
                 yield END
 
+    def whole_reply(self, data):
+        request = self.first()
+        if not request or request.name in ("HEAD", "CONNECT") or not self.USUAL.match(data):
+            return None
+        end = data.find(b"\r\n\r\n") + 4
+        low = data[:end].lower()
+        at = low.find(b"\ncontent-length:") + len(b"\ncontent-length:")
+        length = low[at:low.find(b"\r", at)].strip(b" \t")
+        if (at < len(b"\ncontent-length:") or length != b"%d" % (len(data) - end)
+                or b"\n\n" in low or b"\ntransfer-encoding" in low):
+            return None
+        self.ended()
+        return [(len(data), END)]
+
     def body(self, head, usual):
         """What follows a head; usual is its length where nothing is said of it."""
-        if self.CHUNKED.search(head):
+        low = head.lower()
+        if b"\ntransfer-encoding" in low and self.CHUNKED.search(head):
             size = 1
             while size:
                 line = yield LINE
@@ -959,18 +1007,15 @@ class Http(Protocol):
             while (yield LINE).strip():     # trailers
                 pass
         else:
-            length = self.LENGTH.search(head)
+            length = b"\ncontent-length" in low and self.LENGTH.search(head)
             yield digits(length.group(1)) if length else usual
 
-    def passes(self, request):
-        named = self.HOST.search(request.text) if self.host else None
-        return not named or named.group(2).lower() == self.host
-
     def reword(self, head):
-        def named(found):
-            fits = found.group(2).lower() == self.host
-            return found.group() if fits else found.group(1) + self.host
-        return self.HOST.sub(named, head, 1) if self.host else head
+        at = head.lower().find(b"\nhost:") + len(b"\nhost:") if self.host else 0
+        named = head[at:head.find(b"\n", at)].strip(b" \t\r")
+        if at < len(b"\nhost:") or named.lower() == self.host:
+            return head
+        return head[:at] + head[at:].replace(named, self.host, 1) if named else head
 
     def answer(self, kind, request):
         words = "%s %s" % (kind, self.errors[kind])
@@ -1024,17 +1069,29 @@ class Redis(Protocol):
                     if line[:1] != b"$":
                         raise NotOurs("%r in a command" % line[:20])
                     size = digits(line[1:])
-                    words.append((yield Take(min(size, room))))
-                    room -= len(words[-1])
-                    if len(words[-1]) < size and not said:
+                    if size <= room:
+                        words.append((yield Take(size + 2))[:size])
+                        room -= size
+                        continue
+                    words.append((yield Take(room)))
+                    if not said:
                         said = True         # its name and more is known: enough
                         yield self.request(words)
-                    yield size - len(words[-1]) + 2
+                    yield size - room + 2
+                    room = 0
             else:
                 words = line.split()
             if not said:
                 yield self.request(words)
             yield END
+
+    def whole_request(self, data):
+        parts = data.split(b"\r\n")     # *2, $3, GET, $5, hello, and nothing
+        words = parts[2:-1:2]
+        if parts[-1] or parts[0] != b"*%d" % len(words) or parts[1:-1:2] != [
+                b"$%d" % len(word) for word in words]:
+            return None
+        return [(len(data), self.request(words)), (len(data), END)]
 
     def request(self, words):
         name = words[0].upper().decode("latin-1") if words else ""
@@ -1064,6 +1121,15 @@ class Redis(Protocol):
                     raise NotOurs("%r is no reply" % line[:20])
             self.ended()
             yield END
+
+    def whole_reply(self, data):
+        end, kind = data.find(b"\n") + 1, data[:1]
+        if not (kind in (b"+", b"-", b":") and end == len(data)):
+            size = data[1:end - 2]
+            if kind != b"$" or not size.isdigit() or end + int(size[:9]) + 2 != len(data):
+                return None
+        self.ended()
+        return [(len(data), END)]
 
     def said(self, kind):
         name = "ERR" if kind == "MAXCLIENTS" else kind
@@ -2041,26 +2107,34 @@ class FramedLine(Line):
     def turn(self, to):
         self.speaker = to               # requests begin where the protocol says
 
-    def quiet(self, to, marks, size):
-        """Follow the marks, if no fault is at work; False if one may be, and nothing is done."""
+    def quiet(self, to, data, marks):
+        """What goes on of bytes with these marks, which are followed, if no fault is at work.
+
+        None if one may be, and nothing is done.
+        """
         if not marks and not self.closing and (self.inside or to == DOWNSTREAM):
             # The middle of a request, or of a reply: what it draws is drawn.
-            return not self.row[-1 if to == UPSTREAM else 0].steps
+            return None if self.row[-1 if to == UPSTREAM else 0].steps else data
         if self.rules.armed or self.head or self.busy or self.closing:
-            return False
+            return None
+        size = len(data)
         if to == UPSTREAM and self.protocol.host:       # a head is to go on as a whole
-            if (not marks or (marks[-1][0] < size and marks[-1][1] is END)) or not all(
-                    self.protocol.passes(mark) for _, mark in marks if isinstance(mark, Request)):
-                return False
+            if (not marks or marks[0][1] is MORE or marks[0][1] is END
+                    or (len(marks) > 1 and marks[1] != (size, END))):
+                return None
+            head = bytes(data[:marks[0][0]])
+            named = self.protocol.reword(head)
+            if named is not head:
+                data = named + data[len(head):]
         for _, mark in marks:
             self.follow(to, mark)
             if to == UPSTREAM:
                 self.row[-1].sent = True
-            while self.leave():
+            while len(self.row) > 1 and self.leave():
                 pass
         if to == UPSTREAM and not self.inside and (not marks or marks[-1][0] < size):
             self.leaked = True
-        return True
+        return data
 
     def follow(self, to, mark):
         """Where the row stands after a mark."""
@@ -2782,15 +2856,15 @@ class Connection:
     def ready(self, way, events):
         """The straight road: bytes leave from where they came in, as soon as they have come.
 
-        It is open while nothing is under way and no fault is at work: `watch` says so. No
-        event, no queue, no clock, and one recv for each wake-up: a fast sender must not
-        starve the others. What the target does not take waits.
+        It is open while nothing is under way: `watch` says so. No queue, no clock and, where
+        no fault has been drawn, no event; one recv for each wake-up, for a fast sender must
+        not starve the others. What the target does not take waits.
         """
         target, loop, line = way.straight, self.loop, self.line
         if target is None or events != EVENT_READ or loop.budget.held > loop.budget.ample:
             self.wake(way, events)
             return
-        if way.full >= FULL and line.speaker is way.to and self.pour(way, target):
+        if way.full >= FULL and self.pour(way, target):
             return
         try:
             size = way.source.recv_into(loop.buffer)
@@ -2804,31 +2878,32 @@ class Connection:
             return
         if line.speaker is not way.to:
             line.turn(way.to)
-        if line.protocol:
-            if not self.read_frames(way, loop.buffer, size):
+        data = loop.view[:size]
+        if line.protocol or line.steps:
+            data = self.at_once(way, data)
+            if not data:
                 return
-        elif line.steps:                # drawn just now
-            self.arrive(way, bytes(loop.view[:size]))
-            return
-        if size >= BULK and SPLICES and not line.protocol:
+        elif size >= BULK and SPLICES:
             way.full += 1
         try:
-            sent = target.send(loop.view[:size])
+            sent = target.send(data)
         except BlockingIOError:
             sent = 0
         except OSError:
-            way.taken += size
+            way.taken += len(data)
             self.tear(way)
             self.advance()
             return
         way.passed += sent
-        if sent < size:
-            way.keep(memoryview(bytes(loop.view[sent:size])))
+        if sent < len(data):
+            way.keep(memoryview(bytes(data[sent:])))
             self.watch()
 
     def pour(self, way, target):
         """The straight road of bulk: the bytes do not even come here. False if none did so."""
         size, ducts = 0, self.loop.ducts
+        if self.line.steps or self.line.speaker is not way.to:
+            return False                # somebody is to see them
         try:
             duct = ducts.pop() if ducts else Duct()
         except OSError:                 # no descriptors
@@ -2854,7 +2929,7 @@ class Connection:
     def end(self, way, target):
         """The source has said EOF where the straight road is open."""
         way.over = True
-        if self.line.protocol:          # it may hold a head
+        if self.line.protocol or self.line.steps:
             self.take(way.to, EOF)
             return
         way.done = True
@@ -2894,45 +2969,63 @@ class Connection:
         except OSError as problem:
             self.lost(way, problem)
             return
-        line = self.line
-        if data and self.lingers:
+        if not data:
+            way.over = True
+            self.take(way.to, EOF)
+        elif self.lingers:
             way.taken += len(data)
-            return
-        if data and line.speaker is not way.to:
-            line.turn(way.to)
-        if not (data and line.protocol) or self.read_frames(way, data, len(data)):
-            self.arrive(way, data)
+        else:
+            if self.line.speaker is not way.to:
+                self.line.turn(way.to)
+            data = self.at_once(way, data)
+            if data:
+                way.taken += len(data)
+                now = self.loop.clock()
+                self.place(now, [(now, way.to, data, ())])
 
-    def arrive(self, way, data):
-        """Bytes, or none at the end, have come: they go down the line."""
-        way.taken += len(data)
-        way.over = not data
-        self.take(way.to, data or EOF)
+    def at_once(self, way, data):
+        """What is to leave now, where all that becomes of what has come is due and goes on.
 
-    def read_frames(self, way, data, size):
-        """Have the protocol read what has come; whether it goes on as it is.
+        Or else it is in the pipes already, and nothing is returned. What is not returned
+        as it was is counted here as received.
 
-        data    bytes, or the loop's buffer, of which the first `size` have come
+        data    a view of the loop's buffer, or bytes
         """
-        line = self.line
-        assert isinstance(line, FramedLine)
-        frames = line.protocol.up if way is self.up else line.protocol.down
-        marks = frames.feed(data, size)
-        if not frames.lost and line.quiet(way.to, marks, size):
-            return True
+        line, protocol, size = self.line, self.line.protocol, len(data)
+        if protocol:
+            frames = protocol.up if way is self.up else protocol.down
+            if size <= SMALL:           # several will look at it
+                data = bytes(data)
+            marks = frames.feed(data if isinstance(data, bytes) else self.loop.buffer, size)
+            out = None if frames.lost else line.quiet(way.to, data, marks)
+            if out is not None:
+                way.taken += size - len(out)
+                return out
+        elif not line.steps:
+            return data
+        data, now = bytes(data), self.loop.clock()
+        if not protocol:
+            events = line.carry(now, way.to, data)
+        else:
+            events = line.read(now, way.to, data, marks)
+            if frames.lost:
+                log.info("%sconnection %d, request %d: goes on as plain tcp: %s",
+                         self.proxy.label, self.number, line.request, frames.lost)
+                if way is self.up and any(exchange.waiting for exchange in line.row):
+                    events += line.let_pass(now)
+                else:
+                    self.line, held = line.give_up(now)
+                    events += held
+        straight = not line.news
+        for t, to, out, _ in events:
+            straight = straight and t <= now and to is way.to and len(out) > 0
+        if straight and events:
+            out = b"".join([event[2] for event in events])
+            way.taken += size - len(out)
+            return out
         way.taken += size
-        now = self.loop.clock()
-        events = line.read(now, way.to, bytes(memoryview(data)[:size]), marks)
-        if frames.lost:
-            log.info("%sconnection %d, request %d: goes on as plain tcp: %s", self.proxy.label,
-                     self.number, line.request, frames.lost)
-            if way is self.up and any(exchange.waiting for exchange in line.row):
-                events += line.let_pass(now)
-            else:
-                self.line, held = line.give_up(now)
-                events += held
         self.place(now, events)
-        return False
+        return None
 
     def lend(self, way):
         """Leave what has come to a blocking handler, if one was drawn for this request.
@@ -3094,7 +3187,7 @@ class Connection:
             return
         line, proxy, clock = self.line, self.proxy, self.loop.clock
         busy = self.lent or (proxy.lends and line.blocking() and not self.settled())
-        clear = not (line.steps or self.connecting or proxy.lends or self.lent or self.lingers)
+        clear = not (self.connecting or proxy.lends or self.lent or self.lingers)
         for way, back in (self.up, self.down), (self.down, self.up):
             if way.source is None:
                 continue
