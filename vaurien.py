@@ -34,6 +34,7 @@ import configparser
 import contextlib
 import errno
 import functools
+import gc
 import hashlib
 import heapq
 import importlib
@@ -1620,10 +1621,6 @@ class Rule:
         self.failed = False         # whether the log has a traceback of it already
         self.worker = None          # of the class form: the object that is called
 
-    def takes(self, chance):
-        """Whether the dice, 64 bits of chance, have fallen so that it acts."""
-        return self.low <= chance * 100 / 2 ** 64 < self.high
-
     @property
     def blocking(self):
         """Whether the handler has the class form, which is not for the fold."""
@@ -1732,8 +1729,7 @@ def read_rules(tables):
 class State(Counter):
     """A handler's memory of what its fault was drawn for; see the room of handlers."""
 
-    def __init__(self, rule, chance, number):
-        super().__init__()
+    def __init__(self, rule, chance, number):       # a Counter's own would only cost time
         self.shared = rule.shared
         self.stream = rule.stream
         self.request = number
@@ -1805,9 +1801,12 @@ class Rules:
 
     def decide(self, rule, connection, request, number):
         """As draw, of what was number so many that the dice were thrown for."""
+        if number <= rule.after:
+            return None
         chance = self.throw(rule.dice, connection, request)
-        acts = number > rule.after and rule.takes(chance)
-        return State(rule, chance, number) if acts else None
+        # 64 bits of chance, in percent.
+        fits = rule.low <= chance * 100 / 2 ** 64 < rule.high
+        return State(rule, chance, number) if fits else None
 
 
 class Line:
@@ -1886,7 +1885,8 @@ class Line:
         """A step, that may act on the request under way, or when that matches."""
         if rule.match:
             return Step(rule, heard=b"")
-        return Step(rule, self.throw(rule))
+        state = self.throw(rule)
+        return Step(rule, state) if state is not None or rule.per == "connection" else None
 
     def throw(self, rule):
         """A state if the dice of the request under way, or of the connection, fall so; or None."""
@@ -1904,10 +1904,10 @@ class Line:
         for rule in self.rules.armed:
             if rule.per == "request":
                 step = for_request(rule)
-            else:
-                if rule not in self.lasting or self.may_match(rule):
-                    self.lasting[rule] = self.draw(rule)
+            elif rule in self.lasting and not self.may_match(rule):
                 step = self.lasting[rule]
+            else:
+                step = self.lasting[rule] = self.draw(rule)
             if step and (step.state is not None or step.heard is not None):
                 steps.append(step)
         return steps
@@ -1971,17 +1971,17 @@ class Line:
         step.state.protocol, step.state.opaque = self.protocol, self.opaque
         events = [(max(t, due), way, out) for due, way, out
                   in rule.handler(step.state, t, to, data, **rule.options)]
+        if events == [(t, to, data)]:
+            return [event]
         for _, way, out in events:
             if way not in (UPSTREAM, DOWNSTREAM) or not isinstance(out, bytes):
                 raise TypeError("a handler yields (t, to, data), not (t, %r, %r)" % (way, out))
             if way == DOWNSTREAM and out:
                 self.speaker = DOWNSTREAM
                 self.turned = self.turned or to == UPSTREAM
-        acts = events != [(t, to, data)]
-        if shown:
-            acts = any(event[2] is not OPEN for event in events)
-        if acts and step.act():
-            self.news.append((rule, self.number))
+        if not shown or any(event[2] is not OPEN for event in events):
+            if step.act():
+                self.news.append((rule, self.number))
         return [(due, way, out, holds if due == t else
                  holds + ((rule, due - t, data is OPEN and out is not OPEN),))
                 for due, way, out in events]
@@ -2452,9 +2452,10 @@ class Epoll(selectors.BaseSelector):
         self.epoll.unregister(fd)
         return self.keys.pop(fd)
 
-    def select(self, timeout=-1):
+    def select(self, timeout=None):
         # The keys as they are now: an earlier callback may give a number to another socket.
         keys, ready = self.keys, self.READY.get
+        timeout = -1 if timeout is None else timeout
         return [(keys[fd], ready(mask, 3)) for fd, mask in self.epoll.poll(timeout, self.MOST)]
 
     def get_map(self):
@@ -2547,7 +2548,7 @@ class Loop:
     def wait(self):
         """Ready sockets, or none when the next alarm is due."""
         if not self.alarms:
-            return self.selector.select(LONGEST)
+            return self.selector.select()       # a time-out is a timer of the kernel's to set
         seconds = self.alarms[0][0] - self.clock()
         if seconds > FINE:
             return self.selector.select(min(LONGEST, seconds - FINE / 2))
@@ -5674,6 +5675,9 @@ def serve(places, attached):
             place.bind()
         for place in places:
             place.open(loop)
+        gc.collect()
+        if hasattr(gc, "freeze"):           # what is there stays: it need not be looked at again
+            gc.freeze()
         if attached:
             print("ready", flush=True)
             with contextlib.suppress(OSError):      # nobody reads on: a handler's prints go to
