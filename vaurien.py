@@ -30,16 +30,12 @@ rooms above it.
 """
 import argparse
 import atexit
-import configparser
 import contextlib
 import errno
 import functools
 import gc
-import hashlib
 import heapq
 import importlib
-import inspect
-import json
 import logging
 import math
 import os
@@ -50,18 +46,33 @@ import selectors
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
 import types
-import urllib.parse
+from collections import ChainMap, Counter, OrderedDict, deque, namedtuple
+from selectors import EVENT_READ, EVENT_WRITE
+
 try:
     import fcntl
 except ImportError:             # Windows has none
     pass
-from collections import ChainMap, Counter, OrderedDict, deque, namedtuple
-from selectors import EVENT_READ, EVENT_WRITE
+
+
+class Late:
+    """A module that is imported when something of it is used: what starts is not to wait for it."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __getattr__(self, attribute):
+        found = getattr(importlib.import_module(self.name), attribute)
+        setattr(self, attribute, found)
+        return found
+
+
+configparser, hashlib, inspect, json, subprocess, urls = map(
+    Late, ["configparser", "hashlib", "inspect", "json", "subprocess", "urllib.parse"])
 
 __version__ = "3.0.0"
 
@@ -142,7 +153,6 @@ MORE = Signal("MORE")       # what goes on with the request before; for protocol
 # be ...", whose beginning is known to the caller.
 
 LARGEST = 2 ** 63 - 1       # of a number, as in Toxiproxy
-YES_NO = configparser.ConfigParser.BOOLEAN_STATES
 
 
 def check_number(value, kind, words, fits=lambda number: number >= 0):
@@ -172,9 +182,10 @@ def one_of(*words):
 
 
 def check_yes_no(value):
-    if str(value).strip().lower() not in YES_NO:
+    states = configparser.ConfigParser.BOOLEAN_STATES
+    if str(value).strip().lower() not in states:
         raise ValueError("must be yes or no, not %r" % (value,))
-    return YES_NO[str(value).strip().lower()]
+    return states[str(value).strip().lower()]
 
 
 check_count = number(int, "a whole number, 0 or more")
@@ -4361,7 +4372,7 @@ def ask(control, method, target, body, agent):
         text = body.decode("utf-8", "strict" if form is Refused else "replace")
     except UnicodeDecodeError as problem:
         refuse("", "the body must be UTF-8: %s" % problem)
-    query = dict(urllib.parse.parse_qsl(words, keep_blank_values=True))
+    query = dict(urls.parse_qsl(words, keep_blank_values=True))
     name = names.get("PROXY", query.pop("proxy", None))
     proxies = control.proxies
     proxy = proxies.get(next(iter(proxies), None) if name is None else name)
@@ -4382,7 +4393,7 @@ def find_route(path):
         wanted = known.split("/")
         if len(wanted) == len(parts) and all(
                 part == want or (part and want.isupper()) for part, want in zip(parts, wanted)):
-            return methods, {want: urllib.parse.unquote(part)
+            return methods, {want: urls.unquote(part)
                              for part, want in zip(parts, wanted) if want.isupper()}
     return {}, {}
 
@@ -5107,7 +5118,7 @@ class Client:
         if self.proxy is not None:
             query["proxy"] = self.proxy
         if query:
-            path += "?" + urllib.parse.urlencode(query)
+            path += "?" + urls.urlencode(query)
         connection = kinds[self.scheme](self.host, self.port, timeout=30)
         try:
             connection.request(method, path, None if body is None else json.dumps(body))
@@ -5380,11 +5391,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError("%s (see %s --help)" % (message, self.prog))
 
-    def add_handlers(self):
-        """A group for each handler, an argument for each of its options."""
+    def add_handlers(self, helps):
+        """A group for each handler, an argument for each of its options; helps: with its help."""
         for name, function in HANDLERS.items():
-            group = self.add_argument_group(name, summary(function).replace("%", "%%"))
-            words = option_help(function)
+            words = option_help(function) if helps else {}
+            group = self.add_argument_group(name, helps and summary(function).replace("%", "%%"))
             for option, default in options_of(function).items():
                 usual = show_value(default)
                 group.add_argument(*option_flags(name, option), dest="%s.%s" % (name, option),
@@ -5419,7 +5430,7 @@ def option_flags(name, option):
 Found = namedtuple("Found", "given sections options toxics json")
 
 
-def read_arguments(argv, settings, **words):
+def read_arguments(argv, settings, description=None, **words):
     """Read the command line, and the ini file that it names. Raises ValueError.
 
     Handlers of the user's are imported first, so that the parser knows their options.
@@ -5440,9 +5451,10 @@ def read_arguments(argv, settings, **words):
     for section in [given, *sections.values()]:
         for name, text in section.items():      # those that others win over, too
             text.checked(find_handlers if name == "behavior" else known[name].check)
-    parser = Parser(settings, **words)
+    helps = "-h" in argv or "--help" in argv        # or else no text is made for it
+    parser = Parser(settings, description=helps and description and description(), **words)
     parser.add_argument("--version", action="version", version="vaurien " + __version__)
-    parser.add_handlers()
+    parser.add_handlers(helps)
     for name, text in vars(parser.parse_args(argv)).items():
         handler_name, _, option = name.rpartition(".")
         if handler_name:
@@ -5710,7 +5722,7 @@ def wait_for_stdin():
 def run(argv):
     """The main job: proxies, until they are told to stop. Returns it, to be done."""
     found = read_arguments(argv, SETTINGS, prog="vaurien", epilog=EXAMPLES,
-                           description=introduction())
+                           description=introduction)
     given = found.given
     process = values(ChainMap(given, found.sections.get("vaurien", {})), PROCESS_SETTINGS)
     if not process["http"] and ("http-host" in given or "http-port" in given):
@@ -5725,7 +5737,7 @@ def run_server(argv):
     and those that are made through its API.
     """
     found = read_arguments(argv, SERVE_SETTINGS, prog="vaurien serve",
-                           description=inspect.getdoc(run_server))
+                           description=lambda: inspect.getdoc(run_server))
     given = found.given
     settings = OrderedDict((name, SERVE_SETTINGS.get(name, setting))
                            for name, setting in PROCESS_SETTINGS.items())
@@ -5759,7 +5771,8 @@ GIVE_UP = 3.0                   # seconds a client of the demo waits for an answ
 
 def demo(argv):
     """See it at work: an embedded HTTP backend, the proxy in front of it, a histogram."""
-    found = read_arguments(argv, DEMO_SETTINGS, prog="vaurien demo", description=demo.__doc__)
+    found = read_arguments(argv, DEMO_SETTINGS, prog="vaurien demo",
+                           description=lambda: demo.__doc__)
     value = values(found.given, DEMO_SETTINGS)
     return lambda: show_demo(value, option_values(found.options))
 
