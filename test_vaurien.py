@@ -35,6 +35,7 @@ import time
 import unittest
 import urllib.parse
 import warnings
+from collections import Counter
 from unittest import mock
 
 try:
@@ -841,6 +842,19 @@ class Conversations:
         read(sock, 2)
         sock.sendall(noise(20000000))
 
+    def upload_client(sock):
+        sock.sendall(noise(10000000))
+        said = read(sock, 2)
+        sock.sendall(noise(10000000, 1))
+        sock.shutdown(socket.SHUT_WR)
+        return said, hear(sock)
+
+    def upload_backend(sock):
+        select.select([], [], [], 0.1)
+        first = read(sock, 10000000)
+        sock.sendall(b"go")
+        return hashlib.sha1(first).hexdigest(), hear(sock)
+
 
 NAMES = sorted(name[:-len("_client")] for name in vars(Conversations) if name.endswith("_client"))
 
@@ -850,6 +864,13 @@ class SelectLoop(vaurien.Loop):
 
     def __init__(self):
         super().__init__(selector=selectors.SelectSelector())
+
+
+class StandardLoop(vaurien.Loop):
+    """A loop with the best selector of the standard library."""
+
+    def __init__(self):
+        super().__init__(selector=selectors.DefaultSelector())
 
 
 class TestOracle(unittest.TestCase):
@@ -893,6 +914,118 @@ class TestOracle(unittest.TestCase):
 
     def test_nothing_better_than_select(self):
         self.compare("50:delay", SelectLoop, options={"delay": {"sleep": 0.001}})
+
+    def test_the_straight_road_without_epoll_and_splice(self):
+        with mock.patch.object(vaurien, "SPLICES", False):
+            self.compare("100:dummy", SelectLoop)
+
+    def test_the_selector_of_the_standard_library(self):
+        self.compare("100:dummy", StandardLoop)
+
+
+class TestStraightRoad(unittest.TestCase):
+
+    def test_it_reads_no_clock_and_leaves_the_selector_alone(self):
+        asked = Counter()
+
+        def counted(name, function):
+            def call(*args):
+                asked[name] += 1
+                return function(*args)
+            return call
+
+        with proxy_of(echo) as proxy, connected(proxy) as sock:
+            exchange(sock, b"question")
+            loop = proxy.loop
+
+            def watch():
+                loop.clock, loop.watch = counted("clock", loop.clock), counted("watch", loop.watch)
+            loop.call(watch)
+            with mock.patch.object(vaurien.Pipe, "put", counted("put", vaurien.Pipe.put)):
+                for turn in range(100):
+                    exchange(sock, noise(1 + turn))
+            self.assertEqual(asked, Counter())
+            self.assertEqual(loop.call(lambda: proxy.rules.requests), 101)
+            use(proxy, "100:delay", delay={"sleep": 0.0})
+            self.assertTrue(asked["clock"])         # it can be counted
+
+    def test_what_a_fault_leaves_as_it_is_takes_it(self):
+        with proxy_of(echo, "100:latency") as proxy, connected(proxy) as sock:
+            exchange(sock, b"question")
+            with mock.patch.object(vaurien.Pipe, "put", side_effect=AssertionError):
+                for turn in range(100):
+                    exchange(sock, noise(1 + turn))
+            use(proxy, "100:latency", latency={"latency": 5})
+            began = time.monotonic()
+            exchange(sock, b"question")
+            self.assertGreaterEqual(time.monotonic() - began, 0.01)
+
+    def pour(self, data, stages=(), **words):
+        """What a client hears that reads in as many stages, and does something after each."""
+        with proxy_of(lambda sock: (read(sock, 2), sock.sendall(data)), **words) as proxy, connected(proxy) as sock:
+            sock.sendall(b"go")
+            heard = bytearray()
+            for stage in stages:
+                heard += read(sock, len(data) // (len(stages) + 1))
+                stage(proxy)
+            while True:
+                piece = sock.recv(1 << 16)
+                if not piece:
+                    self.ducts = len(proxy.loop.ducts)
+                    return bytes(heard)
+                heard += piece
+
+    def test_bulk_goes_through_a_pipe_of_the_kernels(self):
+        data = noise(1 << 20) * 30
+        self.assertEqual(self.pour(data, [lambda proxy: None] * 3), data)
+        if vaurien.SPLICES:
+            self.assertGreater(self.ducts, 0)
+            self.assertLessEqual(self.ducts, vaurien.DUCTS_KEPT)
+        with mock.patch.object(vaurien, "SPLICES", False):
+            self.assertEqual(self.pour(data), data)
+            self.assertEqual(self.ducts, 0)
+
+    def test_faults_that_come_and_go_while_it_does(self):
+        data = noise(1 << 20) * 30
+
+        def have(*toxics):
+            return lambda proxy: proxy.loop.call(proxy.set_toxics, [
+                vaurien.Toxic(kind, kind, attributes=attributes) for kind, attributes in toxics])
+        stages = [have(), have(("latency", {"latency": 5})), have(("slicer", {"average_size": 1000})), have(("noop", {})), have(),
+                  have(("bandwidth", {"rate": 1000000})), have()] * 2
+        self.assertEqual(self.pour(data, stages), data)
+
+    @unittest.skipUnless(vaurien.SPLICES, "no splice here")
+    def test_a_system_that_will_not(self):
+        data = noise(1 << 20) * 10
+        for name, problem in ("pipe2", errno.EMFILE), ("splice", errno.EINVAL), ("splice", errno.ENOSYS):
+            with mock.patch.object(os, name, side_effect=OSError(problem, os.strerror(problem))) as refused:
+                self.assertEqual(self.pour(data), data)
+            self.assertTrue(refused.called)
+        with mock.patch.object(vaurien, "F_SETPIPE_SZ", -1):
+            self.assertEqual(self.pour(data), data)
+
+    @unittest.skipUnless(vaurien.SPLICES, "no splice here")
+    def test_a_peer_that_goes_while_a_pipe_is_full(self):
+        for leave in hang_up, socket.socket.close:
+            def talk(sock):
+                with contextlib.suppress(OSError):
+                    read(sock, 2)
+                    sock.sendall(noise(1 << 20) * 40)
+
+            with proxy_of(talk) as proxy:
+                before = len(os.listdir("/proc/self/fd"))
+                for _ in range(5):
+                    with connected(proxy) as sock:
+                        sock.sendall(b"go")
+                        read(sock, 10 << 20)
+                        wait_until(lambda: any(isinstance(data, vaurien.Duct) for connection in list(proxy.connections.values())
+                                               for data in list(connection.down.out)))
+                        leave(sock)
+                        wait_until(lambda: not proxy.connections)
+                self.assertEqual(proxy.loop.budget.held, 0)
+                spare = 2 * proxy.loop.call(lambda: len(proxy.loop.ducts))
+                wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + spare)
 
 
 def wait_until(condition):
@@ -5503,25 +5636,33 @@ class TestRequests(unittest.TestCase):
 # -- Benchmark: python3 test_vaurien.py bench ----------------------------------------
 #
 # Each proxy that is there, in front of the same backend, does the same work in turns; what
-# counts is the ratio of medians. The load comes from processes of their own, that need two
+# counts is the ratio of medians. The load comes from two processes of their own, that need two
 # system calls for a round trip, and so does the backend: they cost less than any proxy.
 
-BLOCK = 64                  # bytes of a round trip
+# What is asked of the backend in a round trip, and what it answers.
+ASKED = {"tcp": bytes(64), "redis": b"*2\r\n$3\r\nGET\r\n$7\r\nuser:42\r\n",
+         "http": b"GET /cart HTTP/1.1\r\nHost: localhost:8000\r\nAccept: */*\r\nUser-Agent: bench\r\n\r\n"}
+ANSWERED = {b"*": b"$5\r\nhello\r\n", b"G": b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 5\r\n\r\nhello"}
+
+
+def bench_selector():
+    return vaurien.Epoll() if hasattr(select, "epoll") else selectors.DefaultSelector()
 
 
 def bench_backend():
-    """The backend, in a process of its own: pours to who begins so, echoes to others."""
+    """The backend, in a process of its own: pours to who begins so, answers or echoes to others."""
+    vaurien.raise_descriptors()
     listener = vaurien.listen_at(socket.AF_INET, ("127.0.0.1", 0))
-    listener.setblocking(True)
     print(listener.getsockname()[1], flush=True)
-    sel = selectors.DefaultSelector()
+    sel = bench_selector()
     sel.register(listener, selectors.EVENT_READ)
     buffer = bytearray(1 << 16)
     while True:
         for key, _ in sel.select():
             sock = key.fileobj
             if sock is listener:
-                sel.register(listener.accept()[0], selectors.EVENT_READ)
+                with contextlib.suppress(BlockingIOError):
+                    sel.register(listener.accept()[0], selectors.EVENT_READ)
                 continue
             try:
                 size = sock.recv_into(buffer)
@@ -5529,7 +5670,7 @@ def bench_backend():
                     threading.Thread(target=pour, args=(sock,), daemon=True).start()
                     sel.unregister(sock)
                     continue
-                sock.sendall(buffer[:size])
+                sock.sendall(ANSWERED.get(bytes(buffer[:1]), memoryview(buffer)[:size]))
             except OSError:
                 size = 0
             if not size:
@@ -5543,46 +5684,56 @@ def pour(sock):
             sock.sendall(bytes(1 << 20))
 
 
-def bench_load(work, port, number, seconds):
-    """The load, in a process of its own: prints what it did, in how many seconds, and p50 and p99."""
-    times, done, buffer = [], 0, bytearray(1 << 20)
-    if work in ("trips", "bulk"):
-        socks = [connect(port) for _ in range(number)]
-        for sock in socks:
-            sock.sendall(b"pour" if work == "bulk" else bytes(BLOCK))
-            sock.recv_into(buffer)
-    began = now = time.perf_counter()
-    if work == "trips":
-        while now - began < seconds:
-            last = now
+def bench_load():
+    """The load, in a process of its own: does what each line of stdin says, and prints what came of it."""
+    for line in sys.stdin:
+        print(json.dumps(bench_work(**json.loads(line))), flush=True)
+
+
+def bench_work(work, port, number, seconds):
+    """Work for so many seconds: [units done, seconds, p50 and p99 of a round trip in seconds]."""
+    times, done, buffer, asked = [], 0, bytearray(1 << 20), ASKED.get(work, b"pour")
+    clock = time.perf_counter
+    with contextlib.ExitStack() as stack:
+        if work != "connect":
+            socks = [stack.enter_context(contextlib.closing(connect(port))) for _ in range(number)]
             for sock in socks:
-                sock.send(bytes(BLOCK))
+                sock.sendall(asked)
+                sock.recv_into(buffer)
+        began = now = clock()
+        if work in ASKED:
+            while now - began < seconds:
+                starts = []
+                for sock in socks:
+                    starts.append(clock())
+                    sock.send(asked)
+                for sock, start in zip(socks, starts):
+                    sock.recv_into(buffer)
+                    now = clock()
+                    times.append(now - start)
+            done = len(times)
+        elif work == "bulk":
+            sel = bench_selector()
             for sock in socks:
-                sock.recv_into(buffer)
-            now = time.perf_counter()
-            done += number
-            times.append(now - last)
-    elif work == "bulk":
-        sel = selectors.DefaultSelector()
-        for sock in socks:
-            sel.register(sock, selectors.EVENT_READ)
-        while now - began < seconds:
-            for sock in socks if number == 1 else [key.fileobj for key, _ in sel.select()]:
-                done += sock.recv_into(buffer)
-            now = time.perf_counter()
-        done /= 1 << 20
-    else:                               # connect, ask, close
-        while now - began < seconds:
-            last = now
-            with contextlib.closing(connect(port)) as sock:
-                sock.send(bytes(BLOCK))
-                sock.recv_into(buffer)
-            now = time.perf_counter()
-            done += 1
-            times.append(now - last)
+                sel.register(sock, selectors.EVENT_READ)
+            while now - began < seconds:
+                for sock in socks if number == 1 else [key.fileobj for key, _ in sel.select()]:
+                    done += sock.recv_into(buffer)
+                now = clock()
+            sel.close()
+            done /= 1 << 20
+        else:                               # connect, ask, close
+            while now - began < seconds:
+                last = now
+                with contextlib.closing(connect(port)) as sock:
+                    sock.send(ASKED["tcp"])
+                    sock.recv_into(buffer)
+                now = clock()
+                times.append(now - last)
+            done = len(times)
+        taken = clock() - began
     times.sort()
-    print(json.dumps([done, now - began, times[len(times) // 2] if times else 0,
-                      times[len(times) * 99 // 100] if times else 0]))
+    return [done, taken, times[len(times) // 2] if times else 0, times[len(times) * 99 // 100] if times else 0]
 
 
 def processes(pid):
@@ -5615,12 +5766,11 @@ def resident(pid):
     return total
 
 
-def start_vaurien(folder, port, backend):
-    return [sys.executable, FILE, "--local", "127.0.0.1:%d" % port, "--distant", "127.0.0.1:%d" % backend, "--log-level", "error"]
-
-
-def start_delay(folder, port, backend):
-    return start_vaurien(folder, port, backend) + ["--behavior", "20:delay", "--handlers.delay.sleep", "0"]
+def start_vaurien(*words):
+    """What starts it, with these words, in front of a backend."""
+    def start(folder, port, backend):
+        return [sys.executable, FILE, "--local", "127.0.0.1:%d" % port, "--distant", "127.0.0.1:%d" % backend, "--log-level", "error", *words]
+    return start
 
 
 def start_haproxy(folder, port, backend):
@@ -5651,25 +5801,36 @@ def start_toxiproxy(folder, port, backend):
     return [find_program("toxiproxy-server"), "-port", str(unused_port()), "-config", path]
 
 
-BENCHED = {"vaurien": start_vaurien, "vaurien 20:delay": start_delay, "haproxy": start_haproxy, "nginx": start_nginx,
-           "socat": start_socat, "toxiproxy": start_toxiproxy}
-# name: (what a process of the load does, how many processes, connections of each, unit)
-WORKS = [("round trips, 1 connection", "trips", 1, 1, "/s"), ("round trips, 50 connections", "trips", 2, 25, "/s"),
-         ("bulk, 1 connection", "bulk", 1, 1, "MiB/s"), ("bulk, 8 connections", "bulk", 2, 4, "MiB/s"),
-         ("connect, ask, close", "connect", 2, 1, "/s")]
+PEERS = {"haproxy": (start_haproxy, "haproxy"), "nginx": (start_nginx, "nginx"), "socat": (start_socat, "socat"),
+         "toxiproxy": (start_toxiproxy, "toxiproxy-server")}
+OWN = {"vaurien": start_vaurien(), "20:delay": start_vaurien("--behavior", "20:delay", "--handlers.delay.sleep", "0"),
+       "redis": start_vaurien("--protocol", "redis"), "http": start_vaurien("--protocol", "http"),
+       # Who says so waits for an hour; all others pass.
+       "crowd": start_vaurien("--behavior", "100:delay", "--handlers.delay.sleep", "3600", "--handlers.delay.match", "^wait")}
+# title: what a process of the load does, how many of them, connections of each, unit, which of our own beside vaurien, peers too
+WORKS = [("round trips, 1 connection", "tcp", 1, 1, "/s", ["20:delay"], True),
+         ("round trips, 50 connections", "tcp", 2, 25, "/s", ["20:delay"], True),
+         ("bulk, 1 connection", "bulk", 1, 1, "MiB/s", [], True),
+         ("bulk, 8 connections", "bulk", 2, 4, "MiB/s", [], True),
+         ("connect, ask, close", "connect", 2, 1, "/s", [], True),
+         ("redis, 1 connection", "redis", 1, 1, "/s", ["redis"], False),
+         ("redis, 50 connections", "redis", 2, 25, "/s", ["redis"], False),
+         ("http, 1 connection", "http", 1, 1, "/s", ["http"], False),
+         ("http, 50 connections", "http", 2, 25, "/s", ["http"], False)]
+CROWD, WAITING = 10000, 1000
 
 
 class Benched:
-    """A proxy under test, or none, in front of the backend."""
+    """A proxy under test, or none, in front of the backend; the load is that of all of them."""
 
-    def __init__(self, name, backend, stack):
-        self.name, self.port, self.pid = name, backend, None
-        if name == "direct":
+    def __init__(self, name, start, backend, load, stack):
+        self.name, self.port, self.pid, self.load = name, backend, None, load
+        if not start:
             return
         folder = tempfile.mkdtemp()
         stack.callback(shutil.rmtree, folder, True)
         self.port = unused_port()
-        process = subprocess.Popen(BENCHED[name](folder, self.port, backend), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        process = subprocess.Popen(start(folder, self.port, backend), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)
         stack.callback(process.wait)
         stack.callback(process.terminate)
@@ -5684,24 +5845,41 @@ class Benched:
     def measure(self, work, processes, connections, seconds):
         """(units per second, CPU us per unit, p50 ms, p99 ms)."""
         used = cpu_seconds(self.pid) if self.pid else 0
-        load = [subprocess.Popen([sys.executable, os.path.abspath(__file__), "bench-load", work, str(self.port), str(connections), str(seconds)],
-                                 stdout=subprocess.PIPE, universal_newlines=True) for _ in range(processes)]
-        found = [json.loads(process.communicate()[0]) for process in load]
+        for process in self.load[:processes]:
+            process.stdin.write(json.dumps({"work": work, "port": self.port, "number": connections, "seconds": seconds}) + "\n")
+            process.stdin.flush()
+        found = [json.loads(process.stdout.readline()) for process in self.load[:processes]]
         used = cpu_seconds(self.pid) - used if self.pid else 0
         done = sum(one[0] for one in found)
         return (sum(one[0] / one[1] for one in found), used / done * 1e6, 1000 * max(one[2] for one in found), 1000 * max(one[3] for one in found))
 
-    def memory(self, number):
-        """Bytes for each of so many idle connections."""
-        if not self.pid:
-            return 0
-        with contextlib.ExitStack() as stack:
-            for _ in range(100):            # what the first ones need is not theirs alone
-                exchange(stack.enter_context(contextlib.closing(connect(self.port))), b"hello")
-            before = resident(self.pid)
-            for _ in range(number):
-                exchange(stack.enter_context(contextlib.closing(connect(self.port))), b"hello")
-            return (resident(self.pid) - before) / number
+    def crowd(self, number, waiting, stack):
+        """Open so many idle connections; the first few say that they wait. Returns bytes of memory for each."""
+        for _ in range(100):            # what the first ones need is not theirs alone
+            exchange(stack.enter_context(contextlib.closing(connect(self.port))), b"hello")
+        before = resident(self.pid)
+        for count in range(number):
+            sock = stack.enter_context(contextlib.closing(connect(self.port)))
+            if count < waiting:
+                sock.sendall(b"wait")
+            else:
+                exchange(sock, b"hello")
+        return (resident(self.pid) - before) / number
+
+
+def bench_process(stack, *argv):
+    """This file in a process of its own, as its stdin and stdout."""
+    process = subprocess.Popen([sys.executable, os.path.abspath(__file__), *argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               universal_newlines=True)
+    stack.callback(process.stdout.close)
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+    stack.callback(process.stdin.close)
+    return process
+
+
+def bench_progress(words=""):
+    print("\r%-70s\r%s" % ("", words), end="", file=sys.stderr, flush=True)
 
 
 class Faulty:
@@ -5763,64 +5941,81 @@ class Faulty:
 
 
 def bench_faults(quick):
-    """How much faults are off what they say, and what they cost."""
-    rounds, trips, seconds = (3, 50, 1) if quick else (7, 200, 3)
-    rates = 100, 10000, 100000
+    """How much faults are off what they say, and what they cost: lines of the table."""
+    rounds, trips, seconds = (1, 30, 0.5) if quick else (7, 200, 3)
+    rates = (10000,) if quick else (100, 10000, 100000)
     seen = {}
     with Faulty() as at:
         for number in range(rounds):
-            print("\rfaults, round %d of %d" % (number + 1, rounds), end="", file=sys.stderr, flush=True)
+            bench_progress("faults, round %d of %d" % (number + 1, rounds))
             at.use()
             plain, bulk = at.round_trip(10 * trips), at.bulk(seconds)
             at.use(("latency", {"latency": 10}))
             late, far = at.round_trip(trips), at.bulk(seconds)
-            for name, value in ("plain", plain), ("added", late - plain), ("bulk", bulk), ("far", far), ("far/bulk", far / bulk):
+            for name, value in ("added", late - plain), ("bulk", bulk), ("far", far), ("far/bulk", far / bulk):
                 seen.setdefault(name, []).append(value)
             for rate in rates:
                 at.use(("bandwidth", {"rate": rate}))
                 seen.setdefault(rate, []).append(100 * (at.bulk(seconds) / rate - 1))
     found = {name: vaurien.median(values) for name, values in seen.items()}
-    print("\r%30s\r" % "", end="", file=sys.stderr)
-    print("%-50s %10.3f ms" % ("round trip of 64 bytes, nothing drawn", found["plain"]))
-    print("%-50s %10.3f ms" % ("latency 10 ms adds to it", found["added"]))
-    print("%-50s %10.2f GB/s" % ("one connection, nothing drawn", found["bulk"] / 1e6))
-    print("%-50s %10.2f GB/s, a ratio of %.2f" % ("one connection, latency 10 ms", found["far"] / 1e6, found["far/bulk"]))
+    yield "latency of 10 ms adds to a round trip", "%.3f ms" % found["added"]
+    yield "one connection with it, against without", "%.2f GB/s, %.2f" % (found["far"] / 1e6, found["far/bulk"])
     for rate in rates:
-        print("%-50s %+10.2f %%" % ("bandwidth of %d KB/s is off by" % rate, found[rate]))
+        yield "bandwidth of %d KB/s is off by" % rate, "%+.2f %%" % found[rate]
+
+
+def bench_crowd(backend, load, stack, seconds, rounds):
+    """Round trips on one connection beside many, of which some have a delay running: a line of the table."""
+    number = min(CROWD // (5 if rounds == 1 else 1), (vaurien.raise_descriptors() or 1000) // 2 - 200)
+    targets = [Benched(name, OWN["crowd"], backend, load, stack) for name in ("alone", "crowd")]
+    bench_progress("%d connections" % number)
+    targets[1].crowd(number, number * WAITING // CROWD, stack)
+    found = [[target.measure("tcp", 1, 1, seconds) for target in targets] for _ in range(rounds)]
+    alone, crowd = ([vaurien.median(column) for column in zip(*(one[at] for one in found))] for at in (0, 1))
+    yield ("1 connection beside %d, %d delayed" % (number, number * WAITING // CROWD),
+           "%.0f /s, %.1f us CPU; alone %.0f /s, %.1f us: %.2f" % (crowd[0], crowd[1], alone[0], alone[1], crowd[0] / alone[0]))
 
 
 def bench(argv):
     """One table: medians of rounds in turns, and the ratio of vaurien's to each."""
     quick = "--quick" in argv
-    rounds, seconds, idle = (2, 0.25, 300) if quick else (7, 1.5, 1000)
+    rounds, seconds, idle = (2, 0.1, 1000) if quick else (7, 0.8, 1000)
+    vaurien.raise_descriptors()
     with contextlib.ExitStack() as stack:
-        backend = subprocess.Popen([sys.executable, os.path.abspath(__file__), "bench-backend"], stdout=subprocess.PIPE, universal_newlines=True)
-        stack.callback(backend.stdout.close)
-        stack.callback(backend.wait)
-        stack.callback(backend.kill)
-        port = int(backend.stdout.readline())
-        programs = {"haproxy": "haproxy", "nginx": "nginx", "socat": "socat", "toxiproxy": "toxiproxy-server"}
-        names = ["direct"] + [name for name in BENCHED if name not in programs or find_program(programs[name])]
-        targets = [Benched(name, port, stack) for name in names]
+        port = int(bench_process(stack, "bench-backend").stdout.readline())
+        load = [bench_process(stack, "bench-load") for _ in range(2)]
+        starts = {name: start for name, (start, program) in PEERS.items() if find_program(program)}
+        peers = ["direct", *starts]
+        starts.update(OWN, direct=None)
+        targets = {name: Benched(name, starts[name], port, load, stack)
+                   for name in ["direct", "vaurien", *peers[1:], "20:delay", "redis", "http"]}
         seen = {}
         for number in range(rounds):
-            for title, work, processes, connections, _ in WORKS:
-                print("\r%-70s" % ("round %d of %d: %s" % (number + 1, rounds, title)), end="", file=sys.stderr, flush=True)
-                for target in targets:
-                    seen.setdefault((title, target.name), []).append(target.measure(work, processes, connections, seconds))
-        held = {target.name: target.memory(0 if target.name == "socat" else idle) if target.name != "socat" else 0 for target in targets}
-    print("\r%70s\r" % "", end="", file=sys.stderr)
-    print("%-28s %-17s %12s %10s %9s %9s %8s" % ("work", "proxy", "rate", "CPU us per", "p50 ms", "p99 ms", "vaurien"))
-    for title, _, _, _, unit in WORKS:
-        own = vaurien.median([one[0] for one in seen[title, "vaurien"]])
-        for name in names:
-            rate, cost, middle, late = (vaurien.median(column) for column in zip(*seen[title, name]))
-            print("%-28s %-17s %12s %10s %9s %9s %8.2f" % (title if name == "direct" else "", name, "%.0f %s" % (rate, unit), "%.1f" % cost if cost else "",
-                                                           "%.3f" % middle if middle else "", "%.3f" % late if late else "", own / rate))
-    for name in names:
-        if held[name]:
-            print("%-28s %-17s %12s %39s" % ("memory, idle connection" if name == "vaurien" else "", name, "%.1f KiB" % (held[name] / 1024), "%.2f" % (held["vaurien"] / held[name])))
-    bench_faults(quick)
+            for title, work, processes, connections, _, own, both in WORKS:
+                bench_progress("round %d of %d: %s" % (number + 1, rounds, title))
+                for name in ["vaurien", *own, *peers * both]:
+                    seen.setdefault((title, name), []).append(targets[name].measure(work, processes, connections, seconds))
+        held = {}
+        for name in [name for name in targets if name in ("vaurien", *peers[1:]) and name != "socat"]:     # that forks
+            with contextlib.ExitStack() as crowd:
+                bench_progress("memory: %s" % name)
+                held[name] = targets[name].crowd(idle, 0, crowd) / 1024
+        lines = [*bench_crowd(port, load, stack, seconds, 1 if quick else rounds), *bench_faults(quick)]
+    bench_progress()
+    print("%-28s %-10s %12s %11s %9s %9s %13s" % ("work", "proxy", "rate", "CPU us each", "p50 ms", "p99 ms", "vaurien/that"))
+    for title, _, _, _, unit, own, both in WORKS:
+        rows = {name: [vaurien.median(column) for column in zip(*seen[title, name])] for name in ["vaurien", *own, *peers * both]}
+        for name, (rate, cost, middle, late) in rows.items():
+            numbers = ["%.1f" % cost if cost else "", "%.3f" % middle if middle else "", "%.3f" % late if late else ""]
+            # Of our own, what is asked is what it keeps of vaurien's rate.
+            ratio = rate / rows["vaurien"][0] if name in own else rows["vaurien"][0] / rate
+            print("%-28s %-10s %12s %11s %9s %9s %13s" % (title * (name == "vaurien"), name, "%.0f %s" % (rate, unit), *numbers,
+                                                          "" if name == "vaurien" else ("keeps %.2f" if name in own else "%.2f") % ratio))
+    for name, kib in held.items():
+        print("%-28s %-10s %12s %45s" % ("memory, idle connection" * (name == "vaurien"), name, "%.1f KiB" % kib,
+                                         "" if name == "vaurien" else "%.2f" % (held["vaurien"] / kib)))
+    for words, value in lines:
+        print("%-45s %s" % (words, value))
 
 
 if __name__ == "__main__":
@@ -5829,6 +6024,6 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["bench-backend"]:
         bench_backend()
     elif sys.argv[1:2] == ["bench-load"]:
-        bench_load(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))
+        bench_load()
     else:
         unittest.main()

@@ -88,6 +88,7 @@ HEARD_MAX = 64 * 1024           # of a request, that an expression is looked for
 DUCT = 1024 * 1024              # bytes in a pipe of the kernel's; what it allows without root
 BULK = 64 * 1024                # bytes in one read that are much
 SMALL = 8 * 1024                # bytes that cost nothing to copy
+DUCTS_KEPT = 16                 # empty ones, for the next who need one
 FULL = 4                        # such reads after which a pipe of the kernel's is worth its while
 HELD_ENTRY = 400                # what keeping one chunk costs besides its bytes: 398 on
                                 #   Python 3.6, 336 on 3.13 (measured)
@@ -2930,13 +2931,20 @@ class Connection:
         if size < BULK:
             way.full = 0
         if not size:
-            ducts.append(duct)
+            self.put_back(duct)
             return self.client is None or way.over
         way.keep(duct)
         self.flush(way, target)
         if way.out or way.done:
             self.advance()
         return True
+
+    def put_back(self, duct):
+        """It is empty: let others use it."""
+        if len(self.loop.ducts) < DUCTS_KEPT:
+            self.loop.ducts.append(duct)
+        else:
+            duct.close()
 
     def end(self, way, target):
         """The source has said EOF where the straight road is open."""
@@ -3183,7 +3191,7 @@ class Connection:
                 elif isinstance(data, Duct):
                     way.sent(data.send_to(target))
                     if not data:
-                        self.loop.ducts.append(data)
+                        self.put_back(data)
                 else:
                     way.sent(target.send(data))
             except BlockingIOError:
@@ -5662,13 +5670,17 @@ def start_log(level, output):
 
 
 def raise_descriptors():
-    """Have as many descriptors as we may: two for each connection (man 2 getrlimit)."""
+    """Have as many descriptors as we may: two for each connection (man 2 getrlimit).
+
+    Returns how many, or 0 where that cannot be known.
+    """
     try:
         import resource
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     except (ImportError, ValueError, OSError):
-        pass                            # not on this system: then with what there is
+        return 0                        # not on this system: then with what there is
+    return most
 
 
 def serve(places, attached):
