@@ -3450,7 +3450,7 @@ class TestToxiproxyApi(Toxicproxy):
         self.assertRegex(vaurien.__version__, r"^([3-9]|2\.([6-9]|\d\d))[.]")     # what clients ask for
 
     def test_a_browser_is_turned_away(self):
-        found = vaurien.respond(self.control, "GET", "/proxies", b"", "Mozilla/5.0 (X11)")
+        found = vaurien.respond(self.control, "GET", "/proxies", b"", {"User-Agent": "Mozilla/5.0 (X11)"})
         self.assertEqual((found.status, found.text), (403, "User agent not allowed\n"))
 
     def test_names_with_any_characters_can_be_addressed(self):
@@ -4875,6 +4875,715 @@ def import_theirs(name):
         raise unittest.SkipTest("no %s" % name) from None
 
 
+# -- Trusted: strangers, floods, odd machines ----------------------------------------
+
+class TestStrangers(Folder):
+    """Who may drive the control server, and for how long."""
+
+    def admitted(self, headers, local="localhost", token=None, names=()):
+        """The status of what is answered to these headers."""
+        control = vaurien.Control((local, 0), fleet(), token, names)
+        return vaurien.respond(control, "GET", "/handlers", b"", headers)[0]
+
+    def test_host(self):
+        for host, wanted in [("localhost", 200), ("localhost:8080", 200), ("LOCALHOST.:1", 200), ("127.0.0.1:8080", 200), ("[::1]:8080", 200),
+                             ("::1", 403), ("10.1.2.3", 200), ("evil.example", 403), ("evil.example:8080", 403), ("localhost.evil.example", 403),
+                             ("127.0.0.1.evil.example", 403), ("", 403), (":8080", 403), ("[", 403), ("1.2.3", 200), ("a" * 10000, 403), ("\0", 403),
+                             ("xn--", 403), ("voil\xe0", 403)]:
+            self.assertEqual(self.admitted({"Host": host}), wanted, host[:50])
+        self.assertEqual(self.admitted({}), 200)        # HTTP/1.0, no browser
+        self.assertEqual(self.admitted({"Host": "chaos:1"}, local="chaos"), 200)
+        self.assertEqual(self.admitted({"Host": "chaos:1"}, local=""), 403)
+        self.assertEqual(self.admitted({"Host": "Chaos:1"}, local="", names=["x", "chaos"]), 200)
+
+    def test_origin(self):
+        for origin, wanted in [("http://localhost:8080", 200), ("https://localhost:8080", 200), ("HTTP://LOCALHOST:8080", 200), ("null", 403), ("", 403),
+                               ("http://localhost", 403), ("http://localhost:3000", 403), ("http://evil.example", 403), ("file://", 403)]:
+            self.assertEqual(self.admitted({"Host": "localhost:8080", "Origin": origin}), wanted, origin)
+        for site, wanted in ("none", 200), ("same-origin", 200), ("same-site", 403), ("cross-site", 403):
+            self.assertEqual(self.admitted({"Host": "localhost", "Sec-Fetch-Site": site}), wanted, site)
+
+    def test_token(self):
+        for given, wanted in [("Bearer s3cret", 200), ("bearer  s3cret ", 200), ("Bearer s3cre", 401), ("Bearer s3crett", 401), ("s3cret", 401), ("", 401),
+                              ("Basic s3cret", 401), ("Bearer \xff\u2603", 401)]:
+            self.assertEqual(self.admitted({"Authorization": given}, token="s3cret"), wanted, given)
+        self.assertEqual(self.admitted({"Host": "localhost"}, token="s3cret"), 401)
+        # Who knows it is no page, whatever it is called there.
+        self.assertEqual(self.admitted({"Host": "chaos.example", "Authorization": "Bearer s3cret"}, local="", token="s3cret"), 200)
+        answer = vaurien.respond(vaurien.Control(("localhost", 0), fleet(), "s3cret"), "GET", "/", b"")
+        self.assertEqual((answer.headers["WWW-Authenticate"], "s3cret" in answer.text), ("Bearer", False))
+
+    def test_over_http(self):
+        with driven() as (proxy, client):
+            for head, status in [(b"Host: evil.example", b"403"), (b"Host: 127.0.0.1\r\nOrigin: http://evil.example", b"403"),
+                                 (b"Host: 127.0.0.1", b"200")]:
+                for method in b"GET", b"OPTIONS", b"POST":
+                    answer = TestControl.raw(self, client, method + b" /handler HTTP/1.1\r\n" + head
+                                             + b"\r\nConnection: close\r\nContent-Length: 5\r\n\r\ndelay")
+                    wanted = b"405" if status == b"200" and method == b"OPTIONS" else status
+                    self.assertEqual(answer.split()[1], wanted, answer)
+                    self.assertNotIn(b"access-control", answer.lower())
+            self.assertEqual(client.get_handler(), "delay")     # of those with status 200 alone
+
+    def test_a_token_end_to_end(self):
+        with serving(echo) as (port, _):
+            api = unused_port()
+            with mock.patch.dict(os.environ, {"TOKEN": "s3cret=="}):
+                pid = vaurien.start_proxy("127.0.0.1", port, warmup=PATIENCE, proxy_port=unused_port(), http_port=api, log_level="error",
+                                          options=["--config", self.write("v.ini", "[vaurien]\nhttp-token=${TOKEN}\n")])
+            self.addCleanup(vaurien.stop_proxy, pid)
+            self.assertEqual(vaurien.Client(port=api, token="s3cret==").get_handler(), "dummy")
+            with self.assertRaisesRegex(ValueError, "Authorization must be Bearer"):
+                vaurien.Client(port=api).get_handler()
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                self.assertEqual(vaurien.main(["ctl", "--host", "localhost:%d" % api, "--http-token", "s3cret==", "get-handler"]), 0)
+                with mock.patch.dict(os.environ, {"VAURIEN_HTTP_TOKEN": "s3cret=="}):
+                    self.assertEqual(vaurien.main(["ctl", "--host", "localhost:%d" % api, "get-handler"]), 0)
+            self.assertEqual(out.getvalue(), "dummy\ndummy\n")
+
+    def test_a_warning_where_others_can_reach_it(self):
+        for local, token, wanted in ("127.0.0.1", None, False), ("localhost", None, False), ("0.0.0.0", None, True), ("0.0.0.0", "x", False):
+            control = vaurien.Control((local, 0), fleet(), token)
+            control.bind()
+            logged = []
+            with mock.patch.object(vaurien.log, "warning", lambda words, *args: logged.append(words % args)):
+                control.open(None)
+            control.close()
+            self.assertEqual([line for line in logged if "--http-token" in line] != [], wanted, (local, token))
+
+    def test_who_takes_too_long_is_hung_up_on(self):
+        with mock.patch.object(vaurien, "ANSWER_TIME", 0.3), driven() as (proxy, client):
+            for began in b"G", b"GET / HTTP/1.1\r\nX: ", b"POST /handler HTTP/1.1\r\nContent-Length: 1000\r\n\r\n":
+                with contextlib.closing(connect(client.port)) as sock:
+                    start, ended = time.monotonic(), False
+                    sock.sendall(began)
+                    while not ended:
+                        try:
+                            sock.sendall(b"x")
+                            ended = bool(select.select([sock], [], [], 0.05)[0]) and not sock.recv(65536)
+                        except ConnectionError:
+                            ended = True
+                    self.assertGreaterEqual(time.monotonic() - start, 0.3)
+            self.assertEqual(client.get_handler(), "dummy")
+
+    def test_a_line_of_the_log_cannot_be_forged(self):
+        forged = "x\n2026-01-01 00:00:00,000 INFO forged\r\x1b[2J\u2028\x85"
+        record = logging.makeLogRecord({"msg": "control: %s failed", "args": (forged,)})
+        try:
+            raise ValueError(forged)
+        except ValueError:
+            record.exc_info = sys.exc_info()
+        lines = vaurien.Formatter("%(asctime)s %(message)s").format(record).splitlines()
+        self.assertIn("\\n2026", lines[0])
+        for line in lines[1:]:
+            self.assertTrue(line.startswith("    ") and line.isprintable(), line)
+        self.assertEqual(vaurien.printable("voil\xe0 \u2603"), "voil\xe0 \u2603")
+
+
+class TestFloods(unittest.TestCase):
+    """What is held has a bound, whatever comes, and nothing leaks."""
+
+    OPTIONS = {"latency": {"latency": 3600000}, "bandwidth": {"rate": 1}, "slicer": {"average_size": 10, "delay": 1000000}, "delay": {"sleep": 3600.0},
+               "slow_close": {"delay": 1000}, "limit_data": {"bytes": 1 << 60}, "transient": {"agitate": 1 << 30}}
+
+    def test_a_reader_that_stopped(self):
+        gate = threading.Event()
+        for name in [name for name, function in HANDLERS.items() if not vaurien.is_class_form(function)]:
+            with proxy_of(lambda sock: gate.wait(PATIENCE) and hear(sock), "100:" + name, options={name: self.OPTIONS.get(name, {})}) as proxy:
+                budget = proxy.loop.budget
+                with connected(proxy) as sock, contextlib.suppress(ConnectionError):
+                    sock.setblocking(False)
+                    data, sent, held = bytes(1 << 18), 0, 0
+                    while sent < 1 << 26 and select.select([], [sock], [], 0.1)[1]:
+                        sent += sock.send(data)
+                        held = max(held, budget.held)
+                    self.assertLessEqual(held, vaurien.HELD_MAX + 2 * vaurien.DUCT, name)
+                gate.set()
+                proxy.loop.call(proxy.use, [])
+                wait_until(lambda: not proxy.connections)
+                self.assertEqual((budget.held, budget.pipes, proxy.loop.call(lambda: len(proxy.loop.alarms))), (0, 0, 0), name)
+                gate.clear()
+
+    def test_the_total_is_never_passed(self):
+        """Many at once, each of which may hold much: the bound of all is kept, and each goes on."""
+        total = 4 << 20
+        with mock.patch.object(vaurien.Budget.__init__, "__defaults__", (total,)):
+            with proxy_of(echo, "100:delay", options={"delay": {"sleep": 0.3}}) as proxy, contextlib.ExitStack() as stack:
+                budget, seen = proxy.loop.budget, []
+                self.assertEqual(budget.total, total)
+                socks = [stack.enter_context(connected(proxy)) for _ in range(30)]
+                for sock in socks:
+                    sock.setblocking(False)
+                sent = dict.fromkeys(socks, 0)
+                for _ in range(12):
+                    for sock in select.select([], socks, [], 0)[1]:
+                        sent[sock] += sock.send(bytes(1 << 16))
+                    seen.append(budget.held)
+                self.assertGreater(max(seen), total // 8)
+                self.assertLessEqual(max(seen), total)
+                for sock in socks:
+                    sock.settimeout(PATIENCE)
+                    self.assertEqual(len(read(sock, sent[sock])), sent[sock])
+
+    def test_many_short_ones(self):
+        with proxy_of(echo) as proxy:
+            def some():
+                for _ in range(100):
+                    with connected(proxy) as sock:
+                        exchange(sock, b"question")
+                wait_until(lambda: not proxy.connections)
+                return proxy.loop.call(lambda: (len(proxy.loop.watched), proxy.loop.budget.held, len(proxy.loop.alarms), threading.active_count()))
+            self.assertEqual(some()[:3], (2, 0, 0))
+            before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+            self.assertEqual(some()[:3], (2, 0, 0))
+            if before:
+                wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)
+
+    def test_peers_that_vanish(self):
+        """An RST from either side, in the middle of everything."""
+        def backend(sock):
+            with contextlib.suppress(OSError, EOFError):
+                said = read(sock, 1)
+                sock.sendall(bytes(1 << 22) if said == b"m" else said)
+                if read(sock, 1) == b"r":
+                    hang_up(sock)
+                    return
+                hear(sock)
+
+        states = [("100:dummy", {}, b"q"), ("100:dummy", {}, b"m"), ("100:latency", {"latency": 50}, b"m"), ("100:delay", {"sleep": 0.05}, b"q"),
+                  ("100:bandwidth", {"rate": 50000}, b"m"), ("100:slicer", {"average_size": 100}, b"m"), ("100:hang", {}, b"q"),
+                  ("100:Passes", {}, b"q")]
+        with registered(Passes):
+            for behavior, options, said in states:
+                name = behavior[4:]
+                with proxy_of(backend, behavior, options={name: options} if options else None) as proxy:
+                    for leave in "client", "half-closed client", "backend":
+                        with self.subTest(behavior, said=said, leave=leave), contextlib.closing(connect(proxy.port)) as sock:
+                            sock.sendall(said)
+                            if leave == "backend" and name != "hang":
+                                sock.sendall(b"r")
+                                hear(sock)
+                            else:
+                                select.select([sock], [], [], 0.02)
+                                with contextlib.suppress(OSError):
+                                    if leave[0] == "h":
+                                        sock.shutdown(socket.SHUT_WR)
+                                hang_up(sock)
+                    if name == "hang":          # a half-closed client that is gone cannot be told from one that waits
+                        proxy.loop.call(proxy.use, [])
+                    wait_until(lambda: not proxy.connections)
+                    self.assertEqual((proxy.loop.budget.held, proxy.loop.budget.pipes, len(proxy.loop.watched)), (0, 0, 2))
+
+    def test_a_client_that_vanishes_while_the_backend_is_called(self):
+        with black_hole() as port, vaurien.Proxy("127.0.0.1:%d" % port, "127.0.0.1:0") as proxy:
+            for leave in hang_up, socket.socket.close:
+                with connected(proxy) as sock:
+                    sock.sendall(b"question")
+                    wait_until(lambda: [one.connecting for one in list(proxy.connections.values())] == [True])
+                    leave(sock)
+                    if leave is hang_up:
+                        wait_until(lambda: not proxy.connections)
+            proxy.loop.call(proxy.drop_connections, "test")
+            self.assertEqual((proxy.loop.budget.held, proxy.loop.budget.pipes), (0, 0))
+
+
+class TestDescriptors(Folder):
+    """A process that may have few descriptors."""
+
+    @unittest.skipUnless(hasattr(os, "fork"), "no such limit here")
+    def test_accepting_pauses_and_goes_on(self):
+        import resource
+        path = os.path.join(self.folder, "log")
+        with serving(echo) as (backend, _), contextlib.ExitStack() as stack:
+            port = unused_port()
+            process = subprocess.Popen([sys.executable, FILE, "--local", "127.0.0.1:%d" % port, "--distant", "127.0.0.1:%d" % backend,
+                                        "--log-output", path], preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
+            stack.callback(process.wait)
+            stack.callback(process.terminate)
+            wait_until(lambda: os.path.exists(path) and "listening" in open_and_read(path))
+            began = time.monotonic()
+            socks = [stack.enter_context(contextlib.closing(connect(port))) for _ in range(60)]
+            for sock in socks:
+                sock.sendall(b"question")
+            wait_until(lambda: "trying again" in open_and_read(path))
+            answered, more = [], True
+            while more:
+                more = select.select([sock for sock in socks if sock not in answered], [], [], 0.5)[0]
+                answered += more
+            for sock in answered:               # those that are here live, while others wait
+                self.assertEqual(read(sock, 8), b"question")
+                exchange(sock, b"again")
+            self.assertTrue(10 < len(answered) < 40, len(answered))
+            waiting = [sock for sock in socks if sock not in answered]
+            self.assertEqual(select.select(waiting[-5:], [], [], 1.2)[0], [])
+            used, taken = cpu_seconds(process.pid), time.monotonic() - began
+            self.assertLess(used, 0.5 * taken)                      # nothing spins
+            for sock in answered:
+                sock.close()
+            for sock in waiting:
+                self.assertEqual(read(sock, 8), b"question")        # in the end each has its turn
+                sock.close()
+            log = open_and_read(path)
+            self.assertLessEqual(log.count("\n"), time.monotonic() - began + 3, log)
+            self.assertNotIn("cannot connect", log)
+            self.assertIn("cannot accept on 127.0.0.1:%d: " % port, log)
+
+    def test_a_call_waits_for_a_descriptor(self):
+        real = vaurien.call
+        for times, wanted in (1, b"question"), (10 ** 9, b""):
+            with mock.patch.object(vaurien, "PAUSE", 0.05), proxy_of(echo, timeout=0.3) as proxy:
+                refused = []
+
+                def call(*address):
+                    if len(refused) < times:
+                        refused.append(address)
+                        raise OSError(errno.EMFILE, "Too many open files")
+                    return real(*address)
+                with mock.patch.object(vaurien, "call", call), connected(proxy) as sock:
+                    began = time.monotonic()
+                    sock.sendall(b"question")
+                    self.assertEqual(sock.recv(100), wanted)
+                    self.assertGreaterEqual(time.monotonic() - began, 0.05 if wanted else 0.25)
+                self.assertTrue(vaurien.Loop.scarce)
+        vaurien.Loop.scarce = False
+
+
+def open_and_read(path):
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+class TestOddMachines(Folder):
+    """The program where something is missing or strange: it starts, passes bytes, and ends with 0."""
+
+    # What a machine may lack, taken away before the module is loaded.
+    BARE = """
+import os, runpy, select, signal, socket, sys
+for module, names in (select, "epoll poll kqueue devpoll"), (os, "splice pipe2 fork sched_getaffinity"), (socket, "SOCK_NONBLOCK SOCK_CLOEXEC"):
+    for name in names.split():
+        module.__dict__.pop(name, None)
+for name in "fcntl", "resource", "pwd", "ssl":
+    sys.modules[name] = None
+class NoIPv6(socket.socket):
+    def __init__(self, family=-1, *args, **words):
+        if family == socket.AF_INET6:
+            raise OSError(97, "Address family not supported by protocol")
+        super().__init__(family, *args, **words)
+socket.socket = NoIPv6
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+    def test_them_all(self):
+        strange = os.path.join(self.folder, "a folder, voil\xe0")
+        nowhere = os.path.join(self.folder, "read-only")
+        os.mkdir(strange)
+        os.mkdir(nowhere, 0o555)
+        copy = shutil.copy(FILE, os.path.join(strange, "vaurien.py"))
+        plain = {name: value for name, value in os.environ.items() if name not in ("HOME", "LANG", "LC_ALL", "PYTHONIOENCODING", "PYTHONUTF8")}
+        garbage = os.pathsep.join([self.folder + "/nope", "\x01", FILE, strange])
+        full = ["--log-output", "/dev/full"] if os.path.exists("/dev/full") else []
+        ways = {
+            "-OO": ([sys.executable, "-OO", FILE], {}), "-I": ([sys.executable, "-I", FILE], {}),
+            "no site": ([sys.executable, "-S", "-E", FILE], {}),
+            "locale C": ([sys.executable, copy], {"env": dict(plain, LC_ALL="C", PYTHONCOERCECLOCALE="0")}),
+            "read-only, no home": ([sys.executable, copy], {"cwd": nowhere, "env": plain}),
+            "PYTHONPATH": ([sys.executable, FILE], {"env": dict(os.environ, PYTHONPATH=garbage)}),
+            "stdin closed": ([sys.executable, FILE], {"close": [0]}), "stdout closed": ([sys.executable, FILE], {"close": [1]}),
+            "all closed": ([sys.executable, FILE], {"close": [0, 1, 2]}),
+            "the disk is full": ([sys.executable, FILE, *full], {}),
+            "bare": ([sys.executable, "-c", self.BARE, FILE], {})}
+        if os.name != "posix":
+            ways = {name: (words, more) for name, (words, more) in ways.items() if "close" not in more}
+        with serving(echo) as (backend, _), contextlib.ExitStack() as stack:
+            started = {}
+            for name, (words, more) in ways.items():
+                port, close = unused_port(), more.pop("close", ())
+                if close:
+                    more["preexec_fn"] = functools.partial(lambda numbers: [os.close(number) for number in numbers], close)
+                words = [*words, "--local", "localhost:%d" % port, "--distant", "localhost:%d" % backend, "--behavior", "50:delay",
+                         "--handlers.delay.sleep", "0.01", "--http", "--http-port", "0"]
+                process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **more)
+                stack.callback(process.stderr.close)
+                stack.callback(process.wait)
+                stack.callback(process.kill)
+                started[name] = port, process
+            for name, (port, process) in started.items():
+                with self.subTest(name):
+                    def listens():
+                        self.assertIsNone(process.poll(), process.poll() is not None and process.stderr.read())
+                        with contextlib.suppress(OSError):
+                            connect(port).close()
+                            return True
+                    wait_until(listens)
+                    with contextlib.closing(connect(port)) as sock:
+                        for turn in range(10):
+                            exchange(sock, noise(1 + turn * 1000))
+                    process.terminate()
+                    err = process.communicate(timeout=PATIENCE)[1]
+                    self.assertEqual(process.returncode, 0, err)
+                    self.assertNotIn(b"Traceback", err)
+
+    def test_outside_the_main_thread(self):
+        """Where no signal can be caught."""
+        with serving(echo) as (backend, _):
+            port, loops = unused_port(), []
+
+            class Loop(vaurien.Loop):
+                def __init__(self):
+                    super().__init__()
+                    loops.append(self)
+            with mock.patch.object(vaurien, "Loop", Loop), mock.patch.object(vaurien, "start_log"):
+                thread = threading.Thread(target=vaurien.main, args=(["--local", "127.0.0.1:%d" % port, "--distant", "127.0.0.1:%d" % backend],))
+                thread.start()
+                wait_until(lambda: loops and loops[0].calls is not None and len(loops[0].watched) > 1)
+                with contextlib.closing(connect(port)) as sock:
+                    exchange(sock, b"question")
+                loops[0].stop()
+                thread.join(PATIENCE)
+                self.assertFalse(thread.is_alive())
+
+
+class TestSurroundings(unittest.TestCase):
+    """What the proxy itself depends on fails, and comes back."""
+
+    def test_a_backend_that_restarts(self):
+        port = unused_port()
+        with vaurien.Proxy("127.0.0.1:%d" % port, "127.0.0.1:0") as proxy:
+            for _ in range(3):
+                with connected(proxy) as sock:
+                    self.assertEqual(hear(sock)[0], 0)          # refused: the client is closed
+                listener = vaurien.listen_at(socket.AF_INET, ("127.0.0.1", port))
+                listener.setblocking(True)
+                with connected(proxy) as sock, contextlib.closing(listener):
+                    backend, _ = listener.accept()
+                    sock.sendall(b"question")
+                    self.assertEqual(read(backend, 8), b"question")
+                    backend.sendall(b"answer")
+                    self.assertEqual(read(sock, 6), b"answer")
+                    hang_up(backend)
+                    self.assertEqual(hear(sock)[2], "reset")
+            self.assertEqual(proxy.failures, 3)
+
+    def test_a_backend_that_moves(self):
+        """Its name is asked for anew for each client."""
+        with serving(lambda sock: sock.sendall(b"one")) as (one, _), serving(lambda sock: sock.sendall(b"two")) as (two, _):
+            with vaurien.Proxy("moves.example:1", "127.0.0.1:0") as proxy:
+                for port, wanted in (one, b"one"), (two, b"two"), (one, b"one"):
+                    found = [(socket.AF_INET, ("127.0.0.1", port))]
+                    with mock.patch.object(vaurien, "resolve", lambda *args, **words: found), connected(proxy) as sock:
+                        self.assertEqual(read(sock, 3), wanted)
+
+    def test_a_clock_that_jumps(self):
+        with proxy_of(echo, "100:delay", options={"delay": {"sleep": 0.02}}) as proxy, connected(proxy) as sock:
+            for now in 0.0, 4e9, -1e9:
+                with mock.patch.object(time, "time", lambda now=now: now):
+                    began = time.monotonic()
+                    exchange(sock, b"question")
+                    self.assertGreaterEqual(time.monotonic() - began, 0.02)
+            self.assertEqual([event.time for event in proxy.events], [0.0, 4e9, -1e9])
+
+
+class TestFuzz(Folder):
+    """Random input: what comes out is what is documented, and nothing else."""
+
+    WORDS = ["", " ", "localhost", ":", "80", "[::1]", "0.0.0.0", "-1", "99999", "1e999", "nan", "inf", "\0", "\n", "\xe0", "\u2603", "\ud800", "/", "%", "${X}",
+             "20:delay", "error", ",", "{", "}", "[", "]", '"', "name", "percent", "match", "(", "null", "1" * 500, "x" * 10240, "=", "#", ";", "proxy:a", "vaurien",
+             "handler:delay", "sleep", "toxic:t", "type", "latency", "local", "behavior", "?", "&", "proxies", "toxics", "true", "-", ".", "callable"]
+
+    def text(self, generator):
+        return "".join(generator.choice(self.WORDS) for _ in range(generator.randint(0, 8)))
+
+    def test_addresses_behaviors_and_values(self):
+        checks = [vaurien.parse_address, vaurien.parse_listener, vaurien.parse_behavior, vaurien.parse_host, vaurien.check_match, vaurien.check_names,
+                  vaurien.check_token, vaurien.check_host, vaurien.check_file, vaurien.check_log_level, vaurien.check_yes_no, vaurien.check_count,
+                  vaurien.check_percent, vaurien.check_port, vaurien.check_timeout, vaurien.check_toxicity, vaurien.expand, vaurien.check_protocol,
+                  *(functools.partial(vaurien.check_option, name, option) for name, function in HANDLERS.items()
+                    for option in vaurien.options_of(function))]
+        generator = random.Random(1)
+        for _ in range(200):
+            text = self.text(generator)
+            for check in checks:
+                try:
+                    check(text)
+                except ValueError as problem:
+                    self.assertTrue(str(problem), check)
+        for value in None, True, [], {}, -1, 1.5, float("nan"), float("inf"), -float("inf"), 10 ** 400, b"x":
+            for check in checks[11:]:
+                if check not in (vaurien.expand, vaurien.check_protocol):
+                    with contextlib.suppress(ValueError):
+                        check(value)
+
+    def test_files(self):
+        generator = random.Random(2)
+        for _ in range(200):
+            text = "\n".join(generator.choice(["[%s]", "%s", "%s = 1", "sleep = %s", "[proxy:%s]\nlocal = :0", "[handler:%s]", "[toxic:%s]", "behavior = %s"])
+                             % self.text(generator) for _ in range(generator.randint(1, 5)))
+            path = self.write("random.ini", text.encode("utf-8", "surrogatepass").decode("utf-8", "replace"))
+            with contextlib.suppress(ValueError):
+                vaurien.make_proxies(vaurien.read_arguments(["--config", path], vaurien.SETTINGS))
+
+    def test_questions(self):
+        proxies = vaurien.Proxies([], seed=1)
+        proxies.loop = mock.Mock(full=lambda: "closed for the test", call=lambda function, *args: function(*args))
+        control = vaurien.Control(("localhost", 0), proxies)
+        generator, seen = random.Random(3), Counter()
+        paths = [path for path in vaurien.ROUTES]
+        for _ in range(2000):
+            path = generator.choice(paths)
+            if generator.random() < 0.5:
+                path = path.replace("PROXY", self.text(generator)).replace("TOXIC", self.text(generator)) + "?" + self.text(generator)
+            body = self.text(generator) if generator.random() < 0.3 else json.dumps({
+                generator.choice(["name", "listen", "upstream", "toxics", "type", "enabled", "percent", "rules", "backend", self.text(generator)]):
+                generator.choice([self.text(generator), -1, 1e308, 10 ** 30, None, True, [], [{}], {"a": []}]) for _ in range(generator.randint(0, 4))})
+            headers = {generator.choice(["Host", "Origin", "User-Agent", "Authorization", "Sec-Fetch-Site"]): self.text(generator)} if generator.random() < 0.1 else {}
+            answer = vaurien.respond(control, generator.choice(["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", self.text(generator)]), path,
+                                     body.encode("utf-8", "surrogatepass"), headers)
+            seen[answer.status] += 1
+            if answer.status == 500:
+                self.assertIn("closed for the test", answer.text + body)
+        self.assertLess({200, 400, 403, 404, 405}, set(seen) | {200})
+
+    def test_hypothesis(self):
+        """The same, by a tool that looks for what breaks."""
+        hypothesis = import_theirs("hypothesis")
+        some = hypothesis.strategies
+        settings = hypothesis.settings(max_examples=150, deadline=None, database=None,
+                                       suppress_health_check=list(hypothesis.HealthCheck) if sys.version_info >= (3, 8) else [])
+        values = some.recursive(some.none() | some.booleans() | some.integers() | some.floats() | some.text(),
+                                lambda inner: some.lists(inner, max_size=3) | some.dictionaries(some.text(max_size=8), inner, max_size=3), max_leaves=8)
+        control = vaurien.Control(("localhost", 0), vaurien.Proxies([], seed=1))
+
+        def only_value_errors(check):
+            def attempt(text):
+                with contextlib.suppress(ValueError):
+                    check(text)
+            return attempt
+
+        def table(value):
+            with contextlib.suppress(vaurien.ApiError):
+                vaurien.read_toxic(vaurien.read_json(json.dumps(value)), strict=True)
+            with contextlib.suppress(vaurien.ApiError):
+                vaurien.read_proxy(vaurien.read_json(json.dumps(value)))
+            if isinstance(value, dict):
+                with contextlib.suppress(vaurien.BadRule):
+                    vaurien.read_rules([value])
+
+        def target(text):
+            self.assertLess(vaurien.respond(control, "GET", "/" + text, b"").status, 500)
+
+        def framing(data):
+            for name, kind in vaurien.PROTOCOLS.items():
+                for way in ("up", "down") if kind else ():
+                    frames = getattr(kind(), way)
+                    whole = frames.feed(data, len(data))
+                    self.assertTrue(all(0 <= offset <= len(data) for offset, _ in whole), name)
+
+        for check in vaurien.parse_address, vaurien.parse_behavior, vaurien.check_match, vaurien.parse_host, vaurien.check_names, vaurien.expand:
+            hypothesis.given(some.text())(settings(only_value_errors(check)))()
+        hypothesis.given(values)(settings(table))()
+        hypothesis.given(some.text())(settings(target))()
+        hypothesis.given(some.binary(max_size=300))(settings(framing))()
+
+
+# -- Soak: python3 test_vaurien.py soak [--seconds N] [--seed N] -----------------------
+#
+# Random conversations through random chains of faults that come, change and go meanwhile. What
+# arrives is what was sent, from its beginning, in order, once; all of it, where no fault has cut the
+# connection. What is done is drawn from the seed, so that it can be done again.
+
+KEEPING = {"dummy": {}, "delay": {"sleep": 0.01}, "latency": {"latency": 20, "jitter": 20}, "bandwidth": {"rate": 20000},
+           "slicer": {"average_size": 2000, "size_variation": 1000, "delay": 50}, "slow_close": {"delay": 20}, "hang": {}, "noop": {}}
+CUTTING = {"blackout": {}, "abort": {}, "timeout": {"timeout": 30}, "reset_peer": {"timeout": 20}, "limit_data": {"bytes": 100000}}
+MOST = 1 << 21              # bytes of one way of a conversation
+
+
+class SoakedProxy(vaurien.Proxy):
+    """A proxy that remembers which faults a connection that has ended had met."""
+
+    def __init__(self, *args, **words):
+        super().__init__(*args, **words)
+        self.met = {}
+
+    def ended(self, connection, how):
+        super().ended(connection, how)
+        self.met[connection.name] = set(connection.faults or ()), how
+
+
+class Soak:
+    """What both ends of a conversation do is drawn from its number."""
+
+    def __init__(self, seed):
+        self.seed = seed
+        self.pool = noise(MOST, seed)
+        self.heard = {}             # {number: (bytes, "eof" or "reset")} of the backend
+        self.count = Counter()
+        self.problems = []
+
+    def plan(self, number, side):
+        """(the bytes that a side says, in such pieces, and whether it resets in the end)."""
+        generator = random.Random("%d %d %s" % (self.seed, number, side))
+        size = generator.randint(0, generator.choice([0, 1, 100, 5000, 100000, MOST if generator.random() < 0.1 else 300000]))
+        start = generator.randint(0, MOST - size)
+        return self.pool[start:start + size], generator, generator.random() < 0.1
+
+    def talk(self, sock, number, side):
+        """Say what is planned, and hear the other; returns (bytes, how it ended)."""
+        said, generator, resets = self.plan(number, side)
+        heard, at, takes, pause = bytearray(), 0, generator.choice([100, 4096, 1 << 18]), 0.0
+        sock.setblocking(False)
+        try:
+            while True:
+                speaks = at is not None and time.monotonic() >= pause
+                readable, writable, _ = select.select([sock], [sock] * speaks, [], PATIENCE * 4 if speaks or at is None else 0.001)
+                if writable and at < len(said):
+                    at += sock.send(said[at:at + generator.randint(1, generator.choice([10, 1000, 1 << 18]))])
+                    if generator.random() < 0.1:
+                        pause = time.monotonic() + generator.random() / 100
+                elif writable and resets:
+                    hang_up(sock)
+                    return bytes(heard), "reset"
+                elif writable:
+                    sock.shutdown(socket.SHUT_WR)
+                    at = None
+                if readable:
+                    data = sock.recv(takes)
+                    if not data:
+                        break
+                    heard += data
+                elif (speaks or at is None) and not writable:
+                    return bytes(heard), "late"
+            sock.settimeout(PATIENCE)
+            while at is not None and at < len(said):        # the other has said all, and still hears
+                sock.sendall(said[at:])
+                at = len(said)
+            if at is not None and resets:
+                hang_up(sock)
+            elif at is not None:
+                sock.shutdown(socket.SHUT_WR)
+        except BlockingIOError:
+            return bytes(heard), "late"
+        except OSError:
+            return bytes(heard), "reset"
+        return bytes(heard), "eof"
+
+    def backend(self, sock):
+        with contextlib.suppress(OSError, EOFError):
+            number = struct.unpack(">Q", read(sock, 8))[0]
+            self.heard[number] = self.talk(sock, number, "backend")
+
+    def converse(self, proxy, number):
+        with contextlib.closing(connect(proxy.port)) as sock:
+            name = vaurien.show_address(sock.getsockname())
+            with contextlib.suppress(OSError):
+                sock.sendall(struct.pack(">Q", number))
+            answer = self.talk(sock, number, "client")
+        wait_until(lambda: name in proxy.met)
+        faults, how = proxy.met.pop(name)
+        cut = faults & set(CUTTING)
+        resets = self.plan(number, "client")[2] or self.plan(number, "backend")[2]
+        if not cut and not resets:
+            wait_until(lambda: number in self.heard)
+        question = self.heard.pop(number, (b"", "eof"))
+        for side, (found, end), other in ("client", answer, "backend"), ("backend", question, "client"):
+            wanted = self.plan(number, other)[0]
+            whole = found == wanted and end == "eof"
+            if end == "late" or not wanted.startswith(found) or not (whole or cut or resets):
+                self.problems.append("conversation %d: the %s heard %d of %d bytes (%s, first difference at %s), faults %s, ended: %s" % (
+                    number, side, len(found), len(wanted), end, next((at for at, pair in enumerate(zip(found, wanted)) if pair[0] != pair[1]), "none"),
+                    sorted(faults), how))
+            self.count["bytes"] += len(found)
+        self.count["conversations"] += 1
+        self.count["cut"] += bool(cut)
+        self.count["reset"] += resets
+
+    def chain(self, generator):
+        """Toxics, drawn: mostly such that keep all bytes."""
+        toxics = []
+        for number in range(generator.choice([0, 0, 1, 1, 2, 3, 4])):
+            kinds = CUTTING if generator.random() < 0.1 else KEEPING
+            kind = generator.choice(sorted(kinds))
+            attributes = {name: type(value)(value * generator.random() * 2) for name, value in kinds[kind].items()}
+            attributes.update({name: max(1, attributes[name]) for name in ("rate", "average_size") if name in attributes})
+            stream = "both" if kind in ("blackout", "abort", "hang", "delay", "dummy") else generator.choice(["upstream", "downstream", "both"])
+            toxics.append(vaurien.Toxic(kind, "%s %d" % (kind, number), generator.choice([0.2, 1.0]), attributes, stream,
+                                        per=generator.choice(["connection", "request"]), after=generator.choice([0, 0, 3]),
+                                        times=generator.choice([0, 0, 5])))
+        return toxics
+
+    def run(self, seconds, workers=8, **words):
+        """For so many seconds; returns what there was to complain about."""
+        generator, numbers, over = random.Random(self.seed), iter(range(1, 1 << 60)), threading.Event()
+        with serving(self.backend) as (port, _), SoakedProxy("127.0.0.1:%d" % port, "127.0.0.1:0", seed=self.seed, **words) as proxy:
+            def work():
+                while not over.is_set() and not self.problems:
+                    try:
+                        self.converse(proxy, next(numbers))
+                    except Exception as problem:
+                        self.problems.append(repr(problem))
+            threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+            for thread in threads:
+                thread.start()
+            end = time.monotonic() + seconds
+            while time.monotonic() < end and not self.problems:
+                proxy.loop.call(proxy.set_toxics, self.chain(generator))
+                self.count["chains"] += 1
+                over.wait(generator.random() / 20)
+            over.set()
+            proxy.loop.call(proxy.set_toxics, [])
+            for thread in threads:
+                thread.join(8 * PATIENCE)
+            wait_until(lambda: not proxy.connections)
+            held = proxy.loop.call(lambda: (proxy.loop.budget.held, proxy.loop.budget.pipes, len(proxy.loop.watched), len(proxy.loop.alarms)))
+            if held != (0, 0, 2, 0):
+                self.problems.append("left: %r bytes held, pipes, sockets watched, alarms" % (held,))
+        return self.problems
+
+
+class TestSoak(unittest.TestCase):
+
+    def test_a_moment_of_it(self):
+        for seed, splices in (1, vaurien.SPLICES), (2, False):
+            with mock.patch.object(vaurien, "SPLICES", splices):
+                soak = Soak(seed)
+                self.assertEqual(soak.run(1.0), [])
+                self.assertGreater(soak.count["conversations"], 5)
+
+    def test_a_byte_that_is_wrong_is_seen(self):
+        def spoil(state, t, to, data):
+            if len(data) > 1000:
+                data = data[:500] + bytes([data[500] ^ 1]) + data[501:]
+            yield t, to, data
+
+        with registered(spoil), mock.patch.dict(KEEPING, {"noop": {}}), mock.patch.object(Soak, "chain", lambda self, generator: [vaurien.Toxic("spoil", "x")]):
+            self.assertRegex(Soak(1).run(PATIENCE)[0], "first difference at 500|first difference at [0-9]+")
+
+    def test_a_byte_that_is_lost_is_seen(self):
+        def lose(state, t, to, data):
+            yield t, to, data[:-1] if len(data) > 1 else data
+
+        with registered(lose), mock.patch.object(Soak, "chain", lambda self, generator: [vaurien.Toxic("lose", "x")]):
+            self.assertTrue(Soak(1).run(PATIENCE))
+
+
+def soak_from(argv):
+    """The status of a soak, as long as one likes."""
+    import argparse
+    parser = argparse.ArgumentParser(prog="test_vaurien.py soak")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
+    said = parser.parse_args(argv)
+    setUpModule()
+    soak = Soak(said.seed)
+    print("soak, %g s, seed %d" % (said.seconds, said.seed), flush=True)
+    problems = soak.run(said.seconds)
+    print("%(conversations)d conversations, %(bytes)d bytes heard, %(chains)d chains of faults; %(cut)d were cut by a fault, %(reset)d by a peer"
+          % soak.count)
+    print("\n".join(problems) or "every byte accounted for")
+    return 1 if problems else 0
+
+
 # -- Real clients of Toxiproxy -------------------------------------------------------
 
 class TestToxiproxyClients(Toxicproxy):
@@ -6018,9 +6727,55 @@ def bench(argv):
         print("%-45s %s" % (words, value))
 
 
+# -- Load: python3 test_vaurien.py load ------------------------------------------------
+
+def load_from(argv):
+    """The figures of many connections, at once and one after another; the status."""
+    many, short, burst = (10000, 100000, 2000) if not argv else map(int, argv)
+    limit = vaurien.raise_descriptors() or 1000
+    many = min(many, (limit - 300) // 2)
+    with contextlib.ExitStack() as stack:
+        backend = int(bench_process(stack, "bench-backend").stdout.readline())
+        load = [bench_process(stack, "bench-load") for _ in range(2)]
+        proxy = Benched("vaurien", OWN["vaurien"], backend, load, stack)
+
+        def figures(what):
+            wait_until(lambda: len(os.listdir("/proc/%d/fd" % proxy.pid)) == idle)
+            print("%-50s %6.1f MiB, %d descriptors, %d threads" % (what, resident(proxy.pid) / 2 ** 20, idle, len(os.listdir("/proc/%d/task" % proxy.pid))), flush=True)
+        with contextlib.ExitStack() as first:
+            proxy.crowd(100, 0, first)
+        wait_until(lambda: not select.select([], [], [], 0.2)[0])
+        idle = len(os.listdir("/proc/%d/fd" % proxy.pid))
+        figures("after 200 connections")
+        for turn in range(2):
+            with contextlib.ExitStack() as crowd:
+                each = proxy.crowd(many, 0, crowd)
+                print("%-50s %6.1f MiB, %.0f bytes each, the first time" % ("%d at once" % many, resident(proxy.pid) / 2 ** 20, each), flush=True)
+            figures("when they have gone")
+        done = 0
+        while done < short:
+            rate, cost, _, _ = proxy.measure("connect", 2, 1, 5)
+            done += int(rate * 5)
+        figures("after %d short ones" % done)
+        socks = [socket.socket() for _ in range(burst)]
+        for sock in socks:
+            sock.setblocking(False)
+            sock.connect_ex(("127.0.0.1", proxy.port))
+        for sock in socks:
+            sock.settimeout(PATIENCE)
+            exchange(sock, b"question")
+            sock.close()
+        figures("after %d at the same moment" % burst)
+    return 0
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["bench"]:
         bench(sys.argv[2:])
+    elif sys.argv[1:2] == ["soak"]:
+        sys.exit(soak_from(sys.argv[2:]))
+    elif sys.argv[1:2] == ["load"]:
+        sys.exit(load_from(sys.argv[2:]))
     elif sys.argv[1:2] == ["bench-backend"]:
         bench_backend()
     elif sys.argv[1:2] == ["bench-load"]:

@@ -71,8 +71,8 @@ class Late:
         return found
 
 
-configparser, hashlib, inspect, json, subprocess, urls = map(
-    Late, ["configparser", "hashlib", "inspect", "json", "subprocess", "urllib.parse"])
+configparser, hashlib, hmac, inspect, json, subprocess, urls = map(Late, [
+    "configparser", "hashlib", "hmac", "inspect", "json", "subprocess", "urllib.parse"])
 
 __version__ = "3.0.0"
 
@@ -96,7 +96,8 @@ BACKLOG = 4096                  # for listen; the kernel caps it (net.core.somax
 LINUX = sys.platform.startswith("linux")
 BURST = 64                      # connections accepted in a row before others have their turn
 LINGER = 5.0                    # seconds for a client to close after an error (as nginx has it)
-PAUSE = 1.0                     # seconds without accepting when descriptors have run out
+PAUSE = 1.0                     # seconds until what failed for lack of descriptors is tried again
+SPARE = 8                       # descriptors: a client, a backend, a resolver, two pipes ...
 FINE = 0.005                    # seconds before an alarm from which waiting is exact
 EARLY = 0.00015                 # seconds by which select() wakes up later than it is asked to
 LONGEST = 3600.0                # seconds of one wait: epoll's timeout is a C int of ms
@@ -2474,8 +2475,24 @@ class Epoll(selectors.BaseSelector):
         return self.keys
 
 
+def have_descriptors():
+    """Whether there are SPARE descriptors: found out by having them."""
+    found = []
+    try:
+        while len(found) < SPARE:
+            found.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        return False
+    finally:
+        for number in found:
+            os.close(number)
+    return True
+
+
 class Loop:
     """Watches sockets, rings alarms, and calls what other threads hand in."""
+
+    scarce = False      # whether descriptors have run out: then each connection asks for them first
 
     def __init__(self, clock=time.monotonic, selector=None):
         self.clock = clock
@@ -2520,8 +2537,10 @@ class Loop:
             self.selector.unregister(sock)
 
     def full(self):
-        """Whether the selector could not take one more connection."""
-        return len(self.watched) + 2 > self.limit
+        """Why there is no room for one more connection and what it may need; "" if there is."""
+        if len(self.watched) + 2 > self.limit:
+            return "select() takes no more sockets"
+        return "too few descriptors are left" if Loop.scarce and not have_descriptors() else ""
 
     def at(self, t, callback):
         """Call back at t. Returns the alarm, for `cancel`."""
@@ -2756,6 +2775,7 @@ def missing(problem):
 SPLICES = hasattr(os, "splice")         # Linux, with Python 3.10 or newer
 F_SETPIPE_SZ = 1031                     # of linux/fcntl.h; in the module fcntl since Python 3.10
 UNBLOCKED = getattr(socket, "SOCK_NONBLOCK", 0)
+NO_MORE = {errno.EMFILE, errno.ENFILE}      # descriptors
 UNDER_WAY = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}      # what connect says then
 
 
@@ -3252,9 +3272,15 @@ class Connection:
     def try_next(self, problem):
         """Connect to the next address, without waiting; problem is how the last one failed."""
         while self.addresses:
+            address = self.addresses.pop(0)
             try:
-                self.backend, self.connecting = call(*self.addresses.pop(0))
+                self.backend, self.connecting = call(*address)
             except OSError as failed:
+                if failed.errno in NO_MORE:
+                    Loop.scarce = True
+                    self.addresses.insert(0, address)
+                    self.patience = self.loop.at(self.loop.clock() + PAUSE, self.try_again)
+                    return
                 if problem is None or not missing(failed):
                     problem = failed
                 continue
@@ -3269,6 +3295,14 @@ class Connection:
                 self.patience = self.loop.at(now + share, self.unanswered)
             return
         self.fail(getattr(problem, "strerror", None) or problem or "no address found")
+
+    def try_again(self):
+        """There may be a descriptor now."""
+        if self.loop.clock() < self.deadline:
+            self.try_next(None)
+            self.advance()
+        else:
+            self.fail(os.strerror(errno.EMFILE))
 
     def connected(self):
         """The backend has answered the call, with a yes or a no."""
@@ -3303,7 +3337,7 @@ class Connection:
         """A recv has failed: the source is gone, and takes no more from the other side.
 
         An RST received is an RST passed on, after what was said before it. Only what
-        hangs is dropped: nobody waits for it any more.
+        hangs, or waits for a backend to answer the call, is dropped: nobody waits for it.
         """
         who = "client" if pipe is self.up else "backend"
         reset = isinstance(problem, ConnectionResetError)
@@ -3312,7 +3346,7 @@ class Connection:
         other = self.down if pipe is self.up else self.up
         other.drop()
         other.done = True
-        if pipe is self.up and pipe.latest == NEVER:
+        if pipe is self.up and (pipe.latest == NEVER or self.connecting):
             self.reset(self.torn)
         else:
             self.take(pipe.to, EOF)
@@ -3420,12 +3454,13 @@ def work(rule, socks, to_backend):
 class Listener:
     """Accepts, on every address of a host, all on one port."""
 
+    complained = -PAUSE         # when one last said that it cannot
+
     def __init__(self, local, welcome):
         """Have the port; welcome(client, peer) gets who comes. Raises OSError."""
         self.sockets = listen(local)
         self.welcome = welcome
         self.loop = None
-        self.complained = 0.0       # when we last said that descriptors have run out
 
     def __str__(self):
         return " and ".join(show_address(sock.getsockname()) for sock in self.sockets)
@@ -3443,8 +3478,9 @@ class Listener:
         for _ in range(BURST):
             if sock not in self.sockets:            # closed earlier in this select()
                 return
-            if self.loop.full():
-                self.pause(sock, OSError(errno.EMFILE, "select() takes no more sockets"))
+            why = self.loop.full()
+            if why:
+                self.pause(sock, why)
                 return
             try:
                 client, peer = sock.accept()
@@ -3453,20 +3489,20 @@ class Listener:
             except ConnectionError:
                 continue                            # it has gone again already
             except OSError as problem:              # no descriptors, no memory
-                self.pause(sock, problem)
+                Loop.scarce = Loop.scarce or problem.errno in NO_MORE
+                self.pause(sock, problem.strerror)
                 return
             try:
                 self.welcome(client, peer or client.getpeername())
             except OSError:                         # likewise; macOS then has no peer
                 client.close()
 
-    def pause(self, sock, problem):
-        """Accept nobody for a while; those who are here go on."""
+    def pause(self, sock, why):
+        """Accept nobody for a while; those who are here go on. All listeners say so once."""
         now = self.loop.clock()
-        if now - self.complained >= PAUSE:
-            self.complained = now
-            log.warning("cannot accept on %s: %s: trying again in %g s", self, problem.strerror,
-                        PAUSE)
+        if now - Listener.complained >= PAUSE:
+            Listener.complained = now
+            log.warning("cannot accept on %s: %s: trying again in %g s", self, why, PAUSE)
         self.loop.watch(sock, 0)
         self.loop.at(now + PAUSE, lambda: sock in self.sockets and self.watch(sock))
 
@@ -4077,9 +4113,9 @@ class Proxies(OrderedDict):
         """One more, that accepts if it is enabled; False if the name is taken. Raises OSError."""
         if proxy.name in self:
             return False
-        if self.loop.full():
-            problem = OSError(errno.EMFILE, "select() takes no more sockets")
-            raise CannotListen(problem, proxy.local)
+        why = self.loop.full()
+        if why:
+            raise CannotListen(OSError(errno.EMFILE, why), proxy.local)
         if proxy.enabled:
             proxy.bind()
         return self.loop.call(self.welcome, proxy)
@@ -4144,11 +4180,12 @@ ROUTES = OrderedDict()          # {path: {method: function}}; a part in capitals
 BODY_MAX = 1 << 20              # bytes of a question's body
 TALKERS_MAX = 256               # connections at a time
 TALK_TIME = 10.0                # seconds that a connection may say nothing
+ANSWER_TIME = 30.0              # seconds in which a question is asked, answered and heard
 
 # What a route is asked: the control, {part of the path: name}, the other words of the query
-# beside proxy, the body's text, the User-Agent. The proxy is the one that is chosen, by the
+# beside proxy, the body's text, the headers. The proxy is the one that is chosen, by the
 # path or by ?proxy=NAME, or the first; None if there is none.
-Question = namedtuple("Question", "control proxy names query body agent")
+Question = namedtuple("Question", "control proxy names query body headers")
 Answer = namedtuple("Answer", "status headers text")
 
 
@@ -4346,14 +4383,16 @@ def list_events(question):
     return {"events": [event._asdict() for event in events if event.number > since]}
 
 
-def respond(control, method, target, body, agent=""):
+def respond(control, method, target, body, headers=None):
     """The Answer to one question. Nothing else may come of it."""
     try:
-        answer = ask(control, method, target, body, agent)
+        headers = headers or {}
+        control.admit(headers)
+        answer = ask(control, method, target, body, headers)
     except Refused as refused:
         return refused.answer()
     except Exception as problem:
-        log.exception("control: %s %s failed", method[:20], target[:200])
+        log.exception("control: %r %r failed", method[:20], target[:200])
         words = "%s: %s" % (type(problem).__name__, problem)
         return Refused(500, [("server", "", words)]).answer()
     if isinstance(answer, Answer):
@@ -4363,7 +4402,7 @@ def respond(control, method, target, body, agent=""):
     return Answer(200, {"Content-Type": "application/json"}, json.dumps(answer))
 
 
-def ask(control, method, target, body, agent):
+def ask(control, method, target, body, headers):
     """Find the route and ask it. Raises Refused."""
     path, _, words = target.partition("#")[0].partition("?")
     methods, names = find_route(path)
@@ -4391,7 +4430,7 @@ def ask(control, method, target, body, agent):
     for word in sorted(query):
         if function.query is not None and word not in function.query:
             refuse(word, "%s does not know %r in a query" % (path, word[:200]), "querystring")
-    return function(Question(control, proxy, names, query, text, agent))
+    return function(Question(control, proxy, names, query, text, headers))
 
 
 def find_route(path):
@@ -4407,14 +4446,21 @@ def find_route(path):
 
 
 class Control:
-    """The control server: a loop of its own, in a thread of its own, accepts; threads answer."""
+    """The control server: a loop of its own, in a thread of its own, accepts; threads answer.
 
-    def __init__(self, local, proxies):
+    token    what who drives it must bear; None for no token
+    names    that it may be called by, beside its addresses, localhost and its own host
+    """
+
+    def __init__(self, local, proxies, token=None, names=()):
         self.local = local
         self.proxies = proxies
+        self.token = token
+        self.names = {"localhost", local[0].lower(), *(name.lower() for name in names)} - {""}
         self.listener = None
         self.url = ""
-        self.talkers = OrderedDict()        # {socket: None} of those we talk to, the oldest first
+        self.talkers = OrderedDict()        # {socket: Talk}, the oldest first
+        self.sweeping = False
         self.loop = None
 
     def bind(self):
@@ -4431,6 +4477,42 @@ class Control:
         self.thread = threading.Thread(target=self.loop.run, name="control", daemon=True)
         self.thread.start()
         log.info("control on %s", self.listener)
+        if not self.token and not all(is_loopback(sock.getsockname())
+                                      for sock in self.listener.sockets):
+            log.warning("control: whoever reaches %s can drive it: give a --http-token",
+                        self.listener)
+
+    def admit(self, headers):
+        """Refuse who must not drive us; no page in a browser may. Raises Refused.
+
+        Who bears the token may; no page knows it. Without a token a page is known by its
+        Host, which is a name that its owner has given our address (DNS rebinding), or by
+        where it comes from (RFC 6454, Origin; Fetch Metadata, Sec-Fetch-Site).
+        """
+        if self.token:
+            scheme, _, word = headers.get("Authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(
+                    word.strip().encode("utf-8", "replace"), self.token.encode("utf-8")):
+                raise Refused(401, [("header", "Authorization",
+                                     "Authorization must be Bearer and the --http-token")],
+                              {"WWW-Authenticate": "Bearer"})
+            return
+        host = headers.get("Host", "localhost")
+        if not self.is_called(host):
+            refuse("Host", "Host must be an address, %s or a --http-name, not %r"
+                   % (" or ".join(sorted(self.names)), host[:200]), "header", 403)
+        origin = headers.get("Origin", "http://" + host)
+        if origin.lower() not in ("http://" + host.lower(), "https://" + host.lower()):
+            refuse("Origin", "no page of %r may drive this" % origin[:200], "header", 403)
+        if headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+            refuse("Sec-Fetch-Site", "no page from elsewhere may drive this", "header", 403)
+
+    def is_called(self, host):
+        """Whether that is a Host that it may be called by."""
+        name = re.sub(r":\d*$", "", host.strip()).lower().rstrip(".")
+        bare = name[1:-1] if name.startswith("[") and name.endswith("]") else name
+        return name in self.names or (bool(re.fullmatch("[0-9a-f.:]{1,45}", bare))
+                                      and literal((bare, 0)) is not None)
 
     def welcome(self, client, peer):
         """Have a thread answer a client; the oldest makes room if there are too many."""
@@ -4439,15 +4521,29 @@ class Control:
             with contextlib.suppress(OSError):
                 oldest.shutdown(socket.SHUT_RDWR)
         client.settimeout(TALK_TIME)
-        self.talkers[client] = None
-        self.loop.away(lambda: self.answer(client, peer),
+        talk = self.talkers[client] = Talk(self)
+        self.loop.away(lambda: self.answer(client, peer, talk),
                        lambda done, problem: self.leave(client, problem))
+        if not self.sweeping:
+            self.sweep()
 
-    def answer(self, client, peer):
+    def sweep(self):
+        """Hang up on who takes too long, a byte at a time or not at all."""
+        now = self.loop.clock()
+        for client, talk in self.talkers.items():
+            if talk.until < now:
+                with contextlib.suppress(OSError):
+                    client.shutdown(socket.SHUT_RDWR)
+        self.sweeping = bool(self.talkers)
+        if self.sweeping:
+            self.loop.at(now + 1, self.sweep)
+
+    def answer(self, client, peer, talk):
         """Talk, then linger: to close over what is unread would destroy the last answer."""
         with client:
-            self.talk(client, peer, self)
+            self.talk(client, peer, talk)
             client.shutdown(socket.SHUT_WR)
+            talk.hurry(LINGER)
             client.settimeout(1)
             for _ in range(1000):
                 if not client.recv(65536):
@@ -4469,6 +4565,22 @@ class Control:
             self.loop.close()
 
 
+class Talk:
+    """What a connection to the control server knows of it, and until when it must be done."""
+
+    def __init__(self, control):
+        self.control = control
+        self.hurry(TALK_TIME)
+
+    def hurry(self, seconds):
+        """What is being done must be done in so many seconds."""
+        self.until = self.control.loop.clock() + seconds
+
+
+def is_loopback(address):
+    return address[0] == "::1" or address[0].startswith("127.")
+
+
 def talker():
     """The request handler of http.server that puts every question to `respond`."""
     import http.server  # late: few commands need it, and it takes its time
@@ -4488,6 +4600,16 @@ def talker():
                 return
             super().handle()
 
+        def handle_one_request(self):
+            self.server.hurry(TALK_TIME)
+            try:
+                self.rfile.peek(1)  # type: ignore
+            except socket.timeout:
+                self.close_connection = True
+                return
+            self.server.hurry(ANSWER_TIME)
+            super().handle_one_request()
+
         def __getattr__(self, name):    # any method: it is for the routes to refuse
             if name.startswith("do_"):
                 return self.answer
@@ -4500,8 +4622,8 @@ def talker():
                 self.send_error(408, "the body did not come")
             else:
                 if body is not None:
-                    self.reply(*respond(self.server, self.command, self.path, body,
-                                        self.headers.get("User-Agent", "")))
+                    self.reply(*respond(self.server.control, self.command, self.path, body,
+                                        self.headers))
 
         def read_body(self):
             """The body; or None, and it is answered."""
@@ -4623,7 +4745,8 @@ def api(method, path, example="", status=200):
     """Register a function of a question; what it returns goes out as JSON, None as 204."""
     def register(function):
         def answer(question):
-            if question.agent.startswith("Mozilla/"):       # no page in a browser drives us
+            agent = question.headers.get("User-Agent", "")
+            if agent.startswith("Mozilla/"):        # as the original has it
                 return plain(403, "User agent not allowed\n")
             with in_its_words():
                 found = function(question)
@@ -5113,9 +5236,10 @@ class Client:
     A refusal is a ValueError with the server's words; no server is an OSError.
     """
 
-    def __init__(self, host="localhost", port=8080, scheme="http", proxy=None):
+    def __init__(self, host="localhost", port=8080, scheme="http", proxy=None, token=None):
         self.host, self.port, self.scheme = host, int(port), scheme
         self.proxy = proxy              # its name, where there are several
+        self.token = token              # of --http-token
 
     def ask(self, method, path, body=None, **query):
         """Ask the server; returns its JSON, or its text."""
@@ -5129,7 +5253,8 @@ class Client:
             path += "?" + urls.urlencode(query)
         connection = kinds[self.scheme](self.host, self.port, timeout=30)
         try:
-            connection.request(method, path, None if body is None else json.dumps(body))
+            connection.request(method, path, None if body is None else json.dumps(body),
+                               {"Authorization": "Bearer " + self.token} if self.token else {})
             response = connection.getresponse()
             text = response.read().decode("utf-8", "replace")
         except http.client.HTTPException as problem:
@@ -5202,12 +5327,13 @@ STARTED = {}            # {pid: (Popen, who started it)} of start_proxy
 
 def start_proxy(host="localhost", port=8888, http=True, warmup=2, *, proxy_host="localhost",
                 proxy_port=8000, backend_host=None, backend_port=None, protocol="tcp",
-                http_host="localhost", http_port=8080, options=None, log_level="info",
-                log_output="-"):
+                http_host="localhost", http_port=8080, http_token=None, options=None,
+                log_level="info", log_output="-"):
     """Start a proxy in a process of its own, and return its pid when it listens.
 
     host, port       the backend (backend_host and backend_port mean the same)
-    http             whether it can be driven by a Client, at http_host and http_port
+    http             whether it can be driven by a Client, at http_host and http_port,
+                     by who knows the http_token, if there is one
     warmup           seconds to wait for it, at the longest
     options          more words for the command line, like ["--behavior", "20:delay"]
 
@@ -5223,6 +5349,7 @@ def start_proxy(host="localhost", port=8888, http=True, warmup=2, *, proxy_host=
              "--log-output", log_output]
     if http:
         words += ["--http", "--http-host", http_host, "--http-port", str(http_port)]
+        words += ["--http-token", http_token] * bool(http_token)
     process = subprocess.Popen([*words, *map(str, options or ())], stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, universal_newlines=True)
     STARTED[process.pid] = process, os.getpid()
@@ -5287,6 +5414,21 @@ def check_host(text):
     return text
 
 
+def check_names(text):
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if not name or ":" in name or not nameable(name):
+            raise ValueError("must be NAME[,NAME ...], like chaos.example, not %r" % text)
+    return names
+
+
+def check_token(text):
+    """As RFC 6750 has it; it is a secret, so no complaint says it."""
+    if not re.fullmatch("[A-Za-z0-9._~+/-]+=*", text):
+        raise ValueError("must be letters, digits and ._~+/- alone, and = at its end")
+    return text
+
+
 def check_log_level(text):
     return one_of("debug", "info", "warning", "error", "critical")(text.lower()).upper()
 
@@ -5320,6 +5462,10 @@ PROCESS_SETTINGS = OrderedDict((
                           "where to be driven from")),
     ("http-port", Setting(("--http-port",), "8080", check_port, "PORT",
                           "likewise; 0 picks a free one")),
+    ("http-token", Setting(("--http-token",), None, check_token, "TOKEN",
+                           "who drives it must send it: Authorization: Bearer TOKEN")),
+    ("http-name", Setting(("--http-name",), None, check_names, "NAME,...",
+                          "names that it is reached by, beside addresses and localhost")),
     ("statsd", Setting(("--statsd",), None, parse_address, "HOST:PORT",
                        "a StatsD server to send counts to, by UDP")),
     ("log-level", Setting(("--log-level",), "info", check_log_level, "LEVEL",
@@ -5339,8 +5485,8 @@ SERVE_SETTINGS = OrderedDict([
     ("http-port", FILE_SETTINGS["http-port"]._replace(flags=("--http-port", "--port", "-port"),
                                                       default="8474")),
     ("seed", FILE_SETTINGS["seed"]._replace(flags=("--seed", "-seed")))]
-    + [(name, SETTINGS[name]) for name in ("timeout", "statsd", "log-level", "log-output",
-                                           "attached")])
+    + [(name, SETTINGS[name]) for name in ("http-token", "http-name", "timeout", "statsd",
+                                           "log-level", "log-output", "attached")])
 DEMO_SETTINGS = OrderedDict((
     ("behavior", PROXY_SETTINGS["behavior"]._replace(default="20:delay")),
     ("seed", PROXY_SETTINGS["seed"]._replace(default="1",
@@ -5655,6 +5801,24 @@ def give_toxics(proxies, toxics):
         proxy.arm(proxy.stack, proxy.toxics)
 
 
+class Formatter(logging.Formatter):
+    """One line is one event, whatever a peer has had written into it."""
+
+    def formatMessage(self, record):
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, exc_info):
+        lines = super().formatException(exc_info).split("\n")
+        return "\n".join("    " + printable(line) for line in lines)
+
+
+def printable(text):
+    """A text in one line, its other characters as they are written in Python."""
+    return text if text.isprintable() else "".join(
+        letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def start_log(level, output):
     """Log to a file, or to stderr. Raises ValueError."""
     try:
@@ -5662,7 +5826,7 @@ def start_log(level, output):
                    logging.FileHandler(output, encoding="utf-8"))
     except OSError as problem:
         raise ValueError("cannot log to %s: %s" % (output, problem.strerror)) from None
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.raiseExceptions = False     # a full disk ends the log, not the proxy
     log.addHandler(handler)
     log.setLevel(level)
@@ -5683,17 +5847,28 @@ def raise_descriptors():
     return most
 
 
+def fill_standard_descriptors():
+    """Those of stdin, stdout and stderr that are closed are not for sockets to have."""
+    number = 0
+    while number <= 2:
+        number = os.open(os.devnull, os.O_RDWR)
+    os.close(number)
+
+
 def serve(places, attached):
     """Run proxies, and their control, until SIGTERM or Ctrl-C.
 
     Raises OSError where one of them cannot listen; then nothing has been accepted.
     """
     raise_descriptors()
+    fill_standard_descriptors()
     parent = os.getppid()               # asked before anybody is told that we are here
     loop = Loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: loop.stop())
-    signal.set_wakeup_fd(loop.waker.fileno())       # Windows' select() sleeps through a signal
+    catches = threading.current_thread() is threading.main_thread()     # no other can
+    if catches:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: loop.stop())
+        signal.set_wakeup_fd(loop.waker.fileno())   # Windows' select() sleeps through a signal
     try:
         for place in places:
             place.bind()
@@ -5712,7 +5887,8 @@ def serve(places, attached):
     finally:
         for place in places:
             place.close()
-        signal.set_wakeup_fd(-1)
+        if catches:
+            signal.set_wakeup_fd(-1)
         loop.close()
     return 0
 
@@ -5737,8 +5913,9 @@ def run(argv):
                            description=introduction)
     given = found.given
     process = values(ChainMap(given, found.sections.get("vaurien", {})), PROCESS_SETTINGS)
-    if not process["http"] and ("http-host" in given or "http-port" in given):
-        raise ValueError("--http-host and --http-port are for --http, which is not given")
+    for name in "http-host", "http-port", "http-token", "http-name":
+        if name in given and not process["http"]:
+            raise ValueError("--%s is for --http, which is not given" % name)
     return prepare(make_proxies(found), process, "attached" in given)
 
 
@@ -5762,7 +5939,8 @@ def prepare(proxies, process, attached):
     """What is to be run, once all that was given is understood."""
     places = [proxies]
     if process["http"]:
-        places.append(Control((process["http-host"], process["http-port"]), proxies))
+        places.append(Control((process["http-host"], process["http-port"]), proxies,
+                              process["http-token"], process["http-name"] or ()))
     if process["statsd"]:
         places.append(Statsd(process["statsd"], proxies))
     start_log(process["log-level"], process["log-output"])
@@ -6006,6 +6184,9 @@ def ctl(argv):
                         help="a handler, and what is to be set")
     parser.add_argument("--host", default="http://localhost:8080", metavar="URL",
                         help="where the proxy is driven from (http://localhost:8080)")
+    parser.add_argument("--http-token", metavar="TOKEN",
+                        default=os.environ.get("VAURIEN_HTTP_TOKEN"),
+                        help="the proxy's; $VAURIEN_HTTP_TOKEN if not given")
     parser.add_argument("--proxy", metavar="NAME", default=None,
                         help="which proxy, if there are several (the first)")
     said, rest = parser.parse_known_args(argv)      # words may stand behind options, too
@@ -6014,7 +6195,8 @@ def ctl(argv):
             parser.error("unrecognized arguments: %s" % word)
     said.words += rest
     host, port, scheme = Given("--host", said.host).checked(parse_host)
-    client = Client(host, port, scheme, said.proxy)
+    token = said.http_token and Given("--http-token", said.http_token).checked(check_token)
+    client = Client(host, port, scheme, said.proxy, token)
     action = CTL[said.action]
     try:
         inspect.signature(action).bind(client, *said.words)  # type: ignore
