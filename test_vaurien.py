@@ -855,18 +855,18 @@ class Conversations:
 
     def slow_reader_backend(sock):
         read(sock, 2)
-        sock.sendall(noise(20000000))
+        sock.sendall(noise(8000000))
 
     def upload_client(sock):
-        sock.sendall(noise(10000000))
+        sock.sendall(noise(4000000))
         said = read(sock, 2)
-        sock.sendall(noise(10000000, 1))
+        sock.sendall(noise(4000000, 1))
         sock.shutdown(socket.SHUT_WR)
         return said, hear(sock)
 
     def upload_backend(sock):
         select.select([], [], [], 0.1)
-        first = read(sock, 10000000)
+        first = read(sock, 4000000)
         sock.sendall(b"go")
         return hashlib.sha1(first).hexdigest(), hear(sock)
 
@@ -981,6 +981,19 @@ class TestStraightRoad(Pouring, unittest.TestCase):
             self.assertEqual(loop.call(lambda: proxy.rules.requests), 101)
             use(proxy, "100:delay", delay={"sleep": 0.0})
             self.assertTrue(asked["clock"])         # it can be counted
+
+    def test_pieces_leave_one_by_one(self):
+        real, sent = socket.socket.send, []
+
+        def send(sock, data, *flags):
+            sent.append(bytes(data))
+            return real(sock, data, *flags)
+        with proxy_of(echo, "100:slicer", options={"slicer": {"average_size": 10}}) as proxy, connected(proxy) as sock:
+            for _ in range(3):
+                sent.clear()
+                with mock.patch.object(socket.socket, "send", send):
+                    exchange(sock, b"0123456789abcdefghij")
+                self.assertEqual([piece for piece in sent if piece != b"!"][:2], [b"0123456789", b"abcdefghij"])
 
     def test_what_a_fault_leaves_as_it_is_takes_it(self):
         with proxy_of(echo, "100:latency") as proxy, connected(proxy) as sock:
@@ -5192,6 +5205,8 @@ for module, names in (select, "epoll poll kqueue devpoll"), (os, "splice pipe2 f
         module.__dict__.pop(name, None)
 for name in "fcntl", "resource", "pwd", "ssl":
     sys.modules[name] = None
+import selectors
+selectors.DefaultSelector = selectors.SelectSelector
 class NoIPv6(socket.socket):
     def __init__(self, family=-1, *args, **words):
         if family == socket.AF_INET6:
@@ -5304,12 +5319,13 @@ class TestSurroundings(unittest.TestCase):
 
     def test_a_clock_that_jumps(self):
         with proxy_of(echo, "100:delay", options={"delay": {"sleep": 0.02}}) as proxy, connected(proxy) as sock:
+            exchange(sock, b"question")
             for now in 0.0, 4e9, -1e9:
                 with mock.patch.object(time, "time", lambda now=now: now):
                     began = time.monotonic()
                     exchange(sock, b"question")
                     self.assertGreaterEqual(time.monotonic() - began, 0.02)
-            self.assertEqual([event.time for event in proxy.events], [0.0, 4e9, -1e9])
+            self.assertEqual([event.time for event in proxy.events][1:], [0.0, 4e9, -1e9])
 
 
 class TestFuzz(Folder):
@@ -5329,7 +5345,7 @@ class TestFuzz(Folder):
                   *(functools.partial(vaurien.check_option, name, option) for name, function in HANDLERS.items()
                     for option in vaurien.options_of(function))]
         generator = random.Random(1)
-        for _ in range(200):
+        for _ in range(100):
             text = self.text(generator)
             for check in checks:
                 try:

@@ -1831,7 +1831,7 @@ class Line:
     """
 
     __slots__ = ("rules", "connection", "request", "speaker", "steps", "late", "lasting", "news",
-                 "number", "opaque", "protocol", "asked", "turned")
+                 "number", "opaque", "protocol", "asked", "turned", "touched")
 
     def __init__(self, rules, connection):
         self.rules = rules
@@ -1839,6 +1839,7 @@ class Line:
         self.opaque = False             # whether it was one, and its protocol is over
         self.asked = None               # the Request that the events at hand belong to
         self.turned = False             # whether a client has been answered in the backend's place
+        self.touched = False            # whether a step has changed what it saw
         self.connection = connection    # its number
         self.request = 0                # the number of the request under way
         self.speaker = None             # which way its last bytes went, if there were any
@@ -1986,6 +1987,7 @@ class Line:
                   in rule.handler(step.state, t, to, data, **rule.options)]
         if events == [(t, to, data)]:
             return [event]
+        self.touched = True
         for _, way, out in events:
             if way not in (UPSTREAM, DOWNSTREAM) or not isinstance(out, bytes):
                 raise TypeError("a handler yields (t, to, data), not (t, %r, %r)" % (way, out))
@@ -3024,10 +3026,10 @@ class Connection:
                 self.place(now, [(now, way.to, data, ())])
 
     def at_once(self, way, data):
-        """What is to leave now, where all that becomes of what has come is due and goes on.
+        """What is to leave now, where no fault touches what has come.
 
-        Or else it is in the pipes already, and nothing is returned. What is not returned
-        as it was is counted here as received.
+        Or else it is in the pipes already, or held, and nothing is returned. What is not
+        returned as it was is counted here as received.
 
         data    a view of the loop's buffer, or bytes
         """
@@ -3043,7 +3045,7 @@ class Connection:
                 return out
         elif not line.steps:
             return data
-        data, now = bytes(data), self.loop.clock()
+        data, now, line.touched = bytes(data), self.loop.clock(), False
         if not protocol:
             events = line.carry(now, way.to, data)
         else:
@@ -3056,10 +3058,8 @@ class Connection:
                 else:
                     self.line, held = line.give_up(now)
                     events += held
-        straight = not line.news
-        for t, to, out, _ in events:
-            straight = straight and t <= now and to is way.to and len(out) > 0
-        if straight and events:
+                line.touched = True     # another line may have done so
+        if not line.touched and all(to == way.to and out for _, to, out, _ in events):
             out = b"".join([event[2] for event in events])
             way.taken += size - len(out)
             return out
