@@ -50,6 +50,7 @@ import sys
 import threading
 import time
 import types
+import warnings
 from collections import ChainMap, Counter, OrderedDict, deque, namedtuple
 from selectors import EVENT_READ, EVENT_WRITE
 
@@ -155,6 +156,15 @@ MORE = Signal("MORE")       # what goes on with the request before; for protocol
 # be ...", whose beginning is known to the caller.
 
 LARGEST = 2 ** 63 - 1       # of a number, as in Toxiproxy
+NAME_MAX = 255              # characters of a name
+
+
+def words_of(problem):
+    """An exception in words, also where its own fail."""
+    try:
+        return "%s: %s" % (type(problem).__name__, problem)
+    except Exception:
+        return type(problem).__name__
 
 
 def check_number(value, kind, words, fits=lambda number: number >= 0):
@@ -188,6 +198,14 @@ def check_yes_no(value):
     if str(value).strip().lower() not in states:
         raise ValueError("must be yes or no, not %r" % (value,))
     return states[str(value).strip().lower()]
+
+
+def check_name(name):
+    """What a proxy or a toxic may be called: it is written into lines of the log."""
+    if len(name) > NAME_MAX or not name.isprintable():
+        raise ValueError("must be at most %d characters, and printable ones, not %r"
+                         % (NAME_MAX, name[:50]))
+    return name
 
 
 check_count = number(int, "a whole number, 0 or more")
@@ -588,6 +606,7 @@ def option_help(function):
 def get_handler(name):
     """The handler of that name. Raises ValueError."""
     if not isinstance(name, str) or name not in HANDLERS:
+        name = name[:50] if isinstance(name, str) else name
         raise ValueError("unknown handler %r: there are %s" % (name, ", ".join(sorted(HANDLERS))))
     return HANDLERS[name]
 
@@ -618,7 +637,9 @@ def check_match(text):
     if not isinstance(text, str) or not text:
         raise ValueError("must be a regular expression, not %r" % (text,))
     try:
-        return re.compile(text.encode("utf-8"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # what a later Python may read differently
+            return re.compile(text.encode("utf-8"))
     except (re.error, UnicodeError, RecursionError, OverflowError) as problem:
         raise ValueError("must be a regular expression, not %r: %s" % (text, problem)) from None
 
@@ -636,13 +657,14 @@ def load_handler(name, path):
     For the command line and the ini file alone. Raises ValueError.
     """
     module, _, attribute = path.rpartition(".")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())     # an installed `vaurien` has only its own folder
+    with contextlib.suppress(OSError):      # the folder may be gone
+        if os.getcwd() not in sys.path and "" not in sys.path:
+            sys.path.insert(0, os.getcwd())     # an installed `vaurien` has only its own
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as problem:      # the user's module may do anything
-        raise ValueError("cannot import %r: %s: %s" % (
-            path, type(problem).__name__, " ".join(str(problem).split()))) from None
+        raise ValueError("cannot import %r: %s" % (
+            path, " ".join(words_of(problem).split()))) from None
     check_handler(path, function)
     HANDLERS[name] = function
     if is_class_form(function) and function.name:
@@ -938,6 +960,7 @@ class Http(Protocol):
     STATUS = re.compile(rb"HTTP/1\.[01] (\d\d\d)")
     USUAL = re.compile(rb"HTTP/1\.[01] (200|[45]\d\d)")
     LENGTH = re.compile(rb"(?im)^content-length[ \t]*:[ \t]*(\d+)[ \t]*\r?$")
+    NUMBER = re.compile(rb"[ \t]*(\d+)[ \t]*\r?")
     CHUNKED = re.compile(rb"(?im)^transfer-encoding[ \t]*:.*chunked[ \t]*\r?$")
     CLOSE = re.compile(rb"(?im)^connection[ \t]*:.*\bclose\b")
     ALIVE = re.compile(rb"(?im)^connection[ \t]*:.*\bkeep-alive\b")
@@ -967,7 +990,7 @@ class Http(Protocol):
                        info=bool(closes))
 
     def whole_request(self, data):
-        if (data[-4:] != b"\r\n\r\n" or data.find(b"\r\n\r\n") < len(data) - 4
+        if (data[-3:] != b"\n\r\n" or data.find(b"\n\r\n") < len(data) - 3
                 or b"\n\n" in data or not data[:1].isalpha()):
             return None
         low = data.lower()
@@ -995,11 +1018,11 @@ class Http(Protocol):
         request = self.first()
         if not request or request.name in ("HEAD", "CONNECT") or not self.USUAL.match(data):
             return None
-        end = data.find(b"\r\n\r\n") + 4
+        end = data.find(b"\n\r\n") + 3
         low = data[:end].lower()
         at = low.find(b"\ncontent-length:") + len(b"\ncontent-length:")
-        length = low[at:low.find(b"\r", at)].strip(b" \t")
-        if (at < len(b"\ncontent-length:") or length != b"%d" % (len(data) - end)
+        length = self.NUMBER.fullmatch(low, at, low.find(b"\n", at))
+        if (at < len(b"\ncontent-length:") or not length or digits(length.group(1)) != len(data) - end
                 or b"\n\n" in low or b"\ntransfer-encoding" in low):
             return None
         self.ended()
@@ -1138,9 +1161,10 @@ class Redis(Protocol):
 
     def whole_reply(self, data):
         end, kind = data.find(b"\n") + 1, data[:1]
-        if not (kind in (b"+", b"-", b":") and end == len(data)):
+        if not (kind in (b"+", b"-", b":") and 0 < end == len(data)):
             size = data[1:end - 2]
-            if kind != b"$" or not size.isdigit() or end + int(size[:9]) + 2 != len(data):
+            if kind != b"$" or data[end - 2:end] != b"\r\n" or not size.isdigit() or (
+                    end + int(size[:9]) + 2 != len(data)):
                 return None
         self.ended()
         return [(len(data), END)]
@@ -1967,8 +1991,8 @@ class Line:
                 events = [out for event in events for out in self.through(step, event, shown)]
             except (Exception, SystemExit) as problem:
                 log.error("connection %d, request %d: handler %s failed and the connection is "
-                          "reset: %s: %s", self.connection, self.number, step.rule.name,
-                          type(problem).__name__, problem, exc_info=not step.rule.failed)
+                          "reset: %s", self.connection, self.number, step.rule.name,
+                          words_of(problem), exc_info=not step.rule.failed)
                 step.rule.failed = True
                 return [(t, to, RESET, ())]
         return events
@@ -2373,7 +2397,7 @@ class Pipe:
 
     def sent(self, size):
         """The first `size` bytes of out's first chunk are sent."""
-        rest = self.out.popleft()[size:]
+        rest = self.out.popleft()[size:]        # a memoryview, EOF, or a Duct, that is cut so
         self.given += size
         self.let_go(size)
         if rest:
@@ -2477,6 +2501,25 @@ class Epoll(selectors.BaseSelector):
         return self.keys
 
 
+def raise_descriptors():
+    """Have as many descriptors as we may: two for each connection (man 2 getrlimit).
+
+    Returns how many, or 0 where that cannot be known.
+    """
+    try:
+        import resource
+    except ImportError:                 # Windows has none
+        return 0
+    have, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for wanted in most, 10240:          # macOS takes no more, whatever it says is the most
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+            return wanted
+        except (ValueError, OSError):
+            pass                        # then with what there is
+    return have
+
+
 def have_descriptors():
     """Whether there are SPARE descriptors: found out by having them."""
     found = []
@@ -2532,8 +2575,8 @@ class Loop:
         if events and known:
             self.selector.modify(sock, events, callback)
         elif events:
-            self.watched.add(sock)
             self.selector.register(sock, events, callback)
+            self.watched.add(sock)
         elif known:
             self.watched.remove(sock)
             self.selector.unregister(sock)
@@ -2778,6 +2821,8 @@ SPLICES = hasattr(os, "splice")         # Linux, with Python 3.10 or newer
 F_SETPIPE_SZ = 1031                     # of linux/fcntl.h; in the module fcntl since Python 3.10
 UNBLOCKED = getattr(socket, "SOCK_NONBLOCK", 0)
 NO_MORE = {errno.EMFILE, errno.ENFILE}      # descriptors
+# What splice says where recv will do: nothing is there, or this system, or a socket, cannot.
+CANNOT = {errno.EAGAIN, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EBADF}
 UNDER_WAY = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}      # what connect says then
 
 
@@ -2893,7 +2938,8 @@ class Connection:
 
         It is open while nothing is under way: `watch` says so. No queue, no clock and, where
         no fault has been drawn, no event; one recv for each wake-up, for a fast sender must
-        not starve the others. What the target does not take waits.
+        not starve the others. What the target does not take waits. Events other than
+        EVENT_READ alone are something to write, or an error: see Epoll.READY.
         """
         target, loop, line = way.straight, self.loop, self.line
         if target is None or events != EVENT_READ or loop.budget.held > loop.budget.ample:
@@ -2946,10 +2992,9 @@ class Connection:
             return False
         try:
             size = duct.fill(way.source)
-        except ConnectionError as problem:
-            self.lost(way, problem)
-        except OSError:
-            pass                        # nothing is there, or this system cannot: recv will tell
+        except OSError as problem:
+            if problem.errno not in CANNOT:
+                self.lost(way, problem)
         if size < BULK:
             way.full = 0
         if not size:
@@ -3111,8 +3156,8 @@ class Connection:
             gone = isinstance(problem, OSError)         # most likely a peer, not a bug
             log.log(logging.INFO if gone else logging.ERROR,
                     "connection %d, request %d: handler %s failed and the connection is closed: "
-                    "%s: %s", self.number, self.line.request, rule.name, type(problem).__name__,
-                    problem, exc_info=not (rule.failed or gone) and problem)
+                    "%s", self.number, self.line.request, rule.name, words_of(problem),
+                    exc_info=not (rule.failed or gone) and problem)
             rule.failed = rule.failed or not gone
         if self.client is None:
             return
@@ -3190,9 +3235,7 @@ class Connection:
             self.lingers = True
             with contextlib.suppress(OSError):
                 self.client.shutdown(socket.SHUT_WR)
-            self.loop.cancel(self.patience)
-            self.patience = self.loop.at(self.loop.clock() + LINGER,
-                                         lambda: self.close("closed by a fault"))
+            self.wait_for(self.loop.clock() + LINGER, lambda: self.close("closed by a fault"))
 
     def flush(self, way, target):
         """Send what is due, until the target takes no more."""
@@ -3234,7 +3277,9 @@ class Connection:
             if way is self.down and self.connecting:
                 events = EVENT_WRITE
             else:
-                room = not (way.over or busy) and (not way.held or way.room(clock) > 0)
+                # What nobody will get is not read: its sender, too, is to feel that.
+                lost = way.done and self.torn
+                room = not (way.over or busy or lost) and (not way.held or way.room(clock) > 0)
                 events = (EVENT_READ if room else 0) | (EVENT_WRITE if back.out else 0)
             way.straight = None if way.held or way.over or way.done or not clear else back.source
             if events != way.watched:
@@ -3259,7 +3304,7 @@ class Connection:
             self.addresses = list(self.proxy.addresses)
             self.try_next(None)
         else:
-            self.patience = self.loop.at(self.deadline, lambda: self.fail("timed out"))
+            self.wait_for(self.deadline, lambda: self.fail("timed out"))
             self.proxy.look_up(self.found)
 
     def found(self, addresses, problem):
@@ -3279,22 +3324,27 @@ class Connection:
                 if failed.errno in NO_MORE:
                     Loop.scarce = True
                     self.addresses.insert(0, address)
-                    self.patience = self.loop.at(self.loop.clock() + PAUSE, self.try_again)
+                    self.wait_for(self.loop.clock() + PAUSE, self.try_again)
                     return
                 if problem is None or not missing(failed):
                     problem = failed
                 continue
             self.down.source = self.backend
-            if self.patience:
-                self.loop.cancel(self.patience)
             if self.connecting:
                 # Each address has its share of the time, so that a silent one does not
                 # keep the others from being tried.
                 now = self.loop.clock()
                 share = (self.deadline - now) / (1 + len(self.addresses))
-                self.patience = self.loop.at(now + share, self.unanswered)
+                self.wait_for(now + share, self.unanswered)
+            elif self.patience:
+                self.loop.cancel(self.patience)
             return
         self.fail(getattr(problem, "strerror", None) or problem or "no address found")
+
+    def wait_for(self, t, callback):
+        """Be patient until then with what is being waited for, and no longer with anything else."""
+        self.loop.cancel(self.patience)
+        self.patience = self.loop.at(t, callback)
 
     def try_again(self):
         """There may be a descriptor now."""
@@ -3771,7 +3821,10 @@ class Proxy:
         self.accepted += 1
         connection = Connection(self, self.accepted, client, peer)
         self.connections[self.accepted] = connection
-        connection.start()
+        try:
+            connection.start()
+        except OSError as problem:      # the selector takes no more
+            connection.close("refused: %s" % problem.strerror)
 
     def set_backend(self, distant):
         """Have new connections go to HOST:PORT. Raises ValueError."""
@@ -3860,8 +3913,8 @@ class Proxy:
                 try:
                     rule.worker = rule.handler(rule.options, self)
                 except Exception as problem:        # the user's class may do anything
-                    raise BadRule([("name", "%s cannot be made: %s: %s" % (
-                        rule.name, type(problem).__name__, problem))]) from None
+                    raise BadRule([("name", "%s cannot be made: %s" % (
+                        rule.name, words_of(problem)))]) from None
         self.rules.armed = rules
         self.lends = any(rule.blocking for rule in rules)
 
@@ -3886,9 +3939,11 @@ class Proxy:
         """Refuse, with BadRule, what the protocol does not know."""
         kind = rule.options.get("kind") if rule.handler in (error, transient) else ""
         if kind and (self.protocol is None or kind not in self.protocol.errors):
+            if self.protocol is None:
+                raise BadRule([("kind", "kind %r is for a protocol: tcp has no kinds of errors"
+                                % kind)])
             raise BadRule([("kind", "kind must be one of %s, which %s has, not %r" % (
-                ", ".join(self.protocol.errors) if self.protocol else "none",
-                self.protocol_name(), kind))])
+                ", ".join(self.protocol.errors), self.protocol_name(), kind))])
         if (rule.handler in (error, transient) and self.protocol and rule.stream != "both"
                 and not rule.options["inject"]):
             raise BadRule([("stream", "stream must be both for %s, which answers in the backend's "
@@ -4121,11 +4176,8 @@ class Proxies(OrderedDict):
         return self.loop.call(self.welcome, proxy)
 
     def welcome(self, proxy):
-        if proxy.name in self:          # since we looked
-            proxy.close()
-            return False
-        self[proxy.name] = proxy
         proxy.open(self.loop)
+        self[proxy.name] = proxy
         return True
 
     def remove(self, proxy):
@@ -4178,6 +4230,7 @@ def first_address(local):
 
 ROUTES = OrderedDict()          # {path: {method: function}}; a part in capitals is any name
 BODY_MAX = 1 << 20              # bytes of a question's body
+HEAD_MAX = 1 << 16              # and of its head
 TALKERS_MAX = 256               # connections at a time
 TALK_TIME = 10.0                # seconds that a connection may say nothing
 ANSWER_TIME = 30.0              # seconds in which a question is asked, answered and heard
@@ -4383,18 +4436,31 @@ def list_events(question):
     return {"events": [event._asdict() for event in events if event.number > since]}
 
 
+def refuse_stranger(control, target, headers):
+    """The Answer to who must not drive us, in the form of what is asked for; or None."""
+    try:
+        control.admit(headers)
+    except Refused as refused:
+        methods, _ = find_route(target.partition("?")[0])
+        like_toxiproxy = any(function.form is ApiError for function in methods.values())
+        answer = (ApiError(refused.status, str(refused)) if like_toxiproxy else refused).answer()
+        control.complain(refused)
+        return answer._replace(headers=dict(answer.headers, **refused.headers))
+    return None
+
+
 def respond(control, method, target, body, headers=None):
     """The Answer to one question. Nothing else may come of it."""
     try:
-        headers = headers or {}
-        control.admit(headers)
-        answer = ask(control, method, target, body, headers)
+        refusal = refuse_stranger(control, target, headers or {})
+        if refusal:
+            return refusal
+        answer = ask(control, method, target, body, headers or {})
     except Refused as refused:
         return refused.answer()
     except Exception as problem:
         log.exception("control: %r %r failed", method[:20], target[:200])
-        words = "%s: %s" % (type(problem).__name__, problem)
-        return Refused(500, [("server", "", words)]).answer()
+        return Refused(500, [("server", "", words_of(problem))]).answer()
     if isinstance(answer, Answer):
         return answer
     if isinstance(answer, str):
@@ -4456,11 +4522,13 @@ class Control:
         self.local = local
         self.proxies = proxies
         self.token = token
-        self.names = {"localhost", local[0].lower(), *(name.lower() for name in names)} - {""}
+        self.names = {"localhost", *map(plain_name, [local[0], *names])} - {""}
         self.listener = None
         self.url = ""
         self.talkers = OrderedDict()        # {socket: Talk}, the oldest first
+        self.most = TALKERS_MAX             # of them
         self.sweeping = False
+        self.complained = 0.0               # when the log last said that somebody was refused
         self.loop = None
 
     def bind(self):
@@ -4472,6 +4540,7 @@ class Control:
     def open(self, loop):
         """Begin to answer; the proxies' loop may be busy."""
         self.talk = talker()
+        self.most = max(4, min(TALKERS_MAX, (raise_descriptors() or TALKERS_MAX * 4) // 4))
         self.loop = Loop()
         self.listener.open(self.loop)
         self.thread = threading.Thread(target=self.loop.run, name="control", daemon=True)
@@ -4499,24 +4568,31 @@ class Control:
             return
         host = headers.get("Host", "localhost")
         if not self.is_called(host):
-            refuse("Host", "Host must be an address, %s or a --http-name, not %r"
-                   % (" or ".join(sorted(self.names)), host[:200]), "header", 403)
+            refuse("Host", "Host must be an address, %s or another --http-name, not %r"
+                   % (", ".join(sorted(self.names)), host[:200]), "header", 403)
         origin = headers.get("Origin", "http://" + host)
         if origin.lower() not in ("http://" + host.lower(), "https://" + host.lower()):
             refuse("Origin", "no page of %r may drive this" % origin[:200], "header", 403)
         if headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
             refuse("Sec-Fetch-Site", "no page from elsewhere may drive this", "header", 403)
 
+    def complain(self, refused):
+        """Say who was refused, once a second at most: somebody may wonder why."""
+        now = time.monotonic()
+        if now - self.complained >= 1:
+            self.complained = now
+            log.warning("control: a question was refused: %s", refused)
+
     def is_called(self, host):
         """Whether that is a Host that it may be called by."""
-        name = re.sub(r":\d*$", "", host.strip()).lower().rstrip(".")
+        name = plain_name(re.sub(r":\d*$", "", host.strip()))
         bare = name[1:-1] if name.startswith("[") and name.endswith("]") else name
         return name in self.names or (bool(re.fullmatch("[0-9a-f.:]{1,45}", bare))
                                       and literal((bare, 0)) is not None)
 
     def welcome(self, client, peer):
         """Have a thread answer a client; the oldest makes room if there are too many."""
-        while len(self.talkers) >= TALKERS_MAX:
+        while len(self.talkers) >= self.most:
             oldest, _ = self.talkers.popitem(last=False)
             with contextlib.suppress(OSError):
                 oldest.shutdown(socket.SHUT_RDWR)
@@ -4553,7 +4629,7 @@ class Control:
         self.talkers.pop(client, None)
         client.close()                  # again, where there was no thread to do it
         if problem and not isinstance(problem, OSError):
-            log.error("control: %s: %s", type(problem).__name__, problem)
+            log.error("control: %s", words_of(problem))
 
     def close(self):
         if self.loop:
@@ -4577,13 +4653,37 @@ class Talk:
         self.until = self.control.loop.clock() + seconds
 
 
+def plain_name(host):
+    """A host's name as a Host header has it: in small letters, its dot at the end left out."""
+    try:
+        return host.lower().rstrip(".").encode("idna").decode("ascii")
+    except UnicodeError:
+        return host.lower()
+
+
 def is_loopback(address):
     return address[0] == "::1" or address[0].startswith("127.")
 
 
+class Head:
+    """The head of a question, as a file of HEAD_MAX bytes at most."""
+
+    def __init__(self, file, too_long):
+        self.file, self.too_long = file, too_long
+        self.left = HEAD_MAX
+
+    def readline(self, size):
+        line = self.file.readline(min(size, self.left + 1))
+        self.left -= len(line)
+        if self.left < 0:
+            raise self.too_long("head")
+        return line
+
+
 def talker():
     """The request handler of http.server that puts every question to `respond`."""
-    import http.server  # late: few commands need it, and it takes its time
+    import http.client  # late: few commands need them, and they take their time
+    import http.server
 
     class Talker(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -4610,12 +4710,24 @@ def talker():
             self.server.hurry(ANSWER_TIME)
             super().handle_one_request()
 
+        def parse_request(self):
+            file, self.rfile = self.rfile, Head(self.rfile, http.client.LineTooLong)
+            try:
+                return super().parse_request()
+            finally:
+                self.rfile = file
+
         def __getattr__(self, name):    # any method: it is for the routes to refuse
             if name.startswith("do_"):
                 return self.answer
             raise AttributeError(name)
 
         def answer(self):
+            refusal = refuse_stranger(self.server.control, self.path, self.headers)
+            if refusal:
+                self.close_connection = True    # its body is not read
+                self.reply(*refusal)
+                return
             try:
                 body = self.read_body()
             except socket.timeout:
@@ -4649,7 +4761,7 @@ def talker():
         def read_chunks(self):
             """As read_body, of one in chunks (RFC 9112, 7.1)."""
             self.wfile.flush()
-            body, size = b"", 1
+            body, size = bytearray(), 1
             while size:
                 line = self.rfile.readline(100).split(b";")[0].strip()
                 if not re.fullmatch(b"[0-9A-Fa-f]{1,8}", line):
@@ -4700,7 +4812,6 @@ def talker():
 # ones ignored, null for what is not given, numbers only as what they are.
 
 STREAM_WORDS = "stream was invalid, can be either upstream or downstream"
-NAME_MAX = 255
 GO_TYPES = {str: "string", bool: "bool", int: "int64", float: "float64", list: "[]", dict: "{}"}
 JSON_TYPES = {str: "string", bool: "bool", int: "number", float: "number", list: "array",
               dict: "object", type(None): "null"}
@@ -4846,19 +4957,12 @@ def read_proxy(value):
     return fields
 
 
-def check_name(name):
-    """Refuse, with an ApiError, a name that cannot be written into a line of the log."""
-    if len(name) > NAME_MAX or not name.isprintable():
-        raise bad_body("name must be at most %d characters, and printable ones, not %r"
-                       % (NAME_MAX, name[:50]))
-
-
 def make_proxy(fields, proxies, place=""):
     """A proxy, not open yet, of the fields of `read_proxy`. Raises ApiError."""
     for name in "name", "upstream":
         if not fields.get(name):
             raise ApiError(400, "missing required field: %s%s" % (name, place))
-    check_name(fields["name"])
+    check_field("name", check_name, fields["name"])
     toxics = []
     for number, table in enumerate(fields.get("toxics", ()), 1):
         try:
@@ -4915,7 +5019,7 @@ def read_toxic(value, strict=False):
         raise ApiError(400, "invalid toxic type" + ": %r: there are %s" % (
             kind, ", ".join(HANDLERS)) * strict)
     name = fields.get("name") or "%s_%s" % (kind, stream)
-    check_name(name)
+    check_field("name", check_name, name)
     for key in table:
         if strict and key not in TOXIC_FIELDS and key not in RULE_FIELDS:
             raise bad_body("%s is not a field of a toxic: they are %s" % (
@@ -5023,9 +5127,10 @@ def create_proxy(question):
     fields = read_proxy(read_json(question.body))
     proxies = question.control.proxies
     proxy = make_proxy(fields, proxies)
-    if not proxies.add(proxy):
-        raise ApiError(409, "proxy already exists")
-    return show_proxy(proxy)
+    with proxies.changing:
+        if not proxies.add(proxy):
+            raise ApiError(409, "proxy already exists")
+        return show_proxy(proxy)
 
 
 @api("GET", "/proxies/PROXY")
@@ -5161,8 +5266,14 @@ def read_proxies(text, proxies):
         raise bad_body("json: cannot unmarshal %s into Go value of type []toxiproxy.Proxy"
                        % JSON_TYPES[type(tables)])
     everything = [read_proxy(table) for table in tables]
-    found = [(make_proxy(fields, proxies, " at proxy %d" % number), fields)
-             for number, fields in enumerate(everything, 1)]
+    found = []
+    for number, fields in enumerate(everything, 1):
+        place = " at proxy %d" % number
+        try:
+            found.append((make_proxy(fields, proxies, place), fields))
+        except ApiError as problem:
+            words = problem.message
+            raise ApiError(problem.status, words if words.endswith(place) else words + place) from None
     names = [proxy.name for proxy, _ in found]
     for number, name in enumerate(names, 1):
         if name in names[:number - 1]:
@@ -5239,19 +5350,22 @@ class Client:
     def __init__(self, host="localhost", port=8080, scheme="http", proxy=None, token=None):
         self.host, self.port, self.scheme = host, int(port), scheme
         self.proxy = proxy              # its name, where there are several
-        self.token = token              # of --http-token
+        try:
+            self.token = token and check_token(token)       # of --http-token
+        except ValueError as problem:
+            raise ValueError("token %s" % problem) from None
 
     def ask(self, method, path, body=None, **query):
         """Ask the server; returns its JSON, or its text."""
         import http.client  # late: it takes its time to import
-        kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-        if self.scheme not in kinds:
+        kind = {"http": "HTTPConnection", "https": "HTTPSConnection"}.get(self.scheme, "")
+        if not hasattr(http.client, kind):      # https needs Python's ssl
             raise ValueError("scheme must be http or https, not %r" % self.scheme)
         if self.proxy is not None:
             query["proxy"] = self.proxy
         if query:
             path += "?" + urls.urlencode(query)
-        connection = kinds[self.scheme](self.host, self.port, timeout=30)
+        connection = getattr(http.client, kind)(self.host, self.port, timeout=30)
         try:
             connection.request(method, path, None if body is None else json.dumps(body),
                                {"Authorization": "Bearer " + self.token} if self.token else {})
@@ -5263,7 +5377,10 @@ class Client:
         finally:
             connection.close()
         if response.getheader("Content-Type", "").startswith("application/json"):
-            text = json.loads(text)
+            try:
+                text = json.loads(text)
+            except (ValueError, RecursionError):
+                raise OSError("it is no vaurien") from None
         if response.status >= 400:
             errors = text.get("errors") if isinstance(text, dict) else None
             raise ValueError("; ".join(error["description"] for error in errors) if errors
@@ -5349,9 +5466,11 @@ def start_proxy(host="localhost", port=8888, http=True, warmup=2, *, proxy_host=
              "--log-output", log_output]
     if http:
         words += ["--http", "--http-host", http_host, "--http-port", str(http_port)]
-        words += ["--http-token", http_token] * bool(http_token)
+    elif http_token:
+        raise ValueError("http_token is for http, which is not wanted")
+    environment = dict(os.environ, **{TOKEN_NAME: http_token} if http_token else {})
     process = subprocess.Popen([*words, *map(str, options or ())], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, universal_newlines=True)
+                               stdout=subprocess.PIPE, universal_newlines=True, env=environment)
     STARTED[process.pid] = process, os.getpid()
     said = ["it said nothing in %s seconds" % warmup]
 
@@ -5427,6 +5546,15 @@ def check_token(text):
     if not re.fullmatch("[A-Za-z0-9._~+/-]+=*", text):
         raise ValueError("must be letters, digits and ._~+/- alone, and = at its end")
     return text
+
+
+TOKEN_NAME = "VAURIEN_HTTP_TOKEN"       # of the environment, that others cannot look into
+
+
+def token_of(text):
+    """The checked token of an option, or of the environment; None if there is none."""
+    given = Given("--http-token", text) if text else Given(TOKEN_NAME, os.environ.get(TOKEN_NAME))
+    return given.checked(check_token) if given.text else None
 
 
 def check_log_level(text):
@@ -5644,6 +5772,7 @@ def read_ini(path, text):
         for text in given.values():
             text.text = text.checked(expand)
         kind, _, name = (word.strip() for word in title.partition(":"))
+        Given("%s: the name of a section" % path, title).checked(check_name)
         if title.strip() == "vaurien":
             put_anew(sections, "vaurien", where, name_settings(given, FILE_SETTINGS))
         elif kind == "proxy" and name:
@@ -5776,7 +5905,11 @@ def make_proxies(found, needs_one=True):
         value = values(texts, PROXY_SETTINGS)
         if value["seed"] is None:
             value["seed"] = proxies.seed
-        proxies[name] = Proxy(name=name, options=checked, **value)
+        try:
+            proxies[name] = Proxy(name=name, options=checked, **value)
+        except ValueError as problem:
+            raise ValueError(problem if name == "vaurien" else "[proxy:%s] %s" % (
+                name, problem)) from None
     try:
         for proxy, _ in read_proxies(found.json.text, proxies) if found.json else ():
             put_anew(proxies, proxy.name, "%s %s" % (found.json.where, proxy.name), proxy)
@@ -5794,11 +5927,15 @@ def give_toxics(proxies, toxics):
             raise ValueError("[toxic:%s] must say proxy = one of %s" % (
                 toxic.name, ", ".join(proxies) or "those that are there: there is none"))
         if place is not None and place.text not in proxies:
-            raise ValueError("%s must be one of %s, not %r"
-                             % (place.where, ", ".join(proxies), place.text))
+            raise ValueError("%s must be one of %s, not %r" % (
+                place.where, ", ".join(proxies) or "those that are there (there is none)",
+                place.text))
         proxy = proxies[place.text if place else next(iter(proxies))]
         proxy.toxics.append(toxic)
-        proxy.arm(proxy.stack, proxy.toxics)
+        try:
+            proxy.arm(proxy.stack, proxy.toxics)
+        except ValueError as problem:
+            raise ValueError("[toxic:%s] %s" % (toxic.name, problem)) from None
 
 
 class Formatter(logging.Formatter):
@@ -5833,20 +5970,6 @@ def start_log(level, output):
     log.propagate = False
 
 
-def raise_descriptors():
-    """Have as many descriptors as we may: two for each connection (man 2 getrlimit).
-
-    Returns how many, or 0 where that cannot be known.
-    """
-    try:
-        import resource
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    except (ImportError, ValueError, OSError):
-        return 0                        # not on this system: then with what there is
-    return most
-
-
 def fill_standard_descriptors():
     """Those of stdin, stdout and stderr that are closed are not for sockets to have."""
     number = 0
@@ -5855,16 +5978,20 @@ def fill_standard_descriptors():
     os.close(number)
 
 
+def is_main_thread():
+    """Whether this one can catch signals."""
+    return threading.current_thread() is threading.main_thread()
+
+
 def serve(places, attached):
     """Run proxies, and their control, until SIGTERM or Ctrl-C.
 
     Raises OSError where one of them cannot listen; then nothing has been accepted.
     """
     raise_descriptors()
-    fill_standard_descriptors()
     parent = os.getppid()               # asked before anybody is told that we are here
     loop = Loop()
-    catches = threading.current_thread() is threading.main_thread()     # no other can
+    catches = is_main_thread()
     if catches:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: loop.stop())
@@ -5913,10 +6040,16 @@ def run(argv):
                            description=introduction)
     given = found.given
     process = values(ChainMap(given, found.sections.get("vaurien", {})), PROCESS_SETTINGS)
+    own = found.sections.get("vaurien", {})
     for name in "http-host", "http-port", "http-token", "http-name":
-        if name in given and not process["http"]:
-            raise ValueError("--%s is for --http, which is not given" % name)
-    return prepare(make_proxies(found), process, "attached" in given)
+        if (name in given or name in own) and not process["http"]:
+            where = given[name] if name in given else own[name]
+            raise ValueError("%s is for http, which is not given" % where.where)
+    proxies = make_proxies(found)
+    if not proxies and not process["http"]:
+        raise ValueError("%s has no proxy in it, and without --http none can be made"
+                         % given["config"].text)
+    return prepare(proxies, process, "attached" in given)
 
 
 def run_server(argv):
@@ -5940,7 +6073,7 @@ def prepare(proxies, process, attached):
     places = [proxies]
     if process["http"]:
         places.append(Control((process["http-host"], process["http-port"]), proxies,
-                              process["http-token"], process["http-name"] or ()))
+                              token_of(process["http-token"]), process["http-name"] or ()))
     if process["statsd"]:
         places.append(Statsd(process["statsd"], proxies))
     start_log(process["log-level"], process["log-output"])
@@ -5968,7 +6101,8 @@ def demo(argv):
 
 
 def show_demo(value, options):
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if is_main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     backend = start_backend()
     try:
         with Proxy(backend.server_address, behavior=value["behavior"], seed=value["seed"],
@@ -6185,8 +6319,7 @@ def ctl(argv):
     parser.add_argument("--host", default="http://localhost:8080", metavar="URL",
                         help="where the proxy is driven from (http://localhost:8080)")
     parser.add_argument("--http-token", metavar="TOKEN",
-                        default=os.environ.get("VAURIEN_HTTP_TOKEN"),
-                        help="the proxy's; $VAURIEN_HTTP_TOKEN if not given")
+                        help="the proxy's; $%s if not given" % TOKEN_NAME)
     parser.add_argument("--proxy", metavar="NAME", default=None,
                         help="which proxy, if there are several (the first)")
     said, rest = parser.parse_known_args(argv)      # words may stand behind options, too
@@ -6195,8 +6328,7 @@ def ctl(argv):
             parser.error("unrecognized arguments: %s" % word)
     said.words += rest
     host, port, scheme = Given("--host", said.host).checked(parse_host)
-    token = said.http_token and Given("--http-token", said.http_token).checked(check_token)
-    client = Client(host, port, scheme, said.proxy, token)
+    client = Client(host, port, scheme, said.proxy, token_of(vars(said).get("http_token")))
     action = CTL[said.action]
     try:
         inspect.signature(action).bind(client, *said.words)  # type: ignore
@@ -6220,7 +6352,7 @@ def ctl_do(action, client, words):
         return complain("no answer from %s: %s" % (show_address((client.host, client.port)),
                                                    problem.strerror or problem), 1)
     if answer:
-        print(answer)
+        say(answer, sys.stdout)
     return 0
 
 
@@ -6242,6 +6374,7 @@ COMMANDS = {"serve": run_server, "demo": demo, "ctl": ctl}
 
 def main(argv=None):
     """The command line. Returns the exit status: 0, 1 for the network, 2 for bad input."""
+    fill_standard_descriptors()
     argv = sys.argv[1:] if argv is None else list(argv)
     attached = "--attached" in argv
     try:
@@ -6262,11 +6395,19 @@ def main(argv=None):
 
 def complain(problem, status, attached=False):
     """Say it in one line; to what has started us, too."""
-    words = " ".join(str(problem).split())
-    print("vaurien: %s" % words, file=sys.stderr)
+    words = printable(" ".join(str(problem).split()))
+    say("vaurien: %s" % words, sys.stderr)
     if attached:
-        print(words, flush=True)
+        say(words, sys.stdout)
     return status
+
+
+def say(text, file):
+    """Print a text, whatever the file's encoding has no letters for."""
+    if file is None:                    # it is closed
+        return
+    encoding = getattr(file, "encoding", None) or "ascii"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
 
 
 def main_ctl():
