@@ -2545,7 +2545,7 @@ class TestFraming(unittest.TestCase):
                     for protocol in quick, slow:
                         protocol.pending.append(vaurien.Request(b"", "GET"))
                         frames = getattr(protocol, way)
-                        frames.whole = frames.whole if protocol is quick else None
+                        frames.whole = frames.whole if protocol is quick else lambda data: None
                         marks = frames.feed(data, len(data))
                         found.append([(at, mark if isinstance(mark, vaurien.Signal) else (mark.text, mark.name, mark.info)) for at, mark in marks] + [frames.lost])
                     self.assertEqual(found[0], found[1], (name, way, data))
@@ -4978,7 +4978,7 @@ class TestStrangers(Folder):
         self.assertEqual((answer.headers["WWW-Authenticate"], "s3cret" in answer.text), ("Bearer", False))
 
     def test_over_http(self):
-        with driven() as (proxy, client):
+        with driven() as (_, client):
             for head, status in [(b"Host: evil.example", b"403"), (b"Host: 127.0.0.1\r\nOrigin: http://evil.example", b"403"),
                                  (b"Host: 127.0.0.1", b"200")]:
                 for method in b"GET", b"OPTIONS", b"POST":
@@ -5017,7 +5017,7 @@ class TestStrangers(Folder):
             self.assertEqual([line for line in logged if "--http-token" in line] != [], wanted, (local, token))
 
     def test_a_head_has_a_bound_in_sum(self):
-        with driven() as (proxy, client):
+        with driven() as (_, client):
             head = b"".join(b"X-%d: %s\r\n" % (number, b"x" * 60000) for number in range(5))
             answer = TestControl.raw(self, client, b"GET /handler HTTP/1.1\r\n" + head + b"\r\n")
             self.assertEqual(answer.split()[1:2] or [b"431"], [b"431"])       # or a reset, that has overtaken it
@@ -5063,7 +5063,7 @@ class TestStrangers(Folder):
                     client.ask("DELETE", "/proxies/" + urllib.parse.quote(name))
 
     def test_who_takes_too_long_is_hung_up_on(self):
-        with mock.patch.object(vaurien, "ANSWER_TIME", 0.3), driven() as (proxy, client):
+        with mock.patch.object(vaurien, "ANSWER_TIME", 0.3), driven() as (_, client):
             with contextlib.ExitStack() as stack:
                 start, talking = time.monotonic(), []
                 for began in b"G", b"GET / HTTP/1.1\r\nX: ", b"POST /handler HTTP/1.1\r\nContent-Length: 1000\r\n\r\n":
@@ -5530,7 +5530,7 @@ class TestFuzz(Folder):
         proxies.loop = mock.Mock(full=lambda: "closed for the test", call=lambda function, *args: function(*args))
         control = vaurien.Control(("localhost", 0), proxies)
         generator, seen = random.Random(3), Counter()
-        paths = [path for path in vaurien.ROUTES]
+        paths = list(vaurien.ROUTES)
         for _ in range(2000):
             path = generator.choice(paths)
             if generator.random() < 0.5:
@@ -6948,15 +6948,14 @@ def load_from(argv):
         wait_until(lambda: not select.select([], [], [], 0.2)[0])
         idle = len(os.listdir("/proc/%d/fd" % proxy.pid))
         figures("after 200 connections")
-        for turn in range(2):
+        for _ in range(2):
             with contextlib.ExitStack() as crowd:
                 each = proxy.crowd(many, 0, crowd)
                 print("%-50s %6.1f MiB, %.0f bytes each" % ("%d at once" % many, resident(proxy.pid) / 2 ** 20, each), flush=True)
             figures("when they have gone")
         done = 0
         while done < short:
-            rate, cost, _, _ = proxy.measure("connect", 2, 1, 5)
-            done += int(rate * 5)
+            done += int(5 * proxy.measure("connect", 2, 1, 5)[0])
         figures("after %d short ones" % done)
         socks = [socket.socket() for _ in range(burst)]
         for sock in socks:

@@ -61,7 +61,7 @@ except ImportError:             # Windows has none
 
 
 class Late:
-    """A module that is imported when something of it is used: what starts is not to wait for it."""
+    """A module that is imported when something of it is used: the start is not to wait for it."""
 
     def __init__(self, name):
         self.name = name
@@ -783,8 +783,8 @@ class Frames:
 
     __slots__ = ("reader", "whole", "need", "kept", "between", "lost")
 
-    def __init__(self, reader, whole=None):
-        """whole(bytes), if there is one, knows usual messages that come alone, at one look.
+    def __init__(self, reader, whole=lambda data: None):
+        """whole(bytes) knows usual messages that come alone, at one look.
 
         It returns the marks that the reader would make of them; or None, and has done nothing.
         """
@@ -799,7 +799,7 @@ class Frames:
         """The marks in the first `size` of these bytes: [(offset, mark)]."""
         marks = []
         try:
-            if self.between and self.whole and size <= SMALL:
+            if self.between and size <= SMALL:
                 found = self.whole(bytes(data[:size]))
                 if found:
                     return found
@@ -890,7 +890,6 @@ class Protocol:
     greeting: tuple = ()
     closing: tuple = ()
     speaks = False
-    whole_request = whole_reply = None      # see Frames
 
     def __init__(self, host=b""):
         self.host = host            # what a request is to name in the client's words, if anything
@@ -914,6 +913,14 @@ class Protocol:
     def replies(self):
         """The reader of the backend's bytes."""
         raise NotImplementedError
+
+    def whole_request(self, data):
+        """The marks of a usual request that comes alone, or None: see Frames."""
+        return None
+
+    def whole_reply(self, data):
+        """The same of a reply."""
+        return None
 
     def reword(self, head):
         """The head of a request as it is to go on."""
@@ -1022,8 +1029,9 @@ class Http(Protocol):
         low = data[:end].lower()
         at = low.find(b"\ncontent-length:") + len(b"\ncontent-length:")
         length = self.NUMBER.fullmatch(low, at, low.find(b"\n", at))
-        if (at < len(b"\ncontent-length:") or not length or digits(length.group(1)) != len(data) - end
-                or b"\n\n" in low or b"\ntransfer-encoding" in low):
+        if (at < len(b"\ncontent-length:") or not length or b"\n\n" in low
+                or b"\ntransfer-encoding" in low
+                or digits(length.group(1)) != len(data) - end):
             return None
         self.ended()
         return [(len(data), END)]
@@ -2308,6 +2316,7 @@ class Pipe:
 
     __slots__ = ("to", "budget", "queue", "order", "latest", "thin_until", "out", "held",
                  "passed", "taken", "given", "over", "done")
+    out: deque
 
     def __init__(self, to, budget):
         self.to = to
@@ -2316,7 +2325,7 @@ class Pipe:
         self.order = 0          # what is due at the same time leaves as it came
         self.latest = 0.0       # when the last byte put in is due
         self.thin_until = 0.0   # until when what is there queues for a thin wire
-        self.out = ()           # bytes, and EOF, that are due; a deque once there are any
+        self.out = ()  # type: ignore   # bytes, and EOF, that are due; a deque once there are any
         self.held = 0           # what queue and out hold, as the budget counts it
         self.passed = 0         # bytes that have gone straight from the source to the target
         self.taken = 0          # other bytes from the source, ever
@@ -2436,7 +2445,7 @@ class Pipe:
 
     def drop(self):
         """Forget what is under way."""
-        self.queue, self.out = [], ()
+        self.queue, self.out = [], ()  # type: ignore
         self.let_go(self.held)
 
     def close(self):
@@ -2472,7 +2481,12 @@ class Epoll(selectors.BaseSelector):
     def __init__(self):
         self.epoll = select.epoll()
         self.keys = {}
-        self.fileno, self.close = self.epoll.fileno, self.epoll.close
+
+    def fileno(self):
+        return self.epoll.fileno()
+
+    def close(self):
+        self.epoll.close()
 
     def register(self, fileobj, events, data=None):
         fd = fileobj.fileno()
@@ -2537,7 +2551,7 @@ def have_descriptors():
 class Loop:
     """Watches sockets, rings alarms, and calls what other threads hand in."""
 
-    scarce = False      # whether descriptors have run out: then each connection asks for them first
+    scarce = False      # whether descriptors have run out: then who accepts looks for some first
 
     def __init__(self, clock=time.monotonic, selector=None):
         self.clock = clock
@@ -3080,6 +3094,7 @@ class Connection:
         """
         line, protocol, size = self.line, self.line.protocol, len(data)
         if protocol:
+            assert isinstance(line, FramedLine)
             frames = protocol.up if way is self.up else protocol.down
             if size <= SMALL:           # several will look at it
                 data = bytes(data)
@@ -3088,12 +3103,7 @@ class Connection:
             if out is not None:
                 way.taken += size - len(out)
                 return out
-        elif not line.steps:
-            return data
-        data, now, line.touched = bytes(data), self.loop.clock(), False
-        if not protocol:
-            events = line.carry(now, way.to, data)
-        else:
+            data, now, line.touched = bytes(data), self.loop.clock(), False
             events = line.read(now, way.to, data, marks)
             if frames.lost:
                 log.info("%sconnection %d, request %d: goes on as plain tcp: %s",
@@ -3104,6 +3114,11 @@ class Connection:
                     self.line, held = line.give_up(now)
                     events += held
                 line.touched = True     # another line may have done so
+        elif line.steps:
+            data, now, line.touched = bytes(data), self.loop.clock(), False
+            events = line.carry(now, way.to, data)
+        else:
+            return data
         if not line.touched and all(to == way.to and out for _, to, out, _ in events):
             out = b"".join([event[2] for event in events])
             way.taken += size - len(out)
@@ -3342,7 +3357,7 @@ class Connection:
         self.fail(getattr(problem, "strerror", None) or problem or "no address found")
 
     def wait_for(self, t, callback):
-        """Be patient until then with what is being waited for, and no longer with anything else."""
+        """Be patient until then with this, and no longer with what was waited for before."""
         self.loop.cancel(self.patience)
         self.patience = self.loop.at(t, callback)
 
@@ -4691,6 +4706,7 @@ def talker():
         disable_nagle_algorithm = True
         wbufsize = -1                   # the head and the body leave together
         command = requestline = ""      # until it is known
+        server: Talk  # type: ignore
 
         def handle(self):
             try:
@@ -4711,7 +4727,8 @@ def talker():
             super().handle_one_request()
 
         def parse_request(self):
-            file, self.rfile = self.rfile, Head(self.rfile, http.client.LineTooLong)
+            file = self.rfile
+            self.rfile = Head(file, http.client.LineTooLong)  # type: ignore
             try:
                 return super().parse_request()
             finally:
@@ -5272,8 +5289,8 @@ def read_proxies(text, proxies):
         try:
             found.append((make_proxy(fields, proxies, place), fields))
         except ApiError as problem:
-            words = problem.message
-            raise ApiError(problem.status, words if words.endswith(place) else words + place) from None
+            words = re.sub(re.escape(place) + "$", "", problem.message) + place
+            raise ApiError(problem.status, words) from None
     names = [proxy.name for proxy, _ in found]
     for number, name in enumerate(names, 1):
         if name in names[:number - 1]:
