@@ -5903,6 +5903,9 @@ def run_as(name):
     return {"preexec_fn": become}
 
 
+LARGE = 36 << 20        # bytes: more than two of MySQL's largest packets
+
+
 class RealServer:
     """What holds for every backend: its real server, its real driver, the proxy between.
 
@@ -6003,7 +6006,7 @@ class RealServer:
             client = self.client(self.proxy(behavior, self.protocol))
             for number in range(200):
                 self.assertEqual(self.query(client, number), number)
-        data = noise(36 << 20, 7)               # more than two of MySQL's largest packets
+        data = noise(LARGE, 7)
         self.assertTrue(self.carry(client, data) == data)
 
     def test_errors_are_the_servers_to_the_driver(self):
@@ -6109,7 +6112,7 @@ class RealServer:
 class TestHTTP(RealServer, unittest.TestCase):
     driver_name = "http.client"
     protocol = "http"
-    size = 64 << 20
+    size = LARGE
     reconnects = True
     errors = [(kind, "HTTPException", kind) for kind in ("500", "502", "503", "504", "429")]
     endings = greetings = []
