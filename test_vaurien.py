@@ -5495,6 +5495,54 @@ class TestSurroundings(unittest.TestCase):
             self.assertEqual([event.time for event in proxy.events][1:], [0.0, 4e9, -1e9])
 
 
+class TestHypothesis(unittest.TestCase):
+    """Bad input, by a tool that looks for what breaks: with VAURIEN_EXAMPLES=300."""
+
+    def test_it(self):
+        import hypothesis
+        some = hypothesis.strategies
+        settings = hypothesis.settings(max_examples=int(os.environ["VAURIEN_EXAMPLES"]), deadline=None, database=None,
+                                       suppress_health_check=list(hypothesis.HealthCheck) if sys.version_info >= (3, 8) else [])
+        values = some.recursive(some.none() | some.booleans() | some.integers() | some.floats() | some.text(),
+                                lambda inner: some.lists(inner, max_size=3) | some.dictionaries(some.text(max_size=8), inner, max_size=3), max_leaves=8)
+        control = vaurien.Control(("localhost", 0), vaurien.Proxies([], seed=1))
+
+        def only_value_errors(check):
+            def attempt(text):
+                with contextlib.suppress(ValueError):
+                    check(text)
+            return attempt
+
+        def table(value):
+            with contextlib.suppress(vaurien.ApiError):
+                vaurien.read_toxic(vaurien.read_json(json.dumps(value)), strict=True)
+            with contextlib.suppress(vaurien.ApiError):
+                vaurien.read_proxy(vaurien.read_json(json.dumps(value)))
+            if isinstance(value, dict):
+                with contextlib.suppress(vaurien.BadRule):
+                    vaurien.read_rules([value])
+
+        def target(text):
+            self.assertLess(vaurien.respond(control, "GET", "/" + text, b"").status, 500)
+
+        def framing(data):
+            for name, kind in vaurien.PROTOCOLS.items():
+                for way in ("up", "down") if kind else ():
+                    frames = getattr(kind(), way)
+                    whole = frames.feed(data, len(data))
+                    self.assertTrue(all(0 <= offset <= len(data) for offset, _ in whole), name)
+
+        for check in vaurien.parse_address, vaurien.parse_behavior, vaurien.check_match, vaurien.parse_host, vaurien.check_names, vaurien.expand:
+            hypothesis.given(some.text())(settings(only_value_errors(check)))()
+        hypothesis.given(values)(settings(table))()
+        hypothesis.given(some.text())(settings(target))()
+        hypothesis.given(some.binary(max_size=300))(settings(framing))()
+
+
+if "VAURIEN_EXAMPLES" not in os.environ:        # it takes its time
+    del TestHypothesis
+
+
 class TestFuzz(Folder):
     """Random input: what comes out is what is documented, and nothing else."""
 
@@ -5555,46 +5603,6 @@ class TestFuzz(Folder):
                 self.assertIn("closed for the test", answer.text + body)
         self.assertLess({200, 400, 403, 404, 405}, set(seen) | {200})
 
-    def test_hypothesis(self):
-        """The same, by a tool that looks for what breaks."""
-        hypothesis = import_theirs("hypothesis")
-        some = hypothesis.strategies
-        settings = hypothesis.settings(max_examples=int(os.environ.get("VAURIEN_EXAMPLES", 10)), deadline=None, database=None,
-                                       suppress_health_check=list(hypothesis.HealthCheck) if sys.version_info >= (3, 8) else [])
-        values = some.recursive(some.none() | some.booleans() | some.integers() | some.floats() | some.text(),
-                                lambda inner: some.lists(inner, max_size=3) | some.dictionaries(some.text(max_size=8), inner, max_size=3), max_leaves=8)
-        control = vaurien.Control(("localhost", 0), vaurien.Proxies([], seed=1))
-
-        def only_value_errors(check):
-            def attempt(text):
-                with contextlib.suppress(ValueError):
-                    check(text)
-            return attempt
-
-        def table(value):
-            with contextlib.suppress(vaurien.ApiError):
-                vaurien.read_toxic(vaurien.read_json(json.dumps(value)), strict=True)
-            with contextlib.suppress(vaurien.ApiError):
-                vaurien.read_proxy(vaurien.read_json(json.dumps(value)))
-            if isinstance(value, dict):
-                with contextlib.suppress(vaurien.BadRule):
-                    vaurien.read_rules([value])
-
-        def target(text):
-            self.assertLess(vaurien.respond(control, "GET", "/" + text, b"").status, 500)
-
-        def framing(data):
-            for name, kind in vaurien.PROTOCOLS.items():
-                for way in ("up", "down") if kind else ():
-                    frames = getattr(kind(), way)
-                    whole = frames.feed(data, len(data))
-                    self.assertTrue(all(0 <= offset <= len(data) for offset, _ in whole), name)
-
-        for check in vaurien.parse_address, vaurien.parse_behavior, vaurien.check_match, vaurien.parse_host, vaurien.check_names, vaurien.expand:
-            hypothesis.given(some.text())(settings(only_value_errors(check)))()
-        hypothesis.given(values)(settings(table))()
-        hypothesis.given(some.text())(settings(target))()
-        hypothesis.given(some.binary(max_size=300))(settings(framing))()
 
 
 # -- Soak: python3 test_vaurien.py soak [--seconds N] [--seed N] -----------------------
