@@ -1013,12 +1013,8 @@ class TestStraightRoad(Pouring, unittest.TestCase):
             exchange(sock, b"question")
             self.assertGreaterEqual(time.monotonic() - began, 0.01)
 
-    def test_bulk_goes_through_a_pipe_of_the_kernels(self):
+    def test_bulk_without_it(self):
         data = noise(1 << 20) * 30
-        self.assertEqual(self.pour(data, [lambda proxy: None] * 3), data)
-        if vaurien.SPLICES:
-            self.assertGreater(self.ducts, 0)
-            self.assertLessEqual(self.ducts, vaurien.DUCTS_KEPT)
         with mock.patch.object(vaurien, "SPLICES", False):
             self.assertEqual(self.pour(data), data)
             self.assertEqual(self.ducts, 0)
@@ -1035,7 +1031,20 @@ class TestStraightRoad(Pouring, unittest.TestCase):
 
 
 class TestSplice(Pouring, unittest.TestCase):
-    """The straight road of bulk, where there is one."""
+    """The straight road of bulk, where there is one; it is taken at once here."""
+
+    def setUp(self):
+        patch = mock.patch.object(vaurien, "FULL", 0)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_bulk_goes_through_a_pipe_of_the_kernels(self):
+        data = noise(1 << 20) * 30
+        for full in 0, 4:
+            with mock.patch.object(vaurien, "FULL", full):
+                self.assertEqual(self.pour(data, [lambda proxy: None] * 3), data)
+            self.assertTrue(self.ducts or full)
+            self.assertLessEqual(self.ducts, vaurien.DUCTS_KEPT)
 
     def test_a_system_that_will_not(self):
         data = noise(1 << 20) * 10
@@ -6909,7 +6918,7 @@ def bench_crowd(backend, load, stack, seconds, rounds):
 def bench(argv):
     """One table: medians of rounds in turns, and the ratio of vaurien's to each."""
     quick = "--quick" in argv
-    rounds, seconds, idle = (2, 0.1, 1000) if quick else (7, 0.8, 1000)
+    rounds, seconds, idle = (2, 0.1, 1000) if quick else (5, 0.8, 1000)
     vaurien.raise_descriptors()
     with contextlib.ExitStack() as stack:
         port = int(bench_process(stack, "bench-backend").stdout.readline())

@@ -2997,7 +2997,8 @@ class Connection:
     def pour(self, way, target):
         """The straight road of bulk: the bytes do not even come here. False if none did so."""
         size, ducts = 0, self.loop.ducts
-        if self.line.steps or self.line.speaker is not way.to:
+        line = self.line
+        if line.steps or line.protocol or line.speaker is not way.to:
             return False                # somebody is to see them
         try:
             duct = ducts.pop() if ducts else Duct()
