@@ -67,9 +67,7 @@ class Late:
         self.name = name
 
     def __getattr__(self, attribute):
-        found = getattr(importlib.import_module(self.name), attribute)
-        setattr(self, attribute, found)
-        return found
+        return getattr(importlib.import_module(self.name), attribute)
 
 
 configparser, hashlib, hmac, inspect, json, subprocess, urls = map(Late, [
