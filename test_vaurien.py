@@ -44,7 +44,7 @@ except ImportError:          # Windows has none, and no server of ours
     pass
 
 if os.environ.get("VAURIEN_PLAIN"):     # as on a machine that has nothing but select(), and IPv4
-    for module, names in (select, "epoll poll kqueue devpoll"), (os, "splice pipe2"), (socket, "SOCK_NONBLOCK"):
+    for module, names in (select, "epoll kqueue devpoll"), (os, "splice pipe2"), (socket, "SOCK_NONBLOCK"):
         for name in names.split():
             module.__dict__.pop(name, None)
     for name in "DefaultSelector", "EpollSelector", "PollSelector", "KqueueSelector", "DevpollSelector":
@@ -52,10 +52,10 @@ if os.environ.get("VAURIEN_PLAIN"):     # as on a machine that has nothing but s
     sys.modules.update({"fcntl": None, "resource": None})
 
     class NoIPv6(socket.socket):
-        def __init__(self, family=-1, *args, **words):
-            if family == socket.AF_INET6:
+        def __init__(self, *args, **words):
+            if args[:1] == (socket.AF_INET6,):
                 raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
-            super().__init__(family, *args, **words)
+            super().__init__(*args, **words)
     socket.socket = NoIPv6
 
 import vaurien
@@ -5318,10 +5318,10 @@ for name in "fcntl", "resource", "pwd", "ssl":
 import selectors
 selectors.DefaultSelector = selectors.SelectSelector
 class NoIPv6(socket.socket):
-    def __init__(self, family=-1, *args, **words):
-        if family == socket.AF_INET6:
+    def __init__(self, *args, **words):
+        if args[:1] == (socket.AF_INET6,):
             raise OSError(97, "Address family not supported by protocol")
-        super().__init__(family, *args, **words)
+        super().__init__(*args, **words)
 socket.socket = NoIPv6
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
