@@ -85,10 +85,10 @@ HELD_TOTAL = 512 * 1024 * 1024  # what all pipes of a loop may hold together
 HELD_LEAST = 4 * 1024           # what each pipe is sure of, however full the others are
 HEARD_MAX = 64 * 1024           # of a request, that an expression is looked for in
 DUCT = 1024 * 1024              # bytes in a pipe of the kernel's; what it allows without root
-BULK = 64 * 1024                # bytes in one read that are much
-SMALL = 8 * 1024                # bytes that cost nothing to copy
 DUCTS_KEPT = 16                 # empty ones, for the next who need one
+BULK = 64 * 1024                # bytes in one read that are much
 FULL = 4                        # such reads after which a pipe of the kernel's is worth its while
+SMALL = 8 * 1024                # bytes that cost nothing to copy
 HELD_ENTRY = 400                # what keeping one chunk costs besides its bytes: 398 on
                                 #   Python 3.6, 336 on 3.13 (measured)
 BACKLOG = 4096                  # for listen; the kernel caps it (net.core.somaxconn)
