@@ -553,6 +553,51 @@ class TestLoop(unittest.TestCase):
             loop.call(int)
         loop.close()
 
+    @unittest.skipUnless(hasattr(select, "epoll"), "no epoll here")
+    def test_it_looks_again_before_it_sleeps(self):
+        now, polls = [0.0], []
+
+        class Poll:                     # of an epoll; each look that finds nothing takes its time
+            takes, found = 0.00001, []
+
+            def poll(self, timeout, most):
+                polls.append(timeout)
+                now[0] += self.takes
+                return self.found.pop(0) if self.found else []
+
+        def select(*found, takes=0.00001, timeout=None):
+            """How many looks there were, and whether one slept."""
+            epoll.epoll.takes, epoll.epoll.found = takes, list(found)
+            del polls[:]
+            epoll.select(timeout)
+            slept = polls[-1] != 0
+            return len(polls) - slept, slept
+
+        epoll = vaurien.Epoll(lambda: now[0])
+        epoll.close()
+        epoll.epoll, epoll.keys = Poll(), {7: "key"}
+        here = [(7, 1)]
+        with mock.patch.object(os, "sched_yield") as gives_way:
+            self.assertEqual(select(here), (1, False))
+            self.assertFalse(gives_way.called)
+            self.assertEqual(select([], [], [], here), (4, False))
+            self.assertEqual(gives_way.call_count, 3)       # to others first, each time
+            self.assertEqual(select(timeout=0), (1, False))
+            self.assertEqual(select(here, timeout=2.5), (1, False))
+            most = 1 + round(epoll.AWAKE / 0.00001)
+            for skips in 1, 2, 4, 8, 8:                     # in vain: ever more sleeps without
+                looks, slept = select()
+                self.assertTrue(slept and most <= looks <= most + 1, looks)
+                self.assertEqual([select() for _ in range(skips)], [(1, True)] * skips)
+            self.assertEqual(select([], [], here), (3, False))
+            looks, slept = select(timeout=2.5)
+            self.assertEqual((looks > 2, slept, polls[-1]), (True, True, 2.5))
+            self.assertEqual(select(), (1, True))
+            # Who gets the processor back late leaves it to others, whatever has come meanwhile.
+            self.assertEqual(select([], here, takes=0.0011), (2, False))
+            self.assertEqual({select() for _ in range(epoll.SKIPS_BUSY)}, {(1, True)})
+            self.assertGreater(select()[0], 2)
+
     def test_an_alarm_years_away_is_no_overflow(self):
         loop = vaurien.Loop()
         loop.at(1e300, loop.stop)
@@ -6585,7 +6630,12 @@ ANSWERED = {b"*": b"$5\r\nhello\r\n", b"G": b"HTTP/1.1 200 OK\r\nContent-Type: t
 
 
 def bench_selector():
-    return vaurien.Epoll() if hasattr(select, "epoll") else selectors.DefaultSelector()
+    """A cheap one, that leaves the processor to others when it has nothing to do."""
+    if not hasattr(select, "epoll"):
+        return selectors.DefaultSelector()
+    sel = vaurien.Epoll()
+    sel.skips = math.inf
+    return sel
 
 
 def bench_backend():
