@@ -1647,7 +1647,8 @@ class Rule:
     """
 
     __slots__ = ("name", "handler", "options", "low", "high", "dice", "per", "stream", "match",
-                 "after", "times", "thin", "thrown", "acts", "shared", "failed", "worker")
+                 "after", "times", "thin", "blocking", "thrown", "acts", "shared", "failed",
+                 "worker")
 
     def __init__(self, name, options=None, low=0.0, high=100.0, dice="behavior",
                  per="request", stream="both", match=None, after=0, times=0):
@@ -1658,16 +1659,12 @@ class Rule:
         self.per, self.stream, self.match = per, stream, match
         self.after, self.times = after, times
         self.thin = getattr(self.handler, "thin", False)
+        self.blocking = is_class_form(self.handler)     # and so is not for the fold
         self.thrown = 0             # requests, or connections, that its dice were thrown for
         self.acts = 0               # on how many of them it has acted
         self.shared = Counter()     # for the handler, across connections
         self.failed = False         # whether the log has a traceback of it already
         self.worker = None          # of the class form: the object that is called
-
-    @property
-    def blocking(self):
-        """Whether the handler has the class form, which is not for the fold."""
-        return is_class_form(self.handler)
 
     def __str__(self):
         """The handler and its options; a yes/no or a text only where it is not the default."""
@@ -1684,6 +1681,7 @@ class Rule:
 
 
 WHOLE = 100.000001      # percent: 33.3 three times and 0.1 are 100
+PERCENT = 100 / 2 ** 64     # of all that 64 bits of chance can be
 
 
 def parse_behavior(text):
@@ -1772,16 +1770,16 @@ def read_rules(tables):
 class State(Counter):
     """A handler's memory of what its fault was drawn for; see the room of handlers."""
 
+    turn = 0
+    protocol = asked = generator = None
+    opaque = False                  # whether a connection has left its protocol: TLS
+
     def __init__(self, rule, chance, number):       # a Counter's own would only cost time
         self.shared = rule.shared
         self.stream = rule.stream
         self.request = number
-        self.turn = 0
-        self.protocol = self.asked = None
-        self.opaque = False         # whether a connection has left its protocol: TLS
         self.replies = {}           # {Request: Reply or None}, of `error`
         self.chance = chance        # the seed of `random`
-        self.generator = None
 
     @property
     def random(self):
@@ -1827,29 +1825,21 @@ class Rules:
         self.requests = 0       # begun at this proxy
         self.dice = {}          # name: a hash of all but the numbers
 
-    def throw(self, dice, connection, request):
-        """64 bits of chance."""
-        start = self.dice.get(dice)
-        if start is None:
-            words = "%s %s %s " % (self.seed, self.proxy, dice)
-            start = self.dice[dice] = hashlib.blake2b(words.encode(), digest_size=8)
-        whole = start.copy()
-        whole.update(b"%d %d" % (connection, request))
-        return int.from_bytes(whole.digest(), "big")
-
-    def draw(self, rule, connection, request):
-        """A state if the rule acts on this request (request 0: this connection), or None."""
-        rule.thrown += 1
-        return self.decide(rule, connection, request, rule.thrown)
-
     def decide(self, rule, connection, request, number):
-        """As draw, of what was number so many that the dice were thrown for."""
+        """A state if the rule acts on this request (request 0: this connection), or None.
+
+        number   of the requests, or connections, that its dice were thrown for
+        """
         if number <= rule.after:
             return None
-        chance = self.throw(rule.dice, connection, request)
-        # 64 bits of chance, in percent.
-        fits = rule.low <= chance * 100 / 2 ** 64 < rule.high
-        return State(rule, chance, number) if fits else None
+        throw = self.dice.get(rule.dice)
+        if throw is None:
+            words = "%s %s %s " % (self.seed, self.proxy, rule.dice)
+            throw = self.dice[rule.dice] = hashlib.blake2b(words.encode(), digest_size=8)
+        throw = throw.copy()
+        throw.update(b"%d %d" % (connection, request))
+        chance = int.from_bytes(throw.digest(), "big")
+        return State(rule, chance, number) if rule.low <= chance * PERCENT < rule.high else None
 
 
 class Line:
@@ -1893,11 +1883,11 @@ class Line:
 
     def turn(self, to):
         """The other side speaks: bytes go this way, and the last ones did not."""
-        if self.speaker == DOWNSTREAM:
+        speaker, self.speaker = self.speaker, to
+        if speaker is DOWNSTREAM:
             self.begin()
-        elif self.speaker is None and self.late:
+        elif speaker is None and self.late:
             self.draw_again(self.late)
-        self.speaker = to
 
     def at_work(self):
         return {step.rule: step for step in self.steps}
@@ -1934,7 +1924,9 @@ class Line:
 
     def throw(self, rule):
         """A state if the dice of the request under way, or of the connection, fall so; or None."""
-        return self.rules.draw(rule, self.connection, self.request if rule.per == "request" else 0)
+        rule.thrown += 1
+        return self.rules.decide(rule, self.connection,
+                                 self.request if rule.per == "request" else 0, rule.thrown)
 
     def draw_again(self, rules):
         """Draw these rules for the request under way; the others stay as they were drawn."""
@@ -1994,7 +1986,8 @@ class Line:
             if step.rule.blocking:
                 continue                # it gets the sockets: see Connection.lend
             try:
-                events = [out for event in events for out in self.through(step, event, shown)]
+                events = (self.through(step, events[0], shown) if len(events) == 1 else
+                          [out for event in events for out in self.through(step, event, shown)])
             except (Exception, SystemExit) as problem:
                 log.error("connection %d, request %d: handler %s failed and the connection is "
                           "reset: %s", self.connection, self.number, step.rule.name,
@@ -2009,15 +2002,16 @@ class Line:
         rule = step.rule
         if step.state is None and not self.matches(step, to, data):
             return [event]
-        if rule.stream not in ("both", to) or not step.may_act():
+        if rule.stream not in ("both", to) or (rule.times and not step.may_act()):
             return [event]
-        step.state.turn, step.state.asked = self.number, self.asked
-        step.state.protocol, step.state.opaque = self.protocol, self.opaque
-        events = [(max(t, due), way, out) for due, way, out
-                  in rule.handler(step.state, t, to, data, **rule.options)]
+        state = step.state
+        state.turn, state.asked = self.number, self.asked
+        state.protocol, state.opaque = self.protocol, self.opaque
+        events = list(rule.handler(state, t, to, data, **rule.options))
         if events == [(t, to, data)]:
             return [event]
         self.touched = True
+        events = [(max(t, due), way, out) for due, way, out in events]
         for _, way, out in events:
             if way not in (UPSTREAM, DOWNSTREAM) or not isinstance(out, bytes):
                 raise TypeError("a handler yields (t, to, data), not (t, %r, %r)" % (way, out))
@@ -2466,6 +2460,9 @@ def attempt(function, *args):
         return None, problem
 
 
+new_key = functools.partial(tuple.__new__, selectors.SelectorKey)      # no call in Python
+
+
 class Epoll(selectors.BaseSelector):
     """As selectors.EpollSelector, for less: it does not ask for as many events as there are
     sockets, what it makes for each event is one tuple, and it looks again before it sleeps.
@@ -2496,13 +2493,13 @@ class Epoll(selectors.BaseSelector):
     def register(self, fileobj, events, data=None):
         fd = fileobj.fileno()
         self.epoll.register(fd, self.MASKS[events])
-        key = self.keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
+        key = self.keys[fd] = new_key((fileobj, fd, events, data))
         return key
 
     def modify(self, fileobj, events, data=None):
         fd = fileobj.fileno()
         self.epoll.modify(fd, self.MASKS[events])
-        key = self.keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
+        key = self.keys[fd] = new_key((fileobj, fd, events, data))
         return key
 
     def unregister(self, fileobj):
@@ -2864,6 +2861,8 @@ def missing(problem):
 SPLICES = hasattr(os, "splice")         # Linux, with Python 3.10 or newer
 F_SETPIPE_SZ = 1031                     # of linux/fcntl.h; in the module fcntl since Python 3.10
 UNBLOCKED = getattr(socket, "SOCK_NONBLOCK", 0)
+# What socket.socket is made from: all that a proxy needs, and half as long to make and close.
+SOCKET = socket.SocketType
 NO_MORE = {errno.EMFILE, errno.ENFILE}      # descriptors
 # What splice says where recv will do: nothing is there, or this system, or a socket, cannot.
 CANNOT = {errno.EAGAIN, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EBADF}
@@ -2976,6 +2975,8 @@ class Connection:
         else:
             self.dial()
             self.watch()
+            if self.up.straight:        # many a client has asked by now
+                self.ready(self.up, EVENT_READ)
 
     def ready(self, way, events):
         """The straight road: bytes leave from where they came in, as soon as they have come.
@@ -3065,12 +3066,16 @@ class Connection:
             self.take(way.to, EOF)
             return
         way.done = True
-        if not (self.up.done and self.down.done):       # or else a close is what follows
-            try:
-                target.shutdown(socket.SHUT_WR)
-            except OSError:
-                self.tear(way)
-        self.advance()
+        if self.up.done and self.down.done:
+            self.finish()
+            return
+        try:
+            target.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.tear(way)
+            self.advance()
+        else:
+            self.watch([(way, self.down if way is self.up else self.up)])
 
     def wake(self, way, events):
         """A socket is ready, and there is more to it than the straight road."""
@@ -3148,6 +3153,8 @@ class Connection:
         elif line.steps:
             data, now, line.touched = bytes(data), self.loop.clock(), False
             events = line.carry(now, way.to, data)
+            if not line.touched:
+                return data
         else:
             return data
         if not line.touched and all(to == way.to and out for _, to, out, _ in events):
@@ -3176,7 +3183,8 @@ class Connection:
             return False
         if self.settled():
             try:
-                socks = [self.client.dup(), self.backend.dup()]
+                socks = [socket.fromfd(sock.fileno(), sock.family, socket.SOCK_STREAM)
+                         for sock in (self.client, self.backend)]
             except OSError as problem:  # no descriptors
                 self.reset("no handler: %s" % problem.strerror)
                 return True
@@ -3263,14 +3271,20 @@ class Connection:
             self.watch()
             if up.queue or down.queue or self.alarm:
                 self.set_alarm(now)
-        elif self.torn:
+        else:
+            self.finish()
+
+    def finish(self):
+        """Nothing more goes either way."""
+        if self.torn:
             self.reset(self.torn)
-        elif self.line.turned and not up.over:
+        elif self.up.over and self.down.over:
+            self.close("closed")
+        elif self.line.turned and not self.up.over:
             self.linger()
         else:
             faults = [step.rule.name for step in self.line.steps if step.acted]
-            both = up.over and down.over
-            self.close("closed" if both else "closed by %s" % (" and ".join(faults) or "a fault"))
+            self.close("closed by %s" % (" and ".join(faults) or "a fault"))
 
     def linger(self):
         """Hear the client out: to close over what is unread would destroy the answer."""
@@ -3308,29 +3322,34 @@ class Connection:
             except OSError:
                 self.tear(way)
 
-    def watch(self):
+    def watch(self, ways=()):
         """What the two sockets are watched for, and where the straight road is open, as things
         stand; it is decided here alone.
+
+        ways    (one, the other), if it is known that only that one's source may be concerned
         """
         if self.client is None:
             return
-        line, proxy, clock = self.line, self.proxy, self.loop.clock
-        busy = self.lent or (proxy.lends and line.blocking() and not self.settled())
-        clear = not (self.connecting or proxy.lends or self.lent or self.lingers)
-        for way, back in (self.up, self.down), (self.down, self.up):
-            if way.source is None:
+        up, down, lends = self.up, self.down, self.proxy.lends
+        busy = self.lent or (lends and self.line.blocking() and not self.settled())
+        clear = not (self.connecting or lends or self.lent or self.lingers)
+        for way, back in ways or ((up, down), (down, up)):
+            source = way.source
+            if source is None:
                 continue
-            if way is self.down and self.connecting:
+            if self.connecting and way is down:
                 events = EVENT_WRITE
+            elif (way.over or busy or (way.held and way.room(self.loop.clock) <= 0)
+                    or (way.done and self.torn)):   # what nobody will get is not read: its
+                events = 0                          # sender, too, is to feel that
             else:
-                # What nobody will get is not read: its sender, too, is to feel that.
-                lost = way.done and self.torn
-                room = not (way.over or busy or lost) and (not way.held or way.room(clock) > 0)
-                events = (EVENT_READ if room else 0) | (EVENT_WRITE if back.out else 0)
-            way.straight = None if way.held or way.over or way.done or not clear else back.source
+                events = EVENT_READ
+            if back.out:
+                events |= EVENT_WRITE
+            way.straight = back.source if clear and not (way.held or way.over or way.done) else None
             if events != way.watched:
                 way.watched = events
-                self.loop.watch(way.source, events, functools.partial(self.ready, way))
+                self.loop.watch(source, events, functools.partial(self.ready, way))
 
     def set_alarm(self, now):
         """For what is due next, if it ever is."""
@@ -3465,10 +3484,12 @@ class Connection:
             return show_address(self.proxy.backend)
 
     def count(self, totals):
-        """Add its bytes: {(way, "received" or "sent"): bytes}."""
-        for way in self.up, self.down:
-            totals[way.to, "received"] += way.passed + way.taken
-            totals[way.to, "sent"] += way.passed + way.given
+        """Add its bytes: [from the client, to the backend, from the backend, to the client]."""
+        up, down = self.up, self.down
+        totals[0] += up.passed + up.taken
+        totals[1] += up.passed + up.given
+        totals[2] += down.passed + down.taken
+        totals[3] += down.passed + down.given
 
     def reset(self, how):
         """Close both sockets with RST: linger on, for 0 seconds (man 7 socket, SO_LINGER)."""
@@ -3504,7 +3525,7 @@ class Connection:
 
 def call(family, address):
     """(a socket, whether it is still connecting): nobody waits. Raises OSError."""
-    sock = socket.socket(family, socket.SOCK_STREAM | UNBLOCKED)
+    sock = SOCKET(family, socket.SOCK_STREAM | UNBLOCKED)
     try:
         if not UNBLOCKED:
             sock.setblocking(False)
@@ -3551,6 +3572,7 @@ class Listener:
     """Accepts, on every address of a host, all on one port."""
 
     complained = -PAUSE         # when one last said that it cannot
+    burst = 1.0                 # clients taken in a row, as many as there seem to be
 
     def __init__(self, local, welcome):
         """Have the port; welcome(client, peer) gets who comes. Raises OSError."""
@@ -3567,11 +3589,12 @@ class Listener:
             self.watch(sock)
 
     def watch(self, sock):
-        self.loop.watch(sock, EVENT_READ, lambda events: self.accept(sock))
+        self.loop.watch(sock, EVENT_READ, functools.partial(self.accept, sock))
 
-    def accept(self, sock):
-        """Take in who waits, a burst at most."""
-        for _ in range(BURST):
+    def accept(self, sock, events):
+        """Take in who waits, a burst at most; to find nobody costs a system call, too."""
+        burst, self.burst = self.burst, 1
+        for _ in range(int(burst)):
             if sock not in self.sockets:            # closed earlier in this select()
                 return
             why = self.loop.full()
@@ -3579,7 +3602,8 @@ class Listener:
                 self.pause(sock, why)
                 return
             try:
-                client, peer = sock.accept()
+                number, peer = sock._accept()       # all that accept() of its subclass calls
+                client = SOCKET(sock.family, socket.SOCK_STREAM, 0, number)
             except BlockingIOError:
                 return
             except ConnectionError:
@@ -3592,6 +3616,7 @@ class Listener:
                 self.welcome(client, peer or client.getpeername())
             except OSError:                         # likewise; macOS then has no peer
                 client.close()
+        self.burst = min(BURST, 1.25 * burst)
 
     def pause(self, sock, why):
         """Accept nobody for a while; those who are here go on. All listeners say so once."""
@@ -3649,7 +3674,7 @@ class CannotListen(OSError):
 
 
 def listen_at(family, address):
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = SOCKET(family, socket.SOCK_STREAM)
     try:
         if os.name == "posix":          # elsewhere it means that two may listen on one port
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -3757,7 +3782,7 @@ class Proxy:
         self.accepted = 0
         self.faults = Counter()             # {handler: requests or connections it acted on}
         self.failures = 0                   # to connect to the backend
-        self.past = Counter()               # {(way, "received" or "sent"): bytes} of those gone
+        self.past = [0, 0, 0, 0]            # bytes of those gone, as Connection.count has it
         self.events = deque(maxlen=EVENTS_KEPT)
         self.recorded = 0
         self.acted = threading.Condition()  # notified of each event
@@ -4072,10 +4097,11 @@ class Proxy:
 
     def traffic(self):
         """{(way, "received" or "sent"): bytes} up to now."""
-        found = Counter(self.past)
+        found = list(self.past)
         for connection in self.connections.values():
             connection.count(found)
-        return found
+        places = [(way, what) for way in (UPSTREAM, DOWNSTREAM) for what in ("received", "sent")]
+        return dict(zip(places, found))
 
     def close(self):
         """Stop listening and close every connection."""
@@ -4642,6 +4668,7 @@ class Control:
             oldest, _ = self.talkers.popitem(last=False)
             with contextlib.suppress(OSError):
                 oldest.shutdown(socket.SHUT_RDWR)
+        client = socket.socket(client.family, socket.SOCK_STREAM, 0, client.detach())
         client.settimeout(TALK_TIME)
         talk = self.talkers[client] = Talk(self)
         self.loop.away(lambda: self.answer(client, peer, talk),
