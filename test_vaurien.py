@@ -2605,27 +2605,33 @@ class TestFraming(unittest.TestCase):
         generator, seen = random.Random(1), Counter()
         samples = {"redis": ([b"*2\r\n$3\r\nGET\r\n$1\r\na\r\n", b"*1\r\n$4\r\nPING\r\n", b"PING\r\n"],
                              [b"+OK\r\n", b"$5\r\nhello\r\n", b"$-1\r\n", b":1\r\n", b"$22\r\n", b"$2dd", b"$12\nxxx", b"$0\r\n\r\n"]),
-                   "http": ([b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"GET / HTTP/1.1\r\nHost: foo\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: 2\r\n\r\n", b"hi"],
+                   "http": ([b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"HEAD /a HTTP/1.0\r\nHost: x\r\n\r\n", b"GET / HTTP/1.1\r\nHost: foo\n\r\n", b"GET / HTTP/1.0\r\nconnection: keep-alive\r\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: 2\r\n\r\n", b"hi"],
                             [b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", b"HTTP/1.1 200 OK\nContent-Length: 2\n\r\nhi", b"HTTP/1.1 404 X\r\n\r\n"])}
         for name, ways in samples.items():
             for way, pieces in zip(("up", "down"), ways):
-                for _ in range(3000):
-                    data = bytearray(b"".join(generator.choice(pieces) for _ in range(generator.randint(1, 2))))
-                    for _ in range(generator.choice([0, 0, 1, 2])):
-                        at = generator.randrange(len(data) + 1)
-                        data[at:at + generator.randint(0, 2)] = generator.choice([b"", b"\r", b"\n", b"\r\n", b"1", b"$", b"x"])
-                    data = bytes(data[:generator.choice([len(data), generator.randrange(len(data) + 1)])])
-                    quick, slow = vaurien.PROTOCOLS[name](), vaurien.PROTOCOLS[name]()
+                for _ in range(2000):
+                    messages = []
+                    for _ in range(generator.choice([1, 1, 4])):        # more than one, for what is remembered
+                        data = bytearray(b"".join(generator.choice(pieces) for _ in range(generator.choice([1, 1, 2]))))
+                        for _ in range(generator.choice([0, 0, 1, 2])):
+                            at = generator.randrange(len(data) + 1)
+                            data[at:at + generator.randint(0, 2)] = generator.choice([b"", b"\r", b"\n", b"\r\n", b"1", b"$", b"x"])
+                        messages.append((generator.choice(["GET", "GET", "HEAD"]), bytes(
+                            data[:generator.choice([len(data), len(data), generator.randrange(len(data) + 1)])])))
                     found = []
-                    for protocol in quick, slow:
-                        protocol.pending.append(vaurien.Request(b"", "GET"))
-                        frames = getattr(protocol, way)
-                        frames.whole = frames.whole if protocol is quick else lambda data: None
-                        marks = frames.feed(data, len(data))
-                        found.append([(at, mark if isinstance(mark, vaurien.Signal) else (mark.text, mark.name, mark.info)) for at, mark in marks] + [frames.lost])
-                    self.assertEqual(found[0], found[1], (name, way, data))
-                    seen[name, way, quick.up.between and quick.down.between] += bool(data)
-        self.assertEqual(len(seen), 8)
+                    for quick in True, False:
+                        protocol = vaurien.PROTOCOLS[name](b"other:1" if name == "http" else b"")
+                        frames, marks = getattr(protocol, way), []
+                        frames.whole = frames.whole if quick else lambda data: None
+                        for asked, data in messages:
+                            protocol.pending += [vaurien.Request(b"", asked)] * (way == "down")
+                            for at, mark in [] if frames.lost else frames.feed(data, len(data)):
+                                marks.append((at, mark if isinstance(mark, vaurien.Signal) else (
+                                    mark.text, mark.name, mark.info, protocol.reword(data[:at]))))
+                        found.append(marks + [frames.lost, len(protocol.pending)])
+                        seen[name, way, frames.between, len(messages)] += 1
+                    self.assertEqual(found[0], found[1], (name, way, messages))
+        self.assertEqual(len(seen), 16)
 
     def test_what_is_answered_is_known(self):
         for name, data, silent in [("memcache", b"set a 0 0 1 noreply\r\nx\r\n", True), ("memcache", b"quit\r\n", True), ("memcache", b"mg a q\r\n", True),
@@ -2987,6 +2993,33 @@ class TestFramedLine(unittest.TestCase):
             self.assertEqual(vaurien.Proxy(backend, ("", 9), protocol="http").host_header(), name)
         self.assertEqual(vaurien.Proxy(("x", 1), ("", 9), protocol="http", overwrite_host_header=False).host_header(), b"")
 
+
+    def test_what_passes_whole_leaves_the_row_as_what_comes_in_pieces(self):
+        generator, talks = random.Random(3), Counter()
+        for name, asked, answered in [("redis", b"*2\r\n$3\r\nGET\r\n$1\r\na\r\n", b"$5\r\nhello\r\n"),
+                                      ("http", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")]:
+            for _ in range(50):
+                lines, open_requests = [], 0
+                for _ in range(2):
+                    lines.append(vaurien.FramedLine(vaurien.Rules(1, "test"), 1, vaurien.PROTOCOLS[name]()))
+                    lines[-1].begin()
+                for _ in range(20):
+                    if open_requests and generator.random() < 0.5:
+                        to, number = DOWNSTREAM, generator.randint(1, open_requests)
+                        open_requests -= number
+                    else:
+                        to, number = UPSTREAM, generator.choice([1, 1, 1, 3])
+                        open_requests += number
+                    data, left = (asked if to == UPSTREAM else answered) * number, []
+                    talks[number] += 1
+                    for line, pieces in zip(lines, ([data], [data[at:at + 7] for at in range(0, len(data), 7)])):
+                        frames = line.protocol.up if to == UPSTREAM else line.protocol.down
+                        for piece in pieces:
+                            self.assertEqual(line.quiet(to, piece, frames.feed(piece, len(piece))), piece)
+                        left.append((line.request, line.rules.requests, line.inside, line.leaked, line.number, len(line.protocol.pending),
+                                     [(one.number, one.sent, one.complete, one.over, one.request.name, one.request.text) for one in line.row]))
+                    self.assertEqual(left[0], left[1])
+        self.assertGreater(talks[3], 10)
 
     def armed(self, line, *rules):
         """The rules of an open connection are others."""

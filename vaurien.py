@@ -89,6 +89,7 @@ DUCTS_KEPT = 16                 # empty ones, for the next who need one
 BULK = 64 * 1024                # bytes in one read that are much
 FULL = 4                        # such reads after which a pipe of the kernel's is worth its while
 SMALL = 8 * 1024                # bytes that cost nothing to copy
+REMEMBERED = 1024               # of a head, in case the next one is the same
 HELD_ENTRY = 400                # what keeping one chunk costs besides its bytes: 398 on
                                 #   Python 3.6, 336 on 3.13 (measured)
 BACKLOG = 4096                  # for listen; the kernel caps it (net.core.somaxconn)
@@ -965,12 +966,17 @@ class Http(Protocol):
     STATUS = re.compile(rb"HTTP/1\.[01] (\d\d\d)")
     USUAL = re.compile(rb"HTTP/1\.[01] (200|[45]\d\d)")
     LENGTH = re.compile(rb"(?im)^content-length[ \t]*:[ \t]*(\d+)[ \t]*\r?$")
-    NUMBER = re.compile(rb"[ \t]*(\d+)[ \t]*\r?")
     CHUNKED = re.compile(rb"(?im)^transfer-encoding[ \t]*:.*chunked[ \t]*\r?$")
     CLOSE = re.compile(rb"(?im)^connection[ \t]*:.*\bclose\b")
     ALIVE = re.compile(rb"(?im)^connection[ \t]*:.*\bkeep-alive\b")
     SIZE = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,15})[ \t]*[;\r\n]")
     EXPECT = re.compile(rb"(?im)^expect[ \t]*:.*100-continue")
+    # Many a client asks again and again the same, or with the same fields, and is answered so.
+    # What came alone last, up to REMEMBERED bytes: a request, and the Request made of it; its
+    # fields, as they go on, and what they say; the head of a reply, and its length.
+    asked: tuple = (None, None)
+    fields: tuple = (None, None, False, False)
+    answered: tuple = (None, 0)
 
     def requests(self):
         while True:
@@ -979,29 +985,48 @@ class Http(Protocol):
                 yield MORE
                 yield END
                 continue
-            yield self.request(head, head.lower())
+            yield self.request(head, *self.lasts(head, head.lower()))
             yield from self.body(head, 0)
             yield END
 
-    def request(self, head, low):
-        """The Request of a head; low is the same in small letters, to look for words in."""
+    def request(self, head, closes, alive):
+        """The Request of a head whose fields say so."""
         first = self.FIRST.match(head)
         if not first:
             raise NotOurs("no request line of HTTP/1")
-        closes = ((b"\nconnection" in low and self.CLOSE.search(head))
-                  or (b"\nexpect" in low and self.EXPECT.search(head))
-                  or (first.group(2) == b"0" and not self.ALIVE.search(head)))
         return Request(head.strip().replace(b"\r\n", b"\n"), first.group(1).decode(),
-                       info=bool(closes))
+                       info=closes or (first.group(2) == b"0" and not alive))
+
+    def lasts(self, head, low):
+        """What its fields say: (whether it is the last on its connection, whether it is not).
+
+        low     the same in small letters, to look for words in
+        """
+        if b"\nconnection" not in low and b"\nexpect" not in low:
+            return False, False
+        return (bool(self.CLOSE.search(head) or self.EXPECT.search(head)),
+                bool(self.ALIVE.search(head)))
 
     def whole_request(self, data):
-        if (data[-3:] != b"\n\r\n" or data.find(b"\n\r\n") < len(data) - 3
-                or b"\n\n" in data or not data[:1].isalpha()):
+        same, request = self.asked
+        if data != same:
+            text = data[data.find(b"\n"):]
+            fields = self.fields if text == self.fields[0] else self.read_fields(text)
+            if not fields or not data[:1].isalpha():
+                return None
+            request = self.request(data, *fields[2:])
+            if len(data) <= REMEMBERED:
+                self.asked, self.fields = (data, request), fields
+        return [(len(data), Request(request.text, request.name, info=request.info)),
+                (len(data), END)]
+
+    def read_fields(self, text):
+        """What `fields` remembers of usual ones, from the line's end before them; or None."""
+        low = text.lower()
+        if (text[-3:] != b"\n\r\n" or text.find(b"\n\r\n") < len(text) - 3 or b"\n\n" in text
+                or b"\ncontent-length" in low or b"\ntransfer-encoding" in low):
             return None
-        low = data.lower()
-        if b"\ncontent-length" in low or b"\ntransfer-encoding" in low:
-            return None
-        return [(len(data), self.request(data, low)), (len(data), END)]
+        return (text, self.reword(text), *self.lasts(text, low))
 
     def replies(self):
         while True:
@@ -1020,17 +1045,18 @@ class Http(Protocol):
                 yield END
 
     def whole_reply(self, data):
-        request = self.first()
-        if not request or request.name in ("HEAD", "CONNECT") or not self.USUAL.match(data):
+        request, end = self.first(), data.find(b"\n\r\n") + 3
+        if not request or request.name in ("HEAD", "CONNECT"):
             return None
-        end = data.find(b"\n\r\n") + 3
-        low = data[:end].lower()
-        at = low.find(b"\ncontent-length:") + len(b"\ncontent-length:")
-        length = self.NUMBER.fullmatch(low, at, low.find(b"\n", at))
-        if (at < len(b"\ncontent-length:") or not length or b"\n\n" in low
-                or b"\ntransfer-encoding" in low
-                or digits(length.group(1)) != len(data) - end):
-            return None
+        head, length = data[:end], len(data) - end
+        if (head, length) != self.answered:
+            low = head.lower()
+            at = low.find(b"\ncontent-length")
+            if (at < 0 or not low.startswith(b": %d\r\n" % length, at + len(b"\ncontent-length"))
+                    or not self.USUAL.match(head) or b"\n\n" in low
+                    or b"\ntransfer-encoding" in low):
+                return None
+            self.answered = (head, length) if end <= REMEMBERED else (None, 0)
         self.ended()
         return [(len(data), END)]
 
@@ -1054,6 +1080,10 @@ class Http(Protocol):
             yield digits(length.group(1)) if length else usual
 
     def reword(self, head):
+        start = head.find(b"\n")
+        fields, named = self.fields[:2]
+        if head[start:] == fields:
+            return head if named is fields else head[:start] + named
         at = head.lower().find(b"\nhost:") + len(b"\nhost:") if self.host else 0
         named = head[at:head.find(b"\n", at)].strip(b" \t\r")
         if at < len(b"\nhost:") or named.lower() == self.host:
@@ -2151,29 +2181,49 @@ class FramedLine(Line):
 
         None if one may be, and nothing is done.
         """
+        row = self.row
         if not marks and not self.closing and (self.inside or to == DOWNSTREAM):
             # The middle of a request, or of a reply: what it draws is drawn.
-            return None if self.row[-1 if to == UPSTREAM else 0].steps else data
+            return None if row[-1 if to == UPSTREAM else 0].steps else data
         if self.rules.armed or self.head or self.busy or self.closing:
             return None
-        size = len(data)
-        if to == UPSTREAM and self.protocol.host:       # a head is to go on as a whole
-            if (not marks or marks[0][1] is MORE or marks[0][1] is END
-                    or (len(marks) > 1 and marks[1] != (size, END))):
+        if to == DOWNSTREAM:
+            for _ in marks:             # the end of a reply, each
+                row[0].over = True
+                while len(row) > 1 and self.leave():
+                    pass
+            return data
+        mark, size = marks[0][1] if marks else None, len(data)
+        alone = len(marks) == 2 and marks[1] == (size, END)
+        if self.protocol.host:          # a head is to go on as a whole
+            if mark is None or mark is MORE or mark is END or (len(marks) > 1 and not alone):
                 return None
             head = bytes(data[:marks[0][0]])
             named = self.protocol.reword(head)
             if named is not head:
                 data = named + data[len(head):]
+        idle = len(row) == 1 and row[0].over and row[0].request and not self.leaked
+        if alone and idle and type(mark) is Request and mark.draws and mark.replies:
+            self.pass_whole(mark)
+            return data
         for _, mark in marks:
             self.follow(to, mark)
-            if to == UPSTREAM:
-                self.row[-1].sent = True
-            while len(self.row) > 1 and self.leave():
+            row[-1].sent = True
+            while len(row) > 1 and self.leave():
                 pass
-        if to == UPSTREAM and not self.inside and (not marks or marks[-1][0] < size):
+        if not self.inside and (not marks or marks[-1][0] < size):
             self.leaked = True
         return data
+
+    def pass_whole(self, request):
+        """A request goes by, all of it, where nothing is under way: `follow`, for less."""
+        super().begin()
+        self.protocol.pending.append(request)
+        last = self.row[0]
+        last.number, last.request, last.steps = self.request, request, self.steps
+        last.sent = True                # and complete it is, as the one before
+        last.over = False
+        request.text = b""
 
     def follow(self, to, mark):
         """Where the row stands after a mark."""
@@ -3128,17 +3178,18 @@ class Connection:
 
         data    a view of the loop's buffer, or bytes
         """
-        line, protocol, size = self.line, self.line.protocol, len(data)
+        line, size = self.line, len(data)
+        protocol = line.protocol
         if protocol:
-            assert isinstance(line, FramedLine)
             frames = protocol.up if way is self.up else protocol.down
             if size <= SMALL:           # several will look at it
                 data = bytes(data)
-            marks = frames.feed(data if isinstance(data, bytes) else self.loop.buffer, size)
-            out = None if frames.lost else line.quiet(way.to, data, marks)
+            marks = frames.feed(data if type(data) is bytes else self.loop.buffer, size)
+            out = None if frames.lost else line.quiet(way.to, data, marks)  # type: ignore
             if out is not None:
                 way.taken += size - len(out)
                 return out
+            assert isinstance(line, FramedLine)
             data, now, line.touched = bytes(data), self.loop.clock(), False
             events = line.read(now, way.to, data, marks)
             if frames.lost:
@@ -3346,7 +3397,8 @@ class Connection:
                 events = EVENT_READ
             if back.out:
                 events |= EVENT_WRITE
-            way.straight = back.source if clear and not (way.held or way.over or way.done) else None
+            free = clear and not (way.held or way.over or way.done)
+            way.straight = back.source if free else None
             if events != way.watched:
                 way.watched = events
                 self.loop.watch(source, events, functools.partial(self.ready, way))
