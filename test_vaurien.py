@@ -1517,6 +1517,44 @@ class TestProxy(unittest.TestCase):
                     one.close()
                     self.assertEqual(read(three, 8), b"question")
 
+    def test_as_many_are_accepted_in_a_row_as_there_seem_to_be(self):
+        with proxy_of(echo) as proxy, mock.patch.object(vaurien, "SOCKET"), mock.patch.object(proxy.listener, "welcome") as welcome:
+            listener, taken = mock.Mock(_accept=mock.Mock(return_value=(-1, ("127.0.0.1", 1)))), []
+
+            def accept():
+                proxy.loop.call(proxy.listener.accept, listener, selectors.EVENT_READ)
+                taken.append(welcome.call_count - sum(taken))
+            proxy.listener.sockets.append(listener)
+            for _ in range(30):
+                accept()
+            self.assertEqual((taken[:4], taken[-1]), ([1, 1, 1, 1], vaurien.BURST))     # one who comes alone costs one call
+            self.assertEqual(taken, sorted(taken))
+            listener._accept.side_effect = [(-1, ("127.0.0.1", 1)), BlockingIOError()]
+            accept()
+            listener._accept.side_effect = None
+            accept()
+            self.assertEqual(taken[-2:], [1, 1])
+            proxy.listener.sockets.remove(listener)
+
+    def test_who_has_asked_before_he_is_accepted_does_not_wait_for_another_turn(self):
+        with contextlib.ExitStack() as stack:
+            backend = stack.enter_context(contextlib.closing(listening()))
+            proxy = vaurien.Proxy("127.0.0.1:%d" % backend.getsockname()[1], "127.0.0.1:0")
+            proxy.bind()
+            sock = stack.enter_context(contextlib.closing(connect(proxy.port)))
+            sock.sendall(b"question")
+            loop = vaurien.Loop()
+            stack.callback(loop.close)
+            stack.callback(proxy.close)
+            proxy.open(loop)
+            (key, events), = loop.selector.select(PATIENCE)
+            key.data(events)
+            if vaurien.LINUX:               # others may still be calling the backend
+                backend.settimeout(PATIENCE)
+                asked = stack.enter_context(contextlib.closing(backend.accept()[0]))
+                asked.settimeout(PATIENCE)
+                self.assertEqual(read(asked, 8), b"question")
+
     def test_a_client_that_has_gone_before_it_is_accepted(self):
         gone = mock.Mock(getpeername=mock.Mock(side_effect=OSError("gone")))
         with proxy_of(echo) as proxy:
