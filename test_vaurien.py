@@ -408,6 +408,15 @@ class TestLine(unittest.TestCase):
             self.assertEqual(line.carry(3, UPSTREAM, b"q"),
                              [(3, UPSTREAM, b"q", ()), (3, UPSTREAM, b"x", ())])
 
+    def test_what_only_names_a_time_that_has_passed_has_changed_nothing(self):
+        def early(state, t, to, data):
+            yield 0, to, data
+
+        with registered(early):
+            line = line_of(vaurien.Rule("early"))
+            self.assertEqual(line.carry(3, UPSTREAM, b"q"), [(3, UPSTREAM, b"q", ())])
+            self.assertEqual((line.news, line.touched), ([], False))
+
     def test_each_step_takes_what_the_one_before_it_gave(self):
         one, two = (vaurien.Rule("delay", {"sleep": seconds}, dice=name)
                     for seconds, name in ((1.0, "a"), (2.0, "b")))

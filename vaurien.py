@@ -2037,11 +2037,11 @@ class Line:
         state = step.state
         state.turn, state.asked = self.number, self.asked
         state.protocol, state.opaque = self.protocol, self.opaque
-        events = list(rule.handler(state, t, to, data, **rule.options))
+        events = [(due if due > t else t, way, out) for due, way, out
+                  in rule.handler(state, t, to, data, **rule.options)]
         if events == [(t, to, data)]:
             return [event]
         self.touched = True
-        events = [(max(t, due), way, out) for due, way, out in events]
         for _, way, out in events:
             if way not in (UPSTREAM, DOWNSTREAM) or not isinstance(out, bytes):
                 raise TypeError("a handler yields (t, to, data), not (t, %r, %r)" % (way, out))
@@ -2217,9 +2217,9 @@ class FramedLine(Line):
 
     def pass_whole(self, request):
         """A request goes by, all of it, where nothing is under way: `follow`, for less."""
+        self.asked, last = request, self.row[0]
         super().begin()
         self.protocol.pending.append(request)
-        last = self.row[0]
         last.number, last.request, last.steps = self.request, request, self.steps
         last.sent = True                # and complete it is, as the one before
         last.over = False
