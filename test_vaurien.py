@@ -606,6 +606,8 @@ class TestLoop(unittest.TestCase):
             self.assertEqual(select([], here, takes=0.0011), (2, False))
             self.assertEqual({select() for _ in range(epoll.SKIPS_BUSY)}, {(1, True)})
             self.assertGreater(select()[0], 2)
+            self.assertEqual({select() for _ in range(epoll.SKIPS)}, {(1, True)})
+            self.assertEqual(select(takes=0.0011, timeout=2.5), (2, False))     # nor sleeps over an alarm
 
     def test_an_alarm_years_away_is_no_overflow(self):
         loop = vaurien.Loop()
@@ -1056,6 +1058,26 @@ class TestStraightRoad(Pouring, unittest.TestCase):
                 sent.clear()
                 exchange(sock, b"0123456789abcdefghij")
                 self.assertEqual(sent[:2], [b"0123456789", b"abcdefghij"])
+
+    def test_what_a_handler_fails_on_does_not_take_it(self):
+        def buggy(state, t, to, data):
+            if data == b"bad":
+                raise KeyError("bug")
+            yield t, to, data
+
+        heard = []
+
+        def listens(sock):
+            with contextlib.suppress(OSError):
+                while True:
+                    heard.append(sock.recv(100))
+                    sock.sendall(heard[-1])
+        with registered(buggy), proxy_of(listens, "100:buggy") as proxy, connected(proxy) as sock:
+            self.assertEqual(exchange(sock, b"good"), b"good")
+            with self.assertLogs("vaurien", "ERROR"):
+                sock.sendall(b"bad")
+                self.assertEqual(hear(sock)[2], "reset")
+            self.assertNotIn(b"bad", heard)
 
     def test_what_a_fault_leaves_as_it_is_takes_it(self):
         with proxy_of(echo, "100:latency") as proxy, connected(proxy) as sock:
@@ -1542,7 +1564,7 @@ class TestProxy(unittest.TestCase):
             accept()
             listener._accept.side_effect = None
             accept()
-            self.assertEqual(taken[-2:], [1, 1])
+            self.assertEqual(taken[-2:], [1, vaurien.BURST // 2])
             proxy.listener.sockets.remove(listener)
 
     def test_who_has_asked_before_he_is_accepted_does_not_wait_for_another_turn(self):
@@ -3066,6 +3088,12 @@ class TestFramedLine(unittest.TestCase):
                         left.append((line.request, line.rules.requests, line.inside, line.leaked, line.number, len(line.protocol.pending),
                                      [(one.number, one.sent, one.complete, one.over, one.request.name, one.request.text) for one in line.row]))
                     self.assertEqual(left[0], left[1])
+                acted = []
+                for line in lines:              # it is too late to answer in the backend's place
+                    rule = vaurien.Rule("error", per="connection")
+                    self.armed(line, rule)
+                    acted.append((rule.acts, line.greet(0, [UPSTREAM, DOWNSTREAM], [rule]), line.asked is line.row[-1].request))
+                self.assertEqual(acted, [(0, [], True)] * 2)
         self.assertGreater(talks[3], 10)
 
     def armed(self, line, *rules):

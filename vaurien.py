@@ -2022,7 +2022,7 @@ class Line:
                 log.error("connection %d, request %d: handler %s failed and the connection is "
                           "reset: %s", self.connection, self.number, step.rule.name,
                           words_of(problem), exc_info=not step.rule.failed)
-                step.rule.failed = True
+                step.rule.failed = self.touched = True
                 return [(t, to, RESET, ())]
         return events
 
@@ -2561,13 +2561,15 @@ class Epoll(selectors.BaseSelector):
         poll = self.epoll.poll
         events = poll(0, self.MOST)
         if not events and timeout != 0:
-            events = self.look_again() or poll(-1 if timeout is None else timeout, self.MOST)
+            events = self.look_again()
+            if events is None:
+                events = poll(-1 if timeout is None else timeout, self.MOST)
         # The keys as they are now: an earlier callback may give a number to another socket.
         keys, ready = self.keys, self.READY.get
         return [(keys[fd], ready(mask, 3)) for fd, mask in events]
 
     def look_again(self):
-        """Events that come while one would fall asleep, or none; others go first.
+        """Events that come while one would fall asleep; None if it is time to. Others go first.
 
         Many a peer answers sooner than that. Who waits for as long as sleeping costs, and
         then sleeps, pays at most twice the least (Karlin et al., Empirical Studies of
@@ -2576,7 +2578,7 @@ class Epoll(selectors.BaseSelector):
         if self.skips:
             self.skips -= 1
             return None
-        clock, events, passed = self.clock, None, 0.0
+        clock, events, passed = self.clock, [], 0.0
         began = clock()
         while not events and passed < self.AWAKE:
             os.sched_yield()
@@ -2584,9 +2586,9 @@ class Epoll(selectors.BaseSelector):
             passed = clock() - began
         if passed > self.BUSY:
             self.vain = self.skips = self.SKIPS_BUSY
-        else:
-            self.vain = self.skips = 0 if events else min(self.SKIPS, 2 * self.vain or 1)
-        return events
+            return events               # if there are none: an alarm may be due by now
+        self.vain = self.skips = 0 if events else min(self.SKIPS, 2 * self.vain or 1)
+        return events or None
 
     def get_map(self):
         return self.keys
@@ -3645,7 +3647,7 @@ class Listener:
 
     def accept(self, sock, events):
         """Take in who waits, a burst at most; to find nobody costs a system call, too."""
-        burst, self.burst = self.burst, 1
+        burst, self.burst = self.burst, max(1.0, self.burst / 2)
         for _ in range(int(burst)):
             if sock not in self.sockets:            # closed earlier in this select()
                 return
