@@ -417,6 +417,20 @@ class TestLine(unittest.TestCase):
             self.assertEqual(line.carry(3, UPSTREAM, b"q"), [(3, UPSTREAM, b"q", ())])
             self.assertEqual((line.news, line.touched), ([], False))
 
+    def test_a_handler_of_one_way_is_shown_no_other(self):
+        for options, stream, sees in [({}, "both", UPSTREAM), ({"before": False}, "both", DOWNSTREAM),
+                                      ({}, DOWNSTREAM, DOWNSTREAM), ({"before": False}, UPSTREAM, UPSTREAM)]:
+            line = line_of(vaurien.Rule("delay", options, stream=stream))
+            self.assertEqual([line.shows(UPSTREAM), line.shows(DOWNSTREAM)], [sees == UPSTREAM, sees == DOWNSTREAM])
+            for to in UPSTREAM, DOWNSTREAM:
+                self.assertEqual(line.carry(3, to, b"x")[0][0], 4 if to == sees else 3)
+        self.assertTrue(line_of(vaurien.Rule("delay", {"before": False}, match=re.compile(b"x"))).shows(UPSTREAM))     # to look for it
+        self.assertTrue(line_of(vaurien.Rule("hang")).shows(DOWNSTREAM))
+        toxic = vaurien.Toxic("delay", "d", stream="both")
+        self.assertEqual(toxic.rule.sees, UPSTREAM)
+        toxic.set(1.0, {"before": False})
+        self.assertEqual(toxic.rule.sees, DOWNSTREAM)
+
     def test_each_step_takes_what_the_one_before_it_gave(self):
         one, two = (vaurien.Rule("delay", {"sleep": seconds}, dice=name)
                     for seconds, name in ((1.0, "a"), (2.0, "b")))

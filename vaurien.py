@@ -266,6 +266,14 @@ def thin(function):
     return function
 
 
+def one_way(way):
+    """Mark a handler that passes all but the events of way(options), where it is shown both."""
+    def mark(function):
+        function.way = way
+        return function
+    return mark
+
+
 @handler
 def dummy(state, t, to, data):
     """A healthy backend: everything passes."""
@@ -273,6 +281,7 @@ def dummy(state, t, to, data):
 
 
 @handler
+@one_way(lambda options: UPSTREAM if options["before"] else DOWNSTREAM)
 def delay(state, t, to, data, *, sleep=1.0, before=True):
     """A slow backend: each request waits before it is passed on, or its answer does.
 
@@ -1677,16 +1686,16 @@ class Rule:
     """
 
     __slots__ = ("name", "handler", "options", "low", "high", "dice", "per", "stream", "match",
-                 "after", "times", "thin", "blocking", "thrown", "acts", "shared", "failed",
-                 "worker")
+                 "after", "times", "sees", "thin", "blocking", "thrown", "acts", "shared",
+                 "failed", "worker")
 
     def __init__(self, name, options=None, low=0.0, high=100.0, dice="behavior",
                  per="request", stream="both", match=None, after=0, times=0):
         self.name = name
         self.handler = get_handler(name)
-        self.options = dict(options_of(self.handler), **options or {})
         self.low, self.high, self.dice = low, high, dice
         self.per, self.stream, self.match = per, stream, match
+        self.set(dict(options_of(self.handler), **options or {}))
         self.after, self.times = after, times
         self.thin = getattr(self.handler, "thin", False)
         self.blocking = is_class_form(self.handler)     # and so is not for the fold
@@ -1695,6 +1704,12 @@ class Rule:
         self.shared = Counter()     # for the handler, across connections
         self.failed = False         # whether the log has a traceback of it already
         self.worker = None          # of the class form: the object that is called
+
+    def set(self, options):
+        """Have these options, {option: value}; with them it sees what way its events go."""
+        self.options = options
+        way = getattr(self.handler, "way", None)
+        self.sees = way(options) if way and self.stream == "both" else self.stream
 
     def __str__(self):
         """The handler and its options; a yes/no or a text only where it is not the default."""
@@ -1982,6 +1997,13 @@ class Line:
         """Whether a rule that is drawn per connection is still to be drawn: for a FramedLine."""
         return False
 
+    def shows(self, to):
+        """Whether any step at work is to see the bytes of this way."""
+        for step in self.steps:
+            if step.rule.sees in ("both", to) or step.heard is not None:
+                return True
+        return False
+
     def blocking(self):
         """The first step at work that wants the sockets themselves, or None."""
         return next((step for step in self.steps if step.rule.blocking and step.may_act()), None)
@@ -2032,7 +2054,7 @@ class Line:
         rule = step.rule
         if step.state is None and not self.matches(step, to, data):
             return [event]
-        if rule.stream not in ("both", to) or (rule.times and not step.may_act()):
+        if rule.sees not in ("both", to) or (rule.times and not step.may_act()):
             return [event]
         state = step.state
         state.turn, state.asked = self.number, self.asked
@@ -3204,6 +3226,8 @@ class Connection:
                     events += held
                 line.touched = True     # another line may have done so
         elif line.steps:
+            if not line.shows(way.to):
+                return data
             data, now, line.touched = bytes(data), self.loop.clock(), False
             events = line.carry(now, way.to, data)
             if not line.touched:
@@ -3769,8 +3793,8 @@ class Toxic:
     def set(self, toxicity, attributes):
         self.toxicity = toxicity
         self.attributes.update(attributes)
-        self.rule.options = {option: value if isinstance(value, str) else max(value, type(value)())
-                             for option, value in self.attributes.items()}
+        self.rule.set({option: value if isinstance(value, str) else max(value, type(value)())
+                       for option, value in self.attributes.items()})
         self.rule.high = 100.0 * toxicity
 
     def is_like(self, other):
