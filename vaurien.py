@@ -2547,7 +2547,7 @@ class Epoll(selectors.BaseSelector):
     AWAKE = 0.00008     # seconds; falling asleep and waking up cost about as many, as measured
     BUSY = 0.001        # seconds after which others were given the processor meanwhile
     SKIPS = 8           # sleeps without another look, at most, where looking was in vain
-    SKIPS_BUSY = 64     # and where the processor is others'
+    SKIPS_BUSY = 512    # and where the processor is others': a look may cost a slice of its time
 
     def __init__(self, clock=time.monotonic):
         self.epoll = select.epoll()
