@@ -705,10 +705,7 @@ class TestAddresses(unittest.TestCase):
 @contextlib.contextmanager
 def serving(talk):
     """A backend: talk(sock) for each connection, in a thread. Yields (port, what talk returned)."""
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(100)
-    saw, threads = [], []
+    listener, saw, threads = listening(), [], []
 
     def work(sock):
         with sock:

@@ -267,7 +267,7 @@ def thin(function):
 
 
 def one_way(way):
-    """Mark a handler that passes all but the events of way(options), where it is shown both."""
+    """Mark a handler that is for one way's events: way(options), where its rule names none."""
     def mark(function):
         function.way = way
         return function
@@ -288,12 +288,6 @@ def delay(state, t, to, data, *, sleep=1.0, before=True):
     sleep    seconds
     before   yes: before the backend is called; no: before the first byte of the answer
     """
-    way = UPSTREAM if before else DOWNSTREAM
-    if state.stream != "both":
-        way = state.stream              # it sees no other
-    if to != way:
-        yield t, to, data
-        return
     if data is OPEN or (data and state["spoken"] != state.turn):
         state["until"] = t + sleep      # of OPEN, then once more of the first byte
         state["spoken"] = state.turn if data else 0
