@@ -321,7 +321,37 @@ class TestRules(unittest.TestCase):
 
     def test_the_draws_are_the_same_on_every_python(self):
         found = self.drawn(self.rules("20:delay"), connections=1, requests=20)
-        self.assertEqual(sorted(found), [(1, 3), (1, 15), (1, 16)])
+        self.assertEqual(sorted(found), [(1, 2), (1, 6), (1, 13)])
+
+    def test_the_dice_alone_decide_and_each_request_is_counted(self):
+        for text, fields in [("20:delay,5:error", {}), ("20:delay", {"after": 7}), ("0:delay", {}),
+                             ("100:delay", {"after": 9}), ("3:hang,1:error", {}), ("50:delay", {"times": 2})]:
+            rules = self.rules(text)
+            for rule in rules.armed:
+                for name, value in fields.items():
+                    setattr(rule, name, value)
+            line, other = vaurien.Line(rules, 3), rules_of("30:abort")
+            for request in range(1, 60):
+                if request in (20, 27):         # in the midst of eight that were thrown together
+                    rules.armed = rules.armed + other if request == 20 else rules.armed[:-1]
+                    line.renew(other if request == 20 else [])
+                line.begin()
+                percent = 100 * rules.throw("behavior", 3, request // 8)[request % 8] / 2 ** 64
+                self.assertEqual([step.rule for step in line.steps],
+                                 [rule for rule in rules.armed if rule.low <= percent < rule.high
+                                  and rule.thrown > rule.after], (text, request))
+                self.assertEqual([rule.thrown for rule in rules.armed],
+                                 [request - 19 if rule in other else request for rule in rules.armed])
+
+    def test_a_rule_that_has_changed_is_drawn_anew(self):
+        rules = self.rules("0:delay")
+        line = vaurien.Line(rules, 1)
+        for _ in range(9):
+            line.begin()
+        rules.armed[0].high = 100.0
+        line.renew([], rules.armed)
+        line.begin()
+        self.assertEqual([step.rule for step in line.steps], rules.armed)
 
     def test_another_seed_another_proxy_another_request_draw_anew(self):
         one = self.drawn(self.rules("20:delay"))

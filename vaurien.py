@@ -1721,6 +1721,7 @@ class Rule:
 
 WHOLE = 100.000001      # percent: 33.3 three times and 0.1 are 100
 PERCENT = 100 / 2 ** 64     # of all that 64 bits of chance can be
+CHANCES = struct.Struct(">8Q")      # that one hash of blake2b gives
 
 
 def parse_behavior(text):
@@ -1855,7 +1856,8 @@ class Rules:
 
     Every draw is a pure function of the seed, the proxy's name, the dice's name, the
     connection's number and the request's number in it, so that neither threads nor
-    timing change it: the same seed gives the same faults, on every Python.
+    timing change it: the same seed gives the same faults, on every Python. One hash
+    throws the dice for 8 requests in a row.
     """
 
     def __init__(self, seed, proxy):
@@ -1864,21 +1866,18 @@ class Rules:
         self.requests = 0       # begun at this proxy
         self.dice = {}          # name: a hash of all but the numbers
 
-    def decide(self, rule, connection, request, number):
-        """A state if the rule acts on this request (request 0: this connection), or None.
+    def throw(self, dice, connection, eighth):
+        """How the dice fall for 8 requests of a connection: whole numbers of 64 bits.
 
-        number   of the requests, or connections, that its dice were thrown for
+        eighth   0 for the connection (request 0) and requests 1 to 7, 1 for 8 to 15 ...
         """
-        if number <= rule.after:
-            return None
-        throw = self.dice.get(rule.dice)
+        throw = self.dice.get(dice)
         if throw is None:
-            words = "%s %s %s " % (self.seed, self.proxy, rule.dice)
-            throw = self.dice[rule.dice] = hashlib.blake2b(words.encode(), digest_size=8)
+            words = "%s %s %s " % (self.seed, self.proxy, dice)
+            throw = self.dice[dice] = hashlib.blake2b(words.encode())
         throw = throw.copy()
-        throw.update(b"%d %d" % (connection, request))
-        chance = int.from_bytes(throw.digest(), "big")
-        return State(rule, chance, number) if rule.low <= chance * PERCENT < rule.high else None
+        throw.update(b"%d %d" % (connection, eighth))
+        return CHANCES.unpack(throw.digest())
 
 
 class Line:
@@ -1890,7 +1889,8 @@ class Line:
     """
 
     __slots__ = ("rules", "connection", "request", "speaker", "steps", "late", "lasting", "news",
-                 "number", "opaque", "protocol", "asked", "turned", "touched")
+                 "number", "opaque", "protocol", "asked", "turned", "touched", "thrown", "eventful",
+                 "foreseen")
 
     def __init__(self, rules, connection):
         self.rules = rules
@@ -1901,6 +1901,9 @@ class Line:
         self.touched = False            # whether a step has changed what it saw
         self.connection = connection    # its number
         self.request = 0                # the number of the request under way
+        self.thrown = (None, ())        # what dice were thrown last, for what eighth, and their fall
+        self.eventful = 0               # the next request on which a rule may act
+        self.foreseen = ()              # those after it, as far as they are known
         self.speaker = None             # which way its last bytes went, if there were any
         self.steps = []                 # drawn for the request under way, in rule order
         self.late = []                  # rules that came before anybody spoke in it
@@ -1914,11 +1917,54 @@ class Line:
         self.number = self.request
         self.rules.requests += 1
         self.late = []
-        if self.rules.armed or self.steps:
+        if not self.rules.armed:
+            self.steps = []
+        elif self.request < self.eventful:
+            self.steps = []
+            for rule in self.rules.armed:
+                rule.thrown += 1
+        else:
             for step in self.lasting.values():
                 if step and step.heard:
                     step.heard = b""
             self.steps = self.drawn(self.draw)
+            if not self.foreseen:
+                self.look_ahead()
+            self.eventful = self.foreseen.pop()
+
+    def look_ahead(self):
+        """Foresee on which of the next requests, whose dice are thrown together, a rule may act.
+
+        They are, the last one first, in `foreseen`, with the first of those after them.
+        """
+        first = self.request + 1
+        after, places = (first | 7) + 1, range(first % 8, 8)
+        found = {after}
+        for rule in self.rules.armed:
+            if rule.match or rule.per == "connection":      # the dice alone do not say it
+                found.update(range(first, after))
+                break
+            chances = self.chances(rule, first)
+            found.update([after - 8 + place for place in places
+                          if rule.low <= chances[place] * PERCENT < rule.high])
+        self.foreseen = sorted(found, reverse=True)
+
+    def chances(self, rule, request):
+        """How the rule's dice fall for this request and its neighbours: see Rules.throw."""
+        which = rule.dice, request // 8
+        if which != self.thrown[0]:
+            self.thrown = which, self.rules.throw(rule.dice, self.connection, request // 8)
+        return self.thrown[1]
+
+    def decide(self, rule, request, number):
+        """A state if the rule acts on this request (request 0: this connection), or None.
+
+        number   of the requests, or connections, that its dice were thrown for
+        """
+        if number <= rule.after:
+            return None
+        chance = self.chances(rule, request)[request % 8]
+        return State(rule, chance, number) if rule.low <= chance * PERCENT < rule.high else None
 
     def turn(self, to):
         """The other side speaks: bytes go this way, and the last ones did not."""
@@ -1938,12 +1984,13 @@ class Line:
         those drawn per connection at once. One that has changed keeps its memory.
         """
         at_work = self.at_work()
+        self.eventful, self.foreseen = 0, ()
         self.lasting = {rule: self.lasting[rule] for rule in self.lasting
                         if rule in self.rules.armed}
         for rule in changed:
             step = self.lasting.get(rule)
             if step and step.heard is None:
-                state = self.rules.decide(rule, self.connection, 0, step.number)
+                state = self.decide(rule, 0, step.number)
                 step.state = state if step.state is None or state is None else step.state
         self.late = [rule for rule in [*self.late, *new] if rule in self.rules.armed]
         self.steps = self.drawn(at_work.get)
@@ -1964,8 +2011,7 @@ class Line:
     def throw(self, rule):
         """A state if the dice of the request under way, or of the connection, fall so; or None."""
         rule.thrown += 1
-        return self.rules.decide(rule, self.connection,
-                                 self.request if rule.per == "request" else 0, rule.thrown)
+        return self.decide(rule, self.request if rule.per == "request" else 0, rule.thrown)
 
     def draw_again(self, rules):
         """Draw these rules for the request under way; the others stay as they were drawn."""
