@@ -2220,30 +2220,30 @@ def late_end(state, t, to, data):
             process.wait(PATIENCE)
 
     def test_demo(self):
-        status, out, err = self.run_it("demo", "--requests", "60", "--handlers.delay.sleep", "0.3")
-        self.assertEqual((status, err), (0, ""))
+        started = [self.start("demo", "--requests", "60", *words) for words in [
+            ("--handlers.delay.sleep", "0.3"), ("--behavior", "30:blackout,20:error")]]
+        outs = []
+        for process in started:
+            out, err = process.communicate(timeout=PATIENCE)
+            self.assertEqual((process.returncode, err), (0, ""))
+            self.assertLessEqual(max(map(len, out.splitlines())), 80)
+            outs.append(out)
         late, total, seconds = re.search(
             r"^(\d+) of (\d+) requests were delayed \(delay\), by ([0-9.]+) s at the median\.$",
-            out, re.MULTILINE).groups()
+            outs[0], re.MULTILINE).groups()
         self.assertEqual(total, "60")
         self.assertTrue(4 < int(late) < 25)
         self.assertGreater(float(seconds), 0.25)
-        self.assertRegex(out, r"The other %d were answered in [0-9.]+ m?s at the median\." % (60 - int(late)))
-        self.assertRegex(out, r"\n +(200 - 500 ms|0\.5 - 1 s)  #+ \d+\n")
-        self.assertLessEqual(max(map(len, out.splitlines())), 80)
+        self.assertRegex(outs[0], r"The other %d were answered in [0-9.]+ m?s at the median\." % (60 - int(late)))
+        self.assertRegex(outs[0], r"\n +(200 - 500 ms|0\.5 - 1 s)  #+ \d+\n")
+        self.assertRegex(outs[1], r"(\d+) of 60 requests met blackout: \1 x connection closed\.\n")
+        self.assertRegex(outs[1], r"(\d+) of 60 requests met error: \1 x a wrong answer\.\n")
+        self.assertRegex(outs[1], r"\n +connection closed  #+ \d+\n")
 
     def test_a_port_that_is_a_clients_again(self):
         one, two = vaurien.Outcome("a:1", 10.0, 1.0, ""), vaurien.Outcome("a:1", 12.0, 1.0, "")
         event = vaurien.Event(1, 12.5, "p", 2, "a:1", 1, "delay", {})
         self.assertEqual(vaurien.match_events([one, two], [event]), {two: "delay"})
-
-    def test_demo_of_something_else(self):
-        status, out, err = self.run_it("demo", "--behavior", "30:blackout,20:error", "--requests", "60")
-        self.assertEqual((status, err), (0, ""))
-        self.assertRegex(out, r"(\d+) of 60 requests met blackout: \1 x connection closed\.\n")
-        self.assertRegex(out, r"(\d+) of 60 requests met error: \1 x a wrong answer\.\n")
-        self.assertRegex(out, r"\n +connection closed  #+ \d+\n")
-        self.assertLessEqual(max(map(len, out.splitlines())), 80)
 
 
 # -- Control, from outside and from code -------------------------------------------
@@ -2796,7 +2796,7 @@ class TestFraming(unittest.TestCase):
     def test_random_bytes_never_raise(self):
         samples = {name: [data for kind, data, _ in self.REQUESTS if kind == name] for name in vaurien.PROTOCOLS}
         for name, kind in vaurien.PROTOCOLS.items():
-            for seed in range(300 if kind else 0):
+            for seed in range(200 if kind else 0):
                 generator = random.Random("%s %d" % (name, seed))
                 data = bytearray(generator.choice(samples[name]) if seed % 2 else b"")
                 for _ in range(generator.randint(1, 20)):
@@ -3964,14 +3964,14 @@ class TestToxiproxyApi(Toxicproxy):
 
     def test_handlers_of_our_own_are_toxics_of_both_streams(self):
         sock = self.connect(self.create())
-        for kind, attributes in ("delay", {"sleep": 0.05}), ("delay", {"sleep": 0.05, "before": False}):
+        for kind, attributes in ("delay", {"sleep": 0.02}), ("delay", {"sleep": 0.02, "before": False}):
             for stream in None, "upstream", "downstream":
                 made = self.ask("POST", "/proxies/p/toxics", {"type": kind, "stream": stream, "attributes": attributes})
                 self.assertEqual(made["stream"], stream or "both")
                 for _ in range(3):                  # each request, one delay
                     began = time.monotonic()
                     exchange(sock, b"question")
-                    self.assertGreaterEqual(time.monotonic() - began, 0.05)
+                    self.assertGreaterEqual(time.monotonic() - began, 0.02)
                 self.ask("DELETE", "/proxies/p/toxics/delay_%s" % (stream or "both"), status=204)
         for stream in None, "downstream":
             made = self.ask("POST", "/proxies/p/toxics", {"type": "error", "stream": stream})
@@ -4114,7 +4114,8 @@ class TestToxiproxyApi(Toxicproxy):
         self.assertEqual(proxy.loop.call(proxy.traffic)[DOWNSTREAM, "sent"], 0)
 
     def test_statsd(self):
-        with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as server:
+        with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as server, \
+                mock.patch.object(vaurien, "STATSD_EVERY", 0.1):
             server.bind(("127.0.0.1", 0))
             server.settimeout(PATIENCE)
             sock = self.connect(self.create(name="my.proxy"))
@@ -4128,9 +4129,10 @@ class TestToxiproxyApi(Toxicproxy):
                          "vaurien.my_proxy.faults.delay:1|c", "vaurien.my_proxy.received_bytes.upstream:8|c"):
                 self.assertIn(line, lines)
             exchange(sock, b"question")
-            lines = server.recv(65536).decode().split("\n")
-            self.assertIn("vaurien.my_proxy.requests:1|c", lines)
-            self.assertNotIn("vaurien.my_proxy.connections:1|c", lines)
+            lines = []
+            while "vaurien.my_proxy.requests:1|c" not in lines:
+                lines = server.recv(65536).decode().split("\n")
+                self.assertNotIn("vaurien.my_proxy.connections:1|c", lines)
             self.loop.call(statsd.close)
 
     def test_a_statsd_packet_is_not_cut_on_its_way(self):
@@ -5350,10 +5352,10 @@ class TestFloods(unittest.TestCase):
         """Many at once, each of which may hold much: the bound of all is kept, and each goes on."""
         total = 2 << 20
         with mock.patch.object(vaurien.Budget.__init__, "__defaults__", (total,)):
-            with proxy_of(echo, "100:delay", options={"delay": {"sleep": 0.3}}) as proxy, contextlib.ExitStack() as stack:
+            with proxy_of(echo, "100:delay", options={"delay": {"sleep": 0.1}}) as proxy, contextlib.ExitStack() as stack:
                 budget, seen = proxy.loop.budget, []
                 self.assertEqual(budget.total, total)
-                socks = [stack.enter_context(connected(proxy)) for _ in range(15)]
+                socks = [stack.enter_context(connected(proxy)) for _ in range(10)]
                 for sock in socks:
                     sock.setblocking(False)
                 sent = dict.fromkeys(socks, 0)
@@ -5445,22 +5447,22 @@ class TestDescriptors(Folder):
             stack.callback(process.wait)
             stack.callback(process.terminate)
             wait_until(lambda: os.path.exists(path) and "listening" in open_and_read(path))
-            began = time.monotonic()
+            began, used = time.monotonic(), cpu_seconds(process.pid)
             socks = [stack.enter_context(contextlib.closing(connect(port))) for _ in range(60)]
             for sock in socks:
                 sock.sendall(b"question")
             wait_until(lambda: "trying again" in open_and_read(path))
             answered, more = [], True
             while more:
-                more = select.select([sock for sock in socks if sock not in answered], [], [], 0.3)[0]
+                more = select.select([sock for sock in socks if sock not in answered], [], [], 0.2)[0]
                 answered += more
             for sock in answered:               # those that are here live, while others wait
                 self.assertEqual(read(sock, 8), b"question")
                 exchange(sock, b"again")
             self.assertTrue(10 < len(answered) < 40, len(answered))
             waiting = [sock for sock in socks if sock not in answered]
-            self.assertEqual(select.select(waiting[-5:], [], [], 0.3)[0], [])
-            used, taken = cpu_seconds(process.pid), time.monotonic() - began
+            self.assertEqual(select.select(waiting[-5:], [], [], 0.1)[0], [])
+            used, taken = cpu_seconds(process.pid) - used, time.monotonic() - began
             self.assertLess(used, 0.5 * taken)                      # nothing spins
             for sock in answered:
                 sock.close()
@@ -6750,8 +6752,8 @@ class TestSmtp(unittest.TestCase):
 
     def test_a_large_message(self):
         with self.proxy.handler("error", match="^nothing"):
-            self.send(self.connect(), "Subject: hello\r\n\r\n" + ("x" * 70 + "\r\n") * 200000)
-        self.assertGreater(self.sizes[0], 72 * 200000)
+            self.send(self.connect(), "Subject: hello\r\n\r\n" + ("x" * 70 + "\r\n") * 50000)
+        self.assertGreater(self.sizes[0], 72 * 50000)
 
     def test_it_fails_twice_and_then_succeeds(self):
         client = self.connect()

@@ -1889,8 +1889,9 @@ class Line:
     """
 
     __slots__ = ("rules", "connection", "request", "speaker", "steps", "late", "lasting", "news",
-                 "number", "opaque", "protocol", "asked", "turned", "touched", "thrown", "eventful",
-                 "foreseen")
+                 "number", "opaque", "protocol", "asked", "turned", "touched", "thrown",
+                 "eventful", "foreseen")
+    thrown: tuple
 
     def __init__(self, rules, connection):
         self.rules = rules
@@ -1901,9 +1902,9 @@ class Line:
         self.touched = False            # whether a step has changed what it saw
         self.connection = connection    # its number
         self.request = 0                # the number of the request under way
-        self.thrown = (None, ())        # what dice were thrown last, for what eighth, and their fall
+        self.thrown = (None, ())        # (dice, eighth) that were thrown last, and how they fell
         self.eventful = 0               # the next request on which a rule may act
-        self.foreseen = ()              # those after it, as far as they are known
+        self.foreseen = []              # those after it, as far as they are known
         self.speaker = None             # which way its last bytes went, if there were any
         self.steps = []                 # drawn for the request under way, in rule order
         self.late = []                  # rules that came before anybody spoke in it
@@ -1984,7 +1985,7 @@ class Line:
         those drawn per connection at once. One that has changed keeps its memory.
         """
         at_work = self.at_work()
-        self.eventful, self.foreseen = 0, ()
+        self.eventful, self.foreseen = 0, []
         self.lasting = {rule: self.lasting[rule] for rule in self.lasting
                         if rule in self.rules.armed}
         for rule in changed:
@@ -2832,7 +2833,7 @@ class Loop:
             done.set()
 
         self.post(answer)
-        while not done.wait(1):
+        while not done.wait(0 if self.ended else 1):
             if self.ended:
                 raise RuntimeError("the loop has ended")
         result, problem = outcome
@@ -5810,7 +5811,7 @@ SERVE_SETTINGS = OrderedDict([
                                            "log-level", "log-output", "attached")])
 DEMO_SETTINGS = OrderedDict((
     ("behavior", PROXY_SETTINGS["behavior"]._replace(default="20:delay")),
-    ("seed", PROXY_SETTINGS["seed"]._replace(default="1",
+    ("seed", PROXY_SETTINGS["seed"]._replace(default="2",
                                              help="the same seed gives the same faults")),
     ("requests", Setting(("--requests",), "120", check_requests, "N", "how many to make")),
 ))
