@@ -2807,6 +2807,16 @@ class TestFraming(unittest.TestCase):
                     self.assertEqual(self.read(name, data, [1] * len(data), way), one, (name, way, bytes(data)))
 
 
+def passing(line, to, piece, whole=True):
+    """(what goes on at once of a piece, or None; its marks; its frames), as in Connection.at_once."""
+    frames = line.protocol.up if to == UPSTREAM else line.protocol.down
+    out, marks = line.pass_whole(frames, to, piece) if whole else None, []
+    if out is None:
+        marks = frames.feed(piece, len(piece))
+        out = None if frames.lost else line.quiet(to, piece, marks)
+    return out, marks, frames
+
+
 class TestFramedLine(unittest.TestCase):
     """What faults make of the requests of a protocol, as tables."""
 
@@ -2825,9 +2835,7 @@ class TestFramedLine(unittest.TestCase):
         for size in sizes or [len(data)]:
             piece = data[at:at + size]
             at += size
-            frames = line.protocol.up if to == UPSTREAM else line.protocol.down
-            marks = frames.feed(piece, len(piece))
-            quiet = None if frames.lost else line.quiet(to, piece, marks)
+            quiet, marks, frames = passing(line, to, piece)
             if quiet is not None:
                 out[to] += quiet
                 continue
@@ -3098,11 +3106,35 @@ class TestFramedLine(unittest.TestCase):
                 for sizes in [[len(data)], [1] * len(data)]:
                     line = vaurien.FramedLine(armed, 1, vaurien.Http(b"google.com"))
                     line.begin()
-                    self.assertEqual(self.feed(line, UPSTREAM, data, sizes)[0], wanted)
+                    for _ in range(2):
+                        self.assertEqual(self.feed(line, UPSTREAM, data, sizes)[0], wanted)
+                        self.feed(line, DOWNSTREAM, b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
         for backend, name in (("google.com", 80), b"google.com"), (("::1", 8000), b"[::1]:8000"), (("", 81), b"localhost:81"):
             self.assertEqual(vaurien.Proxy(backend, ("", 9), protocol="http").host_header(), name)
         self.assertEqual(vaurien.Proxy(("x", 1), ("", 9), protocol="http", overwrite_host_header=False).host_header(), b"")
 
+
+    def test_what_is_whole_only_by_its_looks(self):
+        for name, before, to, pieces in [
+                ("redis", True, UPSTREAM, [b"*2\r\n$3\r\nGET\r\n$14\r\n", b"*1\r\n$4\r\nPING\r\n", b"\r\n"]),
+                ("redis", True, DOWNSTREAM, [b"$5\r\n", b"+OK\r\n", b"\r\n"]), ("redis", True, UPSTREAM, [b"*1\r\n$9\r\nSUBSCRIBE\r\n"]),
+                ("redis", True, UPSTREAM, [b"*0\r\n"]), ("http", False, DOWNSTREAM, [b"HTTP/1.1 408 Late\r\nContent-Length: 0\r\n\r\n"])]:
+            ask, answer = {"redis": (b"PING\r\n", b"+PONG\r\n"), "http": (b"GET / HTTP/1.1\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")}[name]
+            stands = []
+            for whole in True, False:
+                line = vaurien.FramedLine(vaurien.Rules(1, "test"), 1, vaurien.PROTOCOLS[name]())
+                line.begin()
+                talk = [(UPSTREAM, ask), (DOWNSTREAM, answer), (UPSTREAM, ask)]
+                found = []
+                for way, piece in talk[:before * (3 if to == DOWNSTREAM else 2)] + [(to, piece) for piece in pieces] + talk:
+                    out, _, frames = passing(line, way, piece, whole)
+                    if frames.lost:
+                        found.append(frames.lost)
+                        break
+                    found.append((out, line.request, len(line.protocol.pending), line.inside, line.leaked,
+                                  [(one.number, one.sent, one.complete, one.over) for one in line.row]))
+                stands.append(found)
+            self.assertEqual(*stands)
 
     def test_what_passes_whole_leaves_the_row_as_what_comes_in_pieces(self):
         generator, talks = random.Random(3), Counter()
@@ -3123,9 +3155,8 @@ class TestFramedLine(unittest.TestCase):
                     data, left = (asked if to == UPSTREAM else answered) * number, []
                     talks[number] += 1
                     for line, pieces in zip(lines, ([data], [data[at:at + 7] for at in range(0, len(data), 7)])):
-                        frames = line.protocol.up if to == UPSTREAM else line.protocol.down
                         for piece in pieces:
-                            self.assertEqual(line.quiet(to, piece, frames.feed(piece, len(piece))), piece)
+                            self.assertEqual(passing(line, to, piece)[0], piece)
                         left.append((line.request, line.rules.requests, line.inside, line.leaked, line.number, len(line.protocol.pending),
                                      [(one.number, one.sent, one.complete, one.over, one.request.name, one.request.text) for one in line.row]))
                     self.assertEqual(left[0], left[1])

@@ -788,7 +788,7 @@ class Frames:
     def __init__(self, reader, whole=lambda data: None):
         """whole(bytes) knows usual messages that come alone, at one look.
 
-        It returns the marks that the reader would make of them; or None, and has done nothing.
+        It returns the Request, or True of a reply; or None, and has done nothing.
         """
         self.reader = reader
         self.whole = whole
@@ -801,10 +801,9 @@ class Frames:
         """The marks in the first `size` of these bytes: [(offset, mark)]."""
         marks = []
         try:
-            if self.between and size <= SMALL:
-                found = self.whole(bytes(data[:size]))
-                if found:
-                    return found
+            found = self.between and size <= SMALL and self.whole(bytes(data[:size]))
+            if found:
+                return [(size, END)] if found is True else [(size, found), (size, END)]
             self.read(data, size, marks)
         except NotOurs as problem:
             self.lost = str(problem)
@@ -917,11 +916,11 @@ class Protocol:
         raise NotImplementedError
 
     def whole_request(self, data):
-        """The marks of a usual request that comes alone, or None: see Frames."""
+        """A usual request that comes alone, draws and is answered; or None: see Frames."""
         return None
 
     def whole_reply(self, data):
-        """The same of a reply."""
+        """Whether it is a usual reply that comes alone."""
         return None
 
     def reword(self, head):
@@ -1020,8 +1019,7 @@ class Http(Protocol):
             request = self.request(data, *fields[2:])
             if len(data) <= REMEMBERED:
                 self.asked, self.fields = (data, request), fields
-        return [(len(data), Request(request.text, request.name, info=request.info)),
-                (len(data), END)]
+        return Request(request.text, request.name, info=request.info)
 
     def read_fields(self, text):
         """What `fields` remembers of usual ones, from the line's end before them; or None."""
@@ -1061,7 +1059,7 @@ class Http(Protocol):
                 return None
             self.answered = (head, length) if end <= REMEMBERED else (None, 0)
         self.ended()
-        return [(len(data), END)]
+        return True
 
     def body(self, head, usual):
         """What follows a head; usual is its length where nothing is said of it."""
@@ -1164,10 +1162,10 @@ class Redis(Protocol):
     def whole_request(self, data):
         parts = data.split(b"\r\n")     # *2, $3, GET, $5, hello, and nothing
         words = parts[2:-1:2]
-        if parts[-1] or parts[0] != b"*%d" % len(words) or parts[1:-1:2] != [
+        if not words or parts[-1] or parts[0] != b"*%d" % len(words) or parts[1:-1:2] != [
                 b"$%d" % len(word) for word in words]:
             return None
-        return [(len(data), self.request(words)), (len(data), END)]
+        return self.request(words)
 
     def request(self, words):
         name = words[0].upper().decode("latin-1") if words else ""
@@ -1206,7 +1204,7 @@ class Redis(Protocol):
                     end + int(size[:9]) + 2 != len(data)):
                 return None
         self.ended()
-        return [(len(data), END)]
+        return True
 
     def said(self, kind):
         name = "ERR" if kind == "MAXCLIENTS" else kind
@@ -2256,19 +2254,15 @@ class FramedLine(Line):
                 while len(row) > 1 and self.leave():
                     pass
             return data
-        mark, size = marks[0][1] if marks else None, len(data)
-        alone = len(marks) == 2 and marks[1] == (size, END)
+        size = len(data)
         if self.protocol.host:          # a head is to go on as a whole
-            if mark is None or mark is MORE or mark is END or (len(marks) > 1 and not alone):
+            mark = marks[0][1] if marks else None
+            if type(mark) is not Request or (len(marks) > 1 and marks[1:] != [(size, END)]):
                 return None
             head = bytes(data[:marks[0][0]])
             named = self.protocol.reword(head)
             if named is not head:
                 data = named + data[len(head):]
-        idle = len(row) == 1 and row[0].over and row[0].request and not self.leaked
-        if alone and idle and type(mark) is Request and mark.draws and mark.replies:
-            self.pass_whole(mark)
-            return data
         for _, mark in marks:
             self.follow(to, mark)
             row[-1].sent = True
@@ -2278,15 +2272,33 @@ class FramedLine(Line):
             self.leaked = True
         return data
 
-    def pass_whole(self, request):
-        """A request goes by, all of it, where nothing is under way: `follow`, for less."""
-        self.asked, last = request, self.row[0]
+    def pass_whole(self, frames, to, data):
+        """What goes on of a usual request that comes alone, or of its reply, where nothing else is
+        under way: as `feed` and `quiet`, for less. None if it is not so, and nothing is done.
+        """
+        last = self.row[-1]
+        if (self.rules.armed or self.busy or len(self.row) > 1 or not frames.between
+                or last.request is None):
+            return None
+        if to == DOWNSTREAM:
+            if not frames.whole(data):
+                return None
+            last.over = True
+            return data
+        try:
+            request = frames.whole(data) if last.over else None
+        except NotOurs:
+            return None                 # which is found again
+        if request is None:
+            return None
+        self.asked = request
         super().begin()
         self.protocol.pending.append(request)
         last.number, last.request, last.steps = self.request, request, self.steps
         last.sent = True                # and complete it is, as the one before
         last.over = False
         request.text = b""
+        return self.protocol.reword(data) if self.protocol.host else data
 
     def follow(self, to, mark):
         """Where the row stands after a mark."""
@@ -3247,10 +3259,13 @@ class Connection:
         protocol = line.protocol
         if protocol:
             frames = protocol.up if way is self.up else protocol.down
+            out = None
             if size <= SMALL:           # several will look at it
                 data = bytes(data)
-            marks = frames.feed(data if type(data) is bytes else self.loop.buffer, size)
-            out = None if frames.lost else line.quiet(way.to, data, marks)  # type: ignore
+                out = line.pass_whole(frames, way.to, data)     # type: ignore
+            if out is None:
+                marks = frames.feed(data if type(data) is bytes else self.loop.buffer, size)
+                out = None if frames.lost else line.quiet(way.to, data, marks)  # type: ignore
             if out is not None:
                 way.taken += size - len(out)
                 return out
