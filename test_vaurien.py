@@ -2186,7 +2186,8 @@ class TestProcess(Folder):
         return process.returncode, out, err
 
     def test_version_and_help(self):
-        self.assertEqual(self.run_it("--version"), (0, "vaurien 3.0.0\n", ""))
+        for argv in ["--version"], ["ctl", "--version"], ["--config", "nowhere", "--version"]:
+            self.assertEqual(self.run_it(*argv), (0, "vaurien 3.0.0\n", ""))
         for argv in ["--help"], ["demo", "--help"]:
             status, out, err = self.run_it(*argv)
             self.assertEqual((status, err), (0, ""))

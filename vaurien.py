@@ -5870,6 +5870,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS,
                          conflict_handler="resolve",
                          formatter_class=argparse.RawDescriptionHelpFormatter, **words)
+        self.add_argument("--version", action="version", version="vaurien " + __version__)
         for name, setting in settings.items():
             usual = "" if setting.default is None else " (%s)" % setting.default
             if setting.metavar:
@@ -5944,7 +5945,6 @@ def read_arguments(argv, settings, description=None, **words):
             text.checked(find_handlers if name == "behavior" else known[name].check)
     helps = "-h" in argv or "--help" in argv        # or else no text is made for it
     parser = Parser(settings, description=helps and description and description(), **words)
-    parser.add_argument("--version", action="version", version="vaurien " + __version__)
     parser.add_handlers(helps)
     for name, text in vars(parser.parse_args(argv)).items():
         handler_name, _, option = name.rpartition(".")
