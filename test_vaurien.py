@@ -340,6 +340,7 @@ class TestRules(unittest.TestCase):
                 self.assertEqual([step.rule for step in line.steps],
                                  [rule for rule in rules.armed if rule.low <= percent < rule.high
                                   and rule.thrown > rule.after], (text, request))
+                self.assertEqual([step.state.request for step in line.steps], [step.rule.thrown for step in line.steps])
                 self.assertEqual([rule.thrown for rule in rules.armed],
                                  [request - 19 if rule in other else request for rule in rules.armed])
 

@@ -1901,8 +1901,9 @@ class Line:
         self.connection = connection    # its number
         self.request = 0                # the number of the request under way
         self.thrown = (None, ())        # (dice, eighth) that were thrown last, and how they fell
-        self.eventful = 0               # the next request on which a rule may act
-        self.foreseen = []              # those after it, as far as they are known
+        self.eventful = 0               # the next request that is not calm, as far as is foreseen
+        self.foreseen = []              # such ones, the last first: (request, [(rule, chance)]), or
+                                        #   (request, None) where nothing is foreseen any more
         self.speaker = None             # which way its last bytes went, if there were any
         self.steps = []                 # drawn for the request under way, in rule order
         self.late = []                  # rules that came before anybody spoke in it
@@ -1923,30 +1924,33 @@ class Line:
             for rule in self.rules.armed:
                 rule.thrown += 1
         else:
-            for step in self.lasting.values():
-                if step and step.heard:
-                    step.heard = b""
-            self.steps = self.drawn(self.draw)
-            if not self.foreseen:
+            acting = self.foreseen.pop()[1] if self.foreseen else None
+            if acting is None:
+                for step in self.lasting.values():
+                    if step and step.heard:
+                        step.heard = b""
+                self.steps = self.drawn(self.draw)
                 self.look_ahead()
-            self.eventful = self.foreseen.pop()
+            else:
+                for rule in self.rules.armed:
+                    rule.thrown += 1
+                self.steps = [Step(rule, State(rule, chance, rule.thrown))
+                              for rule, chance in acting if rule.thrown > rule.after]
+            self.eventful = self.foreseen[-1][0]
 
     def look_ahead(self):
-        """Foresee on which of the next requests, whose dice are thrown together, a rule may act.
-
-        They are, the last one first, in `foreseen`, with the first of those after them.
-        """
-        first = self.request + 1
-        after, places = (first | 7) + 1, range(first % 8, 8)
-        found = {after}
+        """Foresee what the dice, which are thrown together, make of the next requests."""
+        first, found = self.request + 1, {}
+        after = (first | 7) + 1
         for rule in self.rules.armed:
             if rule.match or rule.per == "connection":      # the dice alone do not say it
-                found.update(range(first, after))
+                after, found = first, {}
                 break
             chances = self.chances(rule, first)
-            found.update([after - 8 + place for place in places
-                          if rule.low <= chances[place] * PERCENT < rule.high])
-        self.foreseen = sorted(found, reverse=True)
+            for request in range(first, after):
+                if rule.low <= chances[request % 8] * PERCENT < rule.high:
+                    found.setdefault(request, []).append((rule, chances[request % 8]))
+        self.foreseen = [(after, None), *sorted(found.items(), reverse=True)]
 
     def chances(self, rule, request):
         """How the rule's dice fall for this request and its neighbours: see Rules.throw."""
