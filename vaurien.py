@@ -1902,8 +1902,8 @@ class Line:
         self.request = 0                # the number of the request under way
         self.thrown = (None, ())        # (dice, eighth) that were thrown last, and how they fell
         self.eventful = 0               # the next request that is not calm, as far as is foreseen
-        self.foreseen = []              # such ones, the last first: (request, [(rule, chance)]), or
-                                        #   (request, None) where nothing is foreseen any more
+        self.foreseen = []              # such ones, the last first: (request, [(rule, chance)])
+                                        #   and (request, None), from which on nothing is foreseen
         self.speaker = None             # which way its last bytes went, if there were any
         self.steps = []                 # drawn for the request under way, in rule order
         self.late = []                  # rules that came before anybody spoke in it
