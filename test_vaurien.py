@@ -7178,19 +7178,21 @@ def bench(argv):
         starts = {name: start for name, (start, program) in PEERS.items() if find_program(program)}
         peers = ["direct", *starts]
         starts.update(OWN, direct=None)
-        targets = {name: Benched(name, starts[name], port, load, stack)
-                   for name in ["direct", "vaurien", *peers[1:], "20:delay", "redis", "http"]}
-        seen = {}
-        for number in range(rounds):
-            for title, work, processes, connections, _, own, both in WORKS:
-                bench_progress("round %d of %d: %s" % (number + 1, rounds, title))
-                for name in ["vaurien", *own, *peers * both]:
-                    seen.setdefault((title, name), []).append(targets[name].measure(work, processes, connections, seconds))
-        held = {}
-        for name in [name for name in targets if name in ("vaurien", *peers[1:]) and name != "socat"]:     # that forks
+        seen, held = {}, {}
+        for number in range(rounds):        # each with processes of its own: some lie better in memory than others
+            with contextlib.ExitStack() as turn:
+                targets = {name: Benched(name, starts[name], port, load, turn)
+                           for name in ["direct", "vaurien", *peers[1:], "20:delay", "redis", "http"]}
+                for title, work, processes, connections, _, own, both in WORKS:
+                    bench_progress("round %d of %d: %s" % (number + 1, rounds, title))
+                    names = ["vaurien", *own, *peers * both]
+                    for at in range(len(names)):        # each is the first once
+                        name = names[(at + number) % len(names)]
+                        seen.setdefault((title, name), []).append(targets[name].measure(work, processes, connections, seconds))
+        for name in [name for name in ["vaurien", *peers[1:]] if name != "socat"]:      # that forks
             with contextlib.ExitStack() as crowd:
                 bench_progress("memory: %s" % name)
-                held[name] = targets[name].crowd(idle, 0, crowd) / 1024
+                held[name] = Benched(name, starts[name], port, load, crowd).crowd(idle, 0, crowd) / 1024
         lines = [*bench_crowd(port, load, stack, seconds, 1 if quick else rounds), *bench_faults(quick)]
     bench_progress()
     print("%-28s %-10s %12s %11s %9s %9s %13s" % ("work", "proxy", "rate", "CPU us each", "p50 ms", "p99 ms", "vaurien/that"))
