@@ -2734,10 +2734,10 @@ class TestFraming(unittest.TestCase):
                     for quick in True, False:
                         protocol = vaurien.PROTOCOLS[name](b"other:1" if name == "http" else b"")
                         frames, marks = getattr(protocol, way), []
-                        frames.whole = frames.whole if quick else lambda data: None
                         for asked, data in messages:
                             protocol.pending += [vaurien.Request(b"", asked)] * (way == "down")
-                            for at, mark in [] if frames.lost else frames.feed(data, len(data)):
+                            usual = frames.usual(data) if quick and not frames.lost else None
+                            for at, mark in frames.feed(data, len(data), usual):
                                 marks.append((at, mark if isinstance(mark, vaurien.Signal) else (
                                     mark.text, mark.name, mark.info, protocol.reword(data[:at]))))
                         found.append(marks + [frames.lost, len(protocol.pending)])
@@ -2812,9 +2812,10 @@ class TestFraming(unittest.TestCase):
 def passing(line, to, piece, whole=True):
     """(what goes on at once of a piece, or None; its marks; its frames), as in Connection.at_once."""
     frames = line.protocol.up if to == UPSTREAM else line.protocol.down
-    out, marks = line.pass_whole(frames, to, piece) if whole else None, []
+    found = frames.usual(piece) if whole else None
+    out, marks = line.pass_whole(to, found, piece) if found else None, []
     if out is None:
-        marks = frames.feed(piece, len(piece))
+        marks = frames.feed(piece, len(piece), found)
         out = None if frames.lost else line.quiet(to, piece, marks)
     return out, marks, frames
 
@@ -3115,6 +3116,21 @@ class TestFramedLine(unittest.TestCase):
             self.assertEqual(vaurien.Proxy(backend, ("", 9), protocol="http").host_header(), name)
         self.assertEqual(vaurien.Proxy(("x", 1), ("", 9), protocol="http", overwrite_host_header=False).host_header(), b"")
 
+
+    def test_nothing_passes_whole_after_an_end_that_waited(self):
+        def farewell(state, t, to, data):
+            yield t, to, data
+            if to == UPSTREAM and data:
+                yield t, UPSTREAM, EOF
+
+        with registered(farewell):
+            rule = vaurien.Rule("farewell")
+        line, ping = self.line("redis", rule), b"*1\r\n$4\r\nPING\r\n"
+        self.feed(line, UPSTREAM, ping * 2)
+        self.feed(line, DOWNSTREAM, b"+PONG\r\n" * 2)
+        self.armed(line)
+        self.assertEqual(self.feed(line, UPSTREAM, ping), (b"", b"", []))
+        self.assertEqual(line.rules.requests, 2)
 
     def test_what_is_whole_only_by_its_looks(self):
         for name, before, to, pieces in [

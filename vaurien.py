@@ -786,10 +786,7 @@ class Frames:
     __slots__ = ("reader", "whole", "need", "kept", "between", "lost")
 
     def __init__(self, reader, whole=lambda data: None):
-        """whole(bytes) knows usual messages that come alone, at one look.
-
-        It returns the Request, or True of a reply; or None, and has done nothing.
-        """
+        """whole(bytes) knows usual messages that come alone, at one look: see Protocol."""
         self.reader = reader
         self.whole = whole
         self.need = next(reader)
@@ -797,13 +794,28 @@ class Frames:
         self.between = True         # whether all so far was whole messages
         self.lost = ""              # why the bytes are not the protocol's any more
 
-    def feed(self, data, size):
-        """The marks in the first `size` of these bytes: [(offset, mark)]."""
-        marks = []
+    def usual(self, data):
+        """The usual message that these bytes are, no more and no less; or None.
+
+        It is a Request, or True of a reply; `feed` is told of it, if its marks are needed.
+        """
         try:
-            found = self.between and size <= SMALL and self.whole(bytes(data[:size]))
-            if found:
-                return [(size, END)] if found is True else [(size, found), (size, END)]
+            return self.whole(data) if self.between else None
+        except NotOurs as problem:
+            self.lost = str(problem)
+            return None
+
+    def feed(self, data, size, found=None):
+        """The marks in the first `size` of these bytes: [(offset, mark)].
+
+        found    what `usual` has said of them
+        """
+        if found:
+            return [(size, END)] if found is True else [(size, found), (size, END)]
+        marks = []
+        if self.lost:
+            return marks
+        try:
             self.read(data, size, marks)
         except NotOurs as problem:
             self.lost = str(problem)
@@ -916,11 +928,14 @@ class Protocol:
         raise NotImplementedError
 
     def whole_request(self, data):
-        """A usual request that comes alone, draws and is answered; or None: see Frames."""
+        """The Request that these bytes are, no more and no less, if it is a usual one.
+
+        That draws, and is answered. Or None, and nothing is done. Raises NotOurs.
+        """
         return None
 
     def whole_reply(self, data):
-        """Whether it is a usual reply that comes alone."""
+        """True if these bytes are a usual reply, which has `ended`; or None, and it has not."""
         return None
 
     def reword(self, head):
@@ -1864,17 +1879,17 @@ class Rules:
         self.requests = 0       # begun at this proxy
         self.dice = {}          # name: a hash of all but the numbers
 
-    def throw(self, dice, connection, eighth):
-        """How the dice fall for 8 requests of a connection: whole numbers of 64 bits.
+    def throw(self, dice, connection, block):
+        """How the dice fall for a block of 8 requests: whole numbers of 64 bits.
 
-        eighth   0 for the connection (request 0) and requests 1 to 7, 1 for 8 to 15 ...
+        block    0 for the connection (request 0) and requests 1 to 7, 1 for 8 to 15 ...
         """
         throw = self.dice.get(dice)
         if throw is None:
             words = "%s %s %s " % (self.seed, self.proxy, dice)
             throw = self.dice[dice] = hashlib.blake2b(words.encode())
         throw = throw.copy()
-        throw.update(b"%d %d" % (connection, eighth))
+        throw.update(b"%d %d" % (connection, block))
         return CHANCES.unpack(throw.digest())
 
 
@@ -1900,8 +1915,8 @@ class Line:
         self.touched = False            # whether a step has changed what it saw
         self.connection = connection    # its number
         self.request = 0                # the number of the request under way
-        self.thrown = (None, ())        # (dice, eighth) that were thrown last, and how they fell
-        self.eventful = 0               # the next request that is not calm, as far as is foreseen
+        self.thrown = (None, ())        # (dice, block) that were thrown last, and how they fell
+        self.eventful = 0               # the next request on which a rule may act, or not foreseen
         self.foreseen = []              # such ones, the last first: (request, [(rule, chance)])
                                         #   and (request, None), from which on nothing is foreseen
         self.speaker = None             # which way its last bytes went, if there were any
@@ -2276,32 +2291,29 @@ class FramedLine(Line):
             self.leaked = True
         return data
 
-    def pass_whole(self, frames, to, data):
-        """What goes on of a usual request that comes alone, or of its reply, where nothing else is
-        under way: as `feed` and `quiet`, for less. None if it is not so, and nothing is done.
+    def pass_whole(self, to, found, data):
+        """What goes on of a usual message where nothing is armed, and no other request under way.
+
+        That is what `quiet` makes of it, for less. None if it is not so, and nothing is done.
+
+        found    what the message is: see Frames.usual
         """
         last = self.row[-1]
-        if (self.rules.armed or self.busy or len(self.row) > 1 or not frames.between
+        if (self.rules.armed or self.busy or self.closing or len(self.row) > 1
                 or last.request is None):
             return None
         if to == DOWNSTREAM:
-            if not frames.whole(data):
-                return None
             last.over = True
             return data
-        try:
-            request = frames.whole(data) if last.over else None
-        except NotOurs:
-            return None                 # which is found again
-        if request is None:
+        if not last.over:
             return None
-        self.asked = request
+        self.asked = found
         super().begin()
-        self.protocol.pending.append(request)
-        last.number, last.request, last.steps = self.request, request, self.steps
+        self.protocol.pending.append(found)
+        last.number, last.request, last.steps = self.request, found, self.steps
         last.sent = True                # and complete it is, as the one before
         last.over = False
-        request.text = b""
+        found.text = b""
         return self.protocol.reword(data) if self.protocol.host else data
 
     def follow(self, to, mark):
@@ -3263,12 +3275,14 @@ class Connection:
         protocol = line.protocol
         if protocol:
             frames = protocol.up if way is self.up else protocol.down
-            out = None
+            found = out = None
             if size <= SMALL:           # several will look at it
                 data = bytes(data)
-                out = line.pass_whole(frames, way.to, data)     # type: ignore
+                found = frames.usual(data)
+            if found:
+                out = line.pass_whole(way.to, found, data)      # type: ignore
             if out is None:
-                marks = frames.feed(data if type(data) is bytes else self.loop.buffer, size)
+                marks = frames.feed(data if type(data) is bytes else self.loop.buffer, size, found)
                 out = None if frames.lost else line.quiet(way.to, data, marks)  # type: ignore
             if out is not None:
                 way.taken += size - len(out)
