@@ -7186,7 +7186,7 @@ def bench_crowd(backend, load, stack, seconds, rounds):
 def bench(argv):
     """One table: medians of rounds in turns, and the ratio of vaurien's to each."""
     quick = "--quick" in argv
-    rounds, seconds, idle = (2, 0.1, 1000) if quick else (5, 0.8, 1000)
+    rounds, seconds, idle = (2, 0.1, 500) if quick else (5, 0.8, 1000)
     vaurien.raise_descriptors()
     with contextlib.ExitStack() as stack:
         port = int(bench_process(stack, "bench-backend").stdout.readline())
