@@ -2473,11 +2473,6 @@ class Pipe:
         """Bytes from the source, ever."""
         return self.passed + self.taken
 
-    @property
-    def written(self):
-        """Bytes to the target, ever."""
-        return self.passed + self.given
-
     def put(self, t, data, start, holds=()):
         """Bytes and EOF keep their order, as in TCP; RESET overtakes.
 
