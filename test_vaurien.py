@@ -6392,7 +6392,7 @@ class RealServer:
 class TestHTTP(RealServer, unittest.TestCase):
     driver_name = "http.client"
     protocol = "http"
-    size = LARGE
+    size = framed = LARGE
     reconnects = True
     errors = [(kind, "HTTPException", kind) for kind in ("500", "502", "503", "504", "429")]
     endings = greetings = []
