@@ -1718,6 +1718,10 @@ class Rule:
         way = getattr(self.handler, "way", None)
         self.sees = way(options) if way and self.stream == "both" else self.stream
 
+    def hit(self, chance):
+        """Whether the throw of its dice, a whole number of 64 bits, falls so that it acts."""
+        return self.low <= chance * PERCENT < self.high
+
     def __str__(self):
         """The handler and its options; a yes/no or a text only where it is not the default."""
         usual = options_of(self.handler)
@@ -1892,6 +1896,31 @@ class Rules:
         throw.update(b"%d %d" % (connection, block))
         return CHANCES.unpack(throw.digest())
 
+    def decide(self, rule, connection, request, number):
+        """A state if the rule acts on this request (request 0: this connection), or None.
+
+        number   of the requests, or connections, that its dice were thrown for
+        """
+        if number <= rule.after:
+            return None
+        chance = self.throw(rule.dice, connection, request // 8)[request % 8]
+        return State(rule, chance, number) if rule.hit(chance) else None
+
+    def foresee(self, connection, first):
+        """Which rules act on a connection's requests, from this one to the end of its block.
+
+        {request: [(rule, chance)]}; None where it is not the dice alone that decide.
+        """
+        found = {}
+        for rule in self.armed:
+            if rule.match or rule.per == "connection":
+                return None
+            chances = self.throw(rule.dice, connection, first // 8)
+            for request in range(first, (first | 7) + 1):
+                if rule.hit(chances[request % 8]):
+                    found.setdefault(request, []).append((rule, chances[request % 8]))
+        return found
+
 
 class Line:
     """What the rules make of one connection's events.
@@ -1902,9 +1931,9 @@ class Line:
     """
 
     __slots__ = ("rules", "connection", "request", "speaker", "steps", "late", "lasting", "news",
-                 "number", "opaque", "protocol", "asked", "turned", "touched", "thrown",
-                 "eventful", "foreseen")
-    thrown: tuple
+                 "number", "opaque", "protocol", "asked", "turned", "touched", "foreseen",
+                 "horizon")
+    horizon: float
 
     def __init__(self, rules, connection):
         self.rules = rules
@@ -1915,10 +1944,8 @@ class Line:
         self.touched = False            # whether a step has changed what it saw
         self.connection = connection    # its number
         self.request = 0                # the number of the request under way
-        self.thrown = (None, ())        # (dice, block) that were thrown last, and how they fell
-        self.eventful = 0               # the next request on which a rule may act, or not foreseen
-        self.foreseen = []              # such ones, the last first: (request, [(rule, chance)])
-                                        #   and (request, None), from which on nothing is foreseen
+        self.foreseen = None            # which rules act on the next requests: see Rules.foresee
+        self.horizon = 0                # the first request after those
         self.speaker = None             # which way its last bytes went, if there were any
         self.steps = []                 # drawn for the request under way, in rule order
         self.late = []                  # rules that came before anybody spoke in it
@@ -1934,55 +1961,21 @@ class Line:
         self.late = []
         if not self.rules.armed:
             self.steps = []
-        elif self.request < self.eventful:
-            self.steps = []
-            for rule in self.rules.armed:
-                rule.thrown += 1
-        else:
-            acting = self.foreseen.pop()[1] if self.foreseen else None
-            if acting is None:
-                for step in self.lasting.values():
-                    if step and step.heard:
-                        step.heard = b""
-                self.steps = self.drawn(self.draw)
-                self.look_ahead()
-            else:
-                for rule in self.rules.armed:
-                    rule.thrown += 1
-                self.steps = [Step(rule, State(rule, chance, rule.thrown))
-                              for rule, chance in acting if rule.thrown > rule.after]
-            self.eventful = self.foreseen[-1][0]
-
-    def look_ahead(self):
-        """Foresee what the dice, which are thrown together, make of the next requests."""
-        first, found = self.request + 1, {}
-        after = (first | 7) + 1
+            return
+        if self.request >= self.horizon:
+            self.foreseen = self.rules.foresee(self.connection, self.request)
+            self.horizon = NEVER if self.foreseen is None else (self.request | 7) + 1
+        if self.foreseen is None:
+            for step in self.lasting.values():
+                if step and step.heard:
+                    step.heard = b""
+            self.steps = self.drawn(self.draw)
+            return
         for rule in self.rules.armed:
-            if rule.match or rule.per == "connection":      # the dice alone do not say it
-                after, found = first, {}
-                break
-            chances = self.chances(rule, first)
-            for request in range(first, after):
-                if rule.low <= chances[request % 8] * PERCENT < rule.high:
-                    found.setdefault(request, []).append((rule, chances[request % 8]))
-        self.foreseen = [(after, None), *sorted(found.items(), reverse=True)]
-
-    def chances(self, rule, request):
-        """How the rule's dice fall for this request and its neighbours: see Rules.throw."""
-        which = rule.dice, request // 8
-        if which != self.thrown[0]:
-            self.thrown = which, self.rules.throw(rule.dice, self.connection, request // 8)
-        return self.thrown[1]
-
-    def decide(self, rule, request, number):
-        """A state if the rule acts on this request (request 0: this connection), or None.
-
-        number   of the requests, or connections, that its dice were thrown for
-        """
-        if number <= rule.after:
-            return None
-        chance = self.chances(rule, request)[request % 8]
-        return State(rule, chance, number) if rule.low <= chance * PERCENT < rule.high else None
+            rule.thrown += 1
+        acting = self.foreseen.get(self.request)
+        self.steps = [Step(rule, State(rule, chance, rule.thrown)) for rule, chance in acting
+                      if rule.thrown > rule.after] if acting else []
 
     def turn(self, to):
         """The other side speaks: bytes go this way, and the last ones did not."""
@@ -2002,13 +1995,13 @@ class Line:
         those drawn per connection at once. One that has changed keeps its memory.
         """
         at_work = self.at_work()
-        self.eventful, self.foreseen = 0, []
+        self.horizon = 0
         self.lasting = {rule: self.lasting[rule] for rule in self.lasting
                         if rule in self.rules.armed}
         for rule in changed:
             step = self.lasting.get(rule)
             if step and step.heard is None:
-                state = self.decide(rule, 0, step.number)
+                state = self.rules.decide(rule, self.connection, 0, step.number)
                 step.state = state if step.state is None or state is None else step.state
         self.late = [rule for rule in [*self.late, *new] if rule in self.rules.armed]
         self.steps = self.drawn(at_work.get)
@@ -2029,7 +2022,8 @@ class Line:
     def throw(self, rule):
         """A state if the dice of the request under way, or of the connection, fall so; or None."""
         rule.thrown += 1
-        return self.decide(rule, self.request if rule.per == "request" else 0, rule.thrown)
+        return self.rules.decide(rule, self.connection,
+                                 self.request if rule.per == "request" else 0, rule.thrown)
 
     def draw_again(self, rules):
         """Draw these rules for the request under way; the others stay as they were drawn."""
