@@ -78,7 +78,7 @@ def rules_of(behavior, options=None):
 
 def use(proxy, behavior, **options):
     """Have a running proxy use other rules."""
-    proxy.loop.call(proxy.use, rules_of(behavior, options))
+    proxy.loop.run_sync(proxy.set_rules, rules_of(behavior, options))
 
 
 @contextlib.contextmanager
@@ -95,9 +95,9 @@ def registered(function):
 
 def line_of(*rules):
     """A line that these rules are drawn for, its first request begun."""
-    armed = vaurien.Rules(1, "test")
+    armed = vaurien.RuleSet(1, "test")
     armed.armed = list(rules)
-    line = vaurien.Line(armed, 1)
+    line = vaurien.Chain(armed, 1)
     line.begin()
     return line
 
@@ -108,7 +108,7 @@ class TestHandlers(unittest.TestCase):
     def play(self, name, *events, **options):
         """What a handler that acts makes of one request's events."""
         line = line_of(vaurien.Rule(name, options))
-        return [(round(t, 3), to, data) for event in events for t, to, data, _ in line.carry(*event)]
+        return [(round(t, 3), to, data) for event in events for t, to, data, _ in line.process(*event)]
 
     def test_dummy_passes_everything(self):
         events = [(0, UPSTREAM, OPEN), (1, UPSTREAM, b"q"), (2, DOWNSTREAM, b"a"),
@@ -144,9 +144,9 @@ class TestHandlers(unittest.TestCase):
         line = line_of(vaurien.Rule("delay", per="connection"))
         times = []
         for t, to, data in [(0, UPSTREAM, b"q"), (2, DOWNSTREAM, b"a"), (3, UPSTREAM, b"r"), (3.5, UPSTREAM, b"s")]:
-            if to != line.speaker:
+            if to != line.last_direction:
                 line.turn(to)
-            times.append(line.carry(t, to, data)[0][0])
+            times.append(line.process(t, to, data)[0][0])
         self.assertEqual(times, [1, 2, 4, 4])
 
     def test_error_puts_random_bytes_in_the_place_of_the_answer(self):
@@ -176,35 +176,35 @@ class TestHandlers(unittest.TestCase):
             line = line_of(vaurien.Rule("error", {"warmup": 2}))
             while line.request < request:
                 line.begin()
-            out = [out for event in events for out in line.carry(*event)]
+            out = [out for event in events for out in line.process(*event)]
             self.assertEqual(out[1][2] != b"a", touched, request)
 
     def test_transient_fails_and_then_succeeds(self):
         line = line_of(vaurien.Rule("transient", {"agitate": 2, "warmup": 1}))
         failed = []
         for _ in range(6):
-            line.carry(0, UPSTREAM, b"q")
-            failed.append(line.carry(1, DOWNSTREAM, b"a")[0][2] != b"a")
+            line.process(0, UPSTREAM, b"q")
+            failed.append(line.process(1, DOWNSTREAM, b"a")[0][2] != b"a")
             line.begin()
         self.assertEqual(failed, [False, True, True, False, False, False])
 
     def test_transient_does_not_count_a_connection_that_says_nothing(self):
         line = line_of(vaurien.Rule("transient"))
-        line.carry(0, UPSTREAM, OPEN)
-        line.carry(0, UPSTREAM, EOF)
+        line.process(0, UPSTREAM, OPEN)
+        line.process(0, UPSTREAM, EOF)
         line.begin()
-        line.carry(0, UPSTREAM, b"q")
-        self.assertNotEqual(line.carry(1, DOWNSTREAM, b"a")[0][2], b"a")
+        line.process(0, UPSTREAM, b"q")
+        self.assertNotEqual(line.process(1, DOWNSTREAM, b"a")[0][2], b"a")
 
     def test_transient_counts_for_the_whole_proxy(self):
-        armed = vaurien.Rules(1, "test")
+        armed = vaurien.RuleSet(1, "test")
         armed.armed = [vaurien.Rule("transient", {"agitate": 3})]
-        lines = [vaurien.Line(armed, number) for number in range(5)]
+        lines = [vaurien.Chain(armed, number) for number in range(5)]
         failed = 0
         for line in lines:
             line.begin()
-            line.carry(0, UPSTREAM, b"q")
-            failed += line.carry(1, DOWNSTREAM, b"a")[0][2] != b"a"
+            line.process(0, UPSTREAM, b"q")
+            failed += line.process(1, DOWNSTREAM, b"a")[0][2] != b"a"
         self.assertEqual(failed, 3)
 
     def test_hang_holds_everything_for_ever(self):
@@ -232,7 +232,7 @@ class TestLaws(unittest.TestCase):
         for name, function in HANDLERS.items():
             self.assertTrue(vaurien.summary(function), name)
             self.assertEqual(set(vaurien.option_help(function)),
-                             set(vaurien.options_of(function)), name)
+                             set(vaurien.handler_options(function)), name)
             vaurien.check_handler(name, function)
 
     def test_every_handler_survives_every_event_and_goes_forward_in_time(self):
@@ -243,7 +243,7 @@ class TestLaws(unittest.TestCase):
                     with mock.patch.object(vaurien.log, "exception",
                                            side_effect=AssertionError(name)):
                         for event in self.EVENTS[start:]:
-                            for t, to, data, holds in line.carry(*event):
+                            for t, to, data, holds in line.process(*event):
                                 self.assertGreaterEqual(t, event[0])
                                 self.assertIn(to, (UPSTREAM, DOWNSTREAM))
                                 self.assertIsInstance(data, bytes)
@@ -253,10 +253,10 @@ class TestLaws(unittest.TestCase):
         for name in "delay", "hang", "dummy":
             rule = vaurien.Rule(name)
             line = line_of(rule)
-            pipe = vaurien.Pipe(UPSTREAM, vaurien.Budget())
+            pipe = vaurien.DelayQueue(UPSTREAM, vaurien.Budget())
             for t, to, data in self.EVENTS:
                 if to == UPSTREAM and data is not RESET:
-                    for due, _, out, holds in line.carry(t, to, data):
+                    for due, _, out, holds in line.process(t, to, data):
                         pipe.put(due, out, t, holds)
             pipe.release([rule])
             self.assertEqual(pipe.due(7.5), [OPEN], name)
@@ -281,7 +281,7 @@ class TestRules(unittest.TestCase):
                 vaurien.parse_behavior(text)
 
     def rules(self, text, seed=1, name="test"):
-        armed = vaurien.Rules(seed, name)
+        armed = vaurien.RuleSet(seed, name)
         armed.armed = rules_of(text)
         return armed
 
@@ -289,11 +289,11 @@ class TestRules(unittest.TestCase):
         """{(connection, request): handler} of those that a rule acts on."""
         found = {}
         for connection in range(1, connections + 1):
-            line = vaurien.Line(armed, connection)
+            line = vaurien.Chain(armed, connection)
             for request in range(1, requests + 1):
                 line.begin()
-                self.assertLessEqual(len(line.steps), 1)
-                for step in line.steps:
+                self.assertLessEqual(len(line.active), 1)
+                for step in line.active:
                     found[connection, request] = step.rule.name
         return found
 
@@ -310,12 +310,12 @@ class TestRules(unittest.TestCase):
     def test_the_same_seed_gives_the_same_faults_whatever_the_order(self):
         one = self.drawn(self.rules("20:delay,5:error"))
         armed, found = self.rules("20:delay,5:error"), {}
-        lines = [vaurien.Line(armed, number) for number in range(1, 41)]
+        lines = [vaurien.Chain(armed, number) for number in range(1, 41)]
         order = [number for number in range(40) for _ in range(50)]
         random.Random(7).shuffle(order)
         for number in order:
             lines[number].begin()
-            for step in lines[number].steps:
+            for step in lines[number].active:
                 found[number + 1, lines[number].request] = step.rule.name
         self.assertEqual(found, one)
 
@@ -330,29 +330,29 @@ class TestRules(unittest.TestCase):
             for rule in rules.armed:
                 for name, value in fields.items():
                     setattr(rule, name, value)
-            line, other = vaurien.Line(rules, 3), rules_of("30:abort")
+            line, other = vaurien.Chain(rules, 3), rules_of("30:abort")
             for request in range(1, 60):
                 if request in (20, 27):         # in the midst of eight that were thrown together
                     rules.armed = rules.armed + other if request == 20 else rules.armed[:-1]
-                    line.renew(other if request == 20 else [])
+                    line.rules_changed(other if request == 20 else [])
                 line.begin()
                 percent = 100 * rules.throw("behavior", 3, request // 8)[request % 8] / 2 ** 64
-                self.assertEqual([step.rule for step in line.steps],
+                self.assertEqual([step.rule for step in line.active],
                                  [rule for rule in rules.armed if rule.low <= percent < rule.high
-                                  and rule.thrown > rule.after], (text, request))
-                self.assertEqual([step.state.request for step in line.steps], [step.rule.thrown for step in line.steps])
-                self.assertEqual([rule.thrown for rule in rules.armed],
+                                  and rule.drawn_count > rule.after], (text, request))
+                self.assertEqual([step.state.request for step in line.active], [step.rule.drawn_count for step in line.active])
+                self.assertEqual([rule.drawn_count for rule in rules.armed],
                                  [request - 19 if rule in other else request for rule in rules.armed])
 
     def test_a_rule_that_has_changed_is_drawn_anew(self):
         rules = self.rules("0:delay")
-        line = vaurien.Line(rules, 1)
+        line = vaurien.Chain(rules, 1)
         for _ in range(9):
             line.begin()
         rules.armed[0].high = 100.0
-        line.renew([], rules.armed)
+        line.rules_changed([], rules.armed)
         line.begin()
-        self.assertEqual([step.rule for step in line.steps], rules.armed)
+        self.assertEqual([step.rule for step in line.active], rules.armed)
 
     def test_another_seed_another_proxy_another_request_draw_anew(self):
         one = self.drawn(self.rules("20:delay"))
@@ -360,26 +360,26 @@ class TestRules(unittest.TestCase):
         self.assertNotEqual(self.drawn(self.rules("20:delay", name="other")), one)
 
     def test_rules_with_dice_of_their_own_are_drawn_independently(self):
-        armed = vaurien.Rules(1, "test")
+        armed = vaurien.RuleSet(1, "test")
         armed.armed = [vaurien.Rule("delay", low=0, high=50, dice="a"),
                        vaurien.Rule("hang", low=0, high=50, dice="b")]
         seen = set()
         for number in range(100):
-            line = vaurien.Line(armed, number)
+            line = vaurien.Chain(armed, number)
             line.begin()
-            seen.add(tuple(step.rule.name for step in line.steps))
+            seen.add(tuple(step.rule.name for step in line.active))
         self.assertEqual(seen, {(), ("delay",), ("hang",), ("delay", "hang")})
 
     def test_a_rule_per_connection_is_drawn_once_for_it(self):
-        armed = vaurien.Rules(1, "test")
+        armed = vaurien.RuleSet(1, "test")
         armed.armed = [vaurien.Rule("delay", low=0, high=50, per="connection")]
         for number in range(50):
-            line = vaurien.Line(armed, number)
+            line = vaurien.Chain(armed, number)
             line.begin()
-            first = list(line.steps)
+            first = list(line.active)
             for _ in range(5):
                 line.begin()
-                self.assertEqual(list(line.steps), first)
+                self.assertEqual(list(line.active), first)
 
     def test_a_rule_says_what_it_is_as_the_log_does(self):
         self.assertEqual(str(vaurien.Rule("delay", {"sleep": 2.0})), "delay sleep=2.0")
@@ -398,13 +398,13 @@ class TestLine(unittest.TestCase):
 
     def test_a_fault_is_news_once_and_only_when_it_changes_something(self):
         line = line_of(vaurien.Rule("error", {"warmup": 1}))
-        line.carry(0, UPSTREAM, b"q")
-        line.carry(0, DOWNSTREAM, b"a")
-        self.assertEqual(line.news, [])
+        line.process(0, UPSTREAM, b"q")
+        line.process(0, DOWNSTREAM, b"a")
+        self.assertEqual(line.activated, [])
         line.begin()
         for event in (0, UPSTREAM, b"q"), (0, DOWNSTREAM, b"a"), (0, DOWNSTREAM, b"b"):
-            line.carry(*event)
-        self.assertEqual([(rule.name, number) for rule, number in line.news], [("error", 2)])
+            line.process(*event)
+        self.assertEqual([(rule.name, number) for rule, number in line.activated], [("error", 2)])
 
     def test_a_bug_of_a_handler_resets_the_connection_and_says_its_name(self):
         def none(state, t, to, data):
@@ -427,7 +427,7 @@ class TestLine(unittest.TestCase):
         for function in none, wrong_way, no_bytes, raises, leaves:
             with registered(function), self.assertLogs("vaurien", "ERROR") as logged:
                 line = line_of(vaurien.Rule(function.__name__), vaurien.Rule("hang", dice="b"))
-                self.assertEqual(line.carry(3, UPSTREAM, b"q"), [(3, UPSTREAM, RESET, ())])
+                self.assertEqual(line.process(3, UPSTREAM, b"q"), [(3, UPSTREAM, RESET, ())])
             self.assertIn("handler %s failed" % function.__name__, logged.output[0])
 
     def test_a_handler_may_return_a_list_and_yield_a_time_that_has_passed(self):
@@ -436,7 +436,7 @@ class TestLine(unittest.TestCase):
 
         with registered(early):
             line = line_of(vaurien.Rule("early"))
-            self.assertEqual(line.carry(3, UPSTREAM, b"q"),
+            self.assertEqual(line.process(3, UPSTREAM, b"q"),
                              [(3, UPSTREAM, b"q", ()), (3, UPSTREAM, b"x", ())])
 
     def test_what_only_names_a_time_that_has_passed_has_changed_nothing(self):
@@ -445,40 +445,40 @@ class TestLine(unittest.TestCase):
 
         with registered(early):
             line = line_of(vaurien.Rule("early"))
-            self.assertEqual(line.carry(3, UPSTREAM, b"q"), [(3, UPSTREAM, b"q", ())])
-            self.assertEqual((line.news, line.touched), ([], False))
+            self.assertEqual(line.process(3, UPSTREAM, b"q"), [(3, UPSTREAM, b"q", ())])
+            self.assertEqual((line.activated, line.modified), ([], False))
 
     def test_a_handler_of_one_way_is_shown_no_other(self):
         for options, stream, sees in [({}, "both", UPSTREAM), ({"before": False}, "both", DOWNSTREAM),
                                       ({}, DOWNSTREAM, DOWNSTREAM), ({"before": False}, UPSTREAM, UPSTREAM)]:
             line = line_of(vaurien.Rule("delay", options, stream=stream))
-            self.assertEqual([line.shows(UPSTREAM), line.shows(DOWNSTREAM)], [sees == UPSTREAM, sees == DOWNSTREAM])
+            self.assertEqual([line.observes(UPSTREAM), line.observes(DOWNSTREAM)], [sees == UPSTREAM, sees == DOWNSTREAM])
             for to in UPSTREAM, DOWNSTREAM:
-                self.assertEqual(line.carry(3, to, b"x")[0][0], 4 if to == sees else 3)
-        self.assertTrue(line_of(vaurien.Rule("delay", {"before": False}, match=re.compile(b"x"))).shows(UPSTREAM))     # to look for it
-        self.assertTrue(line_of(vaurien.Rule("hang")).shows(DOWNSTREAM))
+                self.assertEqual(line.process(3, to, b"x")[0][0], 4 if to == sees else 3)
+        self.assertTrue(line_of(vaurien.Rule("delay", {"before": False}, match=re.compile(b"x"))).observes(UPSTREAM))     # to look for it
+        self.assertTrue(line_of(vaurien.Rule("hang")).observes(DOWNSTREAM))
         toxic = vaurien.Toxic("delay", "d", stream="both")
-        self.assertEqual(toxic.rule.sees, UPSTREAM)
+        self.assertEqual(toxic.rule.direction, UPSTREAM)
         toxic.set(1.0, {"before": False})
-        self.assertEqual(toxic.rule.sees, DOWNSTREAM)
+        self.assertEqual(toxic.rule.direction, DOWNSTREAM)
 
     def test_each_step_takes_what_the_one_before_it_gave(self):
         one, two = (vaurien.Rule("delay", {"sleep": seconds}, dice=name)
                     for seconds, name in ((1.0, "a"), (2.0, "b")))
-        self.assertEqual(line_of(one, two).carry(0, UPSTREAM, b"q"),
+        self.assertEqual(line_of(one, two).process(0, UPSTREAM, b"q"),
                          [(3.0, UPSTREAM, b"q", ((one, 1.0, False), (two, 2.0, False)))])
 
     def test_a_stream_that_a_rule_does_not_see_passes_it_by(self):
         line = line_of(vaurien.Rule("hang", stream=DOWNSTREAM))
-        self.assertEqual(line.carry(0, UPSTREAM, b"q"), [(0, UPSTREAM, b"q", ())])
-        self.assertEqual(line.carry(0, DOWNSTREAM, b"a")[0][0], NEVER)
+        self.assertEqual(line.process(0, UPSTREAM, b"q"), [(0, UPSTREAM, b"q", ())])
+        self.assertEqual(line.process(0, DOWNSTREAM, b"a")[0][0], NEVER)
 
 
 class TestPipe(unittest.TestCase):
 
     def setUp(self):
         self.budget = vaurien.Budget()
-        self.pipe = vaurien.Pipe(UPSTREAM, self.budget)
+        self.pipe = vaurien.DelayQueue(UPSTREAM, self.budget)
 
     def test_bytes_keep_their_order_whatever_their_times(self):
         for t, data in (5, b"a"), (2, b"b"), (9, b"c"), (3, EOF):
@@ -520,12 +520,12 @@ class TestPipe(unittest.TestCase):
     def test_what_is_held_is_counted_and_given_back(self):
         self.pipe.put(1, b"abc", 0)
         self.pipe.put(9, b"def", 0)
-        self.assertEqual(self.budget.held, 6 + 2 * vaurien.HELD_ENTRY)
+        self.assertEqual(self.budget.held, 6 + 2 * vaurien.CHUNK_OVERHEAD)
         self.pipe.due(1)
         self.pipe.sent(1)
-        self.assertEqual((bytes(self.pipe.out[0]), self.budget.held), (b"bc", 5 + 2 * vaurien.HELD_ENTRY))
+        self.assertEqual((bytes(self.pipe.out[0]), self.budget.held), (b"bc", 5 + 2 * vaurien.CHUNK_OVERHEAD))
         self.pipe.sent(2)
-        self.assertEqual(self.budget.held, 3 + vaurien.HELD_ENTRY)
+        self.assertEqual(self.budget.held, 3 + vaurien.CHUNK_OVERHEAD)
         self.pipe.close()
         self.assertEqual((self.budget.held, self.budget.pipes), (0, 0))
 
@@ -537,19 +537,19 @@ class TestPipe(unittest.TestCase):
 
     def test_more_may_be_held_where_it_flows_than_where_it_stands(self):
         def fill(due):
-            pipe = vaurien.Pipe(UPSTREAM, vaurien.Budget())
+            pipe = vaurien.DelayQueue(UPSTREAM, vaurien.Budget())
             while pipe.room(lambda: 0) > 0:
                 pipe.put(due, bytes(pipe.room(lambda: 0)), 0)
             return pipe.held
 
-        self.assertLessEqual(fill(NEVER), vaurien.HELD_STILL)
-        self.assertGreater(fill(NEVER), vaurien.HELD_STILL // 2)
+        self.assertLessEqual(fill(NEVER), vaurien.HELD_MAX_IDLE)
+        self.assertGreater(fill(NEVER), vaurien.HELD_MAX_IDLE // 2)
         self.assertLessEqual(fill(5), vaurien.HELD_MAX)
         self.assertGreater(fill(5), vaurien.HELD_MAX // 2)
 
     def test_the_budget_is_shared_and_never_passed_and_everybody_gets_something(self):
         budget = vaurien.Budget(32 * 1024 * 1024)
-        pipes = [vaurien.Pipe(UPSTREAM, budget) for _ in range(4000)]
+        pipes = [vaurien.DelayQueue(UPSTREAM, budget) for _ in range(4000)]
         for pipe in pipes:
             while pipe.room(lambda: 0) > 0:
                 pipe.put(5, bytes(pipe.room(lambda: 0)), 0)
@@ -563,9 +563,9 @@ class TestLoop(unittest.TestCase):
         loop, rung = vaurien.Loop(), []
         now = loop.clock()
         for late in 0.03, 0.001, 0.012, 0.0:
-            loop.at(now + late, lambda late=late: rung.append((late, loop.clock() - now)))
-        loop.cancel(loop.at(now + 0.002, lambda: rung.append("cancelled")))
-        loop.at(now + 0.04, loop.stop)
+            loop.call_at(now + late, lambda late=late: rung.append((late, loop.clock() - now)))
+        loop.cancel(loop.call_at(now + 0.002, lambda: rung.append("cancelled")))
+        loop.call_at(now + 0.04, loop.stop)
         loop.run()
         loop.close()
         self.assertEqual([late for late, _ in rung], [0.0, 0.001, 0.012, 0.03])
@@ -574,12 +574,12 @@ class TestLoop(unittest.TestCase):
 
     def test_cancelled_alarms_are_swept_out(self):
         loop = vaurien.Loop()
-        kept = [loop.at(1e9 + number, int) for number in range(10)]
+        kept = [loop.call_at(1e9 + number, int) for number in range(10)]
         for number in range(10000):
-            loop.cancel(loop.at(1e9 - number, int))
-            self.assertLess(len(loop.alarms), 300)
+            loop.cancel(loop.call_at(1e9 - number, int))
+            self.assertLess(len(loop.timers), 300)
         for alarm in kept:
-            self.assertIn(alarm, loop.alarms)
+            self.assertIn(alarm, loop.timers)
             loop.cancel(alarm)
             loop.cancel(alarm)
         loop.close()
@@ -590,7 +590,7 @@ class TestLoop(unittest.TestCase):
         for one, two in pairs:
             two.send(b"x")
             loop.watch(one, selectors.EVENT_READ, lambda events: (
-                order.append("socket"), loop.post(order.append, "call"),
+                order.append("socket"), loop.call_soon_threadsafe(order.append, "call"),
                 len(order) > 5 and loop.stop()))
         loop.run()
         self.assertEqual(order[:4], ["socket", "call"] * 2)
@@ -604,7 +604,7 @@ class TestLoop(unittest.TestCase):
         loop.stop()
         loop.run()
         with self.assertRaisesRegex(RuntimeError, "ended"):
-            loop.call(int)
+            loop.run_sync(int)
         loop.close()
 
     @unittest.skipUnless(hasattr(select, "epoll"), "no epoll here")
@@ -627,7 +627,7 @@ class TestLoop(unittest.TestCase):
             slept = polls[-1] != 0
             return len(polls) - slept, slept
 
-        epoll = vaurien.Epoll(lambda: now[0])
+        epoll = vaurien.EpollSelector(lambda: now[0])
         epoll.close()
         epoll.epoll, epoll.keys = Poll(), {7: "key"}
         here = [(7, 1)]
@@ -638,7 +638,7 @@ class TestLoop(unittest.TestCase):
             self.assertEqual(gives_way.call_count, 3)       # to others first, each time
             self.assertEqual(select(timeout=0), (1, False))
             self.assertEqual(select(here, timeout=2.5), (1, False))
-            most = 1 + round(epoll.AWAKE / 0.00001)
+            most = 1 + round(epoll.SPIN_TIME / 0.00001)
             for skips in 1, 2, 4, 8, 8:                     # in vain: ever more sleeps without
                 looks, slept = select()
                 self.assertTrue(slept and most <= looks <= most + 1, looks)
@@ -649,15 +649,15 @@ class TestLoop(unittest.TestCase):
             self.assertEqual(select(), (1, True))
             # Who gets the processor back late leaves it to others, whatever has come meanwhile.
             self.assertEqual(select([], here, takes=0.0011), (2, False))
-            self.assertEqual({select() for _ in range(epoll.SKIPS_BUSY)}, {(1, True)})
+            self.assertEqual({select() for _ in range(epoll.BACKOFF_PREEMPTED)}, {(1, True)})
             self.assertGreater(select()[0], 2)
-            self.assertEqual({select() for _ in range(epoll.SKIPS)}, {(1, True)})
+            self.assertEqual({select() for _ in range(epoll.BACKOFF_MAX)}, {(1, True)})
             self.assertEqual(select(takes=0.0011, timeout=2.5), (2, False))     # nor sleeps over an alarm
 
     def test_an_alarm_years_away_is_no_overflow(self):
         loop = vaurien.Loop()
-        loop.at(1e300, loop.stop)
-        loop.post(loop.stop)
+        loop.call_at(1e300, loop.stop)
+        loop.call_soon_threadsafe(loop.stop)
         loop.run()
         loop.close()
 
@@ -665,9 +665,9 @@ class TestLoop(unittest.TestCase):
         loop = vaurien.Loop()
         thread = threading.Thread(target=loop.run)
         thread.start()
-        self.assertIs(loop.call(threading.current_thread), thread)
+        self.assertIs(loop.run_sync(threading.current_thread), thread)
         with self.assertRaises(ZeroDivisionError):
-            loop.call(lambda: 1 // 0)
+            loop.run_sync(lambda: 1 // 0)
         loop.stop()
         thread.join(PATIENCE)
         loop.close()
@@ -676,10 +676,10 @@ class TestLoop(unittest.TestCase):
         loop, outcome, gate = vaurien.Loop(), [], threading.Event()
         thread = threading.Thread(target=loop.run)
         thread.start()
-        loop.call(loop.away, gate.wait, lambda *result: (outcome.append(result), loop.stop()))
-        loop.call(loop.away, lambda: 1 // 0, lambda _, problem: outcome.append(problem))
+        loop.run_sync(loop.run_in_thread, gate.wait, lambda *result: (outcome.append(result), loop.stop()))
+        loop.run_sync(loop.run_in_thread, lambda: 1 // 0, lambda _, problem: outcome.append(problem))
         while not outcome:
-            loop.call(int)                  # the loop goes on meanwhile
+            loop.run_sync(int)                  # the loop goes on meanwhile
         self.assertIsInstance(outcome[0], ZeroDivisionError)
         gate.set()
         thread.join(PATIENCE)
@@ -1036,7 +1036,7 @@ class TestOracle(unittest.TestCase):
         self.compare("50:delay", SelectLoop, options={"delay": {"sleep": 0.001}})
 
     def test_the_straight_road_without_epoll_and_splice(self):
-        with mock.patch.object(vaurien, "SPLICES", False):
+        with mock.patch.object(vaurien, "HAVE_SPLICE", False):
             self.compare("100:dummy", SelectLoop)
 
     def test_the_selector_of_the_standard_library(self):
@@ -1045,7 +1045,7 @@ class TestOracle(unittest.TestCase):
 
 class Pouring:
 
-    def pour(self, data, stages=(), **words):
+    def splice(self, data, stages=(), **words):
         """What a client hears that reads in as many stages, and does something after each."""
         with proxy_of(lambda sock: (read(sock, 2), sock.sendall(data)), **words) as proxy, connected(proxy) as sock:
             sock.sendall(b"go")
@@ -1056,7 +1056,7 @@ class Pouring:
             while True:
                 piece = sock.recv(1 << 16)
                 if not piece:
-                    self.ducts = len(proxy.loop.ducts)
+                    self.pipe_pool = len(proxy.loop.pipe_pool)
                     return bytes(heard)
                 heard += piece
 
@@ -1078,23 +1078,23 @@ class TestStraightRoad(Pouring, unittest.TestCase):
 
             def watch():
                 loop.clock, loop.watch = counted("clock", loop.clock), counted("watch", loop.watch)
-            loop.call(watch)
-            with mock.patch.object(vaurien.Pipe, "put", counted("put", vaurien.Pipe.put)):
+            loop.run_sync(watch)
+            with mock.patch.object(vaurien.DelayQueue, "put", counted("put", vaurien.DelayQueue.put)):
                 for turn in range(100):
                     exchange(sock, noise(1 + turn))
             self.assertEqual(asked, Counter())
-            self.assertEqual(loop.call(lambda: proxy.rules.requests), 101)
+            self.assertEqual(loop.run_sync(lambda: proxy.rules.requests), 101)
             use(proxy, "100:delay", delay={"sleep": 0.0})
             self.assertTrue(asked["clock"])         # it can be counted
 
     def test_pieces_leave_one_by_one(self):
         sent = []
 
-        class Sock(vaurien.SOCKET):
+        class Sock(vaurien.RawSocket):
             def send(self, data, *flags):
                 sent.append(bytes(data))
                 return super().send(data, *flags)
-        with mock.patch.object(vaurien, "SOCKET", Sock), proxy_of(
+        with mock.patch.object(vaurien, "RawSocket", Sock), proxy_of(
                 echo, "100:slicer", options={"slicer": {"average_size": 10}}) as proxy, connected(proxy) as sock:
             for _ in range(3):
                 sent.clear()
@@ -1124,7 +1124,7 @@ class TestStraightRoad(Pouring, unittest.TestCase):
     def test_what_a_fault_leaves_as_it_is_takes_it(self):
         with proxy_of(echo, "100:latency") as proxy, connected(proxy) as sock:
             exchange(sock, b"question")
-            with mock.patch.object(vaurien.Pipe, "put", side_effect=AssertionError):
+            with mock.patch.object(vaurien.DelayQueue, "put", side_effect=AssertionError):
                 for turn in range(100):
                     exchange(sock, noise(1 + turn))
             use(proxy, "100:latency", latency={"latency": 5})
@@ -1134,45 +1134,45 @@ class TestStraightRoad(Pouring, unittest.TestCase):
 
     def test_bulk_without_it(self):
         data = noise(1 << 20) * 30
-        with mock.patch.object(vaurien, "SPLICES", False):
-            self.assertEqual(self.pour(data), data)
-            self.assertEqual(self.ducts, 0)
+        with mock.patch.object(vaurien, "HAVE_SPLICE", False):
+            self.assertEqual(self.splice(data), data)
+            self.assertEqual(self.pipe_pool, 0)
 
     def test_faults_that_come_and_go_while_it_does(self):
         data = noise(1 << 20) * 30
 
         def have(*toxics):
-            return lambda proxy: proxy.loop.call(proxy.set_toxics, [
+            return lambda proxy: proxy.loop.run_sync(proxy.set_toxics, [
                 vaurien.Toxic(kind, kind, attributes=attributes) for kind, attributes in toxics])
         stages = [have(), have(("latency", {"latency": 5})), have(("slicer", {"average_size": 1000})), have(("noop", {})), have(),
                   have(("bandwidth", {"rate": 1000000})), have()] * 2
-        self.assertEqual(self.pour(data, stages), data)
+        self.assertEqual(self.splice(data, stages), data)
 
 
 class TestSplice(Pouring, unittest.TestCase):
     """The straight road of bulk, where there is one; it is taken at once here."""
 
     def setUp(self):
-        patch = mock.patch.object(vaurien, "FULL", 0)
+        patch = mock.patch.object(vaurien, "SPLICE_AFTER", 0)
         patch.start()
         self.addCleanup(patch.stop)
 
     def test_bulk_goes_through_a_pipe_of_the_kernels(self):
         data = noise(1 << 20) * 30
         for full in 0, 4:
-            with mock.patch.object(vaurien, "FULL", full):
-                self.assertEqual(self.pour(data, [lambda proxy: None] * 3), data)
-            self.assertTrue(self.ducts or full)
-            self.assertLessEqual(self.ducts, vaurien.DUCTS_KEPT)
+            with mock.patch.object(vaurien, "SPLICE_AFTER", full):
+                self.assertEqual(self.splice(data, [lambda proxy: None] * 3), data)
+            self.assertTrue(self.pipe_pool or full)
+            self.assertLessEqual(self.pipe_pool, vaurien.KERNEL_PIPES_POOLED)
 
     def test_a_system_that_will_not(self):
         data = noise(1 << 20) * 10
         for name, problem in ("pipe2", errno.EMFILE), ("splice", errno.EINVAL), ("splice", errno.ENOSYS):
             with mock.patch.object(os, name, side_effect=OSError(problem, os.strerror(problem))) as refused:
-                self.assertEqual(self.pour(data), data)
+                self.assertEqual(self.splice(data), data)
             self.assertTrue(refused.called)
         with mock.patch.object(vaurien, "F_SETPIPE_SZ", -1):
-            self.assertEqual(self.pour(data), data)
+            self.assertEqual(self.splice(data), data)
 
     def test_a_peer_that_goes_while_a_pipe_is_full(self):
         for leave in hang_up, socket.socket.close:
@@ -1187,16 +1187,16 @@ class TestSplice(Pouring, unittest.TestCase):
                     with connected(proxy) as sock:
                         sock.sendall(b"go")
                         read(sock, 10 << 20)
-                        wait_until(lambda: any(isinstance(data, vaurien.Duct) for connection in list(proxy.connections.values())
+                        wait_until(lambda: any(isinstance(data, vaurien.KernelPipe) for connection in list(proxy.connections.values())
                                                for data in list(connection.down.out)))
                         leave(sock)
                         wait_until(lambda: not proxy.connections)
                 self.assertEqual(proxy.loop.budget.held, 0)
-                spare = 2 * proxy.loop.call(lambda: len(proxy.loop.ducts))
+                spare = 2 * proxy.loop.run_sync(lambda: len(proxy.loop.pipe_pool))
                 wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + spare)
 
 
-if not vaurien.SPLICES:
+if not vaurien.HAVE_SPLICE:
     del TestSplice
 
 
@@ -1310,7 +1310,7 @@ class TestProxy(unittest.TestCase):
             thread = threading.Thread(target=sock.sendall, args=(question,))
             thread.start()
             pipe = proxy.loop.budget
-            wait_until(lambda: pipe.held > vaurien.HELD_STILL // 2)
+            wait_until(lambda: pipe.held > vaurien.HELD_MAX_IDLE // 2)
             self.assertEqual(proxy.saw, [])
             use(proxy, "100:dummy")
             self.assertEqual(read(sock, len(question)), question)
@@ -1328,13 +1328,13 @@ class TestProxy(unittest.TestCase):
     def test_what_hangs_stays_while_another_fault_is_added(self):
         hang = vaurien.Rule("hang")
         with proxy_of(echo) as proxy, connected(proxy) as sock:
-            proxy.loop.call(proxy.use, [hang])
+            proxy.loop.run_sync(proxy.set_rules, [hang])
             sock.sendall(b"question")
             wait_until(lambda: proxy.loop.budget.held)
-            proxy.loop.call(proxy.use, [hang, vaurien.Rule("delay", {"sleep": 0.0}, dice="b")])
+            proxy.loop.run_sync(proxy.set_rules, [hang, vaurien.Rule("delay", {"sleep": 0.0}, dice="b")])
             self.assertTrue(proxy.loop.budget.held)
             self.assertFalse(select.select([sock], [], [], 0.05)[0])
-            proxy.loop.call(proxy.use, [])
+            proxy.loop.run_sync(proxy.set_rules, [])
             self.assertEqual(read(sock, 8), b"question")
 
     def test_what_a_backend_said_before_it_left_is_only_late(self):
@@ -1356,7 +1356,7 @@ class TestProxy(unittest.TestCase):
         with proxy_of(echo, "100:hang") as proxy:
             sock = connect(proxy.port)
             sock.sendall(b"question")
-            wait_until(lambda: proxy.loop.budget.held > vaurien.HELD_ENTRY * 2)
+            wait_until(lambda: proxy.loop.budget.held > vaurien.CHUNK_OVERHEAD * 2)
             hang_up(sock)
             wait_until(lambda: not proxy.connections)
 
@@ -1367,11 +1367,11 @@ class TestProxy(unittest.TestCase):
             with contextlib.suppress(BlockingIOError):
                 while True:
                     sock.send(bytes(1 << 16))
-            wait_until(lambda: proxy.loop.budget.held > vaurien.HELD_STILL // 2)
-            turns, really = [], proxy.loop.ring_alarms
-            proxy.loop.ring_alarms = lambda: (turns.append(1), really())
+            wait_until(lambda: proxy.loop.budget.held > vaurien.HELD_MAX_IDLE // 2)
+            turns, really = [], proxy.loop.run_timers
+            proxy.loop.run_timers = lambda: (turns.append(1), really())
             time.sleep(0.2)
-            proxy.loop.call(int)
+            proxy.loop.run_sync(int)
             self.assertLess(len(turns), 20)
 
     def test_the_time_to_connect_is_over_when_it_is_connected(self):
@@ -1395,9 +1395,9 @@ class TestProxy(unittest.TestCase):
                 while select.select([], [sock], [], 0.3)[1] and sent < 1 << 27:
                     with contextlib.suppress(BlockingIOError):
                         sent += sock.send(data[sent % len(data):])
-                    self.assertLessEqual(proxy.loop.budget.held, 2 * max(vaurien.HELD_STILL, vaurien.DUCT))
+                    self.assertLessEqual(proxy.loop.budget.held, 2 * max(vaurien.HELD_MAX_IDLE, vaurien.KERNEL_PIPE_SIZE))
                 self.assertLess(sent, 1 << 27)
-                self.assertGreater(proxy.loop.budget.held, vaurien.HELD_ENTRY * 2)
+                self.assertGreater(proxy.loop.budget.held, vaurien.CHUNK_OVERHEAD * 2)
                 gate.set()
                 use(proxy, "100:dummy")
                 sock.close()
@@ -1420,7 +1420,7 @@ class TestProxy(unittest.TestCase):
         with proxy_of(talk) as proxy, connected(proxy) as sock:
             wait_until(lambda: proxy.loop.budget.held)
             read(sock, 20000000)
-            wait_until(lambda: not proxy.loop.call(lambda: proxy.loop.budget.held))
+            wait_until(lambda: not proxy.loop.run_sync(lambda: proxy.loop.budget.held))
 
     def test_a_delay_is_no_limit_to_the_bandwidth(self):
         """What is on its way is held: several MiB leave before the first byte arrives."""
@@ -1450,7 +1450,7 @@ class TestProxy(unittest.TestCase):
                 addresses = [(socket.AF_INET, ("127.0.0.1", unused_port())),
                              (socket.AF_INET, ("127.0.0.1", silent)),
                              (socket.AF_INET, ("127.0.0.1", port))]
-                with mock.patch.object(vaurien, "literal", lambda *_: addresses):
+                with mock.patch.object(vaurien, "resolve_numeric", lambda *_: addresses):
                     with connected(proxy) as sock:
                         self.assertEqual(exchange(sock, b"question"), b"question")
 
@@ -1459,7 +1459,7 @@ class TestProxy(unittest.TestCase):
             with vaurien.Proxy("127.0.0.1:%d" % silent, "127.0.0.1:0", timeout=0.3) as proxy:
                 began = time.monotonic()
                 with self.assertLogs("vaurien", "WARNING") as logged, connected(proxy) as stuck:
-                    proxy.loop.call(proxy.set_backend, ("127.0.0.1", port))
+                    proxy.loop.run_sync(proxy.set_backend, ("127.0.0.1", port))
                     with connected(proxy) as sock:
                         self.assertEqual(exchange(sock, b"question"), b"question")
                     hear(stuck)
@@ -1475,14 +1475,14 @@ class TestProxy(unittest.TestCase):
             return [(socket.AF_INET, ("127.0.0.1", address[1]))]
 
         with serving(echo) as (port, _), vaurien.Proxy("name.invalid:%d" % port, "127.0.0.1:0") as proxy:
-            with mock.patch.object(vaurien, "literal", lambda *_: None), \
+            with mock.patch.object(vaurien, "resolve_numeric", lambda *_: None), \
                     mock.patch.object(vaurien, "resolve", resolve):
                 with contextlib.ExitStack() as stack:
                     socks = [stack.enter_context(connected(proxy)) for _ in range(5)]
                     for sock in socks:
                         sock.sendall(b"question")
                     wait_until(lambda: len(proxy.connections) == 5)
-                    proxy.loop.call(int)            # the loop goes on meanwhile
+                    proxy.loop.run_sync(int)            # the loop goes on meanwhile
                     gate.set()
                     for sock in socks:
                         self.assertEqual(read(sock, 8), b"question")
@@ -1493,7 +1493,7 @@ class TestProxy(unittest.TestCase):
             raise socket.gaierror(-2, "Name or service not known")
 
         with vaurien.Proxy("name.invalid:80", "127.0.0.1:0") as proxy:
-            with mock.patch.object(vaurien, "literal", lambda *_: None), \
+            with mock.patch.object(vaurien, "resolve_numeric", lambda *_: None), \
                     mock.patch.object(vaurien, "resolve", resolve), \
                     self.assertLogs("vaurien", "WARNING") as logged, connected(proxy) as sock:
                 self.assertEqual(hear(sock)[0], 0)
@@ -1511,14 +1511,14 @@ class TestProxy(unittest.TestCase):
                 self.assertIn(socket.AF_INET6, families)
 
     def test_a_machine_without_ipv6_listens_on_what_it_has(self):
-        really = vaurien.listen_at
+        really = vaurien.bind_listener
 
-        def listen_at(family, address):
+        def bind_listener(family, address):
             if family == socket.AF_INET6:
                 raise OSError(vaurien.errno.EADDRNOTAVAIL, "Cannot assign requested address")
             return really(family, address)
 
-        with mock.patch.object(vaurien, "listen_at", listen_at):
+        with mock.patch.object(vaurien, "bind_listener", bind_listener):
             with vaurien.Proxy("127.0.0.1:9") as proxy:
                 self.assertEqual(len(proxy.listener.sockets), 1)
 
@@ -1557,7 +1557,7 @@ class TestProxy(unittest.TestCase):
                     with connected(proxy) as sock, contextlib.suppress(OSError, EOFError):
                         exchange(sock, b"question")
                 wait_until(lambda: not proxy.connections)
-                return proxy.loop.call(lambda: (len(proxy.loop.selector.get_map()),
+                return proxy.loop.run_sync(lambda: (len(proxy.loop.selector.get_map()),
                                                 proxy.loop.budget.held, proxy.loop.budget.pipes))
             self.assertEqual(some(), (2, 0, 0))         # the listener and the door
             self.assertEqual(some(), (2, 0, 0))
@@ -1569,9 +1569,9 @@ class TestProxy(unittest.TestCase):
             listener = proxy.listener.sockets[0]
             full = mock.Mock(accept=mock.Mock(
                 side_effect=OSError(vaurien.errno.EMFILE, "Too many open files")))
-            with mock.patch.object(vaurien, "PAUSE", 0.05), \
+            with mock.patch.object(vaurien, "RETRY_DELAY", 0.05), \
                     self.assertLogs("vaurien", "WARNING") as logged:
-                proxy.loop.call(lambda: (proxy.loop.watch(listener, 0), proxy.listener.pause(
+                proxy.loop.run_sync(lambda: (proxy.loop.watch(listener, 0), proxy.listener.pause(
                     listener, full.accept.side_effect)))
                 self.assertEqual(exchange(here, b"question"), b"question")
                 with connected(proxy) as sock:
@@ -1579,34 +1579,34 @@ class TestProxy(unittest.TestCase):
             self.assertIn("Too many open files", logged.output[0])
 
     def test_a_selector_that_takes_no_more_is_a_pause_too(self):
-        with mock.patch.object(vaurien, "PAUSE", 0.05), proxy_of(echo, loop=SelectLoop) as proxy:
+        with mock.patch.object(vaurien, "RETRY_DELAY", 0.05), proxy_of(echo, loop=SelectLoop) as proxy:
             proxy.loop.limit = 6
             with connected(proxy) as one, connected(proxy) as two:
                 for sock in one, two:
                     exchange(sock, b"question")
                 with self.assertLogs("vaurien", "WARNING"), connected(proxy) as three:
                     three.sendall(b"question")
-                    wait_until(lambda: proxy.listener.complained)
+                    wait_until(lambda: proxy.listener.last_warning)
                     one.close()
                     self.assertEqual(read(three, 8), b"question")
 
     def test_as_many_are_accepted_in_a_row_as_there_seem_to_be(self):
-        with proxy_of(echo) as proxy, mock.patch.object(vaurien, "SOCKET"), mock.patch.object(proxy.listener, "welcome") as welcome:
+        with proxy_of(echo) as proxy, mock.patch.object(vaurien, "RawSocket"), mock.patch.object(proxy.listener, "welcome") as welcome:
             listener, taken = mock.Mock(_accept=mock.Mock(return_value=(-1, ("127.0.0.1", 1)))), []
 
             def accept():
-                proxy.loop.call(proxy.listener.accept, listener, selectors.EVENT_READ)
+                proxy.loop.run_sync(proxy.listener.accept, listener, selectors.EVENT_READ)
                 taken.append(welcome.call_count - sum(taken))
             proxy.listener.sockets.append(listener)
             for _ in range(30):
                 accept()
-            self.assertEqual((taken[:4], taken[-1]), ([1, 1, 1, 1], vaurien.BURST))     # one who comes alone costs one call
+            self.assertEqual((taken[:4], taken[-1]), ([1, 1, 1, 1], vaurien.ACCEPT_BURST))     # one who comes alone costs one call
             self.assertEqual(taken, sorted(taken))
             listener._accept.side_effect = [(-1, ("127.0.0.1", 1)), BlockingIOError()]
             accept()
             listener._accept.side_effect = None
             accept()
-            self.assertEqual(taken[-2:], [1, vaurien.BURST // 2])
+            self.assertEqual(taken[-2:], [1, vaurien.ACCEPT_BURST // 2])
             proxy.listener.sockets.remove(listener)
 
     def test_who_has_asked_before_he_is_accepted_does_not_wait_for_another_turn(self):
@@ -1635,19 +1635,19 @@ class TestProxy(unittest.TestCase):
                 side_effect=[(-1, None), ConnectionAbortedError(), BlockingIOError()]))
             proxy.listener.sockets.append(listener)
             proxy.listener.burst = 3
-            with mock.patch.object(vaurien, "SOCKET", return_value=gone):
-                proxy.loop.call(proxy.listener.accept, listener, selectors.EVENT_READ)
+            with mock.patch.object(vaurien, "RawSocket", return_value=gone):
+                proxy.loop.run_sync(proxy.listener.accept, listener, selectors.EVENT_READ)
             self.assertEqual(listener._accept.call_count, 3)
             proxy.listener.sockets.remove(listener)
             gone.close.assert_called_once_with()
-            proxy.loop.call(proxy.listener.accept, listener, selectors.EVENT_READ)      # closed meanwhile: nothing happens
+            proxy.loop.run_sync(proxy.listener.accept, listener, selectors.EVENT_READ)      # closed meanwhile: nothing happens
             with connected(proxy) as sock:
                 exchange(sock, b"question")
 
     def test_no_more_threads_is_a_name_that_is_not_found(self):
         loop, outcome = vaurien.Loop(), []
         with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("no thread")):
-            loop.away(int, lambda *result: (outcome.extend(result), loop.stop()))
+            loop.run_in_thread(int, lambda *result: (outcome.extend(result), loop.stop()))
         loop.run()
         loop.close()
         self.assertEqual((outcome[0], str(outcome[1])), (None, "no thread"))
@@ -1659,7 +1659,7 @@ class TestProxy(unittest.TestCase):
         with proxy_of(echo) as proxy:
             sock = connect(proxy.port)
             exchange(sock, b"question")
-            proxy.loop.post(crash)
+            proxy.loop.call_soon_threadsafe(crash)
             proxy.thread.join(PATIENCE)
         self.assertEqual(hear(sock)[0], 0)
         sock.close()
@@ -2194,7 +2194,7 @@ class TestProcess(Folder):
             self.assertEqual((status, err), (0, ""))
             for name, function in HANDLERS.items():
                 self.assertIn("\n%s:\n" % name, out)
-                for option in vaurien.options_of(function):
+                for option in vaurien.handler_options(function):
                     self.assertIn("--handlers.%s.%s" % (name, option), out)
 
     def test_without_docstrings(self):
@@ -2244,7 +2244,7 @@ def late_end(state, t, to, data):
 
     def test_a_port_that_is_a_clients_again(self):
         one, two = vaurien.Outcome("a:1", 10.0, 1.0, ""), vaurien.Outcome("a:1", 12.0, 1.0, "")
-        event = vaurien.Event(1, 12.5, "p", 2, "a:1", 1, "delay", {})
+        event = vaurien.FaultRecord(1, 12.5, "p", 2, "a:1", 1, "delay", {})
         self.assertEqual(vaurien.match_events([one, two], [event]), {two: "delay"})
 
 
@@ -2252,7 +2252,7 @@ def late_end(state, t, to, data):
 
 def fleet(*proxies):
     """The proxies of a control server."""
-    found = vaurien.Proxies(proxies)
+    found = vaurien.ProxyTable(proxies)
     found.loop = proxies[0].loop if proxies else None
     return found
 
@@ -2263,12 +2263,12 @@ def driven(talk=echo, behavior="100:dummy", **words):
     with proxy_of(talk, behavior, **words) as proxy:
         control = vaurien.Control(("127.0.0.1", 0), fleet(proxy))
         control.bind()
-        proxy.loop.call(control.open, proxy.loop)
+        proxy.loop.run_sync(control.open, proxy.loop)
         port = control.listener.sockets[0].getsockname()[1]
         try:
             yield proxy, vaurien.Client("127.0.0.1", port)
         finally:
-            proxy.loop.call(control.close)
+            proxy.loop.run_sync(control.close)
 
 
 class TestRoutes(unittest.TestCase):
@@ -2284,7 +2284,7 @@ class TestRoutes(unittest.TestCase):
         self.control.url = "http://localhost:8080"
 
     def ask(self, method, target, body=b"", status=200):
-        found, headers, text = vaurien.respond(self.control, method, target, body)
+        found, headers, text = vaurien.handle_request(self.control, method, target, body)
         self.assertEqual(found, status, text)
         return json.loads(text) if headers["Content-Type"] == "application/json" else text
 
@@ -2461,7 +2461,7 @@ class TestControl(unittest.TestCase):
             self.assertEqual(answer.split()[1], b"400")
 
     def test_who_says_nothing_is_told_so_and_others_are_not_held_up(self):
-        with mock.patch.object(vaurien, "TALK_TIME", 0.2), driven() as (_, client):
+        with mock.patch.object(vaurien, "IDLE_TIMEOUT", 0.2), driven() as (_, client):
             with contextlib.closing(connect(client.port)) as silent, \
                     contextlib.closing(connect(client.port)) as half:
                 half.sendall(b"POST /handler HTTP/1.1\r\nContent-Length: 5\r\n\r\nde")
@@ -2470,7 +2470,7 @@ class TestControl(unittest.TestCase):
                     self.assertEqual(sock.recv(1000).split()[1], b"408")
 
     def test_too_many_silent_ones_make_room(self):
-        with mock.patch.object(vaurien, "TALKERS_MAX", 4), driven() as (_, client), \
+        with mock.patch.object(vaurien, "CLIENTS_MAX", 4), driven() as (_, client), \
                 contextlib.ExitStack() as stack:
             silent = [stack.enter_context(contextlib.closing(connect(client.port)))
                       for _ in range(12)]
@@ -2504,7 +2504,7 @@ class TestControl(unittest.TestCase):
         def broken(question):
             raise KeyError("no idea")
 
-        broken.form, broken.needs_proxy, broken.query = vaurien.Refused, True, ()
+        broken.form, broken.needs_proxy, broken.query = vaurien.ApiError, True, ()
 
         with driven() as (_, client), self.assertLogs("vaurien", "ERROR"):
             with mock.patch.dict(vaurien.ROUTES["/handler"], GET=broken):
@@ -2520,7 +2520,7 @@ class TestControl(unittest.TestCase):
                 return really(("127.0.0.1", address[1]))
             return really(address, *rest, **words)
 
-        def literal(address, *_):
+        def resolve_numeric(address, *_):
             return None
 
         def says(words):
@@ -2529,9 +2529,9 @@ class TestControl(unittest.TestCase):
         with serving(says(b"old")) as (old, _), serving(says(b"new")) as (new, _), \
                 vaurien.Proxy("slow.invalid:%d" % old, "127.0.0.1:0") as proxy, \
                 mock.patch.object(vaurien, "resolve", resolve), \
-                mock.patch.object(vaurien, "literal", literal), connected(proxy) as first:
-            wait_until(lambda: proxy.asking)
-            proxy.loop.call(proxy.set_backend, ("127.0.0.1", new))
+                mock.patch.object(vaurien, "resolve_numeric", resolve_numeric), connected(proxy) as first:
+            wait_until(lambda: proxy.lookups)
+            proxy.loop.run_sync(proxy.set_backend, ("127.0.0.1", new))
             with connected(proxy) as second:
                 self.assertEqual(read(second, 3), b"new")
             gate.set()
@@ -2582,7 +2582,7 @@ class TestControl(unittest.TestCase):
             exchange(sock, b"another")
             one, = client.connections()
             self.assertEqual(one["client"], "127.0.0.1:%d" % sock.getsockname()[1])
-            self.assertEqual(one["backend"], vaurien.show_address(proxy.backend))
+            self.assertEqual(one["backend"], vaurien.format_address(proxy.backend))
             self.assertEqual((one["bytes_up"], one["bytes_down"], one["requests"], one["faults"]),
                              (15, 15, 2, ["delay"]))
             self.assertTrue(one["connected"])
@@ -2699,7 +2699,7 @@ class TestFraming(unittest.TestCase):
         for name, data, wanted in self.REQUESTS:
             found = self.read(name, data, [len(data)])
             self.assertEqual([mark for _, mark in found if isinstance(mark, tuple)], wanted, name)
-            self.assertEqual(found[-1], (len(data), vaurien.END), name)
+            self.assertEqual(found[-1], (len(data), vaurien.END_OF_MESSAGE), name)
             for sizes in self.splits(data):
                 self.assertEqual(self.read(name, data, sizes), found, name)
 
@@ -2707,7 +2707,7 @@ class TestFraming(unittest.TestCase):
         for name, asked, replies in self.REPLIES:
             data = b"".join(replies)
             pending = [vaurien.Request(b"", word) for word in asked.split()]
-            ends = [(sum(map(len, replies[:number])), vaurien.END) for number in range(1, len(replies) + 1)]
+            ends = [(sum(map(len, replies[:number])), vaurien.END_OF_MESSAGE) for number in range(1, len(replies) + 1)]
             self.assertEqual(self.read(name, data, [len(data)], "down", pending), ends, name)
             for sizes in self.splits(data):
                 self.assertEqual(self.read(name, data, sizes, "down", pending), ends, name)
@@ -2739,7 +2739,7 @@ class TestFraming(unittest.TestCase):
                             usual = frames.usual(data) if quick and not frames.lost else None
                             for at, mark in frames.feed(data, len(data), usual):
                                 marks.append((at, mark if isinstance(mark, vaurien.Signal) else (
-                                    mark.text, mark.name, mark.info, protocol.reword(data[:at]))))
+                                    mark.text, mark.name, mark.info, protocol.rewrite_head(data[:at]))))
                         found.append(marks + [frames.lost, len(protocol.pending)])
                         seen[name, way, frames.between, len(messages)] += 1
                     self.assertEqual(found[0], found[1], (name, way, messages))
@@ -2761,7 +2761,7 @@ class TestFraming(unittest.TestCase):
             frames.feed(head, len(head))
             for _ in range(10):
                 frames.feed(block, len(block))
-            self.assertLessEqual(len(frames.kept), vaurien.HEARD_MAX)
+            self.assertLessEqual(len(frames.kept), vaurien.MATCH_WINDOW)
             self.assertEqual(frames.lost, "")
 
     def test_the_end_of_a_message(self):
@@ -2772,7 +2772,7 @@ class TestFraming(unittest.TestCase):
                 protocol.pending[0] = vaurien.Request(b"DATA", "DATA")
                 protocol.down.feed(b"354 go\r\n", 8)
                 for size in sizes:
-                    found += [at + offset for offset, mark in protocol.up.feed(body[at:at + size], len(body[at:at + size])) if mark is vaurien.END]
+                    found += [at + offset for offset, mark in protocol.up.feed(body[at:at + size], len(body[at:at + size])) if mark is vaurien.END_OF_MESSAGE]
                     at += size
                 self.assertEqual(found[0], length, body)
 
@@ -2816,7 +2816,7 @@ def passing(line, to, piece, whole=True):
     out, marks = line.pass_whole(to, found, piece) if found else None, []
     if out is None:
         marks = frames.feed(piece, len(piece), found)
-        out = None if frames.lost else line.quiet(to, piece, marks)
+        out = None if frames.lost else line.pass_through(to, piece, marks)
     return out, marks, frames
 
 
@@ -2824,11 +2824,11 @@ class TestFramedLine(unittest.TestCase):
     """What faults make of the requests of a protocol, as tables."""
 
     def line(self, name, *rules):
-        armed = vaurien.Rules(1, "test")
+        armed = vaurien.RuleSet(1, "test")
         armed.armed = list(rules)
-        line = vaurien.FramedLine(armed, 1, vaurien.PROTOCOLS[name]())
+        line = vaurien.ProtocolChain(armed, 1, vaurien.PROTOCOLS[name]())
         line.begin()
-        line.row[0].over = line.protocol.speaks         # it is connected
+        line.exchanges[0].over = line.protocol.server_first         # it is connected
         line.protocol.pending.clear()
         return line
 
@@ -2844,7 +2844,7 @@ class TestFramedLine(unittest.TestCase):
                 continue
             events = line.read(0, to, piece, marks)
             if frames.lost:
-                events += line.give_up(0)[1]
+                events += line.fall_back_to_tcp(0)[1]
             for _, way, made, _ in events:
                 out[way] += made
                 signals += [made] * (not made)
@@ -2879,7 +2879,7 @@ class TestFramedLine(unittest.TestCase):
         for piece in b"$1\r\n", b"a\r\n", b"$1\r\nb\r\n$1\r\n", b"c\r\n":
             found += self.feed(line, DOWNSTREAM, piece)[1]
         self.assertEqual(found, b"$1\r\na\r\n" + oom + b"$1\r\nb\r\n" + oom + oom + b"$1\r\nc\r\n")
-        self.assertEqual(len(line.row), 1)
+        self.assertEqual(len(line.exchanges), 1)
 
     def test_an_answer_that_nothing_is_before_is_said_at_once(self):
         line = self.line("memcache", vaurien.Rule("error"))
@@ -2898,9 +2898,9 @@ class TestFramedLine(unittest.TestCase):
         for name, data in [("memcache", b"set a 0 0 1 noreply\r\nx\r\n"), ("memcache", b"quit\r\n"), ("mysql", packet(0, b"\x19\1\0\0\0")),
                            ("redis", b"QUIT\r\n"), ("smtp", b"QUIT\r\n")]:
             line = self.line(name, vaurien.Rule("error"))
-            line.row[0].over = True
+            line.exchanges[0].over = True
             self.assertEqual(self.feed(line, UPSTREAM, data), (data, b"", []), data)
-            self.assertEqual(line.news, [])
+            self.assertEqual(line.activated, [])
 
     def test_the_answers_of_each_protocol(self):
         for name, kind, data, answer in [
@@ -2928,9 +2928,9 @@ class TestFramedLine(unittest.TestCase):
                                    ("memcache", "TOO_MANY", b"ERROR Too many open connections\r\n"),
                                    ("smtp", "421", b"421 4.3.2 Service not available, closing transmission channel\r\n")]:
             line = self.line(name, vaurien.Rule("error", {"kind": kind}))
-            self.assertEqual([event[1:3] for event in line.carry(0, UPSTREAM, OPEN)], [(DOWNSTREAM, wanted), (DOWNSTREAM, EOF), (UPSTREAM, EOF)])
+            self.assertEqual([event[1:3] for event in line.process(0, UPSTREAM, OPEN)], [(DOWNSTREAM, wanted), (DOWNSTREAM, EOF), (UPSTREAM, EOF)])
         line = self.line("postgres", vaurien.Rule("error", {"kind": "53300"}))
-        self.assertEqual([event[2] for event in line.carry(0, UPSTREAM, OPEN)], [])      # it is to say who it is
+        self.assertEqual([event[2] for event in line.process(0, UPSTREAM, OPEN)], [])      # it is to say who it is
         self.assertEqual(self.feed(line, UPSTREAM, SSL_REQUEST), (b"", b"N", []))
         up, down, signals = self.feed(line, UPSTREAM, STARTUP)
         self.assertEqual((up, signals, down[:1]), (b"", [EOF, EOF], b"E"))
@@ -2941,7 +2941,7 @@ class TestFramedLine(unittest.TestCase):
             self.assertTrue(set(kind.usual) <= set(kind.errors) >= set(kind.greeting) | set(kind.closing), name)
         seen = set()
         line = self.line("redis", vaurien.Rule("error"))
-        self.assertEqual(line.carry(0, UPSTREAM, OPEN)[0][2], OPEN)
+        self.assertEqual(line.process(0, UPSTREAM, OPEN)[0][2], OPEN)
         for _ in range(60):
             seen.add(self.feed(line, UPSTREAM, b"PING\r\n")[1].split(b" ")[0])
         self.assertEqual(seen, {b"-" + kind.encode() for kind in vaurien.Redis.usual})
@@ -2985,7 +2985,7 @@ class TestFramedLine(unittest.TestCase):
         line = self.line("redis", vaurien.Rule("hang", match=re.compile(b"^get")))
         self.assertEqual([event[0] for event in line.read(0, UPSTREAM, b"ping\r\nget a\r\n", line.protocol.up.feed(b"ping\r\nget a\r\n", 13))], [0, NEVER])
         line = self.line("redis", vaurien.Rule("transient", {"agitate": 2, "kind": "BUSY"}))
-        line.carry(0, UPSTREAM, OPEN)
+        line.process(0, UPSTREAM, OPEN)
         failed = [b"BUSY" in self.feed(line, UPSTREAM, b"PING\r\n")[1] for _ in range(4)]
         self.assertEqual(failed, [True, True, False, False])
         line = self.line("redis", vaurien.Rule("error", {"kind": "BUSY"}, after=1, times=2))
@@ -3000,7 +3000,7 @@ class TestFramedLine(unittest.TestCase):
         line = self.line("http")
         self.assertEqual(self.feed(line, UPSTREAM, b"GET / HT")[0], b"GET / HT")
         line.rules.armed = [vaurien.Rule("error")]
-        line.renew(line.rules.armed)
+        line.rules_changed(line.rules.armed)
         self.assertEqual(self.feed(line, UPSTREAM, b"TP/1.1\r\n\r\n")[0], b"TP/1.1\r\n\r\n")
         self.assertEqual(self.feed(line, UPSTREAM, b"GET / HTTP/1.1\r\n\r\n")[0], b"")
 
@@ -3025,16 +3025,16 @@ class TestFramedLine(unittest.TestCase):
             line = self.line("http", rule)
             head = b"POST / HTTP/1.1\r\nContent-Length: 90\r\n\r\n"
             marks = line.protocol.up.feed(head, len(head))
-            self.assertIsNone(line.quiet(UPSTREAM, head, marks))
+            self.assertIsNone(line.pass_through(UPSTREAM, head, marks))
             line.read(0, UPSTREAM, head, marks)
             for to, frames, data in (UPSTREAM, line.protocol.up, bytes(50)), (DOWNSTREAM, line.protocol.down, b"HTTP/1.1 200 OK\r\n"):
-                self.assertEqual(line.quiet(to, data, frames.feed(data, len(data))), data if straight else None)
+                self.assertEqual(line.pass_through(to, data, frames.feed(data, len(data))), data if straight else None)
 
     def test_nothing_follows_an_error_that_closes(self):
         line = self.line("redis", vaurien.Rule("error", {"kind": "LOADING"}, match=re.compile(b"none")))
         line.protocol.answer = lambda kind, request: vaurien.Reply(b"-BYE\r\n", True)
         line.rules.armed = [vaurien.Rule("error", match=re.compile(b"bad"))]
-        line.renew(line.rules.armed)
+        line.rules_changed(line.rules.armed)
         self.assertEqual(self.feed(line, UPSTREAM, b"GET 1\r\nGET bad\r\nSET 2 2\r\n"), (b"GET 1\r\n", b"", []))
         self.assertEqual(self.feed(line, UPSTREAM, b"SET 3 3\r\n")[0], b"")
         self.assertEqual(self.feed(line, DOWNSTREAM, b"+A\r\n"), (b"", b"+A\r\n-BYE\r\n", [EOF, EOF]))
@@ -3066,7 +3066,7 @@ class TestFramedLine(unittest.TestCase):
         self.assertEqual(self.feed(line, UPSTREAM, packet(1, b"x" * 5))[1][3], 2)
         line = self.line("mysql", vaurien.Rule("error", {"kind": "1205"}, match=re.compile(b"^SELECT")))
         self.feed(line, UPSTREAM, packet(0, b"\x16SELECT ?"))
-        self.assertEqual(line.row[-1].sent, False)
+        self.assertEqual(line.exchanges[-1].sent, False)
         line = self.line("mysql", vaurien.Rule("error", {"kind": "1205"}, match=re.compile(b"nothing")))
         self.feed(line, UPSTREAM, packet(0, b"\x16SELECT ?"))
         data = packet(0, b"\x17\xff\xff\xff\xff\0\1\0\0\0")
@@ -3079,10 +3079,10 @@ class TestFramedLine(unittest.TestCase):
         line = self.line("postgres", vaurien.Rule("error", stream="both"))
         frames = line.protocol.up
         frames.feed(b"\x16\x03\x01\0\0\0\0\0", 8)
-        plain, _ = line.give_up(0)
+        plain, _ = line.fall_back_to_tcp(0)
         plain.begin()
-        plain.carry(0, UPSTREAM, b"hello")
-        self.assertEqual(plain.carry(0, DOWNSTREAM, b"world"), [(0, DOWNSTREAM, b"world", ())])
+        plain.process(0, UPSTREAM, b"hello")
+        self.assertEqual(plain.process(0, DOWNSTREAM, b"world"), [(0, DOWNSTREAM, b"world", ())])
 
     def test_a_client_that_waits_to_be_asked_on(self):
         line = self.line("http", vaurien.Rule("error", {"kind": "503"}))
@@ -3100,14 +3100,14 @@ class TestFramedLine(unittest.TestCase):
             self.assertTrue(protocol.up.lost)
 
     def test_the_host_header(self):
-        armed = vaurien.Rules(1, "test")
+        armed = vaurien.RuleSet(1, "test")
         for rules in [], [vaurien.Rule("delay", high=0)]:
             armed.armed = rules
             for data, wanted in [(b"GET / HTTP/1.1\r\nA: b\r\nhost:  localhost:8000\r\n\r\n", b"GET / HTTP/1.1\r\nA: b\r\nhost:  google.com\r\n\r\n"),
                                  (b"GET / HTTP/1.1\r\nHost: Google.com\r\n\r\n",) * 2, (b"GET / HTTP/1.0\r\n\r\n",) * 2,
                                  (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nHost: x\r\n", b"POST / HTTP/1.1\r\nHost: google.com\r\nContent-Length: 9\r\n\r\nHost: x\r\n")]:
                 for sizes in [[len(data)], [1] * len(data)]:
-                    line = vaurien.FramedLine(armed, 1, vaurien.Http(b"google.com"))
+                    line = vaurien.ProtocolChain(armed, 1, vaurien.Http(b"google.com"))
                     line.begin()
                     for _ in range(2):
                         self.assertEqual(self.feed(line, UPSTREAM, data, sizes)[0], wanted)
@@ -3140,7 +3140,7 @@ class TestFramedLine(unittest.TestCase):
             ask, answer = {"redis": (b"PING\r\n", b"+PONG\r\n"), "http": (b"GET / HTTP/1.1\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")}[name]
             stands = []
             for whole in True, False:
-                line = vaurien.FramedLine(vaurien.Rules(1, "test"), 1, vaurien.PROTOCOLS[name]())
+                line = vaurien.ProtocolChain(vaurien.RuleSet(1, "test"), 1, vaurien.PROTOCOLS[name]())
                 line.begin()
                 talk = [(UPSTREAM, ask), (DOWNSTREAM, answer), (UPSTREAM, ask)]
                 found = []
@@ -3149,8 +3149,8 @@ class TestFramedLine(unittest.TestCase):
                     if frames.lost:
                         found.append(frames.lost)
                         break
-                    found.append((out, line.request, len(line.protocol.pending), line.inside, line.leaked,
-                                  [(one.number, one.sent, one.complete, one.over) for one in line.row]))
+                    found.append((out, line.request, len(line.protocol.pending), line.in_request, line.head_forwarded,
+                                  [(one.number, one.sent, one.complete, one.over) for one in line.exchanges]))
                 stands.append(found)
             self.assertEqual(*stands)
 
@@ -3161,7 +3161,7 @@ class TestFramedLine(unittest.TestCase):
             for _ in range(50):
                 lines, open_requests = [], 0
                 for _ in range(2):
-                    lines.append(vaurien.FramedLine(vaurien.Rules(1, "test"), 1, vaurien.PROTOCOLS[name]()))
+                    lines.append(vaurien.ProtocolChain(vaurien.RuleSet(1, "test"), 1, vaurien.PROTOCOLS[name]()))
                     lines[-1].begin()
                 for _ in range(20):
                     if open_requests and generator.random() < 0.5:
@@ -3175,14 +3175,14 @@ class TestFramedLine(unittest.TestCase):
                     for line, pieces in zip(lines, ([data], [data[at:at + 7] for at in range(0, len(data), 7)])):
                         for piece in pieces:
                             self.assertEqual(passing(line, to, piece)[0], piece)
-                        left.append((line.request, line.rules.requests, line.inside, line.leaked, line.number, len(line.protocol.pending),
-                                     [(one.number, one.sent, one.complete, one.over, one.request.name, one.request.text) for one in line.row]))
+                        left.append((line.request, line.rules.requests, line.in_request, line.head_forwarded, line.number, len(line.protocol.pending),
+                                     [(one.number, one.sent, one.complete, one.over, one.request.name, one.request.text) for one in line.exchanges]))
                     self.assertEqual(left[0], left[1])
                 acted = []
                 for line in lines:              # it is too late to answer in the backend's place
                     rule = vaurien.Rule("error", per="connection")
                     self.armed(line, rule)
-                    acted.append((rule.acts, line.greet(0, [UPSTREAM, DOWNSTREAM], [rule]), line.asked is line.row[-1].request))
+                    acted.append((rule.activations, line.process_open(0, [UPSTREAM, DOWNSTREAM], [rule]), line.asked is line.exchanges[-1].request))
                 self.assertEqual(acted, [(0, [], True)] * 2)
         self.assertGreater(talks[3], 10)
 
@@ -3190,7 +3190,7 @@ class TestFramedLine(unittest.TestCase):
         """The rules of an open connection are others."""
         new = [rule for rule in rules if rule not in line.rules.armed]
         line.rules.armed = list(rules)
-        line.renew(new)
+        line.rules_changed(new)
 
     def test_an_expression_for_a_connection_that_does_not_match_at_once(self):
         line = self.line("redis", vaurien.Rule("error", {"kind": "OOM"}, per="connection", match=re.compile(b"bad")))
@@ -3199,7 +3199,7 @@ class TestFramedLine(unittest.TestCase):
             self.feed(line, DOWNSTREAM, b"+PONG\r\n" * (not refused))
         line = self.line("redis", vaurien.Rule("delay", per="connection", match=re.compile(b"bad")))
         self.feed(line, UPSTREAM, b"PING\r\n")
-        plain, _ = line.give_up(0)
+        plain, _ = line.fall_back_to_tcp(0)
         plain.begin()
 
     def test_a_chunk_of_no_size(self):
@@ -3234,7 +3234,7 @@ class TestFramedLine(unittest.TestCase):
         rule = vaurien.Rule("error", per="connection")
         line = self.line("redis", rule)
         self.feed(line, UPSTREAM, b"PING\r\n" * 100)
-        self.assertLessEqual(len(line.lasting[rule].state.replies), 1)
+        self.assertLessEqual(len(line.per_connection[rule].state.replies), 1)
         protocol = vaurien.Postgres()
         for data in [STARTUP] + [message(b"P", b"a%d\0SELECT\0\0\0" % number) + message(b"C", b"Sa%d\0" % number) for number in range(9)]:
             protocol.up.feed(data, len(data))
@@ -3247,15 +3247,15 @@ class TestFramedLine(unittest.TestCase):
         self.assertEqual(protocol.statements, {})
 
     def test_a_client_that_speaks_before_it_is_greeted(self):
-        armed = vaurien.Rules(1, "test")
+        armed = vaurien.RuleSet(1, "test")
         for rules in [], [vaurien.Rule("delay", high=0)]:
             armed.armed = rules
-            line = vaurien.FramedLine(armed, 1, vaurien.Smtp())
+            line = vaurien.ProtocolChain(armed, 1, vaurien.Smtp())
             line.begin()
             self.feed(line, UPSTREAM, b"EHLO x\r\nMAIL a\r\nRCPT b\r\nDATA\r\n")
             self.feed(line, DOWNSTREAM, b"220 hi\r\n250 ok\r\n250 ok\r\n250 ok\r\n354 go\r\n")
             self.feed(line, UPSTREAM, b"body\r\n.\r\n")
-            self.assertEqual(line.row[-1].request.name, "MESSAGE")
+            self.assertEqual(line.exchanges[-1].request.name, "MESSAGE")
 
     def test_a_dialogue_of_auth_is_one_request(self):
         line = self.line("smtp", vaurien.Rule("error", {"kind": "450"}, match=re.compile(b"dXNl")))
@@ -3293,9 +3293,9 @@ class TestFramedLine(unittest.TestCase):
         self.assertIn(b"OOM", self.feed(line, UPSTREAM, b"GET a\r\n")[1])
         data = b"SUBSCRIBE a\r\n"
         events = line.read(0, UPSTREAM, data, line.protocol.up.feed(data, len(data)))
-        plain, more = line.give_up(0)
+        plain, more = line.fall_back_to_tcp(0)
         self.assertEqual([event[2] for event in events + more], [data])
-        self.assertEqual(plain.carry(0, DOWNSTREAM, b"*3\r\n"), [(0, DOWNSTREAM, b"*3\r\n", ())])
+        self.assertEqual(plain.process(0, DOWNSTREAM, b"*3\r\n"), [(0, DOWNSTREAM, b"*3\r\n", ())])
 
     def test_long_pipelines_take_no_longer_for_each(self):
         line = self.line("redis", vaurien.Rule("error", {"kind": "OOM"}, match=re.compile(b"A")))
@@ -3398,9 +3398,9 @@ class TestProtocols(unittest.TestCase):
         class Small(vaurien.Budget):
             most = 0
 
-            def share(self, bound):
+            def allowance(self, bound):
                 self.most = max(self.most, self.held)
-                return super().share(bound)
+                return super().allowance(bound)
 
         data = bytes(8 << 20)
         for protocol, head in [("redis", b"*2\r\n$4\r\nECHO\r\n$%d\r\n" % len(data)), ("http", b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(data)),
@@ -3408,7 +3408,7 @@ class TestProtocols(unittest.TestCase):
             for behavior in "100:dummy", "0:hang":
                 with mock.patch.object(vaurien, "Budget", Small), proxy_of(echo, behavior, protocol=protocol) as proxy, connected(proxy) as sock:
                     self.assertEqual(both_ways(sock, head + data + b"\r\n")[0], len(head) + len(data) + 2)
-                    self.assertLessEqual(proxy.loop.budget.most, 4 * vaurien.HELD_STILL + 4 * vaurien.CHUNK)
+                    self.assertLessEqual(proxy.loop.budget.most, 4 * vaurien.HELD_MAX_IDLE + 4 * vaurien.CHUNK)
 
 
 # -- Toxiproxy: toxics, their API, and what the original gets wrong ------------------
@@ -3419,9 +3419,9 @@ class TestToxics(unittest.TestCase):
     def play(self, kind, *events, stream="both", **options):
         """What a toxic makes of one connection's events: [(t, to, data)]."""
         line = line_of(vaurien.Rule(kind, options, per="connection", stream=stream))
-        found = line.greet(0, [UPSTREAM, DOWNSTREAM])
+        found = line.process_open(0, [UPSTREAM, DOWNSTREAM])
         for event in events:
-            found += line.carry(*event)
+            found += line.process(*event)
         return [(round(t, 6), to, data) for t, to, data, _ in found]
 
     def test_latency_is_milliseconds_and_none_waits_for_another(self):
@@ -3475,7 +3475,7 @@ class TestToxics(unittest.TestCase):
     def test_a_chunk_is_not_cut_into_more_pieces_than_there_is_memory_for(self):
         for kind, options in ("slicer", {"average_size": 1}), ("bandwidth", {"rate": 1}):
             found = self.play(kind, (1, DOWNSTREAM, bytes(vaurien.CHUNK)), **options)
-            self.assertLessEqual(len(found), vaurien.PIECES + 1)
+            self.assertLessEqual(len(found), vaurien.PIECES_MAX + 1)
             self.assertEqual(sum(len(data) for _, _, data in found), vaurien.CHUNK)
 
     def test_slow_close_puts_off_the_end_alone(self):
@@ -3488,9 +3488,9 @@ class TestToxics(unittest.TestCase):
 
     def test_timeout_0_loses_everything_and_closes_when_it_is_removed(self):
         rule = vaurien.Rule("timeout", per="connection", stream=DOWNSTREAM)
-        pipe = vaurien.Pipe(DOWNSTREAM, vaurien.Budget())
+        pipe = vaurien.DelayQueue(DOWNSTREAM, vaurien.Budget())
         line = line_of(rule)
-        for t, to, data, holds in line.greet(0, [DOWNSTREAM]) + line.carry(1, DOWNSTREAM, b"a"):
+        for t, to, data, holds in line.process_open(0, [DOWNSTREAM]) + line.process(1, DOWNSTREAM, b"a"):
             if to == DOWNSTREAM:
                 pipe.put(t, data, 0, holds)
         self.assertEqual((pipe.due(10 ** 9), list(pipe.out)), ([], []))
@@ -3528,16 +3528,16 @@ class TestToxics(unittest.TestCase):
         with registered(watch):
             for stream in "both", UPSTREAM, DOWNSTREAM:
                 line = line_of(vaurien.Rule("watch", per="connection", stream=stream))
-                self.assertEqual(line.greet(3, [UPSTREAM, DOWNSTREAM]), [])
+                self.assertEqual(line.process_open(3, [UPSTREAM, DOWNSTREAM]), [])
                 self.assertEqual(seen, [(3, way, OPEN) for way in (UPSTREAM, DOWNSTREAM) if stream in ("both", way)])
                 seen.clear()
-            line_of(vaurien.Rule("watch")).greet(3, [UPSTREAM, DOWNSTREAM])
+            line_of(vaurien.Rule("watch")).process_open(3, [UPSTREAM, DOWNSTREAM])
             self.assertEqual(seen, [])
 
     def test_what_one_makes_of_the_beginning_goes_through_those_behind_it(self):
         line = line_of(vaurien.Rule("blackout", per="connection", dice="a"),
                        vaurien.Rule("slow_close", {"delay": 5000}, per="connection", dice="b"))
-        self.assertEqual({event[:3] for event in line.greet(1, [DOWNSTREAM])},
+        self.assertEqual({event[:3] for event in line.process_open(1, [DOWNSTREAM])},
                          {(6, DOWNSTREAM, EOF), (6, UPSTREAM, EOF)})
 
 
@@ -3548,7 +3548,7 @@ class TestThinWires(unittest.TestCase):
         with proxy_of(echo) as proxy, connected(proxy) as sock:
             toxics = [vaurien.Toxic(kind, kind, attributes=attributes, stream="both")
                       for kind, attributes in (("bandwidth", {"rate": 100000}), ("slicer", {"average_size": 3, "delay": 1}))]
-            proxy.loop.call(proxy.set_toxics, toxics)
+            proxy.loop.run_sync(proxy.set_toxics, toxics)
             with proxy.handler("hang"):
                 sock.sendall(b"one")
                 proxy.wait_for("hang")
@@ -3556,23 +3556,23 @@ class TestThinWires(unittest.TestCase):
             exchange(sock, b"two")
 
     def test_latency_is_no_limit_to_a_bandwidth(self):
-        pipe = vaurien.Pipe(DOWNSTREAM, vaurien.Budget())
+        pipe = vaurien.DelayQueue(DOWNSTREAM, vaurien.Budget())
         line = line_of(vaurien.Rule("bandwidth", {"rate": 5000}, dice="a"), vaurien.Rule("latency", {"latency": 1000}, dice="b"))
         for number in range(50):        # a second of what that wire carries
             self.assertGreater(pipe.room(lambda: number / 50), 0)
-            for t, _, data, holds in line.carry(number / 50, DOWNSTREAM, bytes(100000)):
+            for t, _, data, holds in line.process(number / 50, DOWNSTREAM, bytes(100000)):
                 pipe.put(t, data, number / 50, holds)
         self.assertGreater(pipe.held, 4900000)
 
     def test_room_comes_back_by_the_clock(self):
-        pipe = vaurien.Pipe(DOWNSTREAM, vaurien.Budget())
+        pipe = vaurien.DelayQueue(DOWNSTREAM, vaurien.Budget())
         line = line_of(vaurien.Rule("bandwidth", {"rate": 1000}))
-        for t, _, data, holds in line.carry(0, DOWNSTREAM, bytes(500000)):
+        for t, _, data, holds in line.process(0, DOWNSTREAM, bytes(500000)):
             pipe.put(t, data, 0, holds)
         self.assertLess(pipe.room(lambda: 0), 0)
-        self.assertAlmostEqual(pipe.next_room(0), 0.4)
+        self.assertAlmostEqual(pipe.resume_reading_at(0), 0.4)
         self.assertGreater(pipe.room(lambda: 0.41), 0)
-        self.assertEqual(pipe.next_room(0.41), NEVER)
+        self.assertEqual(pipe.resume_reading_at(0.41), NEVER)
 
 
 class TestMatch(unittest.TestCase):
@@ -3583,17 +3583,17 @@ class TestMatch(unittest.TestCase):
 
     def test_it_acts_from_where_the_request_matches(self):
         line = line_of(vaurien.Rule("hang", match=vaurien.check_match("GET /cart")))
-        self.assertEqual(line.carry(0, UPSTREAM, OPEN)[0][0], 0)
-        self.assertEqual(line.carry(0, UPSTREAM, b"GET /")[0][0], 0)
-        self.assertEqual(line.carry(1, UPSTREAM, b"cart HTTP/1.1")[0][0], NEVER)
-        self.assertEqual(line.carry(1, DOWNSTREAM, b"a")[0][0], NEVER)
+        self.assertEqual(line.process(0, UPSTREAM, OPEN)[0][0], 0)
+        self.assertEqual(line.process(0, UPSTREAM, b"GET /")[0][0], 0)
+        self.assertEqual(line.process(1, UPSTREAM, b"cart HTTP/1.1")[0][0], NEVER)
+        self.assertEqual(line.process(1, DOWNSTREAM, b"a")[0][0], NEVER)
 
     def test_each_request_is_looked_at_anew(self):
         line = line_of(vaurien.Rule("hang", match=vaurien.check_match("ab")))
         held = []
         for text in b"a", b"b", b"ab", b"xx":
             line.turn(UPSTREAM)
-            held.append(line.carry(0, UPSTREAM, text)[0][0] == NEVER)
+            held.append(line.process(0, UPSTREAM, text)[0][0] == NEVER)
             line.turn(DOWNSTREAM)
         self.assertEqual(held, [False, False, True, False])
 
@@ -3602,7 +3602,7 @@ class TestMatch(unittest.TestCase):
         line, held = line_of(rule), []
         for text in b"miss", b"hit", b"miss", b"hit", b"hit", b"hit":
             line.turn(UPSTREAM)
-            held.append(line.carry(0, UPSTREAM, text)[0][0] == NEVER)
+            held.append(line.process(0, UPSTREAM, text)[0][0] == NEVER)
             line.turn(DOWNSTREAM)
         self.assertEqual(held, [False, False, False, True, True, False])
 
@@ -3611,24 +3611,24 @@ class TestMatch(unittest.TestCase):
         held = []
         for text in b"mi", b"hit", b"miss":
             line.turn(UPSTREAM)
-            held.append(line.carry(0, UPSTREAM, text)[0][0] == NEVER)
+            held.append(line.process(0, UPSTREAM, text)[0][0] == NEVER)
             line.turn(DOWNSTREAM)
         self.assertEqual(held, [False, True, True])
 
     def test_the_dice_decide_too(self):
-        armed = vaurien.Rules(1, "test")
+        armed = vaurien.RuleSet(1, "test")
         armed.armed = [vaurien.Rule("hang", high=30, match=vaurien.check_match("hit"))]
         hits = 0
         for number in range(300):
-            line = vaurien.Line(armed, number)
+            line = vaurien.Chain(armed, number)
             line.begin()
-            hits += line.carry(0, UPSTREAM, b"hit")[0][0] == NEVER
+            hits += line.process(0, UPSTREAM, b"hit")[0][0] == NEVER
         self.assertTrue(60 < hits < 120, hits)
 
     def test_it_looks_at_the_first_bytes_of_a_long_request_only(self):
         line = line_of(vaurien.Rule("hang", match=vaurien.check_match("hit")))
-        line.carry(0, UPSTREAM, bytes(vaurien.HEARD_MAX))
-        self.assertEqual(line.carry(0, UPSTREAM, b"hit")[0][0], 0)
+        line.process(0, UPSTREAM, bytes(vaurien.MATCH_WINDOW))
+        self.assertEqual(line.process(0, UPSTREAM, b"hit")[0][0], 0)
 
     def test_bad_expressions_are_refused(self):
         for text in "(", "", 5, None, "a{99999999999}", "\ud800", "(?P<a>x)(?P<a>y)":
@@ -3654,12 +3654,12 @@ class Toxicproxy(unittest.TestCase):
         self.loop = vaurien.Loop()
         thread = threading.Thread(target=self.loop.run, daemon=True)
         thread.start()
-        self.proxies = vaurien.Proxies(seed=1)
+        self.proxies = vaurien.ProxyTable(seed=1)
         self.control = vaurien.Control(("127.0.0.1", 0), self.proxies)
         self.control.bind()
         self.port = self.control.listener.sockets[0].getsockname()[1]
-        self.loop.call(self.proxies.open, self.loop)
-        self.loop.call(self.control.open, self.loop)
+        self.loop.run_sync(self.proxies.open, self.loop)
+        self.loop.run_sync(self.control.open, self.loop)
 
         def end():
             self.loop.stop()
@@ -3739,7 +3739,7 @@ class TestToxiproxyApi(Toxicproxy):
         self.assertEqual((made["name"], made["listen"], made["enabled"]), ("b", "localhost:3310", False))
 
     def test_refusals(self):
-        taken = self.stack.enter_context(contextlib.closing(vaurien.listen_at(socket.AF_INET, ("127.0.0.1", 0))))
+        taken = self.stack.enter_context(contextlib.closing(vaurien.bind_listener(socket.AF_INET, ("127.0.0.1", 0))))
         here = "127.0.0.1:%d" % taken.getsockname()[1]
         self.create()
         create = functools.partial(self.refused, "POST", "/proxies")
@@ -3787,7 +3787,7 @@ class TestToxiproxyApi(Toxicproxy):
         self.assertRegex(vaurien.__version__, r"^([3-9]|2\.([6-9]|\d\d))[.]")     # what clients ask for
 
     def test_a_browser_is_turned_away(self):
-        found = vaurien.respond(self.control, "GET", "/proxies", b"", {"User-Agent": "Mozilla/5.0 (X11)"})
+        found = vaurien.handle_request(self.control, "GET", "/proxies", b"", {"User-Agent": "Mozilla/5.0 (X11)"})
         self.assertEqual((found.status, found.text), (403, "User agent not allowed\n"))
 
     def test_names_with_any_characters_can_be_addressed(self):
@@ -3843,7 +3843,7 @@ class TestToxiproxyApi(Toxicproxy):
         port = self.create()
         sock = self.connect(port)
         exchange(sock, b"question")
-        taken = self.stack.enter_context(contextlib.closing(vaurien.listen_at(socket.AF_INET, ("127.0.0.1", 0))))
+        taken = self.stack.enter_context(contextlib.closing(vaurien.bind_listener(socket.AF_INET, ("127.0.0.1", 0))))
         words = self.refused("POST", "/proxies/p", {"listen": "127.0.0.1:%d" % taken.getsockname()[1]}, 500)
         self.assertIn("address already in use", words)
         for body in {"listen": "bad"}, {"listen": "127.0.0.1:99999"}, {"upstream": "bad"}, {"enabled": 5}, {"upstream": "127.0.0.1:%d" % port}:
@@ -3861,7 +3861,7 @@ class TestToxiproxyApi(Toxicproxy):
         exchange(self.connect(port), b"question")
         sock = self.connect(port)
         exchange(sock, b"question")
-        again = vaurien.listen_at(socket.AF_INET, ("127.0.0.1", 0))
+        again = vaurien.bind_listener(socket.AF_INET, ("127.0.0.1", 0))
         taken = vaurien.CannotListen(OSError(errno.EADDRINUSE, "Address already in use"), ("127.0.0.1", port))
         with mock.patch.object(vaurien, "listen", side_effect=[taken, [again]]):
             self.refused("POST", "/proxies/p", {"listen": "127.0.0.1:%d" % port}, 500)
@@ -3887,7 +3887,7 @@ class TestToxiproxyApi(Toxicproxy):
         self.create()
         for kind, function in HANDLERS.items():
             made = self.toxic(kind)
-            self.assertEqual((made["type"], made["attributes"]), (kind, vaurien.options_of(function)))
+            self.assertEqual((made["type"], made["attributes"]), (kind, vaurien.handler_options(function)))
 
     def test_a_toxic_is_changed_and_removed(self):
         self.create()
@@ -3994,13 +3994,13 @@ class TestToxiproxyApi(Toxicproxy):
         sock.sendall(b"question")
         proxy = self.begun()
         connection, = proxy.connections.values()
-        wait_until(lambda: proxy.loop.call(connection.down.next_due) < NEVER)
-        due = proxy.loop.call(connection.down.next_due)
+        wait_until(lambda: proxy.loop.run_sync(connection.down.next_due) < NEVER)
+        due = proxy.loop.run_sync(connection.down.next_due)
         upstream = self.ask("GET", "/proxies/p")["upstream"]
         self.ask("PUT", "/proxies/p/toxics", same + [{"type": "noop"}])
         self.ask("POST", "/populate", [{"name": "p", "listen": "127.0.0.1:%d" % proxy.port, "upstream": upstream, "toxics": same}], 201)
         self.ask("PATCH", "/proxies/p/toxics/latency_downstream", {})
-        self.assertEqual(proxy.loop.call(connection.down.next_due), due)
+        self.assertEqual(proxy.loop.run_sync(connection.down.next_due), due)
         same[0]["attributes"]["latency"] = 1
         self.ask("PUT", "/proxies/p/toxics", same)
         self.assertEqual(read(sock, 8), b"question")
@@ -4072,7 +4072,7 @@ class TestToxiproxyApi(Toxicproxy):
         self.assertEqual(list(self.ask("GET", "/proxies")), ["one", "two"])
 
     def test_populate_stops_at_the_first_port_that_cannot_be_had(self):
-        taken = self.stack.enter_context(contextlib.closing(vaurien.listen_at(socket.AF_INET, ("127.0.0.1", 0))))
+        taken = self.stack.enter_context(contextlib.closing(vaurien.bind_listener(socket.AF_INET, ("127.0.0.1", 0))))
         bodies = [{"name": name, "listen": listen, "upstream": "localhost:1"} for name, listen in [
             ("a", "127.0.0.1:0"), ("b", "127.0.0.1:%d" % taken.getsockname()[1]), ("c", "127.0.0.1:0")]]
         found = self.ask("POST", "/populate", bodies, 500)
@@ -4152,19 +4152,19 @@ class TestToxiproxyApi(Toxicproxy):
             with contextlib.closing(connect(port)) as sock:
                 self.assertEqual(both_ways(sock, noise(300000))[0], 300000)
         wait_until(lambda: not self.proxies["p"].connections)
-        self.assertEqual(self.proxies["p"].traffic(), {(way, what): 900000 for way in (UPSTREAM, DOWNSTREAM) for what in ("received", "sent")})
+        self.assertEqual(self.proxies["p"].byte_counts(), {(way, what): 900000 for way in (UPSTREAM, DOWNSTREAM) for what in ("received", "sent")})
 
     def test_what_is_lost_is_received_and_not_sent(self):
         sock = self.connect(self.create())
         self.toxic("timeout")
         sock.sendall(b"question")
         proxy = self.proxies["p"]
-        wait_until(lambda: proxy.loop.call(proxy.traffic)[DOWNSTREAM, "received"] == 8)
-        self.assertEqual(proxy.loop.call(proxy.traffic)[DOWNSTREAM, "sent"], 0)
+        wait_until(lambda: proxy.loop.run_sync(proxy.byte_counts)[DOWNSTREAM, "received"] == 8)
+        self.assertEqual(proxy.loop.run_sync(proxy.byte_counts)[DOWNSTREAM, "sent"], 0)
 
     def test_statsd(self):
         with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as server, \
-                mock.patch.object(vaurien, "STATSD_EVERY", 0.1):
+                mock.patch.object(vaurien, "STATSD_INTERVAL", 0.1):
             server.bind(("127.0.0.1", 0))
             server.settimeout(PATIENCE)
             sock = self.connect(self.create(name="my.proxy"))
@@ -4172,7 +4172,7 @@ class TestToxiproxyApi(Toxicproxy):
             self.toxic("delay", proxy="my.proxy", stream="both", attributes={"sleep": 0.001})
             exchange(sock, b"question")
             statsd = vaurien.Statsd(server.getsockname(), self.proxies)
-            self.loop.call(statsd.open, self.loop)
+            self.loop.run_sync(statsd.open, self.loop)
             lines = server.recv(65536).decode().split("\n")
             for line in ("vaurien.my_proxy.connections:1|c", "vaurien.my_proxy.connections_open:1|g", "vaurien.my_proxy.requests:1|c",
                          "vaurien.my_proxy.faults.delay:1|c", "vaurien.my_proxy.received_bytes.upstream:8|c"):
@@ -4182,7 +4182,7 @@ class TestToxiproxyApi(Toxicproxy):
             while "vaurien.my_proxy.requests:1|c" not in lines:
                 lines = server.recv(65536).decode().split("\n")
                 self.assertNotIn("vaurien.my_proxy.connections:1|c", lines)
-            self.loop.call(statsd.close)
+            self.loop.run_sync(statsd.close)
 
     def test_a_statsd_packet_is_not_cut_on_its_way(self):
         class Sock:
@@ -4196,7 +4196,7 @@ class TestToxiproxyApi(Toxicproxy):
         statsd = vaurien.Statsd(("localhost", 1), self.proxies)
         statsd.sock = Sock()
         statsd.send()
-        self.assertLessEqual(max(map(len, Sock.sent)), vaurien.STATSD_PACKET)
+        self.assertLessEqual(max(map(len, Sock.sent)), vaurien.STATSD_PACKET_MAX)
         self.assertEqual(sum(packet.count(b"connections_open") for packet in Sock.sent), 40)
 
 
@@ -4274,13 +4274,13 @@ class TestDefects(Toxicproxy):
         sock.sendall(b"question")
         proxy = self.begun()
         connection, = proxy.connections.values()
-        wait_until(lambda: proxy.loop.call(connection.down.next_due) < NEVER)
-        due = proxy.loop.call(connection.down.next_due)
+        wait_until(lambda: proxy.loop.run_sync(connection.down.next_due) < NEVER)
+        due = proxy.loop.run_sync(connection.down.next_due)
         for method, path, body in [
                 ("POST", "", {"type": "latency", "name": "b", "attributes": {"latency": 5}}), ("POST", "/b", {"attributes": {"latency": 9}}),
                 ("PATCH", "/b", {"toxicity": 0}), ("POST", "", {"type": "bandwidth"}), ("DELETE", "/b", None)]:
             self.ask(method, "/proxies/p/toxics" + path, body, 204 if method == "DELETE" else 200)
-            self.assertEqual(proxy.loop.call(connection.down.next_due), due)
+            self.assertEqual(proxy.loop.run_sync(connection.down.next_due), due)
         self.ask("DELETE", "/proxies/p/toxics/a", status=204)
         self.assertEqual(read(sock, 8), b"question")
 
@@ -4291,7 +4291,7 @@ class TestDefects(Toxicproxy):
         wait_until(lambda: len(proxy.connections) == 20)
 
         def drawn():
-            return proxy.loop.call(lambda: {number for number, connection in proxy.connections.items() if connection.line.steps})
+            return proxy.loop.run_sync(lambda: {number for number, connection in proxy.connections.items() if connection.line.active})
         before = drawn()
         self.assertTrue(2 < len(before) < 18)
         self.ask("POST", "/proxies/p/toxics/hang_upstream", {})
@@ -4339,7 +4339,7 @@ class TestDefects(Toxicproxy):
         sock.sendall(b"question")
         proxy = self.begun()
         connection, = proxy.connections.values()
-        wait_until(lambda: proxy.loop.call(connection.down.next_due) < NEVER)
+        wait_until(lambda: proxy.loop.run_sync(connection.down.next_due) < NEVER)
         self.ask("PATCH", "/proxies/p/toxics/latency_downstream", {"attributes": {"latency": 1}})
         self.assertEqual(read(sock, 8), b"question")
         exchange(sock, b"question")
@@ -4350,7 +4350,7 @@ class TestDefects(Toxicproxy):
         sock.sendall(bytes(100000))                 # 100 seconds of it
         proxy = self.begun()
         connection, = proxy.connections.values()
-        wait_until(lambda: proxy.loop.call(lambda: connection.down.received) > 0)
+        wait_until(lambda: proxy.loop.run_sync(lambda: connection.down.received) > 0)
         self.ask("PATCH", "/proxies/p/toxics/bandwidth_downstream", {"attributes": {"rate": 1000000}})
         self.assertEqual(read(sock, 100000), bytes(100000))
         exchange(sock, b"question")
@@ -4361,10 +4361,10 @@ class TestDefects(Toxicproxy):
         self.toxic("timeout", attributes={"timeout": 3600000})
         proxy = self.begun()
         connection, = proxy.connections.values()
-        first = proxy.loop.call(connection.down.next_due)
+        first = proxy.loop.run_sync(connection.down.next_due)
         self.ask("PATCH", "/proxies/p/toxics/timeout_downstream", {"attributes": {"timeout": 7200000}})
-        self.assertAlmostEqual(proxy.loop.call(connection.down.next_due), first + 3600, places=3)
-        self.assertEqual(len(proxy.loop.call(lambda: list(proxy.connections))), 1)
+        self.assertAlmostEqual(proxy.loop.run_sync(connection.down.next_due), first + 3600, places=3)
+        self.assertEqual(len(proxy.loop.run_sync(lambda: list(proxy.connections))), 1)
         self.ask("PATCH", "/proxies/p/toxics/timeout_downstream", {"attributes": {"timeout": 1}})
         self.assertEqual(hear(sock)[0], 0)
 
@@ -4412,7 +4412,7 @@ class TestDefects(Toxicproxy):
                 self.toxic(kind, attributes=attributes)
                 proxy = self.begun()
                 connection, = proxy.connections.values()
-                wait_until(lambda: proxy.loop.call(lambda: connection.down.received) > 0)
+                wait_until(lambda: proxy.loop.run_sync(lambda: connection.down.received) > 0)
                 self.ask("PATCH", "/proxies/p/toxics/%s_downstream" % kind, {"toxicity": 1})
                 self.ask("DELETE", "/proxies/p/toxics/%s_downstream" % kind, status=204)
                 self.ask("DELETE", "/proxies/p", status=204)
@@ -4427,7 +4427,7 @@ class TestDefects(Toxicproxy):
             sock.sendall(b"question")
             proxy = self.begun()
             connection, = proxy.connections.values()
-            wait_until(lambda: proxy.loop.call(lambda: connection.down.received) > 0)
+            wait_until(lambda: proxy.loop.run_sync(lambda: connection.down.received) > 0)
             hang_up(sock)
             self.ask("DELETE", "/proxies/p/toxics/%s_downstream" % kind, status=204)
             wait_until(lambda: not proxy.connections)
@@ -4490,8 +4490,8 @@ class TestDefects(Toxicproxy):
             sock = self.connect(port)
             proxy = self.begun()
             connection, = proxy.connections.values()
-            wait_until(lambda: proxy.loop.call(lambda: connection.down.watched) == 0
-                       or proxy.loop.call(lambda: connection.down.received) == 12 << 20)
+            wait_until(lambda: proxy.loop.run_sync(lambda: connection.down.watched) == 0
+                       or proxy.loop.run_sync(lambda: connection.down.received) == 12 << 20)
             self.assertTrue(least <= connection.down.received <= most, connection.down.received)
             self.ask("DELETE", "/proxies/p", status=204)
             sock.close()
@@ -4589,18 +4589,18 @@ class TestInProcess(unittest.TestCase):
             one.__enter__()
             two.__enter__()
             one.__exit__(None, None, None)
-            self.assertEqual(proxy.acting(), "delay")
+            self.assertEqual(proxy.handler_names(), "delay")
             two.__exit__(None, None, None)
-            self.assertEqual(proxy.acting(), "dummy")
+            self.assertEqual(proxy.handler_names(), "dummy")
 
     def test_what_is_set_within_a_block_stays(self):
         with driven() as (proxy, client):
             with proxy.handler("hang"):
                 client.set_handler("delay")
-            self.assertEqual(proxy.acting(), "delay")
+            self.assertEqual(proxy.handler_names(), "delay")
             with proxy.handler("hang"):
                 pass
-            self.assertEqual(proxy.acting(), "delay")
+            self.assertEqual(proxy.handler_names(), "delay")
 
     def test_options_of_handlers_that_are_not_there(self):
         for options in {"dlay": {"sleep": 1}}, {"delay": {"slep": 1}}, {"delay": {"sleep": "x"}}:
@@ -4642,7 +4642,7 @@ class TestStartProxy(Folder):
         proxy_port, http_port = unused_port(), unused_port()
         pid = vaurien.start_proxy(proxy_port=proxy_port, http_port=http_port, log_output="v.log",
                                   warmup=PATIENCE, **words)
-        self.addCleanup(lambda: pid in vaurien.STARTED and vaurien.stop_proxy(pid))
+        self.addCleanup(lambda: pid in vaurien.STARTED_PROCESSES and vaurien.stop_proxy(pid))
         return pid, proxy_port, vaurien.Client(port=http_port)
 
     def test_both_ports_answer_when_it_returns(self):
@@ -4681,7 +4681,7 @@ class TestStartProxy(Folder):
         with mock.patch.object(subprocess, "Popen", quiet_popen), self.assertRaisesRegex(
                 RuntimeError, "did not start: --protocol must be one of tcp, http"):
             vaurien.start_proxy(protocol="nope", warmup=PATIENCE)
-        self.assertEqual(vaurien.STARTED, {})
+        self.assertEqual(vaurien.STARTED_PROCESSES, {})
 
     def test_an_unknown_pid(self):
         with self.assertRaisesRegex(ValueError, "no proxy was started as process 1"):
@@ -4919,10 +4919,10 @@ class TestBlockingHandlers(unittest.TestCase):
             for set_it in lambda: client.set_handler("Fails"), lambda: proxy.handler("Fails").__enter__():
                 with self.assertRaisesRegex(ValueError, "Fails cannot be made: KeyError: 'no idea'"):
                     set_it()
-            self.assertEqual(proxy.acting(), "dummy")
+            self.assertEqual(proxy.handler_names(), "dummy")
             with proxy.handler("delay"):
                 pass
-            self.assertEqual(proxy.acting(), "dummy")
+            self.assertEqual(proxy.handler_names(), "dummy")
 
     def test_it_gets_the_sockets_and_so_both_streams(self):
         class Super(vaurien.BaseHandler):
@@ -4958,10 +4958,10 @@ class TestBlockingHandlers(unittest.TestCase):
                 super().__call__(client_sock, backend_sock, to_backend)
 
         def turns(loop, while_waiting):
-            counted, really = [], loop.ring_alarms
-            loop.ring_alarms = lambda: (counted.append(1), really())
+            counted, really = [], loop.run_timers
+            loop.run_timers = lambda: (counted.append(1), really())
             time.sleep(0.2)
-            loop.ring_alarms = really
+            loop.run_timers = really
             self.assertLess(len(counted), 30, while_waiting)
 
         def resolve(address, *_):
@@ -4970,10 +4970,10 @@ class TestBlockingHandlers(unittest.TestCase):
 
         with serving(echo) as (port, _), registered(Waits), \
                 vaurien.Proxy("slow.invalid:%d" % port, "127.0.0.1:0") as proxy, \
-                mock.patch.object(vaurien, "literal", lambda *_: None), \
+                mock.patch.object(vaurien, "resolve_numeric", lambda *_: None), \
                 mock.patch.object(vaurien, "resolve", resolve), connected(proxy) as sock:
-            wait_until(lambda: proxy.asking)
-            proxy.loop.call(proxy.use, rules_of("100:Waits"))
+            wait_until(lambda: proxy.lookups)
+            proxy.loop.run_sync(proxy.set_rules, rules_of("100:Waits"))
             sock.sendall(b"question")
             turns(proxy.loop, "for the name")
             gate.set()
@@ -4998,7 +4998,7 @@ class TestBlockingHandlers(unittest.TestCase):
             exchange(sock, b"question")
             with proxy.handler("dummy"):
                 sock.sendall(b"question")
-                wait_until(lambda: proxy.loop.budget.held > vaurien.HELD_STILL // 2)
+                wait_until(lambda: proxy.loop.budget.held > vaurien.HELD_MAX_IDLE // 2)
                 self.assertEqual(len(read(sock, 30000000)), 30000000)
 
     def test_leaving_while_it_waits_for_a_peer(self):
@@ -5010,7 +5010,7 @@ class TestBlockingHandlers(unittest.TestCase):
         with self.armed(Waits) as proxy, connected(proxy) as sock:
             sock.sendall(b"question")
             proxy.wait_for("Waits", PATIENCE)
-            proxy.loop.call(proxy.close)
+            proxy.loop.run_sync(proxy.close)
             hear(sock)
             wait_until(lambda: threading.active_count() < 20)
 
@@ -5063,7 +5063,7 @@ class TestCtl(unittest.TestCase):
                 exchange(sock, b"question")
                 self.assertIn('"bytes_up": 8', self.ctl(client, "connections")[1])
             self.assertIn('"handler": "delay"', self.ctl(client, "events")[1])
-            backend = vaurien.show_address(proxy.backend)
+            backend = vaurien.format_address(proxy.backend)
             self.assertEqual(self.ctl(client, "backend"), (0, backend, ""))
             self.assertEqual(self.ctl(client, "backend", "localhost:9"), (0, "localhost:9", ""))
 
@@ -5118,8 +5118,8 @@ class TestReadme(unittest.TestCase):
     def test_the_table_of_handlers_is_the_registry(self):
         for name, function in HANDLERS.items():
             words = vaurien.option_help(function)
-            options = "<br>".join("`%s` (%s): %s" % (option, vaurien.show_value(default), words[option])
-                                  for option, default in vaurien.options_of(function).items())
+            options = "<br>".join("`%s` (%s): %s" % (option, vaurien.format_value(default), words[option])
+                                  for option, default in vaurien.handler_options(function).items())
             row = "| `%s` | %s | %s |" % (name, vaurien.summary(function), options)
             self.assertIn(row.replace("  ", " "), self.text)
 
@@ -5193,7 +5193,7 @@ class TestReadme(unittest.TestCase):
                 body = next((word[2:] or words[words.index(word) + 1] for word in words
                              if word.startswith("-d")), "")
                 target = words[-1][len("http://localhost:8080"):]
-                found = vaurien.respond(control, method, target, body.encode())
+                found = vaurien.handle_request(control, method, target, body.encode())
                 self.assertEqual(re.sub("127.0.0.1:[0-9]+", "127.0.0.1:26379", found.text), answer)
             control.proxies.remove(control.proxies["redis"])
 
@@ -5203,9 +5203,9 @@ class TestReadme(unittest.TestCase):
         exec(textwrap.dedent(source), names)
         with registered(names["stutter"]):
             line = line_of(vaurien.Rule("stutter", {"pause": 0.2}))
-            self.assertEqual([event[:3] for event in line.carry(1, DOWNSTREAM, b"leftright")],
+            self.assertEqual([event[:3] for event in line.process(1, DOWNSTREAM, b"leftright")],
                              [(1, DOWNSTREAM, b"left"), (1.2, DOWNSTREAM, b"right")])
-            self.assertEqual(line.carry(1, UPSTREAM, b"q")[0][:3], (1, UPSTREAM, b"q"))
+            self.assertEqual(line.process(1, UPSTREAM, b"q")[0][:3], (1, UPSTREAM, b"q"))
 
 
 def import_theirs(name):
@@ -5226,7 +5226,7 @@ class TestStrangers(Folder):
     def admitted(self, headers, local="localhost", token=None, names=()):
         """The status of what is answered to these headers."""
         control = vaurien.Control((local, 0), fleet(), token, names)
-        return vaurien.respond(control, "GET", "/handlers", b"", headers)[0]
+        return vaurien.handle_request(control, "GET", "/handlers", b"", headers)[0]
 
     def test_host(self):
         for host, wanted in [("localhost", 200), ("localhost:8080", 200), ("LOCALHOST.:1", 200), ("127.0.0.1:8080", 200), ("[::1]:8080", 200),
@@ -5253,7 +5253,7 @@ class TestStrangers(Folder):
         self.assertEqual(self.admitted({"Host": "localhost"}, token="s3cret"), 401)
         # Who knows it is no page, whatever it is called there.
         self.assertEqual(self.admitted({"Host": "chaos.example", "Authorization": "Bearer s3cret"}, local="", token="s3cret"), 200)
-        answer = vaurien.respond(vaurien.Control(("localhost", 0), fleet(), "s3cret"), "GET", "/", b"")
+        answer = vaurien.handle_request(vaurien.Control(("localhost", 0), fleet(), "s3cret"), "GET", "/", b"")
         self.assertEqual((answer.headers["WWW-Authenticate"], "s3cret" in answer.text), ("Bearer", False))
 
     def test_over_http(self):
@@ -5270,19 +5270,19 @@ class TestStrangers(Folder):
 
     def test_a_token_end_to_end(self):
         with serving(echo) as (port, _):
-            api = unused_port()
+            toxiproxy_route = unused_port()
             with mock.patch.dict(os.environ, {"TOKEN": "s3cret=="}):
-                pid = vaurien.start_proxy("127.0.0.1", port, warmup=PATIENCE, proxy_port=unused_port(), http_port=api, log_level="error",
+                pid = vaurien.start_proxy("127.0.0.1", port, warmup=PATIENCE, proxy_port=unused_port(), http_port=toxiproxy_route, log_level="error",
                                           options=["--config", self.write("v.ini", "[vaurien]\nhttp-token=${TOKEN}\n")])
             self.addCleanup(vaurien.stop_proxy, pid)
-            self.assertEqual(vaurien.Client(port=api, token="s3cret==").get_handler(), "dummy")
+            self.assertEqual(vaurien.Client(port=toxiproxy_route, token="s3cret==").get_handler(), "dummy")
             with self.assertRaisesRegex(ValueError, "Authorization must be Bearer"):
-                vaurien.Client(port=api).get_handler()
+                vaurien.Client(port=toxiproxy_route).get_handler()
             out = io.StringIO()
             with contextlib.redirect_stdout(out):
-                self.assertEqual(vaurien.main(["ctl", "--host", "localhost:%d" % api, "--http-token", "s3cret==", "get-handler"]), 0)
+                self.assertEqual(vaurien.main(["ctl", "--host", "localhost:%d" % toxiproxy_route, "--http-token", "s3cret==", "get-handler"]), 0)
                 with mock.patch.dict(os.environ, {"VAURIEN_HTTP_TOKEN": "s3cret=="}):
-                    self.assertEqual(vaurien.main(["ctl", "--host", "localhost:%d" % api, "get-handler"]), 0)
+                    self.assertEqual(vaurien.main(["ctl", "--host", "localhost:%d" % toxiproxy_route, "get-handler"]), 0)
             self.assertEqual(out.getvalue(), "dummy\ndummy\n")
 
     def test_a_warning_where_others_can_reach_it(self):
@@ -5305,7 +5305,7 @@ class TestStrangers(Folder):
     def test_refusals_are_in_the_form_of_what_was_asked(self):
         control = vaurien.Control(("localhost", 0), fleet())
         for path, form in ("/proxies", "error"), ("/proxies/a/toxics?x=1", "error"), ("/handlers", "errors"), ("/nope", "errors"):
-            status, _, text = vaurien.respond(control, "GET", path, b"", {"Host": "toxiproxy:8474"})
+            status, _, text = vaurien.handle_request(control, "GET", path, b"", {"Host": "toxiproxy:8474"})
             self.assertEqual((status, form in json.loads(text), "--http-name" in text), (403, True, True), path)
 
     def test_names_as_browsers_write_them(self):
@@ -5342,7 +5342,7 @@ class TestStrangers(Folder):
                     client.ask("DELETE", "/proxies/" + urllib.parse.quote(name))
 
     def test_who_takes_too_long_is_hung_up_on(self):
-        with mock.patch.object(vaurien, "ANSWER_TIME", 0.3), driven() as (_, client):
+        with mock.patch.object(vaurien, "REQUEST_TIMEOUT", 0.3), driven() as (_, client):
             with contextlib.ExitStack() as stack:
                 start, talking = time.monotonic(), []
                 for began in b"G", b"GET / HTTP/1.1\r\nX: ", b"POST /handler HTTP/1.1\r\nContent-Length: 1000\r\n\r\n":
@@ -5371,7 +5371,7 @@ class TestStrangers(Folder):
         self.assertIn("\\n2026", lines[0])
         for line in lines[1:]:
             self.assertTrue(line.startswith("    ") and line.isprintable(), line)
-        self.assertEqual(vaurien.printable("voil\xe0 \u2603"), "voil\xe0 \u2603")
+        self.assertEqual(vaurien.escape_control_chars("voil\xe0 \u2603"), "voil\xe0 \u2603")
 
 
 class TestFloods(unittest.TestCase):
@@ -5381,7 +5381,7 @@ class TestFloods(unittest.TestCase):
                "slow_close": {"delay": 1000}, "limit_data": {"bytes": 1 << 60}, "transient": {"agitate": 1 << 30}}
 
     def test_a_reader_that_stopped(self):
-        for name in [name for name, function in HANDLERS.items() if not vaurien.is_class_form(function)]:
+        for name in [name for name, function in HANDLERS.items() if not vaurien.is_blocking_handler(function)]:
             gate = threading.Event()
             with proxy_of(lambda sock, gate=gate: gate.wait(PATIENCE) and hear(sock), "100:" + name, options={name: self.OPTIONS.get(name, {})}) as proxy:
                 budget = proxy.loop.budget
@@ -5391,11 +5391,11 @@ class TestFloods(unittest.TestCase):
                     while sent < 1 << 25 and select.select([], [sock], [], 0.05)[1]:
                         sent += sock.send(data)
                         held = max(held, budget.held)
-                    self.assertLessEqual(held, vaurien.HELD_MAX + 2 * vaurien.DUCT, name)
+                    self.assertLessEqual(held, vaurien.HELD_MAX + 2 * vaurien.KERNEL_PIPE_SIZE, name)
                 gate.set()
-                proxy.loop.call(proxy.use, [])
+                proxy.loop.run_sync(proxy.set_rules, [])
                 wait_until(lambda: not proxy.connections)
-                self.assertEqual((budget.held, budget.pipes, proxy.loop.call(lambda: len(proxy.loop.alarms))), (0, 0, 0), name)
+                self.assertEqual((budget.held, budget.pipes, proxy.loop.run_sync(lambda: len(proxy.loop.timers))), (0, 0, 0), name)
 
     def test_the_total_is_never_passed(self):
         """Many at once, each of which may hold much: the bound of all is kept, and each goes on."""
@@ -5428,7 +5428,7 @@ class TestFloods(unittest.TestCase):
                     with connected(proxy) as sock:
                         exchange(sock, b"question")
                 wait_until(lambda: not proxy.connections)
-                return proxy.loop.call(lambda: (len(proxy.loop.watched), proxy.loop.budget.held, len(proxy.loop.alarms), threading.active_count()))
+                return proxy.loop.run_sync(lambda: (len(proxy.loop.watched), proxy.loop.budget.held, len(proxy.loop.timers), threading.active_count()))
             self.assertEqual(some()[:3], (2, 0, 0))
             before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
             self.assertEqual(some()[:3], (2, 0, 0))
@@ -5466,7 +5466,7 @@ class TestFloods(unittest.TestCase):
                                         sock.shutdown(socket.SHUT_WR)
                                 hang_up(sock)
                     if name == "hang":          # a half-closed client that is gone cannot be told from one that waits
-                        proxy.loop.call(proxy.use, [])
+                        proxy.loop.run_sync(proxy.set_rules, [])
                     wait_until(lambda: not proxy.connections)
                     self.assertEqual((proxy.loop.budget.held, proxy.loop.budget.pipes, len(proxy.loop.watched)), (0, 0, 2))
 
@@ -5479,7 +5479,7 @@ class TestFloods(unittest.TestCase):
                     leave(sock)
                     if leave is hang_up:
                         wait_until(lambda: not proxy.connections)
-            proxy.loop.call(proxy.drop_connections, "test")
+            proxy.loop.run_sync(proxy.drop_connections, "test")
             self.assertEqual((proxy.loop.budget.held, proxy.loop.budget.pipes), (0, 0))
 
 
@@ -5525,7 +5525,7 @@ class TestDescriptors(Folder):
 
     def test_who_got_a_descriptor_late_is_left_alone(self):
         """The alarm of the call that waited rings for nobody."""
-        real, refused = vaurien.call, []
+        real, refused = vaurien.start_connect, []
 
         def call(*address):
             if not refused:
@@ -5534,18 +5534,18 @@ class TestDescriptors(Folder):
             return real(*address)
 
         with serving(echo) as (port, _), vaurien.Proxy("some.example:1", "127.0.0.1:0", timeout=0.3) as proxy:
-            with mock.patch.object(vaurien, "PAUSE", 0.02), mock.patch.object(vaurien, "call", call), \
+            with mock.patch.object(vaurien, "RETRY_DELAY", 0.02), mock.patch.object(vaurien, "start_connect", call), \
                     mock.patch.object(vaurien, "resolve", lambda *args, **words: [(socket.AF_INET, ("127.0.0.1", port))]), connected(proxy) as sock:
                 began = time.monotonic()
                 while time.monotonic() < began + 0.5:
                     exchange(sock, b"question")
-                self.assertEqual((proxy.failures, proxy.loop.call(lambda: len(proxy.loop.alarms))), (0, 0))
-        vaurien.Loop.scarce = False
+                self.assertEqual((proxy.failures, proxy.loop.run_sync(lambda: len(proxy.loop.timers))), (0, 0))
+        vaurien.Loop.fds_exhausted = False
 
     def test_a_call_waits_for_a_descriptor(self):
-        real = vaurien.call
+        real = vaurien.start_connect
         for times, wanted in (1, b"question"), (10 ** 9, b""):
-            with mock.patch.object(vaurien, "PAUSE", 0.05), proxy_of(echo, timeout=0.3) as proxy:
+            with mock.patch.object(vaurien, "RETRY_DELAY", 0.05), proxy_of(echo, timeout=0.3) as proxy:
                 refused = []
 
                 def call(*address):
@@ -5553,13 +5553,13 @@ class TestDescriptors(Folder):
                         refused.append(address)
                         raise OSError(errno.EMFILE, "Too many open files")
                     return real(*address)
-                with mock.patch.object(vaurien, "call", call), connected(proxy) as sock:
+                with mock.patch.object(vaurien, "start_connect", call), connected(proxy) as sock:
                     began = time.monotonic()
                     sock.sendall(b"question")
                     self.assertEqual(sock.recv(100), wanted)
                     self.assertGreaterEqual(time.monotonic() - began, 0.05 if wanted else 0.25)
-                self.assertTrue(vaurien.Loop.scarce)
-        vaurien.Loop.scarce = False
+                self.assertTrue(vaurien.Loop.fds_exhausted)
+        vaurien.Loop.fds_exhausted = False
 
 
 def open_and_read(path):
@@ -5697,15 +5697,15 @@ class TestOddUsers(Folder):
     def test_words_that_the_terminal_has_no_letters_for(self):
         for encoding in "ascii", "latin-1", "utf-8":
             out = io.TextIOWrapper(io.BytesIO(), encoding)
-            vaurien.say("voil\xe0 \u2603", out)
+            vaurien.print_safe("voil\xe0 \u2603", out)
             self.assertIn(b"voil", out.buffer.getvalue())
-        vaurien.say("nobody hears", None)
+        vaurien.print_safe("nobody hears", None)
 
     def test_an_exception_that_fails_to_say_what_it_is(self):
         class Mute(Exception):
             def __str__(self):
                 raise ZeroDivisionError
-        self.assertEqual((vaurien.words_of(Mute()), vaurien.words_of(ValueError("x"))), ("Mute", "ValueError: x"))
+        self.assertEqual((vaurien.format_exception(Mute()), vaurien.format_exception(ValueError("x"))), ("Mute", "ValueError: x"))
 
     def test_a_server_that_is_no_vaurien(self):
         for body in b"[" * 100000, b"{", b'{"x": 1}':
@@ -5776,25 +5776,25 @@ class TestHypothesis(unittest.TestCase):
                                        suppress_health_check=list(hypothesis.HealthCheck) if sys.version_info >= (3, 8) else [])
         values = some.recursive(some.none() | some.booleans() | some.integers() | some.floats() | some.text(),
                                 lambda inner: some.lists(inner, max_size=3) | some.dictionaries(some.text(max_size=8), inner, max_size=3), max_leaves=8)
-        control = vaurien.Control(("localhost", 0), vaurien.Proxies([], seed=1))
+        control = vaurien.Control(("localhost", 0), vaurien.ProxyTable([], seed=1))
 
         def only_value_errors(check):
-            def attempt(text):
+            def capture(text):
                 with contextlib.suppress(ValueError):
                     check(text)
-            return attempt
+            return capture
 
         def table(value):
-            with contextlib.suppress(vaurien.ApiError):
+            with contextlib.suppress(vaurien.ToxiproxyError):
                 vaurien.read_toxic(vaurien.read_json(json.dumps(value)), strict=True)
-            with contextlib.suppress(vaurien.ApiError):
+            with contextlib.suppress(vaurien.ToxiproxyError):
                 vaurien.read_proxy(vaurien.read_json(json.dumps(value)))
             if isinstance(value, dict):
-                with contextlib.suppress(vaurien.BadRule):
+                with contextlib.suppress(vaurien.RuleError):
                     vaurien.read_rules([value])
 
         def target(text):
-            self.assertLess(vaurien.respond(control, "GET", "/" + text, b"").status, 500)
+            self.assertLess(vaurien.handle_request(control, "GET", "/" + text, b"").status, 500)
 
         def framing(data):
             for name, kind in vaurien.PROTOCOLS.items():
@@ -5803,7 +5803,7 @@ class TestHypothesis(unittest.TestCase):
                     whole = frames.feed(data, len(data))
                     self.assertTrue(all(0 <= offset <= len(data) for offset, _ in whole), name)
 
-        for check in vaurien.parse_address, vaurien.parse_behavior, vaurien.check_match, vaurien.parse_host, vaurien.check_names, vaurien.expand:
+        for check in vaurien.parse_address, vaurien.parse_behavior, vaurien.check_match, vaurien.parse_host, vaurien.check_names, vaurien.expand_env:
             hypothesis.given(some.text())(settings(only_value_errors(check)))()
         hypothesis.given(values)(settings(table))()
         hypothesis.given(some.text())(settings(target))()
@@ -5827,9 +5827,9 @@ class TestFuzz(Folder):
     def test_addresses_behaviors_and_values(self):
         checks = [vaurien.parse_address, vaurien.parse_listener, vaurien.parse_behavior, vaurien.parse_host, vaurien.check_match, vaurien.check_names,
                   vaurien.check_token, vaurien.check_host, vaurien.check_file, vaurien.check_log_level, vaurien.check_yes_no, vaurien.check_count,
-                  vaurien.check_percent, vaurien.check_port, vaurien.check_timeout, vaurien.check_toxicity, vaurien.expand, vaurien.check_protocol,
+                  vaurien.check_percent, vaurien.check_port, vaurien.check_timeout, vaurien.check_toxicity, vaurien.expand_env, vaurien.check_protocol,
                   *(functools.partial(vaurien.check_option, name, option) for name, function in HANDLERS.items()
-                    for option in vaurien.options_of(function))]
+                    for option in vaurien.handler_options(function))]
         generator = random.Random(1)
         for _ in range(100):
             text = self.text(generator)
@@ -5840,7 +5840,7 @@ class TestFuzz(Folder):
                     self.assertTrue(str(problem), check)
         for value in None, True, [], {}, -1, 1.5, float("nan"), float("inf"), -float("inf"), 10 ** 400, b"x":
             for check in checks[11:]:
-                if check not in (vaurien.expand, vaurien.check_protocol):
+                if check not in (vaurien.expand_env, vaurien.check_protocol):
                     with contextlib.suppress(ValueError):
                         check(value)
 
@@ -5854,7 +5854,7 @@ class TestFuzz(Folder):
                 vaurien.make_proxies(vaurien.read_arguments(["--config", path], vaurien.SETTINGS))
 
     def test_questions(self):
-        proxies = vaurien.Proxies([], seed=1)
+        proxies = vaurien.ProxyTable([], seed=1)
         proxies.loop = mock.Mock(full=lambda: "closed for the test", call=lambda function, *args: function(*args))
         control = vaurien.Control(("localhost", 0), proxies)
         generator, seen = random.Random(3), Counter()
@@ -5867,7 +5867,7 @@ class TestFuzz(Folder):
                 generator.choice(["name", "listen", "upstream", "toxics", "type", "enabled", "percent", "rules", "backend", self.text(generator)]):
                 generator.choice([self.text(generator), -1, 1e308, 10 ** 30, None, True, [], [{}], {"a": []}]) for _ in range(generator.randint(0, 4))})
             headers = {generator.choice(["Host", "Origin", "User-Agent", "Authorization", "Sec-Fetch-Site"]): self.text(generator)} if generator.random() < 0.1 else {}
-            answer = vaurien.respond(control, generator.choice(["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", self.text(generator)]), path,
+            answer = vaurien.handle_request(control, generator.choice(["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", self.text(generator)]), path,
                                      body.encode("utf-8", "surrogatepass"), headers)
             seen[answer.status] += 1
             if answer.status == 500:
@@ -5906,7 +5906,7 @@ class Soak:
     def __init__(self, seed):
         self.seed = seed
         self.pool = noise(MOST, seed)
-        self.heard = {}             # {number: (bytes, "eof" or "reset")} of the backend
+        self.match_buffer = {}             # {number: (bytes, "eof" or "reset")} of the backend
         self.count = Counter()
         self.problems = []
 
@@ -5960,11 +5960,11 @@ class Soak:
     def backend(self, sock):
         with contextlib.suppress(OSError, EOFError):
             number = struct.unpack(">Q", read(sock, 8))[0]
-            self.heard[number] = self.talk(sock, number, "backend")
+            self.match_buffer[number] = self.talk(sock, number, "backend")
 
     def converse(self, proxy, number):
         with contextlib.closing(connect(proxy.port)) as sock:
-            name = vaurien.show_address(sock.getsockname())
+            name = vaurien.format_address(sock.getsockname())
             with contextlib.suppress(OSError):
                 sock.sendall(struct.pack(">Q", number))
             answer = self.talk(sock, number, "client")
@@ -5973,8 +5973,8 @@ class Soak:
         cut = faults & set(CUTTING)
         resets = self.plan(number, "client")[2] or self.plan(number, "backend")[2]
         if not cut and not resets:
-            wait_until(lambda: number in self.heard)
-        question = self.heard.pop(number, (b"", "eof"))
+            wait_until(lambda: number in self.match_buffer)
+        question = self.match_buffer.pop(number, (b"", "eof"))
         for side, (found, end), other in ("client", answer, "backend"), ("backend", question, "client"):
             wanted = self.plan(number, other)[0]
             whole = found == wanted and end == "eof"
@@ -6016,15 +6016,15 @@ class Soak:
                 thread.start()
             end = time.monotonic() + seconds
             while time.monotonic() < end and not self.problems:
-                proxy.loop.call(proxy.set_toxics, self.chain(generator))
+                proxy.loop.run_sync(proxy.set_toxics, self.chain(generator))
                 self.count["chains"] += 1
                 over.wait(generator.random() / 20)
             over.set()
-            proxy.loop.call(proxy.set_toxics, [])
+            proxy.loop.run_sync(proxy.set_toxics, [])
             for thread in threads:
                 thread.join(8 * PATIENCE)
             wait_until(lambda: not proxy.connections)
-            held = proxy.loop.call(lambda: (proxy.loop.budget.held, proxy.loop.budget.pipes, len(proxy.loop.watched), len(proxy.loop.alarms)))
+            held = proxy.loop.run_sync(lambda: (proxy.loop.budget.held, proxy.loop.budget.pipes, len(proxy.loop.watched), len(proxy.loop.timers)))
             if held != (0, 0, 2, 0):
                 self.problems.append("left: %r bytes held, pipes, sockets watched, alarms" % (held,))
         return self.problems
@@ -6033,8 +6033,8 @@ class Soak:
 class TestSoak(unittest.TestCase):
 
     def test_a_moment_of_it(self):
-        for seed, splices in (1, vaurien.SPLICES), (2, False):
-            with mock.patch.object(vaurien, "SPLICES", splices):
+        for seed, splices in (1, vaurien.HAVE_SPLICE), (2, False):
+            with mock.patch.object(vaurien, "HAVE_SPLICE", splices):
                 soak = Soak(seed)
                 self.assertEqual(soak.run(0.5), [])
                 self.assertGreater(soak.count["conversations"], 5)
@@ -6090,7 +6090,7 @@ class TestToxiproxyClients(Toxicproxy):
         port = int(proxy.listen.split(":")[1])
         exchange(self.connect(port), b"question")
         with self.assertRaises(theirs.ProxyExists):
-            toxiproxy.api.APIConsumer.post("/proxies", json={"name": "p", "upstream": upstream})
+            toxiproxy.api.APIConsumer.call_soon_threadsafe("/proxies", json={"name": "p", "upstream": upstream})
         proxy.add_toxic(type="latency", attributes={"latency": 50})
         self.assertEqual(proxy.get_toxic("latency_downstream").attributes, {"latency": 50, "jitter": 0})
         began = time.monotonic()
@@ -6279,7 +6279,7 @@ class RealServer:
     def test_a_large_value_passes_byte_for_byte(self):
         data = noise(self.size, 7)
         client = self.client(self.proxy("100:delay", delay={"sleep": 0.001}))
-        self.assertTrue(self.carry(client, data) == data)       # no diff of 32 MiB, please
+        self.assertTrue(self.transfer(client, data) == data)       # no diff of 32 MiB, please
 
     def test_its_protocol_passes_everything(self):
         for behavior in "100:dummy", "0:hang":
@@ -6287,7 +6287,7 @@ class RealServer:
             for number in range(200):
                 self.assertEqual(self.query(client, number), number)
         data = noise(self.framed, 7)
-        self.assertTrue(self.carry(client, data) == data)
+        self.assertTrue(self.transfer(client, data) == data)
 
     def test_errors_are_the_servers_to_the_driver(self):
         """The driver's own class for it, and the next query on the same connection works."""
@@ -6422,7 +6422,7 @@ class TestHTTP(RealServer, unittest.TestCase):
             raise http.client.HTTPException("%d %s" % (answer.status, answer.reason))
         return int(text)
 
-    def carry(self, client, data):
+    def transfer(self, client, data):
         client.request("GET", "/large")
         return client.getresponse().read()
 
@@ -6460,7 +6460,7 @@ class TestRedis(RealServer, unittest.TestCase):
         client.set("key", number)
         return int(client.get("key"))
 
-    def carry(self, client, data):
+    def transfer(self, client, data):
         client.set("large", data)
         return client.get("large")
 
@@ -6530,7 +6530,7 @@ class TestMemcached(RealServer, unittest.TestCase):
         client.set("key", str(number), noreply=False)
         return int(client.get("key"))
 
-    def carry(self, client, data):
+    def transfer(self, client, data):
         client.set("large", data, noreply=False)
         return client.get("large")
 
@@ -6576,7 +6576,7 @@ class TestPostgreSQL(RealServer, unittest.TestCase):
         # The time-out that this driver has is for connecting, 2 seconds at least.
         self.connect(proxy.port, 2)
 
-    def carry(self, client, data):
+    def transfer(self, client, data):
         return client.execute("SELECT %b::bytea", (data,), binary=True).fetchone()[0]
 
     def test_a_transaction_fails_as_a_whole(self):
@@ -6708,7 +6708,7 @@ class TestMariaDB(RealServer, unittest.TestCase):
             cursor.execute("SELECT %s", (number,))
             return cursor.fetchone()[0]
 
-    def carry(self, client, data):
+    def transfer(self, client, data):
         with client.cursor() as cursor:
             cursor.execute("SELECT CAST(%s AS BINARY)", (data,))
             return cursor.fetchone()[0]
@@ -6826,13 +6826,13 @@ class TestRequests(unittest.TestCase):
         backend.RequestHandlerClass.protocol_version = "HTTP/1.1"
         with vaurien.Proxy(backend.server_address, "127.0.0.1:0", protocol="http") as proxy, requests.Session() as session:
             url = "http://127.0.0.1:%d/" % proxy.port
-            self.assertEqual(session.get(url).content, vaurien.ANSWER)
+            self.assertEqual(session.get(url).content, vaurien.DEMO_BODY)
             for kind in vaurien.Http.errors:
                 with proxy.handler("error", kind=kind, match="^GET /cart"):
                     answer = session.get(url + "cart")
                     self.assertEqual((answer.status_code, answer.headers.get("Retry-After")),
                                      (int(kind), "5" if kind in ("429", "503") else None))
-                    self.assertEqual(session.get(url).content, vaurien.ANSWER)
+                    self.assertEqual(session.get(url).content, vaurien.DEMO_BODY)
             self.assertEqual(proxy.accepted, 1)
 
 
@@ -6852,14 +6852,14 @@ def bench_selector():
     """A cheap one, that leaves the processor to others when it has nothing to do."""
     if not hasattr(select, "epoll"):
         return selectors.DefaultSelector()
-    sel = vaurien.Epoll()
+    sel = vaurien.EpollSelector()
     sel.skips = math.inf
     return sel
 
 
 def bench_backend():
     """The backend, in a process of its own: pours to who begins so, answers or echoes to others."""
-    vaurien.raise_descriptors()
+    vaurien.raise_fd_limit()
     listener = listening()
     listener.setblocking(False)
     print(listener.getsockname()[1], flush=True)
@@ -7122,7 +7122,7 @@ class Faulty:
     def ask(self, method, path, body=None):
         return vaurien.Client("127.0.0.1", self.control).ask(method, path, body)
 
-    def use(self, *toxics):
+    def set_rules(self, *toxics):
         self.ask("PUT", "/proxies/p/toxics", [{"type": kind, "attributes": attributes} for kind, attributes in toxics])
 
     def round_trip(self, times):
@@ -7157,14 +7157,14 @@ def bench_faults(quick):
     with Faulty() as at:
         for number in range(rounds):
             bench_progress("faults, round %d of %d" % (number + 1, rounds))
-            at.use()
+            at.set_rules()
             plain, bulk = at.round_trip(10 * trips), at.bulk(seconds)
-            at.use(("latency", {"latency": 10}))
+            at.set_rules(("latency", {"latency": 10}))
             late, far = at.round_trip(trips), at.bulk(seconds)
             for name, value in ("added", late - plain), ("bulk", bulk), ("far", far), ("far/bulk", far / bulk):
                 seen.setdefault(name, []).append(value)
             for rate in rates:
-                at.use(("bandwidth", {"rate": rate}))
+                at.set_rules(("bandwidth", {"rate": rate}))
                 seen.setdefault(rate, []).append(100 * (at.bulk(seconds) / rate - 1))
     found = {name: vaurien.median(values) for name, values in seen.items()}
     yield "latency of 10 ms adds to a round trip", "%.3f ms" % found["added"]
@@ -7175,7 +7175,7 @@ def bench_faults(quick):
 
 def bench_crowd(backend, load, stack, seconds, rounds):
     """Round trips on one connection beside many, of which some have a delay running: a line of the table."""
-    number = min(CROWD // (5 if rounds == 1 else 1), (vaurien.raise_descriptors() or 1000) // 2 - 200)
+    number = min(CROWD // (5 if rounds == 1 else 1), (vaurien.raise_fd_limit() or 1000) // 2 - 200)
     targets = [Benched(name, OWN["crowd"], backend, load, stack) for name in ("alone", "crowd")]
     bench_progress("%d connections" % number)
     targets[1].crowd(number, number * WAITING // CROWD, stack)
@@ -7189,7 +7189,7 @@ def bench(argv):
     """One table: medians of rounds in turns, and the ratio of vaurien's to each."""
     quick = "--quick" in argv
     rounds, seconds, idle = (2, 0.1, 500) if quick else (5, 0.8, 1000)
-    vaurien.raise_descriptors()
+    vaurien.raise_fd_limit()
     with contextlib.ExitStack() as stack:
         port = int(bench_process(stack, "bench-backend").stdout.readline())
         load = [bench_process(stack, "bench-load") for _ in range(2)]
@@ -7234,7 +7234,7 @@ def bench(argv):
 def load_from(argv):
     """The figures of many connections, at once and one after another; the status."""
     many, short, burst = (10000, 100000, 2000) if not argv else map(int, argv)
-    limit = vaurien.raise_descriptors() or 1000
+    limit = vaurien.raise_fd_limit() or 1000
     many = min(many, (limit - 300) // 2)
     with contextlib.ExitStack() as stack:
         backend = int(bench_process(stack, "bench-backend").stdout.readline())

@@ -60,7 +60,7 @@ except ImportError:             # Windows has none
     pass
 
 
-class Late:
+class LazyModule:
     """A module that is imported when something of it is used: the start is not to wait for it."""
 
     def __init__(self, name):
@@ -70,7 +70,7 @@ class Late:
         return getattr(importlib.import_module(self.name), attribute)
 
 
-configparser, hashlib, hmac, inspect, json, subprocess, urls = map(Late, [
+configparser, hashlib, hmac, inspect, json, subprocess, urls = map(LazyModule, [
     "configparser", "hashlib", "hmac", "inspect", "json", "subprocess", "urllib.parse"])
 
 __version__ = "3.0.0"
@@ -80,31 +80,31 @@ log = logging.getLogger("vaurien")
 CHUNK = 256 * 1024              # one recv at most; larger ones gained nothing when measured
 HELD_MAX = 16 * 1024 * 1024     # what one pipe may hold while it flows: 1 GB/s for 16 ms.
                                 #   Smaller, and latency becomes a bandwidth limit
-HELD_STILL = 256 * 1024         # the same where nothing is delayed, or nothing is ever due
+HELD_MAX_IDLE = 256 * 1024         # the same where nothing is delayed, or nothing is ever due
 HELD_TOTAL = 512 * 1024 * 1024  # what all pipes of a loop may hold together
-HELD_LEAST = 4 * 1024           # what each pipe is sure of, however full the others are
-HEARD_MAX = 64 * 1024           # of a request, that an expression is looked for in
-DUCT = 1024 * 1024              # bytes in a pipe of the kernel's; what it allows without root
-DUCTS_KEPT = 16                 # empty ones, for the next who need one
-BULK = 64 * 1024                # bytes in one read that are much
-FULL = 4                        # such reads after which a pipe of the kernel's is worth its while
-SMALL = 8 * 1024                # bytes that cost nothing to copy
-REMEMBERED = 1024               # of a head, in case the next one is the same
-HELD_ENTRY = 400                # what keeping one chunk costs besides its bytes: 398 on
+HELD_MIN = 4 * 1024           # what each pipe is sure of, however full the others are
+MATCH_WINDOW = 64 * 1024           # of a request, that an expression is looked for in
+KERNEL_PIPE_SIZE = 1024 * 1024              # bytes in a pipe of the kernel's; what it allows without root
+KERNEL_PIPES_POOLED = 16                 # empty ones, for the next who need one
+BULK_READ = 64 * 1024                # bytes in one read that are much
+SPLICE_AFTER = 4                        # such reads after which a pipe of the kernel's is worth its while
+COPY_MAX = 8 * 1024                # bytes that cost nothing to copy
+CACHED_HEAD_MAX = 1024               # of a head, in case the next one is the same
+CHUNK_OVERHEAD = 400                # what keeping one chunk costs besides its bytes: 398 on
                                 #   Python 3.6, 336 on 3.13 (measured)
 BACKLOG = 4096                  # for listen; the kernel caps it (net.core.somaxconn)
 LINUX = sys.platform.startswith("linux")
-BURST = 64                      # connections accepted in a row before others have their turn
-LINGER = 5.0                    # seconds for a client to close after an error (as nginx has it)
-PAUSE = 1.0                     # seconds until what failed for lack of descriptors is tried again
-SPARE = 8                       # descriptors: a client, a backend, a resolver, two pipes ...
-FINE = 0.005                    # seconds before an alarm from which waiting is exact
-EARLY = 0.00015                 # seconds by which select() wakes up later than it is asked to
-LONGEST = 3600.0                # seconds of one wait: epoll's timeout is a C int of ms
-MOMENT = 0.1                    # seconds that may wait for a thin wire before its source feels it
-STATSD_EVERY = 1.0              # seconds between two reports
-STATSD_PACKET = 1400            # bytes of one, so that it is not cut on its way
-EVENTS_KEPT = 10000             # faults that acted, remembered by each proxy
+ACCEPT_BURST = 64                      # connections accepted in a row before others have their turn
+LINGER_TIMEOUT = 5.0                    # seconds for a client to close after an error (as nginx has it)
+RETRY_DELAY = 1.0                     # seconds until what failed for lack of descriptors is tried again
+SPARE_FDS = 8                       # descriptors: a client, a backend, a resolver, two pipes ...
+PRECISE_WAIT = 0.005                    # seconds before an alarm from which waiting is exact
+SELECT_OVERSHOOT = 0.00015                 # seconds by which select() wakes up later than it is asked to
+MAX_WAIT = 3600.0                # seconds of one wait: epoll's timeout is a C int of ms
+RATE_BACKLOG = 0.1                    # seconds that may wait for a thin wire before its source feels it
+STATSD_INTERVAL = 1.0              # seconds between two reports
+STATSD_PACKET_MAX = 1400            # bytes of one, so that it is not cut on its way
+FAULT_RECORDS_KEPT = 10000             # faults that acted, remembered by each proxy
 
 
 # -- Events -------------------------------------------------------------------
@@ -144,8 +144,8 @@ OPEN = Signal("OPEN")       # a client is here; upstream, this calls the backend
                             #   when it has been changed
 EOF = Signal("EOF")         # no more bytes this way: half-close; both ways: close
 RESET = Signal("RESET")     # forget what is under way, reset both sockets
-END = Signal("END")         # of a request, of a reply, where there is a protocol; goes no further
-MORE = Signal("MORE")       # what goes on with the request before; for protocols alone
+END_OF_MESSAGE = Signal("END")         # of a request, of a reply, where there is a protocol; goes no further
+CONTINUATION = Signal("MORE")       # what goes on with the request before; for protocols alone
 
 
 # -- Checks -------------------------------------------------------------------
@@ -154,11 +154,11 @@ MORE = Signal("MORE")       # what goes on with the request before; for protocol
 # returns what it makes of it, or raises ValueError with the end of a sentence, "must
 # be ...", whose beginning is known to the caller.
 
-LARGEST = 2 ** 63 - 1       # of a number, as in Toxiproxy
+INT64_MAX = 2 ** 63 - 1       # of a number, as in Toxiproxy
 NAME_MAX = 255              # characters of a name
 
 
-def words_of(problem):
+def format_exception(problem):
     """An exception in words, also where its own fail."""
     try:
         return "%s: %s" % (type(problem).__name__, problem)
@@ -166,24 +166,24 @@ def words_of(problem):
         return type(problem).__name__
 
 
-def check_number(value, kind, words, fits=lambda number: number >= 0):
+def check_number(value, kind, words, fits=lambda number_check: number_check >= 0):
     """A number of that kind, finite and one that fits, given as such or as a text."""
     try:
-        number = kind(value)
-        if (isinstance(value, (str, kind)) or number == value) and not isinstance(value, bool) \
-                and fits(number) and number != math.inf:
-            return number
+        number_check = kind(value)
+        if (isinstance(value, (str, kind)) or number_check == value) and not isinstance(value, bool) \
+                and fits(number_check) and number_check != math.inf:
+            return number_check
     except (TypeError, ValueError, OverflowError):
         pass
     raise ValueError("must be %s, not %r" % (words, value))
 
 
-def number(kind, words, fits=lambda number: number >= 0):
+def number_check(kind, words, fits=lambda number_check: number_check >= 0):
     """A check that takes such numbers only."""
     return lambda value: check_number(value, kind, words, fits)
 
 
-def one_of(*words):
+def choice_check(*words):
     """A check that takes these words only."""
     def check(value):
         if value not in words:
@@ -207,15 +207,15 @@ def check_name(name):
     return name
 
 
-check_count = number(int, "a whole number, 0 or more")
-check_percent = number(float, "a number from 0 to 100", lambda number: 0 <= number <= 100)
-check_port = number(int, "a port from 0 to 65535", lambda number: 0 <= number <= 65535)
-check_requests = number(int, "a whole number from 10 to 1000", lambda number: 10 <= number <= 1000)
-check_toxicity = number(float, "a number from 0 to 1", lambda number: 0 <= number <= 1)
-check_timeout = number(float, "a number of seconds, more than 0", lambda number: number > 0)
+check_count = number_check(int, "a whole number, 0 or more")
+check_percent = number_check(float, "a number from 0 to 100", lambda number_check: 0 <= number_check <= 100)
+check_port = number_check(int, "a port from 0 to 65535", lambda number_check: 0 <= number_check <= 65535)
+check_requests = number_check(int, "a whole number from 10 to 1000", lambda number_check: 10 <= number_check <= 1000)
+check_toxicity = number_check(float, "a number from 0 to 1", lambda number_check: 0 <= number_check <= 1)
+check_timeout = number_check(float, "a number of seconds, more than 0", lambda number_check: number_check > 0)
 
 
-def show_value(value):
+def format_value(value):
     """An option's value as it is written on the command line."""
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
@@ -257,7 +257,7 @@ def handler(function):
     return function
 
 
-def thin(function):
+def rate_limited(function):
     """Mark a handler that chunks queue for, whose end it keeps in state[to].
 
     The source is soon to feel it (Pipe.room); what is released leaves the queue (Line.free).
@@ -266,7 +266,7 @@ def thin(function):
     return function
 
 
-def one_way(way):
+def only_direction(way):
     """Mark a handler that is for one way's events: way(options), where its rule names none."""
     def mark(function):
         function.way = way
@@ -281,7 +281,7 @@ def dummy(state, t, to, data):
 
 
 @handler
-@one_way(lambda options: UPSTREAM if options["before"] else DOWNSTREAM)
+@only_direction(lambda options: UPSTREAM if options["before"] else DOWNSTREAM)
 def delay(state, t, to, data, *, sleep=1.0, before=True):
     """A slow backend: each request waits before it is passed on, or its answer does.
 
@@ -305,31 +305,31 @@ def error(state, t, to, data, *, inject=False, warmup=0, kind=""):
     if state.request <= warmup or (state.opaque and not inject):
         yield t, to, data
     elif state.protocol and not inject:
-        yield from say_error(state, t, to, data, kind)
+        yield from answer_with_error(state, t, to, data, kind)
     elif to == UPSTREAM or not data:
         yield t, to, data
     elif state["answered"] != state.turn:
         state["answered"] = state.turn
         if inject:
             middle = len(data) // 2
-            yield t, to, data[:middle] + noise(state.random, 100) + data[middle:]
+            yield t, to, data[:middle] + random_bytes(state.random, 100) + data[middle:]
         else:
             # The last two end a line, so that a client that reads lines wakes up.
-            yield t, to, noise(state.random, 998) + b"\r\n"
+            yield t, to, random_bytes(state.random, 998) + b"\r\n"
     elif inject:
         yield t, to, data
 
 
-def say_error(state, t, to, data, kind):
+def answer_with_error(state, t, to, data, kind):
     """Answer in the backend's place, as a real server does; pass what one would not refuse."""
     protocol, asked = state.protocol, state.asked
     if asked is None:                           # somebody connects
-        usual = (protocol.greeting or protocol.closing) if protocol.speaks else ()
+        usual = (protocol.greeting or protocol.closing) if protocol.server_first else ()
         kinds = [kind] if kind else usual
         reply = None
         if state["refused"] and to == UPSTREAM and data is not EOF:
             return
-        if kinds and to == UPSTREAM and data is not EOF and data is not END:
+        if kinds and to == UPSTREAM and data is not EOF and data is not END_OF_MESSAGE:
             reply = protocol.refuse(kinds[state.chance % len(kinds)], data)
         if not reply:
             yield t, to, data
@@ -338,7 +338,7 @@ def say_error(state, t, to, data, kind):
             yield t, DOWNSTREAM, reply.data
         if reply.closes:
             state["refused"] = 1
-            yield from both_ends(t)
+            yield from close_both(t)
         return
     if asked not in state.replies:
         reply = protocol.answer(kind or state.random.choice(protocol.usual), asked)
@@ -346,15 +346,15 @@ def say_error(state, t, to, data, kind):
         if reply and reply.closes:              # the rest of the request is not waited for
             state.replies[asked] = Reply(b"")
             yield t, DOWNSTREAM, reply.data
-            yield from both_ends(t)
+            yield from close_both(t)
         elif reply and reply.instead:
             yield t, UPSTREAM, reply.instead
     reply = state.replies[asked]
     if not reply or data is EOF or data is OPEN or (to == DOWNSTREAM and not reply.instead):
         yield t, to, data
-    elif to == UPSTREAM and data is END and reply.data and not reply.instead:
+    elif to == UPSTREAM and data is END_OF_MESSAGE and reply.data and not reply.instead:
         yield t, DOWNSTREAM, protocol.complete(reply, asked)
-    elif to == DOWNSTREAM and data is END and reply.instead:
+    elif to == DOWNSTREAM and data is END_OF_MESSAGE and reply.instead:
         yield t, DOWNSTREAM, protocol.complete(reply, asked)
 
 
@@ -389,7 +389,7 @@ def hang(state, t, to, data):
 @handler
 def blackout(state, t, to, data):
     """No backend: the client's connection is closed at once."""
-    yield from both_ends(t)
+    yield from close_both(t)
 
 
 @handler
@@ -398,7 +398,7 @@ def abort(state, t, to, data):
     if to == UPSTREAM or data is OPEN:
         yield t, to, data
     else:
-        yield from both_ends(t)
+        yield from close_both(t)
 
 
 # Those of Toxiproxy, with its names and units. As toxics they are drawn for a connection and
@@ -420,7 +420,7 @@ def latency(state, t, to, data, *, latency=0, jitter=0):
 
 
 @handler
-@thin
+@rate_limited
 def bandwidth(state, t, to, data, *, rate=0):
     """A thinner wire: chunks queue for it, each way on its own.
 
@@ -428,14 +428,14 @@ def bandwidth(state, t, to, data, *, rate=0):
     """
     if data is OPEN:
         state[to] = t
-    for piece in cut(data, rate * 10, rate * 10):       # what takes a hundredth of a second
+    for piece in split_chunk(data, rate * 10, rate * 10):       # what takes a hundredth of a second
         if piece:
             state[to] = max(t, state[to]) + len(piece) / (rate * 1000) if rate > 0 else NEVER
         yield max(t, state[to]), to, piece
 
 
 @handler
-@thin
+@rate_limited
 def slicer(state, t, to, data, *, average_size=0, size_variation=0, delay=0):
     """A wire of small packets: every chunk is cut into pieces.
 
@@ -446,7 +446,7 @@ def slicer(state, t, to, data, *, average_size=0, size_variation=0, delay=0):
     if data is OPEN:
         state[to] = t
     most = average_size + size_variation if average_size > 0 else 0
-    for piece in cut(data, average_size - size_variation, most,
+    for piece in split_chunk(data, average_size - size_variation, most,
                      state.random if most and size_variation > 0 else None):
         t = max(t, state[to])
         yield t, to, piece
@@ -474,7 +474,7 @@ def timeout(state, t, to, data, *, timeout=0):
     if data is OPEN or "began" not in state:
         state.setdefault("began", t)
         until = state["began"] + timeout / 1000 if timeout > 0 else NEVER
-        yield from both_ends(until)
+        yield from close_both(until)
     if not data:
         yield t, to, data
 
@@ -505,17 +505,17 @@ def limit_data(state, t, to, data, *, bytes=0):
     state[to] += len(piece)
     yield t, to, piece
     if state[to] >= bytes:
-        yield from both_ends(t)
+        yield from close_both(t)
 
 
-PIECES = 1000       # that a chunk is cut into at most: each costs HELD_ENTRY, and a system call
+PIECES_MAX = 1000       # that a chunk is cut into at most: each costs HELD_ENTRY, and a system call
 
 
-def cut(data, least, most, generator=None):
+def split_chunk(data, least, most, generator=None):
     """The pieces of data: of these sizes, drawn if there is a generator; longer than that if
     there would be too many. A signal, or data for which there is no size, is one piece.
     """
-    whole = max(1, len(data) // PIECES)
+    whole = max(1, len(data) // PIECES_MAX)
     start = 0
     while most > 0 and start < len(data):
         size = max(whole, generator.randint(least, most) if generator else most)
@@ -525,13 +525,13 @@ def cut(data, least, most, generator=None):
         yield data
 
 
-def both_ends(t):
+def close_both(t):
     """The connection is closed, as by a server."""
     yield t, DOWNSTREAM, EOF
     yield t, UPSTREAM, EOF
 
 
-def noise(generator, size):
+def random_bytes(generator, size):
     """Random bytes (Random.randbytes, for Python before 3.9)."""
     return generator.getrandbits(8 * size).to_bytes(size, "little")
 
@@ -547,7 +547,7 @@ class BaseHandler:
 
     name = ""
     options: dict = {}
-    class_form = True       # whichever copy of this file it comes from
+    blocking = True       # whichever copy of this file it comes from
 
     def __init__(self, settings=None, proxy=None):
         self.settings = dict(settings or {})
@@ -580,14 +580,14 @@ class BaseHandler:
             return b""
 
 
-def is_class_form(function):
+def is_blocking_handler(function):
     """Whether it inherits from BaseHandler, be it the one of another copy of this file."""
-    return isinstance(function, type) and getattr(function, "class_form", False)
+    return isinstance(function, type) and getattr(function, "blocking", False)
 
 
-def options_of(function):
+def handler_options(function):
     """The option table of a handler: {name: default}."""
-    if is_class_form(function):
+    if is_blocking_handler(function):
         return {name: kind(default) for name, (_, kind, default) in function.options.items()}
     return getattr(function, "__kwdefaults__", None) or {}
 
@@ -599,10 +599,10 @@ def summary(function):
 
 def option_help(function):
     """The line of help for each option: {name: help}."""
-    if is_class_form(function):
+    if is_blocking_handler(function):
         return {name: words for name, (words, _, _) in function.options.items()}
     lines = re.findall(r"^(\w+) {2,}(\S.*)$", inspect.getdoc(function) or "", re.MULTILINE)
-    return {name: text for name, text in lines if name in options_of(function)}
+    return {name: text for name, text in lines if name in handler_options(function)}
 
 
 def get_handler(name):
@@ -618,7 +618,7 @@ def check_option(name, option, value):
 
     Raises ValueError with the end of a sentence that names the option.
     """
-    table = options_of(get_handler(name))
+    table = handler_options(get_handler(name))
     if option not in table:
         raise ValueError("is not an option of %s: it has %s"
                          % (name, ", ".join(sorted(table)) or "none"))
@@ -627,11 +627,11 @@ def check_option(name, option, value):
         return str(value)
     if kind is bool:
         return check_yes_no(value)
-    number = check_number(value, kind, {int: "a whole number, 0 or more",
+    number_check = check_number(value, kind, {int: "a whole number, 0 or more",
                                         float: "a number, 0 or more", str: "a text"}[kind])
-    if number > LARGEST:
+    if number_check > INT64_MAX:
         raise ValueError("must be less than 2**63, not %r" % (value,))
-    return number
+    return number_check
 
 
 def check_match(text):
@@ -648,8 +648,8 @@ def check_match(text):
 
 # What a rule has beside its handler and options; see Rule.
 RULE_FIELDS = OrderedDict((
-    ("percent", check_percent), ("per", one_of("request", "connection")),
-    ("stream", one_of("both", UPSTREAM, DOWNSTREAM)), ("match", check_match),
+    ("percent", check_percent), ("per", choice_check("request", "connection")),
+    ("stream", choice_check("both", UPSTREAM, DOWNSTREAM)), ("match", check_match),
     ("after", check_count), ("times", check_count)))
 
 
@@ -666,10 +666,10 @@ def load_handler(name, path):
         function = getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as problem:      # the user's module may do anything
         raise ValueError("cannot import %r: %s" % (
-            path, " ".join(words_of(problem).split()))) from None
+            path, " ".join(format_exception(problem).split()))) from None
     check_handler(path, function)
     HANDLERS[name] = function
-    if is_class_form(function) and function.name:
+    if is_blocking_handler(function) and function.name:
         HANDLERS.setdefault(function.name, function)
 
 
@@ -678,11 +678,11 @@ def check_handler(path, function):
     wanted = ("a handler is a function (state, t, to, data, *, option=default ...) "
               "or a class that inherits from vaurien.handlers.BaseHandler")
     try:
-        if isinstance(function, type) and not is_class_form(function):
+        if isinstance(function, type) and not is_blocking_handler(function):
             raise TypeError("it is a class of its own")
-        if not is_class_form(function):
+        if not is_blocking_handler(function):
             inspect.signature(function).bind(None, None, None, None)
-        table = options_of(function)
+        table = handler_options(function)
     except (TypeError, ValueError, AttributeError) as problem:
         raise ValueError("%r is no handler: %s: %s" % (path, problem, wanted)) from None
     for option, default in table.items():
@@ -723,7 +723,7 @@ PROTOCOLS = OrderedDict((("tcp", None),))       # {name: class}
 LINE = re.compile(rb"\n")
 HEADERS = re.compile(rb"\n\r?\n")
 PATTERN = type(LINE)
-FOREVER = 1 << 62               # bytes that are of no more interest
+UNLIMITED = 1 << 62               # bytes that are of no more interest
 
 
 def protocol(function):
@@ -732,11 +732,11 @@ def protocol(function):
     return function
 
 
-class Take(int):
+class NeedBytes(int):
     """So many bytes, to be looked at."""
 
 
-class Past:
+class SkipUntil:
     """All bytes up to the end of these, of which some may have gone by."""
 
     __slots__ = ("words", "tail")
@@ -745,7 +745,7 @@ class Past:
         self.words, self.tail = words, tail
 
 
-class NotOurs(Exception):
+class ProtocolError(Exception):
     """These bytes are not of the protocol; the words are for the log."""
 
 
@@ -780,7 +780,7 @@ class Reply(namedtuple("Reply", "data closes instead")):
         return super().__new__(cls, data, closes, instead)
 
 
-class Frames:
+class Framer:
     """Where requests, or replies, begin and end in the bytes of one way, split as they come."""
 
     __slots__ = ("reader", "whole", "need", "kept", "between", "lost")
@@ -801,7 +801,7 @@ class Frames:
         """
         try:
             return self.whole(data) if self.between else None
-        except NotOurs as problem:
+        except ProtocolError as problem:
             self.lost = str(problem)
             return None
 
@@ -811,16 +811,16 @@ class Frames:
         found    what `usual` has said of them
         """
         if found:
-            return [(size, END)] if found is True else [(size, found), (size, END)]
+            return [(size, END_OF_MESSAGE)] if found is True else [(size, found), (size, END_OF_MESSAGE)]
         marks = []
         if self.lost:
             return marks
         try:
             self.read(data, size, marks)
-        except NotOurs as problem:
+        except ProtocolError as problem:
             self.lost = str(problem)
         if marks or self.between:
-            self.between = bool(marks) and marks[-1] == (size, END)
+            self.between = bool(marks) and marks[-1] == (size, END_OF_MESSAGE)
         return marks
 
     def read(self, data, size, marks):
@@ -831,8 +831,8 @@ class Frames:
                 match = need.search(data, at, size)
                 end = match.end() if match else size
                 found = bytes(data[at:end])
-                if len(found) > HEARD_MAX:
-                    raise NotOurs("a head of more than %d bytes" % HEARD_MAX)
+                if len(found) > MATCH_WINDOW:
+                    raise ProtocolError("a head of more than %d bytes" % MATCH_WINDOW)
                 at = end
                 if not match:
                     kept = found
@@ -842,8 +842,8 @@ class Frames:
                 text = kept + data[at:size]
                 match = need.search(text)
                 end = match.end() if match else len(text)
-                if end > HEARD_MAX:
-                    raise NotOurs("a head of more than %d bytes" % HEARD_MAX)
+                if end > MATCH_WINDOW:
+                    raise ProtocolError("a head of more than %d bytes" % MATCH_WINDOW)
                 at += end - len(kept)
                 if not match:
                     kept = text
@@ -856,7 +856,7 @@ class Frames:
                     break
                 at += need
                 need = send(None)
-            elif kind is Take:
+            elif kind is NeedBytes:
                 found = kept + data[at:min(size, at + need - len(kept))]
                 at += len(found) - len(kept)
                 kept = found
@@ -864,7 +864,7 @@ class Frames:
                     break
                 kept = b""
                 need = send(bytes(found))
-            elif kind is Past:
+            elif kind is SkipUntil:
                 words, tail = need.words, need.tail
                 near = tail + data[at:min(size, at + len(words) - 1)]
                 found, start = near.find(words), at - len(tail)
@@ -882,9 +882,9 @@ class Frames:
         self.need, self.kept = need, kept
 
 
-def read_nothing():
+def read_opaque():
     """A reader to whom all is the same."""
-    yield FOREVER
+    yield UNLIMITED
 
 
 class Protocol:
@@ -902,14 +902,14 @@ class Protocol:
     usual: tuple = ()
     greeting: tuple = ()
     closing: tuple = ()
-    speaks = False
+    server_first = False
 
     def __init__(self, host=b""):
         self.host = host            # what a request is to name in the client's words, if anything
         # Requests that the backend has, and has not answered; None stands for connecting.
-        self.pending: deque = deque([None] if self.speaks else [])
-        self.up = Frames(self.requests(), self.whole_request)
-        self.down = Frames(self.replies(), self.whole_reply)
+        self.pending: deque = deque([None] if self.server_first else [])
+        self.up = Framer(self.requests(), self.whole_request)
+        self.down = Framer(self.replies(), self.whole_reply)
 
     def first(self):
         """The Request that is answered next; None while somebody connects."""
@@ -938,7 +938,7 @@ class Protocol:
         """True if these bytes are a usual reply, which has `ended`; or None, and it has not."""
         return None
 
-    def reword(self, head):
+    def rewrite_head(self, head):
         """The head of a request as it is to go on."""
         return head
 
@@ -963,11 +963,11 @@ class Protocol:
         return self.errors[kind].encode() + b"\r\n"
 
 
-def digits(text, most=1 << 60):
+def parse_length(text, most=1 << 60):
     """A number as protocols write it. Raises NotOurs."""
     text = text.strip()
     if not text.isdigit() or len(text) > 18 or int(text) > most:
-        raise NotOurs("%r is no length" % text[:20])
+        raise ProtocolError("%r is no length" % text[:20])
     return int(text)
 
 
@@ -999,18 +999,18 @@ class Http(Protocol):
         while True:
             head = yield HEADERS
             if not head.strip():            # empty lines before a request mean nothing
-                yield MORE
-                yield END
+                yield CONTINUATION
+                yield END_OF_MESSAGE
                 continue
             yield self.request(head, *self.lasts(head, head.lower()))
             yield from self.body(head, 0)
-            yield END
+            yield END_OF_MESSAGE
 
     def request(self, head, closes, alive):
         """The Request of a head whose fields say so."""
         first = self.FIRST.match(head)
         if not first:
-            raise NotOurs("no request line of HTTP/1")
+            raise ProtocolError("no request line of HTTP/1")
         return Request(head.strip().replace(b"\r\n", b"\n"), first.group(1).decode(),
                        info=closes or (first.group(2) == b"0" and not alive))
 
@@ -1032,7 +1032,7 @@ class Http(Protocol):
             if not fields or not data[:1].isalpha():
                 return None
             request = self.request(data, *fields[2:])
-            if len(data) <= REMEMBERED:
+            if len(data) <= CACHED_HEAD_MAX:
                 self.asked, self.fields = (data, request), fields
         return Request(request.text, request.name, info=request.info)
 
@@ -1042,23 +1042,23 @@ class Http(Protocol):
         if (text[-3:] != b"\n\r\n" or text.find(b"\n\r\n") < len(text) - 3 or b"\n\n" in text
                 or b"\ncontent-length" in low or b"\ntransfer-encoding" in low):
             return None
-        return (text, self.reword(text), *self.lasts(text, low))
+        return (text, self.rewrite_head(text), *self.lasts(text, low))
 
     def replies(self):
         while True:
             head = yield HEADERS
             found = self.STATUS.match(head)
             if not found:
-                raise NotOurs("no status line of HTTP/1")
+                raise ProtocolError("no status line of HTTP/1")
             status, request = int(found.group(1)), self.first()
             name = request.name if request else ""
             if status == 101 or (name == "CONNECT" and 200 <= status < 300):
-                raise NotOurs("another protocol from here")
+                raise ProtocolError("another protocol from here")
             if status >= 200:
                 if name != "HEAD" and status not in (204, 304):
-                    yield from self.body(head, FOREVER)
+                    yield from self.body(head, UNLIMITED)
                 self.ended()
-                yield END
+                yield END_OF_MESSAGE
 
     def whole_reply(self, data):
         request, end = self.first(), data.find(b"\n\r\n") + 3
@@ -1072,7 +1072,7 @@ class Http(Protocol):
                     or not self.USUAL.match(head) or b"\n\n" in low
                     or b"\ntransfer-encoding" in low):
                 return None
-            self.answered = (head, length) if end <= REMEMBERED else (None, 0)
+            self.answered = (head, length) if end <= CACHED_HEAD_MAX else (None, 0)
         self.ended()
         return True
 
@@ -1085,7 +1085,7 @@ class Http(Protocol):
                 line = yield LINE
                 found = self.SIZE.match(line)
                 if not found:
-                    raise NotOurs("%r is no chunk" % line[:20])
+                    raise ProtocolError("%r is no chunk" % line[:20])
                 size = int(found.group(1), 16)
                 if size:
                     yield size + 2
@@ -1093,9 +1093,9 @@ class Http(Protocol):
                 pass
         else:
             length = b"\ncontent-length" in low and self.LENGTH.search(head)
-            yield digits(length.group(1)) if length else usual
+            yield parse_length(length.group(1)) if length else usual
 
-    def reword(self, head):
+    def rewrite_head(self, head):
         start = head.find(b"\n")
         fields, named = self.fields[:2]
         if head[start:] == fields:
@@ -1150,19 +1150,19 @@ class Redis(Protocol):
     def requests(self):
         while True:
             line = yield LINE
-            words, room, said = [], HEARD_MAX, False
+            words, room, said = [], MATCH_WINDOW, False
             if line[:1] == b"*":
-                number = 0 if line[1:2] == b"-" else digits(line[1:], 1 << 20)
-                for _ in range(number):
+                number_check = 0 if line[1:2] == b"-" else parse_length(line[1:], 1 << 20)
+                for _ in range(number_check):
                     line = yield LINE
                     if line[:1] != b"$":
-                        raise NotOurs("%r in a command" % line[:20])
-                    size = digits(line[1:])
+                        raise ProtocolError("%r in a command" % line[:20])
+                    size = parse_length(line[1:])
                     if size <= room:
-                        words.append((yield Take(size + 2))[:size])
+                        words.append((yield NeedBytes(size + 2))[:size])
                         room -= size
                         continue
-                    words.append((yield Take(room)))
+                    words.append((yield NeedBytes(room)))
                     if not said:
                         said = True         # its name and more is known: enough
                         yield self.request(words)
@@ -1172,7 +1172,7 @@ class Redis(Protocol):
                 words = line.split()
             if not said:
                 yield self.request(words)
-            yield END
+            yield END_OF_MESSAGE
 
     def whole_request(self, data):
         parts = data.split(b"\r\n")     # *2, $3, GET, $5, hello, and nothing
@@ -1186,7 +1186,7 @@ class Redis(Protocol):
         name = words[0].upper().decode("latin-1") if words else ""
         if name in self.PUSHES or (name == "CLIENT" and words[1:2]
                                    and words[1].upper() in (b"REPLY", b"TRACKING")):
-            raise NotOurs("%s: from here it pushes" % name)
+            raise ProtocolError("%s: from here it pushes" % name)
         request = Request(b" ".join(words), name, bool(words), self.queueing)
         if name in ("MULTI", "EXEC", "DISCARD", "RESET"):
             self.queueing = name == "MULTI"
@@ -1200,16 +1200,16 @@ class Redis(Protocol):
                 kind, left = line[:1], left - 1
                 if kind in (b"$", b"=", b"!"):
                     if line[1:2] not in (b"-", b"?"):
-                        yield digits(line[1:]) + 2
+                        yield parse_length(line[1:]) + 2
                 elif kind in (b"*", b"~", b"%"):
                     if line[1:2] != b"-":
-                        left += digits(line[1:]) * (1 + (kind == b"%"))
+                        left += parse_length(line[1:]) * (1 + (kind == b"%"))
                 elif kind == b"|":          # attributes, then what they are of
-                    left += 2 * digits(line[1:]) + 1
+                    left += 2 * parse_length(line[1:]) + 1
                 elif kind not in (b"+", b"-", b":", b"_", b"#", b",", b"("):
-                    raise NotOurs("%r is no reply" % line[:20])
+                    raise ProtocolError("%r is no reply" % line[:20])
             self.ended()
-            yield END
+            yield END_OF_MESSAGE
 
     def whole_reply(self, data):
         end, kind = data.find(b"\n") + 1, data[:1]
@@ -1256,25 +1256,25 @@ class Memcache(Protocol):
         while True:
             line = yield LINE
             if line[:1] == b"\x80":
-                raise NotOurs("the binary protocol")
+                raise ProtocolError("the binary protocol")
             words = line.split()
             name = words[0].decode("latin-1") if words else ""
             if name in ("watch", "lru_crawler"):
-                raise NotOurs("%s: from here it pushes" % name)
+                raise ProtocolError("%s: from here it pushes" % name)
             size = 4 if name in self.STORE else 2
             body = 0
             if name in self.STORE or name == "ms":
                 if len(words) <= size:
                     name = ""               # it is answered with an error
                 else:
-                    body = digits(words[size]) + 2
+                    body = parse_length(words[size]) + 2
             # A quiet meta command is answered or not: whoever sends one waits for `mn`.
             quiet = name in self.META and b"q" in [word[:1] for word in words[2:]]
             silent = words[-1:] == [b"noreply"] and name not in self.GET
             replies = not (silent or quiet or name == "quit")
             yield Request(line.strip(), name, replies, quiet)
             yield body
-            yield END
+            yield END_OF_MESSAGE
 
     def replies(self):
         while True:
@@ -1283,17 +1283,17 @@ class Memcache(Protocol):
             request = self.first()
             name = request.name if request else ""
             if words[0] == b"VALUE" and len(words) > 3:
-                yield digits(words[3]) + 2
+                yield parse_length(words[3]) + 2
             elif words[0] == b"VA" and len(words) > 1:
-                yield digits(words[1]) + 2
+                yield parse_length(words[1]) + 2
                 if name != "mn":            # or else of a quiet one before
                     self.ended()
-                    yield END
+                    yield END_OF_MESSAGE
             elif name == "mn" and words[0] != b"MN":
                 continue                    # of a quiet one before
             elif not (words[0] in (b"STAT", b"ITEM", b"PREFIX") and name not in self.GET):
                 self.ended()
-                yield END
+                yield END_OF_MESSAGE
 
     def answer(self, kind, request):
         if request.name == "mn":            # it says that all before it is done
@@ -1326,7 +1326,7 @@ class Mysql(Protocol):
     usual = ("1205", "1213", "1317", "1290")
     greeting = ("1040", "1129")
     closing = ("1053", "1927", "4031")
-    speaks = True
+    server_first = True
     QUERY, PREPARE, EXECUTE, CLOSE = 3, 0x16, 0x17, 0x19
     SILENT = {0x01, 0x18, CLOSE}            # QUIT, STMT_SEND_LONG_DATA
 
@@ -1340,32 +1340,32 @@ class Mysql(Protocol):
     def requests(self):
         known = False                       # whether the client has said what it can
         while True:
-            head = yield Take(4)
+            head = yield NeedBytes(4)
             size = int.from_bytes(head[:3], "little")
             if head[3] or not size or self.loading:
                 self.loading = self.loading and size > 0
-                yield MORE                  # it goes on with logging in, or with LOCAL INFILE
+                yield CONTINUATION                  # it goes on with logging in, or with LOCAL INFILE
                 if head[3] and not known:
-                    flags = yield Take(min(4, size))
+                    flags = yield NeedBytes(min(4, size))
                     size -= len(flags)
                     known = True
                     flags = int.from_bytes(flags, "little")
                     if size == 28 and flags & 0x800:
-                        raise NotOurs("TLS from here")
+                        raise ProtocolError("TLS from here")
                     if flags & 0x20:
-                        raise NotOurs("compression from here")
+                        raise ProtocolError("compression from here")
                 yield size
-                yield END
+                yield END_OF_MESSAGE
                 continue
-            first = yield Take(min(size, HEARD_MAX))
+            first = yield NeedBytes(min(size, MATCH_WINDOW))
             yield self.request(first)
             yield size - len(first)
             self.seq = 0
             while size == 0xFFFFFF:
-                head = yield Take(4)
+                head = yield NeedBytes(4)
                 size, self.seq = int.from_bytes(head[:3], "little"), head[3]
                 yield size
-            yield END
+            yield END_OF_MESSAGE
 
     def request(self, first):
         command, text = first[0], b""
@@ -1378,7 +1378,7 @@ class Mysql(Protocol):
                     self.statements.get(first[1:5], b""))
         elif command == self.CLOSE:
             self.statements.pop(first[1:5], None)
-        self.down = Frames(self.replies())      # one at a time: all before is answered
+        self.down = Framer(self.replies())      # one at a time: all before is answered
         for request in filter(None, self.pending):
             request.replies = False
         self.pending.clear()
@@ -1387,17 +1387,17 @@ class Mysql(Protocol):
 
     def replies(self):
         """The first packet of a reply: the rest is over when the next request comes."""
-        head = yield Take(4)
+        head = yield NeedBytes(4)
         size = int.from_bytes(head[:3], "little")
-        first = yield Take(min(size, 5))
+        first = yield NeedBytes(min(size, 5))
         request = self.first()
         if request and request.name == self.PREPARE and first[:1] == b"\0":
             self.statements[first[1:5]] = request.info
         self.loading = bool(request and request.name == self.QUERY and first[:1] == b"\xfb")
         yield size - len(first)
         self.ended()
-        yield END
-        yield FOREVER
+        yield END_OF_MESSAGE
+        yield UNLIMITED
 
     def said(self, kind):
         state, words = self.errors[kind]
@@ -1419,7 +1419,7 @@ class Mysql(Protocol):
         return reply.data[:3] + bytes([(self.seq + 1) % 256]) + reply.data[4:]
 
 
-def message(kind, body):
+def pg_message(kind, body):
     """A message of PostgreSQL's."""
     return kind + struct.pack(">I", 4 + len(body)) + body
 
@@ -1442,7 +1442,7 @@ class Postgres(Protocol):
     usual = ("57014", "40001", "40P01", "55P03")
     greeting = ("57P03", "53300")
     closing = ("57P01", "25P03", "57P05")
-    speaks = True
+    server_first = True
     TLS, GSS, CANCEL = 80877103, 80877104, 80877102
     UNDONE = re.compile(rb"(?i)\s*(rollback|abort)\b")
     DONE = re.compile(rb"(?i)\s*(commit|end)\b")
@@ -1458,15 +1458,15 @@ class Postgres(Protocol):
 
     def requests(self):
         while True:
-            size, code = struct.unpack(">II", (yield Take(8)))
+            size, code = struct.unpack(">II", (yield NeedBytes(8)))
             if code not in (self.TLS, self.GSS, self.CANCEL) and code >> 16 != 3:
-                raise NotOurs("no start-up message")
+                raise ProtocolError("no start-up message")
             if code in (self.TLS, self.GSS):
                 self.asked = True
-                self.down = Frames(self.replies())      # nothing is on its way
-            yield MORE
+                self.down = Framer(self.replies())      # nothing is on its way
+            yield CONTINUATION
             yield max(0, size - 8)
-            yield END
+            yield END_OF_MESSAGE
             if code >> 16 == 3:
                 break
         while True:
@@ -1476,17 +1476,17 @@ class Postgres(Protocol):
         """The messages up to one that is answered as a whole."""
         request = None
         while True:
-            kind, size = struct.unpack(">cI", (yield Take(5)))
+            kind, size = struct.unpack(">cI", (yield NeedBytes(5)))
             size -= 4
             if not kind.isalpha() or size < 0:
-                raise NotOurs("%r is no message" % kind)
+                raise ProtocolError("%r is no message" % kind)
             if kind in b"dcfpHX" and not request:       # COPY's data, a password, Flush, the end
                 self.copying = self.copying and kind not in b"cf"
-                yield MORE
+                yield CONTINUATION
                 yield size
-                yield END
+                yield END_OF_MESSAGE
                 return
-            text = yield Take(min(size, HEARD_MAX))
+            text = yield NeedBytes(min(size, MATCH_WINDOW))
             if kind == b"P":
                 name, query = [*text.split(b"\0", 2), b""][:2]
                 self.statements[name] = query
@@ -1508,33 +1508,33 @@ class Postgres(Protocol):
                                   and not (self.copying and name == "SYNC"),
                                   draws=not (name == "SYNC" and self.executed))
                 yield request
-            yield size - min(size, HEARD_MAX)
+            yield size - min(size, MATCH_WINDOW)
             if kind in b"QFSE":
                 self.executed = kind == b"E"
                 if kind == b"S":
                     self.skipping = False
                     request.name, request.replies = "SYNC", not self.copying
-                yield END
+                yield END_OF_MESSAGE
                 return
 
     def replies(self):
         while True:
             if self.asked:
                 self.asked = False
-                if (yield Take(1)) in b"SG":
-                    raise NotOurs("encryption from here")
+                if (yield NeedBytes(1)) in b"SG":
+                    raise ProtocolError("encryption from here")
                 continue
-            kind, size = struct.unpack(">cI", (yield Take(5)))
+            kind, size = struct.unpack(">cI", (yield NeedBytes(5)))
             if not kind.isalnum():
-                raise NotOurs("%r is no message" % kind)
+                raise ProtocolError("%r is no message" % kind)
             if kind == b"Z":
-                self.status = yield Take(1)
+                self.status = yield NeedBytes(1)
                 size -= 1
             yield max(0, size - 4)
             request = self.first()
             if kind == b"Z":
                 self.ended()
-                yield END
+                yield END_OF_MESSAGE
             elif request and request.name == "EXECUTE" and kind in b"GW":
                 self.copying = True
                 self.pending.popleft()
@@ -1545,7 +1545,7 @@ class Postgres(Protocol):
                 self.ended()
                 if kind == b"E":
                     self.skip()
-                yield END
+                yield END_OF_MESSAGE
 
     def skip(self):
         """After an error, all is left out up to the next Sync."""
@@ -1565,7 +1565,7 @@ class Postgres(Protocol):
     def said(self, kind):
         severity = "FATAL" if kind in self.closing or kind in self.greeting else "ERROR"
         body = ("S%s\0V%s\0C%s\0M%s\0\0" % (severity, severity, kind, self.errors[kind])).encode()
-        return message(b"E", body)
+        return pg_message(b"E", body)
 
     def refuse(self, kind, data):
         """It says so when it knows who is there; no encryption until then."""
@@ -1584,14 +1584,14 @@ class Postgres(Protocol):
         if self.status == b"E" or self.UNDONE.match(request.text):
             return None             # what has failed is only left
         if self.DONE.match(request.text):       # a COMMIT that fails has rolled back
-            instead = message(b"Q", b"ROLLBACK\0") if request.name == "QUERY" else (
-                message(b"P", b"\0ROLLBACK\0\0\0") + message(b"B", b"\0\0\0\0\0\0\0\0")
-                + message(b"E", b"\0\0\0\0\0"))
+            instead = pg_message(b"Q", b"ROLLBACK\0") if request.name == "QUERY" else (
+                pg_message(b"P", b"\0ROLLBACK\0\0\0") + pg_message(b"B", b"\0\0\0\0\0\0\0\0")
+                + pg_message(b"E", b"\0\0\0\0\0"))
             return Reply(self.said(kind), False, instead)
         # The backend fails as well, so that it is where the client believes it to be: in a
         # failed transaction, or leaving out all up to the next Sync. Its words are replaced.
-        instead = (message(b"Q", b"vaurien\0") if request.name == "QUERY" else
-                   message(b"P", b"vaurien\0vaurien\0\0\0"))
+        instead = (pg_message(b"Q", b"vaurien\0") if request.name == "QUERY" else
+                   pg_message(b"P", b"vaurien\0vaurien\0\0\0"))
         return Reply(self.said(kind), False, instead)
 
 
@@ -1609,36 +1609,36 @@ class Smtp(Protocol):
         ("554", "5.7.1 Transaction failed")))
     usual = ("450", "451", "452")
     closing = ("421",)
-    speaks = True
+    server_first = True
     asks = False                # whether the backend wants to know more, for AUTH
 
     def requests(self, message=False):
         while True:
             if message:                     # after DATA was answered by 354
-                first = yield Take(1)
+                first = yield NeedBytes(1)
                 yield Request(b"", "MESSAGE")
-                yield Past(b"\r\n.\r\n", b"\r\n" + first)
+                yield SkipUntil(b"\r\n.\r\n", b"\r\n" + first)
                 message = False
-                yield END
+                yield END_OF_MESSAGE
                 continue
             line = yield LINE
             if self.asks:                   # AUTH goes on
                 self.asks = False
-                yield MORE
-                yield END
+                yield CONTINUATION
+                yield END_OF_MESSAGE
                 continue
             words = line.decode("latin-1").split()
             name = words[0].upper() if words else ""
             yield Request(line.strip(), name)
             if name == "BDAT" and len(words) > 1:
-                yield digits(words[1].encode())
-            yield END
+                yield parse_length(words[1].encode())
+            yield END_OF_MESSAGE
 
     def replies(self):
         while True:
             line = yield LINE
             if not line[:3].isdigit():
-                raise NotOurs("%r is no reply" % line[:20])
+                raise ProtocolError("%r is no reply" % line[:20])
             if line[3:4] == b"-":
                 continue
             if line[:3] == b"334":
@@ -1647,11 +1647,11 @@ class Smtp(Protocol):
             request = self.first()
             name = request.name if request else ""
             if name == "STARTTLS" and line[:3] == b"220":
-                raise NotOurs("TLS from here")
+                raise ProtocolError("TLS from here")
             if name == "DATA" and line[:3] == b"354":
-                self.up = Frames(self.requests(message=True))   # nothing of it has come yet
+                self.up = Framer(self.requests(message=True))   # nothing of it has come yet
             self.ended()
-            yield END
+            yield END_OF_MESSAGE
 
     def said(self, kind):
         return ("%s %s\r\n" % (kind, self.errors[kind])).encode()
@@ -1666,7 +1666,7 @@ class Smtp(Protocol):
         return super().answer(kind, request)._replace(instead=undo)
 
 
-check_protocol = one_of(*PROTOCOLS)
+check_protocol = choice_check(*PROTOCOLS)
 
 
 # -- Rules, line and pipe -----------------------------------------------------
@@ -1692,40 +1692,40 @@ class Rule:
     times      on how many it acts at most; 0 is no limit
     """
 
-    __slots__ = ("name", "handler", "options", "low", "high", "dice", "per", "stream", "match",
-                 "after", "times", "sees", "thin", "blocking", "thrown", "acts", "shared",
-                 "failed", "worker")
+    __slots__ = ("name", "handler", "options", "low", "high", "draw_key", "per", "stream", "match",
+                 "after", "times", "direction", "thin", "blocking", "drawn_count", "activations", "shared",
+                 "failed", "instance")
 
     def __init__(self, name, options=None, low=0.0, high=100.0, dice="behavior",
                  per="request", stream="both", match=None, after=0, times=0):
         self.name = name
         self.handler = get_handler(name)
-        self.low, self.high, self.dice = low, high, dice
+        self.low, self.high, self.draw_key = low, high, dice
         self.per, self.stream, self.match = per, stream, match
-        self.set(dict(options_of(self.handler), **options or {}))
+        self.set(dict(handler_options(self.handler), **options or {}))
         self.after, self.times = after, times
         self.thin = getattr(self.handler, "thin", False)
-        self.blocking = is_class_form(self.handler)     # and so is not for the fold
-        self.thrown = 0             # requests, or connections, that its dice were thrown for
-        self.acts = 0               # on how many of them it has acted
+        self.blocking = is_blocking_handler(self.handler)     # and so is not for the fold
+        self.drawn_count = 0             # requests, or connections, that its dice were thrown for
+        self.activations = 0               # on how many of them it has acted
         self.shared = Counter()     # for the handler, across connections
         self.failed = False         # whether the log has a traceback of it already
-        self.worker = None          # of the class form: the object that is called
+        self.instance = None          # of the class form: the object that is called
 
     def set(self, options):
         """Have these options, {option: value}; with them it sees what way its events go."""
         self.options = options
         way = getattr(self.handler, "way", None)
-        self.sees = way(options) if way and self.stream == "both" else self.stream
+        self.direction = way(options) if way and self.stream == "both" else self.stream
 
     def hit(self, chance):
         """Whether the throw of its dice, a whole number of 64 bits, falls so that it acts."""
-        return self.low <= chance * PERCENT < self.high
+        return self.low <= chance * DRAW_TO_PERCENT < self.high
 
     def __str__(self):
         """The handler and its options; a yes/no or a text only where it is not the default."""
-        usual = options_of(self.handler)
-        said = ["%s=%s" % (option, show_value(value)) for option, value in self.options.items()
+        usual = handler_options(self.handler)
+        said = ["%s=%s" % (option, format_value(value)) for option, value in self.options.items()
                 if value != usual[option] or not isinstance(value, (bool, str))]
         return " ".join([self.name] + said)
 
@@ -1736,9 +1736,9 @@ class Rule:
         return dict(table, match=self.match.pattern.decode()) if self.match else table
 
 
-WHOLE = 100.000001      # percent: 33.3 three times and 0.1 are 100
-PERCENT = 100 / 2 ** 64     # of all that 64 bits of chance can be
-CHANCES = struct.Struct(">8Q")      # that one hash of blake2b gives
+PERCENT_SUM_MAX = 100.000001      # percent: 33.3 three times and 0.1 are 100
+DRAW_TO_PERCENT = 100 / 2 ** 64     # of all that 64 bits of chance can be
+DRAW_BLOCK = struct.Struct(">8Q")      # that one hash of blake2b gives
 
 
 def parse_behavior(text):
@@ -1754,24 +1754,24 @@ def parse_behavior(text):
             raise ValueError("must be PERCENT:HANDLER[,PERCENT:HANDLER ...], "
                              "like 20:delay,5:error, not %r" % text)
         try:
-            number = check_percent(percent)
+            number_check = check_percent(percent)
         except ValueError:
             raise ValueError("must be PERCENT:HANDLER with a percent from 0 to 100, not %r"
                              % part.strip()) from None
-        chosen.append((number, name.strip()))
+        chosen.append((number_check, name.strip()))
     total = sum(percent for percent, _ in chosen)
-    if total > WHOLE:
+    if total > PERCENT_SUM_MAX:
         raise ValueError("must add up to 100 percent at most, not %g: %r" % (total, text))
     return chosen
 
 
-def misfits(name, handler, fields):
+def check_fields(name, handler, fields):
     """Fields with which a handler would not act: [(field, description)]."""
     wrong = []
     if handler in (error, transient, abort) and fields.get("stream") == UPSTREAM:
         wrong.append(("stream", "stream must be both or downstream for %s, which spoils what "
                                 "the backend says" % name))
-    if not is_class_form(handler):
+    if not is_blocking_handler(handler):
         return wrong
     if fields.get("stream", "both") != "both":
         wrong.append(("stream", "stream must be both for %s, which gets the sockets" % name))
@@ -1780,7 +1780,7 @@ def misfits(name, handler, fields):
     return wrong
 
 
-class BadRule(ValueError):
+class RuleError(ValueError):
     """What is wrong with the fields of a rule: one (field, description) for each."""
 
     def __init__(self, errors):
@@ -1812,15 +1812,15 @@ def read_rules(tables):
                     options[key] = check_option(name, key, value)
             except ValueError as problem:
                 errors.append((key, "%s %s" % (key, problem)))
-        errors += misfits(name, handler, fields)
+        errors += check_fields(name, handler, fields)
         percent = fields.pop("percent")
         if handler and handler is not dummy and not errors:     # dummy needs no rule
             rules.append(Rule(name, options, low, low + percent, **fields))
         low += percent
-    if low > WHOLE:
+    if low > PERCENT_SUM_MAX:
         errors.append(("percent", "percent must add up to 100 at most, not %g" % low))
     if errors:
-        raise BadRule(errors)
+        raise RuleError(errors)
     return rules
 
 
@@ -1831,10 +1831,10 @@ class State(Counter):
     protocol = asked = generator = None
     opaque = False                  # whether a connection has left its protocol: TLS
 
-    def __init__(self, rule, chance, number):       # a Counter's own would only cost time
+    def __init__(self, rule, chance, number_check):       # a Counter's own would only cost time
         self.shared = rule.shared
         self.stream = rule.stream
-        self.request = number
+        self.request = number_check
         self.replies = {}           # {Request: Reply or None}, of `error`
         self.chance = chance        # the seed of `random`
 
@@ -1845,30 +1845,30 @@ class State(Counter):
         return self.generator
 
 
-class Step:
+class ActiveRule:
     """A rule at work on one request or one connection, with its memory."""
 
-    __slots__ = ("rule", "state", "heard", "number", "acted")
+    __slots__ = ("rule", "state", "match_buffer", "number", "acted")
 
     def __init__(self, rule, state=None, heard=None):
         self.rule = rule
         self.state = state      # None where it does not act
-        self.heard = heard      # of a request that may yet match; None when that is decided
-        self.number = rule.thrown
+        self.match_buffer = heard      # of a request that may yet match; None when that is decided
+        self.number = rule.drawn_count
         self.acted = False      # whether it has changed anything yet
 
     def may_act(self):
         """Whether it has begun to, or its rule may do so once more."""
-        return self.acted or not 0 < self.rule.times <= self.rule.acts
+        return self.acted or not 0 < self.rule.times <= self.rule.activations
 
     def act(self):
         """It changes something; returns whether that is for the first time."""
         first, self.acted = not self.acted, True
-        self.rule.acts += first
+        self.rule.activations += first
         return first
 
 
-class Rules:
+class RuleSet:
     """The rules armed on one proxy, and its dice.
 
     Every draw is a pure function of the seed, the proxy's name, the dice's name, the
@@ -1881,32 +1881,32 @@ class Rules:
         self.seed, self.proxy = seed, proxy
         self.armed = []
         self.requests = 0       # begun at this proxy
-        self.dice = {}          # name: a hash of all but the numbers
+        self.draw_key = {}          # name: a hash of all but the numbers
 
     def throw(self, dice, connection, block):
         """How the dice fall for a block of 8 requests: whole numbers of 64 bits.
 
         block    0 for the connection (request 0) and requests 1 to 7, 1 for 8 to 15 ...
         """
-        throw = self.dice.get(dice)
+        throw = self.draw_key.get(dice)
         if throw is None:
             words = "%s %s %s " % (self.seed, self.proxy, dice)
-            throw = self.dice[dice] = hashlib.blake2b(words.encode())
+            throw = self.draw_key[dice] = hashlib.blake2b(words.encode())
         throw = throw.copy()
         throw.update(b"%d %d" % (connection, block))
-        return CHANCES.unpack(throw.digest())
+        return DRAW_BLOCK.unpack(throw.digest())
 
-    def decide(self, rule, connection, request, number):
+    def draw_rule(self, rule, connection, request, number_check):
         """A state if the rule acts on this request (request 0: this connection), or None.
 
         number   of the requests, or connections, that its dice were thrown for
         """
-        if number <= rule.after:
+        if number_check <= rule.after:
             return None
-        chance = self.throw(rule.dice, connection, request // 8)[request % 8]
-        return State(rule, chance, number) if rule.hit(chance) else None
+        chance = self.throw(rule.draw_key, connection, request // 8)[request % 8]
+        return State(rule, chance, number_check) if rule.hit(chance) else None
 
-    def foresee(self, connection, first):
+    def draw_ahead(self, connection, first):
         """Which rules act on a connection's requests, from this one to the end of its block.
 
         {request: [(rule, chance)]}; None where it is not the dice alone that decide.
@@ -1915,14 +1915,14 @@ class Rules:
         for rule in self.armed:
             if rule.match or rule.per == "connection":
                 return None
-            chances = self.throw(rule.dice, connection, first // 8)
+            chances = self.throw(rule.draw_key, connection, first // 8)
             for request in range(first, (first | 7) + 1):
                 if rule.hit(chances[request % 8]):
                     found.setdefault(request, []).append((rule, chances[request % 8]))
         return found
 
 
-class Line:
+class Chain:
     """What the rules make of one connection's events.
 
     A request begins when the connection opens, and again each time the client
@@ -1930,27 +1930,27 @@ class Line:
     protocol that takes turns.
     """
 
-    __slots__ = ("rules", "connection", "request", "speaker", "steps", "late", "lasting", "news",
-                 "number", "opaque", "protocol", "asked", "turned", "touched", "foreseen",
-                 "horizon")
-    horizon: float
+    __slots__ = ("rules", "connection", "request", "last_direction", "active", "late", "per_connection", "activated",
+                 "number", "opaque", "protocol", "asked", "answered_early", "modified", "drawn_ahead",
+                 "drawn_until")
+    drawn_until: float
 
     def __init__(self, rules, connection):
         self.rules = rules
         self.protocol = None            # see FramedLine
         self.opaque = False             # whether it was one, and its protocol is over
         self.asked = None               # the Request that the events at hand belong to
-        self.turned = False             # whether a client has been answered in the backend's place
-        self.touched = False            # whether a step has changed what it saw
+        self.answered_early = False             # whether a client has been answered in the backend's place
+        self.modified = False            # whether a step has changed what it saw
         self.connection = connection    # its number
         self.request = 0                # the number of the request under way
-        self.foreseen = None            # which rules act on the next requests: see Rules.foresee
-        self.horizon = 0                # the first request after those
-        self.speaker = None             # which way its last bytes went, if there were any
-        self.steps = []                 # drawn for the request under way, in rule order
+        self.drawn_ahead = None            # which rules act on the next requests: see Rules.foresee
+        self.drawn_until = 0                # the first request after those
+        self.last_direction = None             # which way its last bytes went, if there were any
+        self.active = []                 # drawn for the request under way, in rule order
         self.late = []                  # rules that came before anybody spoke in it
-        self.lasting = {}               # per connection: {rule: step}
-        self.news = []                  # (rule, request) where one has acted for the first time
+        self.per_connection = {}               # per connection: {rule: step}
+        self.activated = []                  # (rule, request) where one has acted for the first time
         self.number = 0                 # of the request that the events at hand belong to
 
     def begin(self):
@@ -1960,75 +1960,75 @@ class Line:
         self.rules.requests += 1
         self.late = []
         if not self.rules.armed:
-            self.steps = []
+            self.active = []
             return
-        if self.request >= self.horizon:
-            self.foreseen = self.rules.foresee(self.connection, self.request)
-            self.horizon = NEVER if self.foreseen is None else (self.request | 7) + 1
-        if self.foreseen is None:
-            for step in self.lasting.values():
-                if step and step.heard:
-                    step.heard = b""
-            self.steps = self.drawn(self.draw)
+        if self.request >= self.drawn_until:
+            self.drawn_ahead = self.rules.draw_ahead(self.connection, self.request)
+            self.drawn_until = NEVER if self.drawn_ahead is None else (self.request | 7) + 1
+        if self.drawn_ahead is None:
+            for step in self.per_connection.values():
+                if step and step.match_buffer:
+                    step.match_buffer = b""
+            self.active = self.drawn(self.draw)
             return
         for rule in self.rules.armed:
-            rule.thrown += 1
-        acting = self.foreseen.get(self.request)
-        self.steps = [Step(rule, State(rule, chance, rule.thrown)) for rule, chance in acting
-                      if rule.thrown > rule.after] if acting else []
+            rule.drawn_count += 1
+        acting = self.drawn_ahead.get(self.request)
+        self.active = [ActiveRule(rule, State(rule, chance, rule.drawn_count)) for rule, chance in acting
+                      if rule.drawn_count > rule.after] if acting else []
 
     def turn(self, to):
         """The other side speaks: bytes go this way, and the last ones did not."""
-        speaker, self.speaker = self.speaker, to
+        speaker, self.last_direction = self.last_direction, to
         if speaker is DOWNSTREAM:
             self.begin()
         elif speaker is None and self.late:
-            self.draw_again(self.late)
+            self.redraw(self.late)
 
-    def at_work(self):
-        return {step.rule: step for step in self.steps}
+    def by_rule(self):
+        return {step.rule: step for step in self.active}
 
-    def renew(self, new, changed=()):
+    def rules_changed(self, new, changed=()):
         """The rules are others, or have changed: steps whose rule is gone go.
 
         New ones begin with the next request, or with this one if nobody has spoken yet;
         those drawn per connection at once. One that has changed keeps its memory.
         """
-        at_work = self.at_work()
-        self.horizon = 0
-        self.lasting = {rule: self.lasting[rule] for rule in self.lasting
+        at_work = self.by_rule()
+        self.drawn_until = 0
+        self.per_connection = {rule: self.per_connection[rule] for rule in self.per_connection
                         if rule in self.rules.armed}
         for rule in changed:
-            step = self.lasting.get(rule)
-            if step and step.heard is None:
-                state = self.rules.decide(rule, self.connection, 0, step.number)
+            step = self.per_connection.get(rule)
+            if step and step.match_buffer is None:
+                state = self.rules.draw_rule(rule, self.connection, 0, step.number)
                 step.state = state if step.state is None or state is None else step.state
         self.late = [rule for rule in [*self.late, *new] if rule in self.rules.armed]
-        self.steps = self.drawn(at_work.get)
+        self.active = self.drawn(at_work.get)
 
     def free(self, to, latest):
         """What was on its way has been released: thin wires have nothing queued after latest."""
-        for step in self.steps:
+        for step in self.active:
             if step.rule.thin and step.state is not None:
                 step.state[to] = min(step.state[to], latest)
 
     def draw(self, rule):
         """A step, that may act on the request under way, or when that matches."""
         if rule.match:
-            return Step(rule, heard=b"")
+            return ActiveRule(rule, heard=b"")
         state = self.throw(rule)
-        return Step(rule, state) if state is not None or rule.per == "connection" else None
+        return ActiveRule(rule, state) if state is not None or rule.per == "connection" else None
 
     def throw(self, rule):
         """A state if the dice of the request under way, or of the connection, fall so; or None."""
-        rule.thrown += 1
-        return self.rules.decide(rule, self.connection,
-                                 self.request if rule.per == "request" else 0, rule.thrown)
+        rule.drawn_count += 1
+        return self.rules.draw_rule(rule, self.connection,
+                                 self.request if rule.per == "request" else 0, rule.drawn_count)
 
-    def draw_again(self, rules):
+    def redraw(self, rules):
         """Draw these rules for the request under way; the others stay as they were drawn."""
-        at_work = self.at_work()
-        self.steps = self.drawn(lambda rule: self.draw(rule) if rule in rules
+        at_work = self.by_rule()
+        self.active = self.drawn(lambda rule: self.draw(rule) if rule in rules
                                 else at_work.get(rule))
 
     def drawn(self, for_request):
@@ -2037,76 +2037,76 @@ class Line:
         for rule in self.rules.armed:
             if rule.per == "request":
                 step = for_request(rule)
-            elif rule in self.lasting and not self.may_match(rule):
-                step = self.lasting[rule]
+            elif rule in self.per_connection and not self.awaits_match(rule):
+                step = self.per_connection[rule]
             else:
-                step = self.lasting[rule] = self.draw(rule)
-            if step and (step.state is not None or step.heard is not None):
+                step = self.per_connection[rule] = self.draw(rule)
+            if step and (step.state is not None or step.match_buffer is not None):
                 steps.append(step)
         return steps
 
-    def may_match(self, rule):
+    def awaits_match(self, rule):
         """Whether a rule that is drawn per connection is still to be drawn: for a FramedLine."""
         return False
 
-    def shows(self, to):
+    def observes(self, to):
         """Whether any step at work is to see the bytes of this way."""
-        for step in self.steps:
-            if step.rule.sees in ("both", to) or step.heard is not None:
+        for step in self.active:
+            if step.rule.direction in ("both", to) or step.match_buffer is not None:
                 return True
         return False
 
     def blocking(self):
         """The first step at work that wants the sockets themselves, or None."""
-        return next((step for step in self.steps if step.rule.blocking and step.may_act()), None)
+        return next((step for step in self.active if step.rule.blocking and step.may_act()), None)
 
-    def carry(self, t, to, data):
+    def process(self, t, to, data):
         """What has become of an event after the last step: [(t, to, data, holds)].
 
         holds is which rules have put it off, by how much, and whether they have made it
         when they were shown OPEN: ((rule, seconds, made), ...).
         """
-        return self.fold(self.steps, t, to, [(t, to, data, ())])
+        return self.run_chain(self.active, t, to, [(t, to, data, ())])
 
-    def greet(self, t, ways, rules=None):
+    def process_open(self, t, ways, rules=None):
         """Show OPEN to the faults drawn for the connection; what comes of it, but OPEN.
 
         rules   those that begin now, or have changed, while it is open; None for all
         """
         found = []
-        for place, step in enumerate(self.steps):
+        for place, step in enumerate(self.active):
             if step.rule.per == "connection" if rules is None else step.rule in rules:
                 for to in ways:
-                    made = self.fold([step], t, to, [(t, to, OPEN, ())], shown=True)
+                    made = self.run_chain([step], t, to, [(t, to, OPEN, ())], shown=True)
                     if made == [(t, to, RESET, ())]:
                         return made         # a bug: nobody holds that up
                     made = [event for event in made if event[2] is not OPEN]
-                    found += self.fold(self.steps[place + 1:], t, to, made)
+                    found += self.run_chain(self.active[place + 1:], t, to, made)
         return found
 
-    def fold(self, steps, t, to, events, shown=False):
+    def run_chain(self, steps, t, to, events, shown=False):
         """What these steps make of the events that came of one at t; a bug resets."""
         for step in steps:
             if step.rule.blocking:
                 continue                # it gets the sockets: see Connection.lend
             try:
-                events = (self.through(step, events[0], shown) if len(events) == 1 else
-                          [out for event in events for out in self.through(step, event, shown)])
+                events = (self.run_rule(step, events[0], shown) if len(events) == 1 else
+                          [out for event in events for out in self.run_rule(step, event, shown)])
             except (Exception, SystemExit) as problem:
                 log.error("connection %d, request %d: handler %s failed and the connection is "
                           "reset: %s", self.connection, self.number, step.rule.name,
-                          words_of(problem), exc_info=not step.rule.failed)
-                step.rule.failed = self.touched = True
+                          format_exception(problem), exc_info=not step.rule.failed)
+                step.rule.failed = self.modified = True
                 return [(t, to, RESET, ())]
         return events
 
-    def through(self, step, event, shown):
+    def run_rule(self, step, event, shown):
         """What a step makes of one event."""
         t, to, data, holds = event
         rule = step.rule
         if step.state is None and not self.matches(step, to, data):
             return [event]
-        if rule.sees not in ("both", to) or (rule.times and not step.may_act()):
+        if rule.direction not in ("both", to) or (rule.times and not step.may_act()):
             return [event]
         state = step.state
         state.turn, state.asked = self.number, self.asked
@@ -2115,27 +2115,27 @@ class Line:
                   in rule.handler(state, t, to, data, **rule.options)]
         if events == [(t, to, data)]:
             return [event]
-        self.touched = True
+        self.modified = True
         for _, way, out in events:
             if way not in (UPSTREAM, DOWNSTREAM) or not isinstance(out, bytes):
                 raise TypeError("a handler yields (t, to, data), not (t, %r, %r)" % (way, out))
             if way == DOWNSTREAM and out:
-                self.speaker = DOWNSTREAM
-                self.turned = self.turned or to == UPSTREAM
+                self.last_direction = DOWNSTREAM
+                self.answered_early = self.answered_early or to == UPSTREAM
         if not shown or any(event[2] is not OPEN for event in events):
             if step.act():
-                self.news.append((rule, self.number))
+                self.activated.append((rule, self.number))
         return [(due, way, out, holds if due == t else
                  holds + ((rule, due - t, data is OPEN and out is not OPEN),))
                 for due, way, out in events]
 
     def matches(self, step, to, data):
         """Whether what the client has said by now is what the rule waits for, and it is drawn."""
-        if to == UPSTREAM and data and step.heard is not None and len(step.heard) < HEARD_MAX:
-            step.heard += data[:HEARD_MAX - len(step.heard)]
-            if step.rule.match.search(step.heard):
+        if to == UPSTREAM and data and step.match_buffer is not None and len(step.match_buffer) < MATCH_WINDOW:
+            step.match_buffer += data[:MATCH_WINDOW - len(step.match_buffer)]
+            if step.rule.match.search(step.match_buffer):
                 step.state = self.throw(step.rule)
-                step.heard, step.number = None, step.rule.thrown
+                step.match_buffer, step.number = None, step.rule.drawn_count
         return step.state is not None
 
 
@@ -2146,22 +2146,22 @@ class Exchange:
     row: so replies stay in order, however many requests are under way.
     """
 
-    __slots__ = ("number", "steps", "request", "waiting", "sent", "complete", "over")
+    __slots__ = ("number", "active", "request", "waiting", "sent", "complete", "over")
 
-    def __init__(self, number, steps, request):
-        self.number = number
-        self.steps = steps
+    def __init__(self, number_check, steps, request):
+        self.number = number_check
+        self.active = steps
         self.request = request      # None while the client connects
         self.waiting = []           # events, as in Line.carry
         self.sent = False           # whether the backend gets anything of it
         self.complete = False       # whether the request has come to its end
         self.over = False           # whether the reply has
 
-    def is_over(self):
+    def is_done(self):
         return self.over or (self.complete and not (self.sent and self.request.replies))
 
 
-class FramedLine(Line):
+class ProtocolChain(Chain):
     """A line whose protocol says where requests and replies begin and end.
 
     Bytes of the client belong to the last exchange of the row, bytes of the backend to
@@ -2169,78 +2169,78 @@ class FramedLine(Line):
     rule is armed; then its dice are thrown.
     """
 
-    __slots__ = ("row", "head", "inside", "leaked", "busy", "closing")
+    __slots__ = ("exchanges", "head", "in_request", "head_forwarded", "busy", "closing")
 
     def __init__(self, rules, connection, protocol):
         super().__init__(rules, connection)
         self.protocol = protocol
-        self.row = deque()
+        self.exchanges = deque()
         self.head = b""             # of a request that is not known yet
-        self.inside = False         # whether the client is in the middle of a request
-        self.leaked = False         # whether some of its head has gone through already
+        self.in_request = False         # whether the client is in the middle of a request
+        self.head_forwarded = False         # whether some of its head has gone through already
         self.closing = False        # whether an error that closes waits for its turn
         self.busy = None            # the last in the row on which a fault that is gone is at work
 
     def begin(self):
         """A client connects; until it is known what it asks, where it speaks first."""
         super().begin()
-        self.row.append(Exchange(self.request, self.steps, None))
+        self.exchanges.append(Exchange(self.request, self.active, None))
 
     def append(self, request):
         """A request has begun."""
-        last = self.row[-1]
+        last = self.exchanges[-1]
         self.asked = request
-        connects = last.request is None and not self.protocol.speaks
+        connects = last.request is None and not self.protocol.server_first
         if connects and self.rules.armed:
-            self.draw_again([*self.late, *(rule for rule in self.rules.armed if rule.match)])
+            self.redraw([*self.late, *(rule for rule in self.rules.armed if rule.match)])
             self.late = []
         elif not connects and request.draws:
             super().begin()
-        if self.leaked:                 # too late for those that want all of it
-            self.steps = [step for step in self.steps if step.rule.per == "connection"]
+        if self.head_forwarded:                 # too late for those that want all of it
+            self.active = [step for step in self.active if step.rule.per == "connection"]
         if connects:
-            last.request, last.steps = request, self.steps
+            last.request, last.active = request, self.active
         else:
-            self.row.append(Exchange(self.request, self.steps, request))
-        if self.leaked:
-            self.spare(self.row[-1])
+            self.exchanges.append(Exchange(self.request, self.active, request))
+        if self.head_forwarded:
+            self.spare(self.exchanges[-1])
 
     def draw(self, rule):
         """A step, if the request is known and matches, where the rule says what it waits for."""
-        if rule.match and not (self.asked and rule.match.search(self.asked.text[:HEARD_MAX])):
+        if rule.match and not (self.asked and rule.match.search(self.asked.text[:MATCH_WINDOW])):
             return None
-        return Step(rule, self.throw(rule))
+        return ActiveRule(rule, self.throw(rule))
 
-    def may_match(self, rule):
-        return rule.match and self.lasting[rule] is None
+    def awaits_match(self, rule):
+        return rule.match and self.per_connection[rule] is None
 
-    def renew(self, new, changed=()):
-        super().renew(new, changed)
-        last, self.busy = self.row[-1], None
-        for exchange in self.row:       # what they have answered for, they finish
-            exchange.steps = [step for step in exchange.steps
+    def rules_changed(self, new, changed=()):
+        super().rules_changed(new, changed)
+        last, self.busy = self.exchanges[-1], None
+        for exchange in self.exchanges:       # what they have answered for, they finish
+            exchange.active = [step for step in exchange.active
                               if (step.rule in self.rules.armed and exchange is not last)
                               or (step.state is not None
                                   and step.state.replies.get(exchange.request))]
             if exchange is last:
-                exchange.steps += [step for step in self.steps if step not in exchange.steps]
-            if exchange.steps or exchange.waiting:
+                exchange.active += [step for step in self.active if step not in exchange.active]
+            if exchange.active or exchange.waiting:
                 self.busy = exchange
         if last.sent:
             self.spare(last)
 
     def spare(self, exchange):
         """The backend has some of this request: it is too late to answer in its place."""
-        for step in exchange.steps:
+        for step in exchange.active:
             if step.state is not None:
                 step.state.replies.setdefault(exchange.request, None)
 
     def leave(self):
         """Let the first of the row go, if it is over and not the last; whether it has gone."""
-        if len(self.row) == 1 or not self.row[0].is_over():
+        if len(self.exchanges) == 1 or not self.exchanges[0].is_done():
             return False
-        gone = self.row.popleft()
-        for step in gone.steps:
+        gone = self.exchanges.popleft()
+        for step in gone.active:
             if step.state is not None:
                 step.state.replies.pop(gone.request, None)
         if gone is self.busy:
@@ -2248,17 +2248,17 @@ class FramedLine(Line):
         return True
 
     def turn(self, to):
-        self.speaker = to               # requests begin where the protocol says
+        self.last_direction = to               # requests begin where the protocol says
 
-    def quiet(self, to, data, marks):
+    def pass_through(self, to, data, marks):
         """What goes on of bytes with these marks, which are followed, if no fault is at work.
 
         None if one may be, and nothing is done.
         """
-        row = self.row
-        if not marks and not self.closing and (self.inside or to == DOWNSTREAM):
+        row = self.exchanges
+        if not marks and not self.closing and (self.in_request or to == DOWNSTREAM):
             # The middle of a request, or of a reply: what it draws is drawn.
-            return None if row[-1 if to == UPSTREAM else 0].steps else data
+            return None if row[-1 if to == UPSTREAM else 0].active else data
         if self.rules.armed or self.head or self.busy or self.closing:
             return None
         if to == DOWNSTREAM:
@@ -2270,10 +2270,10 @@ class FramedLine(Line):
         size = len(data)
         if self.protocol.host:          # a head is to go on as a whole
             mark = marks[0][1] if marks else None
-            if type(mark) is not Request or (len(marks) > 1 and marks[1:] != [(size, END)]):
+            if type(mark) is not Request or (len(marks) > 1 and marks[1:] != [(size, END_OF_MESSAGE)]):
                 return None
             head = bytes(data[:marks[0][0]])
-            named = self.protocol.reword(head)
+            named = self.protocol.rewrite_head(head)
             if named is not head:
                 data = named + data[len(head):]
         for _, mark in marks:
@@ -2281,8 +2281,8 @@ class FramedLine(Line):
             row[-1].sent = True
             while len(row) > 1 and self.leave():
                 pass
-        if not self.inside and (not marks or marks[-1][0] < size):
-            self.leaked = True
+        if not self.in_request and (not marks or marks[-1][0] < size):
+            self.head_forwarded = True
         return data
 
     def pass_whole(self, to, found, data):
@@ -2292,8 +2292,8 @@ class FramedLine(Line):
 
         found    what the message is: see Frames.usual
         """
-        last = self.row[-1]
-        if (self.rules.armed or self.busy or self.closing or len(self.row) > 1
+        last = self.exchanges[-1]
+        if (self.rules.armed or self.busy or self.closing or len(self.exchanges) > 1
                 or last.request is None):
             return None
         if to == DOWNSTREAM:
@@ -2304,28 +2304,28 @@ class FramedLine(Line):
         self.asked = found
         super().begin()
         self.protocol.pending.append(found)
-        last.number, last.request, last.steps = self.request, found, self.steps
+        last.number, last.request, last.active = self.request, found, self.active
         last.sent = True                # and complete it is, as the one before
         last.over = False
         found.text = b""
-        return self.protocol.reword(data) if self.protocol.host else data
+        return self.protocol.rewrite_head(data) if self.protocol.host else data
 
     def follow(self, to, mark):
         """Where the row stands after a mark."""
         if to == DOWNSTREAM:
-            self.row[0].over = True
-        elif mark is END:
-            last = self.row[-1]
+            self.exchanges[0].over = True
+        elif mark is END_OF_MESSAGE:
+            last = self.exchanges[-1]
             last.complete = last.request is not None
             pending = self.protocol.pending
             if last.complete and not last.sent and pending and pending[-1] is last.request:
                 pending.pop()
             if last.complete:
                 last.request.text = b""         # nothing is looked for in it any more
-            self.inside = self.leaked = False
+            self.in_request = self.head_forwarded = False
         else:
-            self.inside = True
-            if mark is not MORE:
+            self.in_request = True
+            if mark is not CONTINUATION:
                 if mark.replies:
                     self.protocol.pending.append(mark)
                 self.append(mark)
@@ -2337,78 +2337,78 @@ class FramedLine(Line):
             if self.closing and to == UPSTREAM:
                 break                   # a server would not read it any more
             piece, at = data[at:offset], offset
-            if to == UPSTREAM and not self.inside:
+            if to == UPSTREAM and not self.in_request:
                 self.head += piece
             elif piece:
-                events += self.piece(now, to, piece)
-            if mark is END:
-                events += self.piece(now, to, END)
-                self.follow(to, END)
-                events += self.settle(now)
+                events += self.process_piece(now, to, piece)
+            if mark is END_OF_MESSAGE:
+                events += self.process_piece(now, to, END_OF_MESSAGE)
+                self.follow(to, END_OF_MESSAGE)
+                events += self.release_finished(now)
             elif mark is not None:
                 self.follow(to, mark)
-                events += self.settle(now)
+                events += self.release_finished(now)
                 head, self.head = self.head, b""
-                if mark is not MORE:
-                    head = self.protocol.reword(head)
-                events += self.piece(now, to, head) if head else []
+                if mark is not CONTINUATION:
+                    head = self.protocol.rewrite_head(head)
+                events += self.process_piece(now, to, head) if head else []
         return events
 
-    def piece(self, now, to, data):
+    def process_piece(self, now, to, data):
         """What becomes of bytes, or a signal, of the exchange that they belong to."""
-        exchange = self.row[-1 if to == UPSTREAM else 0]
+        exchange = self.exchanges[-1 if to == UPSTREAM else 0]
         self.asked, self.number = exchange.request, exchange.number
         events = []
         # What goes on with a request that was complete is no longer its fault's.
-        steps = [] if to == UPSTREAM and exchange.complete and data else exchange.steps
-        for event in self.fold(steps, now, to, [(now, to, data, ())]):
+        steps = [] if to == UPSTREAM and exchange.complete and data else exchange.active
+        for event in self.run_chain(steps, now, to, [(now, to, data, ())]):
             _, way, out, _ = event
             exchange.sent = exchange.sent or (way == UPSTREAM and bool(out))
-            if out is END:
+            if out is END_OF_MESSAGE:
                 continue
-            if exchange is not self.row[0] and (way == DOWNSTREAM or not (out or out is data)):
+            if exchange is not self.exchanges[0] and (way == DOWNSTREAM or not (out or out is data)):
                 exchange.waiting.append(event)
                 self.closing = self.closing or (way == UPSTREAM and out is EOF)
             else:
                 events.append(event)
         return events
 
-    def settle(self, now):
+    def release_finished(self, now):
         """Let those that are over go; what the next one has said already follows."""
         events = []
         while self.leave():
-            first = self.row[0]
+            first = self.exchanges[0]
             events += [(max(t, now), to, data, holds) for t, to, data, holds in first.waiting]
             first.waiting = []
         return events
 
-    def carry(self, t, to, data):
+    def process(self, t, to, data):
         """As in Line: for signals; before the end comes what was held of a head."""
-        return (self.spill(t) if to == UPSTREAM else []) + self.piece(t, to, data)
+        return (self.flush_head(t) if to == UPSTREAM else []) + self.process_piece(t, to, data)
 
-    def spill(self, t):
+    def flush_head(self, t):
         """What was held of a head goes on as it is."""
         head, self.head = self.head, b""
         return [(t, UPSTREAM, head, ())] if head else []
 
-    def let_pass(self, now):
+    def stop_parsing(self, now):
         """What the client says from now on passes as it is, while errors wait for their turn."""
-        self.protocol.up = Frames(read_nothing())
-        self.inside = True
-        return self.spill(now)
+        self.protocol.up = Framer(read_opaque())
+        self.in_request = True
+        return self.flush_head(now)
 
-    def give_up(self, now):
+    def fall_back_to_tcp(self, now):
         """(a Line, events): the connection goes on as plain tcp."""
-        line = Line(self.rules, self.connection)
-        line.request, line.speaker, line.opaque = self.request, self.speaker, True
-        line.lasting = {rule: step for rule, step in self.lasting.items() if step}
-        line.steps, line.news, line.turned = self.steps, self.news, self.turned
-        events = [event for exchange in self.row for event in exchange.waiting]
+        line = Chain(self.rules, self.connection)
+        line.request, line.last_direction, line.opaque = self.request, self.last_direction, True
+        line.per_connection = {rule: step for rule, step in self.per_connection.items() if step}
+        line.active, line.activated, line.answered_early = self.active, self.activated, self.answered_early
+        events = [event for exchange in self.exchanges for event in exchange.waiting]
         line.number = line.request
         if self.head:
-            if self.row[-1].request or self.protocol.speaks:
+            if self.exchanges[-1].request or self.protocol.server_first:
                 line.begin()            # it is a request that was not one of the protocol's
-            events += line.carry(now, UPSTREAM, self.head)
+            events += line.process(now, UPSTREAM, self.head)
         return line, events
 
 
@@ -2419,29 +2419,29 @@ class Budget:
     least, which is set aside for each.
     """
 
-    __slots__ = ("total", "held", "pipes", "ample")
+    __slots__ = ("total", "held", "pipes", "fast_path_limit")
 
     def __init__(self, total=HELD_TOTAL):
         self.total = total
         self.held = 0
         self.pipes = 0
         # Held bytes up to which a read on the straight road fits, whatever it brings.
-        self.ample = total - 8 * max(HELD_STILL, DUCT)
+        self.fast_path_limit = total - 8 * max(HELD_MAX_IDLE, KERNEL_PIPE_SIZE)
 
-    def share(self, bound):
+    def allowance(self, bound):
         """What one pipe may hold, bound at most."""
-        left = self.total - self.held - self.pipes * HELD_LEAST
-        return max(HELD_LEAST, min(bound, left // 8))
+        left = self.total - self.held - self.pipes * HELD_MIN
+        return max(HELD_MIN, min(bound, left // 8))
 
 
-class Pipe:
+class DelayQueue:
     """The bytes of one direction on their way, each with the time it is due.
 
     What is due and cannot be sent yet moves from the queue to `out`; from then on it
     is no longer the handlers' business.
     """
 
-    __slots__ = ("to", "budget", "queue", "order", "latest", "thin_until", "out", "held",
+    __slots__ = ("to", "budget", "queue", "order", "latest", "rate_limited_until", "out", "held",
                  "passed", "taken", "given", "over", "done")
     out: deque
 
@@ -2451,7 +2451,7 @@ class Pipe:
         self.queue = []         # a heap of (due, order, data, start, holds)
         self.order = 0          # what is due at the same time leaves as it came
         self.latest = 0.0       # when the last byte put in is due
-        self.thin_until = 0.0   # until when what is there queues for a thin wire
+        self.rate_limited_until = 0.0   # until when what is there queues for a thin wire
         self.out = ()  # type: ignore   # bytes, and EOF, that are due; a deque once there are any
         self.held = 0           # what queue and out hold, as the budget counts it
         self.passed = 0         # bytes that have gone straight from the source to the target
@@ -2460,7 +2460,7 @@ class Pipe:
         self.over = False       # the source has said EOF
         self.done = False       # nothing more goes to the target: what still comes is dropped
         budget.pipes += 1
-        budget.ample -= HELD_LEAST
+        budget.fast_path_limit -= HELD_MIN
 
     @property
     def received(self):
@@ -2482,15 +2482,15 @@ class Pipe:
         # An EOF set for later does not hold up what comes before it.
         if data or data is OPEN:
             self.latest = t
-        self.thin_until = max(self.thin_until,
+        self.rate_limited_until = max(self.rate_limited_until,
                               start + sum(hold[1] for hold in holds if hold[0].thin))
         self.order += 1
         self.hold(len(data))
         heapq.heappush(self.queue, (t, self.order, data, start, holds))
 
     def hold(self, size):
-        self.held += size + HELD_ENTRY
-        self.budget.held += size + HELD_ENTRY
+        self.held += size + CHUNK_OVERHEAD
+        self.budget.held += size + CHUNK_OVERHEAD
 
     def wait(self, data):
         """Bytes, or EOF, are due, and cannot be sent yet."""
@@ -2498,7 +2498,7 @@ class Pipe:
             self.out = deque()
         self.out.append(data)
 
-    def let_go(self, size):
+    def credit(self, size):
         self.held -= size
         self.budget.held -= size
 
@@ -2515,26 +2515,26 @@ class Pipe:
             elif data is EOF:
                 self.wait(data)
             else:
-                self.let_go(HELD_ENTRY)
+                self.credit(CHUNK_OVERHEAD)
                 signals.append(data)
         return signals
 
     def next_due(self):
         return self.queue[0][0] if self.queue else NEVER
 
-    def next_room(self, now):
+    def resume_reading_at(self, now):
         """When a thin wire lets the source go on, if it does not now; see `room`."""
-        return self.thin_until - MOMENT if self.queue and now < self.thin_until - MOMENT else NEVER
+        return self.rate_limited_until - RATE_BACKLOG if self.queue and now < self.rate_limited_until - RATE_BACKLOG else NEVER
 
     def sent(self, size):
         """The first `size` bytes of out's first chunk are sent."""
         rest = self.out.popleft()[size:]        # a memoryview, EOF, or a Duct, that is cut so
         self.given += size
-        self.let_go(size)
+        self.credit(size)
         if rest:
             self.out.appendleft(rest)
         else:
-            self.let_go(HELD_ENTRY)
+            self.credit(CHUNK_OVERHEAD)
 
     def release(self, gone, changed=()):
         """Let go at once, in order, what these rules hold; what others hold stays.
@@ -2545,9 +2545,9 @@ class Pipe:
         rules = [*gone, *changed]
         if not any(rule in rules for entry in self.queue for rule, _, _ in entry[4]):
             return False
-        entries, self.queue, self.latest, self.thin_until = self.queue, [], 0.0, 0.0
+        entries, self.queue, self.latest, self.rate_limited_until = self.queue, [], 0.0, 0.0
         for _, _, data, start, holds in sorted(entries, key=lambda entry: entry[1]):
-            self.let_go(len(data) + HELD_ENTRY)
+            self.credit(len(data) + CHUNK_OVERHEAD)
             if any(made and rule in changed for rule, _, made in holds):
                 continue
             holds = tuple(hold for hold in holds if hold[0] not in rules)
@@ -2560,21 +2560,21 @@ class Pipe:
         Much, where it flows; little, where nothing is due, or where what is there waits
         for a thin wire: a sender is to feel that. The clock is not read where nothing is held.
         """
-        bound = HELD_STILL
-        if self.queue and self.queue[0][0] < NEVER and self.thin_until - MOMENT <= clock():
+        bound = HELD_MAX_IDLE
+        if self.queue and self.queue[0][0] < NEVER and self.rate_limited_until - RATE_BACKLOG <= clock():
             bound = HELD_MAX
-        return min(CHUNK, self.budget.share(bound) - self.held - HELD_ENTRY)
+        return min(CHUNK, self.budget.allowance(bound) - self.held - CHUNK_OVERHEAD)
 
     def drop(self):
         """Forget what is under way."""
         self.queue, self.out = [], ()  # type: ignore
-        self.let_go(self.held)
+        self.credit(self.held)
 
     def close(self):
         if self.held:
             self.drop()
         self.budget.pipes -= 1
-        self.budget.ample += HELD_LEAST
+        self.budget.fast_path_limit += HELD_MIN
 
 
 # -- Loop ---------------------------------------------------------------------
@@ -2582,7 +2582,7 @@ class Pipe:
 # One thread, one selector: ready sockets, one heap of alarms, and a door through
 # which other threads hand in functions to call.
 
-def attempt(function, *args):
+def capture(function, *args):
     """(result, None) or (None, exception): to be carried into another thread."""
     try:
         return function(*args), None
@@ -2593,7 +2593,7 @@ def attempt(function, *args):
 new_key = functools.partial(tuple.__new__, selectors.SelectorKey)      # no call in Python
 
 
-class Epoll(selectors.BaseSelector):
+class EpollSelector(selectors.BaseSelector):
     """As selectors.EpollSelector, for less: it does not ask for as many events as there are
     sockets, what it makes for each event is one tuple, and it looks again before it sleeps.
     """
@@ -2601,18 +2601,18 @@ class Epoll(selectors.BaseSelector):
     MASKS = [0, 1, 4, 5]                    # EVENT_READ and EVENT_WRITE as EPOLLIN and EPOLLOUT
     # EPOLLIN, EPOLLOUT, and EPOLLIN with EPOLLHUP; or else both: an error is to be found.
     READY = {1: EVENT_READ, 4: EVENT_WRITE, 17: EVENT_READ}
-    MOST = 256                              # events at a time: alarms are not to wait for more
-    AWAKE = 0.00008     # seconds; falling asleep and waking up cost about as many, as measured
-    BUSY = 0.001        # seconds after which others were given the processor meanwhile
-    SKIPS = 8           # sleeps without another look, at most, where looking was in vain
-    SKIPS_BUSY = 512    # and where the processor is others': a look may cost a slice of its time
+    MAX_EVENTS = 256                              # events at a time: alarms are not to wait for more
+    SPIN_TIME = 0.00008     # seconds; falling asleep and waking up cost about as many, as measured
+    PREEMPTED = 0.001        # seconds after which others were given the processor meanwhile
+    BACKOFF_MAX = 8           # sleeps without another look, at most, where looking was in vain
+    BACKOFF_PREEMPTED = 512    # and where the processor is others': a look may cost a slice of its time
 
     def __init__(self, clock=time.monotonic):
         self.epoll = select.epoll()
         self.keys = {}
         self.clock = clock
         self.skips = 0      # sleeps to come without another look
-        self.vain = 0       # how many they were when looking was last in vain; 0 when it was not
+        self.backoff = 0       # how many they were when looking was last in vain; 0 when it was not
 
     def fileno(self):
         return self.epoll.fileno()
@@ -2639,16 +2639,16 @@ class Epoll(selectors.BaseSelector):
 
     def select(self, timeout=None):
         poll = self.epoll.poll
-        events = poll(0, self.MOST)
+        events = poll(0, self.MAX_EVENTS)
         if not events and timeout != 0:
-            events = self.look_again()
+            events = self.busy_poll()
             if events is None:
-                events = poll(-1 if timeout is None else timeout, self.MOST)
+                events = poll(-1 if timeout is None else timeout, self.MAX_EVENTS)
         # The keys as they are now: an earlier callback may give a number to another socket.
         keys, ready = self.keys, self.READY.get
         return [(keys[fd], ready(mask, 3)) for fd, mask in events]
 
-    def look_again(self):
+    def busy_poll(self):
         """Events that come while one would fall asleep; None if it is time to. Others go first.
 
         Many a peer answers sooner than that. Who waits for as long as sleeping costs, and
@@ -2660,21 +2660,21 @@ class Epoll(selectors.BaseSelector):
             return None
         clock, events, passed = self.clock, [], 0.0
         began = clock()
-        while not events and passed < self.AWAKE:
+        while not events and passed < self.SPIN_TIME:
             os.sched_yield()
-            events = self.epoll.poll(0, self.MOST)
+            events = self.epoll.poll(0, self.MAX_EVENTS)
             passed = clock() - began
-        if passed > self.BUSY:
-            self.vain = self.skips = self.SKIPS_BUSY
+        if passed > self.PREEMPTED:
+            self.backoff = self.skips = self.BACKOFF_PREEMPTED
             return events               # if there are none: an alarm may be due by now
-        self.vain = self.skips = 0 if events else min(self.SKIPS, 2 * self.vain or 1)
+        self.backoff = self.skips = 0 if events else min(self.BACKOFF_MAX, 2 * self.backoff or 1)
         return events or None
 
     def get_map(self):
         return self.keys
 
 
-def raise_descriptors():
+def raise_fd_limit():
     """Have as many descriptors as we may: two for each connection (man 2 getrlimit).
 
     Returns how many, or 0 where that cannot be known.
@@ -2693,48 +2693,48 @@ def raise_descriptors():
     return have
 
 
-def have_descriptors():
+def fds_available():
     """Whether there are SPARE descriptors: found out by having them."""
     found = []
     try:
-        while len(found) < SPARE:
+        while len(found) < SPARE_FDS:
             found.append(os.open(os.devnull, os.O_RDONLY))
     except OSError:
         return False
     finally:
-        for number in found:
-            os.close(number)
+        for number_check in found:
+            os.close(number_check)
     return True
 
 
 class Loop:
     """Watches sockets, rings alarms, and calls what other threads hand in."""
 
-    scarce = False      # whether descriptors have run out: then who accepts looks for some first
+    fds_exhausted = False      # whether descriptors have run out: then who accepts looks for some first
 
     def __init__(self, clock=time.monotonic, selector=None):
         self.clock = clock
-        self.selector = selector or (Epoll if hasattr(select, "epoll")
+        self.selector = selector or (EpollSelector if hasattr(select, "epoll")
                                      else selectors.DefaultSelector)()
         self.watched = set()                # sockets
-        self.alarms = []                    # a heap of [t, order, callback or None]
+        self.timers = []                    # a heap of [t, order, callback or None]
         self.order = 0
         self.cancelled = 0                  # how many of the alarms will not ring
         self.calls = deque()                # functions from other threads
         self.running = True
-        self.ended = False
+        self.closed = False
         self.budget = Budget()
         self.buffer = bytearray(CHUNK)      # every recv reads into this one
         self.view = memoryview(self.buffer)
-        self.ducts = []                     # empty ones, to be used again
-        self.waker, self.sleeper = socket.socketpair()
-        self.waker.setblocking(False)
-        self.sleeper.setblocking(False)
-        self.watch(self.sleeper, EVENT_READ, self.wake_up)
+        self.pipe_pool = []                     # empty ones, to be used again
+        self.wakeup_send, self.wakeup_recv = socket.socketpair()
+        self.wakeup_send.setblocking(False)
+        self.wakeup_recv.setblocking(False)
+        self.watch(self.wakeup_recv, EVENT_READ, self.on_wakeup)
         # An epoll or kqueue descriptor can itself be selected, which waits by the
         # microsecond where epoll rounds up to the millisecond. FD_SETSIZE bounds it.
         fileno = getattr(self.selector, "fileno", None)
-        self.exact = [fileno()] if fileno and fileno() < 1024 else None
+        self.precise_fds = [fileno()] if fileno and fileno() < 1024 else None
         # Windows' select() takes 512 sockets, others' descriptors below 1024.
         self.limit = 500 if isinstance(self.selector, selectors.SelectSelector) else math.inf
 
@@ -2754,17 +2754,17 @@ class Loop:
             self.watched.remove(sock)
             self.selector.unregister(sock)
 
-    def full(self):
+    def capacity_error(self):
         """Why there is no room for one more connection and what it may need; "" if there is."""
         if len(self.watched) + 2 > self.limit:
             return "select() takes no more sockets"
-        return "too few descriptors are left" if Loop.scarce and not have_descriptors() else ""
+        return "too few descriptors are left" if Loop.fds_exhausted and not fds_available() else ""
 
-    def at(self, t, callback):
+    def call_at(self, t, callback):
         """Call back at t. Returns the alarm, for `cancel`."""
         self.order += 1
         alarm = [t, self.order, callback]
-        heapq.heappush(self.alarms, alarm)
+        heapq.heappush(self.timers, alarm)
         return alarm
 
     def cancel(self, alarm):
@@ -2773,12 +2773,12 @@ class Loop:
             return
         alarm[2] = None
         self.cancelled += 1
-        if self.cancelled > max(100, len(self.alarms) // 2):
-            self.alarms = [alarm for alarm in self.alarms if alarm[2]]
-            heapq.heapify(self.alarms)
+        if self.cancelled > max(100, len(self.timers) // 2):
+            self.timers = [alarm for alarm in self.timers if alarm[2]]
+            heapq.heapify(self.timers)
             self.cancelled = 0
-        while self.alarms and not self.alarms[0][2]:    # or else the loop would read the clock
-            heapq.heappop(self.alarms)
+        while self.timers and not self.timers[0][2]:    # or else the loop would read the clock
+            heapq.heappop(self.timers)
             self.cancelled -= 1
 
     def run(self):
@@ -2788,56 +2788,56 @@ class Loop:
                 for key, events in self.wait():
                     key.data(events)
                     if self.calls:      # nobody waits for hundreds of busy sockets
-                        self.answer_calls()
-                if self.alarms:
-                    self.ring_alarms()
+                        self.run_queued()
+                if self.timers:
+                    self.run_timers()
         finally:
-            self.ended = True
+            self.closed = True
 
     def wait(self):
         """Ready sockets, or none when the next alarm is due."""
-        if not self.alarms:
+        if not self.timers:
             return self.selector.select()       # a time-out is a timer of the kernel's to set
-        seconds = self.alarms[0][0] - self.clock()
-        if seconds > FINE:
-            return self.selector.select(min(LONGEST, seconds - FINE / 2))
-        if seconds > 0 and self.exact:
-            if seconds > EARLY:
-                select.select(self.exact, [], [], seconds - EARLY)
+        seconds = self.timers[0][0] - self.clock()
+        if seconds > PRECISE_WAIT:
+            return self.selector.select(min(MAX_WAIT, seconds - PRECISE_WAIT / 2))
+        if seconds > 0 and self.precise_fds:
+            if seconds > SELECT_OVERSHOOT:
+                select.select(self.precise_fds, [], [], seconds - SELECT_OVERSHOOT)
             seconds = 0                 # the rest, if any, passes in turns of the loop
         return self.selector.select(max(0, seconds))
 
-    def ring_alarms(self):
+    def run_timers(self):
         now = self.clock()
-        while self.alarms and self.alarms[0][0] <= now:
-            alarm = heapq.heappop(self.alarms)
+        while self.timers and self.timers[0][0] <= now:
+            alarm = heapq.heappop(self.timers)
             callback, alarm[2] = alarm[2], None
             if callback:
                 callback()
             else:
                 self.cancelled -= 1
 
-    def post(self, function, *args):
+    def call_soon_threadsafe(self, function, *args):
         """From any thread, or a signal: have function called in the loop's thread."""
         self.calls.append((function, args))
         try:
-            self.waker.send(b"!")
+            self.wakeup_send.send(b"!")
         except BlockingIOError:
             pass                        # full of wake-ups already
         except OSError:
             pass                        # closed: nobody is left to call
 
-    def wake_up(self, events):
+    def on_wakeup(self, events):
         with contextlib.suppress(BlockingIOError):
-            self.sleeper.recv(4096)
-        self.answer_calls()
+            self.wakeup_recv.recv(4096)
+        self.run_queued()
 
-    def answer_calls(self):
+    def run_queued(self):
         while self.calls:
             function, args = self.calls.popleft()
             function(*args)
 
-    def call(self, function, *args):
+    def run_sync(self, function, *args):
         """Run function in the loop's thread and return its result.
 
         For other threads: called from the loop's own it would wait for itself.
@@ -2846,37 +2846,37 @@ class Loop:
         done, outcome = threading.Event(), []
 
         def answer():
-            outcome.extend(attempt(function, *args))
+            outcome.extend(capture(function, *args))
             done.set()
 
-        self.post(answer)
-        while not done.wait(0 if self.ended else 1):
-            if self.ended:
+        self.call_soon_threadsafe(answer)
+        while not done.wait(0 if self.closed else 1):
+            if self.closed:
                 raise RuntimeError("the loop has ended")
         result, problem = outcome
         if problem:
             raise problem
         return result
 
-    def away(self, function, then):
+    def run_in_thread(self, function, then):
         """Run function in a thread of its own; then(result, problem) in the loop's."""
-        thread = threading.Thread(target=lambda: self.post(then, *attempt(function)), daemon=True)
+        thread = threading.Thread(target=lambda: self.call_soon_threadsafe(then, *capture(function)), daemon=True)
         try:
             thread.start()
         except RuntimeError as problem:     # no more threads
-            self.post(then, None, problem)
+            self.call_soon_threadsafe(then, None, problem)
 
     def stop(self):
         """From any thread, or a signal."""
         self.running = False
-        self.post(int)
+        self.call_soon_threadsafe(int)
 
     def close(self):
         self.selector.close()
-        self.waker.close()
-        self.sleeper.close()
-        while self.ducts:
-            self.ducts.pop().close()
+        self.wakeup_send.close()
+        self.wakeup_recv.close()
+        while self.pipe_pool:
+            self.pipe_pool.pop().close()
 
 
 # -- Addresses ----------------------------------------------------------------
@@ -2884,7 +2884,7 @@ class Loop:
 # HOST:PORT as people write it, and the socket addresses it stands for.
 
 LOOPBACK = ("127.0.0.1", "::1")     # what localhost is, whatever the hosts file says (RFC 6761)
-EVERYWHERE = ("0.0.0.0", "::")
+WILDCARD = ("0.0.0.0", "::")
 
 
 def parse_address(text, listens=False):
@@ -2912,7 +2912,7 @@ def parse_address(text, listens=False):
         raise ValueError(wanted)
     if not (0 if listens else 1) <= int(port) <= 65535:
         raise ValueError("must have a port from %d to 65535, not %r" % (not listens, text))
-    if not nameable(host):
+    if not is_valid_host(host):
         raise ValueError(wanted)
     return host, int(port)
 
@@ -2922,7 +2922,7 @@ def parse_listener(text):
     return parse_address(text, listens=True)
 
 
-def nameable(host):
+def is_valid_host(host):
     """Whether host can be asked of a resolver: nothing, or labels of 1 to 63 bytes, 253 in all."""
     if ":" in host:
         return bool(re.fullmatch(r"[0-9A-Fa-f:.]+(%[\w.-]+)?", host))
@@ -2933,23 +2933,23 @@ def nameable(host):
     return len(name) <= 254 and bool(re.fullmatch(r"([\w-]{1,63}(\.[\w-]{1,63})*\.?)?", name))
 
 
-def meet(local, backend):
+def same_endpoint(local, backend):
     """Whether a listener at local would be reached by calling backend, as far as numbers tell."""
-    here = {address[:2] for _, address in literal(local, EVERYWHERE) or ()}
-    there = {address[:2] for _, address in literal(backend) or ()}
-    if here & {(host, local[1]) for host in EVERYWHERE}:
+    here = {address[:2] for _, address in resolve_numeric(local, WILDCARD) or ()}
+    there = {address[:2] for _, address in resolve_numeric(backend) or ()}
+    if here & {(host, local[1]) for host in WILDCARD}:
         here |= {(host, local[1]) for host in LOOPBACK}
     return bool(here & there)
 
 
 def check_backend(backend, listeners):
     """Refuse, with a ValueError, a backend that is where we listen, at one of these."""
-    if any(meet(address, backend) for address in listeners):
+    if any(same_endpoint(address, backend) for address in listeners):
         raise ValueError("%s is the address that is listened on: the proxy would call itself"
-                         % show_address(backend))
+                         % format_address(backend))
 
 
-def show_address(address):
+def format_address(address):
     """(host, port, ...) as a person writes it."""
     host, port = address[:2]
     return "[%s]:%d" % (host, port) if ":" in host else "%s:%d" % (host, port)
@@ -2972,7 +2972,7 @@ def resolve(address, everywhere=LOOPBACK, flags=0):
     return found
 
 
-def literal(address, everywhere=LOOPBACK):
+def resolve_numeric(address, everywhere=LOOPBACK):
     """As `resolve`, where no resolver is needed for it; None where one is."""
     try:
         return resolve(address, everywhere, flags=socket.AI_NUMERICHOST)
@@ -2980,7 +2980,7 @@ def literal(address, everywhere=LOOPBACK):
         return None
 
 
-def missing(problem):
+def address_unavailable(problem):
     """Whether the machine lacks the address family or the address, as without IPv6."""
     return problem.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EINVAL)
 
@@ -2990,18 +2990,18 @@ def missing(problem):
 # Two sockets and the two roads between them. The methods come in the order in which
 # a chunk meets them.
 
-SPLICES = hasattr(os, "splice")         # Linux, with Python 3.10 or newer
+HAVE_SPLICE = hasattr(os, "splice")         # Linux, with Python 3.10 or newer
 F_SETPIPE_SZ = 1031                     # of linux/fcntl.h; in the module fcntl since Python 3.10
-UNBLOCKED = getattr(socket, "SOCK_NONBLOCK", 0)
+SOCK_NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)
 # What socket.socket is made from: all that a proxy needs, and half as long to make and close.
-SOCKET = socket.SocketType
-NO_MORE = {errno.EMFILE, errno.ENFILE}      # descriptors
+RawSocket = socket.SocketType
+FD_EXHAUSTED = {errno.EMFILE, errno.ENFILE}      # descriptors
 # What splice says where recv will do: nothing is there, or this system, or a socket, cannot.
-CANNOT = {errno.EAGAIN, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EBADF}
-UNDER_WAY = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}      # what connect says then
+SPLICE_UNAVAILABLE = {errno.EAGAIN, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EBADF}
+CONNECT_PENDING = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}      # what connect says then
 
 
-class Duct:
+class KernelPipe:
     """A pipe of the kernel's: bytes go through it from socket to socket, and are not copied.
 
     Like bytes it has a length, and can be cut in front when they are sent.
@@ -3014,7 +3014,7 @@ class Duct:
         self.out, self.into = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.held = 0
         with contextlib.suppress(OSError):      # some systems bound all pipes together (man 7
-            fcntl.fcntl(self.into, F_SETPIPE_SZ, DUCT)      # pipe): then it is a smaller one
+            fcntl.fcntl(self.into, F_SETPIPE_SZ, KERNEL_PIPE_SIZE)      # pipe): then it is a smaller one
 
     def __len__(self):
         return self.held
@@ -3025,7 +3025,7 @@ class Duct:
 
     def fill(self, source):
         """Take in what has come to a socket; returns how many bytes. Raises OSError, as recv."""
-        self.held = os.splice(source.fileno(), self.into, DUCT, flags=os.SPLICE_F_NONBLOCK)
+        self.held = os.splice(source.fileno(), self.into, KERNEL_PIPE_SIZE, flags=os.SPLICE_F_NONBLOCK)
         return self.held
 
     def send_to(self, target):
@@ -3037,16 +3037,16 @@ class Duct:
         os.close(self.into)
 
 
-class Way(Pipe):
+class Link(DelayQueue):
     """One direction of a connection: a pipe, and the socket that it begins at."""
 
-    __slots__ = ("source", "watched", "straight", "full")
+    __slots__ = ("source", "watched", "fast_target", "full")
 
     def __init__(self, to, budget):
         super().__init__(to, budget)
         self.source = None      # a socket
         self.watched = 0        # what it is watched for, be it to read from it or to write to it
-        self.straight = None    # the target, a socket, while nothing stands between the two
+        self.fast_target = None    # the target, a socket, while nothing stands between the two
         self.full = 0           # how often much has come at a time
 
     def keep(self, data):
@@ -3057,7 +3057,7 @@ class Way(Pipe):
 
     def drop(self):
         for data in self.out:
-            if isinstance(data, Duct):
+            if isinstance(data, KernelPipe):
                 data.close()
         super().drop()
 
@@ -3066,48 +3066,48 @@ class Connection:
     """A client, the backend called for it, and what is under way between them."""
 
     __slots__ = ("proxy", "loop", "number", "peer", "line", "up", "down", "client", "backend",
-                 "addresses", "deadline", "dialled", "connecting", "torn", "lent", "faults",
-                 "alarm", "patience", "lingers", "began")
+                 "addresses", "deadline", "connect_started", "connecting", "reset_reason", "handed_off", "faults",
+                 "alarm", "deadline_timer", "lingering", "began")
 
-    def __init__(self, proxy, number, client, peer):
+    def __init__(self, proxy, number_check, client, peer):
         self.proxy = proxy
         self.loop = proxy.loop
-        self.number = number
+        self.number = number_check
         self.peer = peer                # the client's address
-        self.line = (FramedLine(proxy.rules, number, proxy.protocol(proxy.host_header()))
-                     if proxy.protocol else Line(proxy.rules, number))
-        self.up = Way(UPSTREAM, self.loop.budget)
-        self.down = Way(DOWNSTREAM, self.loop.budget)
+        self.line = (ProtocolChain(proxy.rules, number_check, proxy.protocol(proxy.host_header()))
+                     if proxy.protocol else Chain(proxy.rules, number_check))
+        self.up = Link(UPSTREAM, self.loop.budget)
+        self.down = Link(DOWNSTREAM, self.loop.budget)
         self.client = self.up.source = client       # a socket; None when all is over
         self.backend = None             # a socket, once called; it is where down begins
         self.addresses = None           # of the backend, still to try
         self.deadline = None            # for connecting to it
-        self.dialled = False            # whether the backend has been called
+        self.connect_started = False            # whether the backend has been called
         self.connecting = False
-        self.torn = ""                  # how a peer went; a reset follows what it had said
-        self.lent = False               # a blocking handler has the sockets
+        self.reset_reason = ""                  # how a peer went; a reset follows what it had said
+        self.handed_off = False               # a blocking handler has the sockets
         self.faults = None              # names of the handlers that acted on it
         self.alarm = None               # for what is due next
-        self.patience = None            # for connecting, and for lingering
-        self.lingers = False            # all is said, but the client has not closed
+        self.deadline_timer = None            # for connecting, and for lingering
+        self.lingering = False            # all is said, but the client has not closed
         self.began = self.loop.clock()
 
     @property
     def name(self):
         """The client's address, as a person writes it."""
-        return show_address(self.peer)
+        return format_address(self.peer)
 
     def start(self):
         """A client is here."""
         now = self.began
         self.line.begin()
-        if self.line.steps:
-            self.place(now, self.line.carry(now, UPSTREAM, OPEN)
-                       + self.line.greet(now, [DOWNSTREAM]))
+        if self.line.active:
+            self.place(now, self.line.process(now, UPSTREAM, OPEN)
+                       + self.line.process_open(now, [DOWNSTREAM]))
         else:
-            self.dial()
+            self.connect_backend()
             self.watch()
-            if self.up.straight:        # many a client has asked by now
+            if self.up.fast_target:        # many a client has asked by now
                 self.ready(self.up, EVENT_READ)
 
     def ready(self, way, events):
@@ -3118,11 +3118,11 @@ class Connection:
         not starve the others. What the target does not take waits. Events other than
         EVENT_READ alone are something to write, or an error: see Epoll.READY.
         """
-        target, loop, line = way.straight, self.loop, self.line
-        if target is None or events != EVENT_READ or loop.budget.held > loop.budget.ample:
+        target, loop, line = way.fast_target, self.loop, self.line
+        if target is None or events != EVENT_READ or loop.budget.held > loop.budget.fast_path_limit:
             self.wake(way, events)
             return
-        if way.full >= FULL and self.pour(way, target):
+        if way.full >= SPLICE_AFTER and self.splice(way, target):
             return
         try:
             size = way.source.recv_into(loop.buffer)
@@ -3134,14 +3134,14 @@ class Connection:
         if not size:
             self.end(way, target)
             return
-        if line.speaker is not way.to:
+        if line.last_direction is not way.to:
             line.turn(way.to)
         data = loop.view[:size]
-        if line.protocol or line.steps:
+        if line.protocol or line.active:
             data = self.at_once(way, data)
             if not data:
                 return
-        elif size >= BULK and SPLICES:
+        elif size >= BULK_READ and HAVE_SPLICE:
             way.full += 1
         try:
             sent = target.send(data)
@@ -3149,7 +3149,7 @@ class Connection:
             sent = 0
         except OSError:
             way.taken += len(data)
-            self.tear(way)
+            self.on_send_error(way)
             self.advance()
             return
         way.passed += sent
@@ -3157,26 +3157,26 @@ class Connection:
             way.keep(memoryview(bytes(data[sent:])))
             self.watch()
 
-    def pour(self, way, target):
+    def splice(self, way, target):
         """The straight road of bulk: the bytes do not even come here. False if none did so."""
-        size, ducts = 0, self.loop.ducts
+        size, ducts = 0, self.loop.pipe_pool
         line = self.line
-        if line.steps or line.protocol or line.speaker is not way.to:
+        if line.active or line.protocol or line.last_direction is not way.to:
             return False                # somebody is to see them
         try:
-            duct = ducts.pop() if ducts else Duct()
+            duct = ducts.pop() if ducts else KernelPipe()
         except OSError:                 # no descriptors
             way.full = 0
             return False
         try:
             size = duct.fill(way.source)
         except OSError as problem:
-            if problem.errno not in CANNOT:
+            if problem.errno not in SPLICE_UNAVAILABLE:
                 self.lost(way, problem)
-        if size < BULK:
+        if size < BULK_READ:
             way.full = 0
         if not size:
-            self.put_back(duct)
+            self.release_pipe(duct)
             return self.client is None or way.over
         way.keep(duct)
         self.flush(way, target)
@@ -3184,17 +3184,17 @@ class Connection:
             self.advance()
         return True
 
-    def put_back(self, duct):
+    def release_pipe(self, duct):
         """It is empty: let others use it."""
-        if len(self.loop.ducts) < DUCTS_KEPT:
-            self.loop.ducts.append(duct)
+        if len(self.loop.pipe_pool) < KERNEL_PIPES_POOLED:
+            self.loop.pipe_pool.append(duct)
         else:
             duct.close()
 
     def end(self, way, target):
         """The source has said EOF where the straight road is open."""
         way.over = True
-        if self.line.protocol or self.line.steps:
+        if self.line.protocol or self.line.active:
             self.take(way.to, EOF)
             return
         way.done = True
@@ -3204,7 +3204,7 @@ class Connection:
         try:
             target.shutdown(socket.SHUT_WR)
         except OSError:
-            self.tear(way)
+            self.on_send_error(way)
             self.advance()
         else:
             self.watch([(way, self.down if way is self.up else self.up)])
@@ -3224,10 +3224,10 @@ class Connection:
     def receive(self, way):
         """As `ready`, for what may have to be held, and has to find room."""
         room = way.room(self.loop.clock)
-        if room <= 0 or self.lent:      # ready since before the pipe filled up
+        if room <= 0 or self.handed_off:      # ready since before the pipe filled up
             self.watch()
             return
-        if self.proxy.lends and self.lend(way):
+        if self.proxy.has_blocking and self.hand_off(way):
             return
         try:
             # What is to be held is read into bytes of its own: one copy less.
@@ -3241,10 +3241,10 @@ class Connection:
         if not data:
             way.over = True
             self.take(way.to, EOF)
-        elif self.lingers:
+        elif self.lingering:
             way.taken += len(data)
         else:
-            if self.line.speaker is not way.to:
+            if self.line.last_direction is not way.to:
                 self.line.turn(way.to)
             data = self.at_once(way, data)
             if data:
@@ -3265,39 +3265,39 @@ class Connection:
         if protocol:
             frames = protocol.up if way is self.up else protocol.down
             found = out = None
-            if size <= SMALL:           # several will look at it
+            if size <= COPY_MAX:           # several will look at it
                 data = bytes(data)
                 found = frames.usual(data)
             if found:
                 out = line.pass_whole(way.to, found, data)      # type: ignore
             if out is None:
                 marks = frames.feed(data if type(data) is bytes else self.loop.buffer, size, found)
-                out = None if frames.lost else line.quiet(way.to, data, marks)  # type: ignore
+                out = None if frames.lost else line.pass_through(way.to, data, marks)  # type: ignore
             if out is not None:
                 way.taken += size - len(out)
                 return out
-            assert isinstance(line, FramedLine)
-            data, now, line.touched = bytes(data), self.loop.clock(), False
+            assert isinstance(line, ProtocolChain)
+            data, now, line.modified = bytes(data), self.loop.clock(), False
             events = line.read(now, way.to, data, marks)
             if frames.lost:
                 log.info("%sconnection %d, request %d: goes on as plain tcp: %s",
                          self.proxy.label, self.number, line.request, frames.lost)
-                if way is self.up and any(exchange.waiting for exchange in line.row):
-                    events += line.let_pass(now)
+                if way is self.up and any(exchange.waiting for exchange in line.exchanges):
+                    events += line.stop_parsing(now)
                 else:
-                    self.line, held = line.give_up(now)
+                    self.line, held = line.fall_back_to_tcp(now)
                     events += held
-                line.touched = True     # another line may have done so
-        elif line.steps:
-            if not line.shows(way.to):
+                line.modified = True     # another line may have done so
+        elif line.active:
+            if not line.observes(way.to):
                 return data
-            data, now, line.touched = bytes(data), self.loop.clock(), False
-            events = line.carry(now, way.to, data)
-            if not line.touched:
+            data, now, line.modified = bytes(data), self.loop.clock(), False
+            events = line.process(now, way.to, data)
+            if not line.modified:
                 return data
         else:
             return data
-        if not line.touched and all(to == way.to and out for _, to, out, _ in events):
+        if not line.modified and all(to == way.to and out for _, to, out, _ in events):
             out = b"".join([event[2] for event in events])
             way.taken += size - len(out)
             return out
@@ -3305,7 +3305,7 @@ class Connection:
         self.place(now, events)
         return None
 
-    def lend(self, way):
+    def hand_off(self, way):
         """Leave what has come to a blocking handler, if one was drawn for this request.
 
         Returns whether it has the sockets, or gets them when the backend is there and
@@ -3316,41 +3316,41 @@ class Connection:
                 return False            # the end is not for it
         except OSError:
             return False                # receive finds out
-        if self.line.speaker is not way.to:
+        if self.line.last_direction is not way.to:
             self.line.turn(way.to)
         step = self.line.blocking()
         if step is None:
             return False
-        if self.settled():
+        if self.is_drained():
             try:
                 socks = [socket.fromfd(sock.fileno(), sock.family, socket.SOCK_STREAM)
                          for sock in (self.client, self.backend)]
             except OSError as problem:  # no descriptors
                 self.reset("no handler: %s" % problem.strerror)
                 return True
-            self.lent = True
+            self.handed_off = True
             if step.act():
                 self.proxy.record(self, step.rule, self.line.request)
-            self.loop.away(lambda: work(step.rule, socks, way.to == UPSTREAM),
-                           lambda done, problem: self.give_back(step.rule, socks, done, problem))
+            self.loop.run_in_thread(lambda: run_blocking_handler(step.rule, socks, way.to == UPSTREAM),
+                           lambda done, problem: self.take_back(step.rule, socks, done, problem))
         self.watch()
         return True
 
-    def settled(self):
+    def is_drained(self):
         """Whether there is a backend, and nothing under way that a handler would overtake."""
         return self.backend is not None and not self.connecting and not (
             self.up.queue or self.up.out or self.down.queue or self.down.out)
 
-    def give_back(self, rule, socks, open, problem):
+    def take_back(self, rule, socks, open, problem):
         """A blocking handler has done its work; open tells whether it left the sockets open."""
-        self.lent = False
+        self.handed_off = False
         for sock in socks:
             sock.close()
         if problem:
             gone = isinstance(problem, OSError)         # most likely a peer, not a bug
             log.log(logging.INFO if gone else logging.ERROR,
                     "connection %d, request %d: handler %s failed and the connection is closed: "
-                    "%s", self.number, self.line.request, rule.name, words_of(problem),
+                    "%s", self.number, self.line.request, rule.name, format_exception(problem),
                     exc_info=not (rule.failed or gone) and problem)
             rule.failed = rule.failed or not gone
         if self.client is None:
@@ -3365,25 +3365,25 @@ class Connection:
     def take(self, to, data):
         """An event comes: carry it down the line."""
         now = self.loop.clock()
-        self.place(now, self.line.carry(now, to, data))
+        self.place(now, self.line.process(now, to, data))
 
     def place(self, now, events):
         """Put into the pipes what has become of an event, and see what follows."""
         for t, way, out, holds in events:
             (self.up if way == UPSTREAM else self.down).put(t, out, now, holds)
-        news, self.line.news = self.line.news, []
+        news, self.line.activated = self.line.activated, []
         for rule, request in news:
             self.proxy.record(self, rule, request)
         self.advance()
 
-    def renew(self, new, gone, changed):
+    def rules_changed(self, new, gone, changed):
         """The rules are others: what those hold that are gone, or have changed, goes on."""
         now = self.loop.clock()
-        self.line.renew(new, changed)
+        self.line.rules_changed(new, changed)
         for pipe in self.up, self.down:
             if pipe.release(gone, changed):
                 self.line.free(pipe.to, pipe.latest)
-        self.place(now, self.line.greet(now, [UPSTREAM, DOWNSTREAM], [*new, *changed]))
+        self.place(now, self.line.process_open(now, [UPSTREAM, DOWNSTREAM], [*new, *changed]))
 
     def ring(self):
         self.alarm = None
@@ -3393,9 +3393,9 @@ class Connection:
         """Move what is due, and see what follows. All that leaves the straight road comes here."""
         up, down, now = self.up, self.down, self.loop.clock()
         signals = up.due(now) + down.due(now) if up.queue or down.queue else ()
-        if not self.dialled and (OPEN in signals or any(up.out)):
-            self.dial()
-        elif not self.dialled and up.out:           # EOF for a backend that was never called
+        if not self.connect_started and (OPEN in signals or any(up.out)):
+            self.connect_backend()
+        elif not self.connect_started and up.out:           # EOF for a backend that was never called
             up.drop()
             up.done = True
             down.put(now, EOF, now)                 # nobody is there to answer
@@ -3416,26 +3416,26 @@ class Connection:
 
     def finish(self):
         """Nothing more goes either way."""
-        if self.torn:
-            self.reset(self.torn)
+        if self.reset_reason:
+            self.reset(self.reset_reason)
         elif self.up.over and self.down.over:
             self.close("closed")
-        elif self.line.turned and not self.up.over:
+        elif self.line.answered_early and not self.up.over:
             self.linger()
         else:
-            faults = [step.rule.name for step in self.line.steps if step.acted]
+            faults = [step.rule.name for step in self.line.active if step.acted]
             self.close("closed by %s" % (" and ".join(faults) or "a fault"))
 
     def linger(self):
         """Hear the client out: to close over what is unread would destroy the answer."""
-        self.forget_backend()
+        self.close_backend()
         self.down.over = True
         self.watch()
-        if not self.lingers:
-            self.lingers = True
+        if not self.lingering:
+            self.lingering = True
             with contextlib.suppress(OSError):
                 self.client.shutdown(socket.SHUT_WR)
-            self.wait_for(self.loop.clock() + LINGER, lambda: self.close("closed by a fault"))
+            self.wait_for(self.loop.clock() + LINGER_TIMEOUT, lambda: self.close("closed by a fault"))
 
     def flush(self, way, target):
         """Send what is due, until the target takes no more."""
@@ -3444,23 +3444,23 @@ class Connection:
             try:
                 if way.done:
                     way.out.popleft()
-                    way.let_go(len(data) + HELD_ENTRY)
+                    way.credit(len(data) + CHUNK_OVERHEAD)
                 elif data is EOF:
                     way.sent(0)
                     way.done = True
                     # Or else a reset, or a close, is what follows.
-                    if not (self.torn or (self.up.done and self.down.done)):
+                    if not (self.reset_reason or (self.up.done and self.down.done)):
                         target.shutdown(socket.SHUT_WR)
-                elif isinstance(data, Duct):
+                elif isinstance(data, KernelPipe):
                     way.sent(data.send_to(target))
                     if not data:
-                        self.put_back(data)
+                        self.release_pipe(data)
                 else:
                     way.sent(target.send(data))
             except BlockingIOError:
                 return
             except OSError:
-                self.tear(way)
+                self.on_send_error(way)
 
     def watch(self, ways=()):
         """What the two sockets are watched for, and where the straight road is open, as things
@@ -3470,9 +3470,9 @@ class Connection:
         """
         if self.client is None:
             return
-        up, down, lends = self.up, self.down, self.proxy.lends
-        busy = self.lent or (lends and self.line.blocking() and not self.settled())
-        clear = not (self.connecting or lends or self.lent or self.lingers)
+        up, down, lends = self.up, self.down, self.proxy.has_blocking
+        busy = self.handed_off or (lends and self.line.blocking() and not self.is_drained())
+        clear = not (self.connecting or lends or self.handed_off or self.lingering)
         for way, back in ways or ((up, down), (down, up)):
             source = way.source
             if source is None:
@@ -3480,14 +3480,14 @@ class Connection:
             if self.connecting and way is down:
                 events = EVENT_WRITE
             elif (way.over or busy or (way.held and way.room(self.loop.clock) <= 0)
-                    or (way.done and self.torn)):   # what nobody will get is not read: its
+                    or (way.done and self.reset_reason)):   # what nobody will get is not read: its
                 events = 0                          # sender, too, is to feel that
             else:
                 events = EVENT_READ
             if back.out:
                 events |= EVENT_WRITE
             free = clear and not (way.held or way.over or way.done)
-            way.straight = back.source if free else None
+            way.fast_target = back.source if free else None
             if events != way.watched:
                 way.watched = events
                 self.loop.watch(source, events, functools.partial(self.ready, way))
@@ -3495,44 +3495,44 @@ class Connection:
     def set_alarm(self, now):
         """For what is due next, if it ever is."""
         due = min(self.up.next_due(), self.down.next_due(),
-                  self.up.next_room(now), self.down.next_room(now))
+                  self.up.resume_reading_at(now), self.down.resume_reading_at(now))
         if self.alarm and self.alarm[0] != due:
             self.loop.cancel(self.alarm)
             self.alarm = None
         if due < NEVER and not self.alarm:
-            self.alarm = self.loop.at(due, self.ring)
+            self.alarm = self.loop.call_at(due, self.ring)
 
-    def dial(self):
+    def connect_backend(self):
         """Call the backend: find its addresses, then try one after the other."""
-        self.dialled = self.connecting = True
+        self.connect_started = self.connecting = True
         self.deadline = self.loop.clock() + self.proxy.timeout
         if self.proxy.addresses:
             self.addresses = list(self.proxy.addresses)
-            self.try_next(None)
+            self.connect_next(None)
         else:
             self.wait_for(self.deadline, lambda: self.fail("timed out"))
-            self.proxy.look_up(self.found)
+            self.proxy.resolve_backend(self.found)
 
     def found(self, addresses, problem):
         if self.client is None or self.backend is not None or not self.connecting:
             return                      # it has ended, or given up, while the name was resolved
         self.addresses = list(addresses or ())
-        self.try_next(problem)
+        self.connect_next(problem)
         self.advance()
 
-    def try_next(self, problem):
+    def connect_next(self, problem):
         """Connect to the next address, without waiting; problem is how the last one failed."""
         while self.addresses:
             address = self.addresses.pop(0)
             try:
-                self.backend, self.connecting = call(*address)
+                self.backend, self.connecting = start_connect(*address)
             except OSError as failed:
-                if failed.errno in NO_MORE:
-                    Loop.scarce = True
+                if failed.errno in FD_EXHAUSTED:
+                    Loop.fds_exhausted = True
                     self.addresses.insert(0, address)
-                    self.wait_for(self.loop.clock() + PAUSE, self.try_again)
+                    self.wait_for(self.loop.clock() + RETRY_DELAY, self.try_again)
                     return
-                if problem is None or not missing(failed):
+                if problem is None or not address_unavailable(failed):
                     problem = failed
                 continue
             self.down.source = self.backend
@@ -3541,47 +3541,47 @@ class Connection:
                 # keep the others from being tried.
                 now = self.loop.clock()
                 share = (self.deadline - now) / (1 + len(self.addresses))
-                self.wait_for(now + share, self.unanswered)
-            elif self.patience:
-                self.loop.cancel(self.patience)
+                self.wait_for(now + share, self.on_connect_timeout)
+            elif self.deadline_timer:
+                self.loop.cancel(self.deadline_timer)
             return
         self.fail(getattr(problem, "strerror", None) or problem or "no address found")
 
     def wait_for(self, t, callback):
         """Be patient until then with this, and no longer with what was waited for before."""
-        self.loop.cancel(self.patience)
-        self.patience = self.loop.at(t, callback)
+        self.loop.cancel(self.deadline_timer)
+        self.deadline_timer = self.loop.call_at(t, callback)
 
     def try_again(self):
         """There may be a descriptor now."""
         if self.loop.clock() < self.deadline:
-            self.try_next(None)
+            self.connect_next(None)
             self.advance()
         else:
             self.fail(os.strerror(errno.EMFILE))
 
     def connected(self):
         """The backend has answered the call, with a yes or a no."""
-        number = self.backend.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if number:
-            self.forget_backend()
-            self.try_next(OSError(number, error_words(number)))
+        number_check = self.backend.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number_check:
+            self.close_backend()
+            self.connect_next(OSError(number_check, socket_strerror(number_check)))
         else:
             self.connecting = False
-            self.loop.cancel(self.patience)
+            self.loop.cancel(self.deadline_timer)
         self.advance()
 
-    def unanswered(self):
-        self.forget_backend()
-        self.try_next("timed out")
+    def on_connect_timeout(self):
+        self.close_backend()
+        self.connect_next("timed out")
         self.advance()
 
-    def forget_backend(self):
+    def close_backend(self):
         if self.backend is not None:
             if self.down.watched:
                 self.loop.watch(self.backend, 0)
             self.backend.close()
-            self.backend = self.down.source = self.up.straight = self.down.straight = None
+            self.backend = self.down.source = self.up.fast_target = self.down.fast_target = None
             self.down.watched = 0
 
     def fail(self, problem):
@@ -3597,17 +3597,17 @@ class Connection:
         """
         who = "client" if pipe is self.up else "backend"
         reset = isinstance(problem, ConnectionResetError)
-        self.torn = "reset by %s" % who if reset else "%s lost: %s" % (who, problem.strerror)
+        self.reset_reason = "reset by %s" % who if reset else "%s lost: %s" % (who, problem.strerror)
         pipe.over = True
         other = self.down if pipe is self.up else self.up
         other.drop()
         other.done = True
         if pipe is self.up and (pipe.latest == NEVER or self.connecting):
-            self.reset(self.torn)
+            self.reset(self.reset_reason)
         else:
             self.take(pipe.to, EOF)
 
-    def tear(self, pipe):
+    def on_send_error(self, pipe):
         """A send has failed: the target is gone.
 
         What it had said before may still wait to be read, as a peer without a proxy
@@ -3615,14 +3615,14 @@ class Connection:
         """
         pipe.drop()
         pipe.done = True
-        self.torn = self.torn or "reset by %s" % ("backend" if pipe is self.up else "client")
+        self.reset_reason = self.reset_reason or "reset by %s" % ("backend" if pipe is self.up else "client")
 
     def backend_name(self):
         """The address of its backend, or what is called for it."""
         try:
-            return show_address(self.backend.getpeername())
+            return format_address(self.backend.getpeername())
         except (AttributeError, OSError):       # not called, not connected
-            return show_address(self.proxy.backend)
+            return format_address(self.proxy.backend)
 
     def count(self, totals):
         """Add its bytes: [from the client, to the backend, from the backend, to the client]."""
@@ -3647,16 +3647,16 @@ class Connection:
         """All is over; how says what ended it."""
         if self.client is None:
             return
-        if self.lent:                   # wake up who waits in a recv of theirs
+        if self.handed_off:                   # wake up who waits in a recv of theirs
             for sock in (self.client, self.backend):
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
-        self.forget_backend()
+        self.close_backend()
         if self.up.watched:
             self.loop.watch(self.client, 0)
         self.client.close()
         self.client = self.up.source = None
-        for alarm in self.alarm, self.patience:
+        for alarm in self.alarm, self.deadline_timer:
             if alarm:
                 self.loop.cancel(alarm)
         self.proxy.ended(self, how)
@@ -3664,39 +3664,39 @@ class Connection:
         self.down.close()
 
 
-def call(family, address):
+def start_connect(family, address):
     """(a socket, whether it is still connecting): nobody waits. Raises OSError."""
-    sock = SOCKET(family, socket.SOCK_STREAM | UNBLOCKED)
+    sock = RawSocket(family, socket.SOCK_STREAM | SOCK_NONBLOCK)
     try:
-        if not UNBLOCKED:
+        if not SOCK_NONBLOCK:
             sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        number = sock.connect_ex(address)
-        if number == errno.EINPROGRESS and LINUX:       # asked again, it knows: a backend on
-            number = sock.connect_ex(address)           # this machine has answered by now
+        number_check = sock.connect_ex(address)
+        if number_check == errno.EINPROGRESS and LINUX:       # asked again, it knows: a backend on
+            number_check = sock.connect_ex(address)           # this machine has answered by now
     except OSError:
         sock.close()
         raise
-    if number and number not in UNDER_WAY:
+    if number_check and number_check not in CONNECT_PENDING:
         sock.close()
-        raise OSError(number, error_words(number))
-    return sock, number != 0
+        raise OSError(number_check, socket_strerror(number_check))
+    return sock, number_check != 0
 
 
-def error_words(number):
+def socket_strerror(number_check):
     """What an error number of a socket means."""
-    return getattr(socket, "errorTab", {}).get(number) or os.strerror(number)   # Windows' own
+    return getattr(socket, "errorTab", {}).get(number_check) or os.strerror(number_check)   # Windows' own
 
 
-def work(rule, socks, to_backend):
+def run_blocking_handler(rule, socks, to_backend):
     """Call a blocking handler, in a thread of its own. Returns whether it left the sockets open.
 
     socks are duplicates with a time-out: the descriptors stay non-blocking, Python waits.
     """
     try:
         for sock in socks:
-            sock.settimeout(LONGEST)
-        rule.worker(socks[0], socks[1], to_backend)
+            sock.settimeout(MAX_WAIT)
+        rule.instance(socks[0], socks[1], to_backend)
         return all(sock.fileno() >= 0 for sock in socks)
     finally:
         for sock in socks:
@@ -3712,7 +3712,7 @@ def work(rule, socks, to_backend):
 class Listener:
     """Accepts, on every address of a host, all on one port."""
 
-    complained = -PAUSE         # when one last said that it cannot
+    last_warning = -RETRY_DELAY         # when one last said that it cannot
     burst = 1.0                 # clients taken in a row, as many as there seem to be
 
     def __init__(self, local, welcome):
@@ -3722,7 +3722,7 @@ class Listener:
         self.loop = None
 
     def __str__(self):
-        return " and ".join(show_address(sock.getsockname()) for sock in self.sockets)
+        return " and ".join(format_address(sock.getsockname()) for sock in self.sockets)
 
     def open(self, loop):
         self.loop = loop
@@ -3738,35 +3738,35 @@ class Listener:
         for _ in range(int(burst)):
             if sock not in self.sockets:            # closed earlier in this select()
                 return
-            why = self.loop.full()
+            why = self.loop.capacity_error()
             if why:
                 self.pause(sock, why)
                 return
             try:
-                number, peer = sock._accept()       # all that accept() of its subclass calls
-                client = SOCKET(sock.family, socket.SOCK_STREAM, 0, number)
+                number_check, peer = sock._accept()       # all that accept() of its subclass calls
+                client = RawSocket(sock.family, socket.SOCK_STREAM, 0, number_check)
             except BlockingIOError:
                 return
             except ConnectionError:
                 continue                            # it has gone again already
             except OSError as problem:              # no descriptors, no memory
-                Loop.scarce = Loop.scarce or problem.errno in NO_MORE
+                Loop.fds_exhausted = Loop.fds_exhausted or problem.errno in FD_EXHAUSTED
                 self.pause(sock, problem.strerror)
                 return
             try:
                 self.welcome(client, peer or client.getpeername())
             except OSError:                         # likewise; macOS then has no peer
                 client.close()
-        self.burst = min(BURST, 1.25 * burst)
+        self.burst = min(ACCEPT_BURST, 1.25 * burst)
 
     def pause(self, sock, why):
         """Accept nobody for a while; those who are here go on. All listeners say so once."""
         now = self.loop.clock()
-        if now - Listener.complained >= PAUSE:
-            Listener.complained = now
-            log.warning("cannot accept on %s: %s: trying again in %g s", self, why, PAUSE)
+        if now - Listener.last_warning >= RETRY_DELAY:
+            Listener.last_warning = now
+            log.warning("cannot accept on %s: %s: trying again in %g s", self, why, RETRY_DELAY)
         self.loop.watch(sock, 0)
-        self.loop.at(now + PAUSE, lambda: sock in self.sockets and self.watch(sock))
+        self.loop.call_at(now + RETRY_DELAY, lambda: sock in self.sockets and self.watch(sock))
 
     def close(self):
         for sock in self.sockets:
@@ -3786,18 +3786,18 @@ def listen(local):
     while True:
         sockets, problem, tries = [], None, tries - 1
         try:
-            for family, address in resolve(local, everywhere=EVERYWHERE):
+            for family, address in resolve(local, everywhere=WILDCARD):
                 if sockets:                 # the port that the first one got
                     address = (address[0], sockets[0].getsockname()[1]) + address[2:]
                 try:
-                    sockets.append(listen_at(family, address))
+                    sockets.append(bind_listener(family, address))
                 except OSError as refused:
                     problem = CannotListen(refused, address)
-                    if not missing(refused):
+                    if not address_unavailable(refused):
                         break
         except OSError as unknown:
             problem = CannotListen(unknown, local)
-        if problem is None or (sockets and missing(problem)):
+        if problem is None or (sockets and address_unavailable(problem)):
             return sockets
         for sock in sockets:
             sock.close()
@@ -3809,13 +3809,13 @@ class CannotListen(OSError):
     """No listener at an address, and why."""
 
     def __init__(self, problem, address):
-        self.address = show_address(address)
+        self.address = format_address(address)
         self.reason = problem.strerror or str(problem)
         super().__init__(problem.errno, "cannot listen on %s: %s" % (self.address, self.reason))
 
 
-def listen_at(family, address):
-    sock = SOCKET(family, socket.SOCK_STREAM)
+def bind_listener(family, address):
+    sock = RawSocket(family, socket.SOCK_STREAM)
     try:
         if os.name == "posix":          # elsewhere it means that two may listen on one port
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -3832,7 +3832,7 @@ def listen_at(family, address):
     return sock
 
 
-Event = namedtuple("Event", "number time proxy connection client request handler options")
+FaultRecord = namedtuple("FaultRecord", "number time proxy connection client request handler options")
 
 
 class Toxic:
@@ -3860,7 +3860,7 @@ class Toxic:
                        for option, value in self.attributes.items()})
         self.rule.high = 100.0 * toxicity
 
-    def is_like(self, other):
+    def same_rule(self, other):
         """Whether it differs from another in its toxicity and attributes at most."""
         return self.stream == other.stream and all(
             getattr(self.rule, name) == getattr(other.rule, name)
@@ -3904,18 +3904,18 @@ class Proxy:
         self.overwrite_host_header = overwrite_host_header
         self.label = "" if name == "vaurien" else name + ": "
         self.local = parse_listener(local) if isinstance(local, str) else local
-        self.listen = show_address(self.local)      # as it was given, then as it is
+        self.listen = format_address(self.local)      # as it was given, then as it is
         self.enabled = enabled
         chosen = parse_behavior(behavior) if isinstance(behavior, str) else behavior
         self.timeout = check_timeout(timeout)
         self.seed = random.SystemRandom().getrandbits(32) if seed is None else seed
-        self.rules = Rules(self.seed, name)
+        self.rules = RuleSet(self.seed, name)
         options = options or {}
         read_rules([dict(table, name=handler, percent=0) for handler, table in options.items()])
-        self.stack = [read_rules([dict(options.get(handler, {}), name=handler, percent=percent)
+        self.behaviors = [read_rules([dict(options.get(handler, {}), name=handler, percent=percent)
                                   for percent, handler in chosen])]
         self.toxics = list(toxics)          # in the order in which they act
-        self.arm(self.stack, self.toxics)
+        self.arm(self.behaviors, self.toxics)
         self.loop = None
         self.listener = None
         self.set_backend(distant)
@@ -3923,11 +3923,11 @@ class Proxy:
         self.accepted = 0
         self.faults = Counter()             # {handler: requests or connections it acted on}
         self.failures = 0                   # to connect to the backend
-        self.past = [0, 0, 0, 0]            # bytes of those gone, as Connection.count has it
-        self.events = deque(maxlen=EVENTS_KEPT)
-        self.recorded = 0
+        self.closed_bytes = [0, 0, 0, 0]            # bytes of those gone, as Connection.count has it
+        self.events = deque(maxlen=FAULT_RECORDS_KEPT)
+        self.fault_count = 0
         self.acted = threading.Condition()  # notified of each event
-        self.asking = {}                    # {backend: who waits for its addresses}
+        self.lookups = {}                    # {backend: who waits for its addresses}
 
     # For other threads
 
@@ -3959,11 +3959,11 @@ class Proxy:
         Raises ValueError for what cannot be understood.
         """
         rules = read_rules([dict(fields, name=name)])
-        self.loop.call(self.push, rules)
+        self.loop.run_sync(self.push, rules)
         try:
             yield self
         finally:
-            self.loop.call(self.pop, rules)
+            self.loop.run_sync(self.pop, rules)
 
     def wait_for(self, name, timeout=5, since=0):
         """Wait until a handler has acted, and return the Event; TimeoutError otherwise.
@@ -3992,7 +3992,7 @@ class Proxy:
         address = listener.sockets[0].getsockname()
         self.local = local[0], address[1]
         # An empty host is all addresses, which Toxiproxy calls [::].
-        self.listen = show_address(address if local[0] else ("::", address[1]))
+        self.listen = format_address(address if local[0] else ("::", address[1]))
 
     def open(self, loop):
         """Begin to accept, if it is enabled."""
@@ -4000,9 +4000,9 @@ class Proxy:
         if self.listener:
             self.listener.open(loop)
             log.info("%slistening on %s for %s: %s; seed %s", self.label, self.listener,
-                     show_address(self.backend), self.describe(), self.seed)
+                     format_address(self.backend), self.describe(), self.seed)
 
-    def shut(self, how):
+    def stop_listening(self, how):
         """No longer listen, and close every connection."""
         if self.listener:
             self.listener.close()
@@ -4015,15 +4015,15 @@ class Proxy:
 
     def describe(self):
         """The behavior and the toxics in words: "20:delay sleep=1.0, 80:dummy"."""
-        behavior = self.stack[-1]
+        behavior = self.behaviors[-1]
         words = ["%g:%s" % (rule.high - rule.low, rule) for rule in behavior]
         rest = 100 - sum(rule.high - rule.low for rule in behavior)
         return ", ".join(words + ["%g:dummy" % rest] * (rest > 0.000001)
                          + ["toxic %s" % toxic for toxic in self.toxics])
 
-    def acting(self):
+    def handler_names(self):
         """The name of the handler that acts, or the names."""
-        return ",".join(rule.name for rule in self.stack[-1]) or "dummy"
+        return ",".join(rule.name for rule in self.behaviors[-1]) or "dummy"
 
     def welcome(self, client, peer):
         """Somebody has come."""
@@ -4044,39 +4044,39 @@ class Proxy:
         here = [self.local] + ([sock.getsockname()[:2] for sock in self.listener.sockets]
                                if self.listener else [])
         check_backend(backend, here)
-        self.call_from_now(backend)
+        self.set_backend_address(backend)
 
-    def call_from_now(self, backend):
+    def set_backend_address(self, backend):
         self.backend = backend
-        self.addresses = literal(backend)       # None where it is a name
+        self.addresses = resolve_numeric(backend)       # None where it is a name
 
-    def look_up(self, then):
+    def resolve_backend(self, then):
         """then(addresses, problem), later, of a backend that has a name.
 
         It is asked for anew when a client comes, once for all who wait for it.
         """
         backend = self.backend
-        waiting = self.asking.setdefault(backend, [])
+        waiting = self.lookups.setdefault(backend, [])
         waiting.append(then)
         if len(waiting) == 1:
-            self.loop.away(lambda: resolve(backend), lambda addresses, problem:
-                           self.found_backend(backend, addresses, problem))
+            self.loop.run_in_thread(lambda: resolve(backend), lambda addresses, problem:
+                           self.on_resolved(backend, addresses, problem))
 
-    def found_backend(self, backend, addresses, problem):
-        for then in self.asking.pop(backend):
+    def on_resolved(self, backend, addresses, problem):
+        for then in self.lookups.pop(backend):
             then(addresses, problem)
 
-    def use(self, rules):
+    def set_rules(self, rules):
         """Have these rules act from now on; blocks of `handler` that end later change nothing."""
         self.switch([rules], self.toxics)
 
     def push(self, rules):
         """A block of `handler` begins: its rules act until it ends, or another begins."""
-        self.switch(self.stack + [rules], self.toxics)
+        self.switch(self.behaviors + [rules], self.toxics)
 
     def pop(self, rules):
         """It ends, in whatever order they do: the one that began last acts now."""
-        self.switch([block for block in self.stack if block is not rules], self.toxics)
+        self.switch([block for block in self.behaviors if block is not rules], self.toxics)
 
     def set_toxics(self, toxics):
         """Have these toxics, and no others, from now on.
@@ -4088,15 +4088,15 @@ class Proxy:
         known = {toxic.name: toxic for toxic in self.toxics}
         for toxic in toxics:
             old = known.get(toxic.name, toxic)
-            if not old.is_like(toxic):
+            if not old.same_rule(toxic):
                 old = toxic
             elif (old.toxicity, old.attributes) != (toxic.toxicity, toxic.attributes):
                 old.set(toxic.toxicity, toxic.attributes)
                 changed.append(old.rule)
-                if old.rule.worker:
-                    old.rule.worker.update_settings(old.rule.options)
+                if old.rule.instance:
+                    old.rule.instance.update_settings(old.rule.options)
             kept.append(old)
-        self.switch(self.stack, kept, changed)
+        self.switch(self.behaviors, kept, changed)
 
     def switch(self, stack, toxics, changed=()):
         """Arm the rules on top of the stack, and those of the toxics, and no others.
@@ -4108,27 +4108,27 @@ class Proxy:
         """
         before = self.rules.armed
         self.arm(stack, toxics)
-        self.stack, self.toxics = stack, toxics
+        self.behaviors, self.toxics = stack, toxics
         after = self.rules.armed
         gone = [rule for rule in before if rule not in after]
         new = [rule for rule in after if rule not in before]
         log.info("%srules: %s", self.label, self.describe())
         for connection in list(self.connections.values()):
-            connection.renew(new, gone, changed)
+            connection.rules_changed(new, gone, changed)
 
     def arm(self, stack, toxics):
         """Have the rules, and the objects of those whose handlers have the class form."""
         rules = stack[-1] + [toxic.rule for toxic in toxics]
         for rule in rules:
             self.check_kind(rule)
-            if rule.blocking and rule.worker is None:
+            if rule.blocking and rule.instance is None:
                 try:
-                    rule.worker = rule.handler(rule.options, self)
+                    rule.instance = rule.handler(rule.options, self)
                 except Exception as problem:        # the user's class may do anything
-                    raise BadRule([("name", "%s cannot be made: %s" % (
-                        rule.name, words_of(problem)))]) from None
+                    raise RuleError([("name", "%s cannot be made: %s" % (
+                        rule.name, format_exception(problem)))]) from None
         self.rules.armed = rules
-        self.lends = any(rule.blocking for rule in rules)
+        self.has_blocking = any(rule.blocking for rule in rules)
 
     def set_protocol(self, protocol, overwrite_host_header):
         """Have new connections speak another one; those that are open are closed."""
@@ -4144,7 +4144,7 @@ class Proxy:
         if not self.overwrite_host_header or self.protocol is not Http:
             return b""
         host, port = self.backend
-        named = show_address((host or "localhost", port))
+        named = format_address((host or "localhost", port))
         return (named[:-len(":80")] if port == 80 else named).lower().encode("utf-8")
 
     def check_kind(self, rule):
@@ -4152,38 +4152,38 @@ class Proxy:
         kind = rule.options.get("kind") if rule.handler in (error, transient) else ""
         if kind and (self.protocol is None or kind not in self.protocol.errors):
             if self.protocol is None:
-                raise BadRule([("kind", "kind %r is for a protocol: tcp has no kinds of errors"
+                raise RuleError([("kind", "kind %r is for a protocol: tcp has no kinds of errors"
                                 % kind)])
-            raise BadRule([("kind", "kind must be one of %s, which %s has, not %r" % (
+            raise RuleError([("kind", "kind must be one of %s, which %s has, not %r" % (
                 ", ".join(self.protocol.errors), self.protocol_name(), kind))])
         if (rule.handler in (error, transient) and self.protocol and rule.stream != "both"
                 and not rule.options["inject"]):
-            raise BadRule([("stream", "stream must be both for %s, which answers in the backend's "
+            raise RuleError([("stream", "stream must be both for %s, which answers in the backend's "
                                       "place" % rule.name)])
         if rule.blocking and self.protocol:
-            raise BadRule([("name", "%s gets the sockets: it is for protocol tcp" % rule.name)])
+            raise RuleError([("name", "%s gets the sockets: it is for protocol tcp" % rule.name)])
 
-    def become(self, local, backend, enabled, listener):
+    def apply_change(self, local, backend, enabled, listener):
         """Have other addresses; listener is a new one, or None where the old one does."""
         if listener or not enabled or backend != self.backend:
             self.drop_connections("%s by the control" % ("changed" if enabled else "disabled"))
         if self.listener and (listener or not enabled):
-            self.shut("changed")
-        self.call_from_now(backend)
+            self.stop_listening("changed")
+        self.set_backend_address(backend)
         self.enabled = enabled
         if listener:
             self.set_listener(local, listener)
             self.open(self.loop)
         elif not enabled and local != self.local:
-            self.local, self.listen = local, show_address(local)
+            self.local, self.listen = local, format_address(local)
 
     def record(self, connection, rule, request):
         """A fault has acted on a request."""
-        self.recorded += 1
+        self.fault_count += 1
         self.faults[rule.name] += 1
         connection.faults = [*(connection.faults or []), rule.name][-100:]
         with self.acted:
-            self.events.append(Event(self.recorded, time.time(), self.name, connection.number,
+            self.events.append(FaultRecord(self.fault_count, time.time(), self.name, connection.number,
                                      connection.name, request, rule.name,
                                      dict(rule.options)))
             self.acted.notify_all()
@@ -4194,11 +4194,11 @@ class Proxy:
         """The backend could not be connected to."""
         self.failures += 1
         log.warning("%sconnection %d, client %s: cannot connect to backend %s: %s", self.label,
-                    connection.number, connection.name, show_address(self.backend), problem)
+                    connection.number, connection.name, format_address(self.backend), problem)
 
     def ended(self, connection, how):
         del self.connections[connection.number]
-        connection.count(self.past)
+        connection.count(self.closed_bytes)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%sconnection %d, client %s: %s after %.3f s, %d bytes up, %d bytes down, "
                       "requests: %d", self.label, connection.number, connection.name, how,
@@ -4219,26 +4219,26 @@ class Proxy:
             "faults": connection.faults or [],
         } for connection in self.connections.values()]
 
-    def measure(self):
+    def metrics(self):
         """What there is to count: {metric: [(labels, value)]}."""
         mine = {"proxy": self.name}
-        traffic = self.traffic()
+        traffic = self.byte_counts()
         found = {"vaurien_connections_total": [(mine, self.accepted)],
                  "vaurien_connections_open": [(mine, len(self.connections))],
                  "vaurien_requests_total": [(mine, self.rules.requests)],
-                 "vaurien_faults_total": [(dict(mine, handler=name), number)
-                                          for name, number in sorted(self.faults.items())],
+                 "vaurien_faults_total": [(dict(mine, handler=name), number_check)
+                                          for name, number_check in sorted(self.faults.items())],
                  "vaurien_backend_failures_total": [(mine, self.failures)]}
         for what in "received", "sent":
             found["toxiproxy_proxy_%s_bytes_total" % what] = [
                 (dict(mine, direction=way, listener=self.listen,
-                      upstream=show_address(self.backend)), traffic[way, what])
+                      upstream=format_address(self.backend)), traffic[way, what])
                 for way in (UPSTREAM, DOWNSTREAM)]
         return found
 
-    def traffic(self):
+    def byte_counts(self):
         """{(way, "received" or "sent"): bytes} up to now."""
-        found = list(self.past)
+        found = list(self.closed_bytes)
         for connection in self.connections.values():
             connection.count(found)
         places = [(way, what) for way in (UPSTREAM, DOWNSTREAM) for what in ("received", "sent")]
@@ -4250,7 +4250,7 @@ class Proxy:
             if self.listener:
                 self.listener.close()
             return
-        self.shut("stopped")
+        self.stop_listening("stopped")
         log.info("%sstopped: connections: %d, requests: %d, faults: %s", self.label,
                  self.accepted, self.rules.requests,
                  ", ".join("%d %s" % (n, name) for name, n in self.faults.items()) or "none")
@@ -4287,7 +4287,7 @@ class Statsd:
 
     def open(self, loop):
         self.loop = loop
-        loop.away(self.call, self.called)
+        loop.run_in_thread(self.call, self.called)
 
     def call(self):
         family, address = resolve(self.address)[0]
@@ -4298,8 +4298,8 @@ class Statsd:
 
     def called(self, sock, problem):
         if problem:
-            log.warning("statsd: cannot call %s: %s", show_address(self.address), problem)
-            self.loop.at(self.loop.clock() + 60, lambda: self.open(self.loop))
+            log.warning("statsd: cannot call %s: %s", format_address(self.address), problem)
+            self.loop.call_at(self.loop.clock() + 60, lambda: self.open(self.loop))
             return
         self.sock = sock
         self.ring()
@@ -4307,12 +4307,12 @@ class Statsd:
     def ring(self):
         if self.sock:
             self.send()
-            self.loop.at(self.loop.clock() + STATSD_EVERY, self.ring)
+            self.loop.call_at(self.loop.clock() + STATSD_INTERVAL, self.ring)
 
     def send(self):
         lines, before, self.sent = [], self.sent, {}
         for proxy in list(self.proxies.values()):
-            for metric, found in proxy.measure().items():
+            for metric, found in proxy.metrics().items():
                 for labels, value in found:
                     name = self.name(metric, labels)
                     self.sent[proxy, name] = value
@@ -4323,7 +4323,7 @@ class Statsd:
                         lines.append("%s:%d|c" % (name, grown))
         packet = b""
         for line in [*lines, ""]:
-            if packet and (not line or len(packet) + len(line) > STATSD_PACKET):
+            if packet and (not line or len(packet) + len(line) > STATSD_PACKET_MAX):
                 with contextlib.suppress(OSError):          # nobody listens: it is UDP
                     self.sock.send(packet)
                 packet = b""
@@ -4342,7 +4342,7 @@ class Statsd:
             self.sock = None
 
 
-class Proxies(OrderedDict):
+class ProxyTable(OrderedDict):
     """The proxies of one process, in one loop: {name: Proxy}.
 
     seed, timeout    for those that are made while it runs, as in Proxy
@@ -4356,7 +4356,7 @@ class Proxies(OrderedDict):
         self.seed = random.SystemRandom().getrandbits(32) if seed is None else seed
         self.timeout = timeout
         self.loop = None
-        self.changing = threading.RLock()
+        self.lock = threading.RLock()
 
     def bind(self):
         """Have the ports. Raises OSError, with the address in its words."""
@@ -4381,12 +4381,12 @@ class Proxies(OrderedDict):
         """One more, that accepts if it is enabled; False if the name is taken. Raises OSError."""
         if proxy.name in self:
             return False
-        why = self.loop.full()
+        why = self.loop.capacity_error()
         if why:
             raise CannotListen(OSError(errno.EMFILE, why), proxy.local)
         if proxy.enabled:
             proxy.bind()
-        return self.loop.call(self.welcome, proxy)
+        return self.loop.run_sync(self.welcome, proxy)
 
     def welcome(self, proxy):
         proxy.open(self.loop)
@@ -4394,7 +4394,7 @@ class Proxies(OrderedDict):
         return True
 
     def remove(self, proxy):
-        self.loop.call(lambda: self.pop(proxy.name).close())
+        self.loop.run_sync(lambda: self.pop(proxy.name).close())
 
     def change(self, proxy, local, backend, enabled):
         """Give a proxy other addresses, or have it enabled or not. Raises OSError.
@@ -4407,29 +4407,29 @@ class Proxies(OrderedDict):
             local = proxy.local
         listener = None
         if enabled and (moved or not proxy.enabled):
-            listener = self.listen_anew(proxy, local)
-        proxy.loop.call(proxy.become, local, backend, enabled, listener)
+            listener = self.rebind(proxy, local)
+        proxy.loop.run_sync(proxy.apply_change, local, backend, enabled, listener)
 
-    def listen_anew(self, proxy, local):
+    def rebind(self, proxy, local):
         """A listener at local, though the proxy may have that port on another address."""
         old = proxy.listener if local[1] == proxy.local[1] else None
         if old:
-            proxy.loop.call(old.close)
+            proxy.loop.run_sync(old.close)
         try:
             return Listener(local, proxy.welcome)
         except CannotListen:
             if old:
                 old.sockets = listen(proxy.local)
-                proxy.loop.call(old.open, proxy.loop)
+                proxy.loop.run_sync(old.open, proxy.loop)
             raise
 
 
 def first_address(local):
     """Where a listener at local would be, as Toxiproxy writes it. Raises OSError."""
     if not local[0]:
-        return show_address(("::", local[1]))
+        return format_address(("::", local[1]))
     try:
-        return show_address(resolve(local)[0][1])
+        return format_address(resolve(local)[0][1])
     except OSError as problem:
         raise CannotListen(problem, local) from None
 
@@ -4442,20 +4442,20 @@ def first_address(local):
 # reads the question and answers it, and says `loop.call` for all that touches a proxy.
 
 ROUTES = OrderedDict()          # {path: {method: function}}; a part in capitals is any name
-BODY_MAX = 1 << 20              # bytes of a question's body
-HEAD_MAX = 1 << 16              # and of its head
-TALKERS_MAX = 256               # connections at a time
-TALK_TIME = 10.0                # seconds that a connection may say nothing
-ANSWER_TIME = 30.0              # seconds in which a question is asked, answered and heard
+REQUEST_BODY_MAX = 1 << 20              # bytes of a question's body
+REQUEST_HEAD_MAX = 1 << 16              # and of its head
+CLIENTS_MAX = 256               # connections at a time
+IDLE_TIMEOUT = 10.0                # seconds that a connection may say nothing
+REQUEST_TIMEOUT = 30.0              # seconds in which a question is asked, answered and heard
 
 # What a route is asked: the control, {part of the path: name}, the other words of the query
 # beside proxy, the body's text, the headers. The proxy is the one that is chosen, by the
 # path or by ?proxy=NAME, or the first; None if there is none.
-Question = namedtuple("Question", "control proxy names query body headers")
-Answer = namedtuple("Answer", "status headers text")
+ApiRequest = namedtuple("ApiRequest", "control proxy names query body headers")
+ApiResponse = namedtuple("ApiResponse", "status headers text")
 
 
-class Refused(Exception):
+class ApiError(Exception):
     """An answer that is an error: a status, and (location, name, description) of each."""
 
     def __init__(self, status, errors, headers=()):
@@ -4465,7 +4465,7 @@ class Refused(Exception):
     def answer(self):
         """The Answer, in the form of 1.x."""
         headers = dict(self.headers, **{"Content-Type": "application/json"})
-        return Answer(self.status, headers, json.dumps({"status": "error", "errors": [
+        return ApiResponse(self.status, headers, json.dumps({"status": "error", "errors": [
             {"location": location, "name": name, "description": description}
             for location, name, description in self.errors]}))
 
@@ -4476,7 +4476,7 @@ class Refused(Exception):
                    {"Allow": allowed}).answer()
 
 
-def route(method, path, example="", query=(), needs_proxy=True, form=Refused):
+def route(method, path, example="", query=(), needs_proxy=True, form=ApiError):
     """Register a function for a method of a path.
 
     example        what curl is told to send
@@ -4492,18 +4492,18 @@ def route(method, path, example="", query=(), needs_proxy=True, form=Refused):
     return register
 
 
-def refuse(name, description, location="body", status=400):
-    raise Refused(status, [(location, name, description)])
+def bad_request(name, description, location="body", status=400):
+    raise ApiError(status, [(location, name, description)])
 
 
-def read_table(body):
+def parse_json_object(body):
     """The JSON object in a body. Raises Refused."""
     try:
         table = json.loads(body, parse_int=short_int)
     except (ValueError, RecursionError) as problem:
-        refuse("", "the body must be JSON: %s" % problem)
+        bad_request("", "the body must be JSON: %s" % problem)
     if not isinstance(table, dict):
-        refuse("", "the body must be a JSON object, like {\"name\": \"delay\", \"sleep\": 2}")
+        bad_request("", "the body must be a JSON object, like {\"name\": \"delay\", \"sleep\": 2}")
     return table
 
 
@@ -4517,9 +4517,9 @@ def short_int(text):
 def set_rules(question, tables):
     """Have the proxy use these rules and no others. Raises Refused."""
     try:
-        question.proxy.loop.call(question.proxy.use, read_rules(tables))
-    except BadRule as bad:
-        raise Refused(400, [("body", name, words) for name, words in bad.errors]) from None
+        question.proxy.loop.run_sync(question.proxy.set_rules, read_rules(tables))
+    except RuleError as bad:
+        raise ApiError(400, [("body", name, words) for name, words in bad.errors]) from None
 
 
 @route("GET", "/", needs_proxy=False)
@@ -4543,7 +4543,7 @@ def index(question):
 @route("GET", "/handler")
 def get_name(question):
     """The name of the handler that acts, as text."""
-    return question.proxy.acting()
+    return question.proxy.handler_names()
 
 
 @route("POST", "/handler", '{"name": "delay", "sleep": 2}')
@@ -4551,7 +4551,7 @@ def set_by_name(question):
     """Set a handler: a bare name, or JSON with its options and percent."""
     text = question.body.strip()
     if text[:1] in ("{", "[", '"'):
-        table = read_table(text)
+        table = parse_json_object(text)
     else:
         table = {"name": text}
     set_rules(question, [table])
@@ -4567,13 +4567,13 @@ def list_handlers(question):
 @route("GET", "/behavior")
 def get_behavior(question):
     """As GET /handler, as JSON."""
-    return {"behavior": question.proxy.acting()}
+    return {"behavior": question.proxy.handler_names()}
 
 
 @route("PUT", "/behavior", '{"name": "delay", "sleep": 2, "percent": 20}')
 def set_behavior(question):
     """As POST /handler, as JSON."""
-    set_rules(question, [read_table(question.body)])
+    set_rules(question, [parse_json_object(question.body)])
     return {"status": "ok"}
 
 
@@ -4587,7 +4587,7 @@ def list_behaviors(question):
 def get_rules(question):
     """The rules of the behavior, with every option and field."""
     tables, low = [], 0.0
-    for rule in question.proxy.stack[-1]:
+    for rule in question.proxy.behaviors[-1]:
         if rule.low > low:              # dummy's share, so that the dice fall the same again
             tables.append({"name": "dummy", "percent": rule.low - low})
         tables.append(rule.fields())
@@ -4599,10 +4599,10 @@ def get_rules(question):
        '{"rules": [{"name": "delay", "percent": 20}, {"name": "hang", "percent": 5}]}')
 def put_rules(question):
     """Set several at once: one throw of the dice, at most one of them acts."""
-    table = read_table(question.body)
+    table = parse_json_object(question.body)
     tables = table.pop("rules", None)
     if table or not isinstance(tables, list) or not all(isinstance(rule, dict) for rule in tables):
-        refuse("rules", "the body must be {\"rules\": [{\"name\": ..., \"percent\": ...}, ...]}")
+        bad_request("rules", "the body must be {\"rules\": [{\"name\": ..., \"percent\": ...}, ...]}")
     set_rules(question, tables)
     return {"status": "ok"}
 
@@ -4610,23 +4610,23 @@ def put_rules(question):
 @route("GET", "/backend")
 def get_backend(question):
     """The backend that new connections go to."""
-    return {"backend": show_address(question.proxy.backend)}
+    return {"backend": format_address(question.proxy.backend)}
 
 
 @route("PUT", "/backend", '{"backend": "localhost:80"}')
 def set_backend(question):
     """Set it; connections that are open stay where they are."""
-    table = read_table(question.body)
+    table = parse_json_object(question.body)
     errors = [("body", name, "%s is not known here: give backend" % name)
               for name in sorted(set(table) - {"backend"})]
     try:
         backend = parse_address(str(table.get("backend", "")))
         if not errors:
-            question.proxy.loop.call(question.proxy.set_backend, backend)
+            question.proxy.loop.run_sync(question.proxy.set_backend, backend)
     except ValueError as problem:
         errors.append(("body", "backend", "backend %s" % problem))
     if errors:
-        raise Refused(400, errors)
+        raise ApiError(400, errors)
     return {"status": "ok"}
 
 
@@ -4634,7 +4634,7 @@ def set_backend(question):
 @route("GET", "/connections")
 def list_connections(question):
     """What is open, and what is held in it."""
-    return {"connections": question.proxy.loop.call(question.proxy.list_connections)}
+    return {"connections": question.proxy.loop.run_sync(question.proxy.list_connections)}
 
 
 @route("GET", "/proxies/PROXY/events", "?since=0", query=["since"])
@@ -4644,72 +4644,72 @@ def list_events(question):
     try:
         since = check_count(question.query.get("since", "0"))
     except ValueError as problem:
-        refuse("since", "since %s" % problem, "querystring")
-    events = question.proxy.loop.call(lambda: list(question.proxy.events))
+        bad_request("since", "since %s" % problem, "querystring")
+    events = question.proxy.loop.run_sync(lambda: list(question.proxy.events))
     return {"events": [event._asdict() for event in events if event.number > since]}
 
 
-def refuse_stranger(control, target, headers):
+def check_access(control, target, headers):
     """The Answer to who must not drive us, in the form of what is asked for; or None."""
     try:
-        control.admit(headers)
-    except Refused as refused:
+        control.authorize(headers)
+    except ApiError as refused:
         methods, _ = find_route(target.partition("?")[0])
-        like_toxiproxy = any(function.form is ApiError for function in methods.values())
-        answer = (ApiError(refused.status, str(refused)) if like_toxiproxy else refused).answer()
+        like_toxiproxy = any(function.form is ToxiproxyError for function in methods.values())
+        answer = (ToxiproxyError(refused.status, str(refused)) if like_toxiproxy else refused).answer()
         control.complain(refused)
         return answer._replace(headers=dict(answer.headers, **refused.headers))
     return None
 
 
-def respond(control, method, target, body, headers=None):
+def handle_request(control, method, target, body, headers=None):
     """The Answer to one question. Nothing else may come of it."""
     try:
-        refusal = refuse_stranger(control, target, headers or {})
+        refusal = check_access(control, target, headers or {})
         if refusal:
             return refusal
-        answer = ask(control, method, target, body, headers or {})
-    except Refused as refused:
+        answer = dispatch(control, method, target, body, headers or {})
+    except ApiError as refused:
         return refused.answer()
     except Exception as problem:
         log.exception("control: %r %r failed", method[:20], target[:200])
-        return Refused(500, [("server", "", words_of(problem))]).answer()
-    if isinstance(answer, Answer):
+        return ApiError(500, [("server", "", format_exception(problem))]).answer()
+    if isinstance(answer, ApiResponse):
         return answer
     if isinstance(answer, str):
-        return Answer(200, {"Content-Type": "text/plain; charset=utf-8"}, answer)
-    return Answer(200, {"Content-Type": "application/json"}, json.dumps(answer))
+        return ApiResponse(200, {"Content-Type": "text/plain; charset=utf-8"}, answer)
+    return ApiResponse(200, {"Content-Type": "application/json"}, json.dumps(answer))
 
 
-def ask(control, method, target, body, headers):
+def dispatch(control, method, target, body, headers):
     """Find the route and ask it. Raises Refused."""
     path, _, words = target.partition("#")[0].partition("?")
     methods, names = find_route(path)
     if not methods and path.startswith("/proxies/"):
-        return plain(404, "404 page not found\n")
+        return text_response(404, "404 page not found\n")
     if not methods:
-        refuse("path", "there is no %s: there are %s" % (path[:200], ", ".join(ROUTES)),
+        bad_request("path", "there is no %s: there are %s" % (path[:200], ", ".join(ROUTES)),
                "path", 404)
     form = next(iter(methods.values())).form
-    function = methods.get("GET" if method == "HEAD" and form is Refused else method)
+    function = methods.get("GET" if method == "HEAD" and form is ApiError else method)
     if function is None:
         return form.wrong_method(method, path, methods)
     try:
-        text = body.decode("utf-8", "strict" if form is Refused else "replace")
+        text = body.decode("utf-8", "strict" if form is ApiError else "replace")
     except UnicodeDecodeError as problem:
-        refuse("", "the body must be UTF-8: %s" % problem)
+        bad_request("", "the body must be UTF-8: %s" % problem)
     query = dict(urls.parse_qsl(words, keep_blank_values=True))
     name = names.get("PROXY", query.pop("proxy", None))
     proxies = control.proxies
     proxy = proxies.get(next(iter(proxies), None) if name is None else name)
     if proxy is None and function.needs_proxy:
-        refuse("proxy", "there is no proxy %r: there are %s" % (
+        bad_request("proxy", "there is no proxy %r: there are %s" % (
             (name or "")[:200], ", ".join(proxies) or "none yet"), "querystring",
             404 if "PROXY" in names else 400)
     for word in sorted(query):
         if function.query is not None and word not in function.query:
-            refuse(word, "%s does not know %r in a query" % (path, word[:200]), "querystring")
-    return function(Question(control, proxy, names, query, text, headers))
+            bad_request(word, "%s does not know %r in a query" % (path, word[:200]), "querystring")
+    return function(ApiRequest(control, proxy, names, query, text, headers))
 
 
 def find_route(path):
@@ -4735,25 +4735,25 @@ class Control:
         self.local = local
         self.proxies = proxies
         self.token = token
-        self.names = {"localhost", *map(plain_name, [local[0], *names])} - {""}
+        self.names = {"localhost", *map(normalize_host, [local[0], *names])} - {""}
         self.listener = None
         self.url = ""
-        self.talkers = OrderedDict()        # {socket: Talk}, the oldest first
-        self.most = TALKERS_MAX             # of them
+        self.clients = OrderedDict()        # {socket: Talk}, the oldest first
+        self.max_clients = CLIENTS_MAX             # of them
         self.sweeping = False
-        self.complained = 0.0               # when the log last said that somebody was refused
+        self.last_warning = 0.0               # when the log last said that somebody was refused
         self.loop = None
 
     def bind(self):
         """Have a port. Raises OSError, with the address in its words."""
         self.listener = Listener(self.local, self.welcome)
         port = self.listener.sockets[0].getsockname()[1]
-        self.url = "http://%s" % show_address((self.local[0] or "localhost", port))
+        self.url = "http://%s" % format_address((self.local[0] or "localhost", port))
 
     def open(self, loop):
         """Begin to answer; the proxies' loop may be busy."""
-        self.talk = talker()
-        self.most = max(4, min(TALKERS_MAX, (raise_descriptors() or TALKERS_MAX * 4) // 4))
+        self.talk = make_request_handler()
+        self.max_clients = max(4, min(CLIENTS_MAX, (raise_fd_limit() or CLIENTS_MAX * 4) // 4))
         self.loop = Loop()
         self.listener.open(self.loop)
         self.thread = threading.Thread(target=self.loop.run, name="control", daemon=True)
@@ -4764,7 +4764,7 @@ class Control:
             log.warning("control: whoever reaches %s can drive it: give a --http-token",
                         self.listener)
 
-    def admit(self, headers):
+    def authorize(self, headers):
         """Refuse who must not drive us; no page in a browser may. Raises Refused.
 
         Who bears the token may; no page knows it. Without a token a page is known by its
@@ -4775,75 +4775,75 @@ class Control:
             scheme, _, word = headers.get("Authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(
                     word.strip().encode("utf-8", "replace"), self.token.encode("utf-8")):
-                raise Refused(401, [("header", "Authorization",
+                raise ApiError(401, [("header", "Authorization",
                                      "Authorization must be Bearer and the --http-token")],
                               {"WWW-Authenticate": "Bearer"})
             return
         host = headers.get("Host", "localhost")
-        if not self.is_called(host):
-            refuse("Host", "Host must be an address, %s or another --http-name, not %r"
+        if not self.is_own_host(host):
+            bad_request("Host", "Host must be an address, %s or another --http-name, not %r"
                    % (", ".join(sorted(self.names)), host[:200]), "header", 403)
         origin = headers.get("Origin", "http://" + host)
         if origin.lower() not in ("http://" + host.lower(), "https://" + host.lower()):
-            refuse("Origin", "no page of %r may drive this" % origin[:200], "header", 403)
+            bad_request("Origin", "no page of %r may drive this" % origin[:200], "header", 403)
         if headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-            refuse("Sec-Fetch-Site", "no page from elsewhere may drive this", "header", 403)
+            bad_request("Sec-Fetch-Site", "no page from elsewhere may drive this", "header", 403)
 
     def complain(self, refused):
         """Say who was refused, once a second at most: somebody may wonder why."""
         now = time.monotonic()
-        if now - self.complained >= 1:
-            self.complained = now
+        if now - self.last_warning >= 1:
+            self.last_warning = now
             log.warning("control: a question was refused: %s", refused)
 
-    def is_called(self, host):
+    def is_own_host(self, host):
         """Whether that is a Host that it may be called by."""
-        name = plain_name(re.sub(r":\d*$", "", host.strip()))
+        name = normalize_host(re.sub(r":\d*$", "", host.strip()))
         bare = name[1:-1] if name.startswith("[") and name.endswith("]") else name
         return name in self.names or (bool(re.fullmatch("[0-9a-f.:]{1,45}", bare))
-                                      and literal((bare, 0)) is not None)
+                                      and resolve_numeric((bare, 0)) is not None)
 
     def welcome(self, client, peer):
         """Have a thread answer a client; the oldest makes room if there are too many."""
-        while len(self.talkers) >= self.most:
-            oldest, _ = self.talkers.popitem(last=False)
+        while len(self.clients) >= self.max_clients:
+            oldest, _ = self.clients.popitem(last=False)
             with contextlib.suppress(OSError):
                 oldest.shutdown(socket.SHUT_RDWR)
         client = socket.socket(client.family, socket.SOCK_STREAM, 0, client.detach())
-        client.settimeout(TALK_TIME)
-        talk = self.talkers[client] = Talk(self)
-        self.loop.away(lambda: self.answer(client, peer, talk),
+        client.settimeout(IDLE_TIMEOUT)
+        talk = self.clients[client] = Session(self)
+        self.loop.run_in_thread(lambda: self.answer(client, peer, talk),
                        lambda done, problem: self.leave(client, problem))
         if not self.sweeping:
-            self.sweep()
+            self.close_expired()
 
-    def sweep(self):
+    def close_expired(self):
         """Hang up on who takes too long, a byte at a time or not at all."""
         now = self.loop.clock()
-        for client, talk in self.talkers.items():
+        for client, talk in self.clients.items():
             if talk.until < now:
                 with contextlib.suppress(OSError):
                     client.shutdown(socket.SHUT_RDWR)
-        self.sweeping = bool(self.talkers)
+        self.sweeping = bool(self.clients)
         if self.sweeping:
-            self.loop.at(now + 1, self.sweep)
+            self.loop.call_at(now + 1, self.close_expired)
 
     def answer(self, client, peer, talk):
         """Talk, then linger: to close over what is unread would destroy the last answer."""
         with client:
             self.talk(client, peer, talk)
             client.shutdown(socket.SHUT_WR)
-            talk.hurry(LINGER)
+            talk.set_deadline(LINGER_TIMEOUT)
             client.settimeout(1)
             for _ in range(1000):
                 if not client.recv(65536):
                     break
 
     def leave(self, client, problem):
-        self.talkers.pop(client, None)
+        self.clients.pop(client, None)
         client.close()                  # again, where there was no thread to do it
         if problem and not isinstance(problem, OSError):
-            log.error("control: %s", words_of(problem))
+            log.error("control: %s", format_exception(problem))
 
     def close(self):
         if self.loop:
@@ -4855,19 +4855,19 @@ class Control:
             self.loop.close()
 
 
-class Talk:
+class Session:
     """What a connection to the control server knows of it, and until when it must be done."""
 
     def __init__(self, control):
         self.control = control
-        self.hurry(TALK_TIME)
+        self.set_deadline(IDLE_TIMEOUT)
 
-    def hurry(self, seconds):
+    def set_deadline(self, seconds):
         """What is being done must be done in so many seconds."""
         self.until = self.control.loop.clock() + seconds
 
 
-def plain_name(host):
+def normalize_host(host):
     """A host's name as a Host header has it: in small letters, its dot at the end left out."""
     try:
         return host.lower().rstrip(".").encode("idna").decode("ascii")
@@ -4879,12 +4879,12 @@ def is_loopback(address):
     return address[0] == "::1" or address[0].startswith("127.")
 
 
-class Head:
+class LimitedReader:
     """The head of a question, as a file of HEAD_MAX bytes at most."""
 
     def __init__(self, file, too_long):
         self.file, self.too_long = file, too_long
-        self.left = HEAD_MAX
+        self.left = REQUEST_HEAD_MAX
 
     def readline(self, size):
         line = self.file.readline(min(size, self.left + 1))
@@ -4894,7 +4894,7 @@ class Head:
         return line
 
 
-def talker():
+def make_request_handler():
     """The request handler of http.server that puts every question to `respond`."""
     import http.client  # late: few commands need them, and they take their time
     import http.server
@@ -4905,29 +4905,29 @@ def talker():
         disable_nagle_algorithm = True
         wbufsize = -1                   # the head and the body leave together
         command = requestline = ""      # until it is known
-        server: Talk  # type: ignore
+        server: Session  # type: ignore
 
         def handle(self):
             try:
                 self.rfile.peek(1)  # type: ignore
             except socket.timeout:
-                self.send_error(408, "nothing was asked in %g seconds" % TALK_TIME)
+                self.send_error(408, "nothing was asked in %g seconds" % IDLE_TIMEOUT)
                 return
             super().handle()
 
         def handle_one_request(self):
-            self.server.hurry(TALK_TIME)
+            self.server.set_deadline(IDLE_TIMEOUT)
             try:
                 self.rfile.peek(1)  # type: ignore
             except socket.timeout:
                 self.close_connection = True
                 return
-            self.server.hurry(ANSWER_TIME)
+            self.server.set_deadline(REQUEST_TIMEOUT)
             super().handle_one_request()
 
         def parse_request(self):
             file = self.rfile
-            self.rfile = Head(file, http.client.LineTooLong)  # type: ignore
+            self.rfile = LimitedReader(file, http.client.LineTooLong)  # type: ignore
             try:
                 return super().parse_request()
             finally:
@@ -4939,7 +4939,7 @@ def talker():
             raise AttributeError(name)
 
         def answer(self):
-            refusal = refuse_stranger(self.server.control, self.path, self.headers)
+            refusal = check_access(self.server.control, self.path, self.headers)
             if refusal:
                 self.close_connection = True    # its body is not read
                 self.reply(*refusal)
@@ -4950,7 +4950,7 @@ def talker():
                 self.send_error(408, "the body did not come")
             else:
                 if body is not None:
-                    self.reply(*respond(self.server.control, self.command, self.path, body,
+                    self.reply(*handle_request(self.server.control, self.command, self.path, body,
                                         self.headers))
 
         def read_body(self):
@@ -4964,8 +4964,8 @@ def talker():
                 self.send_error(415, "a body must come as it is, without Content-Encoding")
             elif not re.fullmatch("[0-9]{1,18}", length):
                 self.send_error(400, "Content-Length must be a number")
-            elif int(length) > BODY_MAX:
-                self.send_error(413, "a body may have %d bytes at most" % BODY_MAX)
+            elif int(length) > REQUEST_BODY_MAX:
+                self.send_error(413, "a body may have %d bytes at most" % REQUEST_BODY_MAX)
             else:
                 self.wfile.flush()      # a "100 Continue"
                 body = self.rfile.read(int(length))
@@ -4984,8 +4984,8 @@ def talker():
                     self.send_error(400, "a chunk must begin with its length")
                     return None
                 size = int(line, 16)
-                if len(body) + size > BODY_MAX:
-                    self.send_error(413, "a body may have %d bytes at most" % BODY_MAX)
+                if len(body) + size > REQUEST_BODY_MAX:
+                    self.send_error(413, "a body may have %d bytes at most" % REQUEST_BODY_MAX)
                     return None
                 body += self.rfile.read(size)
                 if size and self.rfile.read(2) != b"\r\n":
@@ -5012,7 +5012,7 @@ def talker():
         def send_error(self, code, message=None, explain=None):
             self.close_connection = True
             self.request_version = self.protocol_version    # whatever was asked for
-            self.reply(*Refused(code, [("request", "", message or explain or "")]).answer())
+            self.reply(*ApiError(code, [("request", "", message or explain or "")]).answer())
             self.wfile.flush()
 
         def log_message(self, form, *args):
@@ -5031,17 +5031,17 @@ STREAM_WORDS = "stream was invalid, can be either upstream or downstream"
 GO_TYPES = {str: "string", bool: "bool", int: "int64", float: "float64", list: "[]", dict: "{}"}
 JSON_TYPES = {str: "string", bool: "bool", int: "number", float: "number", list: "array",
               dict: "object", type(None): "null"}
-TOXIPROXYS = {"noop", "latency", "bandwidth", "slicer", "slow_close", "timeout", "reset_peer",
+TOXIPROXY_TYPES = {"noop", "latency", "bandwidth", "slicer", "slow_close", "timeout", "reset_peer",
               "limit_data"}
 # As in the original these may be negative, which is as 0; where it crashed, it is refused.
-SIGNED = {"latency", "jitter", "delay", "timeout", "bytes"}
+MAY_BE_NEGATIVE = {"latency", "jitter", "delay", "timeout", "bytes"}
 PROXY_FIELDS = OrderedDict((("name", str), ("listen", str), ("upstream", str),
                             ("enabled", bool), ("toxics", list), ("protocol", str)))
 TOXIC_FIELDS = OrderedDict((("name", str), ("type", str), ("stream", str), ("toxicity", float),
                             ("attributes", dict)))
 
 
-class ApiError(Refused):
+class ToxiproxyError(ApiError):
     """An answer that is an error, in Toxiproxy's form."""
 
     def __init__(self, status, message):
@@ -5052,49 +5052,49 @@ class ApiError(Refused):
         return OrderedDict((("error", self.message), ("status", self.status)))
 
     def answer(self):
-        return plain(self.status, compact(self.table()) + "\n")
+        return text_response(self.status, dump_json(self.table()) + "\n")
 
     @classmethod
     def wrong_method(cls, method, path, methods):
-        return plain(405, "")
+        return text_response(405, "")
 
 
-def plain(status, text):
-    return Answer(status, {"Content-Type": "text/plain; charset=utf-8",
+def text_response(status, text):
+    return ApiResponse(status, {"Content-Type": "text/plain; charset=utf-8",
                            "X-Content-Type-Options": "nosniff"}, text)
 
 
-def compact(value):
+def dump_json(value):
     return json.dumps(value, separators=(",", ":"))
 
 
-def api(method, path, example="", status=200):
+def toxiproxy_route(method, path, example="", status=200):
     """Register a function of a question; what it returns goes out as JSON, None as 204."""
     def register(function):
         def answer(question):
             agent = question.headers.get("User-Agent", "")
             if agent.startswith("Mozilla/"):        # as the original has it
-                return plain(403, "User agent not allowed\n")
-            with in_its_words():
+                return text_response(403, "User agent not allowed\n")
+            with toxiproxy_errors():
                 found = function(question)
-            if isinstance(found, Answer):
+            if isinstance(found, ApiResponse):
                 return found
             if found is None:
-                return Answer(204, {}, "")
-            return Answer(status, {"Content-Type": "application/json"}, compact(found))
+                return ApiResponse(204, {}, "")
+            return ApiResponse(status, {"Content-Type": "application/json"}, dump_json(found))
         answer.__doc__ = function.__doc__
-        route(method, path, example, query=None, needs_proxy=False, form=ApiError)(answer)
+        route(method, path, example, query=None, needs_proxy=False, form=ToxiproxyError)(answer)
         return function
     return register
 
 
 @contextlib.contextmanager
-def in_its_words():
+def toxiproxy_errors():
     """An ApiError in the place of what a proxy raises."""
     try:
         yield
     except CannotListen as problem:
-        raise ApiError(500, "listen tcp %s: bind: %s"
+        raise ToxiproxyError(500, "listen tcp %s: bind: %s"
                        % (problem.address, problem.reason.lower())) from None
     except ValueError as problem:
         raise bad_body(problem) from None
@@ -5103,13 +5103,13 @@ def in_its_words():
 # Reading
 
 def bad_body(words):
-    return ApiError(400, "bad request body: %s" % words)
+    return ToxiproxyError(400, "bad request body: %s" % words)
 
 
-def check_field(name, check, *values):
+def check_field(name, check, *resolve_settings):
     """What check makes of a field. Raises ApiError, that names it."""
     try:
-        return check(*values)
+        return check(*resolve_settings)
     except ValueError as problem:
         raise bad_body("%s %s" % (name, problem)) from None
 
@@ -5137,7 +5137,7 @@ def read_value(value, kind, place):
     """A value of that kind and no other. Raises ApiError, in the words of the original."""
     fits = type(value) is kind or (kind is float and type(value) is int)
     if fits and kind is int:
-        fits = -LARGEST - 1 <= value <= LARGEST
+        fits = -INT64_MAX - 1 <= value <= INT64_MAX
     elif fits and kind is float:
         fits = abs(value) <= sys.float_info.max
     if not fits:
@@ -5177,16 +5177,16 @@ def make_proxy(fields, proxies, place=""):
     """A proxy, not open yet, of the fields of `read_proxy`. Raises ApiError."""
     for name in "name", "upstream":
         if not fields.get(name):
-            raise ApiError(400, "missing required field: %s%s" % (name, place))
+            raise ToxiproxyError(400, "missing required field: %s%s" % (name, place))
     check_field("name", check_name, fields["name"])
     toxics = []
-    for number, table in enumerate(fields.get("toxics", ()), 1):
+    for number_check, table in enumerate(fields.get("toxics", ()), 1):
         try:
             toxics.append(read_toxic(table))
-        except ApiError as problem:
-            raise ApiError(problem.status, "%s (toxic %d of proxy %s)" % (
-                problem.message, number, fields["name"])) from None
-    refuse_doubles(toxics)
+        except ToxiproxyError as problem:
+            raise ToxiproxyError(problem.status, "%s (toxic %d of proxy %s)" % (
+                problem.message, number_check, fields["name"])) from None
+    check_unique(toxics)
     local = read_listen(fields.get("listen", ":0"), "listen tcp: ")
     backend = check_field("upstream", parse_address, fields["upstream"])
     check_field("upstream", check_backend, backend, [local])
@@ -5199,10 +5199,10 @@ def make_proxy(fields, proxies, place=""):
         raise bad_body(problem) from None
 
 
-def refuse_doubles(toxics):
+def check_unique(toxics):
     names = [toxic.name for toxic in toxics]
     if len(set(names)) < len(names):
-        raise ApiError(409, "toxic already exists")
+        raise ToxiproxyError(409, "toxic already exists")
 
 
 def read_listen(text, prefix=""):
@@ -5211,9 +5211,9 @@ def read_listen(text, prefix=""):
         return parse_listener(text)
     except ValueError as problem:
         if ":" not in text:
-            raise ApiError(500, "%saddress %s: missing port in address" % (prefix, text)) from None
+            raise ToxiproxyError(500, "%saddress %s: missing port in address" % (prefix, text)) from None
         if re.fullmatch(r"[^:]*:\d{5,}", text):
-            raise ApiError(500, "%saddress %s: invalid port"
+            raise ToxiproxyError(500, "%saddress %s: invalid port"
                            % (prefix, text.rpartition(":")[2])) from None
         raise bad_body("listen %s" % problem) from None
 
@@ -5227,12 +5227,12 @@ def read_toxic(value, strict=False):
     fields = read_fields(table, TOXIC_FIELDS, "ToxicWrapper")
     kind = fields.get("type", "")
     # Toxiproxy's own have a stream unless it is said; the others see both.
-    usual = "both" if kind in HANDLERS and kind not in TOXIPROXYS else DOWNSTREAM
+    usual = "both" if kind in HANDLERS and kind not in TOXIPROXY_TYPES else DOWNSTREAM
     stream = fields.get("stream", usual)
     if stream.lower() not in (UPSTREAM, DOWNSTREAM, "both"):
-        raise ApiError(400, STREAM_WORDS)
+        raise ToxiproxyError(400, STREAM_WORDS)
     if kind not in HANDLERS:
-        raise ApiError(400, "invalid toxic type" + ": %r: there are %s" % (
+        raise ToxiproxyError(400, "invalid toxic type" + ": %r: there are %s" % (
             kind, ", ".join(HANDLERS)) * strict)
     name = fields.get("name") or "%s_%s" % (kind, stream)
     check_field("name", check_name, name)
@@ -5241,7 +5241,7 @@ def read_toxic(value, strict=False):
             raise bad_body("%s is not a field of a toxic: they are %s" % (
                 key, ", ".join(OrderedDict([*TOXIC_FIELDS.items(), *RULE_FIELDS.items()]))))
     rule_fields = read_rule_fields(table)
-    for _, words in misfits(kind, HANDLERS[kind], dict(rule_fields, stream=stream.lower())):
+    for _, words in check_fields(kind, HANDLERS[kind], dict(rule_fields, stream=stream.lower())):
         raise bad_body(words)
     toxicity = read_toxicity(fields, rule_fields, 1.0)
     if strict and not 0 <= toxicity <= 1:
@@ -5268,7 +5268,7 @@ def read_toxicity(fields, rule_fields, usual):
 
 def read_attributes(kind, value, strict=False):
     """The options of a handler that are given in a JSON object. Raises ApiError."""
-    usual = options_of(HANDLERS[kind])
+    usual = handler_options(HANDLERS[kind])
     known = {option if strict else option.lower(): option for option in usual}
     found = {}
     for key, given in read_object(value, "attributes", strict).items():
@@ -5278,16 +5278,16 @@ def read_attributes(kind, value, strict=False):
                                % (key, kind, ", ".join(sorted(usual)) or "none"))
             continue
         option = known[key]
-        number = read_value(given, type(usual[option]), ".attributes." + option)
-        if strict or not (option in SIGNED and type(number) is int and number < 0):
-            check_field(option, check_option, kind, option, number)
-        found[option] = number
+        number_check = read_value(given, type(usual[option]), ".attributes." + option)
+        if strict or not (option in MAY_BE_NEGATIVE and type(number_check) is int and number_check < 0):
+            check_field(option, check_option, kind, option, number_check)
+        found[option] = number_check
     return found
 
 
 # Writing
 
-def show_toxic(toxic):
+def toxic_to_json(toxic):
     rule = toxic.rule
     table = OrderedDict((("attributes", toxic.attributes), ("name", toxic.name),
                          ("type", rule.name), ("stream", toxic.stream),
@@ -5299,18 +5299,18 @@ def show_toxic(toxic):
     return table
 
 
-def show_toxics(proxy):
+def toxics_to_json(proxy):
     """Those of upstream first, each in the order they were made."""
     order = [UPSTREAM, DOWNSTREAM, "both"]
-    return [show_toxic(toxic)
+    return [toxic_to_json(toxic)
             for toxic in sorted(proxy.toxics, key=lambda toxic: order.index(toxic.rule.stream))]
 
 
-def show_proxy(proxy):
+def proxy_to_json(proxy):
     own = [("protocol", proxy.protocol_name())] if proxy.protocol else []
-    return proxy.loop.call(lambda: OrderedDict([
-        ("name", proxy.name), ("listen", proxy.listen), ("upstream", show_address(proxy.backend)),
-        ("enabled", proxy.enabled), ("toxics", show_toxics(proxy)), *own]))
+    return proxy.loop.run_sync(lambda: OrderedDict([
+        ("name", proxy.name), ("listen", proxy.listen), ("upstream", format_address(proxy.backend)),
+        ("enabled", proxy.enabled), ("toxics", toxics_to_json(proxy)), *own]))
 
 
 # The routes
@@ -5318,7 +5318,7 @@ def show_proxy(proxy):
 def find_proxy(question):
     proxy = question.proxy
     if proxy is None or question.control.proxies.get(proxy.name) is not proxy:
-        raise ApiError(404, "proxy not found")
+        raise ToxiproxyError(404, "proxy not found")
     return proxy
 
 
@@ -5326,45 +5326,45 @@ def find_toxic(question):
     for toxic in find_proxy(question).toxics:
         if toxic.name == question.names["TOXIC"]:
             return toxic
-    raise ApiError(404, "toxic not found")
+    raise ToxiproxyError(404, "toxic not found")
 
 
-@api("GET", "/proxies")
+@toxiproxy_route("GET", "/proxies")
 def list_proxies(question):
     """All proxies, with their toxics."""
     proxies = dict(question.control.proxies)
-    return OrderedDict((name, show_proxy(proxies[name])) for name in sorted(proxies))
+    return OrderedDict((name, proxy_to_json(proxies[name])) for name in sorted(proxies))
 
 
-@api("POST", "/proxies", '{"name": "redis", "listen": "localhost:26379", '
+@toxiproxy_route("POST", "/proxies", '{"name": "redis", "listen": "localhost:26379", '
                          '"upstream": "localhost:6379"}', status=201)
 def create_proxy(question):
     """Make one; `toxics` are on it before anybody can come."""
     fields = read_proxy(read_json(question.body))
     proxies = question.control.proxies
     proxy = make_proxy(fields, proxies)
-    with proxies.changing:
+    with proxies.lock:
         if not proxies.add(proxy):
-            raise ApiError(409, "proxy already exists")
-        return show_proxy(proxy)
+            raise ToxiproxyError(409, "proxy already exists")
+        return proxy_to_json(proxy)
 
 
-@api("GET", "/proxies/PROXY")
+@toxiproxy_route("GET", "/proxies/PROXY")
 def get_proxy(question):
     """One of them."""
-    return show_proxy(find_proxy(question))
+    return proxy_to_json(find_proxy(question))
 
 
-@api("PATCH", "/proxies/PROXY", '{"enabled": false}')
-@api("POST", "/proxies/PROXY", '{"enabled": false}')
+@toxiproxy_route("PATCH", "/proxies/PROXY", '{"enabled": false}')
+@toxiproxy_route("POST", "/proxies/PROXY", '{"enabled": false}')
 def update_proxy(question):
     """Change listen, upstream or enabled; its toxics stay as they are."""
     find_proxy(question)
     fields = read_proxy(read_json(question.body))
-    with question.control.proxies.changing:
+    with question.control.proxies.lock:
         proxy = find_proxy(question)
         change_proxy(question.control.proxies, proxy, fields, fields.get("enabled", proxy.enabled))
-        return show_proxy(proxy)
+        return proxy_to_json(proxy)
 
 
 def change_proxy(proxies, proxy, fields, enabled):
@@ -5379,61 +5379,61 @@ def change_proxy(proxies, proxy, fields, enabled):
     proxies.change(proxy, local, backend, enabled)
 
 
-@api("DELETE", "/proxies/PROXY")
+@toxiproxy_route("DELETE", "/proxies/PROXY")
 def delete_proxy(question):
     """Remove it, and close its connections."""
-    with question.control.proxies.changing:
+    with question.control.proxies.lock:
         question.control.proxies.remove(find_proxy(question))
 
 
-@api("GET", "/proxies/PROXY/toxics")
+@toxiproxy_route("GET", "/proxies/PROXY/toxics")
 def list_toxics(question):
     """Its toxics."""
     proxy = find_proxy(question)
-    return proxy.loop.call(show_toxics, proxy)
+    return proxy.loop.run_sync(toxics_to_json, proxy)
 
 
-@api("POST", "/proxies/PROXY/toxics", '{"type": "latency", "attributes": {"latency": 200}}')
+@toxiproxy_route("POST", "/proxies/PROXY/toxics", '{"type": "latency", "attributes": {"latency": 200}}')
 def create_toxic(question):
     """Add one: from now on, on open connections too."""
     find_proxy(question)
     toxic = read_toxic(read_json(question.body))
-    with question.control.proxies.changing:
+    with question.control.proxies.lock:
         proxy = find_proxy(question)
         toxics = [*proxy.toxics, toxic]
-        refuse_doubles(toxics)
-        proxy.loop.call(proxy.set_toxics, toxics)
-    return show_toxic(toxic)
+        check_unique(toxics)
+        proxy.loop.run_sync(proxy.set_toxics, toxics)
+    return toxic_to_json(toxic)
 
 
-@api("PUT", "/proxies/PROXY/toxics", '[{"type": "latency", "attributes": {"latency": 200}}]')
+@toxiproxy_route("PUT", "/proxies/PROXY/toxics", '[{"type": "latency", "attributes": {"latency": 200}}]')
 def put_toxics(question):
     """Have these and no others; what is unknown in them is refused."""
     find_proxy(question)
     tables = read_value(read_json(question.body, strict=True), list, "toxics")
     toxics = [read_toxic(table, strict=True) for table in tables]
-    refuse_doubles(toxics)
-    with question.control.proxies.changing:
+    check_unique(toxics)
+    with question.control.proxies.lock:
         proxy = find_proxy(question)
-        proxy.loop.call(proxy.set_toxics, toxics)
-        return proxy.loop.call(show_toxics, proxy)
+        proxy.loop.run_sync(proxy.set_toxics, toxics)
+        return proxy.loop.run_sync(toxics_to_json, proxy)
 
 
-@api("GET", "/proxies/PROXY/toxics/TOXIC")
+@toxiproxy_route("GET", "/proxies/PROXY/toxics/TOXIC")
 def get_toxic(question):
     """One of them."""
-    return show_toxic(find_toxic(question))
+    return toxic_to_json(find_toxic(question))
 
 
-@api("PATCH", "/proxies/PROXY/toxics/TOXIC", '{"attributes": {"latency": 100}}')
-@api("POST", "/proxies/PROXY/toxics/TOXIC", '{"attributes": {"latency": 100}}')
+@toxiproxy_route("PATCH", "/proxies/PROXY/toxics/TOXIC", '{"attributes": {"latency": 100}}')
+@toxiproxy_route("POST", "/proxies/PROXY/toxics/TOXIC", '{"attributes": {"latency": 100}}')
 def update_toxic(question):
     """Change its toxicity, or some of its attributes."""
     find_toxic(question)
     table = read_object(read_json(question.body), "toxics.ToxicWrapper")
     fields = read_fields(table, OrderedDict((("toxicity", float), ("attributes", dict))), "")
     rule_fields = read_rule_fields(table)
-    with question.control.proxies.changing:
+    with question.control.proxies.lock:
         toxic, proxy = find_toxic(question), question.proxy
         rule = toxic.rule
         toxicity = read_toxicity(fields, rule_fields, toxic.toxicity)
@@ -5444,33 +5444,33 @@ def update_toxic(question):
         changed = Toxic(rule.name, toxic.name, toxicity, dict(toxic.attributes, **attributes),
                         toxic.stream, rule.per, match=rule.match, after=rule.after,
                         times=rule.times)
-        proxy.loop.call(proxy.set_toxics, [changed if other is toxic else other
+        proxy.loop.run_sync(proxy.set_toxics, [changed if other is toxic else other
                                            for other in proxy.toxics])
-        return show_toxic(toxic)
+        return toxic_to_json(toxic)
 
 
-@api("DELETE", "/proxies/PROXY/toxics/TOXIC")
+@toxiproxy_route("DELETE", "/proxies/PROXY/toxics/TOXIC")
 def delete_toxic(question):
     """Remove it: what it holds goes on at once."""
-    with question.control.proxies.changing:
+    with question.control.proxies.lock:
         toxic, proxy = find_toxic(question), question.proxy
-        proxy.loop.call(proxy.set_toxics, [other for other in proxy.toxics if other is not toxic])
+        proxy.loop.run_sync(proxy.set_toxics, [other for other in proxy.toxics if other is not toxic])
 
 
-@api("POST", "/populate", '[{"name": "redis", "listen": "localhost:26379", '
+@toxiproxy_route("POST", "/populate", '[{"name": "redis", "listen": "localhost:26379", '
                           '"upstream": "localhost:6379", "toxics": [{"type": "latency"}]}]')
 def populate(question):
     """Have these proxies, beside those that are there; nothing is done if one is wrong."""
     made = []
     try:
         for proxy, fields in read_proxies(question.body, question.control.proxies):
-            with in_its_words():
-                made.append(populate_one(question.control.proxies, proxy, fields))
-    except ApiError as problem:
-        return Answer(problem.status, {"Content-Type": "application/json"}, compact(OrderedDict(
-            problem.table(), proxies=[show_proxy(proxy) for proxy in made] or None)))
-    return Answer(201, {"Content-Type": "application/json"},
-                  compact({"proxies": [show_proxy(proxy) for proxy in made] or None}))
+            with toxiproxy_errors():
+                made.append(upsert_proxy(question.control.proxies, proxy, fields))
+    except ToxiproxyError as problem:
+        return ApiResponse(problem.status, {"Content-Type": "application/json"}, dump_json(OrderedDict(
+            problem.table(), proxies=[proxy_to_json(proxy) for proxy in made] or None)))
+    return ApiResponse(201, {"Content-Type": "application/json"},
+                  dump_json({"proxies": [proxy_to_json(proxy) for proxy in made] or None}))
 
 
 def read_proxies(text, proxies):
@@ -5483,23 +5483,23 @@ def read_proxies(text, proxies):
                        % JSON_TYPES[type(tables)])
     everything = [read_proxy(table) for table in tables]
     found = []
-    for number, fields in enumerate(everything, 1):
-        place = " at proxy %d" % number
+    for number_check, fields in enumerate(everything, 1):
+        place = " at proxy %d" % number_check
         try:
             found.append((make_proxy(fields, proxies, place), fields))
-        except ApiError as problem:
+        except ToxiproxyError as problem:
             words = re.sub(re.escape(place) + "$", "", problem.message) + place
-            raise ApiError(problem.status, words) from None
+            raise ToxiproxyError(problem.status, words) from None
     names = [proxy.name for proxy, _ in found]
-    for number, name in enumerate(names, 1):
-        if name in names[:number - 1]:
-            raise bad_body("duplicate proxy name %r at proxy %d" % (name, number))
+    for number_check, name in enumerate(names, 1):
+        if name in names[:number_check - 1]:
+            raise bad_body("duplicate proxy name %r at proxy %d" % (name, number_check))
     return found
 
 
-def populate_one(proxies, proxy, fields):
+def upsert_proxy(proxies, proxy, fields):
     """Have a proxy; one that is there and has these addresses stays, but for its toxics."""
-    with proxies.changing:
+    with proxies.lock:
         known = proxies.get(proxy.name)
         if known is None:
             proxies.add(proxy)
@@ -5508,34 +5508,34 @@ def populate_one(proxies, proxy, fields):
                 and known.listen in (proxy.listen, first_address(proxy.local)))
         if not same:
             proxies.change(known, proxy.local, proxy.backend, proxy.enabled)
-            known.loop.call(known.use, [])
-            known.loop.call(known.set_protocol, proxy.protocol, True)
+            known.loop.run_sync(known.set_rules, [])
+            known.loop.run_sync(known.set_protocol, proxy.protocol, True)
         if not same or "toxics" in fields:
-            known.loop.call(known.set_toxics, proxy.toxics)
+            known.loop.run_sync(known.set_toxics, proxy.toxics)
         return known
 
 
-@api("POST", "/reset")
+@toxiproxy_route("POST", "/reset")
 def reset(question):
     """Enable all proxies, remove all toxics; connections stay."""
     proxies = question.control.proxies
-    with proxies.changing:
+    with proxies.lock:
         for proxy in list(proxies.values()):
             change_proxy(proxies, proxy, {}, True)
-            proxy.loop.call(proxy.set_toxics, [])
+            proxy.loop.run_sync(proxy.set_toxics, [])
 
 
-@api("GET", "/version")
+@toxiproxy_route("GET", "/version")
 def version(question):
     """Which version this is: at least what clients ask of Toxiproxy."""
-    return Answer(200, {"Content-Type": "application/json;charset=utf-8"},
+    return ApiResponse(200, {"Content-Type": "application/json;charset=utf-8"},
                   '{"version": "%s"}\n' % __version__)
 
 
-@api("GET", "/metrics")
+@toxiproxy_route("GET", "/metrics")
 def metrics(question):
     """All counts, for Prometheus."""
-    measured = [proxy.loop.call(proxy.measure)
+    measured = [proxy.loop.run_sync(proxy.metrics)
                 for proxy in list(question.control.proxies.values())]
     lines = []
     for name, (kind, words) in METRICS.items():
@@ -5543,7 +5543,7 @@ def metrics(question):
         lines += ["%s{%s} %d" % (name, ",".join('%s="%s"' % (label, escape(str(text)))
                                                 for label, text in sorted(labels.items())), value)
                   for found in measured for labels, value in found[name]]
-    return Answer(200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
+    return ApiResponse(200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
                   "\n".join(lines) + "\n")
 
 
@@ -5645,7 +5645,7 @@ class Client:
 
 # Runs this very file under the name it was imported by, so that a handler of the user's
 # that imports it by that name, or as vaurien, gets the same module.
-STARTER = """\
+BOOTSTRAP = """\
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location(*sys.argv[1:3])
 del sys.argv[1:3]
@@ -5655,7 +5655,7 @@ spec.loader.exec_module(module)
 sys.modules.setdefault("vaurien.handlers", module.handlers)
 sys.exit(module.main())
 """
-STARTED = {}            # {pid: (Popen, who started it)} of start_proxy
+STARTED_PROCESSES = {}            # {pid: (Popen, who started it)} of start_proxy
 
 
 def start_proxy(host="localhost", port=8888, http=True, warmup=2, *, proxy_host="localhost",
@@ -5673,21 +5673,21 @@ def start_proxy(host="localhost", port=8888, http=True, warmup=2, *, proxy_host=
     Raises RuntimeError, in the words of the proxy, if it cannot start. It ends with
     `stop_proxy`, or when this process does, however that ends.
     """
-    backend = show_address((backend_host or host, int(backend_port or port)))
+    backend = format_address((backend_host or host, int(backend_port or port)))
     if isinstance(options, str):
         raise ValueError("options must be a list of words, not %r" % options)
-    words = [sys.executable, "-c", STARTER, __name__, os.path.abspath(__file__), "--attached",
+    words = [sys.executable, "-c", BOOTSTRAP, __name__, os.path.abspath(__file__), "--attached",
              "--backend", backend, "--protocol", protocol,
-             "--proxy", show_address((proxy_host, int(proxy_port))), "--log-level", log_level,
+             "--proxy", format_address((proxy_host, int(proxy_port))), "--log-level", log_level,
              "--log-output", log_output]
     if http:
         words += ["--http", "--http-host", http_host, "--http-port", str(http_port)]
     elif http_token:
         raise ValueError("http_token is for http, which is not wanted")
-    environment = dict(os.environ, **{TOKEN_NAME: http_token} if http_token else {})
+    environment = dict(os.environ, **{TOKEN_VARIABLE: http_token} if http_token else {})
     process = subprocess.Popen([*words, *map(str, options or ())], stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, universal_newlines=True, env=environment)
-    STARTED[process.pid] = process, os.getpid()
+    STARTED_PROCESSES[process.pid] = process, os.getpid()
     said = ["it said nothing in %s seconds" % warmup]
 
     def listen_to_it():
@@ -5710,9 +5710,9 @@ def start_proxy(host="localhost", port=8888, http=True, warmup=2, *, proxy_host=
 
 def stop_proxy(pid):
     """Stop a proxy of `start_proxy`, and wait for its end. ValueError if it is none."""
-    if not isinstance(pid, int) or pid not in STARTED:
+    if not isinstance(pid, int) or pid not in STARTED_PROCESSES:
         raise ValueError("no proxy was started as process %r" % (pid,))
-    process, _ = STARTED.pop(pid)
+    process, _ = STARTED_PROCESSES.pop(pid)
     with contextlib.suppress(OSError):      # somebody else has waited for it
         process.terminate()
     try:
@@ -5726,7 +5726,7 @@ def stop_proxy(pid):
 
 @atexit.register
 def stop_all():
-    for pid, (_, starter) in list(STARTED.items()):
+    for pid, (_, starter) in list(STARTED_PROCESSES.items()):
         if starter == os.getpid():          # and not a fork of it
             stop_proxy(pid)
 
@@ -5744,7 +5744,7 @@ Setting = namedtuple("Setting", "flags default check metavar help")
 
 
 def check_host(text):
-    if not nameable(text):
+    if not is_valid_host(text):
         raise ValueError("must be a host, like localhost or 127.0.0.1, not %r" % text)
     return text
 
@@ -5752,7 +5752,7 @@ def check_host(text):
 def check_names(text):
     names = [name.strip() for name in text.split(",")]
     for name in names:
-        if not name or ":" in name or not nameable(name):
+        if not name or ":" in name or not is_valid_host(name):
             raise ValueError("must be NAME[,NAME ...], like chaos.example, not %r" % text)
     return names
 
@@ -5764,17 +5764,17 @@ def check_token(text):
     return text
 
 
-TOKEN_NAME = "VAURIEN_HTTP_TOKEN"       # of the environment, that others cannot look into
+TOKEN_VARIABLE = "VAURIEN_HTTP_TOKEN"       # of the environment, that others cannot look into
 
 
-def token_of(text):
+def get_token(text):
     """The checked token of an option, or of the environment; None if there is none."""
-    given = Given("--http-token", text) if text else Given(TOKEN_NAME, os.environ.get(TOKEN_NAME))
-    return given.checked(check_token) if given.text else None
+    given = SourcedText("--http-token", text) if text else SourcedText(TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE))
+    return given.check(check_token) if given.text else None
 
 
 def check_log_level(text):
-    return one_of("debug", "info", "warning", "error", "critical")(text.lower()).upper()
+    return choice_check("debug", "info", "warning", "error", "critical")(text.lower()).upper()
 
 
 def check_file(text):
@@ -5856,13 +5856,13 @@ examples:
   vaurien demo --help"""
 
 
-class Given:
+class SourcedText:
     """A text of the user's, and where it was found, for the complaint."""
 
     def __init__(self, where, text):
         self.where, self.text = where, text
 
-    def checked(self, check, *names):
+    def check(self, check, *names):
         """What check makes of names and the text. Raises ValueError, and says where."""
         try:
             return check(*names, self.text)
@@ -5895,8 +5895,8 @@ class Parser(argparse.ArgumentParser):
         for name, function in HANDLERS.items():
             words = option_help(function) if helps else {}
             group = self.add_argument_group(name, helps and summary(function).replace("%", "%%"))
-            for option, default in options_of(function).items():
-                usual = show_value(default)
+            for option, default in handler_options(function).items():
+                usual = format_value(default)
                 group.add_argument(*option_flags(name, option), dest="%s.%s" % (name, option),
                                    metavar=METAVARS[type(default)],
                                    help=("%s (%s)" % (words.get(option, ""), usual))
@@ -5926,7 +5926,7 @@ def option_flags(name, option):
 # What the command line gives, {setting: Given}; the sections of the file, {proxy: {setting:
 # Given}}; the handlers' options of both, {(handler, option): Given}; the file's toxics,
 # [(Toxic, the name of its proxy as Given, or None)]; the file's text as Given, if it is JSON.
-Found = namedtuple("Found", "given sections options toxics json")
+ParsedConfig = namedtuple("ParsedConfig", "given sections options toxics json")
 
 
 def read_arguments(argv, settings, description=None, **words):
@@ -5937,27 +5937,27 @@ def read_arguments(argv, settings, description=None, **words):
     """
     first = vars(Parser(settings, add_help=False, prog=words.get("prog"))
                  .parse_known_args(argv)[0])
-    given = {name: Given(settings[name].flags[0], text) for name, text in first.items()}
+    given = {name: SourcedText(settings[name].flags[0], text) for name, text in first.items()}
     sections, options, toxics, entries = {}, {}, [], None
     if "config" in given:
-        path = given["config"].checked(check_file)
+        path = given["config"].check(check_file)
         text = read_file(path)
         if re.match(r"\s*(\{|\[\s*[]{])", text):        # no section of an ini file begins so
-            entries = Given("cannot read %s:" % path, text)
+            entries = SourcedText("cannot read %s:" % path, text)
         else:
             sections, options, toxics = read_ini(path, text)
     known = ChainMap(settings, FILE_SETTINGS)
     for section in [given, *sections.values()]:
         for name, text in section.items():      # those that others win over, too
-            text.checked(find_handlers if name == "behavior" else known[name].check)
+            text.check(find_handlers if name == "behavior" else known[name].check)
     helps = "-h" in argv or "--help" in argv        # or else no text is made for it
     parser = Parser(settings, description=helps and description and description(), **words)
     parser.add_handlers(helps)
     for name, text in vars(parser.parse_args(argv)).items():
         handler_name, _, option = name.rpartition(".")
         if handler_name:
-            options[handler_name, option] = Given(option_flags(handler_name, option)[0], text)
-    return Found(given, sections, options, toxics, entries)
+            options[handler_name, option] = SourcedText(option_flags(handler_name, option)[0], text)
+    return ParsedConfig(given, sections, options, toxics, entries)
 
 
 def read_file(path):
@@ -5984,24 +5984,24 @@ def read_ini(path, text):
     sections, options, toxics = OrderedDict(), OrderedDict(), OrderedDict()
     for title in parser.sections():
         where = "%s: [%s]" % (path, title)
-        given = {key: Given("%s %s" % (where, key), text) for key, text in parser.items(title)}
+        given = {key: SourcedText("%s %s" % (where, key), text) for key, text in parser.items(title)}
         for text in given.values():
-            text.text = text.checked(expand)
+            text.text = text.check(expand_env)
         kind, _, name = (word.strip() for word in title.partition(":"))
-        Given("%s: the name of a section" % path, title).checked(check_name)
+        SourcedText("%s: the name of a section" % path, title).check(check_name)
         if title.strip() == "vaurien":
-            put_anew(sections, "vaurien", where, name_settings(given, FILE_SETTINGS))
+            set_once(sections, "vaurien", where, settings_by_name(given, FILE_SETTINGS))
         elif kind == "proxy" and name:
-            put_anew(sections, name, where, name_settings(given, PROXY_SETTINGS))
+            set_once(sections, name, where, settings_by_name(given, PROXY_SETTINGS))
         elif kind in ("handler", "behavior") and name:
             if "callable" in given:
-                given.pop("callable").checked(load_handler, name)
-            Given(where, name).checked(find_handler)
+                given.pop("callable").check(load_handler, name)
+            SourcedText(where, name).check(find_handler)
             for option, text in given.items():
-                text.checked(check_handler_option, name, option)
-                put_anew(options, (name, option), text.where, text)
+                text.check(check_handler_option, name, option)
+                set_once(options, (name, option), text.where, text)
         elif kind == "toxic" and name:
-            put_anew(toxics, name, where, given)
+            set_once(toxics, name, where, given)
         else:
             raise ValueError("%s is not a section: they are [vaurien], [proxy:NAME], "
                              "[handler:NAME] and [toxic:NAME]" % where)
@@ -6012,26 +6012,26 @@ def read_ini(path, text):
 def read_ini_toxic(where, name, given):
     """(Toxic, the Given name of its proxy or None) of a section. Raises ValueError."""
     place = given.pop("proxy", None)
-    kind = given.pop("type", Given(where + " type", ""))
-    kind.checked(find_handler)
+    kind = given.pop("type", SourcedText(where + " type", ""))
+    kind.check(find_handler)
     toxicity, fields, attributes = 1.0, {}, {}
     for key, text in given.items():
         if key == "toxicity":
-            toxicity = text.checked(check_toxicity)
+            toxicity = text.check(check_toxicity)
         elif key in RULE_FIELDS:
-            fields[key] = text.checked(RULE_FIELDS[key])
+            fields[key] = text.check(RULE_FIELDS[key])
         else:
-            attributes[key] = text.checked(check_option, kind.text, key)
+            attributes[key] = text.check(check_option, kind.text, key)
     if "percent" in fields:
         if "toxicity" in given:
             raise ValueError("%s percent and toxicity say the same: give one of them" % where)
         toxicity = fields.pop("percent") / 100
-    for _, words in misfits(kind.text, HANDLERS[kind.text], fields):
+    for _, words in check_fields(kind.text, HANDLERS[kind.text], fields):
         raise ValueError("%s %s" % (where, words))
     return Toxic(kind.text, name, toxicity, attributes, **fields), place
 
 
-def expand(text):
+def expand_env(text):
     """Put environment variables in the place of ${NAME}. Raises ValueError."""
     def value(match):
         if match.group(1) not in os.environ:
@@ -6042,18 +6042,18 @@ def expand(text):
     return re.sub(r"\$\{([^}]*)\}", value, text)
 
 
-def name_settings(given, settings):
+def settings_by_name(given, settings):
     """{setting: Given} of {key: Given}; a key is a flag without its dashes. Raises ValueError."""
     keys = {flag.lstrip("-"): name for name in settings for flag in settings[name].flags}
     found = {}
     for key, text in given.items():
         if key.replace("_", "-") not in keys:
             raise ValueError("%s is not a setting: here are %s" % (text.where, ", ".join(keys)))
-        put_anew(found, keys[key.replace("_", "-")], text.where, text)
+        set_once(found, keys[key.replace("_", "-")], text.where, text)
     return found
 
 
-def put_anew(table, key, where, value):
+def set_once(table, key, where, value):
     """Refuse, with a ValueError, to be told a thing twice."""
     if key in table:
         raise ValueError("%s says again what is said before" % where)
@@ -6074,13 +6074,13 @@ def find_handlers(behavior):
         find_handler(name)
 
 
-def values(given, settings):
+def resolve_settings(given, settings):
     """The checked values of settings, their defaults where nothing was given."""
     found = {}
     for name, setting in settings.items():
-        usual = Given(setting.flags[0], setting.default)
+        usual = SourcedText(setting.flags[0], setting.default)
         text = given.get(name, usual)
-        found[name] = None if text.text is None else text.checked(setting.check)
+        found[name] = None if text.text is None else text.check(setting.check)
     return found
 
 
@@ -6088,7 +6088,7 @@ def option_values(options):
     """The checked options of the handlers: {handler: {option: value}}."""
     found = {}
     for (name, option), given in options.items():
-        found.setdefault(name, {})[option] = given.checked(check_handler_option, name, option)
+        found.setdefault(name, {})[option] = given.check(check_handler_option, name, option)
     return found
 
 
@@ -6115,10 +6115,10 @@ def make_proxies(found, needs_one=True):
     chosen = [("vaurien", ChainMap(given, own))] if one_more else []
     chosen += [(name, ChainMap(common, section, for_all)) for name, section in sections.items()]
     checked = option_values(found.options)
-    usual = values(ChainMap(given, own), PROXY_SETTINGS)
-    proxies = Proxies(seed=usual["seed"], timeout=usual["timeout"])
+    usual = resolve_settings(ChainMap(given, own), PROXY_SETTINGS)
+    proxies = ProxyTable(seed=usual["seed"], timeout=usual["timeout"])
     for name, texts in chosen:
-        value = values(texts, PROXY_SETTINGS)
+        value = resolve_settings(texts, PROXY_SETTINGS)
         if value["seed"] is None:
             value["seed"] = proxies.seed
         try:
@@ -6128,15 +6128,15 @@ def make_proxies(found, needs_one=True):
                 name, problem)) from None
     try:
         for proxy, _ in read_proxies(found.json.text, proxies) if found.json else ():
-            put_anew(proxies, proxy.name, "%s %s" % (found.json.where, proxy.name), proxy)
-    except ApiError as problem:
+            set_once(proxies, proxy.name, "%s %s" % (found.json.where, proxy.name), proxy)
+    except ToxiproxyError as problem:
         words = re.sub("^bad request body: ", "", problem.message)
         raise ValueError("%s %s" % (found.json.where, words)) from None
-    give_toxics(proxies, found.toxics)
+    attach_toxics(proxies, found.toxics)
     return proxies
 
 
-def give_toxics(proxies, toxics):
+def attach_toxics(proxies, toxics):
     """Give each toxic of the file to its proxy. Raises ValueError."""
     for toxic, place in toxics:
         if place is None and len(proxies) != 1:
@@ -6149,7 +6149,7 @@ def give_toxics(proxies, toxics):
         proxy = proxies[place.text if place else next(iter(proxies))]
         proxy.toxics.append(toxic)
         try:
-            proxy.arm(proxy.stack, proxy.toxics)
+            proxy.arm(proxy.behaviors, proxy.toxics)
         except ValueError as problem:
             raise ValueError("[toxic:%s] %s" % (toxic.name, problem)) from None
 
@@ -6158,15 +6158,15 @@ class Formatter(logging.Formatter):
     """One line is one event, whatever a peer has had written into it."""
 
     def formatMessage(self, record):
-        record.message = printable(record.message)
+        record.message = escape_control_chars(record.message)
         return super().formatMessage(record)
 
     def formatException(self, exc_info):
         lines = super().formatException(exc_info).split("\n")
-        return "\n".join("    " + printable(line) for line in lines)
+        return "\n".join("    " + escape_control_chars(line) for line in lines)
 
 
-def printable(text):
+def escape_control_chars(text):
     """A text in one line, its other characters as they are written in Python."""
     return text if text.isprintable() else "".join(
         letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
@@ -6188,10 +6188,10 @@ def start_log(level, output):
 
 def fill_standard_descriptors():
     """Those of stdin, stdout and stderr that are closed are not for sockets to have."""
-    number = 0
-    while number <= 2:
-        number = os.open(os.devnull, os.O_RDWR)
-    os.close(number)
+    number_check = 0
+    while number_check <= 2:
+        number_check = os.open(os.devnull, os.O_RDWR)
+    os.close(number_check)
 
 
 def is_main_thread():
@@ -6204,14 +6204,14 @@ def serve(places, attached):
 
     Raises OSError where one of them cannot listen; then nothing has been accepted.
     """
-    raise_descriptors()
+    raise_fd_limit()
     parent = os.getppid()               # asked before anybody is told that we are here
     loop = Loop()
     catches = is_main_thread()
     if catches:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: loop.stop())
-        signal.set_wakeup_fd(loop.waker.fileno())   # Windows' select() sleeps through a signal
+        for number_check in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number_check, lambda *_: loop.stop())
+        signal.set_wakeup_fd(loop.wakeup_send.fileno())   # Windows' select() sleeps through a signal
     try:
         for place in places:
             place.bind()
@@ -6224,7 +6224,7 @@ def serve(places, attached):
             print("ready", flush=True)
             with contextlib.suppress(OSError):      # nobody reads on: a handler's prints go to
                 os.dup2(2, 1)                       # stderr, if there is one
-            loop.away(wait_for_stdin, lambda *_: loop.stop())
+            loop.run_in_thread(wait_for_stdin, lambda *_: loop.stop())
             watch_parent(loop, parent)
         loop.run()
     finally:
@@ -6239,7 +6239,7 @@ def serve(places, attached):
 def watch_parent(loop, parent):
     """Stop with the process that has started us, though a fork of it keeps our stdin open."""
     if os.getppid() == parent:
-        loop.at(loop.clock() + 0.5, lambda: watch_parent(loop, parent))
+        loop.call_at(loop.clock() + 0.5, lambda: watch_parent(loop, parent))
     else:
         loop.stop()
 
@@ -6253,9 +6253,9 @@ def wait_for_stdin():
 def run(argv):
     """The main job: proxies, until they are told to stop. Returns it, to be done."""
     found = read_arguments(argv, SETTINGS, prog="vaurien", epilog=EXAMPLES,
-                           description=introduction)
+                           description=program_description)
     given = found.given
-    process = values(ChainMap(given, found.sections.get("vaurien", {})), PROCESS_SETTINGS)
+    process = resolve_settings(ChainMap(given, found.sections.get("vaurien", {})), PROCESS_SETTINGS)
     own = found.sections.get("vaurien", {})
     for name in "http-host", "http-port", "http-token", "http-name":
         if (name in given or name in own) and not process["http"]:
@@ -6279,7 +6279,7 @@ def run_server(argv):
     given = found.given
     settings = OrderedDict((name, SERVE_SETTINGS.get(name, setting))
                            for name, setting in PROCESS_SETTINGS.items())
-    process = values(ChainMap(given, found.sections.get("vaurien", {})), settings)
+    process = resolve_settings(ChainMap(given, found.sections.get("vaurien", {})), settings)
     process["http"] = True
     return prepare(make_proxies(found, needs_one=False), process, "attached" in given)
 
@@ -6289,30 +6289,30 @@ def prepare(proxies, process, attached):
     places = [proxies]
     if process["http"]:
         places.append(Control((process["http-host"], process["http-port"]), proxies,
-                              token_of(process["http-token"]), process["http-name"] or ()))
+                              get_token(process["http-token"]), process["http-name"] or ()))
     if process["statsd"]:
         places.append(Statsd(process["statsd"], proxies))
     start_log(process["log-level"], process["log-output"])
     return lambda: serve(places, attached)
 
 
-def introduction():
+def program_description():
     """The first paragraphs of the module's docstring; empty under -OO."""
     return (__doc__ or "").partition("\n\n    ")[0]
 
 
 # The demo: a backend, a proxy and clients in one process.
 
-ANSWER = b"Hello from the backend of the demo.\n" * 8
-SPREAD = 1.5                    # seconds over which the demo's requests begin
-GIVE_UP = 3.0                   # seconds a client of the demo waits for an answer
+DEMO_BODY = b"Hello from the backend of the demo.\n" * 8
+DEMO_SECONDS = 1.5                    # seconds over which the demo's requests begin
+DEMO_TIMEOUT = 3.0                   # seconds a client of the demo waits for an answer
 
 
 def demo(argv):
     """See it at work: an embedded HTTP backend, the proxy in front of it, a histogram."""
     found = read_arguments(argv, DEMO_SETTINGS, prog="vaurien demo",
                            description=lambda: demo.__doc__)
-    value = values(found.given, DEMO_SETTINGS)
+    value = resolve_settings(found.given, DEMO_SETTINGS)
     return lambda: show_demo(value, option_values(found.options))
 
 
@@ -6325,14 +6325,14 @@ def show_demo(value, options):
                    options=options) as proxy:
             print("A backend on %s, and vaurien in front of it on 127.0.0.1:%d:\n"
                   "%s; seed %s.\n%d requests:\n"
-                  % (show_address(backend.server_address), proxy.port, proxy.describe(),
+                  % (format_address(backend.server_address), proxy.port, proxy.describe(),
                      proxy.seed, value["requests"]), flush=True)
             outcomes = make_requests(proxy.port, value["requests"])
             met = match_events(outcomes, proxy.events)
     finally:
         backend.shutdown()
         backend.server_close()
-    print("\n".join([*draw_histogram(outcomes), "", *sentences(outcomes, met)]))
+    print("\n".join([*draw_histogram(outcomes), "", *summarize(outcomes, met)]))
     return 0
 
 
@@ -6351,9 +6351,9 @@ def start_backend():
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
-            self.send_header("Content-Length", str(len(ANSWER)))
+            self.send_header("Content-Length", str(len(DEMO_BODY)))
             self.end_headers()
-            self.wfile.write(ANSWER)
+            self.wfile.write(DEMO_BODY)
 
         def log_message(self, *args):
             pass
@@ -6370,18 +6370,18 @@ Outcome = namedtuple("Outcome", "client began seconds words")
 def make_request(port):
     """One GET on a connection of its own."""
     import http.client
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=GIVE_UP)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEMO_TIMEOUT)
     client, words, start = "", "", time.time()
     began = time.monotonic()
     try:
         connection.connect()
-        client = show_address(connection.sock.getsockname())
+        client = format_address(connection.sock.getsockname())
         connection.request("GET", "/")
         response = connection.getresponse()
-        if response.read() != ANSWER or response.status != 200:
+        if response.read() != DEMO_BODY or response.status != 200:
             words = "a wrong answer"
     except socket.timeout:
-        words = "no answer in %g s" % GIVE_UP
+        words = "no answer in %g s" % DEMO_TIMEOUT
     except (ConnectionError, http.client.IncompleteRead):
         words = "connection closed"
     except (http.client.HTTPException, ValueError):
@@ -6400,32 +6400,32 @@ def match_events(outcomes, events):
             and outcome.began <= event.time <= outcome.began + outcome.seconds}
 
 
-def make_requests(port, number):
+def make_requests(port, number_check):
     """Make the requests, evenly spread, with a progress bar where somebody looks."""
     looks = sys.stderr is not None and sys.stderr.isatty()
     outcomes = []
     threads = [threading.Thread(target=lambda: outcomes.append(make_request(port)), daemon=True)
-               for _ in range(number)]
+               for _ in range(number_check)]
     began = time.monotonic()
     try:
         for started, thread in enumerate(threads):
-            time.sleep(max(0, began + started * SPREAD / number - time.monotonic()))
+            time.sleep(max(0, began + started * DEMO_SECONDS / number_check - time.monotonic()))
             thread.start()
             if looks:
-                show_progress(len(outcomes), number)
+                show_progress(len(outcomes), number_check)
         for thread in threads:
             while thread.is_alive():
                 thread.join(0.05)
                 if looks:
-                    show_progress(len(outcomes), number)
+                    show_progress(len(outcomes), number_check)
     finally:
         if looks:
             sys.stderr.write("\r%60s\r" % "")
     return outcomes
 
 
-def show_progress(done, number):
-    sys.stderr.write("\r[%-40s] %d/%d" % ("#" * (40 * done // number), done, number))
+def show_progress(done, number_check):
+    sys.stderr.write("\r[%-40s] %d/%d" % ("#" * (40 * done // number_check), done, number_check))
     sys.stderr.flush()
 
 
@@ -6441,16 +6441,16 @@ def draw_histogram(outcomes):
             if answered and min(answered) <= step <= max(answered)]
     rows += sorted(Counter(outcome.words for outcome in outcomes if outcome.words).items())
     widest = max(len(name) for name, _ in rows)
-    scale = min(1.0, (70 - widest) / max(number for _, number in rows))
+    scale = min(1.0, (70 - widest) / max(number_check for _, number_check in rows))
     lines = ["answered in"] if answered else []
-    for name, number in rows:
-        bar = "#" * max(number > 0, int(number * scale))
-        lines.append("  %*s  %s %d" % (widest, name, bar, number) if number
+    for name, number_check in rows:
+        bar = "#" * max(number_check > 0, int(number_check * scale))
+        lines.append("  %*s  %s %d" % (widest, name, bar, number_check) if number_check
                      else "  %*s" % (widest, name))
     return lines
 
 
-def show_seconds(seconds):
+def format_seconds(seconds):
     return "%.1f ms" % (seconds * 1000) if seconds < 0.1 else "%.2f s" % seconds
 
 
@@ -6458,7 +6458,7 @@ def median(numbers):
     return sorted(numbers)[len(numbers) // 2]
 
 
-def sentences(outcomes, met):
+def summarize(outcomes, met):
     """What happened, in plain words: to those that met a fault, and to the others.
 
     met    {outcome: handler}
@@ -6472,18 +6472,18 @@ def sentences(outcomes, met):
         mine = [outcome for outcome in outcomes if met.get(outcome) == name]
         times = [outcome.seconds for outcome in mine if not outcome.words]
         failed = Counter(outcome.words for outcome in mine if outcome.words)
-        ends = ["%d x %s" % (number, words) for words, number in sorted(failed.items())]
+        ends = ["%d x %s" % (number_check, words) for words, number_check in sorted(failed.items())]
         if times and calm and not failed:
             lines.append("%d of %d requests were delayed (%s), by %s at the median."
-                         % (len(mine), total, name, show_seconds(max(0, median(times) - usual))))
+                         % (len(mine), total, name, format_seconds(max(0, median(times) - usual))))
             continue
         if times:
             ends.append("%d x answered, in %s at the median" % (len(times),
-                                                                show_seconds(median(times))))
+                                                                format_seconds(median(times))))
         lines.append("%d of %d requests met %s: %s." % (len(mine), total, name, ", ".join(ends)))
     if calm:
         lines.append("%s %d were answered in %s at the median."
-                     % ("The other" if met else "All", len(calm), show_seconds(usual)))
+                     % ("The other" if met else "All", len(calm), format_seconds(usual)))
     odd = [outcome for outcome in outcomes if outcome.words and outcome not in met]
     if odd:
         lines.append("%d failed without a fault: %s." % (len(odd), odd[0].words))
@@ -6535,7 +6535,7 @@ def ctl(argv):
     parser.add_argument("--host", default="http://localhost:8080", metavar="URL",
                         help="where the proxy is driven from (http://localhost:8080)")
     parser.add_argument("--http-token", metavar="TOKEN",
-                        help="the proxy's; $%s if not given" % TOKEN_NAME)
+                        help="the proxy's; $%s if not given" % TOKEN_VARIABLE)
     parser.add_argument("--proxy", metavar="NAME", default=None,
                         help="which proxy, if there are several (the first)")
     said, rest = parser.parse_known_args(argv)      # words may stand behind options, too
@@ -6543,8 +6543,8 @@ def ctl(argv):
         if word.startswith("-"):
             parser.error("unrecognized arguments: %s" % word)
     said.words += rest
-    host, port, scheme = Given("--host", said.host).checked(parse_host)
-    client = Client(host, port, scheme, said.proxy, token_of(vars(said).get("http_token")))
+    host, port, scheme = SourcedText("--host", said.host).check(parse_host)
+    client = Client(host, port, scheme, said.proxy, get_token(vars(said).get("http_token")))
     action = CTL[said.action]
     try:
         inspect.signature(action).bind(client, *said.words)  # type: ignore
@@ -6561,14 +6561,14 @@ def ctl_do(action, client, words):
     try:
         answer = action(client, *words)
     except ValueError as problem:
-        return complain(problem, 1)
+        return print_error(problem, 1)
     except (KeyError, TypeError):
-        return complain("%s is no vaurien" % show_address((client.host, client.port)), 1)
+        return print_error("%s is no vaurien" % format_address((client.host, client.port)), 1)
     except OSError as problem:
-        return complain("no answer from %s: %s" % (show_address((client.host, client.port)),
+        return print_error("no answer from %s: %s" % (format_address((client.host, client.port)),
                                                    problem.strerror or problem), 1)
     if answer:
-        say(answer, sys.stdout)
+        print_safe(answer, sys.stdout)
     return 0
 
 
@@ -6598,7 +6598,7 @@ def main(argv=None):
         try:
             job = command(argv)
         except ValueError as problem:
-            return complain(problem, 2, attached)
+            return print_error(problem, 2, attached)
         return job()
     except KeyboardInterrupt:
         return 0
@@ -6606,19 +6606,19 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as problem:
-        return complain(problem.strerror or problem, 1, attached)
+        return print_error(problem.strerror or problem, 1, attached)
 
 
-def complain(problem, status, attached=False):
+def print_error(problem, status, attached=False):
     """Say it in one line; to what has started us, too."""
-    words = printable(" ".join(str(problem).split()))
-    say("vaurien: %s" % words, sys.stderr)
+    words = escape_control_chars(" ".join(str(problem).split()))
+    print_safe("vaurien: %s" % words, sys.stderr)
     if attached:
-        say(words, sys.stdout)
+        print_safe(words, sys.stdout)
     return status
 
 
-def say(text, file):
+def print_safe(text, file):
     """Print a text, whatever the file's encoding has no letters for."""
     if file is None:                    # it is closed
         return
