@@ -70,15 +70,15 @@ def setUpModule():
     logging.getLogger("vaurien").setLevel(logging.CRITICAL)
 
 
-def rules_of(behavior, options=None):
+def rules_from(behavior, options=None):
     """The rules of "20:delay,5:error" with {handler: {option: value}}."""
     return vaurien.read_rules([dict((options or {}).get(name, {}), name=name, percent=percent)
                                for percent, name in vaurien.parse_behavior(behavior)])
 
 
-def use(proxy, behavior, **options):
+def set_behavior(proxy, behavior, **options):
     """Have a running proxy use other rules."""
-    proxy.loop.run_sync(proxy.set_rules, rules_of(behavior, options))
+    proxy.loop.run_sync(proxy.set_rules, rules_from(behavior, options))
 
 
 @contextlib.contextmanager
@@ -93,7 +93,7 @@ def registered(function):
 
 # -- Pure: handlers, rules, lines and pipes -------------------------------------
 
-def line_of(*rules):
+def chain_of(*rules):
     """A line that these rules are drawn for, its first request begun."""
     armed = vaurien.RuleSet(1, "test")
     armed.armed = list(rules)
@@ -107,7 +107,7 @@ class TestHandlers(unittest.TestCase):
 
     def play(self, name, *events, **options):
         """What a handler that acts makes of one request's events."""
-        line = line_of(vaurien.Rule(name, options))
+        line = chain_of(vaurien.Rule(name, options))
         return [(round(t, 3), to, data) for event in events for t, to, data, _ in line.process(*event)]
 
     def test_dummy_passes_everything(self):
@@ -141,7 +141,7 @@ class TestHandlers(unittest.TestCase):
              (6, DOWNSTREAM, b"b"), (7, DOWNSTREAM, b"c"), (8, DOWNSTREAM, EOF)])
 
     def test_delay_drawn_for_a_connection_waits_in_each_of_its_turns(self):
-        line = line_of(vaurien.Rule("delay", per="connection"))
+        line = chain_of(vaurien.Rule("delay", per="connection"))
         times = []
         for t, to, data in [(0, UPSTREAM, b"q"), (2, DOWNSTREAM, b"a"), (3, UPSTREAM, b"r"), (3.5, UPSTREAM, b"s")]:
             if to != line.last_direction:
@@ -173,14 +173,14 @@ class TestHandlers(unittest.TestCase):
     def test_error_leaves_the_warm_up_alone(self):
         events = [(0, UPSTREAM, b"q"), (1, DOWNSTREAM, b"a")]
         for request, touched in (1, False), (2, False), (3, True), (4, True):
-            line = line_of(vaurien.Rule("error", {"warmup": 2}))
+            line = chain_of(vaurien.Rule("error", {"warmup": 2}))
             while line.request < request:
                 line.begin()
             out = [out for event in events for out in line.process(*event)]
             self.assertEqual(out[1][2] != b"a", touched, request)
 
     def test_transient_fails_and_then_succeeds(self):
-        line = line_of(vaurien.Rule("transient", {"agitate": 2, "warmup": 1}))
+        line = chain_of(vaurien.Rule("transient", {"agitate": 2, "warmup": 1}))
         failed = []
         for _ in range(6):
             line.process(0, UPSTREAM, b"q")
@@ -189,7 +189,7 @@ class TestHandlers(unittest.TestCase):
         self.assertEqual(failed, [False, True, True, False, False, False])
 
     def test_transient_does_not_count_a_connection_that_says_nothing(self):
-        line = line_of(vaurien.Rule("transient"))
+        line = chain_of(vaurien.Rule("transient"))
         line.process(0, UPSTREAM, OPEN)
         line.process(0, UPSTREAM, EOF)
         line.begin()
@@ -239,7 +239,7 @@ class TestLaws(unittest.TestCase):
         for name in HANDLERS:
             for start in range(len(self.EVENTS)):
                 for stream in "both", UPSTREAM, DOWNSTREAM:
-                    line = line_of(vaurien.Rule(name, stream=stream))
+                    line = chain_of(vaurien.Rule(name, stream=stream))
                     with mock.patch.object(vaurien.log, "exception",
                                            side_effect=AssertionError(name)):
                         for event in self.EVENTS[start:]:
@@ -252,7 +252,7 @@ class TestLaws(unittest.TestCase):
     def test_what_only_puts_off_loses_nothing_when_it_is_released(self):
         for name in "delay", "hang", "dummy":
             rule = vaurien.Rule(name)
-            line = line_of(rule)
+            line = chain_of(rule)
             pipe = vaurien.DelayQueue(UPSTREAM, vaurien.Budget())
             for t, to, data in self.EVENTS:
                 if to == UPSTREAM and data is not RESET:
@@ -282,7 +282,7 @@ class TestRules(unittest.TestCase):
 
     def rules(self, text, seed=1, name="test"):
         armed = vaurien.RuleSet(seed, name)
-        armed.armed = rules_of(text)
+        armed.armed = rules_from(text)
         return armed
 
     def drawn(self, armed, connections=40, requests=50):
@@ -330,7 +330,7 @@ class TestRules(unittest.TestCase):
             for rule in rules.armed:
                 for name, value in fields.items():
                     setattr(rule, name, value)
-            line, other = vaurien.Chain(rules, 3), rules_of("30:abort")
+            line, other = vaurien.Chain(rules, 3), rules_from("30:abort")
             for request in range(1, 60):
                 if request in (20, 27):         # in the midst of eight that were thrown together
                     rules.armed = rules.armed + other if request == 20 else rules.armed[:-1]
@@ -390,14 +390,14 @@ class TestRules(unittest.TestCase):
 class TestLine(unittest.TestCase):
 
     def test_a_request_begins_when_the_client_speaks_after_the_backend_has(self):
-        with proxy_of(echo) as proxy, connected(proxy) as sock:
+        with running_proxy(echo) as proxy, connected_client(proxy) as sock:
             for _ in range(3):
-                exchange(sock, b"q")
+                send_and_read(sock, b"q")
             line = next(iter(proxy.connections.values())).line
             self.assertEqual(line.request, 3)
 
     def test_a_fault_is_news_once_and_only_when_it_changes_something(self):
-        line = line_of(vaurien.Rule("error", {"warmup": 1}))
+        line = chain_of(vaurien.Rule("error", {"warmup": 1}))
         line.process(0, UPSTREAM, b"q")
         line.process(0, DOWNSTREAM, b"a")
         self.assertEqual(line.activated, [])
@@ -426,7 +426,7 @@ class TestLine(unittest.TestCase):
 
         for function in none, wrong_way, no_bytes, raises, leaves:
             with registered(function), self.assertLogs("vaurien", "ERROR") as logged:
-                line = line_of(vaurien.Rule(function.__name__), vaurien.Rule("hang", dice="b"))
+                line = chain_of(vaurien.Rule(function.__name__), vaurien.Rule("hang", dice="b"))
                 self.assertEqual(line.process(3, UPSTREAM, b"q"), [(3, UPSTREAM, RESET, ())])
             self.assertIn("handler %s failed" % function.__name__, logged.output[0])
 
@@ -435,7 +435,7 @@ class TestLine(unittest.TestCase):
             return [(t - 5, to, data), (math.nan, to, b"x")]
 
         with registered(early):
-            line = line_of(vaurien.Rule("early"))
+            line = chain_of(vaurien.Rule("early"))
             self.assertEqual(line.process(3, UPSTREAM, b"q"),
                              [(3, UPSTREAM, b"q", ()), (3, UPSTREAM, b"x", ())])
 
@@ -444,19 +444,19 @@ class TestLine(unittest.TestCase):
             yield 0, to, data
 
         with registered(early):
-            line = line_of(vaurien.Rule("early"))
+            line = chain_of(vaurien.Rule("early"))
             self.assertEqual(line.process(3, UPSTREAM, b"q"), [(3, UPSTREAM, b"q", ())])
             self.assertEqual((line.activated, line.modified), ([], False))
 
     def test_a_handler_of_one_way_is_shown_no_other(self):
         for options, stream, sees in [({}, "both", UPSTREAM), ({"before": False}, "both", DOWNSTREAM),
                                       ({}, DOWNSTREAM, DOWNSTREAM), ({"before": False}, UPSTREAM, UPSTREAM)]:
-            line = line_of(vaurien.Rule("delay", options, stream=stream))
+            line = chain_of(vaurien.Rule("delay", options, stream=stream))
             self.assertEqual([line.observes(UPSTREAM), line.observes(DOWNSTREAM)], [sees == UPSTREAM, sees == DOWNSTREAM])
             for to in UPSTREAM, DOWNSTREAM:
                 self.assertEqual(line.process(3, to, b"x")[0][0], 4 if to == sees else 3)
-        self.assertTrue(line_of(vaurien.Rule("delay", {"before": False}, match=re.compile(b"x"))).observes(UPSTREAM))     # to look for it
-        self.assertTrue(line_of(vaurien.Rule("hang")).observes(DOWNSTREAM))
+        self.assertTrue(chain_of(vaurien.Rule("delay", {"before": False}, match=re.compile(b"x"))).observes(UPSTREAM))     # to look for it
+        self.assertTrue(chain_of(vaurien.Rule("hang")).observes(DOWNSTREAM))
         toxic = vaurien.Toxic("delay", "d", stream="both")
         self.assertEqual(toxic.rule.direction, UPSTREAM)
         toxic.set(1.0, {"before": False})
@@ -465,11 +465,11 @@ class TestLine(unittest.TestCase):
     def test_each_step_takes_what_the_one_before_it_gave(self):
         one, two = (vaurien.Rule("delay", {"sleep": seconds}, dice=name)
                     for seconds, name in ((1.0, "a"), (2.0, "b")))
-        self.assertEqual(line_of(one, two).process(0, UPSTREAM, b"q"),
+        self.assertEqual(chain_of(one, two).process(0, UPSTREAM, b"q"),
                          [(3.0, UPSTREAM, b"q", ((one, 1.0, False), (two, 2.0, False)))])
 
     def test_a_stream_that_a_rule_does_not_see_passes_it_by(self):
-        line = line_of(vaurien.Rule("hang", stream=DOWNSTREAM))
+        line = chain_of(vaurien.Rule("hang", stream=DOWNSTREAM))
         self.assertEqual(line.process(0, UPSTREAM, b"q"), [(0, UPSTREAM, b"q", ())])
         self.assertEqual(line.process(0, DOWNSTREAM, b"a")[0][0], NEVER)
 
@@ -734,9 +734,9 @@ class TestAddresses(unittest.TestCase):
 # -- Real sockets: the proxy against an oracle -----------------------------------
 
 @contextlib.contextmanager
-def serving(talk):
+def backend_server(talk):
     """A backend: talk(sock) for each connection, in a thread. Yields (port, what talk returned)."""
-    listener, saw, threads = listening(), [], []
+    listener, saw, threads = listening_socket(), [], []
 
     def work(sock):
         with sock:
@@ -763,9 +763,9 @@ def serving(talk):
 
 
 @contextlib.contextmanager
-def proxy_of(talk, behavior="100:dummy", loop=None, **words):
+def running_proxy(talk, behavior="100:dummy", loop=None, **words):
     """A proxy in front of a backend that talks so."""
-    with serving(talk) as (port, saw):
+    with backend_server(talk) as (port, saw):
         with contextlib.ExitStack() as stack:
             if loop:
                 stack.enter_context(mock.patch.object(vaurien, "Loop", loop))
@@ -781,7 +781,7 @@ def connect(port, host="127.0.0.1"):
     return sock
 
 
-def connected(proxy):
+def connected_client(proxy):
     return contextlib.closing(connect(proxy.port))
 
 
@@ -795,7 +795,7 @@ def echo(sock):
             sock.sendall(data)
 
 
-def read(sock, size):
+def read_exactly(sock, size):
     """Exactly size bytes."""
     data = bytearray()
     while len(data) < size:
@@ -806,18 +806,18 @@ def read(sock, size):
     return bytes(data)
 
 
-def exchange(sock, data):
+def send_and_read(sock, data):
     sock.sendall(data)
-    return read(sock, len(data))
+    return read_exactly(sock, len(data))
 
 
-def exchange_after(sock, data, size):
+def send_and_read_exactly(sock, data, size):
     """Send data while an answer of that size is still to come; both answers."""
     sock.sendall(data)
-    return read(sock, size + len(data))
+    return read_exactly(sock, size + len(data))
 
 
-def hear(sock):
+def read_until_close(sock):
     """All that comes until the end, and how it ends: (size, digest, "eof" or "reset")."""
     digest, size = hashlib.sha1(), 0
     while True:
@@ -833,25 +833,25 @@ def hear(sock):
         size += len(data)
 
 
-def hang_up(sock):
+def close_with_reset(sock):
     """Close with RST."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
 
 
 @functools.lru_cache(maxsize=64)
-def noise(size, seed=0):
+def random_data(size, seed=0):
     return random.Random(seed).getrandbits(8 * size).to_bytes(size, "big") if size else b""
 
 
-def both_ways(sock, data):
+def round_trip(sock, data):
     """Send data and hear all that comes, at the same time."""
     def send():
         sock.sendall(data)
         sock.shutdown(socket.SHUT_WR)
     thread = threading.Thread(target=send)
     thread.start()
-    heard = hear(sock)
+    heard = read_until_close(sock)
     thread.join(PATIENCE)
     return heard
 
@@ -860,114 +860,114 @@ class Conversations:
     """Pairs of a client and a backend; each returns what it saw."""
 
     def half_close_client(sock):
-        sock.sendall(noise(100000))
+        sock.sendall(random_data(100000))
         sock.shutdown(socket.SHUT_WR)
-        return hear(sock)
+        return read_until_close(sock)
 
     def half_close_backend(sock):
-        heard = hear(sock)
-        sock.sendall(noise(50000, 1))
+        heard = read_until_close(sock)
+        sock.sendall(random_data(50000, 1))
         return heard
 
     def server_first_client(sock):
-        greeting = read(sock, 9)
+        greeting = read_exactly(sock, 9)
         sock.sendall(b"thanks")
-        return greeting, hear(sock)
+        return greeting, read_until_close(sock)
 
     def server_first_backend(sock):
         sock.sendall(b"greetings")
-        return read(sock, 6)
+        return read_exactly(sock, 6)
 
     def backend_half_closes_client(sock):
-        heard = hear(sock)
-        sock.sendall(noise(300000))
+        heard = read_until_close(sock)
+        sock.sendall(random_data(300000))
         sock.close()
         return heard
 
     def backend_half_closes_backend(sock):
-        sock.sendall(noise(1000))
+        sock.sendall(random_data(1000))
         sock.shutdown(socket.SHUT_WR)
-        return hear(sock)
+        return read_until_close(sock)
 
     def both_at_once_client(sock):
-        return both_ways(sock, noise(3000000))
+        return round_trip(sock, random_data(3000000))
 
     def both_at_once_backend(sock):
-        return both_ways(sock, noise(5000000, 1))
+        return round_trip(sock, random_data(5000000, 1))
 
     def turns_client(sock):
-        said = [exchange(sock, noise(1 + turn * 37, turn)) for turn in range(100)]
+        said = [send_and_read(sock, random_data(1 + turn * 37, turn)) for turn in range(100)]
         return hashlib.sha1(b"".join(said)).hexdigest()
 
     def turns_backend(sock):
         echo(sock)
 
     def client_resets_client(sock):
-        answer = exchange(sock, b"question")
-        hang_up(sock)
+        answer = send_and_read(sock, b"question")
+        close_with_reset(sock)
         return answer
 
     def client_resets_backend(sock):
-        sock.sendall(read(sock, 8))
-        return hear(sock)
+        sock.sendall(read_exactly(sock, 8))
+        return read_until_close(sock)
 
     def backend_resets_client(sock):
         sock.sendall(b"question")
-        answer = read(sock, 4)
+        answer = read_exactly(sock, 4)
         sock.sendall(b"go")
-        return answer, hear(sock)
+        return answer, read_until_close(sock)
 
     def backend_resets_backend(sock):
-        read(sock, 8)
+        read_exactly(sock, 8)
         sock.sendall(b"half")
-        read(sock, 2)
-        hang_up(sock)
+        read_exactly(sock, 2)
+        close_with_reset(sock)
 
     def answer_and_reset_client(sock):
         sock.sendall(b"question")
-        return hear(sock)
+        return read_until_close(sock)
 
     def answer_and_reset_backend(sock):
-        read(sock, 8)
-        sock.sendall(noise(1000))
-        hang_up(sock)
+        read_exactly(sock, 8)
+        sock.sendall(random_data(1000))
+        close_with_reset(sock)
 
     def backend_says_nothing_client(sock):
         sock.sendall(b"question")
-        return hear(sock)
+        return read_until_close(sock)
 
     def backend_says_nothing_backend(sock):
-        return read(sock, 8)
+        return read_exactly(sock, 8)
 
     def client_leaves_at_once_client(sock):
         sock.shutdown(socket.SHUT_WR)
-        return hear(sock)
+        return read_until_close(sock)
 
     def client_leaves_at_once_backend(sock):
-        return hear(sock)
+        return read_until_close(sock)
 
     def slow_reader_client(sock):
         sock.sendall(b"go")
-        read(sock, 1000)
+        read_exactly(sock, 1000)
         select.select([], [], [], 0.2)      # the backend runs into a full window meanwhile
-        return hear(sock)
+        return read_until_close(sock)
 
     def slow_reader_backend(sock):
-        read(sock, 2)
-        sock.sendall(noise(8000000))
+        read_exactly(sock, 2)
+        sock.sendall(random_data(8000000))
 
     def upload_client(sock):
-        sock.sendall(noise(4000000))
-        said = read(sock, 2)
-        sock.sendall(noise(4000000, 1))
+        sock.sendall(random_data(4000000))
+        said = read_exactly(sock, 2)
+        sock.sendall(random_data(4000000, 1))
         sock.shutdown(socket.SHUT_WR)
-        return said, hear(sock)
+        return said, read_until_close(sock)
 
     def upload_backend(sock):
         select.select([], [], [], 0.1)
-        first = read(sock, 4000000)
+        first = read_exactly(sock, 4000000)
         sock.sendall(b"go")
-        return hashlib.sha1(first).hexdigest(), hear(sock)
+        return hashlib.sha1(first).hexdigest(), read_until_close(sock)
 
 
 NAMES = sorted(name[:-len("_client")] for name in vars(Conversations) if name.endswith("_client"))
@@ -987,7 +987,7 @@ class StandardLoop(vaurien.Loop):
         super().__init__(selector=selectors.DefaultSelector())
 
 
-def hold(name, port, saw):
+def hold_conversation(name, port, saw):
     """One conversation, as both sides saw it."""
     with contextlib.closing(connect(port)) as sock:
         client = getattr(Conversations, name + "_client")(sock)
@@ -998,10 +998,10 @@ def hold(name, port, saw):
 
 
 @functools.lru_cache(maxsize=None)
-def hold_directly(name):
+def hold_conversation_directly(name):
     """The same over a direct connection."""
-    with serving(getattr(Conversations, name + "_backend")) as (port, saw):
-        return hold(name, port, saw)
+    with backend_server(getattr(Conversations, name + "_backend")) as (port, saw):
+        return hold_conversation(name, port, saw)
 
 
 class TestOracle(unittest.TestCase):
@@ -1011,9 +1011,9 @@ class TestOracle(unittest.TestCase):
         for name in NAMES:
             talk = getattr(Conversations, name + "_backend")
             with self.subTest(name, behavior=behavior):
-                direct = hold_directly(name)
-                with proxy_of(talk, behavior, loop, options=options) as proxy:
-                    self.assertEqual(hold(name, proxy.port, proxy.saw), direct)
+                direct = hold_conversation_directly(name)
+                with running_proxy(talk, behavior, loop, options=options) as proxy:
+                    self.assertEqual(hold_conversation(name, proxy.port, proxy.saw), direct)
                     wait_until(lambda: not proxy.connections)
                     self.assertEqual((proxy.loop.budget.held, proxy.loop.budget.pipes), (0, 0))
 
@@ -1043,15 +1043,15 @@ class TestOracle(unittest.TestCase):
         self.compare("100:dummy", StandardLoop)
 
 
-class Pouring:
+class BulkTestCase:
 
     def splice(self, data, stages=(), **words):
         """What a client hears that reads in as many stages, and does something after each."""
-        with proxy_of(lambda sock: (read(sock, 2), sock.sendall(data)), **words) as proxy, connected(proxy) as sock:
+        with running_proxy(lambda sock: (read_exactly(sock, 2), sock.sendall(data)), **words) as proxy, connected_client(proxy) as sock:
             sock.sendall(b"go")
             heard = bytearray()
             for stage in stages:
-                heard += read(sock, len(data) // (len(stages) + 1))
+                heard += read_exactly(sock, len(data) // (len(stages) + 1))
                 stage(proxy)
             while True:
                 piece = sock.recv(1 << 16)
@@ -1061,7 +1061,7 @@ class Pouring:
                 heard += piece
 
 
-class TestStraightRoad(Pouring, unittest.TestCase):
+class TestStraightRoad(BulkTestCase, unittest.TestCase):
 
     def test_it_reads_no_clock_and_leaves_the_selector_alone(self):
         asked = Counter()
@@ -1072,8 +1072,8 @@ class TestStraightRoad(Pouring, unittest.TestCase):
                 return function(*args)
             return call
 
-        with proxy_of(echo) as proxy, connected(proxy) as sock:
-            exchange(sock, b"question")
+        with running_proxy(echo) as proxy, connected_client(proxy) as sock:
+            send_and_read(sock, b"question")
             loop = proxy.loop
 
             def watch():
@@ -1081,10 +1081,10 @@ class TestStraightRoad(Pouring, unittest.TestCase):
             loop.run_sync(watch)
             with mock.patch.object(vaurien.DelayQueue, "put", counted("put", vaurien.DelayQueue.put)):
                 for turn in range(100):
-                    exchange(sock, noise(1 + turn))
+                    send_and_read(sock, random_data(1 + turn))
             self.assertEqual(asked, Counter())
             self.assertEqual(loop.run_sync(lambda: proxy.rules.requests), 101)
-            use(proxy, "100:delay", delay={"sleep": 0.0})
+            set_behavior(proxy, "100:delay", delay={"sleep": 0.0})
             self.assertTrue(asked["clock"])         # it can be counted
 
     def test_pieces_leave_one_by_one(self):
@@ -1094,11 +1094,11 @@ class TestStraightRoad(Pouring, unittest.TestCase):
             def send(self, data, *flags):
                 sent.append(bytes(data))
                 return super().send(data, *flags)
-        with mock.patch.object(vaurien, "RawSocket", Sock), proxy_of(
-                echo, "100:slicer", options={"slicer": {"average_size": 10}}) as proxy, connected(proxy) as sock:
+        with mock.patch.object(vaurien, "RawSocket", Sock), running_proxy(
+                echo, "100:slicer", options={"slicer": {"average_size": 10}}) as proxy, connected_client(proxy) as sock:
             for _ in range(3):
                 sent.clear()
-                exchange(sock, b"0123456789abcdefghij")
+                send_and_read(sock, b"0123456789abcdefghij")
                 self.assertEqual(sent[:2], [b"0123456789", b"abcdefghij"])
 
     def test_what_a_handler_fails_on_does_not_take_it(self):
@@ -1114,32 +1114,32 @@ class TestStraightRoad(Pouring, unittest.TestCase):
                 while True:
                     heard.append(sock.recv(100))
                     sock.sendall(heard[-1])
-        with registered(buggy), proxy_of(listens, "100:buggy") as proxy, connected(proxy) as sock:
-            self.assertEqual(exchange(sock, b"good"), b"good")
+        with registered(buggy), running_proxy(listens, "100:buggy") as proxy, connected_client(proxy) as sock:
+            self.assertEqual(send_and_read(sock, b"good"), b"good")
             with self.assertLogs("vaurien", "ERROR"):
                 sock.sendall(b"bad")
-                self.assertEqual(hear(sock)[2], "reset")
+                self.assertEqual(read_until_close(sock)[2], "reset")
             self.assertNotIn(b"bad", heard)
 
     def test_what_a_fault_leaves_as_it_is_takes_it(self):
-        with proxy_of(echo, "100:latency") as proxy, connected(proxy) as sock:
-            exchange(sock, b"question")
+        with running_proxy(echo, "100:latency") as proxy, connected_client(proxy) as sock:
+            send_and_read(sock, b"question")
             with mock.patch.object(vaurien.DelayQueue, "put", side_effect=AssertionError):
                 for turn in range(100):
-                    exchange(sock, noise(1 + turn))
-            use(proxy, "100:latency", latency={"latency": 5})
+                    send_and_read(sock, random_data(1 + turn))
+            set_behavior(proxy, "100:latency", latency={"latency": 5})
             began = time.monotonic()
-            exchange(sock, b"question")
+            send_and_read(sock, b"question")
             self.assertGreaterEqual(time.monotonic() - began, 0.01)
 
     def test_bulk_without_it(self):
-        data = noise(1 << 20) * 30
+        data = random_data(1 << 20) * 30
         with mock.patch.object(vaurien, "HAVE_SPLICE", False):
             self.assertEqual(self.splice(data), data)
             self.assertEqual(self.pipe_pool, 0)
 
     def test_faults_that_come_and_go_while_it_does(self):
-        data = noise(1 << 20) * 30
+        data = random_data(1 << 20) * 30
 
         def have(*toxics):
             return lambda proxy: proxy.loop.run_sync(proxy.set_toxics, [
@@ -1149,7 +1149,7 @@ class TestStraightRoad(Pouring, unittest.TestCase):
         self.assertEqual(self.splice(data, stages), data)
 
 
-class TestSplice(Pouring, unittest.TestCase):
+class TestSplice(BulkTestCase, unittest.TestCase):
     """The straight road of bulk, where there is one; it is taken at once here."""
 
     def setUp(self):
@@ -1158,7 +1158,7 @@ class TestSplice(Pouring, unittest.TestCase):
         self.addCleanup(patch.stop)
 
     def test_bulk_goes_through_a_pipe_of_the_kernels(self):
-        data = noise(1 << 20) * 30
+        data = random_data(1 << 20) * 30
         for full in 0, 4:
             with mock.patch.object(vaurien, "SPLICE_AFTER", full):
                 self.assertEqual(self.splice(data, [lambda proxy: None] * 3), data)
@@ -1166,7 +1166,7 @@ class TestSplice(Pouring, unittest.TestCase):
             self.assertLessEqual(self.pipe_pool, vaurien.KERNEL_PIPES_POOLED)
 
     def test_a_system_that_will_not(self):
-        data = noise(1 << 20) * 10
+        data = random_data(1 << 20) * 10
         for name, problem in ("pipe2", errno.EMFILE), ("splice", errno.EINVAL), ("splice", errno.ENOSYS):
             with mock.patch.object(os, name, side_effect=OSError(problem, os.strerror(problem))) as refused:
                 self.assertEqual(self.splice(data), data)
@@ -1175,18 +1175,18 @@ class TestSplice(Pouring, unittest.TestCase):
             self.assertEqual(self.splice(data), data)
 
     def test_a_peer_that_goes_while_a_pipe_is_full(self):
-        for leave in hang_up, socket.socket.close:
+        for leave in close_with_reset, socket.socket.close:
             def talk(sock):
                 with contextlib.suppress(OSError):
-                    read(sock, 2)
-                    sock.sendall(noise(1 << 20) * 40)
+                    read_exactly(sock, 2)
+                    sock.sendall(random_data(1 << 20) * 40)
 
-            with proxy_of(talk) as proxy:
+            with running_proxy(talk) as proxy:
                 before = len(os.listdir("/proc/self/fd"))
                 for _ in range(5):
-                    with connected(proxy) as sock:
+                    with connected_client(proxy) as sock:
                         sock.sendall(b"go")
-                        read(sock, 10 << 20)
+                        read_exactly(sock, 10 << 20)
                         wait_until(lambda: any(isinstance(data, vaurien.KernelPipe) for connection in list(proxy.connections.values())
                                                for data in list(connection.down.out)))
                         leave(sock)
@@ -1212,12 +1212,12 @@ def wait_until(condition):
 class TestProxy(unittest.TestCase):
 
     def test_delay_delays_each_request_that_it_is_drawn_for_and_no_other(self):
-        with proxy_of(echo, "30:delay", seed=1, options={"delay": {"sleep": 0.05}}) as proxy:
+        with running_proxy(echo, "30:delay", seed=1, options={"delay": {"sleep": 0.05}}) as proxy:
             late = set()
-            with connected(proxy) as sock:
+            with connected_client(proxy) as sock:
                 for request in range(1, 41):
                     began = time.monotonic()
-                    exchange(sock, b"question")
+                    send_and_read(sock, b"question")
                     if time.monotonic() - began >= 0.05:
                         late.add(request)
             drawn = {event.request for event in proxy.events}
@@ -1227,11 +1227,11 @@ class TestProxy(unittest.TestCase):
     def test_the_same_seed_delays_the_same_of_200_requests(self):
         runs = []
         for _ in range(2):
-            with proxy_of(echo, "20:delay", seed=1, options={"delay": {"sleep": 0.001}}) as proxy:
+            with running_proxy(echo, "20:delay", seed=1, options={"delay": {"sleep": 0.001}}) as proxy:
                 for _ in range(20):
-                    with connected(proxy) as sock:
+                    with connected_client(proxy) as sock:
                         for _ in range(10):
-                            exchange(sock, b"question")
+                            send_and_read(sock, b"question")
                 runs.append([(event.connection, event.request) for event in proxy.events])
         self.assertEqual(runs[0], runs[1])
         self.assertTrue(20 < len(runs[0]) < 70, len(runs[0]))
@@ -1244,90 +1244,90 @@ class TestProxy(unittest.TestCase):
                 called.append(time.monotonic())
                 echo(sock)
 
-            with proxy_of(talk, "100:delay",
+            with running_proxy(talk, "100:delay",
                           options={"delay": {"sleep": 0.1, "before": before}}) as proxy:
                 began = time.monotonic()
-                with connected(proxy) as sock:
-                    exchange(sock, b"question")
+                with connected_client(proxy) as sock:
+                    send_and_read(sock, b"question")
                     self.assertGreaterEqual(time.monotonic() - began, 0.1)
             self.assertEqual(called[0] - began >= 0.1, before)
 
     def test_blackout_closes_at_once_and_the_backend_is_never_called(self):
-        with proxy_of(echo, "100:blackout") as proxy:
-            with connected(proxy) as sock:
-                self.assertEqual(hear(sock)[0], 0)
+        with running_proxy(echo, "100:blackout") as proxy:
+            with connected_client(proxy) as sock:
+                self.assertEqual(read_until_close(sock)[0], 0)
             wait_until(lambda: not proxy.connections)
             self.assertEqual(proxy.saw, [])
             self.assertEqual(proxy.faults, {"blackout": 1})
 
     def test_blackout_in_the_middle_of_a_connection(self):
-        with proxy_of(echo) as proxy, connected(proxy) as sock:
-            exchange(sock, b"question")
-            use(proxy, "100:blackout")
+        with running_proxy(echo) as proxy, connected_client(proxy) as sock:
+            send_and_read(sock, b"question")
+            set_behavior(proxy, "100:blackout")
             sock.sendall(b"another")
-            self.assertEqual(hear(sock)[0], 0)
+            self.assertEqual(read_until_close(sock)[0], 0)
             wait_until(lambda: not proxy.connections and proxy.saw)
 
     def test_abort_delivers_and_then_closes_the_client(self):
         got = []
 
         def talk(sock):
-            got.append(read(sock, 8))
+            got.append(read_exactly(sock, 8))
             sock.sendall(b"answer")
-            hear(sock)
+            read_until_close(sock)
 
-        with proxy_of(talk, "100:abort") as proxy, connected(proxy) as sock:
+        with running_proxy(talk, "100:abort") as proxy, connected_client(proxy) as sock:
             sock.sendall(b"question")
-            self.assertEqual(hear(sock)[0], 0)
+            self.assertEqual(read_until_close(sock)[0], 0)
             wait_until(lambda: proxy.saw)
             self.assertEqual(got, [b"question"])
 
     def test_error_replaces_the_answer_and_the_next_request_works(self):
-        with proxy_of(echo, "100:error") as proxy, connected(proxy) as sock:
+        with running_proxy(echo, "100:error") as proxy, connected_client(proxy) as sock:
             sock.sendall(b"question")
-            self.assertNotIn(b"question", read(sock, 1000))
-            use(proxy, "100:dummy")
-            self.assertEqual(exchange(sock, b"question"), b"question")
+            self.assertNotIn(b"question", read_exactly(sock, 1000))
+            set_behavior(proxy, "100:dummy")
+            self.assertEqual(send_and_read(sock, b"question"), b"question")
 
     def test_error_injects_into_the_valid_answer(self):
-        with proxy_of(echo, "100:error", options={"error": {"inject": True}}) as proxy:
-            with connected(proxy) as sock:
+        with running_proxy(echo, "100:error", options={"error": {"inject": True}}) as proxy:
+            with connected_client(proxy) as sock:
                 sock.sendall(b"leftright")
-                answer = read(sock, 109)
+                answer = read_exactly(sock, 109)
                 self.assertEqual(answer[:4] + answer[104:], b"leftright")
 
     def test_transient_fails_once_for_the_whole_proxy(self):
-        with proxy_of(echo, "100:transient") as proxy:
-            with connected(proxy) as one, connected(proxy) as two:
+        with running_proxy(echo, "100:transient") as proxy:
+            with connected_client(proxy) as one, connected_client(proxy) as two:
                 one.sendall(b"question")
-                self.assertNotIn(b"question", read(one, 1000))
+                self.assertNotIn(b"question", read_exactly(one, 1000))
                 for sock in one, two, one:
-                    self.assertEqual(exchange(sock, b"question"), b"question")
+                    self.assertEqual(send_and_read(sock, b"question"), b"question")
 
     def test_what_hangs_goes_on_when_the_fault_is_removed(self):
-        question = noise(3000000)
-        with proxy_of(echo, "100:hang") as proxy, connected(proxy) as sock:
+        question = random_data(3000000)
+        with running_proxy(echo, "100:hang") as proxy, connected_client(proxy) as sock:
             thread = threading.Thread(target=sock.sendall, args=(question,))
             thread.start()
             pipe = proxy.loop.budget
             wait_until(lambda: pipe.held > vaurien.HELD_MAX_IDLE // 2)
             self.assertEqual(proxy.saw, [])
-            use(proxy, "100:dummy")
-            self.assertEqual(read(sock, len(question)), question)
+            set_behavior(proxy, "100:dummy")
+            self.assertEqual(read_exactly(sock, len(question)), question)
             thread.join(PATIENCE)
             sock.shutdown(socket.SHUT_WR)
-            self.assertEqual(hear(sock)[2], "eof")
+            self.assertEqual(read_until_close(sock)[2], "eof")
 
     def test_a_fault_meets_the_first_request_of_a_connection_that_was_open_before(self):
-        with proxy_of(echo) as proxy, connected(proxy) as sock:
+        with running_proxy(echo) as proxy, connected_client(proxy) as sock:
             wait_until(lambda: proxy.connections)
-            use(proxy, "100:error")
+            set_behavior(proxy, "100:error")
             sock.sendall(b"question")
-            self.assertNotIn(b"question", read(sock, 1000))
+            self.assertNotIn(b"question", read_exactly(sock, 1000))
 
     def test_what_hangs_stays_while_another_fault_is_added(self):
         hang = vaurien.Rule("hang")
-        with proxy_of(echo) as proxy, connected(proxy) as sock:
+        with running_proxy(echo) as proxy, connected_client(proxy) as sock:
             proxy.loop.run_sync(proxy.set_rules, [hang])
             sock.sendall(b"question")
             wait_until(lambda: proxy.loop.budget.held)
@@ -1335,34 +1335,34 @@ class TestProxy(unittest.TestCase):
             self.assertTrue(proxy.loop.budget.held)
             self.assertFalse(select.select([sock], [], [], 0.05)[0])
             proxy.loop.run_sync(proxy.set_rules, [])
-            self.assertEqual(read(sock, 8), b"question")
+            self.assertEqual(read_exactly(sock, 8), b"question")
 
     def test_what_a_backend_said_before_it_left_is_only_late(self):
         """An answer that is delayed is not lost when the client speaks to a closed backend."""
         def talk(sock):
-            read(sock, 8)
+            read_exactly(sock, 8)
             sock.sendall(b"answer")
 
         options = {"delay": {"sleep": 0.2, "before": False}}
-        with proxy_of(talk, "100:delay", options=options) as proxy, connected(proxy) as sock:
+        with running_proxy(talk, "100:delay", options=options) as proxy, connected_client(proxy) as sock:
             sock.sendall(b"question")
             wait_until(lambda: proxy.saw)
             for _ in range(5):
                 sock.sendall(b"more")
                 time.sleep(0.01)
-            self.assertEqual(read(sock, 6), b"answer")
+            self.assertEqual(read_exactly(sock, 6), b"answer")
 
     def test_a_client_that_resets_is_not_kept_for_what_hangs(self):
-        with proxy_of(echo, "100:hang") as proxy:
+        with running_proxy(echo, "100:hang") as proxy:
             sock = connect(proxy.port)
             sock.sendall(b"question")
             wait_until(lambda: proxy.loop.budget.held > vaurien.CHUNK_OVERHEAD * 2)
-            hang_up(sock)
+            close_with_reset(sock)
             wait_until(lambda: not proxy.connections)
 
     def test_a_pipe_that_is_full_costs_nothing(self):
         """Whoever cannot be read from is not watched: the loop sleeps."""
-        with proxy_of(echo, "100:hang") as proxy, connected(proxy) as sock:
+        with running_proxy(echo, "100:hang") as proxy, connected_client(proxy) as sock:
             sock.setblocking(False)
             with contextlib.suppress(BlockingIOError):
                 while True:
@@ -1375,10 +1375,10 @@ class TestProxy(unittest.TestCase):
             self.assertLess(len(turns), 20)
 
     def test_the_time_to_connect_is_over_when_it_is_connected(self):
-        with proxy_of(echo, timeout=0.05) as proxy, connected(proxy) as sock:
-            exchange(sock, b"question")
+        with running_proxy(echo, timeout=0.05) as proxy, connected_client(proxy) as sock:
+            send_and_read(sock, b"question")
             self.assertFalse(select.select([sock], [], [], 0.2)[0])
-            exchange(sock, b"question")
+            send_and_read(sock, b"question")
 
     def test_a_slow_reader_slows_the_sender_down(self):
         """Memory stays bounded, whichever road, and nothing is lost in the end."""
@@ -1387,11 +1387,11 @@ class TestProxy(unittest.TestCase):
 
             def talk(sock):
                 gate.wait(PATIENCE)
-                return hear(sock)
+                return read_until_close(sock)
 
-            with proxy_of(talk, behavior) as proxy, connected(proxy) as sock:
+            with running_proxy(talk, behavior) as proxy, connected_client(proxy) as sock:
                 sock.setblocking(False)
-                data, sent = noise(1 << 16), 0
+                data, sent = random_data(1 << 16), 0
                 while select.select([], [sock], [], 0.3)[1] and sent < 1 << 27:
                     with contextlib.suppress(BlockingIOError):
                         sent += sock.send(data[sent % len(data):])
@@ -1399,45 +1399,45 @@ class TestProxy(unittest.TestCase):
                 self.assertLess(sent, 1 << 27)
                 self.assertGreater(proxy.loop.budget.held, vaurien.CHUNK_OVERHEAD * 2)
                 gate.set()
-                use(proxy, "100:dummy")
+                set_behavior(proxy, "100:dummy")
                 sock.close()
                 wait_until(lambda: proxy.saw)
                 self.assertEqual(proxy.saw[0][0], sent)
 
     def test_who_reads_slowly_holds_up_nobody_else(self):
         def talk(sock):
-            sock.sendall(noise(20000000))
+            sock.sendall(random_data(20000000))
 
-        with proxy_of(talk) as proxy, connected(proxy) as slow, connected(proxy) as quick:
-            self.assertEqual(hear(quick)[0], 20000000)
-            self.assertEqual(hear(slow)[0], 20000000)
+        with running_proxy(talk) as proxy, connected_client(proxy) as slow, connected_client(proxy) as quick:
+            self.assertEqual(read_until_close(quick)[0], 20000000)
+            self.assertEqual(read_until_close(slow)[0], 20000000)
 
     def test_what_was_held_and_is_sent_is_given_back(self):
         def talk(sock):
-            sock.sendall(noise(20000000))
-            return hear(sock)
+            sock.sendall(random_data(20000000))
+            return read_until_close(sock)
 
-        with proxy_of(talk) as proxy, connected(proxy) as sock:
+        with running_proxy(talk) as proxy, connected_client(proxy) as sock:
             wait_until(lambda: proxy.loop.budget.held)
-            read(sock, 20000000)
+            read_exactly(sock, 20000000)
             wait_until(lambda: not proxy.loop.run_sync(lambda: proxy.loop.budget.held))
 
     def test_a_delay_is_no_limit_to_the_bandwidth(self):
         """What is on its way is held: several MiB leave before the first byte arrives."""
-        data = noise(8 << 20)
-        with proxy_of(hear, "100:delay", options={"delay": {"sleep": 30.0}}) as proxy:
-            with connected(proxy) as sock:
+        data = random_data(8 << 20)
+        with running_proxy(read_until_close, "100:delay", options={"delay": {"sleep": 30.0}}) as proxy:
+            with connected_client(proxy) as sock:
                 sock.sendall(data)
                 self.assertEqual(proxy.saw, [])
-                use(proxy, "100:dummy")
+                set_behavior(proxy, "100:dummy")
                 sock.shutdown(socket.SHUT_WR)
                 wait_until(lambda: proxy.saw)
         self.assertEqual(proxy.saw[0], (len(data), hashlib.sha1(data).hexdigest(), "eof"))
 
     def test_no_backend_closes_the_client_and_says_so_in_one_line(self):
         with vaurien.Proxy("127.0.0.1:%d" % unused_port(), "127.0.0.1:0") as proxy:
-            with self.assertLogs("vaurien", "WARNING") as logged, connected(proxy) as sock:
-                self.assertEqual(hear(sock)[0], 0)
+            with self.assertLogs("vaurien", "WARNING") as logged, connected_client(proxy) as sock:
+                self.assertEqual(read_until_close(sock)[0], 0)
                 wait_until(lambda: not proxy.connections)
         self.assertEqual(len(logged.output), 1)
         self.assertIn("cannot connect to backend 127.0.0.1:", logged.output[0])
@@ -1445,24 +1445,24 @@ class TestProxy(unittest.TestCase):
         self.assertEqual(proxy.failures, 1)
 
     def test_every_address_is_tried(self):
-        with serving(echo) as (port, _), black_hole() as silent:
+        with backend_server(echo) as (port, _), silent_address() as silent:
             with vaurien.Proxy("127.0.0.1:%d" % port, "127.0.0.1:0", timeout=0.6) as proxy:
                 addresses = [(socket.AF_INET, ("127.0.0.1", unused_port())),
                              (socket.AF_INET, ("127.0.0.1", silent)),
                              (socket.AF_INET, ("127.0.0.1", port))]
                 with mock.patch.object(vaurien, "resolve_numeric", lambda *_: addresses):
-                    with connected(proxy) as sock:
-                        self.assertEqual(exchange(sock, b"question"), b"question")
+                    with connected_client(proxy) as sock:
+                        self.assertEqual(send_and_read(sock, b"question"), b"question")
 
     def test_a_silent_backend_times_out_and_holds_up_nobody_else(self):
-        with black_hole() as silent, serving(echo) as (port, _):
+        with silent_address() as silent, backend_server(echo) as (port, _):
             with vaurien.Proxy("127.0.0.1:%d" % silent, "127.0.0.1:0", timeout=0.3) as proxy:
                 began = time.monotonic()
-                with self.assertLogs("vaurien", "WARNING") as logged, connected(proxy) as stuck:
+                with self.assertLogs("vaurien", "WARNING") as logged, connected_client(proxy) as stuck:
                     proxy.loop.run_sync(proxy.set_backend, ("127.0.0.1", port))
-                    with connected(proxy) as sock:
-                        self.assertEqual(exchange(sock, b"question"), b"question")
-                    hear(stuck)
+                    with connected_client(proxy) as sock:
+                        self.assertEqual(send_and_read(sock, b"question"), b"question")
+                    read_until_close(stuck)
                     self.assertGreaterEqual(time.monotonic() - began, 0.3)
                 self.assertIn("timed out", logged.output[0])
 
@@ -1474,18 +1474,18 @@ class TestProxy(unittest.TestCase):
             gate.wait(PATIENCE)
             return [(socket.AF_INET, ("127.0.0.1", address[1]))]
 
-        with serving(echo) as (port, _), vaurien.Proxy("name.invalid:%d" % port, "127.0.0.1:0") as proxy:
+        with backend_server(echo) as (port, _), vaurien.Proxy("name.invalid:%d" % port, "127.0.0.1:0") as proxy:
             with mock.patch.object(vaurien, "resolve_numeric", lambda *_: None), \
                     mock.patch.object(vaurien, "resolve", resolve):
                 with contextlib.ExitStack() as stack:
-                    socks = [stack.enter_context(connected(proxy)) for _ in range(5)]
+                    socks = [stack.enter_context(connected_client(proxy)) for _ in range(5)]
                     for sock in socks:
                         sock.sendall(b"question")
                     wait_until(lambda: len(proxy.connections) == 5)
                     proxy.loop.run_sync(int)            # the loop goes on meanwhile
                     gate.set()
                     for sock in socks:
-                        self.assertEqual(read(sock, 8), b"question")
+                        self.assertEqual(read_exactly(sock, 8), b"question")
         self.assertEqual(asked, ["name.invalid"])
 
     def test_a_name_that_is_unknown_closes_the_client(self):
@@ -1495,17 +1495,17 @@ class TestProxy(unittest.TestCase):
         with vaurien.Proxy("name.invalid:80", "127.0.0.1:0") as proxy:
             with mock.patch.object(vaurien, "resolve_numeric", lambda *_: None), \
                     mock.patch.object(vaurien, "resolve", resolve), \
-                    self.assertLogs("vaurien", "WARNING") as logged, connected(proxy) as sock:
-                self.assertEqual(hear(sock)[0], 0)
+                    self.assertLogs("vaurien", "WARNING") as logged, connected_client(proxy) as sock:
+                self.assertEqual(read_until_close(sock)[0], 0)
         self.assertIn("Name or service not known", logged.output[0])
 
     def test_localhost_listens_on_both_families_on_one_port(self):
-        with serving(echo) as (port, _), vaurien.Proxy("localhost:%d" % port) as proxy:
+        with backend_server(echo) as (port, _), vaurien.Proxy("localhost:%d" % port) as proxy:
             families = [sock.family for sock in proxy.listener.sockets]
             self.assertEqual(len({sock.getsockname()[1] for sock in proxy.listener.sockets}), 1)
             for sock in proxy.listener.sockets:
                 with contextlib.closing(connect(proxy.port, sock.getsockname()[0])) as client:
-                    self.assertEqual(exchange(client, b"question"), b"question")
+                    self.assertEqual(send_and_read(client, b"question"), b"question")
             self.assertIn(socket.AF_INET, families)
             if has_ipv6():
                 self.assertIn(socket.AF_INET6, families)
@@ -1531,11 +1531,11 @@ class TestProxy(unittest.TestCase):
                 vaurien.Proxy("127.0.0.1:9", "localhost:%d" % port).__enter__()
 
     def test_leaving_the_block_closes_everything(self):
-        with serving(echo) as (backend, saw):
+        with backend_server(echo) as (backend, saw):
             with vaurien.Proxy("127.0.0.1:%d" % backend, "127.0.0.1:0") as proxy:
                 port, sock = proxy.port, connect(proxy.port)
-                exchange(sock, b"question")
-            self.assertEqual(hear(sock)[0], 0)
+                send_and_read(sock, b"question")
+            self.assertEqual(read_until_close(sock)[0], 0)
             sock.close()
             wait_until(lambda: saw)
             with self.assertRaises(OSError):
@@ -1543,19 +1543,19 @@ class TestProxy(unittest.TestCase):
         self.assertFalse(proxy.thread.is_alive())
 
     def test_no_delay_of_nagles_on_either_side(self):
-        with proxy_of(echo) as proxy, connected(proxy) as sock:
-            exchange(sock, b"question")
+        with running_proxy(echo) as proxy, connected_client(proxy) as sock:
+            send_and_read(sock, b"question")
             connection, = proxy.connections.values()
             for end in connection.client, connection.backend:
                 self.assertTrue(end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
     def test_nothing_leaks(self):
-        with proxy_of(echo, "20:delay,10:blackout,10:error,10:abort",
+        with running_proxy(echo, "20:delay,10:blackout,10:error,10:abort",
                       options={"delay": {"sleep": 0.001}}) as proxy:
             def some():
                 for _ in range(100):
-                    with connected(proxy) as sock, contextlib.suppress(OSError, EOFError):
-                        exchange(sock, b"question")
+                    with connected_client(proxy) as sock, contextlib.suppress(OSError, EOFError):
+                        send_and_read(sock, b"question")
                 wait_until(lambda: not proxy.connections)
                 return proxy.loop.run_sync(lambda: (len(proxy.loop.selector.get_map()),
                                                 proxy.loop.budget.held, proxy.loop.budget.pipes))
@@ -1564,8 +1564,8 @@ class TestProxy(unittest.TestCase):
             self.assertGreater(len(proxy.faults), 2)
 
     def test_no_descriptors_left_is_a_pause_and_no_end(self):
-        with proxy_of(echo) as proxy, connected(proxy) as here:
-            exchange(here, b"question")
+        with running_proxy(echo) as proxy, connected_client(proxy) as here:
+            send_and_read(here, b"question")
             listener = proxy.listener.sockets[0]
             full = mock.Mock(accept=mock.Mock(
                 side_effect=OSError(vaurien.errno.EMFILE, "Too many open files")))
@@ -1573,25 +1573,25 @@ class TestProxy(unittest.TestCase):
                     self.assertLogs("vaurien", "WARNING") as logged:
                 proxy.loop.run_sync(lambda: (proxy.loop.watch(listener, 0), proxy.listener.pause(
                     listener, full.accept.side_effect)))
-                self.assertEqual(exchange(here, b"question"), b"question")
-                with connected(proxy) as sock:
-                    self.assertEqual(exchange(sock, b"question"), b"question")
+                self.assertEqual(send_and_read(here, b"question"), b"question")
+                with connected_client(proxy) as sock:
+                    self.assertEqual(send_and_read(sock, b"question"), b"question")
             self.assertIn("Too many open files", logged.output[0])
 
     def test_a_selector_that_takes_no_more_is_a_pause_too(self):
-        with mock.patch.object(vaurien, "RETRY_DELAY", 0.05), proxy_of(echo, loop=SelectLoop) as proxy:
+        with mock.patch.object(vaurien, "RETRY_DELAY", 0.05), running_proxy(echo, loop=SelectLoop) as proxy:
             proxy.loop.limit = 6
-            with connected(proxy) as one, connected(proxy) as two:
+            with connected_client(proxy) as one, connected_client(proxy) as two:
                 for sock in one, two:
-                    exchange(sock, b"question")
-                with self.assertLogs("vaurien", "WARNING"), connected(proxy) as three:
+                    send_and_read(sock, b"question")
+                with self.assertLogs("vaurien", "WARNING"), connected_client(proxy) as three:
                     three.sendall(b"question")
                     wait_until(lambda: proxy.listener.last_warning)
                     one.close()
-                    self.assertEqual(read(three, 8), b"question")
+                    self.assertEqual(read_exactly(three, 8), b"question")
 
     def test_as_many_are_accepted_in_a_row_as_there_seem_to_be(self):
-        with proxy_of(echo) as proxy, mock.patch.object(vaurien, "RawSocket"), mock.patch.object(proxy.listener, "welcome") as welcome:
+        with running_proxy(echo) as proxy, mock.patch.object(vaurien, "RawSocket"), mock.patch.object(proxy.listener, "welcome") as welcome:
             listener, taken = mock.Mock(_accept=mock.Mock(return_value=(-1, ("127.0.0.1", 1)))), []
 
             def accept():
@@ -1611,7 +1611,7 @@ class TestProxy(unittest.TestCase):
 
     def test_who_has_asked_before_he_is_accepted_does_not_wait_for_another_turn(self):
         with contextlib.ExitStack() as stack:
-            backend = stack.enter_context(contextlib.closing(listening()))
+            backend = stack.enter_context(contextlib.closing(listening_socket()))
             proxy = vaurien.Proxy("127.0.0.1:%d" % backend.getsockname()[1], "127.0.0.1:0")
             proxy.bind()
             sock = stack.enter_context(contextlib.closing(connect(proxy.port)))
@@ -1626,11 +1626,11 @@ class TestProxy(unittest.TestCase):
                 backend.settimeout(PATIENCE)
                 asked = stack.enter_context(contextlib.closing(backend.accept()[0]))
                 asked.settimeout(PATIENCE)
-                self.assertEqual(read(asked, 8), b"question")
+                self.assertEqual(read_exactly(asked, 8), b"question")
 
     def test_a_client_that_has_gone_before_it_is_accepted(self):
         gone = mock.Mock(getpeername=mock.Mock(side_effect=OSError("gone")))
-        with proxy_of(echo) as proxy:
+        with running_proxy(echo) as proxy:
             listener = mock.Mock(_accept=mock.Mock(
                 side_effect=[(-1, None), ConnectionAbortedError(), BlockingIOError()]))
             proxy.listener.sockets.append(listener)
@@ -1641,8 +1641,8 @@ class TestProxy(unittest.TestCase):
             proxy.listener.sockets.remove(listener)
             gone.close.assert_called_once_with()
             proxy.loop.run_sync(proxy.listener.accept, listener, selectors.EVENT_READ)      # closed meanwhile: nothing happens
-            with connected(proxy) as sock:
-                exchange(sock, b"question")
+            with connected_client(proxy) as sock:
+                send_and_read(sock, b"question")
 
     def test_no_more_threads_is_a_name_that_is_not_found(self):
         loop, outcome = vaurien.Loop(), []
@@ -1656,20 +1656,20 @@ class TestProxy(unittest.TestCase):
         def crash():
             raise SystemExit
 
-        with proxy_of(echo) as proxy:
+        with running_proxy(echo) as proxy:
             sock = connect(proxy.port)
-            exchange(sock, b"question")
+            send_and_read(sock, b"question")
             proxy.loop.call_soon_threadsafe(crash)
             proxy.thread.join(PATIENCE)
-        self.assertEqual(hear(sock)[0], 0)
+        self.assertEqual(read_until_close(sock)[0], 0)
         sock.close()
         self.assertIsNone(proxy.listener)
 
     def test_the_log_says_what_a_fault_did_and_how_a_connection_ended(self):
-        with proxy_of(echo, "100:delay", seed=7, options={"delay": {"sleep": 0.001}}) as proxy:
+        with running_proxy(echo, "100:delay", seed=7, options={"delay": {"sleep": 0.001}}) as proxy:
             with self.assertLogs("vaurien", "DEBUG") as logged:
-                with connected(proxy) as sock:
-                    exchange(sock, b"question")
+                with connected_client(proxy) as sock:
+                    send_and_read(sock, b"question")
                     client = "127.0.0.1:%d" % sock.getsockname()[1]
                 wait_until(lambda: not proxy.connections)
         self.assertIn("client %s, request 1: delay sleep=0.001" % client, logged.output[0])
@@ -1677,15 +1677,15 @@ class TestProxy(unittest.TestCase):
                                            "8 bytes down, requests: 1" % client)
 
     def test_the_log_says_which_fault_ended_a_connection(self):
-        with proxy_of(echo, "100:blackout") as proxy:
+        with running_proxy(echo, "100:blackout") as proxy:
             with self.assertLogs("vaurien", "DEBUG") as logged:
-                with connected(proxy) as sock:
-                    hear(sock)
+                with connected_client(proxy) as sock:
+                    read_until_close(sock)
                 wait_until(lambda: not proxy.connections)
         self.assertIn("closed by blackout after", logged.output[1])
 
 
-def listening(port=0):
+def listening_socket(port=0):
     """A socket that listens there."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -1706,7 +1706,7 @@ def unused_port():
 
 
 @contextlib.contextmanager
-def black_hole():
+def silent_address():
     """A port that answers no call: its queue of connections is full (Linux drops the rest)."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(contextlib.closing(socket.socket()))
@@ -1743,7 +1743,7 @@ sleep = 2
 """
 
 
-class Folder(unittest.TestCase):
+class TempDirTestCase(unittest.TestCase):
     """Tests that write files: each has a folder of its own, and is in it."""
 
     def setUp(self):
@@ -1759,7 +1759,7 @@ class Folder(unittest.TestCase):
         return name
 
 
-class TestSettings(Folder):
+class TestSettings(TempDirTestCase):
     """What the command line and the ini file come to, before anything is opened."""
 
     def proxies(self, *argv):
@@ -1946,7 +1946,7 @@ def shout(state, t, to, data, *, loud=1, the_word="hey", wait=0.5, on=True):
                          [{"loud": 1, "the_word": "hey", "wait": 2.0, "on": False}])
 
 
-class TestBadInput(Folder):
+class TestBadInput(TempDirTestCase):
     """One line that names the thing, what is wrong, and what would be right; status 2."""
 
     def refused(self, *argv, **ini):
@@ -2084,7 +2084,7 @@ class TestBadInput(Folder):
                     parse(text)
 
 
-class TestProcess(Folder):
+class TestProcess(TempDirTestCase):
     """The program as it is started by hand."""
 
     def start(self, *argv, **words):
@@ -2107,7 +2107,7 @@ class TestProcess(Folder):
 
     def test_the_main_job_and_the_end_by_each_signal(self):
         for number in signal.SIGTERM, signal.SIGINT:
-            with serving(echo) as (port, _):
+            with backend_server(echo) as (port, _):
                 process = self.start("--local", "localhost:0", "--distant", "localhost:%d" % port,
                                      "--behavior", "100:delay", "--handlers.delay.sleep=0.01",
                                      "--seed", "3")
@@ -2115,10 +2115,10 @@ class TestProcess(Folder):
                 self.assertEqual(len(set(ports)), 1)
                 with contextlib.closing(connect(ports[0])) as sock:
                     began = time.monotonic()
-                    self.assertEqual(exchange(sock, b"question"), b"question")
+                    self.assertEqual(send_and_read(sock, b"question"), b"question")
                     self.assertGreaterEqual(time.monotonic() - began, 0.01)
                     process.send_signal(number)
-                    self.assertEqual(hear(sock)[0], 0)
+                    self.assertEqual(read_until_close(sock)[0], 0)
                 out, err = process.communicate(timeout=PATIENCE)
                 self.assertEqual((process.returncode, out), (0, ""))
                 self.assertIn("request 1: delay sleep=0.01\n", err)
@@ -2126,7 +2126,7 @@ class TestProcess(Folder):
                 self.assertNotIn("Traceback", err)
 
     def test_the_end_does_not_wait_for_anybody(self):
-        with serving(echo) as (port, _), black_hole() as silent:
+        with backend_server(echo) as (port, _), silent_address() as silent:
             self.write("v.ini", "[proxy:a]\nlocal=127.0.0.1:0\ndistant=127.0.0.1:%d\n"
                                 "behavior=100:hang\n[proxy:b]\nlocal=127.0.0.1:0\n"
                                 "distant=127.0.0.1:%d\n" % (port, silent))
@@ -2212,12 +2212,12 @@ def late_end(state, t, to, data):
         yield t, to, b"the end"
     yield t, to, data
 """)
-        with serving(lambda sock: sock.sendall(read(sock, 8))) as (port, _):
+        with backend_server(lambda sock: sock.sendall(read_exactly(sock, 8))) as (port, _):
             process = self.start("--local", "127.0.0.1:0", "--distant", "127.0.0.1:%d" % port,
                                  "--behavior", "100:mine.late_end")
             with contextlib.closing(connect(self.listening(process)[0])) as sock:
                 sock.sendall(b"question")
-                self.assertEqual(read(sock, 15), b"questionthe end")
+                self.assertEqual(read_exactly(sock, 15), b"questionthe end")
             process.terminate()
             process.wait(PATIENCE)
 
@@ -2250,7 +2250,7 @@ def late_end(state, t, to, data):
 
 # -- Control, from outside and from code -------------------------------------------
 
-def fleet(*proxies):
+def proxy_table(*proxies):
     """The proxies of a control server."""
     found = vaurien.ProxyTable(proxies)
     found.loop = proxies[0].loop if proxies else None
@@ -2258,10 +2258,10 @@ def fleet(*proxies):
 
 
 @contextlib.contextmanager
-def driven(talk=echo, behavior="100:dummy", **words):
+def proxy_with_control(talk=echo, behavior="100:dummy", **words):
     """A proxy and its control server, in one loop; yields (proxy, Client)."""
-    with proxy_of(talk, behavior, **words) as proxy:
-        control = vaurien.Control(("127.0.0.1", 0), fleet(proxy))
+    with running_proxy(talk, behavior, **words) as proxy:
+        control = vaurien.Control(("127.0.0.1", 0), proxy_table(proxy))
         control.bind()
         proxy.loop.run_sync(control.open, proxy.loop)
         port = control.listener.sockets[0].getsockname()[1]
@@ -2280,7 +2280,7 @@ class TestRoutes(unittest.TestCase):
         self.one = stack.enter_context(vaurien.Proxy("127.0.0.1:9", "127.0.0.1:0", "20:delay,5:hang",
                                                      {"delay": {"sleep": 2}}, "one"))
         self.two = stack.enter_context(vaurien.Proxy("127.0.0.1:9", "127.0.0.1:0", name="two"))
-        self.control = vaurien.Control(("localhost", 0), fleet(self.one, self.two))
+        self.control = vaurien.Control(("localhost", 0), proxy_table(self.one, self.two))
         self.control.url = "http://localhost:8080"
 
     def ask(self, method, target, body=b"", status=200):
@@ -2338,7 +2338,7 @@ class TestRoutes(unittest.TestCase):
     def test_the_share_of_dummy_comes_back_too(self):
         chosen = [(20, "delay"), (30, "dummy"), (5, "error")]
         with vaurien.Proxy("127.0.0.1:9", "127.0.0.1:0", chosen) as proxy:
-            self.control.proxies = fleet(proxy)
+            self.control.proxies = proxy_table(proxy)
             rules = self.ask("GET", "/rules")
             self.ask("PUT", "/rules", json.dumps(rules).encode())
             self.assertEqual([(rule.low, rule.high) for rule in proxy.rules.armed],
@@ -2434,8 +2434,8 @@ class TestControl(unittest.TestCase):
                 answer += piece
 
     def test_strange_requests_get_a_4xx_and_disturb_nothing(self):
-        with driven() as (proxy, client), connected(proxy) as sock:
-            exchange(sock, b"question")
+        with proxy_with_control() as (proxy, client), connected_client(proxy) as sock:
+            send_and_read(sock, b"question")
             for data, status in [
                     (b"nonsense\r\n\r\n", 400), (b"GET / HTTP/9.9.9\r\n\r\n", 400),
                     (b"BREW /handler HTTP/1.1\r\nConnection: close\r\n\r\n", 405),
@@ -2452,16 +2452,16 @@ class TestControl(unittest.TestCase):
                     self.assertEqual(int(answer.split()[1]), status)
                     self.assertEqual(json.loads(answer.split(b"\r\n\r\n")[1].decode())["status"], "error")
             self.assertEqual(client.get_handler(), "dummy")
-            exchange(sock, b"question")
+            send_and_read(sock, b"question")
 
     def test_a_body_of_a_mebibyte_is_read(self):
-        with driven() as (_, client):
+        with proxy_with_control() as (_, client):
             answer = self.raw(client, b"POST /handler HTTP/1.0\r\nContent-Length: 1048576\r\n\r\n"
                               + b"x" * 1048576)
             self.assertEqual(answer.split()[1], b"400")
 
     def test_who_says_nothing_is_told_so_and_others_are_not_held_up(self):
-        with mock.patch.object(vaurien, "IDLE_TIMEOUT", 0.2), driven() as (_, client):
+        with mock.patch.object(vaurien, "IDLE_TIMEOUT", 0.2), proxy_with_control() as (_, client):
             with contextlib.closing(connect(client.port)) as silent, \
                     contextlib.closing(connect(client.port)) as half:
                 half.sendall(b"POST /handler HTTP/1.1\r\nContent-Length: 5\r\n\r\nde")
@@ -2470,7 +2470,7 @@ class TestControl(unittest.TestCase):
                     self.assertEqual(sock.recv(1000).split()[1], b"408")
 
     def test_too_many_silent_ones_make_room(self):
-        with mock.patch.object(vaurien, "CLIENTS_MAX", 4), driven() as (_, client), \
+        with mock.patch.object(vaurien, "CLIENTS_MAX", 4), proxy_with_control() as (_, client), \
                 contextlib.ExitStack() as stack:
             silent = [stack.enter_context(contextlib.closing(connect(client.port)))
                       for _ in range(12)]
@@ -2479,7 +2479,7 @@ class TestControl(unittest.TestCase):
             self.assertEqual(silent[0].recv(1000), b"")
 
     def test_no_more_threads_is_no_end_of_the_control(self):
-        with driven() as (_, client):
+        with proxy_with_control() as (_, client):
             with self.assertLogs("vaurien", "ERROR") as logged:
                 with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("none")):
                     with self.assertRaises(OSError):
@@ -2488,7 +2488,7 @@ class TestControl(unittest.TestCase):
             self.assertEqual(client.get_handler(), "dummy")
 
     def test_a_client_that_waits_for_100_continue(self):
-        with driven() as (_, client), contextlib.closing(connect(client.port)) as sock:
+        with proxy_with_control() as (_, client), contextlib.closing(connect(client.port)) as sock:
             sock.sendall(b"POST /handler HTTP/1.1\r\nExpect: 100-continue\r\n"
                          b"Content-Length: 5\r\n\r\n")
             self.assertEqual(sock.recv(1000), b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -2496,7 +2496,7 @@ class TestControl(unittest.TestCase):
             self.assertEqual(sock.recv(1000).split()[1], b"200")
 
     def test_who_sends_too_much_gets_to_see_the_answer(self):
-        with driven() as (_, client):
+        with proxy_with_control() as (_, client):
             with self.assertRaisesRegex(ValueError, "a body may have 1048576 bytes at most"):
                 client.set_handler("delay", sleep="x" * 5000000)
 
@@ -2506,7 +2506,7 @@ class TestControl(unittest.TestCase):
 
         broken.form, broken.needs_proxy, broken.query = vaurien.ApiError, True, ()
 
-        with driven() as (_, client), self.assertLogs("vaurien", "ERROR"):
+        with proxy_with_control() as (_, client), self.assertLogs("vaurien", "ERROR"):
             with mock.patch.dict(vaurien.ROUTES["/handler"], GET=broken):
                 with self.assertRaisesRegex(ValueError, "KeyError: 'no idea'"):
                     client.ask("GET", "/handler")
@@ -2524,21 +2524,21 @@ class TestControl(unittest.TestCase):
             return None
 
         def says(words):
-            return lambda sock: (sock.sendall(words), hear(sock))
+            return lambda sock: (sock.sendall(words), read_until_close(sock))
 
-        with serving(says(b"old")) as (old, _), serving(says(b"new")) as (new, _), \
+        with backend_server(says(b"old")) as (old, _), backend_server(says(b"new")) as (new, _), \
                 vaurien.Proxy("slow.invalid:%d" % old, "127.0.0.1:0") as proxy, \
                 mock.patch.object(vaurien, "resolve", resolve), \
-                mock.patch.object(vaurien, "resolve_numeric", resolve_numeric), connected(proxy) as first:
+                mock.patch.object(vaurien, "resolve_numeric", resolve_numeric), connected_client(proxy) as first:
             wait_until(lambda: proxy.lookups)
             proxy.loop.run_sync(proxy.set_backend, ("127.0.0.1", new))
-            with connected(proxy) as second:
-                self.assertEqual(read(second, 3), b"new")
+            with connected_client(proxy) as second:
+                self.assertEqual(read_exactly(second, 3), b"new")
             gate.set()
-            self.assertEqual(read(first, 3), b"old")
+            self.assertEqual(read_exactly(first, 3), b"old")
 
     def test_one_connection_asks_many_times(self):
-        with driven() as (_, client):
+        with proxy_with_control() as (_, client):
             connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=PATIENCE)
             with contextlib.closing(connection):
                 connection.connect()
@@ -2557,15 +2557,15 @@ class TestControl(unittest.TestCase):
             with contextlib.suppress(OSError):
                 sock.sendall(bytes(50000000))
 
-        with driven(flood) as (proxy, client), contextlib.ExitStack() as stack:
-            stack.enter_context(connected(proxy))
+        with proxy_with_control(flood) as (proxy, client), contextlib.ExitStack() as stack:
+            stack.enter_context(connected_client(proxy))
             wait_until(lambda: proxy.loop.budget.held)
             client.set_handler("hang")
-            socks = [stack.enter_context(connected(proxy)) for _ in range(200)]
+            socks = [stack.enter_context(connected_client(proxy)) for _ in range(200)]
             for sock in socks:
                 sock.sendall(bytes(10000))
             wait_until(lambda: proxy.faults["hang"] == 200)
-            with black_hole() as silent:
+            with silent_address() as silent:
                 client.set_backend("127.0.0.1:%d" % silent)
                 for name in "delay", "hang", "dummy":
                     client.set_handler(name)
@@ -2576,10 +2576,10 @@ class TestControl(unittest.TestCase):
                 self.assertTrue(any(one["held_down"] for one in stuck))
 
     def test_the_connections_that_are_open(self):
-        with driven() as (proxy, client), connected(proxy) as sock:
-            exchange(sock, b"question")
+        with proxy_with_control() as (proxy, client), connected_client(proxy) as sock:
+            send_and_read(sock, b"question")
             client.set_handler("delay", sleep=0.001)
-            exchange(sock, b"another")
+            send_and_read(sock, b"another")
             one, = client.connections()
             self.assertEqual(one["client"], "127.0.0.1:%d" % sock.getsockname()[1])
             self.assertEqual(one["backend"], vaurien.format_address(proxy.backend))
@@ -2589,10 +2589,10 @@ class TestControl(unittest.TestCase):
             self.assertGreaterEqual(one["age"], 0)
 
     def test_the_events(self):
-        with driven(behavior="100:delay", options={"delay": {"sleep": 0.001}}) as (proxy, client):
-            with connected(proxy) as sock:
+        with proxy_with_control(behavior="100:delay", options={"delay": {"sleep": 0.001}}) as (proxy, client):
+            with connected_client(proxy) as sock:
                 for _ in range(3):
-                    exchange(sock, b"question")
+                    send_and_read(sock, b"question")
             events = client.events()
             self.assertEqual([(event["number"], event["connection"], event["request"],
                                event["handler"], event["options"]) for event in events],
@@ -2602,17 +2602,17 @@ class TestControl(unittest.TestCase):
 
     def test_new_connections_go_to_a_new_backend(self):
         def shout(sock):
-            sock.sendall(read(sock, 8).upper())
+            sock.sendall(read_exactly(sock, 8).upper())
             echo(sock)
 
-        with driven() as (proxy, client), serving(shout) as (port, _), connected(proxy) as old:
-            exchange(old, b"question")
+        with proxy_with_control() as (proxy, client), backend_server(shout) as (port, _), connected_client(proxy) as old:
+            send_and_read(old, b"question")
             client.set_backend("127.0.0.1:%d" % port)
             self.assertEqual(client.get_backend(), "127.0.0.1:%d" % port)
-            with connected(proxy) as new:
+            with connected_client(proxy) as new:
                 new.sendall(b"question")
-                self.assertEqual(read(new, 8), b"QUESTION")
-            self.assertEqual(exchange(old, b"question"), b"question")
+                self.assertEqual(read_exactly(new, 8), b"QUESTION")
+            self.assertEqual(send_and_read(old, b"question"), b"question")
 
 
 # -- Protocols: framing as tables and as a law, and what is answered -----------------
@@ -3010,15 +3010,15 @@ class TestFramedLine(unittest.TestCase):
             while b"GET bad" not in heard:
                 heard += sock.recv(100)
             sock.sendall(b"+A\r\n*1\r\n:1\r\n")
-            hear(sock)
+            read_until_close(sock)
 
-        with proxy_of(talk, protocol="redis") as proxy:
-            with connected(proxy) as sock, proxy.handler("error", kind="OOM", match="bad"):
+        with running_proxy(talk, protocol="redis") as proxy:
+            with connected_client(proxy) as sock, proxy.handler("error", kind="OOM", match="bad"):
                 sock.sendall(b"GET a\r\nGET bad\r\nSUBSCRIBE x\r\n")
                 proxy.wait_for("error")
                 sock.sendall(b"GET bad\r\n")
                 answer = b"+A\r\n" + vaurien.Redis().said("OOM") + b"*1\r\n:1\r\n"
-                self.assertEqual(read(sock, len(answer)), answer)
+                self.assertEqual(read_exactly(sock, len(answer)), answer)
 
     def test_the_middle_of_what_drew_nothing_takes_the_straight_road(self):
         for rule, straight in (vaurien.Rule("error", high=0), True), (vaurien.Rule("delay"), False):
@@ -3314,14 +3314,14 @@ class TestProtocols(unittest.TestCase):
     """Protocols on real sockets."""
 
     def test_who_says_nothing_and_goes_is_forgotten(self):
-        with proxy_of(echo, "100:error", protocol="postgres") as proxy:
+        with running_proxy(echo, "100:error", protocol="postgres") as proxy:
             connect(proxy.port).close()
             wait_until(lambda: proxy.accepted and not proxy.connections)
 
     def test_what_is_said_after_the_last_answer_is_no_request(self):
-        with proxy_of(echo, "100:error", options={"error": {"kind": "503"}}, protocol="http") as proxy, connected(proxy) as sock:
+        with running_proxy(echo, "100:error", options={"error": {"kind": "503"}}, protocol="http") as proxy, connected_client(proxy) as sock:
             sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
-            self.assertEqual(hear(sock)[2], "eof")
+            self.assertEqual(read_until_close(sock)[2], "eof")
             for _ in range(3):
                 sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
                 time.sleep(0.02)
@@ -3352,7 +3352,7 @@ class TestProtocols(unittest.TestCase):
                 body = file.read(length)
                 sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
 
-        with proxy_of(talk, protocol="http") as proxy:
+        with running_proxy(talk, protocol="http") as proxy:
             client = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=PATIENCE)
             with contextlib.closing(client):
                 for kind in [None, *vaurien.Http.errors, None]:
@@ -3365,7 +3365,7 @@ class TestProtocols(unittest.TestCase):
             self.assertEqual(proxy.accepted, 1)
 
     def test_an_error_that_closes_is_heard_though_the_client_goes_on_sending(self):
-        with proxy_of(echo, protocol="http") as proxy, connected(proxy) as sock:
+        with running_proxy(echo, protocol="http") as proxy, connected_client(proxy) as sock:
             with proxy.handler("error", kind="503"):
                 sock.sendall(b"POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 10\r\n\r\n")
                 sock.sendall(b"0123456789")
@@ -3373,25 +3373,25 @@ class TestProtocols(unittest.TestCase):
                 while b"503 Service Unavailable\n" not in found:
                     found += sock.recv(65536)
                 sock.sendall(bytes(3000000))
-                self.assertEqual(hear(sock)[0::2], (0, "eof"))
+                self.assertEqual(read_until_close(sock)[0::2], (0, "eof"))
 
     def test_a_connection_goes_on_as_tcp(self):
-        data = noise(300000)
+        data = random_data(300000)
         for protocol in list(vaurien.PROTOCOLS)[1:]:
             for behavior in "100:dummy", "0:hang":
-                with self.subTest(protocol, behavior=behavior), proxy_of(echo, behavior, protocol=protocol) as proxy, connected(proxy) as sock:
-                    self.assertEqual(both_ways(sock, b"\n\n" * 5 + data)[0], 300010)
+                with self.subTest(protocol, behavior=behavior), running_proxy(echo, behavior, protocol=protocol) as proxy, connected_client(proxy) as sock:
+                    self.assertEqual(round_trip(sock, b"\n\n" * 5 + data)[0], 300010)
 
     def test_a_backend_that_speaks_first(self):
         def talk(sock):
             sock.sendall(b"220 hello\r\n")
             echo(sock)
 
-        with proxy_of(talk, protocol="smtp") as proxy, connected(proxy) as sock:
-            self.assertEqual(read(sock, 11), b"220 hello\r\n")
+        with running_proxy(talk, protocol="smtp") as proxy, connected_client(proxy) as sock:
+            self.assertEqual(read_exactly(sock, 11), b"220 hello\r\n")
             with proxy.handler("delay", sleep=0.05):
                 began = time.monotonic()
-                exchange(sock, b"250 NOOP\r\n")
+                send_and_read(sock, b"250 NOOP\r\n")
                 self.assertGreaterEqual(time.monotonic() - began, 0.05)
 
     def test_large_values_pass_with_little_memory(self):
@@ -3406,8 +3406,8 @@ class TestProtocols(unittest.TestCase):
         for protocol, head in [("redis", b"*2\r\n$4\r\nECHO\r\n$%d\r\n" % len(data)), ("http", b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(data)),
                                ("memcache", b"set a 0 0 %d\r\n" % len(data))]:
             for behavior in "100:dummy", "0:hang":
-                with mock.patch.object(vaurien, "Budget", Small), proxy_of(echo, behavior, protocol=protocol) as proxy, connected(proxy) as sock:
-                    self.assertEqual(both_ways(sock, head + data + b"\r\n")[0], len(head) + len(data) + 2)
+                with mock.patch.object(vaurien, "Budget", Small), running_proxy(echo, behavior, protocol=protocol) as proxy, connected_client(proxy) as sock:
+                    self.assertEqual(round_trip(sock, head + data + b"\r\n")[0], len(head) + len(data) + 2)
                     self.assertLessEqual(proxy.loop.budget.most, 4 * vaurien.HELD_MAX_IDLE + 4 * vaurien.CHUNK)
 
 
@@ -3418,7 +3418,7 @@ class TestToxics(unittest.TestCase):
 
     def play(self, kind, *events, stream="both", **options):
         """What a toxic makes of one connection's events: [(t, to, data)]."""
-        line = line_of(vaurien.Rule(kind, options, per="connection", stream=stream))
+        line = chain_of(vaurien.Rule(kind, options, per="connection", stream=stream))
         found = line.process_open(0, [UPSTREAM, DOWNSTREAM])
         for event in events:
             found += line.process(*event)
@@ -3459,7 +3459,7 @@ class TestToxics(unittest.TestCase):
                                  (1.003, DOWNSTREAM, b"i"), (1.004, DOWNSTREAM, EOF)])
 
     def test_slicer_varies_its_pieces(self):
-        data = noise(100000)
+        data = random_data(100000)
         found = self.play("slicer", (1, DOWNSTREAM, data), average_size=500, size_variation=100)
         sizes = [len(piece) for _, _, piece in found]
         self.assertEqual(b"".join(piece for _, _, piece in found), data)
@@ -3489,7 +3489,7 @@ class TestToxics(unittest.TestCase):
     def test_timeout_0_loses_everything_and_closes_when_it_is_removed(self):
         rule = vaurien.Rule("timeout", per="connection", stream=DOWNSTREAM)
         pipe = vaurien.DelayQueue(DOWNSTREAM, vaurien.Budget())
-        line = line_of(rule)
+        line = chain_of(rule)
         for t, to, data, holds in line.process_open(0, [DOWNSTREAM]) + line.process(1, DOWNSTREAM, b"a"):
             if to == DOWNSTREAM:
                 pipe.put(t, data, 0, holds)
@@ -3527,15 +3527,15 @@ class TestToxics(unittest.TestCase):
 
         with registered(watch):
             for stream in "both", UPSTREAM, DOWNSTREAM:
-                line = line_of(vaurien.Rule("watch", per="connection", stream=stream))
+                line = chain_of(vaurien.Rule("watch", per="connection", stream=stream))
                 self.assertEqual(line.process_open(3, [UPSTREAM, DOWNSTREAM]), [])
                 self.assertEqual(seen, [(3, way, OPEN) for way in (UPSTREAM, DOWNSTREAM) if stream in ("both", way)])
                 seen.clear()
-            line_of(vaurien.Rule("watch")).process_open(3, [UPSTREAM, DOWNSTREAM])
+            chain_of(vaurien.Rule("watch")).process_open(3, [UPSTREAM, DOWNSTREAM])
             self.assertEqual(seen, [])
 
     def test_what_one_makes_of_the_beginning_goes_through_those_behind_it(self):
-        line = line_of(vaurien.Rule("blackout", per="connection", dice="a"),
+        line = chain_of(vaurien.Rule("blackout", per="connection", dice="a"),
                        vaurien.Rule("slow_close", {"delay": 5000}, per="connection", dice="b"))
         self.assertEqual({event[:3] for event in line.process_open(1, [DOWNSTREAM])},
                          {(6, DOWNSTREAM, EOF), (6, UPSTREAM, EOF)})
@@ -3545,19 +3545,19 @@ class TestThinWires(unittest.TestCase):
     """What queues for a wire, and what does not."""
 
     def test_a_thin_wire_behind_a_hang_is_free_when_that_is_gone(self):
-        with proxy_of(echo) as proxy, connected(proxy) as sock:
+        with running_proxy(echo) as proxy, connected_client(proxy) as sock:
             toxics = [vaurien.Toxic(kind, kind, attributes=attributes, stream="both")
                       for kind, attributes in (("bandwidth", {"rate": 100000}), ("slicer", {"average_size": 3, "delay": 1}))]
             proxy.loop.run_sync(proxy.set_toxics, toxics)
             with proxy.handler("hang"):
                 sock.sendall(b"one")
                 proxy.wait_for("hang")
-            self.assertEqual(read(sock, 3), b"one")
-            exchange(sock, b"two")
+            self.assertEqual(read_exactly(sock, 3), b"one")
+            send_and_read(sock, b"two")
 
     def test_latency_is_no_limit_to_a_bandwidth(self):
         pipe = vaurien.DelayQueue(DOWNSTREAM, vaurien.Budget())
-        line = line_of(vaurien.Rule("bandwidth", {"rate": 5000}, dice="a"), vaurien.Rule("latency", {"latency": 1000}, dice="b"))
+        line = chain_of(vaurien.Rule("bandwidth", {"rate": 5000}, dice="a"), vaurien.Rule("latency", {"latency": 1000}, dice="b"))
         for number in range(50):        # a second of what that wire carries
             self.assertGreater(pipe.room(lambda: number / 50), 0)
             for t, _, data, holds in line.process(number / 50, DOWNSTREAM, bytes(100000)):
@@ -3566,7 +3566,7 @@ class TestThinWires(unittest.TestCase):
 
     def test_room_comes_back_by_the_clock(self):
         pipe = vaurien.DelayQueue(DOWNSTREAM, vaurien.Budget())
-        line = line_of(vaurien.Rule("bandwidth", {"rate": 1000}))
+        line = chain_of(vaurien.Rule("bandwidth", {"rate": 1000}))
         for t, _, data, holds in line.process(0, DOWNSTREAM, bytes(500000)):
             pipe.put(t, data, 0, holds)
         self.assertLess(pipe.room(lambda: 0), 0)
@@ -3579,17 +3579,17 @@ class TestMatch(unittest.TestCase):
     """Rules that wait for what the request says."""
 
     def line(self, *rules):
-        return line_of(*rules)
+        return chain_of(*rules)
 
     def test_it_acts_from_where_the_request_matches(self):
-        line = line_of(vaurien.Rule("hang", match=vaurien.check_match("GET /cart")))
+        line = chain_of(vaurien.Rule("hang", match=vaurien.check_match("GET /cart")))
         self.assertEqual(line.process(0, UPSTREAM, OPEN)[0][0], 0)
         self.assertEqual(line.process(0, UPSTREAM, b"GET /")[0][0], 0)
         self.assertEqual(line.process(1, UPSTREAM, b"cart HTTP/1.1")[0][0], NEVER)
         self.assertEqual(line.process(1, DOWNSTREAM, b"a")[0][0], NEVER)
 
     def test_each_request_is_looked_at_anew(self):
-        line = line_of(vaurien.Rule("hang", match=vaurien.check_match("ab")))
+        line = chain_of(vaurien.Rule("hang", match=vaurien.check_match("ab")))
         held = []
         for text in b"a", b"b", b"ab", b"xx":
             line.turn(UPSTREAM)
@@ -3599,7 +3599,7 @@ class TestMatch(unittest.TestCase):
 
     def test_after_and_times_count_the_requests_that_match(self):
         rule = vaurien.Rule("hang", match=vaurien.check_match("hit"), after=1, times=2)
-        line, held = line_of(rule), []
+        line, held = chain_of(rule), []
         for text in b"miss", b"hit", b"miss", b"hit", b"hit", b"hit":
             line.turn(UPSTREAM)
             held.append(line.process(0, UPSTREAM, text)[0][0] == NEVER)
@@ -3607,7 +3607,7 @@ class TestMatch(unittest.TestCase):
         self.assertEqual(held, [False, False, False, True, True, False])
 
     def test_a_connection_is_hit_from_its_first_request_that_matches(self):
-        line = line_of(vaurien.Rule("hang", match=vaurien.check_match("^hit"), per="connection"))
+        line = chain_of(vaurien.Rule("hang", match=vaurien.check_match("^hit"), per="connection"))
         held = []
         for text in b"mi", b"hit", b"miss":
             line.turn(UPSTREAM)
@@ -3626,7 +3626,7 @@ class TestMatch(unittest.TestCase):
         self.assertTrue(60 < hits < 120, hits)
 
     def test_it_looks_at_the_first_bytes_of_a_long_request_only(self):
-        line = line_of(vaurien.Rule("hang", match=vaurien.check_match("hit")))
+        line = chain_of(vaurien.Rule("hang", match=vaurien.check_match("hit")))
         line.process(0, UPSTREAM, bytes(vaurien.MATCH_WINDOW))
         self.assertEqual(line.process(0, UPSTREAM, b"hit")[0][0], 0)
 
@@ -3637,15 +3637,15 @@ class TestMatch(unittest.TestCase):
         self.assertTrue(vaurien.check_match("^SELECT .* FROM carts").search(b"SELECT 1 FROM carts"))
 
     def test_through_a_proxy(self):
-        with proxy_of(echo) as proxy, connected(proxy) as sock:
+        with running_proxy(echo) as proxy, connected_client(proxy) as sock:
             with proxy.handler("hang", match="^slow"):
-                exchange(sock, b"quick")
+                send_and_read(sock, b"quick")
                 sock.sendall(b"slow")
                 proxy.wait_for("hang")
-            self.assertEqual(read(sock, 4), b"slow")
+            self.assertEqual(read_exactly(sock, 4), b"slow")
 
 
-class Toxicproxy(unittest.TestCase):
+class ToxiproxyTestCase(unittest.TestCase):
     """Tests that speak to a control server as Toxiproxy's clients do."""
 
     def setUp(self):
@@ -3687,7 +3687,7 @@ class Toxicproxy(unittest.TestCase):
         return found["error"]
 
     def backend(self, talk=echo):
-        port, saw = self.stack.enter_context(serving(talk))
+        port, saw = self.stack.enter_context(backend_server(talk))
         return "127.0.0.1:%d" % port, saw
 
     def create(self, talk=echo, name="p", **fields):
@@ -3711,7 +3711,7 @@ class Toxicproxy(unittest.TestCase):
         return proxy
 
 
-class TestToxiproxyApi(Toxicproxy):
+class TestToxiproxyApi(ToxiproxyTestCase):
     """Status codes, shapes, words and defaults of Toxiproxy 2.12."""
 
     def test_proxies_come_and_go(self):
@@ -3798,28 +3798,28 @@ class TestToxiproxyApi(Toxicproxy):
     def test_an_update_that_changes_nothing_leaves_the_connections_alone(self):
         port = self.create()
         sock = self.connect(port)
-        exchange(sock, b"question")
+        send_and_read(sock, b"question")
         upstream = self.ask("GET", "/proxies/p")["upstream"]
         for body in ({}, {"enabled": True}, {"listen": "127.0.0.1:%d" % port, "upstream": upstream, "enabled": None},
                      {"name": "other"}, {"listen": ""}):
             for method in "POST", "PATCH":
                 if body != {"listen": ""}:
                     self.assertEqual(self.ask(method, "/proxies/p", body)["name"], "p")
-        exchange(sock, b"question")
+        send_and_read(sock, b"question")
 
     def test_disabled_and_enabled_it_keeps_its_port_and_its_toxics(self):
         port = self.create()
         self.toxic("latency", attributes={"latency": 1})
         sock = self.connect(port)
-        exchange(sock, b"question")
+        send_and_read(sock, b"question")
         found = self.ask("POST", "/proxies/p", {"enabled": False})
         self.assertEqual((found["enabled"], found["listen"]), (False, "127.0.0.1:%d" % port))
-        self.assertEqual(hear(sock), (0, hashlib.sha1().hexdigest(), "eof"))
+        self.assertEqual(read_until_close(sock), (0, hashlib.sha1().hexdigest(), "eof"))
         with self.assertRaises(ConnectionRefusedError):
             connect(port)
         found = self.ask("PATCH", "/proxies/p", {"enabled": True})
         self.assertEqual((found["listen"], len(found["toxics"])), ("127.0.0.1:%d" % port, 1))
-        exchange(self.connect(port), b"question")
+        send_and_read(self.connect(port), b"question")
 
     def test_localhost_listens_on_both_families_again_when_it_is_enabled_again(self):
         if not has_ipv6():
@@ -3828,45 +3828,45 @@ class TestToxiproxyApi(Toxicproxy):
         self.ask("POST", "/proxies/p", {"enabled": False})
         self.ask("POST", "/proxies/p", {"enabled": True})
         with contextlib.closing(connect(port, "::1")) as sock:
-            exchange(sock, b"question")
+            send_and_read(sock, b"question")
 
     def test_another_upstream_closes_the_connections_and_keeps_the_port(self):
         port = self.create()
         sock = self.connect(port)
-        exchange(sock, b"question")
+        send_and_read(sock, b"question")
         other, _ = self.backend(lambda sock: sock.sendall(b"other"))
         self.ask("POST", "/proxies/p", {"upstream": other})
-        self.assertEqual(hear(sock)[0], 0)
-        self.assertEqual(read(self.connect(port), 5), b"other")
+        self.assertEqual(read_until_close(sock)[0], 0)
+        self.assertEqual(read_exactly(self.connect(port), 5), b"other")
 
     def test_another_port_and_one_that_cannot_be_had(self):
         port = self.create()
         sock = self.connect(port)
-        exchange(sock, b"question")
+        send_and_read(sock, b"question")
         taken = self.stack.enter_context(contextlib.closing(vaurien.bind_listener(socket.AF_INET, ("127.0.0.1", 0))))
         words = self.refused("POST", "/proxies/p", {"listen": "127.0.0.1:%d" % taken.getsockname()[1]}, 500)
         self.assertIn("address already in use", words)
         for body in {"listen": "bad"}, {"listen": "127.0.0.1:99999"}, {"upstream": "bad"}, {"enabled": 5}, {"upstream": "127.0.0.1:%d" % port}:
             self.refused("POST", "/proxies/p", body, 500 if "listen" in body else 400)
-        exchange(sock, b"question")                 # nothing running was disturbed
+        send_and_read(sock, b"question")                 # nothing running was disturbed
         found = self.ask("POST", "/proxies/p", {"listen": "127.0.0.1:0"})
         new = int(found["listen"].split(":")[1])
         self.assertNotEqual(new, port)
-        exchange(self.connect(new), b"question")
-        self.assertEqual(hear(sock)[0], 0)
+        send_and_read(self.connect(new), b"question")
+        self.assertEqual(read_until_close(sock)[0], 0)
 
     def test_the_same_port_on_other_addresses(self):
         port = self.create()
         self.assertEqual(self.ask("POST", "/proxies/p", {"listen": "0.0.0.0:%d" % port})["listen"], "0.0.0.0:%d" % port)
-        exchange(self.connect(port), b"question")
+        send_and_read(self.connect(port), b"question")
         sock = self.connect(port)
-        exchange(sock, b"question")
+        send_and_read(sock, b"question")
         again = vaurien.bind_listener(socket.AF_INET, ("127.0.0.1", 0))
         taken = vaurien.CannotListen(OSError(errno.EADDRINUSE, "Address already in use"), ("127.0.0.1", port))
         with mock.patch.object(vaurien, "listen", side_effect=[taken, [again]]):
             self.refused("POST", "/proxies/p", {"listen": "127.0.0.1:%d" % port}, 500)
-        exchange(self.connect(again.getsockname()[1]), b"question")     # where it was before
-        exchange(sock, b"question")
+        send_and_read(self.connect(again.getsockname()[1]), b"question")     # where it was before
+        send_and_read(sock, b"question")
 
     def test_toxics_have_their_defaults(self):
         self.create()
@@ -3950,7 +3950,7 @@ class TestToxiproxyApi(Toxicproxy):
         self.toxic("error", stream="both", per="request", match="bad", attributes={"kind": "OOM"})
         for command, answer in (b"PING\r\n", b"+PONG\r\n"), (b"GET bad\r\n", vaurien.Redis().said("OOM")), (b"PING\r\n", b"+PONG\r\n"):
             sock.sendall(command)
-            self.assertEqual(read(sock, len(answer)), answer)
+            self.assertEqual(read_exactly(sock, len(answer)), answer)
         for body, words in [({"type": "error", "name": "x", "stream": "both", "attributes": {"kind": "503"}}, "kind must be one of LOADING, BUSY"),
                             ({"type": "error", "name": "x", "stream": "downstream"}, "stream must be both for error")]:
             self.assertIn(words, self.refused("POST", "/proxies/p/toxics", body, 400))
@@ -3960,7 +3960,7 @@ class TestToxiproxyApi(Toxicproxy):
         found = self.ask("POST", "/populate", [{"name": "p", "listen": "127.0.0.1:%d" % self.proxies["p"].port,
                                                 "upstream": self.ask("GET", "/proxies/p")["upstream"]}], 201)["proxies"][0]
         self.assertNotIn("protocol", found)
-        self.assertEqual(hear(sock)[0], 0)
+        self.assertEqual(read_until_close(sock)[0], 0)
 
     def test_the_fields_of_a_rule(self):
         self.create()
@@ -4003,9 +4003,9 @@ class TestToxiproxyApi(Toxicproxy):
         self.assertEqual(proxy.loop.run_sync(connection.down.next_due), due)
         same[0]["attributes"]["latency"] = 1
         self.ask("PUT", "/proxies/p/toxics", same)
-        self.assertEqual(read(sock, 8), b"question")
+        self.assertEqual(read_exactly(sock, 8), b"question")
         sock.sendall(b"question")
-        self.assertEqual(hear(sock)[0], 2)          # limit_data has kept its count
+        self.assertEqual(read_until_close(sock)[0], 2)          # limit_data has kept its count
         for body, words in [({"percent": 500}, "percent must be"), ({"percent": 5, "toxicity": 1}, "say the same"), ({"match": "("}, "match must"),
                             ({"after": 3}, "after cannot be changed")]:
             self.assertIn(words, self.refused("PATCH", "/proxies/p/toxics/latency_downstream", body, 400))
@@ -4019,14 +4019,14 @@ class TestToxiproxyApi(Toxicproxy):
                 self.assertEqual(made["stream"], stream or "both")
                 for _ in range(3):                  # each request, one delay
                     began = time.monotonic()
-                    exchange(sock, b"question")
+                    send_and_read(sock, b"question")
                     self.assertGreaterEqual(time.monotonic() - began, 0.02)
                 self.ask("DELETE", "/proxies/p/toxics/delay_%s" % (stream or "both"), status=204)
         for stream in None, "downstream":
             made = self.ask("POST", "/proxies/p/toxics", {"type": "error", "stream": stream})
             for _ in range(3):
                 sock.sendall(b"question")
-                self.assertNotIn(b"question", read(sock, 1000))
+                self.assertNotIn(b"question", read_exactly(sock, 1000))
             self.ask("DELETE", "/proxies/p/toxics/" + made["name"], status=204)
         for kind in "error", "transient", "abort":
             words = self.refused("POST", "/proxies/p/toxics", {"type": kind, "stream": "upstream"}, 400)
@@ -4048,7 +4048,7 @@ class TestToxiproxyApi(Toxicproxy):
         port = self.create(toxics=[{"type": "limit_data", "attributes": {"bytes": 0}}, {"type": "noop", "stream": "upstream"}])
         sock = self.connect(port)
         sock.sendall(b"question")
-        self.assertEqual(hear(sock)[0], 0)
+        self.assertEqual(read_until_close(sock)[0], 0)
         self.assertEqual(len(self.ask("GET", "/proxies/p")["toxics"]), 2)
         for toxics, status in ([{"type": "nope"}], 400), ([{"type": "noop"}, {"type": "noop"}], 409), (5, 400):
             self.refused("POST", "/proxies", {"name": "q", "upstream": "localhost:1", "toxics": toxics}, status)
@@ -4085,28 +4085,28 @@ class TestToxiproxyApi(Toxicproxy):
         upstream = self.ask("GET", "/proxies/p")["upstream"]
         self.toxic("noop")
         sock = self.connect(port)
-        exchange(sock, b"question")
+        send_and_read(sock, b"question")
         same = {"name": "p", "listen": "127.0.0.1:%d" % port, "upstream": upstream}
         for body, toxics in (same, 1), (dict(same, enabled=False, toxics=None), 1), (dict(same, toxics=[]), 0):
             found = self.ask("POST", "/populate", [body], 201)["proxies"][0]
             self.assertEqual((found["enabled"], len(found["toxics"])), (True, toxics))
-            exchange(sock, b"question")
+            send_and_read(sock, b"question")
         self.toxic("noop")
         other, _ = self.backend()
         found = self.ask("POST", "/populate", [dict(same, upstream=other)], 201)["proxies"][0]
         self.assertEqual((found["upstream"], found["toxics"]), (other, []))
-        self.assertEqual(hear(sock)[0], 0)
+        self.assertEqual(read_until_close(sock)[0], 0)
 
     def test_reset(self):
         port = self.create()
         self.create(name="q")
         self.toxic("noop")
         sock = self.connect(port)
-        exchange(sock, b"question")
+        send_and_read(sock, b"question")
         self.ask("POST", "/proxies/q", {"enabled": False})
         self.assertEqual(self.ask("POST", "/reset", status=204), "")
         self.assertEqual([(proxy["enabled"], proxy["toxics"]) for proxy in self.ask("GET", "/proxies").values()], [(True, [])] * 2)
-        exchange(sock, b"question")
+        send_and_read(sock, b"question")
 
     def test_the_handler_of_the_first_proxy_beside_its_toxics(self):
         self.assertIn("there are none yet", self.ask("GET", "/handler", status=400)["errors"][0]["description"])
@@ -4123,7 +4123,7 @@ class TestToxiproxyApi(Toxicproxy):
         self.create(name="q")
         sock = self.connect(self.create())
         self.toxic("delay", stream="both", attributes={"sleep": 0.001})
-        exchange(sock, b"question")
+        send_and_read(sock, b"question")
         event = self.ask("GET", "/proxies/p/events?since=0")["events"][0]
         self.assertEqual((event["handler"], event["proxy"]), ("delay", "p"))
         self.assertEqual(self.ask("GET", "/proxies/q/events")["events"], [])
@@ -4132,7 +4132,7 @@ class TestToxiproxyApi(Toxicproxy):
 
     def test_metrics_move_while_a_connection_lives(self):
         sock = self.connect(self.create(name='p"\\'))
-        exchange(sock, b"question")
+        send_and_read(sock, b"question")
         sample = re.compile(r'^(\w+)\{((?:\w+="(?:[^"\\]|\\.)*",?)*)\} (\d+)$')
         found = {}
         for line in self.ask("GET", "/metrics").splitlines():
@@ -4150,7 +4150,7 @@ class TestToxiproxyApi(Toxicproxy):
         for toxics in [], [{"type": "slicer", "attributes": {"average_size": 1000}}], [{"type": "latency", "attributes": {"latency": 1}}]:
             self.ask("PUT", "/proxies/p/toxics", toxics)
             with contextlib.closing(connect(port)) as sock:
-                self.assertEqual(both_ways(sock, noise(300000))[0], 300000)
+                self.assertEqual(round_trip(sock, random_data(300000))[0], 300000)
         wait_until(lambda: not self.proxies["p"].connections)
         self.assertEqual(self.proxies["p"].byte_counts(), {(way, what): 900000 for way in (UPSTREAM, DOWNSTREAM) for what in ("received", "sent")})
 
@@ -4170,14 +4170,14 @@ class TestToxiproxyApi(Toxicproxy):
             sock = self.connect(self.create(name="my.proxy"))
             self.toxic("noop", proxy="my.proxy")
             self.toxic("delay", proxy="my.proxy", stream="both", attributes={"sleep": 0.001})
-            exchange(sock, b"question")
+            send_and_read(sock, b"question")
             statsd = vaurien.Statsd(server.getsockname(), self.proxies)
             self.loop.run_sync(statsd.open, self.loop)
             lines = server.recv(65536).decode().split("\n")
             for line in ("vaurien.my_proxy.connections:1|c", "vaurien.my_proxy.connections_open:1|g", "vaurien.my_proxy.requests:1|c",
                          "vaurien.my_proxy.faults.delay:1|c", "vaurien.my_proxy.received_bytes.upstream:8|c"):
                 self.assertIn(line, lines)
-            exchange(sock, b"question")
+            send_and_read(sock, b"question")
             lines = []
             while "vaurien.my_proxy.requests:1|c" not in lines:
                 lines = server.recv(65536).decode().split("\n")
@@ -4200,7 +4200,7 @@ class TestToxiproxyApi(Toxicproxy):
         self.assertEqual(sum(packet.count(b"connections_open") for packet in Sock.sent), 40)
 
 
-class TestDefects(Toxicproxy):
+class TestDefects(ToxiproxyTestCase):
     """What Toxiproxy 2.12 gets wrong, a test for each: see its issues by these numbers."""
 
     QUIET = [("latency", {"latency": 5, "jitter": 3}), ("bandwidth", {"rate": 100000}), ("slow_close", {"delay": 5}),
@@ -4209,12 +4209,12 @@ class TestDefects(Toxicproxy):
     def test_half_close_survives_every_toxic(self):
         """The original closes a connection whole at the first EOF, and loses the answer."""
         def talk(sock):
-            size, digest, end = hear(sock)
+            size, digest, end = read_until_close(sock)
             sock.sendall(("%d %s %s" % (size, digest, end)).encode())
             return end
 
         port = self.create(talk)
-        data = noise(20000)
+        data = random_data(20000)
         for stream in "upstream", "downstream", "both":
             for kind, attributes in self.QUIET:
                 with self.subTest(kind, stream=stream):
@@ -4223,10 +4223,10 @@ class TestDefects(Toxicproxy):
                     sock.sendall(data)
                     sock.shutdown(socket.SHUT_WR)
                     answer = b"20000 %s eof" % hashlib.sha1(data).hexdigest().encode()
-                    self.assertEqual(hear(sock), (len(answer), hashlib.sha1(answer).hexdigest(), "eof"))
+                    self.assertEqual(read_until_close(sock), (len(answer), hashlib.sha1(answer).hexdigest(), "eof"))
 
     def test_half_close_survives_the_timeout_of_the_other_stream(self):
-        sock = self.connect(self.create(lambda sock: hear(sock)[2]))
+        sock = self.connect(self.create(lambda sock: read_until_close(sock)[2]))
         self.toxic("timeout", stream="downstream")
         sock.shutdown(socket.SHUT_WR)
         wait_until(lambda: self.saw)
@@ -4234,22 +4234,22 @@ class TestDefects(Toxicproxy):
 
     def test_reset_peer_resets_connections_that_are_open_already(self):
         """The original sends them FIN: it sets linger only when a connection begins."""
-        sock = self.connect(self.create(lambda sock: echo(sock) or hear(sock)))
-        exchange(sock, b"question")
+        sock = self.connect(self.create(lambda sock: echo(sock) or read_until_close(sock)))
+        send_and_read(sock, b"question")
         self.toxic("reset_peer")
         sock.sendall(b"question")
-        self.assertEqual(hear(sock)[2], "reset")
+        self.assertEqual(read_until_close(sock)[2], "reset")
 
     def test_reset_peer_resets_both_sides(self):
         ends = []
 
         def talk(sock):
             sock.sendall(b"hello")
-            ends.append(hear(sock)[2])
+            ends.append(read_until_close(sock)[2])
 
         port = self.create(talk, toxics=[{"type": "reset_peer"}])
         try:
-            ending = hear(self.connect(port))[2]
+            ending = read_until_close(self.connect(port))[2]
         except ConnectionResetError:    # before connect() has returned
             ending = "reset"
         self.assertEqual(ending, "reset")
@@ -4261,9 +4261,9 @@ class TestDefects(Toxicproxy):
         toxics = [{"type": kind, "toxicity": 0, "stream": "both"} for kind in HANDLERS]
         port = self.create(lambda sock: echo(sock), toxics=toxics)
         sock = self.connect(port)
-        exchange(sock, b"question")
+        send_and_read(sock, b"question")
         sock.shutdown(socket.SHUT_WR)
-        self.assertEqual(hear(sock)[2], "eof")
+        self.assertEqual(read_until_close(sock)[2], "eof")
         self.assertFalse(self.proxies["p"].faults)
 
     def test_adding_or_changing_one_neither_releases_nor_delays_what_another_holds(self):
@@ -4282,7 +4282,7 @@ class TestDefects(Toxicproxy):
             self.ask(method, "/proxies/p/toxics" + path, body, 204 if method == "DELETE" else 200)
             self.assertEqual(proxy.loop.run_sync(connection.down.next_due), due)
         self.ask("DELETE", "/proxies/p/toxics/a", status=204)
-        self.assertEqual(read(sock, 8), b"question")
+        self.assertEqual(read_exactly(sock, 8), b"question")
 
     def test_a_change_keeps_the_draw_of_a_connection(self):
         port = self.create(toxics=[{"type": "hang", "toxicity": 0.5, "stream": "upstream"}])
@@ -4307,13 +4307,13 @@ class TestDefects(Toxicproxy):
         """`after` is counted when a connection comes, and not anew by each change."""
         port = self.create(toxics=[{"type": "limit_data", "after": 1, "attributes": {"bytes": 0}}])
         first = self.connect(port)
-        exchange(first, b"question")
+        send_and_read(first, b"question")
         second = self.connect(port)
         second.sendall(b"question")
-        self.assertEqual(hear(second)[0], 0)
+        self.assertEqual(read_until_close(second)[0], 0)
         for body in {"attributes": {"bytes": 1}}, {"toxicity": 0}, {"toxicity": 1}:
             self.ask("PATCH", "/proxies/p/toxics/limit_data_downstream", body)
-        exchange(first, b"question")
+        send_and_read(first, b"question")
 
     def test_a_fault_has_not_acted_where_nobody_has_spoken(self):
         port = self.create(toxics=[{"type": "delay", "stream": "downstream"}])
@@ -4329,9 +4329,9 @@ class TestDefects(Toxicproxy):
 
         with registered(bad):
             sock = self.connect(self.create())
-            exchange(sock, b"question")
+            send_and_read(sock, b"question")
             self.ask("PUT", "/proxies/p/toxics", [{"type": "bad"}, {"type": "hang"}])
-            self.assertEqual(hear(sock)[2], "reset")
+            self.assertEqual(read_until_close(sock)[2], "reset")
 
     def test_a_changed_toxic_lets_go_of_what_it_holds(self):
         sock = self.connect(self.create())
@@ -4341,8 +4341,8 @@ class TestDefects(Toxicproxy):
         connection, = proxy.connections.values()
         wait_until(lambda: proxy.loop.run_sync(connection.down.next_due) < NEVER)
         self.ask("PATCH", "/proxies/p/toxics/latency_downstream", {"attributes": {"latency": 1}})
-        self.assertEqual(read(sock, 8), b"question")
-        exchange(sock, b"question")
+        self.assertEqual(read_exactly(sock, 8), b"question")
+        send_and_read(sock, b"question")
 
     def test_a_thin_wire_that_is_made_thicker_is_free(self):
         sock = self.connect(self.create())
@@ -4352,12 +4352,12 @@ class TestDefects(Toxicproxy):
         connection, = proxy.connections.values()
         wait_until(lambda: proxy.loop.run_sync(lambda: connection.down.received) > 0)
         self.ask("PATCH", "/proxies/p/toxics/bandwidth_downstream", {"attributes": {"rate": 1000000}})
-        self.assertEqual(read(sock, 100000), bytes(100000))
-        exchange(sock, b"question")
+        self.assertEqual(read_exactly(sock, 100000), bytes(100000))
+        send_and_read(sock, b"question")
 
     def test_timeout_changed_is_still_counted_from_its_beginning(self):
         sock = self.connect(self.create())
-        exchange(sock, b"question")
+        send_and_read(sock, b"question")
         self.toxic("timeout", attributes={"timeout": 3600000})
         proxy = self.begun()
         connection, = proxy.connections.values()
@@ -4366,20 +4366,20 @@ class TestDefects(Toxicproxy):
         self.assertAlmostEqual(proxy.loop.run_sync(connection.down.next_due), first + 3600, places=3)
         self.assertEqual(len(proxy.loop.run_sync(lambda: list(proxy.connections))), 1)
         self.ask("PATCH", "/proxies/p/toxics/timeout_downstream", {"attributes": {"timeout": 1}})
-        self.assertEqual(hear(sock)[0], 0)
+        self.assertEqual(read_until_close(sock)[0], 0)
 
     def test_timeout_closes_a_connection_that_is_open_and_idle(self):
         sock = self.connect(self.create())
-        exchange(sock, b"question")
+        send_and_read(sock, b"question")
         began = time.monotonic()
         self.toxic("timeout", attributes={"timeout": 100})
-        self.assertEqual(hear(sock)[0::2], (0, "eof"))
+        self.assertEqual(read_until_close(sock)[0::2], (0, "eof"))
         self.assertGreaterEqual(time.monotonic() - began, 0.1)
 
     def test_timeout_closes_a_new_connection_where_nobody_speaks(self):
         port = self.create(toxics=[{"type": "timeout", "attributes": {"timeout": 100}}])
         began = time.monotonic()
-        self.assertEqual(hear(self.connect(port))[0::2], (0, "eof"))
+        self.assertEqual(read_until_close(self.connect(port))[0::2], (0, "eof"))
         self.assertGreaterEqual(time.monotonic() - began, 0.1)
 
     def test_timeout_removed_closes_the_connection(self):
@@ -4388,15 +4388,15 @@ class TestDefects(Toxicproxy):
         sock.sendall(b"question")
         self.begun()
         self.ask("DELETE", "/proxies/p/toxics/timeout_downstream", status=204)
-        self.assertEqual(hear(sock)[0], 0)
+        self.assertEqual(read_until_close(sock)[0], 0)
 
     def test_limit_data_goes_on_counting_when_it_is_changed(self):
         sock = self.connect(self.create())
         self.toxic("limit_data", attributes={"bytes": 10})
-        exchange(sock, b"question")
+        send_and_read(sock, b"question")
         self.ask("PATCH", "/proxies/p/toxics/limit_data_downstream", {"attributes": {"bytes": 12}})
         sock.sendall(b"question")
-        self.assertEqual(hear(sock)[0], 4)
+        self.assertEqual(read_until_close(sock)[0], 4)
 
     def test_removal_returns_while_the_peer_does_not_read(self):
         """#88, #159, #210, #412, #500, #558: the API hangs, 25 s and for ever."""
@@ -4428,7 +4428,7 @@ class TestDefects(Toxicproxy):
             proxy = self.begun()
             connection, = proxy.connections.values()
             wait_until(lambda: proxy.loop.run_sync(lambda: connection.down.received) > 0)
-            hang_up(sock)
+            close_with_reset(sock)
             self.ask("DELETE", "/proxies/p/toxics/%s_downstream" % kind, status=204)
             wait_until(lambda: not proxy.connections)
 
@@ -4442,16 +4442,16 @@ class TestDefects(Toxicproxy):
             self.ask("PUT", "/proxies/p/toxics", [])
             self.toxic(kind, stream="both", attributes=attributes)
             with contextlib.closing(connect(port)) as sock:
-                exchange(sock, b"a question of more than one byte")
+                send_and_read(sock, b"a question of more than one byte")
         with self.assertLogs("vaurien", "INFO"):        # nothing of it was a bug
             self.ask("PUT", "/proxies/p/toxics", [])
 
     def test_a_dead_upstream_holds_up_nobody_else(self):
         """The original calls the backend in its accept loop, without a time-out."""
-        with black_hole() as hole:
+        with silent_address() as hole:
             found = self.ask("POST", "/proxies", {"name": "dead", "listen": "127.0.0.1:0", "upstream": "127.0.0.1:%d" % hole}, 201)
             dead = [self.connect(int(found["listen"].split(":")[1])) for _ in range(100)]
-            exchange(self.connect(self.create()), b"question")
+            send_and_read(self.connect(self.create()), b"question")
             wait_until(lambda: len(self.proxies["dead"].connections) == 100)
             self.assertEqual(len(dead), 100)
             self.ask("DELETE", "/proxies/dead", status=204)
@@ -4500,7 +4500,7 @@ class TestDefects(Toxicproxy):
 class TestClient(unittest.TestCase):
 
     def test_both_words_for_it(self):
-        with driven() as (proxy, client):
+        with proxy_with_control() as (proxy, client):
             self.assertEqual(client.list_handlers(), list(HANDLERS))
             client.set_behavior("delay", sleep=2)
             self.assertEqual((client.get_behavior(), client.get_handler()), ("delay", "delay"))
@@ -4508,7 +4508,7 @@ class TestClient(unittest.TestCase):
 
     def test_with_handler_puts_back_exactly_what_was_there(self):
         before = "20:delay sleep=2.0 before=no, 5:hang, 75:dummy"
-        with driven(behavior="20:delay,5:hang",
+        with proxy_with_control(behavior="20:delay,5:hang",
                     options={"delay": {"sleep": 2, "before": False}}) as (proxy, client):
             with client.with_handler("error", inject=True, percent=30):
                 self.assertEqual(proxy.describe(), "30:error inject=yes warmup=0, 70:dummy")
@@ -4521,7 +4521,7 @@ class TestClient(unittest.TestCase):
             self.assertEqual(proxy.describe(), before)
 
     def test_a_refusal_is_a_value_error_with_the_servers_words(self):
-        with driven() as (_, client):
+        with proxy_with_control() as (_, client):
             with self.assertRaisesRegex(ValueError, "unknown handler 'nope': there are abort"):
                 client.set_handler("nope")
             with self.assertRaisesRegex(ValueError, "sleep must be a number, 0 or more, not 'x'"):
@@ -4534,7 +4534,7 @@ class TestClient(unittest.TestCase):
     def test_no_server_is_an_os_error(self):
         with self.assertRaises(OSError):
             vaurien.Client("127.0.0.1", unused_port()).get_handler()
-        with serving(lambda sock: sock.sendall(b"220 smtp\r\n\r\n")) as (port, _):
+        with backend_server(lambda sock: sock.sendall(b"220 smtp\r\n\r\n")) as (port, _):
             with self.assertRaises(OSError):
                 vaurien.Client("127.0.0.1", port).get_handler()
 
@@ -4542,7 +4542,7 @@ class TestClient(unittest.TestCase):
 class TestInProcess(unittest.TestCase):
 
     def test_a_handler_for_the_time_of_a_block(self):
-        with proxy_of(echo, "5:hang") as proxy:
+        with running_proxy(echo, "5:hang") as proxy:
             before = list(proxy.rules.armed)
             with proxy.handler("delay", sleep=2, percent=20, per="connection"):
                 self.assertEqual(proxy.describe(), "20:delay sleep=2.0, 80:dummy")
@@ -4558,33 +4558,33 @@ class TestInProcess(unittest.TestCase):
                     pass
 
     def test_so_many_times_after_so_many_requests(self):
-        with proxy_of(echo) as proxy, connected(proxy) as sock:
-            exchange(sock, b"question")
+        with running_proxy(echo) as proxy, connected_client(proxy) as sock:
+            send_and_read(sock, b"question")
             failed = []
             with proxy.handler("error", times=2, after=3):
                 for _ in range(8):
                     sock.sendall(b"question")
-                    answer = read(sock, 8)
+                    answer = read_exactly(sock, 8)
                     failed.append(answer != b"question")
                     if failed[-1]:
-                        read(sock, 992)
+                        read_exactly(sock, 992)
             self.assertEqual(failed, [False] * 3 + [True] * 2 + [False] * 3)
 
     def test_a_connection_that_says_nothing_does_not_use_up_the_times(self):
-        with proxy_of(echo) as proxy, contextlib.ExitStack() as stack:
-            idle = [stack.enter_context(connected(proxy)) for _ in range(3)]
+        with running_proxy(echo) as proxy, contextlib.ExitStack() as stack:
+            idle = [stack.enter_context(connected_client(proxy)) for _ in range(3)]
             wait_until(lambda: len(proxy.connections) == 3)
             with proxy.handler("error", times=1, after=1):
                 idle[0].close()
                 wait_until(lambda: len(proxy.connections) == 2)
-                exchange(idle[1], b"question")
+                send_and_read(idle[1], b"question")
                 idle[2].sendall(b"question")
-                self.assertNotIn(b"question", read(idle[2], 1000))
-                exchange(idle[1], b"question")
+                self.assertNotIn(b"question", read_exactly(idle[2], 1000))
+                send_and_read(idle[1], b"question")
             self.assertEqual(proxy.faults, {"error": 1})
 
     def test_blocks_that_end_in_another_order(self):
-        with proxy_of(echo) as proxy:
+        with running_proxy(echo) as proxy:
             one, two = proxy.handler("hang"), proxy.handler("delay")
             one.__enter__()
             two.__enter__()
@@ -4594,7 +4594,7 @@ class TestInProcess(unittest.TestCase):
             self.assertEqual(proxy.handler_names(), "dummy")
 
     def test_what_is_set_within_a_block_stays(self):
-        with driven() as (proxy, client):
+        with proxy_with_control() as (proxy, client):
             with proxy.handler("hang"):
                 client.set_handler("delay")
             self.assertEqual(proxy.handler_names(), "delay")
@@ -4608,11 +4608,11 @@ class TestInProcess(unittest.TestCase):
                 vaurien.Proxy("localhost:9", options=options)
 
     def test_wait_for_a_fault(self):
-        with proxy_of(echo) as proxy, connected(proxy) as sock:
+        with running_proxy(echo) as proxy, connected_client(proxy) as sock:
             with proxy.handler("delay", sleep=0.001):
                 with self.assertRaisesRegex(TimeoutError, "delay has not acted in 0.01 seconds"):
                     proxy.wait_for("delay", timeout=0.01)
-                thread = threading.Thread(target=exchange, args=(sock, b"question"))
+                thread = threading.Thread(target=send_and_read, args=(sock, b"question"))
                 thread.start()
                 event = proxy.wait_for("delay", timeout=PATIENCE)
                 thread.join(PATIENCE)
@@ -4624,17 +4624,17 @@ class TestInProcess(unittest.TestCase):
                 proxy.wait_for("nope")
 
     def test_many_at_once(self):
-        with serving(echo) as (port, _), contextlib.ExitStack() as stack:
+        with backend_server(echo) as (port, _), contextlib.ExitStack() as stack:
             proxies = [stack.enter_context(vaurien.Proxy("127.0.0.1:%d" % port, "127.0.0.1:0"))
                        for _ in range(10)]
             self.assertEqual(len({proxy.port for proxy in proxies}), 10)
             with proxies[0].handler("blackout"):
                 for proxy in proxies[1:]:
-                    with connected(proxy) as sock:
-                        exchange(sock, b"question")
+                    with connected_client(proxy) as sock:
+                        send_and_read(sock, b"question")
 
 
-class TestStartProxy(Folder):
+class TestStartProxy(TempDirTestCase):
     """A proxy in a process of its own."""
 
     def start(self, **words):
@@ -4646,21 +4646,21 @@ class TestStartProxy(Folder):
         return pid, proxy_port, vaurien.Client(port=http_port)
 
     def test_both_ports_answer_when_it_returns(self):
-        with serving(echo) as (port, saw):
+        with backend_server(echo) as (port, saw):
             pid, proxy_port, client = self.start(host="127.0.0.1", port=port)
             self.assertEqual(client.get_handler(), "dummy")
             self.assertEqual(saw, [])               # nobody has called the backend for that
             with contextlib.closing(connect(proxy_port)) as sock:
-                exchange(sock, b"question")
+                send_and_read(sock, b"question")
                 with client.with_handler("blackout"):
                     sock.sendall(b"question")
-                    hear(sock)
+                    read_until_close(sock)
             vaurien.stop_proxy(pid)
             with self.assertRaises(OSError):
                 connect(proxy_port)
 
     def test_the_other_names_of_the_backend_and_more_words(self):
-        with serving(echo) as (port, _):
+        with backend_server(echo) as (port, _):
             _, _, client = self.start(backend_host="127.0.0.1", backend_port=port,
                                       options=["--behavior", "20:delay", "--seed", "3"])
             self.assertEqual(client.get_backend(), "127.0.0.1:%d" % port)
@@ -4735,11 +4735,11 @@ def talk(state, t, to, data):
     print("x" * 10000)
     yield t, to, data
 """)
-        with serving(echo) as (port, _), mock.patch.object(subprocess, "Popen", quiet_popen):
+        with backend_server(echo) as (port, _), mock.patch.object(subprocess, "Popen", quiet_popen):
             _, proxy_port, _ = self.start(port=port, options=["--behavior", "100:prints.talk"])
             with contextlib.closing(connect(proxy_port)) as sock:
                 for _ in range(30):
-                    exchange(sock, b"question")
+                    send_and_read(sock, b"question")
 
     def test_handlers_of_a_vendored_copy(self):
         """They import it by the name it has there, and neighbouring files do not disturb it."""
@@ -4769,17 +4769,17 @@ pid = chaos.start_proxy(port=%d, proxy_port=%d, http_port=%d, log_output="v.log"
 input()
 """
         for name, answer in ("Super", b"QUESTION"), ("last", b"question"):
-            with serving(echo) as (port, _):
+            with backend_server(echo) as (port, _):
                 one, two = unused_port(), unused_port()
                 with subprocess.Popen([sys.executable, "-c", program % (port, one, two, PATIENCE, name)],
                                       stdin=subprocess.PIPE) as parent:
                     wait_until(lambda: self.answers(two))
                     with contextlib.closing(connect(one)) as sock:
                         sock.sendall(b"question")
-                        self.assertEqual(read(sock, 8), answer)
+                        self.assertEqual(read_exactly(sock, 8), answer)
                         if name == "last":
                             sock.shutdown(socket.SHUT_WR)
-                            self.assertEqual(read(sock, 14), b"the endthe end")
+                            self.assertEqual(read_exactly(sock, 14), b"the endthe end")
                     parent.kill()
 
     def answers(self, port):
@@ -4823,7 +4823,7 @@ class TestBlockingHandlers(unittest.TestCase):
 
     @contextlib.contextmanager
     def armed(self, cls, talk=echo, **fields):
-        with registered(cls), proxy_of(talk) as proxy:
+        with registered(cls), running_proxy(talk) as proxy:
             with proxy.handler(cls.__name__, **fields):
                 yield proxy
 
@@ -4844,15 +4844,15 @@ class TestBlockingHandlers(unittest.TestCase):
                         data = data.upper() if self.option("loud") else data
                     (backend_sock if to_backend else client_sock).sendall(data)
 
-        with self.armed(Super, sleep=0.1, loud=True) as proxy, connected(proxy) as sock:
+        with self.armed(Super, sleep=0.1, loud=True) as proxy, connected_client(proxy) as sock:
             for _ in range(3):
                 began = time.monotonic()
                 sock.sendall(b"question")
-                self.assertEqual(read(sock, 8), b"QUESTION")
+                self.assertEqual(read_exactly(sock, 8), b"QUESTION")
                 self.assertGreaterEqual(time.monotonic() - began, 0.1)
             self.assertEqual(proxy.faults, {"Super": 3})
             sock.shutdown(socket.SHUT_WR)
-            self.assertEqual(hear(sock)[2], "eof")
+            self.assertEqual(read_until_close(sock)[2], "eof")
 
     def test_options_settings_and_proxy(self):
         class Plain(vaurien.BaseHandler):
@@ -4874,15 +4874,15 @@ class TestBlockingHandlers(unittest.TestCase):
                 super().__call__(client_sock, backend_sock, to_backend)
 
         with self.armed(Meets) as proxy, contextlib.ExitStack() as stack:
-            socks = [stack.enter_context(connected(proxy)) for _ in range(10)]
+            socks = [stack.enter_context(connected_client(proxy)) for _ in range(10)]
             for sock in socks:
                 sock.sendall(b"question")
             wait_until(lambda: meeting.n_waiting == 10)
-            with proxy.handler("dummy"), connected(proxy) as other:
-                exchange(other, b"question")
+            with proxy.handler("dummy"), connected_client(proxy) as other:
+                send_and_read(other, b"question")
             meeting.wait(PATIENCE)
             for sock in socks:
-                self.assertEqual(read(sock, 8), b"question")
+                self.assertEqual(read_exactly(sock, 8), b"question")
 
     def test_what_it_raises_ends_that_connection_only(self):
         class Fails(vaurien.BaseHandler):
@@ -4891,23 +4891,23 @@ class TestBlockingHandlers(unittest.TestCase):
                     raise KeyError("no idea")
                 backend_sock.sendall(b"dropped")
 
-        with self.armed(Fails) as proxy, connected(proxy) as one, connected(proxy) as two:
+        with self.armed(Fails) as proxy, connected_client(proxy) as one, connected_client(proxy) as two:
             with self.assertLogs("vaurien", "ERROR") as logged:
                 one.sendall(b"question")
-                self.assertEqual(hear(one)[0], 0)
+                self.assertEqual(read_until_close(one)[0], 0)
             self.assertIn("handler Fails failed", logged.output[0])
             with proxy.handler("dummy"):
-                exchange(two, b"another")
+                send_and_read(two, b"another")
 
     def test_one_that_leaves_is_no_end_of_anything_else(self):
         class Leaves(vaurien.BaseHandler):
             def __call__(self, client_sock, backend_sock, to_backend):
                 raise SystemExit(5)
 
-        with self.armed(Leaves) as proxy, connected(proxy) as sock:
+        with self.armed(Leaves) as proxy, connected_client(proxy) as sock:
             with self.assertLogs("vaurien", "ERROR"):
                 sock.sendall(b"question")
-                hear(sock)
+                read_until_close(sock)
             wait_until(lambda: not proxy.connections)
 
     def test_one_that_cannot_be_made_is_refused(self):
@@ -4915,7 +4915,7 @@ class TestBlockingHandlers(unittest.TestCase):
             def __init__(self, settings, proxy):
                 raise KeyError("no idea")
 
-        with registered(Fails), driven() as (proxy, client):
+        with registered(Fails), proxy_with_control() as (proxy, client):
             for set_it in lambda: client.set_handler("Fails"), lambda: proxy.handler("Fails").__enter__():
                 with self.assertRaisesRegex(ValueError, "Fails cannot be made: KeyError: 'no idea'"):
                     set_it()
@@ -4936,17 +4936,17 @@ class TestBlockingHandlers(unittest.TestCase):
             def __call__(self, client_sock, backend_sock, to_backend):
                 client_sock.close()
 
-        with self.armed(Closes) as proxy, connected(proxy) as sock:
+        with self.armed(Closes) as proxy, connected_client(proxy) as sock:
             sock.sendall(b"question")
-            hear(sock)
+            read_until_close(sock)
             wait_until(lambda: not proxy.connections and proxy.saw)
 
     def test_large_answers_and_requests_pass_through_it(self):
-        data = noise(3000000)
-        with self.armed(Passes) as proxy, connected(proxy) as sock:
+        data = random_data(3000000)
+        with self.armed(Passes) as proxy, connected_client(proxy) as sock:
             thread = threading.Thread(target=sock.sendall, args=(data,))
             thread.start()
-            self.assertTrue(read(sock, len(data)) == data)
+            self.assertTrue(read_exactly(sock, len(data)) == data)
             thread.join(PATIENCE)
 
     def test_it_waits_for_the_backend_and_costs_nothing_meanwhile(self):
@@ -4968,19 +4968,19 @@ class TestBlockingHandlers(unittest.TestCase):
             gate.wait(PATIENCE)
             return [(socket.AF_INET, ("127.0.0.1", address[1]))]
 
-        with serving(echo) as (port, _), registered(Waits), \
+        with backend_server(echo) as (port, _), registered(Waits), \
                 vaurien.Proxy("slow.invalid:%d" % port, "127.0.0.1:0") as proxy, \
                 mock.patch.object(vaurien, "resolve_numeric", lambda *_: None), \
-                mock.patch.object(vaurien, "resolve", resolve), connected(proxy) as sock:
+                mock.patch.object(vaurien, "resolve", resolve), connected_client(proxy) as sock:
             wait_until(lambda: proxy.lookups)
-            proxy.loop.run_sync(proxy.set_rules, rules_of("100:Waits"))
+            proxy.loop.run_sync(proxy.set_rules, rules_from("100:Waits"))
             sock.sendall(b"question")
             turns(proxy.loop, "for the name")
             gate.set()
             proxy.wait_for("Waits", PATIENCE)
             turns(proxy.loop, "for the handler")
             work.set()
-            self.assertEqual(read(sock, 8), b"question")
+            self.assertEqual(read_exactly(sock, 8), b"question")
 
     def test_what_it_does_to_the_sockets_does_not_block_the_loop(self):
         class Blocks(Passes):
@@ -4990,16 +4990,16 @@ class TestBlockingHandlers(unittest.TestCase):
                 super().__call__(client_sock, backend_sock, to_backend)
 
         def talk(sock):
-            sock.sendall(read(sock, 8))
-            read(sock, 8)
+            sock.sendall(read_exactly(sock, 8))
+            read_exactly(sock, 8)
             sock.sendall(bytes(30000000))
 
-        with self.armed(Blocks, talk) as proxy, connected(proxy) as sock:
-            exchange(sock, b"question")
+        with self.armed(Blocks, talk) as proxy, connected_client(proxy) as sock:
+            send_and_read(sock, b"question")
             with proxy.handler("dummy"):
                 sock.sendall(b"question")
                 wait_until(lambda: proxy.loop.budget.held > vaurien.HELD_MAX_IDLE // 2)
-                self.assertEqual(len(read(sock, 30000000)), 30000000)
+                self.assertEqual(len(read_exactly(sock, 30000000)), 30000000)
 
     def test_leaving_while_it_waits_for_a_peer(self):
         class Waits(vaurien.BaseHandler):
@@ -5007,29 +5007,29 @@ class TestBlockingHandlers(unittest.TestCase):
                 client_sock.recv(100)
                 client_sock.recv(100)           # nothing will come
 
-        with self.armed(Waits) as proxy, connected(proxy) as sock:
+        with self.armed(Waits) as proxy, connected_client(proxy) as sock:
             sock.sendall(b"question")
             proxy.wait_for("Waits", PATIENCE)
             proxy.loop.run_sync(proxy.close)
-            hear(sock)
+            read_until_close(sock)
             wait_until(lambda: threading.active_count() < 20)
 
     def test_it_is_drawn_among_others(self):
-        with registered(Passes), proxy_of(echo, "40:Passes,30:delay", seed=1,
+        with registered(Passes), running_proxy(echo, "40:Passes,30:delay", seed=1,
                                          options={"delay": {"sleep": 0.002}}) as proxy:
-            with connected(proxy) as sock:
+            with connected_client(proxy) as sock:
                 for number in range(60):
-                    exchange(sock, b"question %d" % number)
+                    send_and_read(sock, b"question %d" % number)
             self.assertTrue(10 < proxy.faults["Passes"] < 40)
             self.assertTrue(5 < proxy.faults["delay"] < 35)
 
     def test_it_does_not_overtake_what_is_still_held(self):
-        with registered(Passes), proxy_of(echo, "50:Passes,50:delay", seed=1, options={
-                "delay": {"sleep": 0.03, "before": False}}) as proxy, connected(proxy) as sock:
+        with registered(Passes), running_proxy(echo, "50:Passes,50:delay", seed=1, options={
+                "delay": {"sleep": 0.03, "before": False}}) as proxy, connected_client(proxy) as sock:
             for number in range(20):
                 sock.sendall(b"one %02d " % number)
                 time.sleep(0.005)       # the answer is there, and perhaps held
-                self.assertEqual(exchange_after(sock, b"two %02d " % number, 7),
+                self.assertEqual(send_and_read_exactly(sock, b"two %02d " % number, 7),
                                  b"one %02d two %02d " % (number, number))
             self.assertEqual(set(proxy.faults), {"Passes", "delay"})
 
@@ -5051,7 +5051,7 @@ class TestCtl(unittest.TestCase):
         return status, out.getvalue().strip(), err.getvalue().strip()
 
     def test_all_it_can_do(self):
-        with driven() as (proxy, client):
+        with proxy_with_control() as (proxy, client):
             self.assertEqual(self.ctl(client, "list-handlers"), (0, ", ".join(HANDLERS), ""))
             self.assertEqual(self.ctl(client, "get-handler"), (0, "dummy", ""))
             self.assertEqual(self.ctl(client, "set-handler", "blackout"),
@@ -5059,8 +5059,8 @@ class TestCtl(unittest.TestCase):
             self.assertEqual(self.ctl(client, "set-behavior", "delay", "sleep=0.001", "percent=100",
                                       "before=no")[0], 0)
             self.assertEqual(proxy.describe(), "100:delay sleep=0.001 before=no")
-            with connected(proxy) as sock:
-                exchange(sock, b"question")
+            with connected_client(proxy) as sock:
+                send_and_read(sock, b"question")
                 self.assertIn('"bytes_up": 8', self.ctl(client, "connections")[1])
             self.assertIn('"handler": "delay"', self.ctl(client, "events")[1])
             backend = vaurien.format_address(proxy.backend)
@@ -5068,7 +5068,7 @@ class TestCtl(unittest.TestCase):
             self.assertEqual(self.ctl(client, "backend", "localhost:9"), (0, "localhost:9", ""))
 
     def test_what_goes_wrong(self):
-        with driven() as (_, client):
+        with proxy_with_control() as (_, client):
             for words, status, said in [
                     (["set-handler", "nope"], 1, "unknown handler 'nope'"),
                     (["set-handler", "delay", "sleep=x"], 1, "sleep must be a number"),
@@ -5087,7 +5087,7 @@ class TestCtl(unittest.TestCase):
                     self.assertRegex(err, "^vaurien: [^\n]*%s[^\n]*$" % re.escape(said))
 
     def test_words_may_stand_behind_options(self):
-        with driven() as (proxy, client), contextlib.redirect_stdout(io.StringIO()):
+        with proxy_with_control() as (proxy, client), contextlib.redirect_stdout(io.StringIO()):
             self.assertEqual(vaurien.main(["ctl", "set-handler", "--host", "127.0.0.1:%d" % client.port,
                                            "delay", "sleep=2"]), 0)
             self.assertEqual(proxy.describe(), "100:delay sleep=2.0")
@@ -5148,7 +5148,7 @@ class TestReadme(unittest.TestCase):
         return textwrap.dedent(re.match(r"(?:(?: {4}.*)?\n)+", text).group())
 
     def test_the_unittest_of_the_original_documentation(self):
-        with serving(echo) as (port, _):
+        with backend_server(echo) as (port, _):
             ports = {"proxy_port": unused_port(), "http_port": unused_port()}
             start = functools.partial(vaurien.start_proxy, warmup=PATIENCE, log_output="-",
                                       log_level="critical", **ports)
@@ -5162,7 +5162,7 @@ class TestReadme(unittest.TestCase):
             self.assertEqual((result.testsRun, result.errors, result.failures), (1, [], []))
 
     def test_the_block_in_process(self):
-        with serving(echo) as (port, _):
+        with backend_server(echo) as (port, _):
             source = self.code("import vaurien\n\n    with")
             source = source.replace("localhost:6379", "127.0.0.1:%d" % port).replace("sleep=2", "sleep=0.01")
 
@@ -5172,19 +5172,19 @@ class TestReadme(unittest.TestCase):
                 return self
 
             here = "exchange(test.sock, b'q') if 'delay' in proxy.describe() else None"
-            exec(source.replace("...", here), {"Redis": redis, "test": self, "exchange": exchange})
+            exec(source.replace("...", here), {"Redis": redis, "test": self, "exchange": send_and_read})
 
     def test_the_class_of_the_readme_works(self):
         names = {}
         exec(self.code("import time\n    from vaurien.handlers"), names)
-        with registered(names["MySuperHandler"]), proxy_of(echo) as proxy, connected(proxy) as sock:
+        with registered(names["MySuperHandler"]), running_proxy(echo) as proxy, connected_client(proxy) as sock:
             with proxy.handler("MySuperHandler", sleep=0):
-                exchange(sock, b"question")
+                send_and_read(sock, b"question")
             self.assertEqual(proxy.faults, {"MySuperHandler": 1})
 
     def test_the_curl_lines_are_answered_so(self):
-        with driven() as (proxy, _):
-            control = vaurien.Control(("localhost", 0), fleet(proxy))
+        with proxy_with_control() as (proxy, _):
+            control = vaurien.Control(("localhost", 0), proxy_table(proxy))
             for words, answer in re.findall(r"\n    \$ curl (.*)\n    (?!\$)(.*)", self.text):
                 # Any free port, in the place of the one that is written there.
                 words = shlex.split(words.replace("localhost:26379", "127.0.0.1:0"))
@@ -5202,13 +5202,13 @@ class TestReadme(unittest.TestCase):
         names = {}
         exec(textwrap.dedent(source), names)
         with registered(names["stutter"]):
-            line = line_of(vaurien.Rule("stutter", {"pause": 0.2}))
+            line = chain_of(vaurien.Rule("stutter", {"pause": 0.2}))
             self.assertEqual([event[:3] for event in line.process(1, DOWNSTREAM, b"leftright")],
                              [(1, DOWNSTREAM, b"left"), (1.2, DOWNSTREAM, b"right")])
             self.assertEqual(line.process(1, UPSTREAM, b"q")[0][:3], (1, UPSTREAM, b"q"))
 
 
-def import_theirs(name):
+def import_package(name):
     """A package from PyPI; the test is skipped where it is not installed."""
     try:
         with warnings.catch_warnings():
@@ -5220,12 +5220,12 @@ def import_theirs(name):
 
 # -- Trusted: strangers, floods, odd machines ----------------------------------------
 
-class TestStrangers(Folder):
+class TestStrangers(TempDirTestCase):
     """Who may drive the control server, and for how long."""
 
     def admitted(self, headers, local="localhost", token=None, names=()):
         """The status of what is answered to these headers."""
-        control = vaurien.Control((local, 0), fleet(), token, names)
+        control = vaurien.Control((local, 0), proxy_table(), token, names)
         return vaurien.handle_request(control, "GET", "/handlers", b"", headers)[0]
 
     def test_host(self):
@@ -5253,11 +5253,11 @@ class TestStrangers(Folder):
         self.assertEqual(self.admitted({"Host": "localhost"}, token="s3cret"), 401)
         # Who knows it is no page, whatever it is called there.
         self.assertEqual(self.admitted({"Host": "chaos.example", "Authorization": "Bearer s3cret"}, local="", token="s3cret"), 200)
-        answer = vaurien.handle_request(vaurien.Control(("localhost", 0), fleet(), "s3cret"), "GET", "/", b"")
+        answer = vaurien.handle_request(vaurien.Control(("localhost", 0), proxy_table(), "s3cret"), "GET", "/", b"")
         self.assertEqual((answer.headers["WWW-Authenticate"], "s3cret" in answer.text), ("Bearer", False))
 
     def test_over_http(self):
-        with driven() as (_, client):
+        with proxy_with_control() as (_, client):
             for head, status in [(b"Host: evil.example", b"403"), (b"Host: 127.0.0.1\r\nOrigin: http://evil.example", b"403"),
                                  (b"Host: 127.0.0.1", b"200")]:
                 for method in b"GET", b"OPTIONS", b"POST":
@@ -5269,7 +5269,7 @@ class TestStrangers(Folder):
             self.assertEqual(client.get_handler(), "delay")     # of those with status 200 alone
 
     def test_a_token_end_to_end(self):
-        with serving(echo) as (port, _):
+        with backend_server(echo) as (port, _):
             toxiproxy_route = unused_port()
             with mock.patch.dict(os.environ, {"TOKEN": "s3cret=="}):
                 pid = vaurien.start_proxy("127.0.0.1", port, warmup=PATIENCE, proxy_port=unused_port(), http_port=toxiproxy_route, log_level="error",
@@ -5287,7 +5287,7 @@ class TestStrangers(Folder):
 
     def test_a_warning_where_others_can_reach_it(self):
         for local, token, wanted in ("127.0.0.1", None, False), ("localhost", None, False), ("0.0.0.0", None, True), ("0.0.0.0", "x", False):
-            control = vaurien.Control((local, 0), fleet(), token)
+            control = vaurien.Control((local, 0), proxy_table(), token)
             control.bind()
             logged = []
             with mock.patch.object(vaurien.log, "warning", lambda words, *args: logged.append(words % args)):
@@ -5296,14 +5296,14 @@ class TestStrangers(Folder):
             self.assertEqual([line for line in logged if "--http-token" in line] != [], wanted, (local, token))
 
     def test_a_head_has_a_bound_in_sum(self):
-        with driven() as (_, client):
+        with proxy_with_control() as (_, client):
             head = b"".join(b"X-%d: %s\r\n" % (number, b"x" * 60000) for number in range(5))
             answer = TestControl.raw(self, client, b"GET /handler HTTP/1.1\r\n" + head + b"\r\n")
             self.assertEqual(answer.split()[1:2] or [b"431"], [b"431"])       # or a reset, that has overtaken it
             self.assertEqual(client.get_handler(), "dummy")
 
     def test_refusals_are_in_the_form_of_what_was_asked(self):
-        control = vaurien.Control(("localhost", 0), fleet())
+        control = vaurien.Control(("localhost", 0), proxy_table())
         for path, form in ("/proxies", "error"), ("/proxies/a/toxics?x=1", "error"), ("/handlers", "errors"), ("/nope", "errors"):
             status, _, text = vaurien.handle_request(control, "GET", path, b"", {"Host": "toxiproxy:8474"})
             self.assertEqual((status, form in json.loads(text), "--http-name" in text), (403, True, True), path)
@@ -5321,7 +5321,7 @@ class TestStrangers(Folder):
             vaurien.start_proxy(http=False, http_token="s3cret")
 
     def test_the_same_proxy_made_twice_at_once(self):
-        with driven() as (proxy, client):
+        with proxy_with_control() as (proxy, client):
             statuses = []
 
             def ask(path, body):
@@ -5342,7 +5342,7 @@ class TestStrangers(Folder):
                     client.ask("DELETE", "/proxies/" + urllib.parse.quote(name))
 
     def test_who_takes_too_long_is_hung_up_on(self):
-        with mock.patch.object(vaurien, "REQUEST_TIMEOUT", 0.3), driven() as (_, client):
+        with mock.patch.object(vaurien, "REQUEST_TIMEOUT", 0.3), proxy_with_control() as (_, client):
             with contextlib.ExitStack() as stack:
                 start, talking = time.monotonic(), []
                 for began in b"G", b"GET / HTTP/1.1\r\nX: ", b"POST /handler HTTP/1.1\r\nContent-Length: 1000\r\n\r\n":
@@ -5383,9 +5383,9 @@ class TestFloods(unittest.TestCase):
     def test_a_reader_that_stopped(self):
         for name in [name for name, function in HANDLERS.items() if not vaurien.is_blocking_handler(function)]:
             gate = threading.Event()
-            with proxy_of(lambda sock, gate=gate: gate.wait(PATIENCE) and hear(sock), "100:" + name, options={name: self.OPTIONS.get(name, {})}) as proxy:
+            with running_proxy(lambda sock, gate=gate: gate.wait(PATIENCE) and read_until_close(sock), "100:" + name, options={name: self.OPTIONS.get(name, {})}) as proxy:
                 budget = proxy.loop.budget
-                with connected(proxy) as sock, contextlib.suppress(ConnectionError):
+                with connected_client(proxy) as sock, contextlib.suppress(ConnectionError):
                     sock.setblocking(False)
                     data, sent, held = bytes(1 << 18), 0, 0
                     while sent < 1 << 25 and select.select([], [sock], [], 0.05)[1]:
@@ -5401,10 +5401,10 @@ class TestFloods(unittest.TestCase):
         """Many at once, each of which may hold much: the bound of all is kept, and each goes on."""
         total = 2 << 20
         with mock.patch.object(vaurien.Budget.__init__, "__defaults__", (total,)):
-            with proxy_of(echo, "100:delay", options={"delay": {"sleep": 0.1}}) as proxy, contextlib.ExitStack() as stack:
+            with running_proxy(echo, "100:delay", options={"delay": {"sleep": 0.1}}) as proxy, contextlib.ExitStack() as stack:
                 budget, seen = proxy.loop.budget, []
                 self.assertEqual(budget.total, total)
-                socks = [stack.enter_context(connected(proxy)) for _ in range(10)]
+                socks = [stack.enter_context(connected_client(proxy)) for _ in range(10)]
                 for sock in socks:
                     sock.setblocking(False)
                 sent = dict.fromkeys(socks, 0)
@@ -5419,14 +5419,14 @@ class TestFloods(unittest.TestCase):
                 self.assertLessEqual(max(seen), total)
                 for sock in socks:
                     sock.settimeout(PATIENCE)
-                    self.assertEqual(len(read(sock, sent[sock])), sent[sock])
+                    self.assertEqual(len(read_exactly(sock, sent[sock])), sent[sock])
 
     def test_many_short_ones(self):
-        with proxy_of(echo) as proxy:
+        with running_proxy(echo) as proxy:
             def some():
                 for _ in range(100):
-                    with connected(proxy) as sock:
-                        exchange(sock, b"question")
+                    with connected_client(proxy) as sock:
+                        send_and_read(sock, b"question")
                 wait_until(lambda: not proxy.connections)
                 return proxy.loop.run_sync(lambda: (len(proxy.loop.watched), proxy.loop.budget.held, len(proxy.loop.timers), threading.active_count()))
             self.assertEqual(some()[:3], (2, 0, 0))
@@ -5439,12 +5439,12 @@ class TestFloods(unittest.TestCase):
         """An RST from either side, in the middle of everything."""
         def backend(sock):
             with contextlib.suppress(OSError, EOFError):
-                said = read(sock, 1)
+                said = read_exactly(sock, 1)
                 sock.sendall(bytes(1 << 22) if said == b"m" else said)
-                if read(sock, 1) == b"r":
-                    hang_up(sock)
+                if read_exactly(sock, 1) == b"r":
+                    close_with_reset(sock)
                     return
-                hear(sock)
+                read_until_close(sock)
 
         states = [("100:dummy", {}, b"q"), ("100:dummy", {}, b"m"), ("100:latency", {"latency": 50}, b"m"), ("100:delay", {"sleep": 0.05}, b"q"),
                   ("100:bandwidth", {"rate": 50000}, b"m"), ("100:slicer", {"average_size": 100}, b"m"), ("100:hang", {}, b"q"),
@@ -5452,44 +5452,44 @@ class TestFloods(unittest.TestCase):
         with registered(Passes):
             for behavior, options, said in states:
                 name = behavior[4:]
-                with proxy_of(backend, behavior, options={name: options} if options else None) as proxy:
+                with running_proxy(backend, behavior, options={name: options} if options else None) as proxy:
                     for leave in "client", "half-closed client", "backend":
                         with self.subTest(behavior, said=said, leave=leave), contextlib.closing(connect(proxy.port)) as sock:
                             sock.sendall(said)
                             if leave == "backend" and name != "hang":
                                 sock.sendall(b"r")
-                                hear(sock)
+                                read_until_close(sock)
                             else:
                                 select.select([sock], [], [], 0.02)
                                 with contextlib.suppress(OSError):
                                     if leave[0] == "h":
                                         sock.shutdown(socket.SHUT_WR)
-                                hang_up(sock)
+                                close_with_reset(sock)
                     if name == "hang":          # a half-closed client that is gone cannot be told from one that waits
                         proxy.loop.run_sync(proxy.set_rules, [])
                     wait_until(lambda: not proxy.connections)
                     self.assertEqual((proxy.loop.budget.held, proxy.loop.budget.pipes, len(proxy.loop.watched)), (0, 0, 2))
 
     def test_a_client_that_vanishes_while_the_backend_is_called(self):
-        with black_hole() as port, vaurien.Proxy("127.0.0.1:%d" % port, "127.0.0.1:0") as proxy:
-            for leave in hang_up, socket.socket.close:
-                with connected(proxy) as sock:
+        with silent_address() as port, vaurien.Proxy("127.0.0.1:%d" % port, "127.0.0.1:0") as proxy:
+            for leave in close_with_reset, socket.socket.close:
+                with connected_client(proxy) as sock:
                     sock.sendall(b"question")
                     wait_until(lambda: [one.connecting for one in list(proxy.connections.values())] == [True])
                     leave(sock)
-                    if leave is hang_up:
+                    if leave is close_with_reset:
                         wait_until(lambda: not proxy.connections)
             proxy.loop.run_sync(proxy.drop_connections, "test")
             self.assertEqual((proxy.loop.budget.held, proxy.loop.budget.pipes), (0, 0))
 
 
-class TestDescriptors(Folder):
+class TestDescriptors(TempDirTestCase):
     """A process that may have few descriptors."""
 
     @unittest.skipUnless(hasattr(os, "fork"), "no such limit here")
     def test_accepting_pauses_and_goes_on(self):
         path = os.path.join(self.folder, "log")
-        with serving(echo) as (backend, _), contextlib.ExitStack() as stack:
+        with backend_server(echo) as (backend, _), contextlib.ExitStack() as stack:
             port = unused_port()
             process = subprocess.Popen(["sh", "-c", "ulimit -n 64; exec \"$@\"", "sh", sys.executable, FILE, "--local", "127.0.0.1:%d" % port,
                                         "--distant", "127.0.0.1:%d" % backend, "--log-output", path])
@@ -5506,8 +5506,8 @@ class TestDescriptors(Folder):
                 more = select.select([sock for sock in socks if sock not in answered], [], [], 0.2)[0]
                 answered += more
             for sock in answered:               # those that are here live, while others wait
-                self.assertEqual(read(sock, 8), b"question")
-                exchange(sock, b"again")
+                self.assertEqual(read_exactly(sock, 8), b"question")
+                send_and_read(sock, b"again")
             self.assertTrue(10 < len(answered) < 40, len(answered))
             waiting = [sock for sock in socks if sock not in answered]
             self.assertEqual(select.select(waiting[-5:], [], [], 0.1)[0], [])
@@ -5516,7 +5516,7 @@ class TestDescriptors(Folder):
             for sock in answered:
                 sock.close()
             for sock in waiting:
-                self.assertEqual(read(sock, 8), b"question")        # in the end each has its turn
+                self.assertEqual(read_exactly(sock, 8), b"question")        # in the end each has its turn
                 sock.close()
             log = open_and_read(path)
             self.assertLessEqual(log.count("\n"), time.monotonic() - began + 3, log)
@@ -5533,19 +5533,19 @@ class TestDescriptors(Folder):
                 raise OSError(errno.EMFILE, "Too many open files")
             return real(*address)
 
-        with serving(echo) as (port, _), vaurien.Proxy("some.example:1", "127.0.0.1:0", timeout=0.3) as proxy:
+        with backend_server(echo) as (port, _), vaurien.Proxy("some.example:1", "127.0.0.1:0", timeout=0.3) as proxy:
             with mock.patch.object(vaurien, "RETRY_DELAY", 0.02), mock.patch.object(vaurien, "start_connect", call), \
-                    mock.patch.object(vaurien, "resolve", lambda *args, **words: [(socket.AF_INET, ("127.0.0.1", port))]), connected(proxy) as sock:
+                    mock.patch.object(vaurien, "resolve", lambda *args, **words: [(socket.AF_INET, ("127.0.0.1", port))]), connected_client(proxy) as sock:
                 began = time.monotonic()
                 while time.monotonic() < began + 0.5:
-                    exchange(sock, b"question")
+                    send_and_read(sock, b"question")
                 self.assertEqual((proxy.failures, proxy.loop.run_sync(lambda: len(proxy.loop.timers))), (0, 0))
         vaurien.Loop.fds_exhausted = False
 
     def test_a_call_waits_for_a_descriptor(self):
         real = vaurien.start_connect
         for times, wanted in (1, b"question"), (10 ** 9, b""):
-            with mock.patch.object(vaurien, "RETRY_DELAY", 0.05), proxy_of(echo, timeout=0.3) as proxy:
+            with mock.patch.object(vaurien, "RETRY_DELAY", 0.05), running_proxy(echo, timeout=0.3) as proxy:
                 refused = []
 
                 def call(*address):
@@ -5553,7 +5553,7 @@ class TestDescriptors(Folder):
                         refused.append(address)
                         raise OSError(errno.EMFILE, "Too many open files")
                     return real(*address)
-                with mock.patch.object(vaurien, "start_connect", call), connected(proxy) as sock:
+                with mock.patch.object(vaurien, "start_connect", call), connected_client(proxy) as sock:
                     began = time.monotonic()
                     sock.sendall(b"question")
                     self.assertEqual(sock.recv(100), wanted)
@@ -5567,7 +5567,7 @@ def open_and_read(path):
         return file.read()
 
 
-class TestOddMachines(Folder):
+class TestOddMachines(TempDirTestCase):
     """The program where something is missing or strange: it starts, passes bytes, and ends with 0."""
 
     # What a machine may lack, taken away before the module is loaded.
@@ -5611,7 +5611,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
             "bare": ([sys.executable, "-c", self.BARE, FILE], {})}
         if os.name != "posix":
             ways = {name: (words, more) for name, (words, more) in ways.items() if "close" not in more}
-        with serving(echo) as (backend, _), contextlib.ExitStack() as stack:
+        with backend_server(echo) as (backend, _), contextlib.ExitStack() as stack:
             started = {}
             for name, (words, more) in ways.items():
                 port, close = unused_port(), more.pop("close", ())
@@ -5634,7 +5634,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
                     wait_until(listens)
                     with contextlib.closing(connect(port)) as sock:
                         for turn in range(10):
-                            exchange(sock, noise(1 + turn * 1000))
+                            send_and_read(sock, random_data(1 + turn * 1000))
                     process.terminate()
                     err = process.communicate(timeout=PATIENCE)[1]
                     self.assertEqual(process.returncode, 0, err)
@@ -5642,7 +5642,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
     def test_outside_the_main_thread(self):
         """Where no signal can be caught."""
-        with serving(echo) as (backend, _):
+        with backend_server(echo) as (backend, _):
             port, loops = unused_port(), []
 
             class Loop(vaurien.Loop):
@@ -5654,13 +5654,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
                 thread.start()
                 wait_until(lambda: loops and loops[0].calls is not None and len(loops[0].watched) > 1)
                 with contextlib.closing(connect(port)) as sock:
-                    exchange(sock, b"question")
+                    send_and_read(sock, b"question")
                 loops[0].stop()
                 thread.join(PATIENCE)
                 self.assertFalse(thread.is_alive())
 
 
-class TestOddUsers(Folder):
+class TestOddUsers(TempDirTestCase):
     """What is odd about input, and about where words go."""
 
     def refused(self, *argv):
@@ -5712,13 +5712,13 @@ class TestOddUsers(Folder):
             def talk(sock, body=body):
                 sock.recv(65536)
                 sock.sendall(b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-            with serving(talk) as (port, _):
+            with backend_server(talk) as (port, _):
                 status, line = self.refused("ctl", "--host", "127.0.0.1:%d" % port, "get-handler")
                 self.assertEqual(status, 1)
                 self.assertIn("127.0.0.1:%d" % port, line)
 
     def test_no_ssl(self):
-        with driven() as (_, client), mock.patch.object(http.client, "HTTPSConnection", create=True):
+        with proxy_with_control() as (_, client), mock.patch.object(http.client, "HTTPSConnection", create=True):
             del http.client.HTTPSConnection
             self.assertEqual(client.get_handler(), "dummy")
             with self.assertRaisesRegex(ValueError, "scheme must be http or https"):
@@ -5733,35 +5733,35 @@ class TestSurroundings(unittest.TestCase):
         port = unused_port()
         with vaurien.Proxy("127.0.0.1:%d" % port, "127.0.0.1:0") as proxy:
             for _ in range(3):
-                with connected(proxy) as sock:
-                    self.assertEqual(hear(sock)[0], 0)          # refused: the client is closed
-                listener = listening(port)
-                with connected(proxy) as sock, contextlib.closing(listener):
+                with connected_client(proxy) as sock:
+                    self.assertEqual(read_until_close(sock)[0], 0)          # refused: the client is closed
+                listener = listening_socket(port)
+                with connected_client(proxy) as sock, contextlib.closing(listener):
                     backend, _ = listener.accept()
                     sock.sendall(b"question")
-                    self.assertEqual(read(backend, 8), b"question")
+                    self.assertEqual(read_exactly(backend, 8), b"question")
                     backend.sendall(b"answer")
-                    self.assertEqual(read(sock, 6), b"answer")
-                    hang_up(backend)
-                    self.assertEqual(hear(sock)[2], "reset")
+                    self.assertEqual(read_exactly(sock, 6), b"answer")
+                    close_with_reset(backend)
+                    self.assertEqual(read_until_close(sock)[2], "reset")
             self.assertEqual(proxy.failures, 3)
 
     def test_a_backend_that_moves(self):
         """Its name is asked for anew for each client."""
-        with serving(lambda sock: sock.sendall(b"one")) as (one, _), serving(lambda sock: sock.sendall(b"two")) as (two, _):
+        with backend_server(lambda sock: sock.sendall(b"one")) as (one, _), backend_server(lambda sock: sock.sendall(b"two")) as (two, _):
             with vaurien.Proxy("moves.example:1", "127.0.0.1:0") as proxy:
                 for port, wanted in (one, b"one"), (two, b"two"), (one, b"one"):
                     found = [(socket.AF_INET, ("127.0.0.1", port))]
-                    with mock.patch.object(vaurien, "resolve", lambda *args, **words: found), connected(proxy) as sock:
-                        self.assertEqual(read(sock, 3), wanted)
+                    with mock.patch.object(vaurien, "resolve", lambda *args, **words: found), connected_client(proxy) as sock:
+                        self.assertEqual(read_exactly(sock, 3), wanted)
 
     def test_a_clock_that_jumps(self):
-        with proxy_of(echo, "100:delay", options={"delay": {"sleep": 0.02}}) as proxy, connected(proxy) as sock:
-            exchange(sock, b"question")
+        with running_proxy(echo, "100:delay", options={"delay": {"sleep": 0.02}}) as proxy, connected_client(proxy) as sock:
+            send_and_read(sock, b"question")
             for now in 0.0, 4e9, -1e9:
                 with mock.patch.object(time, "time", lambda now=now: now):
                     began = time.monotonic()
-                    exchange(sock, b"question")
+                    send_and_read(sock, b"question")
                     self.assertGreaterEqual(time.monotonic() - began, 0.02)
             self.assertEqual([event.time for event in proxy.events][1:], [0.0, 4e9, -1e9])
 
@@ -5814,7 +5814,7 @@ if "VAURIEN_EXAMPLES" not in os.environ:        # it takes its time
     del TestHypothesis
 
 
-class TestFuzz(Folder):
+class TestFuzz(TempDirTestCase):
     """Random input: what comes out is what is documented, and nothing else."""
 
     WORDS = ["", " ", "localhost", ":", "80", "[::1]", "0.0.0.0", "-1", "99999", "1e999", "nan", "inf", "\0", "\n", "\xe0", "\u2603", "\ud800", "/", "%", "${X}",
@@ -5888,7 +5888,7 @@ CUTTING = {"blackout": {}, "abort": {}, "timeout": {"timeout": 30}, "reset_peer"
 MOST = 1 << 21              # bytes of one way of a conversation
 
 
-class SoakedProxy(vaurien.Proxy):
+class SoakProxy(vaurien.Proxy):
     """A proxy that remembers which faults a connection that has ended had met."""
 
     def __init__(self, *args, **words):
@@ -5905,7 +5905,7 @@ class Soak:
 
     def __init__(self, seed):
         self.seed = seed
-        self.pool = noise(MOST, seed)
+        self.pool = random_data(MOST, seed)
         self.match_buffer = {}             # {number: (bytes, "eof" or "reset")} of the backend
         self.count = Counter()
         self.problems = []
@@ -5931,7 +5931,7 @@ class Soak:
                     if generator.random() < 0.1:
                         pause = time.monotonic() + generator.random() / 100
                 elif writable and resets:
-                    hang_up(sock)
+                    close_with_reset(sock)
                     return bytes(heard), "reset"
                 elif writable:
                     sock.shutdown(socket.SHUT_WR)
@@ -5948,7 +5948,7 @@ class Soak:
                 sock.sendall(said[at:])
                 at = len(said)
             if at is not None and resets:
-                hang_up(sock)
+                close_with_reset(sock)
             elif at is not None:
                 sock.shutdown(socket.SHUT_WR)
         except BlockingIOError:
@@ -5959,7 +5959,7 @@ class Soak:
 
     def backend(self, sock):
         with contextlib.suppress(OSError, EOFError):
-            number = struct.unpack(">Q", read(sock, 8))[0]
+            number = struct.unpack(">Q", read_exactly(sock, 8))[0]
             self.match_buffer[number] = self.talk(sock, number, "backend")
 
     def converse(self, proxy, number):
@@ -6004,7 +6004,7 @@ class Soak:
     def run(self, seconds, workers=8, **words):
         """For so many seconds; returns what there was to complain about."""
         generator, numbers, over = random.Random(self.seed), iter(range(1, 1 << 60)), threading.Event()
-        with serving(self.backend) as (port, _), SoakedProxy("127.0.0.1:%d" % port, "127.0.0.1:0", seed=self.seed, **words) as proxy:
+        with backend_server(self.backend) as (port, _), SoakProxy("127.0.0.1:%d" % port, "127.0.0.1:0", seed=self.seed, **words) as proxy:
             def work():
                 while not over.is_set() and not self.problems:
                     try:
@@ -6075,12 +6075,12 @@ def soak_from(argv):
 
 # -- Real clients of Toxiproxy -------------------------------------------------------
 
-class TestToxiproxyClients(Toxicproxy):
+class TestToxiproxyClients(ToxiproxyTestCase):
     """The clients that people have drive this server instead."""
 
     def test_python(self):
         """toxiproxy-python, from PyPI."""
-        toxiproxy, theirs = import_theirs("toxiproxy"), import_theirs("toxiproxy.exceptions")
+        toxiproxy, theirs = import_package("toxiproxy"), import_package("toxiproxy.exceptions")
         server = toxiproxy.Toxiproxy()
         server.update_api_consumer("127.0.0.1", self.port)
         self.assertTrue(server.running())
@@ -6088,13 +6088,13 @@ class TestToxiproxyClients(Toxicproxy):
         upstream, _ = self.backend()
         proxy = server.create(upstream=upstream, name="p")
         port = int(proxy.listen.split(":")[1])
-        exchange(self.connect(port), b"question")
+        send_and_read(self.connect(port), b"question")
         with self.assertRaises(theirs.ProxyExists):
             toxiproxy.api.APIConsumer.call_soon_threadsafe("/proxies", json={"name": "p", "upstream": upstream})
         proxy.add_toxic(type="latency", attributes={"latency": 50})
         self.assertEqual(proxy.get_toxic("latency_downstream").attributes, {"latency": 50, "jitter": 0})
         began = time.monotonic()
-        exchange(self.connect(port), b"question")
+        send_and_read(self.connect(port), b"question")
         self.assertGreaterEqual(time.monotonic() - began, 0.05)
         with self.assertRaises(theirs.InvalidToxic):
             proxy.add_toxic(type="nope")
@@ -6103,11 +6103,11 @@ class TestToxiproxyClients(Toxicproxy):
         proxy.disable()
         server.reset()
         self.assertEqual(proxy.toxics(), {})
-        exchange(self.connect(port), b"question")
+        send_and_read(self.connect(port), b"question")
         proxy.add_toxic(type="noop", stream="upstream")
         self.assertTrue(proxy.destroy_toxic("noop_upstream"))
         made = server.populate([{"name": "a", "upstream": upstream, "listen": "127.0.0.1:0"}])
-        exchange(self.connect(int(made[0].listen.split(":")[1])), b"question")
+        send_and_read(self.connect(int(made[0].listen.split(":")[1])), b"question")
         self.assertEqual(set(server.proxies()), {"p", "a"})
         server.destroy_all()
         self.assertEqual(server.proxies(), {})
@@ -6226,7 +6226,7 @@ class RealServer:
 
     @classmethod
     def import_driver(cls):
-        return import_theirs(cls.driver_name)
+        return import_package(cls.driver_name)
 
     @classmethod
     def answers(cls):
@@ -6277,7 +6277,7 @@ class RealServer:
             self.assertEqual(self.query(client, number), number)
 
     def test_a_large_value_passes_byte_for_byte(self):
-        data = noise(self.size, 7)
+        data = random_data(self.size, 7)
         client = self.client(self.proxy("100:delay", delay={"sleep": 0.001}))
         self.assertTrue(self.transfer(client, data) == data)       # no diff of 32 MiB, please
 
@@ -6286,7 +6286,7 @@ class RealServer:
             client = self.client(self.proxy(behavior, self.protocol))
             for number in range(200):
                 self.assertEqual(self.query(client, number), number)
-        data = noise(self.framed, 7)
+        data = random_data(self.framed, 7)
         self.assertTrue(self.transfer(client, data) == data)
 
     def test_errors_are_the_servers_to_the_driver(self):
@@ -6345,7 +6345,7 @@ class RealServer:
         proxy = self.proxy()
         client = self.client(proxy)
         self.query(client, 1)
-        use(proxy, "100:blackout")
+        set_behavior(proxy, "100:blackout")
         with self.assertRaises(self.lost):
             self.query(client, 2)
         with self.assertRaises(self.lost):
@@ -6356,7 +6356,7 @@ class RealServer:
         proxy = self.proxy()
         client = self.client(proxy)
         self.query(client, 1)
-        use(proxy, "100:delay", delay={"sleep": 0.1})
+        set_behavior(proxy, "100:delay", delay={"sleep": 0.1})
         began = time.monotonic()
         self.assertEqual(self.query(client, 2), 2)
         self.assertGreaterEqual(time.monotonic() - began, 0.1)
@@ -6365,10 +6365,10 @@ class RealServer:
         proxy = self.proxy()
         client = self.client(proxy, timeout=0.3)
         self.query(client, 1)
-        use(proxy, "100:hang")
+        set_behavior(proxy, "100:hang")
         with self.assertRaises(self.late):
             self.query_in_time(client, proxy)
-        use(proxy, "100:dummy")
+        set_behavior(proxy, "100:dummy")
         self.assertEqual(self.query(self.client(proxy), 3), 3)
 
     def query_in_time(self, client, proxy):
@@ -6378,12 +6378,12 @@ class RealServer:
         proxy, answers = self.proxy(), []
         client = self.client(proxy)
         self.query(client, 1)
-        use(proxy, "100:hang")
+        set_behavior(proxy, "100:hang")
         thread = threading.Thread(target=lambda: answers.append(self.query(client, 2)))
         thread.start()
         wait_until(lambda: proxy.loop.budget.held)
         self.assertEqual(answers, [])
-        use(proxy, "100:dummy")
+        set_behavior(proxy, "100:dummy")
         thread.join(PATIENCE)
         self.assertEqual(answers, [2])
         self.assertEqual(self.query(client, 3), 3)
@@ -6405,7 +6405,7 @@ class TestHTTP(RealServer, unittest.TestCase):
             with open(os.path.join(cls.folder, str(number)), "w") as file:
                 file.write(str(number))
         with open(os.path.join(cls.folder, "large"), "wb") as file:
-            file.write(noise(cls.size, 7))
+            file.write(random_data(cls.size, 7))
         return cls.popen(sys.executable, "-W", "ignore", "-m", "http.server", str(cls.port),
                          "--bind", "127.0.0.1")
 
@@ -6752,7 +6752,7 @@ class TestSmtp(unittest.TestCase):
     """smtplib, and a real server: aiosmtpd."""
 
     def setUp(self):
-        aiosmtpd = import_theirs("aiosmtpd.controller")
+        aiosmtpd = import_package("aiosmtpd.controller")
         self.sizes = []
         test = self
 
@@ -6819,7 +6819,7 @@ class TestRequests(unittest.TestCase):
     """requests, from PyPI, and the server of the standard library."""
 
     def test_errors_are_answers_and_the_connection_lives(self):
-        requests = import_theirs("requests")
+        requests = import_package("requests")
         backend = vaurien.start_backend()
         self.addCleanup(backend.server_close)
         self.addCleanup(backend.shutdown)
@@ -6860,7 +6860,7 @@ def bench_selector():
 def bench_backend():
     """The backend, in a process of its own: pours to who begins so, answers or echoes to others."""
     vaurien.raise_fd_limit()
-    listener = listening()
+    listener = listening_socket()
     listener.setblocking(False)
     print(listener.getsockname()[1], flush=True)
     sel = bench_selector()
@@ -7029,7 +7029,7 @@ WORKS = [("round trips, 1 connection", "tcp", 1, 1, "/s", ["20:delay"], True),
 CROWD, WAITING = 10000, 1000
 
 
-class Benched:
+class BenchTarget:
     """A proxy under test, or none, in front of the backend; the load is that of all of them."""
 
     def __init__(self, name, start, backend, load, stack):
@@ -7065,14 +7065,14 @@ class Benched:
     def crowd(self, number, waiting, stack):
         """Open so many idle connections; the first few say that they wait. Returns bytes of memory for each."""
         for _ in range(100):            # what the first ones need is not theirs alone
-            exchange(stack.enter_context(contextlib.closing(connect(self.port))), b"hello")
+            send_and_read(stack.enter_context(contextlib.closing(connect(self.port))), b"hello")
         before = resident(self.pid)
         for count in range(number):
             sock = stack.enter_context(contextlib.closing(connect(self.port)))
             if count < waiting:
                 sock.sendall(b"wait")
             else:
-                exchange(sock, b"hello")
+                send_and_read(sock, b"hello")
         return (resident(self.pid) - before) / number
 
 
@@ -7091,7 +7091,7 @@ def bench_progress(words=""):
     print("\r%-70s\r%s" % ("", words), end="", file=sys.stderr, flush=True)
 
 
-class Faulty:
+class FaultBench:
     """The proxy between a backend and this process, each in a process of its own."""
 
     def __enter__(self):
@@ -7129,10 +7129,10 @@ class Faulty:
         """Milliseconds of a round trip of 64 bytes on one connection, the median."""
         found = []
         with contextlib.closing(connect(self.port)) as sock:
-            exchange(sock, bytes(64))
+            send_and_read(sock, bytes(64))
             for _ in range(times):
                 began = time.perf_counter()
-                exchange(sock, bytes(64))
+                send_and_read(sock, bytes(64))
                 found.append(time.perf_counter() - began)
         return 1000 * vaurien.median(found)
 
@@ -7154,7 +7154,7 @@ def bench_faults(quick):
     rounds, trips, seconds = (1, 30, 0.5) if quick else (7, 200, 3)
     rates = (10000,) if quick else (100, 10000, 100000)
     seen = {}
-    with Faulty() as at:
+    with FaultBench() as at:
         for number in range(rounds):
             bench_progress("faults, round %d of %d" % (number + 1, rounds))
             at.set_rules()
@@ -7176,7 +7176,7 @@ def bench_faults(quick):
 def bench_crowd(backend, load, stack, seconds, rounds):
     """Round trips on one connection beside many, of which some have a delay running: a line of the table."""
     number = min(CROWD // (5 if rounds == 1 else 1), (vaurien.raise_fd_limit() or 1000) // 2 - 200)
-    targets = [Benched(name, OWN["crowd"], backend, load, stack) for name in ("alone", "crowd")]
+    targets = [BenchTarget(name, OWN["crowd"], backend, load, stack) for name in ("alone", "crowd")]
     bench_progress("%d connections" % number)
     targets[1].crowd(number, number * WAITING // CROWD, stack)
     found = [[target.measure("tcp", 1, 1, seconds) for target in targets] for _ in range(rounds)]
@@ -7199,7 +7199,7 @@ def bench(argv):
         seen, held = {}, {}
         for number in range(rounds):        # each with processes of its own: some lie better in memory than others
             with contextlib.ExitStack() as turn:
-                targets = {name: Benched(name, starts[name], port, load, turn)
+                targets = {name: BenchTarget(name, starts[name], port, load, turn)
                            for name in ["direct", "vaurien", *peers[1:], "20:delay", "redis", "http"]}
                 for title, work, processes, connections, _, own, both in WORKS:
                     bench_progress("round %d of %d: %s" % (number + 1, rounds, title))
@@ -7210,7 +7210,7 @@ def bench(argv):
         for name in [name for name in ["vaurien", *peers[1:]] if name != "socat"]:      # that forks
             with contextlib.ExitStack() as crowd:
                 bench_progress("memory: %s" % name)
-                held[name] = Benched(name, starts[name], port, load, crowd).crowd(idle, 0, crowd) / 1024
+                held[name] = BenchTarget(name, starts[name], port, load, crowd).crowd(idle, 0, crowd) / 1024
         lines = [*bench_crowd(port, load, stack, seconds, 1 if quick else rounds), *bench_faults(quick)]
     bench_progress()
     print("%-28s %-10s %12s %11s %9s %9s %13s" % ("work", "proxy", "rate", "CPU us each", "p50 ms", "p99 ms", "vaurien/that"))
@@ -7239,7 +7239,7 @@ def load_from(argv):
     with contextlib.ExitStack() as stack:
         backend = int(bench_process(stack, "bench-backend").stdout.readline())
         load = [bench_process(stack, "bench-load") for _ in range(2)]
-        proxy = Benched("vaurien", OWN["vaurien"], backend, load, stack)
+        proxy = BenchTarget("vaurien", OWN["vaurien"], backend, load, stack)
 
         def figures(what):
             wait_until(lambda: len(os.listdir("/proc/%d/fd" % proxy.pid)) == idle)
@@ -7264,7 +7264,7 @@ def load_from(argv):
             sock.connect_ex(("127.0.0.1", proxy.port))
         for sock in socks:
             sock.settimeout(PATIENCE)
-            exchange(sock, b"question")
+            send_and_read(sock, b"question")
             sock.close()
         figures("after %d at the same moment" % burst)
     return 0
