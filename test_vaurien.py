@@ -338,7 +338,7 @@ class TestRules(unittest.TestCase):
                 line.begin()
                 percent = 100 * rules.throw("behavior", 3, request // 8)[request % 8] / 2 ** 64
                 self.assertEqual([step.rule for step in line.active],
-                                 [rule for rule in rules.armed if rule.low <= percent < rule.high
+                                 [rule for rule in rules.armed if rule.draw_min <= percent < rule.draw_max
                                   and rule.drawn_count > rule.after], (text, request))
                 self.assertEqual([step.state.request for step in line.active], [step.rule.drawn_count for step in line.active])
                 self.assertEqual([rule.drawn_count for rule in rules.armed],
@@ -349,7 +349,7 @@ class TestRules(unittest.TestCase):
         line = vaurien.Chain(rules, 1)
         for _ in range(9):
             line.begin()
-        rules.armed[0].high = 100.0
+        rules.armed[0].draw_max = 100.0
         line.rules_changed([], rules.armed)
         line.begin()
         self.assertEqual([step.rule for step in line.active], rules.armed)
@@ -361,8 +361,8 @@ class TestRules(unittest.TestCase):
 
     def test_rules_with_dice_of_their_own_are_drawn_independently(self):
         armed = vaurien.RuleSet(1, "test")
-        armed.armed = [vaurien.Rule("delay", low=0, high=50, dice="a"),
-                       vaurien.Rule("hang", low=0, high=50, dice="b")]
+        armed.armed = [vaurien.Rule("delay", draw_min=0, draw_max=50, draw_key="a"),
+                       vaurien.Rule("hang", draw_min=0, draw_max=50, draw_key="b")]
         seen = set()
         for number in range(100):
             line = vaurien.Chain(armed, number)
@@ -372,7 +372,7 @@ class TestRules(unittest.TestCase):
 
     def test_a_rule_per_connection_is_drawn_once_for_it(self):
         armed = vaurien.RuleSet(1, "test")
-        armed.armed = [vaurien.Rule("delay", low=0, high=50, per="connection")]
+        armed.armed = [vaurien.Rule("delay", draw_min=0, draw_max=50, per="connection")]
         for number in range(50):
             line = vaurien.Chain(armed, number)
             line.begin()
@@ -426,7 +426,7 @@ class TestLine(unittest.TestCase):
 
         for function in none, wrong_way, no_bytes, raises, leaves:
             with registered(function), self.assertLogs("vaurien", "ERROR") as logged:
-                line = chain_of(vaurien.Rule(function.__name__), vaurien.Rule("hang", dice="b"))
+                line = chain_of(vaurien.Rule(function.__name__), vaurien.Rule("hang", draw_key="b"))
                 self.assertEqual(line.process(3, UPSTREAM, b"q"), [(3, UPSTREAM, RESET, ())])
             self.assertIn("handler %s failed" % function.__name__, logged.output[0])
 
@@ -463,7 +463,7 @@ class TestLine(unittest.TestCase):
         self.assertEqual(toxic.rule.direction, DOWNSTREAM)
 
     def test_each_step_takes_what_the_one_before_it_gave(self):
-        one, two = (vaurien.Rule("delay", {"sleep": seconds}, dice=name)
+        one, two = (vaurien.Rule("delay", {"sleep": seconds}, draw_key=name)
                     for seconds, name in ((1.0, "a"), (2.0, "b")))
         self.assertEqual(chain_of(one, two).process(0, UPSTREAM, b"q"),
                          [(3.0, UPSTREAM, b"q", ((one, 1.0, False), (two, 2.0, False)))])
@@ -1331,7 +1331,7 @@ class TestProxy(unittest.TestCase):
             proxy.loop.run_sync(proxy.set_rules, [hang])
             sock.sendall(b"question")
             wait_until(lambda: proxy.loop.budget.held)
-            proxy.loop.run_sync(proxy.set_rules, [hang, vaurien.Rule("delay", {"sleep": 0.0}, dice="b")])
+            proxy.loop.run_sync(proxy.set_rules, [hang, vaurien.Rule("delay", {"sleep": 0.0}, draw_key="b")])
             self.assertTrue(proxy.loop.budget.held)
             self.assertFalse(select.select([sock], [], [], 0.05)[0])
             proxy.loop.run_sync(proxy.set_rules, [])
@@ -1868,7 +1868,7 @@ timeout = 3
         path = self.write("v.ini", "[vaurien]\nbehavior = 20:error,5:delay\n[handler:error]\nmatch = ^SELECT .* FROM carts\ntimes = 3\n")
         one, two = self.proxy("--config", path, "--handlers.delay.after", "2", "--behavior-delay-per=connection").rules.armed
         self.assertEqual((one.match.pattern, one.times, one.after), (b"^SELECT .* FROM carts", 3, 0))
-        self.assertEqual((two.match, two.after, two.per, two.high - two.low), (None, 2, "connection", 5))
+        self.assertEqual((two.match, two.after, two.per, two.draw_max - two.draw_min), (None, 2, "connection", 5))
         for words in ["--handlers.error.match", "("], ["--handlers.error.times=-1"], ["--handlers.error.per", "chunk"]:
             with self.assertRaisesRegex(ValueError, "^--handlers.error.(match|times|per) must be"):
                 self.proxy("--behavior", "1:error", *words)
@@ -2325,7 +2325,7 @@ class TestRoutes(unittest.TestCase):
         self.ask("PUT", "/behavior", b'{"name": "error", "percent": 20, "per": "connection", '
                                      b'"stream": "downstream", "after": 3, "times": 2}')
         rule, = self.one.rules.armed
-        self.assertEqual((rule.low, rule.high, rule.per, rule.stream, rule.after, rule.times),
+        self.assertEqual((rule.draw_min, rule.draw_max, rule.per, rule.stream, rule.after, rule.times),
                          (0, 20, "connection", "downstream", 3, 2))
 
     def test_rules_go_out_and_come_back(self):
@@ -2341,7 +2341,7 @@ class TestRoutes(unittest.TestCase):
             self.control.proxies = proxy_table(proxy)
             rules = self.ask("GET", "/rules")
             self.ask("PUT", "/rules", json.dumps(rules).encode())
-            self.assertEqual([(rule.low, rule.high) for rule in proxy.rules.armed],
+            self.assertEqual([(rule.draw_min, rule.draw_max) for rule in proxy.rules.armed],
                              [(0, 20), (50, 55)])
 
     def test_one_of_several_proxies(self):
@@ -2852,7 +2852,7 @@ class TestFramedLine(unittest.TestCase):
 
     def test_no_byte_is_lost_or_changed(self):
         later = vaurien.Rule("delay", {"sleep": 1.0})
-        for rules in [], [later], [vaurien.Rule("error", high=0)], [vaurien.Rule("hang", match=re.compile(b"nope"))]:
+        for rules in [], [later], [vaurien.Rule("error", draw_max=0)], [vaurien.Rule("hang", match=re.compile(b"nope"))]:
             for name, data, _ in TestFraming.REQUESTS:
                 for sizes in [[len(data)], [1] * len(data)]:
                     self.assertEqual(self.feed(self.line(name, *rules), UPSTREAM, data, sizes), (data, b"", []), name)
@@ -3021,7 +3021,7 @@ class TestFramedLine(unittest.TestCase):
                 self.assertEqual(read_exactly(sock, len(answer)), answer)
 
     def test_the_middle_of_what_drew_nothing_takes_the_straight_road(self):
-        for rule, straight in (vaurien.Rule("error", high=0), True), (vaurien.Rule("delay"), False):
+        for rule, straight in (vaurien.Rule("error", draw_max=0), True), (vaurien.Rule("delay"), False):
             line = self.line("http", rule)
             head = b"POST / HTTP/1.1\r\nContent-Length: 90\r\n\r\n"
             marks = line.protocol.up.feed(head, len(head))
@@ -3101,7 +3101,7 @@ class TestFramedLine(unittest.TestCase):
 
     def test_the_host_header(self):
         armed = vaurien.RuleSet(1, "test")
-        for rules in [], [vaurien.Rule("delay", high=0)]:
+        for rules in [], [vaurien.Rule("delay", draw_max=0)]:
             armed.armed = rules
             for data, wanted in [(b"GET / HTTP/1.1\r\nA: b\r\nhost:  localhost:8000\r\n\r\n", b"GET / HTTP/1.1\r\nA: b\r\nhost:  google.com\r\n\r\n"),
                                  (b"GET / HTTP/1.1\r\nHost: Google.com\r\n\r\n",) * 2, (b"GET / HTTP/1.0\r\n\r\n",) * 2,
@@ -3248,7 +3248,7 @@ class TestFramedLine(unittest.TestCase):
 
     def test_a_client_that_speaks_before_it_is_greeted(self):
         armed = vaurien.RuleSet(1, "test")
-        for rules in [], [vaurien.Rule("delay", high=0)]:
+        for rules in [], [vaurien.Rule("delay", draw_max=0)]:
             armed.armed = rules
             line = vaurien.ProtocolChain(armed, 1, vaurien.Smtp())
             line.begin()
@@ -3535,8 +3535,8 @@ class TestToxics(unittest.TestCase):
             self.assertEqual(seen, [])
 
     def test_what_one_makes_of_the_beginning_goes_through_those_behind_it(self):
-        line = chain_of(vaurien.Rule("blackout", per="connection", dice="a"),
-                       vaurien.Rule("slow_close", {"delay": 5000}, per="connection", dice="b"))
+        line = chain_of(vaurien.Rule("blackout", per="connection", draw_key="a"),
+                       vaurien.Rule("slow_close", {"delay": 5000}, per="connection", draw_key="b"))
         self.assertEqual({event[:3] for event in line.process_open(1, [DOWNSTREAM])},
                          {(6, DOWNSTREAM, EOF), (6, UPSTREAM, EOF)})
 
@@ -3557,7 +3557,7 @@ class TestThinWires(unittest.TestCase):
 
     def test_latency_is_no_limit_to_a_bandwidth(self):
         pipe = vaurien.DelayQueue(DOWNSTREAM, vaurien.Budget())
-        line = chain_of(vaurien.Rule("bandwidth", {"rate": 5000}, dice="a"), vaurien.Rule("latency", {"latency": 1000}, dice="b"))
+        line = chain_of(vaurien.Rule("bandwidth", {"rate": 5000}, draw_key="a"), vaurien.Rule("latency", {"latency": 1000}, draw_key="b"))
         for number in range(50):        # a second of what that wire carries
             self.assertGreater(pipe.room(lambda: number / 50), 0)
             for t, _, data, holds in line.process(number / 50, DOWNSTREAM, bytes(100000)):
@@ -3617,7 +3617,7 @@ class TestMatch(unittest.TestCase):
 
     def test_the_dice_decide_too(self):
         armed = vaurien.RuleSet(1, "test")
-        armed.armed = [vaurien.Rule("hang", high=30, match=vaurien.check_match("hit"))]
+        armed.armed = [vaurien.Rule("hang", draw_max=30, match=vaurien.check_match("hit"))]
         hits = 0
         for number in range(300):
             line = vaurien.Chain(armed, number)
@@ -3967,7 +3967,7 @@ class TestToxiproxyApi(ToxiproxyTestCase):
         made = self.toxic("hang", percent=50, per="request", after=3, times=2, match="^GET")
         self.assertEqual((made["toxicity"], made["per"], made["after"], made["times"], made["match"]), (0.5, "request", 3, 2, "^GET"))
         rule, = self.proxies["p"].rules.armed
-        self.assertEqual((rule.high, rule.per, rule.after, rule.times, rule.stream), (50, "request", 3, 2, DOWNSTREAM))
+        self.assertEqual((rule.draw_max, rule.per, rule.after, rule.times, rule.stream), (50, "request", 3, 2, DOWNSTREAM))
 
     def test_all_toxics_are_replaced_in_one_call(self):
         self.create()
@@ -5790,7 +5790,7 @@ class TestHypothesis(unittest.TestCase):
             with contextlib.suppress(vaurien.ToxiproxyError):
                 vaurien.read_proxy(vaurien.read_json(json.dumps(value)))
             if isinstance(value, dict):
-                with contextlib.suppress(vaurien.RuleError):
+                with contextlib.suppress(vaurien.InputError):
                     vaurien.read_rules([value])
 
         def target(text):

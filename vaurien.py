@@ -150,44 +150,64 @@ CONTINUATION = Signal("MORE")       # what goes on with the request before; for 
 
 # -- Checks -------------------------------------------------------------------
 #
-# What users give is checked where it enters, be it a text or a value of JSON. A check
-# returns what it makes of it, or raises ValueError with the end of a sentence, "must
-# be ...", whose beginning is known to the caller.
+# Validators. User input is checked where it enters, whether it is text or a JSON value.
+# A check returns the parsed value. Otherwise it raises ValueError with the end of a
+# sentence ("must be ..."); the caller knows the option, key or field to put before it.
 
-INT64_MAX = 2 ** 63 - 1       # of a number, as in Toxiproxy
+INT64_MAX = 2 ** 63 - 1     # the largest number that Toxiproxy accepts (int64 in Go)
 NAME_MAX = 255              # characters of a name
+TOKEN_VARIABLE = "VAURIEN_HTTP_TOKEN"   # environment variable; other users cannot read it
 
 
-def format_exception(problem):
-    """An exception in words, also where its own fail."""
+class InputError(ValueError):
+    """Bad user input: one (field, sentence) for each error.
+
+    The command line, the control API and Toxiproxy's API each render it in their own form.
+    """
+
+    def __init__(self, errors):
+        super().__init__("; ".join(sentence for _, sentence in errors))
+        self.errors = errors
+
+
+def format_exception(exc):
+    """Return "Type: message", or only the type if the exception's own __str__ fails."""
     try:
-        return "%s: %s" % (type(problem).__name__, problem)
+        return "%s: %s" % (type(exc).__name__, exc)
     except Exception:
-        return type(problem).__name__
+        return type(exc).__name__
 
 
-def check_number(value, kind, words, fits=lambda number_check: number_check >= 0):
-    """A number of that kind, finite and one that fits, given as such or as a text."""
+def not_negative(value):
+    return value >= 0
+
+
+def check_number(value, type_, expected, valid=not_negative):
+    """Convert to a finite number of a type; Raises ValueError unless valid(number).
+
+    value       a number or text
+    expected    for the error: "a whole number, 0 or more"
+    """
     try:
-        number_check = kind(value)
-        if (isinstance(value, (str, kind)) or number_check == value) and not isinstance(value, bool) \
-                and fits(number_check) and number_check != math.inf:
-            return number_check
+        converted = type_(value)
+        if (isinstance(value, (str, type_)) or converted == value) \
+                and not isinstance(value, bool) and valid(converted) and converted != math.inf:
+            return converted
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ValueError("must be %s, not %r" % (words, value))
+    raise ValueError("must be %s, not %r" % (expected, value))
 
 
-def number_check(kind, words, fits=lambda number_check: number_check >= 0):
-    """A check that takes such numbers only."""
-    return lambda value: check_number(value, kind, words, fits)
+def number_check(type_, expected, valid=not_negative):
+    """Return a check that accepts such numbers only."""
+    return lambda value: check_number(value, type_, expected, valid)
 
 
-def choice_check(*words):
-    """A check that takes these words only."""
+def choice_check(*choices):
+    """Return a check that accepts these texts only."""
     def check(value):
-        if value not in words:
-            raise ValueError("must be one of %s, not %r" % (", ".join(words), value))
+        if value not in choices:
+            raise ValueError("must be one of %s, not %r" % (", ".join(choices), value))
         return value
     return check
 
@@ -200,78 +220,107 @@ def check_yes_no(value):
 
 
 def check_name(name):
-    """What a proxy or a toxic may be called: it is written into lines of the log."""
+    """Check the name of a proxy or a toxic. It appears in log lines, so it must be printable."""
     if len(name) > NAME_MAX or not name.isprintable():
-        raise ValueError("must be at most %d characters, and printable ones, not %r"
+        raise ValueError("must be at most %d printable characters, not %r"
                          % (NAME_MAX, name[:50]))
     return name
 
 
+def check_token(text):
+    """Check a bearer token (RFC 6750, 2.1). It is a secret, so the error does not repeat it."""
+    if not re.fullmatch("[A-Za-z0-9._~+/-]+=*", text):
+        raise ValueError("must consist of letters, digits and ._~+/- and may end in =")
+    return text
+
+
 check_count = number_check(int, "a whole number, 0 or more")
-check_percent = number_check(float, "a number from 0 to 100", lambda number_check: 0 <= number_check <= 100)
-check_port = number_check(int, "a port from 0 to 65535", lambda number_check: 0 <= number_check <= 65535)
-check_requests = number_check(int, "a whole number from 10 to 1000", lambda number_check: 10 <= number_check <= 1000)
-check_toxicity = number_check(float, "a number from 0 to 1", lambda number_check: 0 <= number_check <= 1)
-check_timeout = number_check(float, "a number of seconds, more than 0", lambda number_check: number_check > 0)
+check_percent = number_check(float, "a number from 0 to 100", lambda value: 0 <= value <= 100)
+check_port = number_check(int, "a port from 0 to 65535", lambda value: 0 <= value <= 65535)
+check_toxicity = number_check(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+check_timeout = number_check(float, "a number of seconds, more than 0", lambda value: value > 0)
 
 
 def format_value(value):
-    """An option's value as it is written on the command line."""
+    """Format an option's value as the command line accepts it."""
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 # -- Handlers -----------------------------------------------------------------
 #
-# A handler is a generator function of one event; it yields the events to pass on
-# instead: later, cut, changed, turned round, or none at all.
+# A handler is a generator function of one event. It yields the events to pass on
+# instead: later, cut, changed, sent the other way, or none at all.
 #
-#   state    its memory of what the fault was drawn for (one request, or one
-#            connection): a Counter, so what was never set is 0. It has attributes:
-#              random    a random.Random, repeatable by --seed
-#              request   the number of this request (or connection) at the proxy,
-#                        counted from 1 since the fault was armed
-#              turn      the number of the request under way in the connection
-#              stream    which events it sees: UPSTREAM, DOWNSTREAM or "both"
-#              shared    a Counter for all the states of this fault at this proxy
-#              protocol  the Protocol of the connection; None for tcp
-#              asked     the Request that the event belongs to, where there is a protocol;
-#                        None while a client connects
-#   t        when the event comes; an earlier time yielded means t
-#   to       UPSTREAM or DOWNSTREAM; yield the other one to answer
-#   data     bytes, or OPEN, or EOF (also before a peer's reset); RESET may be yielded.
-#            To a fault drawn for the connection, OPEN is the beginning: it comes each way,
-#            also on a connection that was open before, and again when it has been changed.
-#            Where there is a protocol, END comes when a request, or its reply, is complete
-#   *, ...   its options: the defaults give their types (a yes/no, a whole number,
-#            a number, a text), the docstring their help, a line each
+#   state    the memory of one drawn fault (for one request, or one connection): a Counter,
+#            so a key that was never set is 0. Its attributes:
+#              random            a random.Random that is repeatable by --seed
+#              request           the number of this request (or connection) at the proxy,
+#                                counted from 1 since the rule became active
+#              request_number    the number of the current request in its connection
+#              stream            the events it receives: UPSTREAM, DOWNSTREAM or "both"
+#              shared            a Counter shared by all states of this rule at this proxy
+#              protocol          the Protocol of the connection; None for tcp
+#              protocol_lost     True after the connection has fallen back to tcp
+#              current_request   the Request that the event belongs to; None without a
+#                                protocol, and while the client connects
+#              replies           {Request: Reply or None}: the error replies of `error`
+#   t        when the event happens; yielding an earlier time means t
+#   to       UPSTREAM or DOWNSTREAM; yield the opposite one to reply
+#   data     bytes, or a signal: OPEN or EOF (a reset by a peer arrives as EOF). A handler
+#            may yield RESET. A rule drawn for the connection receives OPEN in each direction
+#            when it begins, also on a connection that is open already, and again when its
+#            options change. With a protocol, END_OF_MESSAGE follows each request and reply
+#   *, ...   its options: the default gives the type (bool, int, float, str), the
+#            docstring one line of help each
 #
-# To add one, write it here: the command line and the ini file are made from this
-# room. Elsewhere, import `handler` and name the function by its dotted path.
+# The smallest handler, complete with command line, ini file, both APIs and help:
+#
+#     @handler
+#     def lose(state, t, to, data, *, percent_lost=10):
+#         """A connection that loses chunks.
+#
+#         percent_lost    how many chunks are lost, in percent
+#         """
+#         if not data or state.random.random() * 100 >= percent_lost:
+#             yield t, to, data
+#
+# To add one, write it in this section. A user's own module imports `handler` from here, or
+# names the function by its dotted path on the command line.
 
 HANDLERS = OrderedDict()
 
 
 def handler(function):
-    """Register a handler under its own name; the function stays as it is."""
+    """Register a handler under its own name. Returns the function unchanged."""
     HANDLERS[function.__name__] = function
     return function
 
 
 def rate_limited(function):
-    """Mark a handler that chunks queue for, whose end it keeps in state[to].
+    """Mark a handler that queues chunks for a slow link and keeps the queue's end in state[to].
 
-    The source is soon to feel it (Pipe.room); what is released leaves the queue (Line.free).
+    DelayQueue.read_limit then slows the source down soon. When queued chunks are released,
+    Chain.reset_rate_limits sets the end back.
     """
-    function.thin = True
+    function.rate_limited = True
     return function
 
 
-def only_direction(way):
-    """Mark a handler that is for one way's events: way(options), where its rule names none."""
+def only_direction(choose):
+    """Mark a handler that only needs events of the direction choose(options).
+
+    It applies unless the rule itself names a stream.
+    """
     def mark(function):
-        function.way = way
+        function.choose_direction = choose
         return function
     return mark
+
+
+def changes_replies(function):
+    """Mark a handler that acts on replies: a rule for the upstream stream would never act."""
+    function.changes_replies = True
+    return function
 
 
 @handler
@@ -283,93 +332,57 @@ def dummy(state, t, to, data):
 @handler
 @only_direction(lambda options: UPSTREAM if options["before"] else DOWNSTREAM)
 def delay(state, t, to, data, *, sleep=1.0, before=True):
-    """A slow backend: each request waits before it is passed on, or its answer does.
+    """A slow backend: each request, or its reply, is delayed.
 
     sleep    seconds
-    before   yes: before the backend is called; no: before the first byte of the answer
+    before   yes: delay connecting and the request; no: delay the first byte of the reply
     """
-    if data is OPEN or (data and state["spoken"] != state.turn):
-        state["until"] = t + sleep      # of OPEN, then once more of the first byte
-        state["spoken"] = state.turn if data else 0
+    if data is OPEN or (data and state["delayed"] != state.request_number):
+        state["until"] = t + sleep      # first for OPEN, then for the first byte
+        state["delayed"] = state.request_number if data else 0
     yield max(t, state["until"]), to, data
 
 
 @handler
+@changes_replies
 def error(state, t, to, data, *, inject=False, warmup=0, kind=""):
-    """A broken backend: the answer is random bytes; of a protocol, what a real server says.
+    """A broken backend: replies with random bytes or, with a protocol, with a real error.
 
-    inject   yes: put 100 random bytes into the middle of the valid answer instead
-    warmup   requests of the proxy that pass untouched first
-    kind     which of its protocol's errors, like 503, LOADING, 1213 or 57P01; drawn if not given
+    inject   yes: insert 100 random bytes into the middle of the valid reply instead
+    warmup   number of requests of the proxy to leave alone first
+    kind     an error of the protocol, like 503, LOADING, 1213 or 57P01; default: drawn
     """
-    if state.request <= warmup or (state.opaque and not inject):
+    if state.request <= warmup or (state.protocol_lost and not inject):
         yield t, to, data
     elif state.protocol and not inject:
-        yield from answer_with_error(state, t, to, data, kind)
+        yield from state.protocol.reply_with_error(state, t, to, data, kind)
     elif to == UPSTREAM or not data:
         yield t, to, data
-    elif state["answered"] != state.turn:
-        state["answered"] = state.turn
+    elif state["answered"] != state.request_number:
+        state["answered"] = state.request_number
         if inject:
             middle = len(data) // 2
             yield t, to, data[:middle] + random_bytes(state.random, 100) + data[middle:]
         else:
-            # The last two end a line, so that a client that reads lines wakes up.
+            # The last two bytes end a line, so that a client that reads lines returns.
             yield t, to, random_bytes(state.random, 998) + b"\r\n"
     elif inject:
         yield t, to, data
 
 
-def answer_with_error(state, t, to, data, kind):
-    """Answer in the backend's place, as a real server does; pass what one would not refuse."""
-    protocol, asked = state.protocol, state.asked
-    if asked is None:                           # somebody connects
-        usual = (protocol.greeting or protocol.closing) if protocol.server_first else ()
-        kinds = [kind] if kind else usual
-        reply = None
-        if state["refused"] and to == UPSTREAM and data is not EOF:
-            return
-        if kinds and to == UPSTREAM and data is not EOF and data is not END_OF_MESSAGE:
-            reply = protocol.refuse(kinds[state.chance % len(kinds)], data)
-        if not reply:
-            yield t, to, data
-            return
-        if reply.data:
-            yield t, DOWNSTREAM, reply.data
-        if reply.closes:
-            state["refused"] = 1
-            yield from close_both(t)
-        return
-    if asked not in state.replies:
-        reply = protocol.answer(kind or state.random.choice(protocol.usual), asked)
-        state.replies[asked] = reply
-        if reply and reply.closes:              # the rest of the request is not waited for
-            state.replies[asked] = Reply(b"")
-            yield t, DOWNSTREAM, reply.data
-            yield from close_both(t)
-        elif reply and reply.instead:
-            yield t, UPSTREAM, reply.instead
-    reply = state.replies[asked]
-    if not reply or data is EOF or data is OPEN or (to == DOWNSTREAM and not reply.instead):
-        yield t, to, data
-    elif to == UPSTREAM and data is END_OF_MESSAGE and reply.data and not reply.instead:
-        yield t, DOWNSTREAM, protocol.complete(reply, asked)
-    elif to == DOWNSTREAM and data is END_OF_MESSAGE and reply.instead:
-        yield t, DOWNSTREAM, protocol.complete(reply, asked)
-
-
 @handler
+@changes_replies
 def transient(state, t, to, data, *, agitate=1, inject=False, warmup=0, kind=""):
-    """A backend that recovers: errors for the first requests, then it succeeds.
+    """A backend that recovers: the first requests fail, later ones succeed.
 
-    agitate  requests of the proxy that fail
+    agitate  number of requests of the proxy that fail
     inject   as in error
-    warmup   as in error: requests that pass before the first one fails
+    warmup   as in error: number of requests that pass before the first one fails
     kind     as in error
     """
     if data and not state["counted"] and state.request > warmup and (
-            state.asked or not state.protocol):
-        state.shared["failed"] += 1         # a connection that says nothing does not count
+            state.current_request or not state.protocol):
+        state.shared["failed"] += 1         # a connection that sends nothing does not count
         state["counted"] = state.shared["failed"]
     if 1 <= state["counted"] <= agitate:
         yield from error(state, t, to, data, inject=inject, warmup=warmup, kind=kind)
@@ -379,9 +392,9 @@ def transient(state, t, to, data, *, agitate=1, inject=False, warmup=0, kind="")
 
 @handler
 def hang(state, t, to, data):
-    """A stuck backend: the request is read, nothing is answered, nothing is lost.
+    """A stuck backend: requests are read but never answered, and no byte is lost.
 
-    When the fault is removed, what was held goes on.
+    When the rule is removed, the held bytes are delivered.
     """
     yield NEVER, to, data
 
@@ -393,23 +406,24 @@ def blackout(state, t, to, data):
 
 
 @handler
+@changes_replies
 def abort(state, t, to, data):
-    """A lost answer: the backend gets the request, then the client's side is closed."""
+    """A lost reply: the backend gets the request, then the client's connection is closed."""
     if to == UPSTREAM or data is OPEN:
         yield t, to, data
     else:
         yield from close_both(t)
 
 
-# Those of Toxiproxy, with its names and units. As toxics they are drawn for a connection and
-# see one stream; as a behavior they are drawn for a request and see both.
+# Toxiproxy's toxics, with its names and units. As toxics they are drawn for a connection and
+# act on one stream. In a behavior they are drawn for a request and act on both.
 
 HANDLERS["noop"] = dummy
 
 
 @handler
 def latency(state, t, to, data, *, latency=0, jitter=0):
-    """A longer wire: every chunk arrives later, none waits for another.
+    """A longer link: every chunk arrives later, and no chunk waits for another.
 
     latency  milliseconds added to each chunk
     jitter   milliseconds more or less, drawn for each chunk
@@ -422,13 +436,13 @@ def latency(state, t, to, data, *, latency=0, jitter=0):
 @handler
 @rate_limited
 def bandwidth(state, t, to, data, *, rate=0):
-    """A thinner wire: chunks queue for it, each way on its own.
+    """A slower link: chunks queue for it, separately in each direction.
 
     rate     kilobytes (1000 bytes) per second; 0 lets nothing through
     """
     if data is OPEN:
         state[to] = t
-    for piece in split_chunk(data, rate * 10, rate * 10):       # what takes a hundredth of a second
+    for piece in split_chunk(data, rate * 10, rate * 10):   # 10 ms of data each
         if piece:
             state[to] = max(t, state[to]) + len(piece) / (rate * 1000) if rate > 0 else NEVER
         yield max(t, state[to]), to, piece
@@ -437,7 +451,7 @@ def bandwidth(state, t, to, data, *, rate=0):
 @handler
 @rate_limited
 def slicer(state, t, to, data, *, average_size=0, size_variation=0, delay=0):
-    """A wire of small packets: every chunk is cut into pieces.
+    """A link of small packets: every chunk is cut into pieces.
 
     average_size    bytes of a piece; 0 cuts nothing
     size_variation  bytes more or less, drawn for each piece
@@ -445,9 +459,9 @@ def slicer(state, t, to, data, *, average_size=0, size_variation=0, delay=0):
     """
     if data is OPEN:
         state[to] = t
-    most = average_size + size_variation if average_size > 0 else 0
-    for piece in split_chunk(data, average_size - size_variation, most,
-                     state.random if most and size_variation > 0 else None):
+    largest = average_size + size_variation if average_size > 0 else 0
+    for piece in split_chunk(data, average_size - size_variation, largest,
+                             state.random if largest and size_variation > 0 else None):
         t = max(t, state[to])
         yield t, to, piece
         if piece:
@@ -456,7 +470,7 @@ def slicer(state, t, to, data, *, average_size=0, size_variation=0, delay=0):
 
 @handler
 def slow_close(state, t, to, data, *, delay=0):
-    """A slow goodbye: the end of the stream arrives later.
+    """A slow close: the end of the stream arrives later.
 
     delay    milliseconds
     """
@@ -465,11 +479,11 @@ def slow_close(state, t, to, data, *, delay=0):
 
 @handler
 def timeout(state, t, to, data, *, timeout=0):
-    """A cut wire: what is sent is lost, and after a time the connection is closed.
+    """A dead link: all bytes are lost, and after a time the connection is closed.
 
-    When the fault is removed the connection is closed too: bytes are missing in it.
+    Removing the rule closes the connection too, because bytes are missing in it.
 
-    timeout  milliseconds from when it begins; 0 never closes
+    timeout  milliseconds after the rule begins to act; 0 never closes
     """
     if data is OPEN or "began" not in state:
         state.setdefault("began", t)
@@ -481,9 +495,9 @@ def timeout(state, t, to, data, *, timeout=0):
 
 @handler
 def reset_peer(state, t, to, data, *, timeout=0):
-    """A broken connection: what is sent first, or its end, is answered by a reset (RST).
+    """A broken connection: the first bytes, or the end of the stream, cause a reset (RST).
 
-    timeout  milliseconds before it
+    timeout  milliseconds before the reset
     """
     if data is OPEN:
         yield t, to, data
@@ -494,9 +508,9 @@ def reset_peer(state, t, to, data, *, timeout=0):
 
 @handler
 def limit_data(state, t, to, data, *, bytes=0):
-    """A wire that breaks: so many bytes pass, then the connection is closed.
+    """A link that breaks: a number of bytes pass, then the connection is closed.
 
-    bytes    how many, each way on its own, since it began
+    bytes    how many, counted separately in each direction
     """
     if not data:
         yield t, to, data
@@ -508,17 +522,19 @@ def limit_data(state, t, to, data, *, bytes=0):
         yield from close_both(t)
 
 
-PIECES_MAX = 1000       # that a chunk is cut into at most: each costs HELD_ENTRY, and a system call
+PIECES_MAX = 1000   # of one chunk: each piece costs CHUNK_OVERHEAD bytes and a system call
 
 
-def split_chunk(data, least, most, generator=None):
-    """The pieces of data: of these sizes, drawn if there is a generator; longer than that if
-    there would be too many. A signal, or data for which there is no size, is one piece.
+def split_chunk(data, smallest, largest, generator=None):
+    """Yield the pieces of a chunk, each of `largest` bytes or, with a generator, of a drawn size.
+
+    Pieces are larger than that if there would be more than PIECES_MAX of them. A signal, or
+    a chunk with `largest` 0, is one piece.
     """
-    whole = max(1, len(data) // PIECES_MAX)
+    minimum = max(1, len(data) // PIECES_MAX)
     start = 0
-    while most > 0 and start < len(data):
-        size = max(whole, generator.randint(least, most) if generator else most)
+    while largest > 0 and start < len(data):
+        size = max(minimum, generator.randint(smallest, largest) if generator else largest)
         yield data[start:start + size]
         start += size
     if not start:
@@ -526,28 +542,33 @@ def split_chunk(data, least, most, generator=None):
 
 
 def close_both(t):
-    """The connection is closed, as by a server."""
+    """Yield the events that close the connection at t, as a server does."""
     yield t, DOWNSTREAM, EOF
     yield t, UPSTREAM, EOF
 
 
 def random_bytes(generator, size):
-    """Random bytes (Random.randbytes, for Python before 3.9)."""
+    """Return random bytes (Random.randbytes exists only since Python 3.9)."""
     return generator.getrandbits(8 * size).to_bytes(size, "little")
 
 
-class BaseHandler:
-    """The class form of a handler: it may block, in a thread of its own.
+# -- Options ------------------------------------------------------------------
+#
+# A handler's declaration, read: its options with types, defaults and help; the fields that
+# every rule has; blocking handlers; and users' handlers, imported by a dotted path.
 
-    name       what it is called
+class BaseHandler:
+    """A blocking handler: it receives the sockets and may block, in a thread of its own.
+
+    name       the name it is registered under
     options    {option: (help, type, default)}
 
-    One object serves all connections of a proxy, many at a time.
+    One object serves all connections of a proxy, several at the same time.
     """
 
     name = ""
     options: dict = {}
-    blocking = True       # whichever copy of this file it comes from
+    blocking = True         # recognises a subclass even if it imports another copy of this file
 
     def __init__(self, settings=None, proxy=None):
         self.settings = dict(settings or {})
@@ -555,10 +576,10 @@ class BaseHandler:
         self.logger = log
 
     def __call__(self, client_sock, backend_sock, to_backend):
-        """Handle what has come: from the client if to_backend, else from the backend.
+        """Handle readable data: from the client if to_backend, else from the backend.
 
-        There is something to read when this is called; what is left unread brings the
-        next call at once. What is read and not sent on is lost. The sockets are for this
+        The source has data to read. If the handler leaves some unread, it is called again
+        at once. Data that is read and not sent is lost. The sockets are valid during this
         call only. An exception, or closing one of them, ends the connection.
         """
         raise NotImplementedError
@@ -567,13 +588,13 @@ class BaseHandler:
         self.settings.update(settings)
 
     def option(self, name):
-        """An option's value, of its declared type."""
-        _, kind, default = self.options[name]
+        """Return an option's value, converted to its declared type."""
+        _, type_, default = self.options[name]
         value = self.settings.get(name, default)
-        return check_yes_no(value) if kind is bool else kind(value)
+        return check_yes_no(value) if type_ is bool else type_(value)
 
     def _get_data(self, client_sock, backend_sock=None, to_backend=True, buffer=CHUNK):
-        """What has come; b"" if nothing will any more."""
+        """Receive from the source. Returns b"" at the end of the stream or after an error."""
         try:
             return (client_sock if to_backend else backend_sock).recv(buffer)
         except OSError:
@@ -581,32 +602,32 @@ class BaseHandler:
 
 
 def is_blocking_handler(function):
-    """Whether it inherits from BaseHandler, be it the one of another copy of this file."""
+    """Return whether this is a subclass of BaseHandler, in this or another copy of the file."""
     return isinstance(function, type) and getattr(function, "blocking", False)
 
 
 def handler_options(function):
-    """The option table of a handler: {name: default}."""
+    """Return the options of a handler: {option: default}."""
     if is_blocking_handler(function):
-        return {name: kind(default) for name, (_, kind, default) in function.options.items()}
+        return {name: type_(default) for name, (_, type_, default) in function.options.items()}
     return getattr(function, "__kwdefaults__", None) or {}
 
 
 def summary(function):
-    """The first line of a handler's docstring; empty under -OO."""
+    """Return the first line of a function's docstring. Empty under -OO."""
     return (inspect.getdoc(function) or "").partition("\n")[0]
 
 
 def option_help(function):
-    """The line of help for each option: {name: help}."""
+    """Return the line of help for each option: {option: help}."""
     if is_blocking_handler(function):
-        return {name: words for name, (words, _, _) in function.options.items()}
+        return {name: text for name, (text, _, _) in function.options.items()}
     lines = re.findall(r"^(\w+) {2,}(\S.*)$", inspect.getdoc(function) or "", re.MULTILINE)
     return {name: text for name, text in lines if name in handler_options(function)}
 
 
 def get_handler(name):
-    """The handler of that name. Raises ValueError."""
+    """Return the handler of that name. Raises ValueError if there is none."""
     if not isinstance(name, str) or name not in HANDLERS:
         name = name[:50] if isinstance(name, str) else name
         raise ValueError("unknown handler %r: there are %s" % (name, ", ".join(sorted(HANDLERS))))
@@ -614,59 +635,73 @@ def get_handler(name):
 
 
 def check_option(name, option, value):
-    """What an option of a handler becomes: of its type, whether given so or as a text.
+    """Convert an option of a handler, given with its type or as text.
 
-    Raises ValueError with the end of a sentence that names the option.
+    Raises ValueError with the end of a sentence that begins with the option's name.
     """
-    table = handler_options(get_handler(name))
-    if option not in table:
+    defaults = handler_options(get_handler(name))
+    if option not in defaults:
         raise ValueError("is not an option of %s: it has %s"
-                         % (name, ", ".join(sorted(table)) or "none"))
-    kind = type(table[option])
-    if kind is str and isinstance(value, (str, int)) and not isinstance(value, bool):
+                         % (name, ", ".join(sorted(defaults)) or "none"))
+    type_ = type(defaults[option])
+    if type_ is str and isinstance(value, (str, int)) and not isinstance(value, bool):
         return str(value)
-    if kind is bool:
+    if type_ is bool:
         return check_yes_no(value)
-    number_check = check_number(value, kind, {int: "a whole number, 0 or more",
-                                        float: "a number, 0 or more", str: "a text"}[kind])
-    if number_check > INT64_MAX:
+    checked = check_number(value, type_, {int: "a whole number, 0 or more",
+                                          float: "a number, 0 or more", str: "text"}[type_])
+    if checked > INT64_MAX:
         raise ValueError("must be less than 2**63, not %r" % (value,))
-    return number_check
+    return checked
 
 
 def check_match(text):
-    """A regular expression, for the bytes of a request."""
+    """Compile a regular expression for the bytes of a request."""
     if not isinstance(text, str) or not text:
         raise ValueError("must be a regular expression, not %r" % (text,))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")     # what a later Python may read differently
+            warnings.simplefilter("ignore")     # constructs whose meaning may change in Python
             return re.compile(text.encode("utf-8"))
-    except (re.error, UnicodeError, RecursionError, OverflowError) as problem:
-        raise ValueError("must be a regular expression, not %r: %s" % (text, problem)) from None
+    except (re.error, UnicodeError, RecursionError, OverflowError) as error:
+        raise ValueError("must be a regular expression, not %r: %s" % (text, error)) from None
 
 
-# What a rule has beside its handler and options; see Rule.
+# The fields that each rule has beside its handler and options. To add one, add a line here and
+# its meaning in Rule or Chain. Constructors, JSON, ini files, the command line, its help and
+# the comparison of rules all follow from this table.
+Field = namedtuple("Field", "check default help")
 RULE_FIELDS = OrderedDict((
-    ("percent", check_percent), ("per", choice_check("request", "connection")),
-    ("stream", choice_check("both", UPSTREAM, DOWNSTREAM)), ("match", check_match),
-    ("after", check_count), ("times", check_count)))
+    ("percent", Field(check_percent, 100.0, "how often the rule acts, from 0 to 100")),
+    ("per", Field(choice_check("request", "connection"), "request",
+                  "request or connection: what the percentage is drawn for")),
+    ("stream", Field(choice_check("both", UPSTREAM, DOWNSTREAM), "both",
+                     "both, upstream or downstream: which events the handler receives")),
+    ("match", Field(check_match, None, "a regular expression that a request must contain")),
+    ("after", Field(check_count, 0, "number of requests to leave alone first")),
+    ("times", Field(check_count, 0, "number of requests to act on at most; 0 is no limit")),
+))
+
+
+def is_rule_field(function, key):
+    """Return whether a key names a rule field. A handler's own option of that name wins."""
+    return key in RULE_FIELDS and key not in handler_options(function)
 
 
 def load_handler(name, path):
-    """Register as name a handler of the user's, imported by its dotted path.
+    """Import a user's handler by its dotted path and register it under a name.
 
-    For the command line and the ini file alone. Raises ValueError.
+    Only the command line and ini files do this. Raises ValueError.
     """
     module, _, attribute = path.rpartition(".")
-    with contextlib.suppress(OSError):      # the folder may be gone
+    with contextlib.suppress(OSError):      # the working directory may have been removed
         if os.getcwd() not in sys.path and "" not in sys.path:
-            sys.path.insert(0, os.getcwd())     # an installed `vaurien` has only its own
+            sys.path.insert(0, os.getcwd())     # an installed `vaurien` lacks it
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (Exception, SystemExit) as problem:      # the user's module may do anything
+    except (Exception, SystemExit) as exc:      # the user's module may raise anything
         raise ValueError("cannot import %r: %s" % (
-            path, " ".join(format_exception(problem).split()))) from None
+            path, " ".join(format_exception(exc).split()))) from None
     check_handler(path, function)
     HANDLERS[name] = function
     if is_blocking_handler(function) and function.name:
@@ -674,22 +709,22 @@ def load_handler(name, path):
 
 
 def check_handler(path, function):
-    """Refuse, with a ValueError, what cannot be called as a handler."""
-    wanted = ("a handler is a function (state, t, to, data, *, option=default ...) "
-              "or a class that inherits from vaurien.handlers.BaseHandler")
+    """Raise ValueError unless the object can be called as a handler."""
+    expected = ("it must be a function (state, t, to, data, *, option=default ...), or a class "
+                "that inherits from vaurien.handlers.BaseHandler")
     try:
         if isinstance(function, type) and not is_blocking_handler(function):
-            raise TypeError("it is a class of its own")
+            raise TypeError("it is a class without that base")
         if not is_blocking_handler(function):
             inspect.signature(function).bind(None, None, None, None)
-        table = handler_options(function)
-    except (TypeError, ValueError, AttributeError) as problem:
-        raise ValueError("%r is no handler: %s: %s" % (path, problem, wanted)) from None
-    for option, default in table.items():
+        options = handler_options(function)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError("%r is not a handler: %s: %s" % (path, error, expected)) from None
+    for option, default in options.items():
         if type(default) not in (bool, int, float, str):
             raise ValueError("%r: the default of option %r must be a yes/no, a number "
-                             "or a text, not %r" % (path, option, default))
-        if option == "name" or option in RULE_FIELDS:
+                             "or text, not %r" % (path, option, default))
+        if option in ("name", "percent"):       # these two are needed to name and draw any rule
             raise ValueError("%r: an option cannot be called %r: that is a field of its rule"
                              % (path, option))
 
@@ -766,7 +801,7 @@ class Request:
         self.draws = draws
 
 
-class Reply(namedtuple("Reply", "data closes instead")):
+class Reply(namedtuple("Reply", "data closes substitute")):
     """How a fault answers a request.
 
     data       what is said in the backend's place
@@ -776,8 +811,8 @@ class Reply(namedtuple("Reply", "data closes instead")):
 
     __slots__ = ()
 
-    def __new__(cls, data, closes=False, instead=b""):
-        return super().__new__(cls, data, closes, instead)
+    def __new__(cls, data, closes=False, substitute=b""):
+        return super().__new__(cls, data, closes, substitute)
 
 
 class Framer:
@@ -899,9 +934,9 @@ class Protocol:
     """
 
     errors: dict = {}
-    usual: tuple = ()
-    greeting: tuple = ()
-    closing: tuple = ()
+    default_errors: tuple = ()
+    connect_errors: tuple = ()
+    fatal_errors: tuple = ()
     server_first = False
 
     def __init__(self, host=b""):
@@ -942,24 +977,81 @@ class Protocol:
         """The head of a request as it is to go on."""
         return head
 
-    def refuse(self, kind, data):
+    def connect_error(self, kind, data):
         """The Reply to a client that connects, or None if that is no time for this kind.
 
         data    OPEN, or what it has said
         """
-        return Reply(self.said(kind), True) if kind in self.greeting else None
+        return Reply(self.encode_error(kind), True) if kind in self.connect_errors else None
 
-    def complete(self, reply, request):
+    def reply_with_error(self, state, t, to, data, kind):
+        """Yield the events of a server that fails, as it happens in three moments.
+
+        It refuses a client that connects. It replies to a request with an error when the
+        request ends. Or, if the backend got a substitute for the request, when the backend's
+        reply to that ends. An event for which a real server would not fail passes.
+        """
+        if state.current_request is None:
+            yield from self.fail_connect(state, t, to, data, kind)
+        else:
+            if state.current_request not in state.replies:
+                yield from self.begin_error(state, t, kind)
+            yield from self.end_error(state, t, to, data)
+
+    def fail_connect(self, state, t, to, data, kind):
+        """A client connects: refuse it, or pass the event if this is no time to do so."""
+        if to == DOWNSTREAM or data is EOF:
+            yield t, to, data
+            return
+        if state["refused"]:
+            return
+        defaults = (self.connect_errors or self.fatal_errors) if self.server_first else ()
+        kinds = [kind] if kind else defaults
+        reply = None
+        if kinds and data is not END_OF_MESSAGE:
+            reply = self.connect_error(kinds[state.draw % len(kinds)], data)
+        if reply is None:
+            yield t, to, data
+            return
+        if reply.data:
+            yield t, DOWNSTREAM, reply.data
+        if reply.closes:
+            state["refused"] = 1
+            yield from close_both(t)
+
+    def begin_error(self, state, t, kind):
+        """A request begins: choose the reply to it, which may be None."""
+        request = state.current_request
+        reply = self.error_reply(kind or state.random.choice(self.default_errors), request)
+        state.replies[request] = reply
+        if reply and reply.closes:          # without waiting for the rest of the request
+            state.replies[request] = Reply(b"")
+            yield t, DOWNSTREAM, reply.data
+            yield from close_both(t)
+        elif reply and reply.substitute:
+            yield t, UPSTREAM, reply.substitute
+
+    def end_error(self, state, t, to, data):
+        """Drop the request, or the reply to its substitute, and send the error at its end."""
+        reply = state.replies[state.current_request]
+        if reply is None or data is EOF or data is OPEN or (
+                to == DOWNSTREAM and not reply.substitute):
+            yield t, to, data
+        elif data is END_OF_MESSAGE and reply.data and to == (
+                DOWNSTREAM if reply.substitute else UPSTREAM):
+            yield t, DOWNSTREAM, self.finish_reply(reply, state.current_request)
+
+    def finish_reply(self, reply, request):
         """What is said when the request is complete, and what the backend got instead answered."""
         return reply.data
 
-    def answer(self, kind, request):
+    def error_reply(self, kind, request):
         """The Reply to a request, or None if a server would not answer it so."""
-        if kind in self.greeting or not request.replies:
+        if kind in self.connect_errors or not request.replies:
             return None
-        return Reply(self.said(kind), kind in self.closing)
+        return Reply(self.encode_error(kind), kind in self.fatal_errors)
 
-    def said(self, kind):
+    def encode_error(self, kind):
         return self.errors[kind].encode() + b"\r\n"
 
 
@@ -978,7 +1070,7 @@ class Http(Protocol):
     errors = OrderedDict((
         ("500", "Internal Server Error"), ("502", "Bad Gateway"), ("503", "Service Unavailable"),
         ("504", "Gateway Timeout"), ("429", "Too Many Requests")))
-    usual = ("500", "502", "503", "504")
+    default_errors = ("500", "502", "503", "504")
     FIRST = re.compile(rb"\s*([A-Z]+) [^ \r\n]+ HTTP/1\.([01])\r?\n")
     STATUS = re.compile(rb"HTTP/1\.[01] (\d\d\d)")
     USUAL = re.compile(rb"HTTP/1\.[01] (200|[45]\d\d)")
@@ -1106,7 +1198,7 @@ class Http(Protocol):
             return head
         return head[:at] + head[at:].replace(named, self.host, 1) if named else head
 
-    def answer(self, kind, request):
+    def error_reply(self, kind, request):
         words = "%s %s" % (kind, self.errors[kind])
         body = "" if request.name == "HEAD" else words + "\n"
         head = ["HTTP/1.1 " + words, "Content-Type: text/plain", "Content-Length: %d"
@@ -1138,8 +1230,8 @@ class Redis(Protocol):
         ("TRYAGAIN", "Multiple keys request during rehashing of slot"),
         ("NOAUTH", "Authentication required."),
         ("MAXCLIENTS", "max number of clients reached")))
-    usual = ("LOADING", "BUSY", "OOM", "READONLY", "MISCONF", "CLUSTERDOWN")
-    greeting = ("MAXCLIENTS",)
+    default_errors = ("LOADING", "BUSY", "OOM", "READONLY", "MISCONF", "CLUSTERDOWN")
+    connect_errors = ("MAXCLIENTS",)
     # From these on the backend speaks when it likes.
     PUSHES = {"SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE", "MONITOR", "SYNC", "PSYNC", "REPLCONF"}
 
@@ -1221,18 +1313,18 @@ class Redis(Protocol):
         self.ended()
         return True
 
-    def said(self, kind):
+    def encode_error(self, kind):
         name = "ERR" if kind == "MAXCLIENTS" else kind
         return ("-%s %s\r\n" % (name, self.errors[kind])).encode()
 
-    def answer(self, kind, request):
+    def error_reply(self, kind, request):
         # A server in trouble refuses what a transaction queues, and EXEC then tells of it.
         if request.name in ("QUIT", "RESET", "MULTI", "EXEC", "DISCARD"):
             return None
         # A command that is refused spoils its transaction: the backend gets one that it refuses.
-        reply = super().answer(kind, request)
+        reply = super().error_reply(kind, request)
         return reply and reply._replace(
-            instead=b"*1\r\n$7\r\nvaurien\r\n" if request.info else b"")
+            substitute=b"*1\r\n$7\r\nvaurien\r\n" if request.info else b"")
 
 
 @protocol
@@ -1246,8 +1338,8 @@ class Memcache(Protocol):
         ("TOO_LARGE", "SERVER_ERROR object too large for cache"),
         ("CLIENT_ERROR", "CLIENT_ERROR bad data chunk"), ("ERROR", "ERROR"),
         ("TOO_MANY", "ERROR Too many open connections")))
-    usual = ("SERVER_ERROR",)
-    greeting = ("TOO_MANY",)
+    default_errors = ("SERVER_ERROR",)
+    connect_errors = ("TOO_MANY",)
     STORE = {"set", "add", "replace", "append", "prepend", "cas"}
     GET = {"get", "gets", "gat", "gats"}
     META = {"mg", "ms", "md", "ma", "me", "mn"}
@@ -1295,10 +1387,10 @@ class Memcache(Protocol):
                 self.ended()
                 yield END_OF_MESSAGE
 
-    def answer(self, kind, request):
+    def error_reply(self, kind, request):
         if request.name == "mn":            # it says that all before it is done
             return None
-        return super().answer(kind, request)
+        return super().error_reply(kind, request)
 
 
 @protocol
@@ -1323,9 +1415,9 @@ class Mysql(Protocol):
         ("1040", ("08004", "Too many connections")),
         ("1129", ("HY000", "Host is blocked because of many connection errors; unblock with "
                            "'mysqladmin flush-hosts'"))))
-    usual = ("1205", "1213", "1317", "1290")
-    greeting = ("1040", "1129")
-    closing = ("1053", "1927", "4031")
+    default_errors = ("1205", "1213", "1317", "1290")
+    connect_errors = ("1040", "1129")
+    fatal_errors = ("1053", "1927", "4031")
     server_first = True
     QUERY, PREPARE, EXECUTE, CLOSE = 3, 0x16, 0x17, 0x19
     SILENT = {0x01, 0x18, CLOSE}            # QUIT, STMT_SEND_LONG_DATA
@@ -1399,22 +1491,22 @@ class Mysql(Protocol):
         yield END_OF_MESSAGE
         yield UNLIMITED
 
-    def said(self, kind):
+    def encode_error(self, kind):
         state, words = self.errors[kind]
         body = b"\xff" + int(kind).to_bytes(2, "little")
-        seq = int(kind not in self.greeting)        # before the greeting there is no state either
+        seq = int(kind not in self.connect_errors)        # before the greeting there is no state either
         body += (("#" + state) * seq + words).encode()
         return len(body).to_bytes(3, "little") + bytes([seq]) + body
 
-    def answer(self, kind, request):
+    def error_reply(self, kind, request):
         # A deadlock rolls the whole transaction back, in the backend too.
         undo = b"\x09\0\0\0\x03ROLLBACK" if kind == "1213" else b""
         if request.name == self.EXECUTE and not undo and request.info != b"\xff\xff\xff\xff":
             undo = b"\5\0\0\0\x1a" + request.info      # as EXECUTE does: forget long data
-        reply = super().answer(kind, request)
-        return reply and reply._replace(instead=undo)
+        reply = super().error_reply(kind, request)
+        return reply and reply._replace(substitute=undo)
 
-    def complete(self, reply, request):
+    def finish_reply(self, reply, request):
         """With the number that follows the client's last packet."""
         return reply.data[:3] + bytes([(self.seq + 1) % 256]) + reply.data[4:]
 
@@ -1439,9 +1531,9 @@ class Postgres(Protocol):
         ("57P05", "terminating connection due to idle-session timeout"),
         ("57P03", "the database system is starting up"),
         ("53300", "sorry, too many clients already")))
-    usual = ("57014", "40001", "40P01", "55P03")
-    greeting = ("57P03", "53300")
-    closing = ("57P01", "25P03", "57P05")
+    default_errors = ("57014", "40001", "40P01", "55P03")
+    connect_errors = ("57P03", "53300")
+    fatal_errors = ("57P01", "25P03", "57P05")
     server_first = True
     TLS, GSS, CANCEL = 80877103, 80877104, 80877102
     UNDONE = re.compile(rb"(?i)\s*(rollback|abort)\b")
@@ -1557,42 +1649,42 @@ class Postgres(Protocol):
             self.pending.popleft()
         self.skipping = True
 
-    def complete(self, reply, request):
+    def finish_reply(self, reply, request):
         """The error, and for a simple query that the backend is ready again, in its own words."""
         ready = b"Z\0\0\0\5" + self.status if request.name == "QUERY" else b""
         return reply.data + ready
 
-    def said(self, kind):
-        severity = "FATAL" if kind in self.closing or kind in self.greeting else "ERROR"
+    def encode_error(self, kind):
+        severity = "FATAL" if kind in self.fatal_errors or kind in self.connect_errors else "ERROR"
         body = ("S%s\0V%s\0C%s\0M%s\0\0" % (severity, severity, kind, self.errors[kind])).encode()
         return pg_message(b"E", body)
 
-    def refuse(self, kind, data):
+    def connect_error(self, kind, data):
         """It says so when it knows who is there; no encryption until then."""
-        if kind not in self.greeting:
+        if kind not in self.connect_errors:
             return None
         if not data:
             return Reply(b"")
         asks = data[4:8] in (struct.pack(">I", self.TLS), struct.pack(">I", self.GSS))
-        return Reply(b"N") if asks else Reply(self.said(kind), True)
+        return Reply(b"N") if asks else Reply(self.encode_error(kind), True)
 
-    def answer(self, kind, request):
-        if kind in self.greeting or request.name == "SYNC":
+    def error_reply(self, kind, request):
+        if kind in self.connect_errors or request.name == "SYNC":
             return None
-        if kind in self.closing:
-            return Reply(self.said(kind), True)
+        if kind in self.fatal_errors:
+            return Reply(self.encode_error(kind), True)
         if self.status == b"E" or self.UNDONE.match(request.text):
             return None             # what has failed is only left
         if self.DONE.match(request.text):       # a COMMIT that fails has rolled back
             instead = pg_message(b"Q", b"ROLLBACK\0") if request.name == "QUERY" else (
                 pg_message(b"P", b"\0ROLLBACK\0\0\0") + pg_message(b"B", b"\0\0\0\0\0\0\0\0")
                 + pg_message(b"E", b"\0\0\0\0\0"))
-            return Reply(self.said(kind), False, instead)
+            return Reply(self.encode_error(kind), False, instead)
         # The backend fails as well, so that it is where the client believes it to be: in a
         # failed transaction, or leaving out all up to the next Sync. Its words are replaced.
         instead = (pg_message(b"Q", b"vaurien\0") if request.name == "QUERY" else
                    pg_message(b"P", b"vaurien\0vaurien\0\0\0"))
-        return Reply(self.said(kind), False, instead)
+        return Reply(self.encode_error(kind), False, instead)
 
 
 @protocol
@@ -1607,8 +1699,8 @@ class Smtp(Protocol):
         ("454", "4.7.0 TLS not available due to temporary reason"),
         ("552", "5.3.4 Message size exceeds fixed limit"),
         ("554", "5.7.1 Transaction failed")))
-    usual = ("450", "451", "452")
-    closing = ("421",)
+    default_errors = ("450", "451", "452")
+    fatal_errors = ("421",)
     server_first = True
     asks = False                # whether the backend wants to know more, for AUTH
 
@@ -1653,195 +1745,289 @@ class Smtp(Protocol):
             self.ended()
             yield END_OF_MESSAGE
 
-    def said(self, kind):
+    def encode_error(self, kind):
         return ("%s %s\r\n" % (kind, self.errors[kind])).encode()
 
-    def refuse(self, kind, data):
-        return Reply(self.said(kind), True) if kind in self.closing else None
+    def connect_error(self, kind, data):
+        return Reply(self.encode_error(kind), True) if kind in self.fatal_errors else None
 
-    def answer(self, kind, request):
+    def error_reply(self, kind, request):
         if request.name in ("QUIT", "MESSAGE"):
             return None             # the backend waits for the message: it is DATA that fails
         undo = b"RSET\r\n" if request.name in ("DATA", "BDAT") else b""
-        return super().answer(kind, request)._replace(instead=undo)
+        return super().error_reply(kind, request)._replace(substitute=undo)
 
 
 check_protocol = choice_check(*PROTOCOLS)
 
 
-# -- Rules, line and pipe -----------------------------------------------------
+# -- Rules --------------------------------------------------------------------
 #
-# A rule is a handler with options, armed on a proxy, and says when it acts. A line
-# is what the rules drawn for it make of one connection's events: a fold. A pipe
-# is the bytes of one direction on their way, each with the time it is due. None of
-# them knows of sockets or threads.
+# A rule is a handler with options, active on a proxy, and the fields that say when it acts.
+# A toxic is a rule with a name of its own. A draw decides whether a rule acts: a number that
+# depends on the seed and on what it is drawn for, and on nothing else. This section knows no
+# connections and no sockets.
+
+PERCENT_SUM_MAX = 100.000001        # percent: 33.3 three times and 0.1 count as 100
+DRAW_TO_PERCENT = 100 / 2 ** 64     # a draw is a whole number of 64 bits
+DRAW_BLOCK = struct.Struct(">8Q")   # the 8 draws of one blake2b hash
+
 
 class Rule:
-    """A handler with its options, armed on a proxy, and when it acts.
+    """A handler with its options, active on a proxy, and when it acts.
 
-    name       the handler's
-    options    {option: value}
-    low, high  percent: it acts if the throw of its dice falls from low up to high
-    dice       the throw's name; rules with the same dice share one throw, so that
-               at most one of them acts
-    per        what is drawn for: "request" or "connection"
-    stream     which events it sees: UPSTREAM, DOWNSTREAM or "both"
-    match      a compiled expression that the request's bytes must contain, or None: it
-               is thrown for the requests that do, as soon as they do
-    after      how many requests (or connections) it leaves alone first
-    times      on how many it acts at most; 0 is no limit
+    name                the handler's name
+    options             {option: value}
+    draw_min, draw_max  percent: the rule acts if its draw is at least draw_min, below draw_max
+    draw_key            names the draw; rules with the same key share one draw, so that at
+                        most one of them acts
+    fields              those of RULE_FIELDS, each an attribute of its name, but for percent
     """
 
-    __slots__ = ("name", "handler", "options", "low", "high", "draw_key", "per", "stream", "match",
-                 "after", "times", "direction", "thin", "blocking", "drawn_count", "activations", "shared",
-                 "failed", "instance")
+    __slots__ = ("name", "handler", "options", "draw_min", "draw_max", "draw_key", "direction",
+                 "rate_limited", "blocking", "drawn_count", "activations", "shared",
+                 "error_logged", "instance",
+                 *(field for field in RULE_FIELDS if field != "percent"))
 
-    def __init__(self, name, options=None, low=0.0, high=100.0, dice="behavior",
-                 per="request", stream="both", match=None, after=0, times=0):
+    per: str
+    stream: str
+    match: "re.Pattern"
+    after: int
+    times: int
+
+    def __init__(self, name, options=None, draw_min=0.0, draw_max=100.0, draw_key="behavior",
+                 **fields):
         self.name = name
         self.handler = get_handler(name)
-        self.low, self.high, self.draw_key = low, high, dice
-        self.per, self.stream, self.match = per, stream, match
-        self.set(dict(handler_options(self.handler), **options or {}))
-        self.after, self.times = after, times
-        self.thin = getattr(self.handler, "thin", False)
-        self.blocking = is_blocking_handler(self.handler)     # and so is not for the fold
-        self.drawn_count = 0             # requests, or connections, that its dice were thrown for
-        self.activations = 0               # on how many of them it has acted
+        self.draw_min, self.draw_max, self.draw_key = draw_min, draw_max, draw_key
+        for field, (_, default, _) in RULE_FIELDS.items():
+            if field != "percent":
+                setattr(self, field, fields.pop(field, default))
+        if fields:
+            raise TypeError("a rule has no field %s" % ", ".join(fields))
+        self.set_options(dict(handler_options(self.handler), **options or {}))
+        self.rate_limited = getattr(self.handler, "rate_limited", False)
+        self.blocking = is_blocking_handler(self.handler)   # it is no part of the chain
+        self.drawn_count = 0        # requests, or connections, that it was drawn for
+        self.activations = 0        # how many of them it has acted on
         self.shared = Counter()     # for the handler, across connections
-        self.failed = False         # whether the log has a traceback of it already
-        self.instance = None          # of the class form: the object that is called
+        self.error_logged = False   # a traceback of the handler is in the log already
+        self.instance = None        # of a blocking handler: the object that is called
 
-    def set(self, options):
-        """Have these options, {option: value}; with them it sees what way its events go."""
+    def set_options(self, options):
+        """Replace the options. The direction of the events it receives may follow from them."""
         self.options = options
-        way = getattr(self.handler, "way", None)
-        self.direction = way(options) if way and self.stream == "both" else self.stream
+        choose = getattr(self.handler, "choose_direction", None)
+        self.direction = choose(options) if choose and self.stream == "both" else self.stream
 
-    def hit(self, chance):
-        """Whether the throw of its dice, a whole number of 64 bits, falls so that it acts."""
-        return self.low <= chance * DRAW_TO_PERCENT < self.high
+    def includes(self, draw):
+        """Return whether the rule acts for this draw."""
+        return self.draw_min <= draw * DRAW_TO_PERCENT < self.draw_max
 
     def __str__(self):
-        """The handler and its options; a yes/no or a text only where it is not the default."""
-        usual = handler_options(self.handler)
-        said = ["%s=%s" % (option, format_value(value)) for option, value in self.options.items()
-                if value != usual[option] or not isinstance(value, (bool, str))]
-        return " ".join([self.name] + said)
+        """The handler and its options; a yes/no or a text only if it differs from its default."""
+        defaults = handler_options(self.handler)
+        shown = ["%s=%s" % (option, format_value(value))
+                 for option, value in self.options.items()
+                 if value != defaults[option] or not isinstance(value, (bool, str))]
+        return " ".join([self.name] + shown)
 
-    def fields(self):
-        """All of it as one table, as `read_rules` reads it."""
-        table = dict(self.options, name=self.name, percent=self.high - self.low, per=self.per,
-                     stream=self.stream, after=self.after, times=self.times)
-        return dict(table, match=self.match.pattern.decode()) if self.match else table
+    def to_json(self):
+        """Return options and fields as one flat object, as `read_rules` accepts it."""
+        table = dict(self.options, name=self.name, percent=self.draw_max - self.draw_min)
+        for field in RULE_FIELDS:
+            value = table.get(field, getattr(self, field, None))
+            if value is not None:       # `match` is kept compiled
+                table[field] = value.pattern.decode() if hasattr(value, "pattern") else value
+        return table
 
 
-PERCENT_SUM_MAX = 100.000001      # percent: 33.3 three times and 0.1 are 100
-DRAW_TO_PERCENT = 100 / 2 ** 64     # of all that 64 bits of chance can be
-DRAW_BLOCK = struct.Struct(">8Q")      # that one hash of blake2b gives
+class Toxic:
+    """A rule on a proxy with a name, and so a draw, of its own, beside the behavior.
+
+    name        unique on its proxy
+    toxicity    how often it acts, from 0 to 1
+    attributes  {option: value} as the user wrote them; negative numbers act as 0
+    stream      "upstream", "downstream" or "both", in upper or lower case
+    fields      other fields of its rule: per, match, after, times
+    """
+
+    # Toxiproxy's defaults, where they differ from those of RULE_FIELDS.
+    DEFAULTS = {"per": "connection", "stream": DOWNSTREAM}
+
+    def __init__(self, type_, name, toxicity=1.0, attributes=None, stream=DOWNSTREAM, **fields):
+        self.name = name
+        self.stream = stream        # as the user wrote it
+        fields = dict(self.DEFAULTS, **fields)
+        self.rule = Rule(type_, draw_key="toxic " + name, **dict(fields, stream=stream.lower()))
+        self.attributes = dict(self.rule.options)
+        self.set(toxicity, attributes or {})
+
+    def set(self, toxicity, attributes):
+        self.toxicity = toxicity
+        self.attributes.update(attributes)
+        self.rule.set_options({option: value if isinstance(value, str) else
+                               max(value, type(value)())
+                               for option, value in self.attributes.items()})
+        self.rule.draw_max = 100.0 * toxicity
+
+    def own_fields(self):
+        """Return the rule fields that are not Toxiproxy's and differ from their defaults."""
+        defaults = {name: self.DEFAULTS.get(name, field.default)
+                    for name, field in RULE_FIELDS.items() if name not in ("percent", "stream")}
+        return OrderedDict((name, getattr(self.rule, name)) for name in defaults
+                           if getattr(self.rule, name) != defaults[name])
+
+    def same_rule(self, other):
+        """Return whether it differs from another in its toxicity and attributes at most."""
+        return (self.stream, self.rule.name, self.own_fields()) == (
+            other.stream, other.rule.name, other.own_fields())
+
+    def __str__(self):
+        return "%s (%g:%s %s)" % (self.name, 100 * self.toxicity, self.rule.stream, self.rule)
 
 
 def parse_behavior(text):
-    """Read "20:delay,5:error" into [(20.0, "delay"), (5.0, "error")].
+    """Parse "20:delay,5:error" into [(20.0, "delay"), (5.0, "error")].
 
-    The percents are of the requests; what is missing to 100 passes untouched.
+    The percentages are of the requests; the rest up to 100 passes unchanged.
     Raises ValueError.
     """
-    chosen = []
+    shares = []
     for part in text.split(","):
         percent, colon, name = part.strip().partition(":")
         if not colon or not name.strip():
             raise ValueError("must be PERCENT:HANDLER[,PERCENT:HANDLER ...], "
                              "like 20:delay,5:error, not %r" % text)
         try:
-            number_check = check_percent(percent)
+            shares.append((check_percent(percent), name.strip()))
         except ValueError:
-            raise ValueError("must be PERCENT:HANDLER with a percent from 0 to 100, not %r"
+            raise ValueError("must be PERCENT:HANDLER with a percentage from 0 to 100, not %r"
                              % part.strip()) from None
-        chosen.append((number_check, name.strip()))
-    total = sum(percent for percent, _ in chosen)
+    total = sum(percent for percent, _ in shares)
     if total > PERCENT_SUM_MAX:
         raise ValueError("must add up to 100 percent at most, not %g: %r" % (total, text))
-    return chosen
+    return shares
 
 
-def check_fields(name, handler, fields):
-    """Fields with which a handler would not act: [(field, description)]."""
-    wrong = []
-    if handler in (error, transient, abort) and fields.get("stream") == UPSTREAM:
-        wrong.append(("stream", "stream must be both or downstream for %s, which spoils what "
-                                "the backend says" % name))
-    if not is_blocking_handler(handler):
-        return wrong
-    if fields.get("stream", "both") != "both":
-        wrong.append(("stream", "stream must be both for %s, which gets the sockets" % name))
-    if "match" in fields:
-        wrong.append(("match", "match is not for %s, which gets the sockets" % name))
-    return wrong
-
-
-class RuleError(ValueError):
-    """What is wrong with the fields of a rule: one (field, description) for each."""
-
-    def __init__(self, errors):
-        super().__init__("; ".join(description for _, description in errors))
-        self.errors = errors
+def check_fields(name, function, fields):
+    """Return an error for each field with which a handler would not act: [(field, sentence)]."""
+    errors = []
+    stream = fields.get("stream", "both")
+    if getattr(function, "changes_replies", False) and stream == UPSTREAM:
+        errors.append(("stream", "stream must be both or downstream for %s, because it changes "
+                                 "replies" % name))
+    if is_blocking_handler(function):
+        if stream != "both":
+            errors.append(("stream", "stream must be both for %s, because it is a blocking "
+                                     "handler" % name))
+        if "match" in fields:
+            errors.append(("match", "match is not possible for %s, because it is a blocking "
+                                    "handler" % name))
+    return errors
 
 
 def read_rules(tables):
-    """The rules of one behavior: one throw of the dice, at most one of them acts.
+    """Return the rules of one behavior: they share one draw, so at most one of them acts.
 
-    tables    [{"name": ..., and what is not the default: an option, a rule's field}]
+    tables    [{"name": ..., and each option or rule field that differs from its default}]
 
-    Raises BadRule, which says of each thing what is wrong with it.
+    Raises InputError with one sentence for each error.
     """
-    rules, low, errors = [], 0.0, []
+    rules, draw_min, errors = [], 0.0, []
     for table in tables:
-        fields, options = {"percent": 100.0}, {}
+        fields, options = {}, {}
         name = table.get("name")
         try:
-            handler = get_handler(name)
-        except ValueError as problem:
-            errors.append(("name", str(problem)))
-            handler = None
+            function = get_handler(name)
+        except ValueError as error:
+            errors.append(("name", str(error)))
+            function = None
         for key, value in table.items():
             try:
-                if key in RULE_FIELDS:
-                    fields[key] = RULE_FIELDS[key](value)
-                elif handler and key != "name":
+                if is_rule_field(function, key):
+                    fields[key] = RULE_FIELDS[key].check(value)
+                elif function and key != "name":
                     options[key] = check_option(name, key, value)
-            except ValueError as problem:
-                errors.append((key, "%s %s" % (key, problem)))
-        errors += check_fields(name, handler, fields)
-        percent = fields.pop("percent")
-        if handler and handler is not dummy and not errors:     # dummy needs no rule
-            rules.append(Rule(name, options, low, low + percent, **fields))
-        low += percent
-    if low > PERCENT_SUM_MAX:
-        errors.append(("percent", "percent must add up to 100 at most, not %g" % low))
+            except ValueError as error:
+                errors.append((key, "%s %s" % (key, error)))
+        errors += check_fields(name, function, fields)
+        percent = fields.pop("percent", 100.0)
+        if function and function is not dummy and not errors:   # dummy needs no rule
+            rules.append(Rule(name, options, draw_min, draw_min + percent, **fields))
+        draw_min += percent
+    if draw_min > PERCENT_SUM_MAX:
+        errors.append(("percent", "percent must add up to 100 at most, not %g" % draw_min))
     if errors:
-        raise RuleError(errors)
+        raise InputError(errors)
     return rules
+
+
+def make_toxic(type_, name, fields, attributes, toxiproxy=False):
+    """Return a Toxic made of unchecked values, each given as a JSON value or as text.
+
+    fields       {"toxicity" or "percent", "stream" or another rule field: value}
+    attributes   {option: value}
+    toxiproxy    whether to accept what Toxiproxy's server accepts: any toxicity, negative
+                 numbers, a stream in upper case
+
+    Raises InputError: one (field or option, sentence) for each error.
+    """
+    checked, errors, values = {}, [], {}
+
+    def check(target, key, function, *args):
+        try:
+            target[key] = function(*args)
+        except ValueError as error:
+            errors.append((key, "%s %s" % (key, error)))
+
+    for key, value in fields.items():
+        if key == "toxicity":
+            check(checked, key, float if toxiproxy else check_toxicity, value)
+        elif key == "stream":
+            check(checked, key, RULE_FIELDS[key].check, value.lower() if toxiproxy else value)
+        elif key in RULE_FIELDS:
+            check(checked, key, RULE_FIELDS[key].check, value)
+        else:
+            errors.append((key, "%s is not a field of a toxic" % key))
+    for option, value in attributes.items():
+        if toxiproxy and type(value) is int and value < 0 and option in MAY_BE_NEGATIVE:
+            values[option] = value
+        else:
+            check(values, option, check_option, type_, option, value)
+    if "toxicity" in checked and "percent" in checked:
+        errors.append(("percent", "percent and toxicity mean the same: give one of them"))
+    errors += check_fields(type_, get_handler(type_), checked)
+    if errors:
+        raise InputError(errors)
+    toxicity = checked.pop("toxicity", checked.pop("percent", 100.0) / 100)
+    stream = fields["stream"] if "stream" in checked else DOWNSTREAM
+    checked.pop("stream", None)
+    return Toxic(type_, name, toxicity, values, stream, **checked)
+
+
+# Toxiproxy accepts negative numbers for these attributes; they act as 0.
+MAY_BE_NEGATIVE = {"latency", "jitter", "delay", "timeout", "bytes"}
 
 
 class State(Counter):
     """A handler's memory of what its fault was drawn for; see the room of handlers."""
 
-    turn = 0
-    protocol = asked = generator = None
-    opaque = False                  # whether a connection has left its protocol: TLS
+    request_number = 0
+    protocol = current_request = generator = None
+    protocol_lost = False                  # whether a connection has left its protocol: TLS
 
-    def __init__(self, rule, chance, number_check):       # a Counter's own would only cost time
+    def __init__(self, rule, draw, number_check):       # a Counter's own would only cost time
         self.shared = rule.shared
         self.stream = rule.stream
         self.request = number_check
         self.replies = {}           # {Request: Reply or None}, of `error`
-        self.chance = chance        # the seed of `random`
+        self.draw = draw
 
     @property
     def random(self):
         if self.generator is None:      # most handlers never ask
-            self.generator = random.Random(self.chance)
+            self.generator = random.Random(self.draw)
         return self.generator
 
 
@@ -1904,7 +2090,7 @@ class RuleSet:
         if number_check <= rule.after:
             return None
         chance = self.throw(rule.draw_key, connection, request // 8)[request % 8]
-        return State(rule, chance, number_check) if rule.hit(chance) else None
+        return State(rule, chance, number_check) if rule.includes(chance) else None
 
     def draw_ahead(self, connection, first):
         """Which rules act on a connection's requests, from this one to the end of its block.
@@ -1917,7 +2103,7 @@ class RuleSet:
                 return None
             chances = self.throw(rule.draw_key, connection, first // 8)
             for request in range(first, (first | 7) + 1):
-                if rule.hit(chances[request % 8]):
+                if rule.includes(chances[request % 8]):
                     found.setdefault(request, []).append((rule, chances[request % 8]))
         return found
 
@@ -2009,7 +2195,7 @@ class Chain:
     def free(self, to, latest):
         """What was on its way has been released: thin wires have nothing queued after latest."""
         for step in self.active:
-            if step.rule.thin and step.state is not None:
+            if step.rule.rate_limited and step.state is not None:
                 step.state[to] = min(step.state[to], latest)
 
     def draw(self, rule):
@@ -2095,8 +2281,8 @@ class Chain:
             except (Exception, SystemExit) as problem:
                 log.error("connection %d, request %d: handler %s failed and the connection is "
                           "reset: %s", self.connection, self.number, step.rule.name,
-                          format_exception(problem), exc_info=not step.rule.failed)
-                step.rule.failed = self.modified = True
+                          format_exception(problem), exc_info=not step.rule.error_logged)
+                step.rule.error_logged = self.modified = True
                 return [(t, to, RESET, ())]
         return events
 
@@ -2109,8 +2295,8 @@ class Chain:
         if rule.direction not in ("both", to) or (rule.times and not step.may_act()):
             return [event]
         state = step.state
-        state.turn, state.asked = self.number, self.asked
-        state.protocol, state.opaque = self.protocol, self.opaque
+        state.request_number, state.current_request = self.number, self.asked
+        state.protocol, state.protocol_lost = self.protocol, self.opaque
         events = [(due if due > t else t, way, out) for due, way, out
                   in rule.handler(state, t, to, data, **rule.options)]
         if events == [(t, to, data)]:
@@ -2483,7 +2669,7 @@ class DelayQueue:
         if data or data is OPEN:
             self.latest = t
         self.rate_limited_until = max(self.rate_limited_until,
-                              start + sum(hold[1] for hold in holds if hold[0].thin))
+                              start + sum(hold[1] for hold in holds if hold[0].rate_limited))
         self.order += 1
         self.hold(len(data))
         heapq.heappush(self.queue, (t, self.order, data, start, holds))
@@ -3351,8 +3537,8 @@ class Connection:
             log.log(logging.INFO if gone else logging.ERROR,
                     "connection %d, request %d: handler %s failed and the connection is closed: "
                     "%s", self.number, self.line.request, rule.name, format_exception(problem),
-                    exc_info=not (rule.failed or gone) and problem)
-            rule.failed = rule.failed or not gone
+                    exc_info=not (rule.error_logged or gone) and problem)
+            rule.error_logged = rule.error_logged or not gone
         if self.client is None:
             return
         for sock in (self.client, self.backend):
@@ -3835,41 +4021,6 @@ def bind_listener(family, address):
 FaultRecord = namedtuple("FaultRecord", "number time proxy connection client request handler options")
 
 
-class Toxic:
-    """A rule on a proxy with a name, and so dice, of its own, beside the behavior.
-
-    name        unique on its proxy
-    toxicity    how often it acts, from 0 to 1
-    attributes  {option: value}, as they were given: negative ones count as 0
-    stream      "upstream", "downstream" or "both", in any case
-    fields      of its rule: per, match, after, times
-    """
-
-    def __init__(self, kind, name, toxicity=1.0, attributes=None, stream=DOWNSTREAM,
-                 per="connection", **fields):
-        self.name = name
-        self.stream = stream        # as it was written
-        self.rule = Rule(kind, dice="toxic " + name, stream=stream.lower(), per=per, **fields)
-        self.attributes = dict(self.rule.options)
-        self.set(toxicity, attributes or {})
-
-    def set(self, toxicity, attributes):
-        self.toxicity = toxicity
-        self.attributes.update(attributes)
-        self.rule.set({option: value if isinstance(value, str) else max(value, type(value)())
-                       for option, value in self.attributes.items()})
-        self.rule.high = 100.0 * toxicity
-
-    def same_rule(self, other):
-        """Whether it differs from another in its toxicity and attributes at most."""
-        return self.stream == other.stream and all(
-            getattr(self.rule, name) == getattr(other.rule, name)
-            for name in ("name", "per", "match", "after", "times"))
-
-    def __str__(self):
-        return "%s (%g:%s %s)" % (self.name, 100 * self.toxicity, self.rule.stream, self.rule)
-
-
 class Proxy:
     """A chaos proxy in front of one backend.
 
@@ -4016,8 +4167,8 @@ class Proxy:
     def describe(self):
         """The behavior and the toxics in words: "20:delay sleep=1.0, 80:dummy"."""
         behavior = self.behaviors[-1]
-        words = ["%g:%s" % (rule.high - rule.low, rule) for rule in behavior]
-        rest = 100 - sum(rule.high - rule.low for rule in behavior)
+        words = ["%g:%s" % (rule.draw_max - rule.draw_min, rule) for rule in behavior]
+        rest = 100 - sum(rule.draw_max - rule.draw_min for rule in behavior)
         return ", ".join(words + ["%g:dummy" % rest] * (rest > 0.000001)
                          + ["toxic %s" % toxic for toxic in self.toxics])
 
@@ -4125,7 +4276,7 @@ class Proxy:
                 try:
                     rule.instance = rule.handler(rule.options, self)
                 except Exception as problem:        # the user's class may do anything
-                    raise RuleError([("name", "%s cannot be made: %s" % (
+                    raise InputError([("name", "%s cannot be made: %s" % (
                         rule.name, format_exception(problem)))]) from None
         self.rules.armed = rules
         self.has_blocking = any(rule.blocking for rule in rules)
@@ -4152,16 +4303,16 @@ class Proxy:
         kind = rule.options.get("kind") if rule.handler in (error, transient) else ""
         if kind and (self.protocol is None or kind not in self.protocol.errors):
             if self.protocol is None:
-                raise RuleError([("kind", "kind %r is for a protocol: tcp has no kinds of errors"
+                raise InputError([("kind", "kind %r is for a protocol: tcp has no kinds of errors"
                                 % kind)])
-            raise RuleError([("kind", "kind must be one of %s, which %s has, not %r" % (
+            raise InputError([("kind", "kind must be one of %s, which %s has, not %r" % (
                 ", ".join(self.protocol.errors), self.protocol_name(), kind))])
         if (rule.handler in (error, transient) and self.protocol and rule.stream != "both"
                 and not rule.options["inject"]):
-            raise RuleError([("stream", "stream must be both for %s, which answers in the backend's "
+            raise InputError([("stream", "stream must be both for %s, which answers in the backend's "
                                       "place" % rule.name)])
         if rule.blocking and self.protocol:
-            raise RuleError([("name", "%s gets the sockets: it is for protocol tcp" % rule.name)])
+            raise InputError([("name", "%s gets the sockets: it is for protocol tcp" % rule.name)])
 
     def apply_change(self, local, backend, enabled, listener):
         """Have other addresses; listener is a new one, or None where the old one does."""
@@ -4518,7 +4669,7 @@ def set_rules(question, tables):
     """Have the proxy use these rules and no others. Raises Refused."""
     try:
         question.proxy.loop.run_sync(question.proxy.set_rules, read_rules(tables))
-    except RuleError as bad:
+    except InputError as bad:
         raise ApiError(400, [("body", name, words) for name, words in bad.errors]) from None
 
 
@@ -4588,10 +4739,10 @@ def get_rules(question):
     """The rules of the behavior, with every option and field."""
     tables, low = [], 0.0
     for rule in question.proxy.behaviors[-1]:
-        if rule.low > low:              # dummy's share, so that the dice fall the same again
-            tables.append({"name": "dummy", "percent": rule.low - low})
-        tables.append(rule.fields())
-        low = rule.high
+        if rule.draw_min > low:              # dummy's share, so that the dice fall the same again
+            tables.append({"name": "dummy", "percent": rule.draw_min - low})
+        tables.append(rule.to_json())
+        low = rule.draw_max
     return {"rules": tables}
 
 
@@ -5034,7 +5185,6 @@ JSON_TYPES = {str: "string", bool: "bool", int: "number", float: "number", list:
 TOXIPROXY_TYPES = {"noop", "latency", "bandwidth", "slicer", "slow_close", "timeout", "reset_peer",
               "limit_data"}
 # As in the original these may be negative, which is as 0; where it crashed, it is refused.
-MAY_BE_NEGATIVE = {"latency", "jitter", "delay", "timeout", "bytes"}
 PROXY_FIELDS = OrderedDict((("name", str), ("listen", str), ("upstream", str),
                             ("enabled", bool), ("toxics", list), ("protocol", str)))
 TOXIC_FIELDS = OrderedDict((("name", str), ("type", str), ("stream", str), ("toxicity", float),
@@ -5252,7 +5402,7 @@ def read_toxic(value, strict=False):
 
 def read_rule_fields(table):
     """The fields of a rule, but for stream, that a table has. Raises ApiError."""
-    return {key: check_field(key, check, table[key]) for key, check in RULE_FIELDS.items()
+    return {key: check_field(key, field.check, table[key]) for key, field in RULE_FIELDS.items()
             if key in table and key != "stream"}
 
 
@@ -5292,7 +5442,7 @@ def toxic_to_json(toxic):
     table = OrderedDict((("attributes", toxic.attributes), ("name", toxic.name),
                          ("type", rule.name), ("stream", toxic.stream),
                          ("toxicity", toxic.toxicity)))
-    fields = rule.fields()
+    fields = rule.to_json()
     usual = {"per": "connection", "match": None, "after": 0, "times": 0}
     table.update((name, fields[name]) for name in usual
                  if fields.get(name, usual[name]) != usual[name])
@@ -5442,7 +5592,7 @@ def update_toxic(question):
                 raise bad_body("%s cannot be changed: remove the toxic, and add it anew" % name)
         attributes = read_attributes(rule.name, fields.get("attributes", {}))
         changed = Toxic(rule.name, toxic.name, toxicity, dict(toxic.attributes, **attributes),
-                        toxic.stream, rule.per, match=rule.match, after=rule.after,
+                        toxic.stream, per=rule.per, match=rule.match, after=rule.after,
                         times=rule.times)
         proxy.loop.run_sync(proxy.set_toxics, [changed if other is toxic else other
                                            for other in proxy.toxics])
@@ -5757,16 +5907,6 @@ def check_names(text):
     return names
 
 
-def check_token(text):
-    """As RFC 6750 has it; it is a secret, so no complaint says it."""
-    if not re.fullmatch("[A-Za-z0-9._~+/-]+=*", text):
-        raise ValueError("must be letters, digits and ._~+/- alone, and = at its end")
-    return text
-
-
-TOKEN_VARIABLE = "VAURIEN_HTTP_TOKEN"       # of the environment, that others cannot look into
-
-
 def get_token(text):
     """The checked token of an option, or of the environment; None if there is none."""
     given = SourcedText("--http-token", text) if text else SourcedText(TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE))
@@ -5835,7 +5975,8 @@ DEMO_SETTINGS = OrderedDict((
     ("behavior", PROXY_SETTINGS["behavior"]._replace(default="20:delay")),
     ("seed", PROXY_SETTINGS["seed"]._replace(default="2",
                                              help="the same seed gives the same faults")),
-    ("requests", Setting(("--requests",), "120", check_requests, "N", "how many to make")),
+    ("requests", Setting(("--requests",), "120", number_check(
+        int, "a whole number from 10 to 1000", lambda count: 10 <= count <= 1000), "N", "how many to make")),
 ))
 METAVARS = {bool: "YES|NO", int: "N", float: "NUMBER", str: "TEXT"}
 EXAMPLES = """\
@@ -5912,7 +6053,7 @@ OPTION_FIELDS = [field for field in RULE_FIELDS if field != "percent"]
 def check_handler_option(name, option, text):
     """As `check_option`; a field of the rule, that stays as it is given, is one too."""
     if option in OPTION_FIELDS:
-        RULE_FIELDS[option](text)
+        RULE_FIELDS[option].check(text)
         return text
     return check_option(name, option, text)
 
@@ -6019,7 +6160,7 @@ def read_ini_toxic(where, name, given):
         if key == "toxicity":
             toxicity = text.check(check_toxicity)
         elif key in RULE_FIELDS:
-            fields[key] = text.check(RULE_FIELDS[key])
+            fields[key] = text.check(RULE_FIELDS[key].check)
         else:
             attributes[key] = text.check(check_option, kind.text, key)
     if "percent" in fields:
