@@ -1,32 +1,59 @@
 #!/usr/bin/env python3
-"""Vaurien, the chaos TCP proxy: a chaos monkey for TCP connections.
+"""Vaurien, the chaos TCP proxy.
 
-It stands between an application and a backend (MySQL, PostgreSQL, Redis,
-memcached, an HTTP API) and misbehaves on purpose, so that a test can ask: does
-my application survive when the database restarts, when the cache is down, when
-answers are slow, cut, reset, wrong?
+It sits between an application and a backend (MySQL, PostgreSQL, Redis, memcached, an HTTP
+API) and misbehaves on purpose, so that a test can ask: does my application survive when the
+database restarts, when the cache is down, when replies are slow, cut, reset or wrong?
 
     python3 vaurien.py demo
     python3 vaurien.py --local localhost:8000 --distant google.com:80 \\
                        --behavior 20:delay,5:error
     python3 vaurien.py --help
 
-This one file is all there is: the standard library, Python 3.6 or newer.
+This one file needs nothing but the standard library of Python 3.6 or newer.
 
-The road of a chunk:
+The path of a chunk:
 
                      one Connection
-                     +------------------------------------------------------------+
-      client socket  |   Line.carry: (now, UPSTREAM, data) -> events              |  backend socket
-        recv  ------>|   Pipe[UPSTREAM].put(t, data) ... until due ... flush ---->|  send
-      send  <--------|   <- flush <- Pipe[DOWNSTREAM] <- Line.carry <-------------|<------ recv
-                     +------------------------------------------------------------+
-      Loop: wakes for ready sockets, for the next due chunk, for other threads' calls
+                     +-----------------------------------------------------------+
+    client socket    |  chain: (now, UPSTREAM, data) -> events                   |   backend socket
+       recv -------->|  up:    chain -> delay queue ... until due ... send ----->|   send
+       send <--------|  down:  send <- ... delay queue <- chain <- recv <--------|<- recv
+                     +-----------------------------------------------------------+
+    Loop: wakes for ready sockets, for the next due chunk, and for calls of other threads
 
-A handler is a function of one timed event that yields the events to pass on
-instead. It never sleeps, reads no clock and touches no socket: time is a value.
-`grep -n '^# -- ' vaurien.py` is the table of contents; each room uses only the
-rooms above it.
+A handler is a function of one timed event that yields the events to pass on instead. It
+never sleeps, reads no clock and touches no socket: time is a value.
+
+Each section uses only the sections above it. `grep -n '^# -- ' vaurien.py` lists them:
+
+    vocabulary    Events, Checks
+    extend here   Handlers, Options, Protocols
+    engine        Rules, Chain, Delay queue, Loop, Sockets, Connection
+    service       Proxy, Metrics, Control, Toxiproxy, Client
+    programs      Command line, Demo, vaurienctl, Main
+
+Glossary:
+
+    client, backend        the two peers
+    upstream, downstream   towards the backend, towards the client
+    event                  (t, to, data): when it is due, its direction, bytes or a signal
+    rule                   a handler with options, and the fields that say when it acts
+    active rule            a rule drawn for one request or connection, with its state
+    chain                  the active rules of a connection, in order
+    delay queue, link      bytes of one direction with due times; with its source socket
+    fast path, slow path   recv and send in one callback; through chain and delay queue
+    exchange               a request and its reply; a framer finds their boundaries
+    fault record           the entry of the log and the API that a rule acted on a request
+
+To add
+
+    a handler      a function with @handler in the section Handlers
+    a protocol     a class with @protocol in the section Protocols
+    a route        a function with @route in the section Control
+    a setting      one line in SETTINGS, in the section Command line
+    a rule field   one line in RULE_FIELDS, in the section Options, and its meaning in Rule or
+                   Chain
 """
 import argparse
 import atexit
@@ -36,6 +63,7 @@ import functools
 import gc
 import heapq
 import importlib
+import itertools
 import logging
 import math
 import os
@@ -61,7 +89,7 @@ except ImportError:             # Windows has none
 
 
 class LazyModule:
-    """A module that is imported when something of it is used: the start is not to wait for it."""
+    """A module that is imported on first use, because imports would slow down the start."""
 
     def __init__(self, name):
         self.name = name
@@ -77,50 +105,58 @@ __version__ = "3.0.0"
 
 log = logging.getLogger("vaurien")
 
-CHUNK = 256 * 1024              # one recv at most; larger ones gained nothing when measured
-HELD_MAX = 16 * 1024 * 1024     # what one pipe may hold while it flows: 1 GB/s for 16 ms.
-                                #   Smaller, and latency becomes a bandwidth limit
-HELD_MAX_IDLE = 256 * 1024         # the same where nothing is delayed, or nothing is ever due
-HELD_TOTAL = 512 * 1024 * 1024  # what all pipes of a loop may hold together
-HELD_MIN = 4 * 1024           # what each pipe is sure of, however full the others are
-MATCH_WINDOW = 64 * 1024           # of a request, that an expression is looked for in
-KERNEL_PIPE_SIZE = 1024 * 1024              # bytes in a pipe of the kernel's; what it allows without root
-KERNEL_PIPES_POOLED = 16                 # empty ones, for the next who need one
-BULK_READ = 64 * 1024                # bytes in one read that are much
-SPLICE_AFTER = 4                        # such reads after which a pipe of the kernel's is worth its while
-COPY_MAX = 8 * 1024                # bytes that cost nothing to copy
-CACHED_HEAD_MAX = 1024               # of a head, in case the next one is the same
-CHUNK_OVERHEAD = 400                # what keeping one chunk costs besides its bytes: 398 on
-                                #   Python 3.6, 336 on 3.13 (measured)
-BACKLOG = 4096                  # for listen; the kernel caps it (net.core.somaxconn)
 LINUX = sys.platform.startswith("linux")
-ACCEPT_BURST = 64                      # connections accepted in a row before others have their turn
-LINGER_TIMEOUT = 5.0                    # seconds for a client to close after an error (as nginx has it)
-RETRY_DELAY = 1.0                     # seconds until what failed for lack of descriptors is tried again
-SPARE_FDS = 8                       # descriptors: a client, a backend, a resolver, two pipes ...
-PRECISE_WAIT = 0.005                    # seconds before an alarm from which waiting is exact
-SELECT_OVERSHOOT = 0.00015                 # seconds by which select() wakes up later than it is asked to
-MAX_WAIT = 3600.0                # seconds of one wait: epoll's timeout is a C int of ms
-RATE_BACKLOG = 0.1                    # seconds that may wait for a thin wire before its source feels it
-STATSD_INTERVAL = 1.0              # seconds between two reports
-STATSD_PACKET_MAX = 1400            # bytes of one, so that it is not cut on its way
-FAULT_RECORDS_KEPT = 10000             # faults that acted, remembered by each proxy
+
+# Sizes, in bytes
+CHUNK = 256 * 1024              # largest recv; larger ones were not faster when measured
+HELD_MAX = 16 * 1024 * 1024     # bound of one delay queue while data flows: 1 GB/s for 16 ms.
+                                #   With a lower one, latency would limit the bandwidth
+HELD_MAX_IDLE = 256 * 1024      # the same if nothing is delayed, or nothing is ever due
+HELD_TOTAL = 512 * 1024 * 1024  # bound of all delay queues of a loop together
+HELD_MIN = 4 * 1024             # reserved for each delay queue, even if the budget is used up
+CHUNK_OVERHEAD = 400            # memory for one queued chunk besides its bytes: 398 on
+                                #   Python 3.6, 336 on 3.13 (measured)
+MATCH_WINDOW = 64 * 1024        # part of a request in which `match` searches
+HEAD_MAX = 64 * 1024            # longest head of a request or reply (nginx: 4 * 8 KiB)
+CACHED_HEAD_MAX = 1024          # longest HTTP head that is remembered, to recognise it again
+BULK_READ = 64 * 1024           # smallest read that counts as bulk data
+COPY_MAX = 8 * 1024             # largest chunk that is copied because copying costs nothing
+KERNEL_PIPE_SIZE = 1024 * 1024  # of a pipe for splice: the most that users may set (man 7 pipe)
+STATSD_PACKET_MAX = 1400        # of a UDP packet, so that it is not fragmented
+
+# Numbers
+SPLICE_AFTER = 4                # bulk reads in a row after which splice is used
+KERNEL_PIPES_POOLED = 16        # empty pipes kept for the next bulk data
+BACKLOG = 4096                  # for listen(); the kernel caps it (net.core.somaxconn)
+ACCEPT_BURST = 64               # connections accepted in a row before other sockets get a turn
+SPARE_FDS = 8                   # descriptors that a connection may need: its two sockets, a
+                                #   resolver, two pipes ...
+FAULT_RECORDS_KEPT = 10000      # by each proxy
+
+# Times, in seconds
+LINGER_TIMEOUT = 5.0            # for a client to close after an error (nginx's default too)
+RETRY_DELAY = 1.0               # after descriptors have run out (asyncio: ACCEPT_RETRY_DELAY)
+PRECISE_WAIT = 0.005            # before a timer is due: from here on the wait is precise
+SELECT_OVERSHOOT = 0.00015      # by which select() returns later than asked
+MAX_WAIT = 3600.0               # of one wait: epoll's timeout is a C int of milliseconds
+RATE_BACKLOG = 0.1              # queued for a rate limit before the source is not read any more
+STATSD_INTERVAL = 1.0           # between two reports
 
 
 # -- Events -------------------------------------------------------------------
 #
-# An event is (t, to, data): when it is due, in seconds of the loop's clock; which
-# way it goes; and bytes, or a signal that tells of the stream itself.
+# An event is (t, to, data): when it is due, in seconds of the loop's clock; its direction;
+# and bytes, or a signal about the stream itself.
 
 UPSTREAM, DOWNSTREAM = "upstream", "downstream"     # towards the backend, the client
-NEVER = math.inf                                    # due when the fault is removed
+NEVER = math.inf                                    # due when the rule is removed
 
 
 class Signal(bytes):
     """An event without bytes.
 
-    It has length 0 and cannot be cut, so a handler that only delays, counts or
-    slices need not know of signals; one that cares asks `data is EOF`.
+    Its length is 0, and slicing returns itself. So a handler that only delays, counts or cuts
+    can ignore signals. A handler for one signal asks `data is EOF`.
     """
 
     name: str
@@ -139,13 +175,11 @@ class Signal(bytes):
     __eq__, __ne__, __hash__ = object.__eq__, object.__ne__, object.__hash__
 
 
-OPEN = Signal("OPEN")       # a client is here; upstream, this calls the backend. A fault that
-                            #   was drawn for the connection sees it each way, and again
-                            #   when it has been changed
-EOF = Signal("EOF")         # no more bytes this way: half-close; both ways: close
-RESET = Signal("RESET")     # forget what is under way, reset both sockets
-END_OF_MESSAGE = Signal("END")         # of a request, of a reply, where there is a protocol; goes no further
-CONTINUATION = Signal("MORE")       # what goes on with the request before; for protocols alone
+OPEN = Signal("OPEN")       # a client has connected; upstream, it makes the proxy connect to
+                            #   the backend. A rule drawn for the connection gets it in both
+                            #   directions, and again when its options have changed
+EOF = Signal("EOF")         # no more bytes in this direction: half-close; in both: close
+RESET = Signal("RESET")     # drop all data and reset both sockets
 
 
 # -- Checks -------------------------------------------------------------------
@@ -183,7 +217,7 @@ def not_negative(value):
 
 
 def check_number(value, type_, expected, valid=not_negative):
-    """Convert to a finite number of a type; Raises ValueError unless valid(number).
+    """Convert to a finite number of a type. Raises ValueError unless valid(number).
 
     value       a number or text
     expected    for the error: "a whole number, 0 or more"
@@ -263,6 +297,7 @@ def format_value(value):
 #              protocol_lost     True after the connection has fallen back to tcp
 #              current_request   the Request that the event belongs to; None without a
 #                                protocol, and while the client connects
+#              draw              the number that decided that the rule acts
 #              replies           {Request: Reply or None}: the error replies of `error`
 #   t        when the event happens; yielding an earlier time means t
 #   to       UPSTREAM or DOWNSTREAM; yield the opposite one to reply
@@ -334,7 +369,7 @@ def dummy(state, t, to, data):
 def delay(state, t, to, data, *, sleep=1.0, before=True):
     """A slow backend: each request, or its reply, is delayed.
 
-    sleep    seconds
+    sleep    seconds to wait
     before   yes: delay connecting and the request; no: delay the first byte of the reply
     """
     if data is OPEN or (data and state["delayed"] != state.request_number):
@@ -350,7 +385,7 @@ def error(state, t, to, data, *, inject=False, warmup=0, kind=""):
 
     inject   yes: insert 100 random bytes into the middle of the valid reply instead
     warmup   number of requests of the proxy to leave alone first
-    kind     an error of the protocol, like 503, LOADING, 1213 or 57P01; default: drawn
+    kind     an error of the protocol, like 503, LOADING, 1213 or 57P01; default: one is drawn
     """
     if state.request <= warmup or (state.protocol_lost and not inject):
         yield t, to, data
@@ -392,7 +427,7 @@ def transient(state, t, to, data, *, agitate=1, inject=False, warmup=0, kind="")
 
 @handler
 def hang(state, t, to, data):
-    """A stuck backend: requests are read but never answered, and no byte is lost.
+    """A stuck backend: requests are read but get no reply, and no byte is lost.
 
     When the rule is removed, the held bytes are delivered.
     """
@@ -426,7 +461,7 @@ def latency(state, t, to, data, *, latency=0, jitter=0):
     """A longer link: every chunk arrives later, and no chunk waits for another.
 
     latency  milliseconds added to each chunk
-    jitter   milliseconds more or less, drawn for each chunk
+    jitter   milliseconds added or subtracted at most, drawn for each chunk
     """
     if data:
         t += max(0, latency + (state.random.uniform(-jitter, jitter) if jitter else 0)) / 1000
@@ -436,7 +471,7 @@ def latency(state, t, to, data, *, latency=0, jitter=0):
 @handler
 @rate_limited
 def bandwidth(state, t, to, data, *, rate=0):
-    """A slower link: chunks queue for it, separately in each direction.
+    """A slower link: chunks wait for the link, separately in each direction.
 
     rate     kilobytes (1000 bytes) per second; 0 lets nothing through
     """
@@ -454,7 +489,7 @@ def slicer(state, t, to, data, *, average_size=0, size_variation=0, delay=0):
     """A link of small packets: every chunk is cut into pieces.
 
     average_size    bytes of a piece; 0 cuts nothing
-    size_variation  bytes more or less, drawn for each piece
+    size_variation  bytes added or subtracted at most, drawn for each piece
     delay           microseconds after each piece
     """
     if data is OPEN:
@@ -472,7 +507,7 @@ def slicer(state, t, to, data, *, average_size=0, size_variation=0, delay=0):
 def slow_close(state, t, to, data, *, delay=0):
     """A slow close: the end of the stream arrives later.
 
-    delay    milliseconds
+    delay    milliseconds to wait
     """
     yield t + delay / 1000 if data is EOF else t, to, data
 
@@ -510,7 +545,7 @@ def reset_peer(state, t, to, data, *, timeout=0):
 def limit_data(state, t, to, data, *, bytes=0):
     """A link that breaks: a number of bytes pass, then the connection is closed.
 
-    bytes    how many, counted separately in each direction
+    bytes    number of bytes, counted separately in each direction
     """
     if not data:
         yield t, to, data
@@ -731,82 +766,105 @@ def check_handler(path, function):
 
 # -- Protocols ----------------------------------------------------------------
 #
-# What tells one request from the next in the client's bytes and one reply from the next
-# in the backend's, and what a real server says when it fails. A protocol only reads what
-# passes, and knows of no socket, clock or thread.
+# A protocol finds requests in the client's bytes and replies in the backend's bytes, and it
+# knows the replies of a real server that fails. It only reads the bytes that pass, and it
+# knows no sockets, clocks or threads.
 #
-# Its two readers are generators, one for each way. They yield what they need next, are sent
-# it, and mark where they are:
+# A protocol has two readers, `requests` and `replies`: generators that a Framer drives. A
+# reader yields what it needs next, and the boundaries that it finds:
 #
-#   a number       so many bytes pass by
-#   Take(number)   so many bytes are sent to it
-#   Past(bytes)    all bytes up to the end of these pass by
-#   a pattern      the bytes up to the end of its first match are sent to it, HEARD_MAX at most
-#   a Request      what has passed since the last END is the head of a request: now it can
-#                  be said what it is, and nothing of it need have been let through
-#   MORE           what has passed since the last END goes on with the request before
-#   END            here a request, or a reply, ends
+#   an int              skip this many bytes
+#   NeedBytes(count)    receive this many bytes, as the value of the yield
+#   SkipUntil(marker)   skip all bytes up to the end of the marker
+#   a pattern           receive the bytes up to the end of its first match, HEAD_MAX at most
+#   a Request           the bytes since the last END_OF_MESSAGE are the head of this request
+#   CONTINUATION        the bytes since the last END_OF_MESSAGE continue the request before
+#   END_OF_MESSAGE      a request, or a reply, ends here
 #
-# NotOurs is raised where bytes are not, or no longer, of the protocol: the connection goes
-# on as plain tcp.
+# ProtocolError means that the bytes are not, or no longer, of the protocol. The connection
+# then continues as tcp.
 #
-# A reader has read a whole chunk before anybody follows its marks (FramedLine.read). So the
-# two know of each other through `pending` alone, the Requests that the backend is to answer;
-# those without a reply are only in the line's row.
+# The Framer hands each boundary to the ProtocolChain, which applies it to the queue of
+# exchanges before the reader continues. So a reader may look at the queue (`exchanges`,
+# `awaited`, `current_request`), and never changes it. It may set `replies` of a Request.
+#
+# The smallest protocol: one line is a request, one line is its reply.
+#
+#     @protocol
+#     class Lines(Protocol):
+#         """A protocol of lines."""
+#         errors = {"busy": "BUSY"}
+#         default_errors = ("busy",)
+#
+#         def requests(self):
+#             while True:
+#                 line = yield LINE
+#                 yield Request(text=line, name="LINE")
+#                 yield END_OF_MESSAGE
+#
+#         def replies(self):
+#             while True:
+#                 yield LINE
+#                 yield END_OF_MESSAGE
 
 PROTOCOLS = OrderedDict((("tcp", None),))       # {name: class}
+END_OF_MESSAGE = Signal("END_OF_MESSAGE")       # also an event for handlers; it is never sent
+CONTINUATION = Signal("CONTINUATION")
 LINE = re.compile(rb"\n")
 HEADERS = re.compile(rb"\n\r?\n")
 PATTERN = type(LINE)
-UNLIMITED = 1 << 62               # bytes that are of no more interest
+UNLIMITED = 1 << 62             # skip all further bytes
 
 
-def protocol(function):
-    """Register a protocol under its own name, in small letters."""
-    PROTOCOLS[function.__name__.lower()] = function
-    return function
+def protocol(class_):
+    """Register a protocol under its own name, in lower case."""
+    PROTOCOLS[class_.__name__.lower()] = class_
+    return class_
 
 
 class NeedBytes(int):
-    """So many bytes, to be looked at."""
+    """A reader yields this to receive a number of bytes."""
 
 
 class SkipUntil:
-    """All bytes up to the end of these, of which some may have gone by."""
+    """A reader yields this to skip all input up to the end of the next marker.
 
-    __slots__ = ("words", "tail")
+    tail    the last bytes before, in case the marker begins in them
+    """
 
-    def __init__(self, words, tail=b""):
-        self.words, self.tail = words, tail
+    __slots__ = ("marker", "tail")
+
+    def __init__(self, marker, tail=b""):
+        self.marker, self.tail = marker, tail
 
 
 class ProtocolError(Exception):
-    """These bytes are not of the protocol; the words are for the log."""
+    """The bytes are not of the protocol. The log shows the text."""
 
 
 class Request:
-    """What is known of a request when its head has come.
+    """A request of a protocol, known as soon as its head is complete.
 
-    text      what `match` is looked for in
-    name      its command, in capitals
-    replies   whether the backend answers it
-    info      what else its protocol wants to know of it
-    draws     whether dice are thrown for it; else it shares the lot of the one before
+    text           the bytes in which `match` searches
+    name           its command, in capitals
+    replies        whether the backend replies to it
+    info           further data for its protocol
+    independent    whether rules are drawn for it; otherwise it shares those of the last one
     """
 
-    __slots__ = ("text", "name", "replies", "info", "draws")
+    __slots__ = ("text", "name", "replies", "info", "independent")
 
-    def __init__(self, text, name, replies=True, info=None, draws=True):
+    def __init__(self, text, name, replies=True, info=None, independent=True):
         self.text, self.name, self.replies, self.info = text, name, replies, info
-        self.draws = draws
+        self.independent = independent
 
 
 class Reply(namedtuple("Reply", "data closes substitute")):
-    """How a fault answers a request.
+    """An error reply to a request.
 
-    data       what is said in the backend's place
-    closes     whether the connection is closed then
-    instead    what the backend gets in the request's place, if it has to know
+    data          the bytes sent in the backend's place
+    closes        whether the connection is closed then
+    substitute    the bytes that the backend gets in place of the request, if it must know
     """
 
     __slots__ = ()
@@ -816,121 +874,131 @@ class Reply(namedtuple("Reply", "data closes substitute")):
 
 
 class Framer:
-    """Where requests, or replies, begin and end in the bytes of one way, split as they come."""
+    """Finds the boundaries of requests, or of replies, in the bytes of one direction.
 
-    __slots__ = ("reader", "whole", "need", "kept", "between", "lost")
+    awaiting       what the reader yielded last
+    buffered       bytes that it needs, as far as they have arrived
+    at_boundary    whether all bytes so far were complete messages
+    """
 
-    def __init__(self, reader, whole=lambda data: None):
-        """whole(bytes) knows usual messages that come alone, at one look: see Protocol."""
+    __slots__ = ("reader", "parse_whole", "awaiting", "buffered", "at_boundary")
+
+    def __init__(self, reader, parse_whole=lambda data: None):
+        self.parse_whole = parse_whole      # see Protocol.parse_whole_request
+        self.restart(reader)
+
+    def restart(self, reader):
+        """Continue with another reader. The bytes buffered for the last one are dropped."""
         self.reader = reader
-        self.whole = whole
-        self.need = next(reader)
-        self.kept = b""             # of what is needed, from earlier pieces
-        self.between = True         # whether all so far was whole messages
-        self.lost = ""              # why the bytes are not the protocol's any more
+        self.awaiting = next(reader)
+        self.buffered = b""
+        self.at_boundary = True
 
-    def usual(self, data):
-        """The usual message that these bytes are, no more and no less; or None.
+    def skips(self, size):
+        """Return whether the next `size` bytes contain no boundary, as in a long body."""
+        return type(self.awaiting) is int and self.awaiting > size
 
-        It is a Request, or True of a reply; `feed` is told of it, if its marks are needed.
+    def whole_message(self, data):
+        """Return the boundaries of data that is exactly one common message, or None.
+
+        A shortcut for `feed`, which would find the same. Raises ProtocolError.
         """
-        try:
-            return self.whole(data) if self.between else None
-        except ProtocolError as problem:
-            self.lost = str(problem)
+        message = self.parse_whole(data) if self.at_boundary else None
+        if not message:
             return None
+        end = (len(data), END_OF_MESSAGE)
+        return (end,) if message is True else ((len(data), message), end)
 
-    def feed(self, data, size, found=None):
-        """The marks in the first `size` of these bytes: [(offset, mark)].
+    def feed(self, data, size):
+        """Parse `size` bytes of data. Yield (offset, boundary) for each boundary.
 
-        found    what `usual` has said of them
+        data    bytes, or a memoryview from the beginning of a bytearray
+
+        The caller applies a boundary before it asks for the next one. Raises ProtocolError.
         """
-        if found:
-            return [(size, END_OF_MESSAGE)] if found is True else [(size, found), (size, END_OF_MESSAGE)]
-        marks = []
-        if self.lost:
-            return marks
-        try:
-            self.read(data, size, marks)
-        except ProtocolError as problem:
-            self.lost = str(problem)
-        if marks or self.between:
-            self.between = bool(marks) and marks[-1] == (size, END_OF_MESSAGE)
-        return marks
-
-    def read(self, data, size, marks):
-        at, need, kept, send = 0, self.need, self.kept, self.reader.send
+        if type(data) is memoryview:        # which has no find()
+            data = data.obj
+        offset, boundary, boundary_at = 0, None, -1
         while True:
-            kind = type(need)
-            if kind is PATTERN and not kept:
-                match = need.search(data, at, size)
-                end = match.end() if match else size
-                found = bytes(data[at:end])
-                if len(found) > MATCH_WINDOW:
-                    raise ProtocolError("a head of more than %d bytes" % MATCH_WINDOW)
-                at = end
-                if not match:
-                    kept = found
+            awaiting = self.awaiting
+            type_ = type(awaiting)
+            if type_ is int:
+                if awaiting > size - offset:
+                    self.awaiting -= size - offset
                     break
-                need = send(found)
-            elif kind is PATTERN:
-                text = kept + data[at:size]
-                match = need.search(text)
-                end = match.end() if match else len(text)
-                if end > MATCH_WINDOW:
-                    raise ProtocolError("a head of more than %d bytes" % MATCH_WINDOW)
-                at += end - len(kept)
-                if not match:
-                    kept = text
+                offset += awaiting
+                self.awaiting = self.reader.send(None)
+            elif type_ in self.CONSUMERS:
+                offset, data_for_reader = self.CONSUMERS[type_](
+                    self, awaiting, data, offset, size)
+                if data_for_reader is None:
                     break
-                kept = b""
-                need = send(bytes(text[:end]))
-            elif kind is int:
-                if need > size - at:
-                    need -= size - at
-                    break
-                at += need
-                need = send(None)
-            elif kind is NeedBytes:
-                found = kept + data[at:min(size, at + need - len(kept))]
-                at += len(found) - len(kept)
-                kept = found
-                if len(kept) < need:
-                    break
-                kept = b""
-                need = send(bytes(found))
-            elif kind is SkipUntil:
-                words, tail = need.words, need.tail
-                near = tail + data[at:min(size, at + len(words) - 1)]
-                found, start = near.find(words), at - len(tail)
-                if found < 0:
-                    found, start = data.find(words, at, size), 0
-                if found < 0:
-                    end = tail + data[max(at, size - len(words) + 1):size]
-                    need.tail = bytes(end[-len(words) + 1:])
-                    break
-                at = start + found + len(words)
-                need = send(None)
+                self.awaiting = self.reader.send(data_for_reader)
             else:
-                marks.append((at, need))
-                need = send(None)
-        self.need, self.kept = need, kept
+                boundary, boundary_at = awaiting, offset
+                yield offset, boundary
+                self.awaiting = self.reader.send(None)
+        self.at_boundary = boundary is END_OF_MESSAGE and boundary_at == size
+
+    # Each consumer returns the next offset, and the bytes for the reader or None if more are
+    # needed.
+
+    def search(self, pattern, data, offset, size):
+        """Consume the bytes up to the end of the first match of a pattern."""
+        if self.buffered:
+            text = self.buffered + data[offset:size]
+            match = pattern.search(text)
+            if match:
+                text = text[:match.end()]
+            offset += len(text) - len(self.buffered)
+        else:
+            match = pattern.search(data, offset, size)
+            end = match.end() if match else size
+            text, offset = data[offset:end], end
+        if len(text) > HEAD_MAX:
+            raise ProtocolError("a head of more than %d bytes" % HEAD_MAX)
+        self.buffered = b"" if match else bytes(text)
+        return offset, bytes(text) if match else None
+
+    def take(self, count, data, offset, size):
+        """Consume a number of bytes."""
+        text = self.buffered + data[offset:min(size, offset + count - len(self.buffered))]
+        offset += len(text) - len(self.buffered)
+        complete = len(text) >= count
+        self.buffered = b"" if complete else text
+        return offset, bytes(text) if complete else None
+
+    def skip_until(self, until, data, offset, size):
+        """Consume the bytes up to the end of a marker, which may have begun before."""
+        marker, tail = until.marker, until.tail
+        seam = tail + data[offset:min(size, offset + len(marker) - 1)]
+        at = seam.find(marker)
+        if at >= 0:
+            return offset - len(tail) + at + len(marker), b""
+        at = data.find(marker, offset, size)
+        if at >= 0:
+            return at + len(marker), b""
+        end = tail + data[max(offset, size - len(marker) + 1):size]
+        until.tail = bytes(end[-len(marker) + 1:])
+        return size, None
+
+    CONSUMERS = {PATTERN: search, NeedBytes: take, SkipUntil: skip_until}
 
 
 def read_opaque():
-    """A reader to whom all is the same."""
+    """A reader for a stream that is no longer parsed: it has no boundaries."""
     yield UNLIMITED
 
 
 class Protocol:
-    """What a connection's protocol has read of it.
+    """The protocol of one connection, with the state of its two readers.
 
-    errors    {kind: what is said}: by the protocol's own names
-    usual     the kinds that are drawn from where none is named
-    greeting  the kinds that come when a client connects, in the place of all else
-    closing   the kinds after which a server closes
-    speaks    whether the backend speaks first, or is asked who it is: connecting is then
-              a request by itself
+    errors            {kind: data for `encode_error`}, by the protocol's own names
+    default_errors    the kinds to draw from if none is named
+    connect_errors    the kinds that a client gets when it connects, instead of a greeting
+    fatal_errors      the kinds after which a server closes the connection
+    server_first      whether the server sends a greeting, or a handshake comes before the
+                      first request. The handshake then counts as request 1
     """
 
     errors: dict = {}
@@ -940,19 +1008,23 @@ class Protocol:
     server_first = False
 
     def __init__(self, host=b""):
-        self.host = host            # what a request is to name in the client's words, if anything
-        # Requests that the backend has, and has not answered; None stands for connecting.
-        self.pending: deque = deque([None] if self.server_first else [])
-        self.up = Framer(self.requests(), self.whole_request)
-        self.down = Framer(self.replies(), self.whole_reply)
+        self.host = host            # the Host header for requests; empty: leave the client's
+        self.exchanges: deque = deque()     # the ProtocolChain's queue: to be read only
+        self.request_framer = Framer(self.requests(), self.parse_whole_request)
+        self.reply_framer = Framer(self.replies(), self.parse_whole_reply)
 
-    def first(self):
-        """The Request that is answered next; None while somebody connects."""
-        return self.pending[0] if self.pending else None
+    def awaited(self):
+        """Return the exchanges whose reply the backend still owes, in order."""
+        return [exchange for exchange in self.exchanges if exchange.awaits_reply()]
 
-    def ended(self):
-        """A reply has come to its end."""
-        return self.pending.popleft() if self.pending else None
+    def current_request(self):
+        """Return the Request of the reply that comes next. None while the client connects."""
+        for exchange in self.exchanges:
+            if exchange.awaits_reply():
+                return exchange.request
+        return None
+
+    # For each protocol to define
 
     def requests(self):
         """The reader of the client's bytes."""
@@ -962,35 +1034,48 @@ class Protocol:
         """The reader of the backend's bytes."""
         raise NotImplementedError
 
-    def whole_request(self, data):
-        """The Request that these bytes are, no more and no less, if it is a usual one.
+    def parse_whole_request(self, data):
+        """Return the Request if data is exactly one common request, to which the backend replies.
 
-        That draws, and is answered. Or None, and nothing is done. Raises NotOurs.
+        Returns None for any other data, and changes nothing then. Raises ProtocolError.
         """
         return None
 
-    def whole_reply(self, data):
-        """True if these bytes are a usual reply, which has `ended`; or None, and it has not."""
+    def parse_whole_reply(self, data):
+        """Return True if data is exactly one common reply, and otherwise None."""
         return None
 
     def rewrite_head(self, head):
-        """The head of a request as it is to go on."""
+        """Return the head of a request as the backend gets it."""
         return head
 
     def connect_error(self, kind, data):
-        """The Reply to a client that connects, or None if that is no time for this kind.
+        """Return the Reply to a client that connects, or None if this kind does not fit now.
 
-        data    OPEN, or what it has said
+        data    OPEN, or the bytes that the client has sent
         """
         return Reply(self.encode_error(kind), True) if kind in self.connect_errors else None
 
-    def reply_with_error(self, state, t, to, data, kind):
-        """Yield the events of a server that fails, as it happens in three moments.
+    def error_reply(self, kind, request):
+        """Return the Reply to a request, or None if a real server would not reply so."""
+        if kind in self.connect_errors or not request.replies:
+            return None
+        return Reply(self.encode_error(kind), kind in self.fatal_errors)
 
-        It refuses a client that connects. It replies to a request with an error when the
-        request ends. Or, if the backend got a substitute for the request, when the backend's
-        reply to that ends. An event for which a real server would not fail passes.
-        """
+    def finish_reply(self, reply, request):
+        """Return the reply's bytes, when the request, or the reply to its substitute, ends."""
+        return reply.data
+
+    def encode_error(self, kind):
+        return self.errors[kind].encode() + b"\r\n"
+
+    # The events of a server that fails, in three moments: it refuses a client that connects;
+    # it replies to a request with an error when the request ends; or, if the backend got a
+    # substitute for the request, when the backend's reply to that ends. An event at which a
+    # real server would not fail passes.
+
+    def reply_with_error(self, state, t, to, data, kind):
+        """Yield the events of `error` with a protocol, in place of one event."""
         if state.current_request is None:
             yield from self.fail_connect(state, t, to, data, kind)
         else:
@@ -999,7 +1084,7 @@ class Protocol:
             yield from self.end_error(state, t, to, data)
 
     def fail_connect(self, state, t, to, data, kind):
-        """A client connects: refuse it, or pass the event if this is no time to do so."""
+        """A client connects: refuse it, or pass the event if it is no time to refuse."""
         if to == DOWNSTREAM or data is EOF:
             yield t, to, data
             return
@@ -1020,7 +1105,7 @@ class Protocol:
             yield from close_both(t)
 
     def begin_error(self, state, t, kind):
-        """A request begins: choose the reply to it, which may be None."""
+        """A request begins: choose the reply to it, or None."""
         request = state.current_request
         reply = self.error_reply(kind or state.random.choice(self.default_errors), request)
         state.replies[request] = reply
@@ -1041,25 +1126,12 @@ class Protocol:
                 DOWNSTREAM if reply.substitute else UPSTREAM):
             yield t, DOWNSTREAM, self.finish_reply(reply, state.current_request)
 
-    def finish_reply(self, reply, request):
-        """What is said when the request is complete, and what the backend got instead answered."""
-        return reply.data
 
-    def error_reply(self, kind, request):
-        """The Reply to a request, or None if a server would not answer it so."""
-        if kind in self.connect_errors or not request.replies:
-            return None
-        return Reply(self.encode_error(kind), kind in self.fatal_errors)
-
-    def encode_error(self, kind):
-        return self.errors[kind].encode() + b"\r\n"
-
-
-def parse_length(text, most=1 << 60):
-    """A number as protocols write it. Raises NotOurs."""
+def parse_length(text, largest=1 << 60):
+    """Return a length as protocols write it. Raises ProtocolError."""
     text = text.strip()
-    if not text.isdigit() or len(text) > 18 or int(text) > most:
-        raise ProtocolError("%r is no length" % text[:20])
+    if not text.isdigit() or len(text) > 18 or int(text) > largest:
+        raise ProtocolError("%r is not a length" % text[:20])
     return int(text)
 
 
@@ -1071,138 +1143,144 @@ class Http(Protocol):
         ("500", "Internal Server Error"), ("502", "Bad Gateway"), ("503", "Service Unavailable"),
         ("504", "Gateway Timeout"), ("429", "Too Many Requests")))
     default_errors = ("500", "502", "503", "504")
-    FIRST = re.compile(rb"\s*([A-Z]+) [^ \r\n]+ HTTP/1\.([01])\r?\n")
-    STATUS = re.compile(rb"HTTP/1\.[01] (\d\d\d)")
-    USUAL = re.compile(rb"HTTP/1\.[01] (200|[45]\d\d)")
+    REQUEST_LINE = re.compile(rb"\s*([A-Z]+) [^ \r\n]+ HTTP/1\.([01])\r?\n")
+    STATUS_LINE = re.compile(rb"HTTP/1\.[01] (\d\d\d)")
+    COMMON_STATUS = re.compile(rb"HTTP/1\.[01] (200|[45]\d\d)")
     LENGTH = re.compile(rb"(?im)^content-length[ \t]*:[ \t]*(\d+)[ \t]*\r?$")
     CHUNKED = re.compile(rb"(?im)^transfer-encoding[ \t]*:.*chunked[ \t]*\r?$")
     CLOSE = re.compile(rb"(?im)^connection[ \t]*:.*\bclose\b")
-    ALIVE = re.compile(rb"(?im)^connection[ \t]*:.*\bkeep-alive\b")
-    SIZE = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,15})[ \t]*[;\r\n]")
+    KEEP_ALIVE = re.compile(rb"(?im)^connection[ \t]*:.*\bkeep-alive\b")
+    CHUNK_SIZE = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,15})[ \t]*[;\r\n]")
     EXPECT = re.compile(rb"(?im)^expect[ \t]*:.*100-continue")
-    # Many a client asks again and again the same, or with the same fields, and is answered so.
-    # What came alone last, up to REMEMBERED bytes: a request, and the Request made of it; its
-    # fields, as they go on, and what they say; the head of a reply, and its length.
-    asked: tuple = (None, None)
-    fields: tuple = (None, None, False, False)
-    answered: tuple = (None, 0)
+    # Most clients repeat a request, or at least its header fields, and get the same reply head.
+    # So each connection remembers the last ones of up to CACHED_HEAD_MAX bytes.
+    _last_request: tuple = (None, None)     # bytes, Request
+    _last_fields: tuple = (None, None, False, False)    # bytes, rewritten, connection options
+    _last_reply: tuple = (None, 0)          # head, length of the body
 
     def requests(self):
         while True:
             head = yield HEADERS
-            if not head.strip():            # empty lines before a request mean nothing
+            if not head.strip():            # empty lines before a request are ignored
                 yield CONTINUATION
                 yield END_OF_MESSAGE
                 continue
-            yield self.request(head, *self.lasts(head, head.lower()))
+            yield self.make_request(head, *self.connection_options(head, head.lower()))
             yield from self.body(head, 0)
             yield END_OF_MESSAGE
 
-    def request(self, head, closes, alive):
-        """The Request of a head whose fields say so."""
-        first = self.FIRST.match(head)
-        if not first:
+    def make_request(self, head, close, keep_alive):
+        """Return the Request of a head with these connection options. Raises ProtocolError."""
+        line = self.REQUEST_LINE.match(head)
+        if not line:
             raise ProtocolError("no request line of HTTP/1")
-        return Request(head.strip().replace(b"\r\n", b"\n"), first.group(1).decode(),
-                       info=closes or (first.group(2) == b"0" and not alive))
+        return Request(head.strip().replace(b"\r\n", b"\n"), line.group(1).decode(),
+                       info=close or (line.group(2) == b"0" and not keep_alive))
 
-    def lasts(self, head, low):
-        """What its fields say: (whether it is the last on its connection, whether it is not).
+    def connection_options(self, head, lower):
+        """Return (close, keep_alive) as the Connection and Expect header fields say.
 
-        low     the same in small letters, to look for words in
+        lower    the head in lower case, to search in
         """
-        if b"\nconnection" not in low and b"\nexpect" not in low:
+        if b"\nconnection" not in lower and b"\nexpect" not in lower:
             return False, False
         return (bool(self.CLOSE.search(head) or self.EXPECT.search(head)),
-                bool(self.ALIVE.search(head)))
+                bool(self.KEEP_ALIVE.search(head)))
 
-    def whole_request(self, data):
-        same, request = self.asked
-        if data != same:
+    def parse_whole_request(self, data):
+        last_data, request = self._last_request
+        if data != last_data:
             text = data[data.find(b"\n"):]
-            fields = self.fields if text == self.fields[0] else self.read_fields(text)
+            fields = self._last_fields if text == self._last_fields[0] else (
+                self.parse_fields(text))
             if not fields or not data[:1].isalpha():
                 return None
-            request = self.request(data, *fields[2:])
+            request = self.make_request(data, *fields[2:])
             if len(data) <= CACHED_HEAD_MAX:
-                self.asked, self.fields = (data, request), fields
+                self._last_request, self._last_fields = (data, request), fields
         return Request(request.text, request.name, info=request.info)
 
-    def read_fields(self, text):
-        """What `fields` remembers of usual ones, from the line's end before them; or None."""
-        low = text.lower()
+    def parse_fields(self, text):
+        """Return what `_last_fields` keeps of the header fields of a request without a body.
+
+        text    the head from the end of its first line. Returns None for other requests.
+        """
+        lower = text.lower()
         if (text[-3:] != b"\n\r\n" or text.find(b"\n\r\n") < len(text) - 3 or b"\n\n" in text
-                or b"\ncontent-length" in low or b"\ntransfer-encoding" in low):
+                or b"\ncontent-length" in lower or b"\ntransfer-encoding" in lower):
             return None
-        return (text, self.rewrite_head(text), *self.lasts(text, low))
+        return (text, self.rewrite_head(text), *self.connection_options(text, lower))
 
     def replies(self):
         while True:
             head = yield HEADERS
-            found = self.STATUS.match(head)
-            if not found:
+            line = self.STATUS_LINE.match(head)
+            if not line:
                 raise ProtocolError("no status line of HTTP/1")
-            status, request = int(found.group(1)), self.first()
+            status, request = int(line.group(1)), self.current_request()
             name = request.name if request else ""
             if status == 101 or (name == "CONNECT" and 200 <= status < 300):
-                raise ProtocolError("another protocol from here")
+                raise ProtocolError("another protocol follows")
             if status >= 200:
                 if name != "HEAD" and status not in (204, 304):
                     yield from self.body(head, UNLIMITED)
-                self.ended()
                 yield END_OF_MESSAGE
 
-    def whole_reply(self, data):
-        request, end = self.first(), data.find(b"\n\r\n") + 3
+    def parse_whole_reply(self, data):
+        request, end = self.current_request(), data.find(b"\n\r\n") + 3
         if not request or request.name in ("HEAD", "CONNECT"):
             return None
         head, length = data[:end], len(data) - end
-        if (head, length) != self.answered:
-            low = head.lower()
-            at = low.find(b"\ncontent-length")
-            if (at < 0 or not low.startswith(b": %d\r\n" % length, at + len(b"\ncontent-length"))
-                    or not self.USUAL.match(head) or b"\n\n" in low
-                    or b"\ntransfer-encoding" in low):
+        if (head, length) != self._last_reply:
+            lower = head.lower()
+            at = lower.find(b"\ncontent-length")
+            if (at < 0
+                    or not lower.startswith(b": %d\r\n" % length, at + len(b"\ncontent-length"))
+                    or not self.COMMON_STATUS.match(head) or b"\n\n" in lower
+                    or b"\ntransfer-encoding" in lower):
                 return None
-            self.answered = (head, length) if end <= CACHED_HEAD_MAX else (None, 0)
-        self.ended()
+            self._last_reply = (head, length) if end <= CACHED_HEAD_MAX else (None, 0)
         return True
 
-    def body(self, head, usual):
-        """What follows a head; usual is its length where nothing is said of it."""
-        low = head.lower()
-        if b"\ntransfer-encoding" in low and self.CHUNKED.search(head):
+    def body(self, head, default_length):
+        """Read the body after a head.
+
+        default_length    its length if the head has neither Content-Length nor chunks
+        """
+        lower = head.lower()
+        if b"\ntransfer-encoding" in lower and self.CHUNKED.search(head):
             size = 1
             while size:
                 line = yield LINE
-                found = self.SIZE.match(line)
-                if not found:
-                    raise ProtocolError("%r is no chunk" % line[:20])
-                size = int(found.group(1), 16)
+                match = self.CHUNK_SIZE.match(line)
+                if not match:
+                    raise ProtocolError("%r is not a chunk" % line[:20])
+                size = int(match.group(1), 16)
                 if size:
                     yield size + 2
             while (yield LINE).strip():     # trailers
                 pass
         else:
-            length = b"\ncontent-length" in low and self.LENGTH.search(head)
-            yield parse_length(length.group(1)) if length else usual
+            length = b"\ncontent-length" in lower and self.LENGTH.search(head)
+            yield parse_length(length.group(1)) if length else default_length
 
     def rewrite_head(self, head):
+        """Replace the value of the Host header field, if there is one to replace."""
         start = head.find(b"\n")
-        fields, named = self.fields[:2]
+        fields, rewritten = self._last_fields[:2]
         if head[start:] == fields:
-            return head if named is fields else head[:start] + named
+            return head if rewritten is fields else head[:start] + rewritten
         at = head.lower().find(b"\nhost:") + len(b"\nhost:") if self.host else 0
-        named = head[at:head.find(b"\n", at)].strip(b" \t\r")
-        if at < len(b"\nhost:") or named.lower() == self.host:
+        value = head[at:head.find(b"\n", at)].strip(b" \t\r")
+        if at < len(b"\nhost:") or value.lower() == self.host:
             return head
-        return head[:at] + head[at:].replace(named, self.host, 1) if named else head
+        return head[:at] + head[at:].replace(value, self.host, 1) if value else head
 
     def error_reply(self, kind, request):
-        words = "%s %s" % (kind, self.errors[kind])
-        body = "" if request.name == "HEAD" else words + "\n"
-        head = ["HTTP/1.1 " + words, "Content-Type: text/plain", "Content-Length: %d"
-                % (len(words) + 1)]
+        status = "%s %s" % (kind, self.errors[kind])
+        body = "" if request.name == "HEAD" else status + "\n"
+        head = ["HTTP/1.1 " + status, "Content-Type: text/plain",
+                "Content-Length: %d" % (len(status) + 1)]
         head += ["Retry-After: 5"] * (kind in ("429", "503"))
         head += ["Connection: close"] * request.info
         return Reply(("\r\n".join(head) + "\r\n\r\n" + body).encode(), request.info)
@@ -1210,7 +1288,7 @@ class Http(Protocol):
 
 @protocol
 class Redis(Protocol):
-    """RESP2 and RESP3, and inline commands (redis.io, protocol specification)."""
+    """RESP2, RESP3 and inline commands (redis.io, protocol specification)."""
 
     errors = OrderedDict((
         ("LOADING", "Redis is loading the dataset in memory"),
@@ -1232,85 +1310,88 @@ class Redis(Protocol):
         ("MAXCLIENTS", "max number of clients reached")))
     default_errors = ("LOADING", "BUSY", "OOM", "READONLY", "MISCONF", "CLUSTERDOWN")
     connect_errors = ("MAXCLIENTS",)
-    # From these on the backend speaks when it likes.
-    PUSHES = {"SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE", "MONITOR", "SYNC", "PSYNC", "REPLCONF"}
+    # After these commands the server sends data without a request.
+    SERVER_PUSH = {"SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE", "MONITOR", "SYNC", "PSYNC",
+                   "REPLCONF"}
 
     def __init__(self, host=b""):
-        self.queueing = False       # between MULTI and EXEC
+        self.in_multi = False       # between MULTI and EXEC
         super().__init__(host)
 
     def requests(self):
         while True:
             line = yield LINE
-            words, room, said = [], MATCH_WINDOW, False
             if line[:1] == b"*":
-                number_check = 0 if line[1:2] == b"-" else parse_length(line[1:], 1 << 20)
-                for _ in range(number_check):
-                    line = yield LINE
-                    if line[:1] != b"$":
-                        raise ProtocolError("%r in a command" % line[:20])
-                    size = parse_length(line[1:])
-                    if size <= room:
-                        words.append((yield NeedBytes(size + 2))[:size])
-                        room -= size
-                        continue
-                    words.append((yield NeedBytes(room)))
-                    if not said:
-                        said = True         # its name and more is known: enough
-                        yield self.request(words)
-                    yield size - room + 2
-                    room = 0
+                yield from self.array(line)
             else:
-                words = line.split()
-            if not said:
-                yield self.request(words)
+                yield self.make_request(line.split())
             yield END_OF_MESSAGE
 
-    def whole_request(self, data):
-        parts = data.split(b"\r\n")     # *2, $3, GET, $5, hello, and nothing
-        words = parts[2:-1:2]
-        if not words or parts[-1] or parts[0] != b"*%d" % len(words) or parts[1:-1:2] != [
-                b"$%d" % len(word) for word in words]:
-            return None
-        return self.request(words)
+    def array(self, line):
+        """Read a command sent as an array of bulk strings; `line` is its first line."""
+        args, room, yielded = [], MATCH_WINDOW, False
+        count = 0 if line[1:2] == b"-" else parse_length(line[1:], 1 << 20)
+        for _ in range(count):
+            line = yield LINE
+            if line[:1] != b"$":
+                raise ProtocolError("%r in a command" % line[:20])
+            size = parse_length(line[1:])
+            if size <= room:
+                args.append((yield NeedBytes(size + 2))[:size])
+                room -= size
+                continue
+            args.append((yield NeedBytes(room)))
+            if not yielded:         # enough of it is known to match
+                yielded = True
+                yield self.make_request(args)
+            yield size - room + 2
+            room = 0
+        if not yielded:
+            yield self.make_request(args)
 
-    def request(self, words):
-        name = words[0].upper().decode("latin-1") if words else ""
-        if name in self.PUSHES or (name == "CLIENT" and words[1:2]
-                                   and words[1].upper() in (b"REPLY", b"TRACKING")):
-            raise ProtocolError("%s: from here it pushes" % name)
-        request = Request(b" ".join(words), name, bool(words), self.queueing)
+    def parse_whole_request(self, data):
+        parts = data.split(b"\r\n")     # *2, $3, GET, $5, hello and an empty string
+        args = parts[2:-1:2]
+        if not args or parts[-1] or parts[0] != b"*%d" % len(args) or parts[1:-1:2] != [
+                b"$%d" % len(arg) for arg in args]:
+            return None
+        return self.make_request(args)
+
+    def make_request(self, args):
+        name = args[0].upper().decode("latin-1") if args else ""
+        if name in self.SERVER_PUSH or (name == "CLIENT" and args[1:2]
+                                        and args[1].upper() in (b"REPLY", b"TRACKING")):
+            raise ProtocolError("%s starts server push" % name)
+        request = Request(b" ".join(args), name, bool(args), self.in_multi)
         if name in ("MULTI", "EXEC", "DISCARD", "RESET"):
-            self.queueing = name == "MULTI"
+            self.in_multi = name == "MULTI"
         return request
 
     def replies(self):
         while True:
-            left = 1
-            while left:
+            values_left = 1
+            while values_left:
                 line = yield LINE
-                kind, left = line[:1], left - 1
-                if kind in (b"$", b"=", b"!"):
+                type_, values_left = line[:1], values_left - 1
+                if type_ in (b"$", b"=", b"!"):
                     if line[1:2] not in (b"-", b"?"):
                         yield parse_length(line[1:]) + 2
-                elif kind in (b"*", b"~", b"%"):
+                elif type_ in (b"*", b"~", b"%"):
                     if line[1:2] != b"-":
-                        left += parse_length(line[1:]) * (1 + (kind == b"%"))
-                elif kind == b"|":          # attributes, then what they are of
-                    left += 2 * parse_length(line[1:]) + 1
-                elif kind not in (b"+", b"-", b":", b"_", b"#", b",", b"("):
-                    raise ProtocolError("%r is no reply" % line[:20])
-            self.ended()
+                        values_left += parse_length(line[1:]) * (1 + (type_ == b"%"))
+                elif type_ == b"|":         # attributes, then the value that has them
+                    values_left += 2 * parse_length(line[1:]) + 1
+                elif type_ not in (b"+", b"-", b":", b"_", b"#", b",", b"("):
+                    raise ProtocolError("%r is not a reply" % line[:20])
             yield END_OF_MESSAGE
 
-    def whole_reply(self, data):
-        end, kind = data.find(b"\n") + 1, data[:1]
-        if not (kind in (b"+", b"-", b":") and 0 < end == len(data)):
+    def parse_whole_reply(self, data):
+        end, type_ = data.find(b"\n") + 1, data[:1]
+        if not (type_ in (b"+", b"-", b":") and 0 < end == len(data)):
             size = data[1:end - 2]
-            if kind != b"$" or data[end - 2:end] != b"\r\n" or not size.isdigit() or (
+            if type_ != b"$" or data[end - 2:end] != b"\r\n" or not size.isdigit() or (
                     end + int(size[:9]) + 2 != len(data)):
                 return None
-        self.ended()
         return True
 
     def encode_error(self, kind):
@@ -1318,10 +1399,10 @@ class Redis(Protocol):
         return ("-%s %s\r\n" % (name, self.errors[kind])).encode()
 
     def error_reply(self, kind, request):
-        # A server in trouble refuses what a transaction queues, and EXEC then tells of it.
+        # A failing server refuses the commands queued in a transaction; EXEC then reports it.
         if request.name in ("QUIT", "RESET", "MULTI", "EXEC", "DISCARD"):
             return None
-        # A command that is refused spoils its transaction: the backend gets one that it refuses.
+        # A refused command aborts its transaction, so the backend gets one that it refuses.
         reply = super().error_reply(kind, request)
         return reply and reply._replace(
             substitute=b"*1\r\n$7\r\nvaurien\r\n" if request.info else b"")
@@ -1349,21 +1430,22 @@ class Memcache(Protocol):
             line = yield LINE
             if line[:1] == b"\x80":
                 raise ProtocolError("the binary protocol")
-            words = line.split()
-            name = words[0].decode("latin-1") if words else ""
+            parts = line.split()
+            name = parts[0].decode("latin-1") if parts else ""
             if name in ("watch", "lru_crawler"):
-                raise ProtocolError("%s: from here it pushes" % name)
-            size = 4 if name in self.STORE else 2
+                raise ProtocolError("%s starts server push" % name)
+            size_at = 4 if name in self.STORE else 2
             body = 0
             if name in self.STORE or name == "ms":
-                if len(words) <= size:
-                    name = ""               # it is answered with an error
+                if len(parts) <= size_at:
+                    name = ""               # the backend replies with an error
                 else:
-                    body = parse_length(words[size]) + 2
-            # A quiet meta command is answered or not: whoever sends one waits for `mn`.
-            quiet = name in self.META and b"q" in [word[:1] for word in words[2:]]
-            silent = words[-1:] == [b"noreply"] and name not in self.GET
-            replies = not (silent or quiet or name == "quit")
+                    body = parse_length(parts[size_at]) + 2
+            # A quiet meta command may or may not get a reply. Clients send `mn` afterwards,
+            # which always gets one, to know that they have received all replies.
+            quiet = name in self.META and b"q" in [part[:1] for part in parts[2:]]
+            noreply = parts[-1:] == [b"noreply"] and name not in self.GET
+            replies = not (noreply or quiet or name == "quit")
             yield Request(line.strip(), name, replies, quiet)
             yield body
             yield END_OF_MESSAGE
@@ -1371,31 +1453,29 @@ class Memcache(Protocol):
     def replies(self):
         while True:
             line = yield LINE
-            words = line.split() or [b""]
-            request = self.first()
+            parts = line.split() or [b""]
+            request = self.current_request()
             name = request.name if request else ""
-            if words[0] == b"VALUE" and len(words) > 3:
-                yield parse_length(words[3]) + 2
-            elif words[0] == b"VA" and len(words) > 1:
-                yield parse_length(words[1]) + 2
-                if name != "mn":            # or else of a quiet one before
-                    self.ended()
+            if parts[0] == b"VALUE" and len(parts) > 3:
+                yield parse_length(parts[3]) + 2
+            elif parts[0] == b"VA" and len(parts) > 1:
+                yield parse_length(parts[1]) + 2
+                if name != "mn":            # otherwise it answers a quiet command before
                     yield END_OF_MESSAGE
-            elif name == "mn" and words[0] != b"MN":
-                continue                    # of a quiet one before
-            elif not (words[0] in (b"STAT", b"ITEM", b"PREFIX") and name not in self.GET):
-                self.ended()
+            elif name == "mn" and parts[0] != b"MN":
+                continue                    # it answers a quiet command before
+            elif not (parts[0] in (b"STAT", b"ITEM", b"PREFIX") and name not in self.GET):
                 yield END_OF_MESSAGE
 
     def error_reply(self, kind, request):
-        if request.name == "mn":            # it says that all before it is done
+        if request.name == "mn":            # it confirms all commands before
             return None
         return super().error_reply(kind, request)
 
 
 @protocol
 class Mysql(Protocol):
-    """MySQL's and MariaDB's client/server protocol."""
+    """The client/server protocol of MySQL and MariaDB."""
 
     errors = OrderedDict((
         ("1205", ("HY000", "Lock wait timeout exceeded; try restarting transaction")),
@@ -1420,105 +1500,114 @@ class Mysql(Protocol):
     fatal_errors = ("1053", "1927", "4031")
     server_first = True
     QUERY, PREPARE, EXECUTE, CLOSE = 3, 0x16, 0x17, 0x19
-    SILENT = {0x01, 0x18, CLOSE}            # QUIT, STMT_SEND_LONG_DATA
+    SILENT = {0x01, 0x18, CLOSE}            # QUIT and STMT_SEND_LONG_DATA get no reply either
+    CLIENT_SSL, CLIENT_COMPRESS = 0x800, 0x20
 
     def __init__(self, host=b""):
-        self.statements = {}                # {number: text} of those that are prepared
-        self.prepared = b""                 # the last text that was
-        self.loading = False                # whether the client sends a LOCAL INFILE
-        self.seq = 0                        # of the client's last packet
+        self.statements = {}                # {id: text} of prepared statements
+        self.prepared = b""                 # the text of the last PREPARE
+        self.loading = False                # the client sends the data of LOCAL INFILE
+        self.sequence = 0                   # sequence number of the client's last packet
         super().__init__(host)
 
     def requests(self):
-        known = False                       # whether the client has said what it can
+        capabilities_known = False
         while True:
-            head = yield NeedBytes(4)
-            size = int.from_bytes(head[:3], "little")
-            if head[3] or not size or self.loading:
+            header = yield NeedBytes(4)
+            size = int.from_bytes(header[:3], "little")
+            if header[3] or not size or self.loading:
                 self.loading = self.loading and size > 0
-                yield CONTINUATION                  # it goes on with logging in, or with LOCAL INFILE
-                if head[3] and not known:
+                yield CONTINUATION          # of the login, or of LOCAL INFILE
+                if header[3] and not capabilities_known:
                     flags = yield NeedBytes(min(4, size))
+                    capabilities_known = True
+                    self.check_capabilities(int.from_bytes(flags, "little"), size)
                     size -= len(flags)
-                    known = True
-                    flags = int.from_bytes(flags, "little")
-                    if size == 28 and flags & 0x800:
-                        raise ProtocolError("TLS from here")
-                    if flags & 0x20:
-                        raise ProtocolError("compression from here")
                 yield size
                 yield END_OF_MESSAGE
                 continue
             first = yield NeedBytes(min(size, MATCH_WINDOW))
-            yield self.request(first)
+            yield self.make_request(first)
             yield size - len(first)
-            self.seq = 0
-            while size == 0xFFFFFF:
-                head = yield NeedBytes(4)
-                size, self.seq = int.from_bytes(head[:3], "little"), head[3]
+            self.sequence = 0
+            while size == 0xFFFFFF:         # the largest packet: another one continues it
+                header = yield NeedBytes(4)
+                size, self.sequence = int.from_bytes(header[:3], "little"), header[3]
                 yield size
             yield END_OF_MESSAGE
 
-    def request(self, first):
+    def check_capabilities(self, flags, size):
+        if size == 32 and flags & self.CLIENT_SSL:
+            raise ProtocolError("TLS follows")
+        if flags & self.CLIENT_COMPRESS:
+            raise ProtocolError("compression follows")
+
+    def make_request(self, first):
         command, text = first[0], b""
         if command in (self.QUERY, self.PREPARE):
             text = first[1:]
             if command == self.PREPARE:
                 self.prepared = text
-        elif command == self.EXECUTE:           # -1 is the one that was prepared last
+        elif command == self.EXECUTE:           # -1 is the last prepared statement
             text = (self.prepared if first[1:5] == b"\xff\xff\xff\xff" else
                     self.statements.get(first[1:5], b""))
         elif command == self.CLOSE:
             self.statements.pop(first[1:5], None)
-        self.down = Framer(self.replies())      # one at a time: all before is answered
-        for request in filter(None, self.pending):
-            request.replies = False
-        self.pending.clear()
+        # The client has one request at a time, so all earlier replies are complete.
+        self.reply_framer.restart(self.replies())
+        for exchange in self.awaited():
+            if exchange.request:
+                exchange.request.replies = False
         return Request(text, command, command not in self.SILENT,
                        first[1:5] if command == self.EXECUTE else text)
 
     def replies(self):
-        """The first packet of a reply: the rest is over when the next request comes."""
-        head = yield NeedBytes(4)
-        size = int.from_bytes(head[:3], "little")
+        """Read the first packet of a reply. The rest ends when the next request comes."""
+        header = yield NeedBytes(4)
+        size = int.from_bytes(header[:3], "little")
         first = yield NeedBytes(min(size, 5))
-        request = self.first()
+        request = self.current_request()
         if request and request.name == self.PREPARE and first[:1] == b"\0":
             self.statements[first[1:5]] = request.info
         self.loading = bool(request and request.name == self.QUERY and first[:1] == b"\xfb")
         yield size - len(first)
-        self.ended()
         yield END_OF_MESSAGE
         yield UNLIMITED
 
     def encode_error(self, kind):
-        state, words = self.errors[kind]
+        sqlstate, text = self.errors[kind]
         body = b"\xff" + int(kind).to_bytes(2, "little")
-        seq = int(kind not in self.connect_errors)        # before the greeting there is no state either
-        body += (("#" + state) * seq + words).encode()
-        return len(body).to_bytes(3, "little") + bytes([seq]) + body
+        sequence = int(kind not in self.connect_errors)     # before the greeting: no SQLSTATE
+        body += (("#" + sqlstate) * sequence + text).encode()
+        return len(body).to_bytes(3, "little") + bytes([sequence]) + body
 
     def error_reply(self, kind, request):
-        # A deadlock rolls the whole transaction back, in the backend too.
+        # A deadlock rolls the whole transaction back, so the backend must do so too.
         undo = b"\x09\0\0\0\x03ROLLBACK" if kind == "1213" else b""
         if request.name == self.EXECUTE and not undo and request.info != b"\xff\xff\xff\xff":
-            undo = b"\5\0\0\0\x1a" + request.info      # as EXECUTE does: forget long data
+            undo = b"\5\0\0\0\x1a" + request.info       # forget long data, as EXECUTE does
         reply = super().error_reply(kind, request)
         return reply and reply._replace(substitute=undo)
 
     def finish_reply(self, reply, request):
-        """With the number that follows the client's last packet."""
-        return reply.data[:3] + bytes([(self.seq + 1) % 256]) + reply.data[4:]
+        """Set the sequence number that follows the client's last packet."""
+        return reply.data[:3] + bytes([(self.sequence + 1) % 256]) + reply.data[4:]
 
 
-def pg_message(kind, body):
-    """A message of PostgreSQL's."""
-    return kind + struct.pack(">I", 4 + len(body)) + body
+def pg_message(type_, body):
+    """Return a message of PostgreSQL's protocol."""
+    return type_ + struct.pack(">I", 4 + len(body)) + body
 
 
 @protocol
 class Postgres(Protocol):
-    """PostgreSQL's frontend/backend protocol 3."""
+    """The frontend/backend protocol 3 of PostgreSQL.
+
+    A simple query is one Query message. An extended query is a batch: Parse, Bind, Describe,
+    and Execute or Sync at its end. An Execute is a request of its own, to which the backend
+    replies with CommandComplete or an error; Sync is one with ReadyForQuery as its reply.
+    After an error the backend skips all messages up to the next Sync.
+    """
 
     errors = OrderedDict((
         ("57014", "canceling statement due to statement timeout"),
@@ -1536,26 +1625,26 @@ class Postgres(Protocol):
     fatal_errors = ("57P01", "25P03", "57P05")
     server_first = True
     TLS, GSS, CANCEL = 80877103, 80877104, 80877102
-    UNDONE = re.compile(rb"(?i)\s*(rollback|abort)\b")
-    DONE = re.compile(rb"(?i)\s*(commit|end)\b")
+    ROLLBACK = re.compile(rb"(?i)\s*(rollback|abort)\b")
+    COMMIT = re.compile(rb"(?i)\s*(commit|end)\b")
 
     def __init__(self, host=b""):
         self.statements, self.portals = {}, {}      # {name: text}
-        self.asked = False          # for TLS or GSS encryption: the reply is one byte
-        self.status = b"I"          # of the transaction: idle, in one, in a failed one
-        self.skipping = False       # whether all is left out up to the next Sync
-        self.executed = False       # whether something was, since the last Sync
-        self.copying = False        # whether the backend reads COPY's data: it ignores Sync
+        self.encryption_requested = False       # TLS or GSS: the reply is one byte
+        self.status = b"I"          # of the transaction: idle, in progress (T) or failed (E)
+        self.skipping = False       # the backend skips all messages up to the next Sync
+        self.executed = False       # an Execute came since the last Sync
+        self.copying = False        # the backend reads COPY data, and ignores Sync
         super().__init__(host)
 
     def requests(self):
         while True:
             size, code = struct.unpack(">II", (yield NeedBytes(8)))
             if code not in (self.TLS, self.GSS, self.CANCEL) and code >> 16 != 3:
-                raise ProtocolError("no start-up message")
+                raise ProtocolError("no startup message")
             if code in (self.TLS, self.GSS):
-                self.asked = True
-                self.down = Framer(self.replies())      # nothing is on its way
+                self.encryption_requested = True
+                self.reply_framer.restart(self.replies())   # the backend has sent nothing yet
             yield CONTINUATION
             yield max(0, size - 8)
             yield END_OF_MESSAGE
@@ -1565,126 +1654,136 @@ class Postgres(Protocol):
             yield from self.batch()
 
     def batch(self):
-        """The messages up to one that is answered as a whole."""
+        """Read the messages up to one that the backend replies to."""
         request = None
         while True:
-            kind, size = struct.unpack(">cI", (yield NeedBytes(5)))
+            type_, size = struct.unpack(">cI", (yield NeedBytes(5)))
             size -= 4
-            if not kind.isalpha() or size < 0:
-                raise ProtocolError("%r is no message" % kind)
-            if kind in b"dcfpHX" and not request:       # COPY's data, a password, Flush, the end
-                self.copying = self.copying and kind not in b"cf"
+            if not type_.isalpha() or size < 0:
+                raise ProtocolError("%r is not a message" % type_)
+            if type_ in b"dcfpHX" and not request:      # COPY data, password, Flush, Terminate
+                self.copying = self.copying and type_ not in b"cf"
                 yield CONTINUATION
                 yield size
                 yield END_OF_MESSAGE
                 return
-            text = yield NeedBytes(min(size, MATCH_WINDOW))
-            if kind == b"P":
-                name, query = [*text.split(b"\0", 2), b""][:2]
-                self.statements[name] = query
-            elif kind == b"C":
-                table = self.statements if text[:1] == b"S" else self.portals
-                table.pop(text[1:-1], None)
-            elif kind == b"B" and text.count(b"\0") > 1:
-                portal, name = text.split(b"\0")[:2]
-                self.portals[portal] = self.statements.get(name, b"")
-                if not request:
-                    request = Request(self.portals[portal], "EXECUTE", not self.skipping)
-                    yield request
-            elif kind in b"QFSE" and not request:
-                name = {b"Q": "QUERY", b"F": "QUERY", b"S": "SYNC"}.get(kind, "EXECUTE")
-                text = (text if kind == b"Q" else self.portals.get(text.split(b"\0")[0], b"")
-                        if kind == b"E" else b"")
-                request = Request(text.rstrip(b"\0"), name,
-                                  not (self.skipping and name == "EXECUTE")
-                                  and not (self.copying and name == "SYNC"),
-                                  draws=not (name == "SYNC" and self.executed))
+            body = yield NeedBytes(min(size, MATCH_WINDOW))
+            self.note_names(type_, body)
+            if not request and self.begins_request(type_, body):
+                request = self.make_request(type_, body)
                 yield request
-            yield size - min(size, MATCH_WINDOW)
-            if kind in b"QFSE":
-                self.executed = kind == b"E"
-                if kind == b"S":
+            yield size - len(body)
+            if type_ in b"QFSE":
+                self.executed = type_ == b"E"
+                if type_ == b"S":
                     self.skipping = False
                     request.name, request.replies = "SYNC", not self.copying
                 yield END_OF_MESSAGE
                 return
 
+    def note_names(self, type_, body):
+        """Keep the texts of prepared statements (Parse, Close) and of portals (Bind)."""
+        if type_ == b"P":
+            name, query = [*body.split(b"\0", 2), b""][:2]
+            self.statements[name] = query
+        elif type_ == b"C":
+            texts = self.statements if body[:1] == b"S" else self.portals
+            texts.pop(body[1:-1], None)
+        elif type_ == b"B" and body.count(b"\0") > 1:
+            portal, name = body.split(b"\0")[:2]
+            self.portals[portal] = self.statements.get(name, b"")
+
+    def begins_request(self, type_, body):
+        return type_ in b"QFSE" or (type_ == b"B" and body.count(b"\0") > 1)
+
+    def make_request(self, type_, body):
+        """Return the Request that begins with Query, FunctionCall, Sync, Execute or Bind."""
+        if type_ in b"BE":
+            text = self.portals.get(body.split(b"\0")[0], b"")
+            return Request(text.rstrip(b"\0") if type_ == b"E" else text, "EXECUTE",
+                           not self.skipping)
+        if type_ == b"S":
+            return Request(b"", "SYNC", not self.copying, independent=not self.executed)
+        return Request(body.rstrip(b"\0") if type_ == b"Q" else b"", "QUERY")
+
     def replies(self):
         while True:
-            if self.asked:
-                self.asked = False
-                if (yield NeedBytes(1)) in b"SG":
-                    raise ProtocolError("encryption from here")
+            if self.encryption_requested:
+                yield from self.encryption_reply()
                 continue
-            kind, size = struct.unpack(">cI", (yield NeedBytes(5)))
-            if not kind.isalnum():
-                raise ProtocolError("%r is no message" % kind)
-            if kind == b"Z":
+            type_, size = struct.unpack(">cI", (yield NeedBytes(5)))
+            if not type_.isalnum():
+                raise ProtocolError("%r is not a message" % type_)
+            if type_ == b"Z":
                 self.status = yield NeedBytes(1)
                 size -= 1
             yield max(0, size - 4)
-            request = self.first()
-            if kind == b"Z":
-                self.ended()
+            request = self.current_request()
+            executing = request and request.name == "EXECUTE"
+            if type_ == b"Z":
                 yield END_OF_MESSAGE
-            elif request and request.name == "EXECUTE" and kind in b"GW":
+            elif executing and type_ in b"GW":
                 self.copying = True
-                self.pending.popleft()
-                for other in self.pending:          # a Sync that it will not see
-                    other.replies = False
-                self.pending = deque([request])
-            elif request and request.name == "EXECUTE" and kind in b"CIsE":
-                self.ended()
-                if kind == b"E":
-                    self.skip()
+                for exchange in self.awaited()[1:]:     # a Sync, which the backend ignores
+                    exchange.request.replies = False
+            elif executing and type_ in b"CIsE":
                 yield END_OF_MESSAGE
+                if type_ == b"E":
+                    self.skip()
+
+    def encryption_reply(self):
+        """Read the one byte that accepts (S, G) or refuses encryption."""
+        self.encryption_requested = False
+        if (yield NeedBytes(1)) in b"SG":
+            raise ProtocolError("encryption follows")
 
     def skip(self):
-        """After an error, all is left out up to the next Sync."""
-        while self.pending:
-            request = self.pending[0]
-            if request is None or request.name == "SYNC":
+        """After an error, no request up to the next Sync gets a reply."""
+        for exchange in self.awaited():
+            if exchange.request is None or exchange.request.name == "SYNC":
                 return
-            request.replies = False
-            self.pending.popleft()
+            exchange.request.replies = False
         self.skipping = True
 
     def finish_reply(self, reply, request):
-        """The error, and for a simple query that the backend is ready again, in its own words."""
+        """Add ReadyForQuery to the error of a simple query, with the backend's own status."""
         ready = b"Z\0\0\0\5" + self.status if request.name == "QUERY" else b""
         return reply.data + ready
 
     def encode_error(self, kind):
-        severity = "FATAL" if kind in self.fatal_errors or kind in self.connect_errors else "ERROR"
+        severity = "FATAL" if kind in self.fatal_errors or kind in self.connect_errors else (
+            "ERROR")
         body = ("S%s\0V%s\0C%s\0M%s\0\0" % (severity, severity, kind, self.errors[kind])).encode()
         return pg_message(b"E", body)
 
     def connect_error(self, kind, data):
-        """It says so when it knows who is there; no encryption until then."""
+        """Refuse the client after its startup message, and refuse encryption before."""
         if kind not in self.connect_errors:
             return None
         if not data:
             return Reply(b"")
-        asks = data[4:8] in (struct.pack(">I", self.TLS), struct.pack(">I", self.GSS))
-        return Reply(b"N") if asks else Reply(self.encode_error(kind), True)
+        encryption = data[4:8] in (struct.pack(">I", self.TLS), struct.pack(">I", self.GSS))
+        return Reply(b"N") if encryption else Reply(self.encode_error(kind), True)
 
     def error_reply(self, kind, request):
         if kind in self.connect_errors or request.name == "SYNC":
             return None
         if kind in self.fatal_errors:
             return Reply(self.encode_error(kind), True)
-        if self.status == b"E" or self.UNDONE.match(request.text):
-            return None             # what has failed is only left
-        if self.DONE.match(request.text):       # a COMMIT that fails has rolled back
-            instead = pg_message(b"Q", b"ROLLBACK\0") if request.name == "QUERY" else (
+        if self.status == b"E" or self.ROLLBACK.match(request.text):
+            return None             # a failed transaction can only be left
+        simple = request.name == "QUERY"
+        if self.COMMIT.match(request.text):     # a COMMIT that fails has rolled back
+            substitute = pg_message(b"Q", b"ROLLBACK\0") if simple else (
                 pg_message(b"P", b"\0ROLLBACK\0\0\0") + pg_message(b"B", b"\0\0\0\0\0\0\0\0")
                 + pg_message(b"E", b"\0\0\0\0\0"))
-            return Reply(self.encode_error(kind), False, instead)
-        # The backend fails as well, so that it is where the client believes it to be: in a
-        # failed transaction, or leaving out all up to the next Sync. Its words are replaced.
-        instead = (pg_message(b"Q", b"vaurien\0") if request.name == "QUERY" else
-                   pg_message(b"P", b"vaurien\0vaurien\0\0\0"))
-        return Reply(self.encode_error(kind), False, instead)
+        else:
+            # The backend must fail as well, so that it is in the state that the client
+            # expects: a failed transaction, or skipping up to the next Sync. Its own error
+            # is replaced.
+            substitute = (pg_message(b"Q", b"vaurien\0") if simple else
+                          pg_message(b"P", b"vaurien\0vaurien\0\0\0"))
+        return Reply(self.encode_error(kind), False, substitute)
 
 
 @protocol
@@ -1702,11 +1801,11 @@ class Smtp(Protocol):
     default_errors = ("450", "451", "452")
     fatal_errors = ("421",)
     server_first = True
-    asks = False                # whether the backend wants to know more, for AUTH
+    auth_continues = False          # the backend waits for the next line of AUTH
 
     def requests(self, message=False):
         while True:
-            if message:                     # after DATA was answered by 354
+            if message:                     # the backend has replied 354 to DATA
                 first = yield NeedBytes(1)
                 yield Request(b"", "MESSAGE")
                 yield SkipUntil(b"\r\n.\r\n", b"\r\n" + first)
@@ -1714,35 +1813,35 @@ class Smtp(Protocol):
                 yield END_OF_MESSAGE
                 continue
             line = yield LINE
-            if self.asks:                   # AUTH goes on
-                self.asks = False
+            if self.auth_continues:
+                self.auth_continues = False
                 yield CONTINUATION
                 yield END_OF_MESSAGE
                 continue
-            words = line.decode("latin-1").split()
-            name = words[0].upper() if words else ""
+            parts = line.decode("latin-1").split()
+            name = parts[0].upper() if parts else ""
             yield Request(line.strip(), name)
-            if name == "BDAT" and len(words) > 1:
-                yield parse_length(words[1].encode())
+            if name == "BDAT" and len(parts) > 1:
+                yield parse_length(parts[1].encode())
             yield END_OF_MESSAGE
 
     def replies(self):
         while True:
             line = yield LINE
             if not line[:3].isdigit():
-                raise ProtocolError("%r is no reply" % line[:20])
+                raise ProtocolError("%r is not a reply" % line[:20])
             if line[3:4] == b"-":
                 continue
             if line[:3] == b"334":
-                self.asks = True
+                self.auth_continues = True
                 continue
-            request = self.first()
+            request = self.current_request()
             name = request.name if request else ""
             if name == "STARTTLS" and line[:3] == b"220":
-                raise ProtocolError("TLS from here")
+                raise ProtocolError("TLS follows")
             if name == "DATA" and line[:3] == b"354":
-                self.up = Framer(self.requests(message=True))   # nothing of it has come yet
-            self.ended()
+                # The client has sent nothing of the message yet.
+                self.request_framer.restart(self.requests(message=True))
             yield END_OF_MESSAGE
 
     def encode_error(self, kind):
@@ -1753,7 +1852,7 @@ class Smtp(Protocol):
 
     def error_reply(self, kind, request):
         if request.name in ("QUIT", "MESSAGE"):
-            return None             # the backend waits for the message: it is DATA that fails
+            return None             # the backend waits for the message, so DATA fails instead
         undo = b"RSET\r\n" if request.name in ("DATA", "BDAT") else b""
         return super().error_reply(kind, request)._replace(substitute=undo)
 
@@ -1765,8 +1864,8 @@ check_protocol = choice_check(*PROTOCOLS)
 #
 # A rule is a handler with options, active on a proxy, and the fields that say when it acts.
 # A toxic is a rule with a name of its own. A draw decides whether a rule acts: a number that
-# depends on the seed and on what it is drawn for, and on nothing else. This section knows no
-# connections and no sockets.
+# depends only on the seed and on the request, or connection, that it is drawn for. This section
+# knows no connections and no sockets.
 
 PERCENT_SUM_MAX = 100.000001        # percent: 33.3 three times and 0.1 count as 100
 DRAW_TO_PERCENT = 100 / 2 ** 64     # a draw is a whole number of 64 bits
@@ -1840,6 +1939,89 @@ class Rule:
             if value is not None:       # `match` is kept compiled
                 table[field] = value.pattern.decode() if hasattr(value, "pattern") else value
         return table
+
+
+class ActiveRule(Counter):
+    """A rule drawn for one request or one connection: the `state` that its handler receives.
+
+    The handler counts in it; the section Handlers describes its attributes. It exists also
+    while a rule with `match` waits for matching bytes, and for a connection that the rule
+    was drawn for and does not act on: then `acts` is False.
+    """
+
+    request_number = 0
+    protocol = current_request = generator = None
+    protocol_lost = False
+
+    def __init__(self, rule, request, draw=0, acts=True, match_buffer=None):
+        # Counter's own constructor would only cost time.
+        self.rule = rule
+        self.shared = rule.shared
+        self.stream = rule.stream
+        self.request = request          # rule.drawn_count when it was drawn
+        self.draw = draw                # the seed of `random`
+        self.acts = acts
+        self.match_buffer = match_buffer    # bytes that may yet match; None once that is decided
+        self.activated = False          # whether it has changed anything yet
+        self.replies = {}               # {Request: Reply or None}, of `error`
+
+    @property
+    def random(self):
+        if self.generator is None:      # most handlers never use it
+            self.generator = random.Random(self.draw)
+        return self.generator
+
+    # Older names of these attributes, for handlers that use them.
+    turn = property(lambda self: self.request_number)
+    asked = property(lambda self: self.current_request)
+    opaque = property(lambda self: self.protocol_lost)
+    chance = property(lambda self: self.draw)
+
+    def draw_again(self, acts):
+        """The rule's draw range has changed: whether it acts now. If that differs, forget all."""
+        if acts != self.acts:
+            self.clear()
+            self.generator, self.replies = None, {}
+        self.acts = acts
+
+    def may_act(self):
+        """Return whether it has acted already, or `times` of its rule permits one more."""
+        return self.activated or not 0 < self.rule.times <= self.rule.activations
+
+    def activate(self):
+        """Note that it changes something. Returns whether this is the first time."""
+        first, self.activated = not self.activated, True
+        self.rule.activations += first
+        return first
+
+
+class RuleSet:
+    """The active rules of one proxy, and their draws.
+
+    Every draw is a pure function of the seed, the proxy's name, the draw key, the number of
+    the connection and the number of the request in it. Threads and timing cannot change it:
+    the same seed gives the same faults on every Python. One hash gives the draws of 8
+    successive requests.
+    """
+
+    def __init__(self, seed, proxy):
+        self.seed, self.proxy = seed, proxy
+        self.active = []
+        self.requests = 0       # begun at this proxy
+        self.hashes = {}        # {draw key: a hash of all except the numbers}
+
+    def draw_block(self, draw_key, connection, block):
+        """Return the draws for a block of 8 requests: whole numbers of 64 bits.
+
+        block    0 for the connection itself (request 0) and requests 1 to 7, 1 for 8 to 15 ...
+        """
+        prefix = self.hashes.get(draw_key)
+        if prefix is None:
+            text = "%s %s %s " % (self.seed, self.proxy, draw_key)
+            prefix = self.hashes[draw_key] = hashlib.blake2b(text.encode())
+        block_hash = prefix.copy()
+        block_hash.update(b"%d %d" % (connection, block))
+        return DRAW_BLOCK.unpack(block_hash.digest())
 
 
 class Toxic:
@@ -1927,6 +2109,14 @@ def check_fields(name, function, fields):
     return errors
 
 
+def check_into(target, errors, key, check, *args):
+    """Set target[key] to the checked value, or append a sentence with the error."""
+    try:
+        target[key] = check(*args)
+    except ValueError as error:
+        errors.append((key, "%s %s" % (key, error)))
+
+
 def read_rules(tables):
     """Return the rules of one behavior: they share one draw, so at most one of them acts.
 
@@ -1944,13 +2134,10 @@ def read_rules(tables):
             errors.append(("name", str(error)))
             function = None
         for key, value in table.items():
-            try:
-                if is_rule_field(function, key):
-                    fields[key] = RULE_FIELDS[key].check(value)
-                elif function and key != "name":
-                    options[key] = check_option(name, key, value)
-            except ValueError as error:
-                errors.append((key, "%s %s" % (key, error)))
+            if is_rule_field(function, key):
+                check_into(fields, errors, key, RULE_FIELDS[key].check, value)
+            elif function and key != "name":
+                check_into(options, errors, key, check_option, name, key, value)
         errors += check_fields(name, function, fields)
         percent = fields.pop("percent", 100.0)
         if function and function is not dummy and not errors:   # dummy needs no rule
@@ -1973,733 +2160,767 @@ def make_toxic(type_, name, fields, attributes, toxiproxy=False):
 
     Raises InputError: one (field or option, sentence) for each error.
     """
-    checked, errors, values = {}, [], {}
-
-    def check(target, key, function, *args):
-        try:
-            target[key] = function(*args)
-        except ValueError as error:
-            errors.append((key, "%s %s" % (key, error)))
-
+    checks = {key: field.check for key, field in RULE_FIELDS.items()}
+    checks["toxicity"] = float if toxiproxy else check_toxicity
+    checked, values, errors = {}, {}, []
     for key, value in fields.items():
-        if key == "toxicity":
-            check(checked, key, float if toxiproxy else check_toxicity, value)
-        elif key == "stream":
-            check(checked, key, RULE_FIELDS[key].check, value.lower() if toxiproxy else value)
-        elif key in RULE_FIELDS:
-            check(checked, key, RULE_FIELDS[key].check, value)
+        if key in checks:
+            lower = toxiproxy and key == "stream"
+            check_into(checked, errors, key, checks[key], value.lower() if lower else value)
         else:
-            errors.append((key, "%s is not a field of a toxic" % key))
+            errors.append((key, "%s is not a field of a toxic: there are %s"
+                           % (key, ", ".join(["name", "type", "attributes", *checks]))))
     for option, value in attributes.items():
         if toxiproxy and type(value) is int and value < 0 and option in MAY_BE_NEGATIVE:
             values[option] = value
         else:
-            check(values, option, check_option, type_, option, value)
+            check_into(values, errors, option, check_option, type_, option, value)
     if "toxicity" in checked and "percent" in checked:
         errors.append(("percent", "percent and toxicity mean the same: give one of them"))
     errors += check_fields(type_, get_handler(type_), checked)
     if errors:
         raise InputError(errors)
     toxicity = checked.pop("toxicity", checked.pop("percent", 100.0) / 100)
-    stream = fields["stream"] if "stream" in checked else DOWNSTREAM
-    checked.pop("stream", None)
-    return Toxic(type_, name, toxicity, values, stream, **checked)
+    checked["stream"] = fields.get("stream", DOWNSTREAM)        # as the user wrote it
+    return Toxic(type_, name, toxicity, values, **checked)
 
 
 # Toxiproxy accepts negative numbers for these attributes; they act as 0.
 MAY_BE_NEGATIVE = {"latency", "jitter", "delay", "timeout", "bytes"}
 
 
-class State(Counter):
-    """A handler's memory of what its fault was drawn for; see the room of handlers."""
+# -- Chain --------------------------------------------------------------------
+#
+# A chain is what the active rules make of the events of one connection: a fold over the
+# handlers, in the order of the rules. It has no queue and no timer.
+#
+# Chain serves tcp, and ProtocolChain a connection with a protocol. A Connection calls both
+# in the same way:
+#
+#   start()                        a client has connected
+#   direction_changed(to)          the bytes to come go the other way than the last ones
+#   pass_through(to, data)         the fast path: bytes that no rule acts on
+#   process_bytes(now, to, data)   the slow path: the events that the rules make of bytes
+#   process(now, to, signal)       the same for a signal
+#   rules_changed(new, changed)    the proxy's rules have changed
 
-    request_number = 0
-    protocol = current_request = generator = None
-    protocol_lost = False                  # whether a connection has left its protocol: TLS
-
-    def __init__(self, rule, draw, number_check):       # a Counter's own would only cost time
-        self.shared = rule.shared
-        self.stream = rule.stream
-        self.request = number_check
-        self.replies = {}           # {Request: Reply or None}, of `error`
-        self.draw = draw
-
-    @property
-    def random(self):
-        if self.generator is None:      # most handlers never ask
-            self.generator = random.Random(self.draw)
-        return self.generator
-
-
-class ActiveRule:
-    """A rule at work on one request or one connection, with its memory."""
-
-    __slots__ = ("rule", "state", "match_buffer", "number", "acted")
-
-    def __init__(self, rule, state=None, heard=None):
-        self.rule = rule
-        self.state = state      # None where it does not act
-        self.match_buffer = heard      # of a request that may yet match; None when that is decided
-        self.number = rule.drawn_count
-        self.acted = False      # whether it has changed anything yet
-
-    def may_act(self):
-        """Whether it has begun to, or its rule may do so once more."""
-        return self.acted or not 0 < self.rule.times <= self.rule.activations
-
-    def act(self):
-        """It changes something; returns whether that is for the first time."""
-        first, self.acted = not self.acted, True
-        self.rule.activations += first
-        return first
-
-
-class RuleSet:
-    """The rules armed on one proxy, and its dice.
-
-    Every draw is a pure function of the seed, the proxy's name, the dice's name, the
-    connection's number and the request's number in it, so that neither threads nor
-    timing change it: the same seed gives the same faults, on every Python. One hash
-    throws the dice for 8 requests in a row.
-    """
-
-    def __init__(self, seed, proxy):
-        self.seed, self.proxy = seed, proxy
-        self.armed = []
-        self.requests = 0       # begun at this proxy
-        self.draw_key = {}          # name: a hash of all but the numbers
-
-    def throw(self, dice, connection, block):
-        """How the dice fall for a block of 8 requests: whole numbers of 64 bits.
-
-        block    0 for the connection (request 0) and requests 1 to 7, 1 for 8 to 15 ...
-        """
-        throw = self.draw_key.get(dice)
-        if throw is None:
-            words = "%s %s %s " % (self.seed, self.proxy, dice)
-            throw = self.draw_key[dice] = hashlib.blake2b(words.encode())
-        throw = throw.copy()
-        throw.update(b"%d %d" % (connection, block))
-        return DRAW_BLOCK.unpack(throw.digest())
-
-    def draw_rule(self, rule, connection, request, number_check):
-        """A state if the rule acts on this request (request 0: this connection), or None.
-
-        number   of the requests, or connections, that its dice were thrown for
-        """
-        if number_check <= rule.after:
-            return None
-        chance = self.throw(rule.draw_key, connection, request // 8)[request % 8]
-        return State(rule, chance, number_check) if rule.includes(chance) else None
-
-    def draw_ahead(self, connection, first):
-        """Which rules act on a connection's requests, from this one to the end of its block.
-
-        {request: [(rule, chance)]}; None where it is not the dice alone that decide.
-        """
-        found = {}
-        for rule in self.armed:
-            if rule.match or rule.per == "connection":
-                return None
-            chances = self.throw(rule.draw_key, connection, first // 8)
-            for request in range(first, (first | 7) + 1):
-                if rule.includes(chances[request % 8]):
-                    found.setdefault(request, []).append((rule, chances[request % 8]))
-        return found
+NO_DRAWS: dict = {}     # shared by all chains, most of which never draw
 
 
 class Chain:
-    """What the rules make of one connection's events.
+    """The active rules of one connection, and the events that they make.
 
-    A request begins when the connection opens, and again each time the client
-    speaks after the backend has: that needs no parsing and is right for every
+    Without a protocol a request begins when the connection opens, and again each time the
+    client sends after the backend has. That needs no parsing, and it is right for every
     protocol that takes turns.
     """
 
-    __slots__ = ("rules", "connection", "request", "last_direction", "active", "late", "per_connection", "activated",
-                 "number", "opaque", "protocol", "asked", "answered_early", "modified", "drawn_ahead",
-                 "drawn_until")
-    drawn_until: float
+    __slots__ = ("rules", "connection", "request", "last_direction", "active", "undrawn",
+                 "per_connection", "activated", "number", "protocol_lost", "protocol",
+                 "current_request", "answered_early", "modified", "draws", "block",
+                 "protocol_error", "successor")
 
     def __init__(self, rules, connection):
-        self.rules = rules
-        self.protocol = None            # see FramedLine
-        self.opaque = False             # whether it was one, and its protocol is over
-        self.asked = None               # the Request that the events at hand belong to
-        self.answered_early = False             # whether a client has been answered in the backend's place
-        self.modified = False            # whether a step has changed what it saw
+        self.rules = rules              # the proxy's RuleSet
         self.connection = connection    # its number
-        self.request = 0                # the number of the request under way
-        self.drawn_ahead = None            # which rules act on the next requests: see Rules.foresee
-        self.drawn_until = 0                # the first request after those
-        self.last_direction = None             # which way its last bytes went, if there were any
-        self.active = []                 # drawn for the request under way, in rule order
-        self.late = []                  # rules that came before anybody spoke in it
-        self.per_connection = {}               # per connection: {rule: step}
-        self.activated = []                  # (rule, request) where one has acted for the first time
-        self.number = 0                 # of the request that the events at hand belong to
+        self.request = 0                # number of the current request
+        self.number = 0                 # of the request that the event being processed belongs to
+        self.last_direction = None      # of the last bytes, if there were any
+        self.active = []                # ActiveRules of the current request, in rule order
+        self.undrawn = []               # rules added before any byte of the request was sent
+        self.per_connection = {}        # {rule: ActiveRule} of those drawn for the connection
+        self.draws = NO_DRAWS           # {draw key: 8 draws} of a block of requests
+        self.block = -1                 # the number of that block
+        self.activated = []             # (rule, request) of those that have begun to act
+        self.modified = False           # a rule has changed an event since this was reset
+        self.answered_early = False     # a rule has replied in the backend's place
+        self.protocol = None            # a Protocol: see ProtocolChain
+        self.protocol_lost = False      # the protocol could not be parsed any more
+        self.current_request = None     # the Request that the event being processed belongs to
+        self.protocol_error = ""        # why, until the connection has logged it
+        self.successor = None           # then: the Chain that replaces this one
 
-    def begin(self):
-        """A request begins: throw the dice for it."""
+    def start(self):
+        """A client has connected: the first request begins."""
+        self.begin_request()
+
+    def begin_request(self):
+        """Count a request, and draw the rules for it."""
         self.request += 1
         self.number = self.request
         self.rules.requests += 1
-        self.late = []
-        if not self.rules.armed:
+        self.undrawn = []
+        if not self.rules.active:
             self.active = []
             return
-        if self.request >= self.drawn_until:
-            self.drawn_ahead = self.rules.draw_ahead(self.connection, self.request)
-            self.drawn_until = NEVER if self.drawn_ahead is None else (self.request | 7) + 1
-        if self.drawn_ahead is None:
-            for step in self.per_connection.values():
-                if step and step.match_buffer:
-                    step.match_buffer = b""
-            self.active = self.drawn(self.draw)
-            return
-        for rule in self.rules.armed:
-            rule.drawn_count += 1
-        acting = self.drawn_ahead.get(self.request)
-        self.active = [ActiveRule(rule, State(rule, chance, rule.drawn_count)) for rule, chance in acting
-                      if rule.drawn_count > rule.after] if acting else []
+        if self.per_connection:
+            for drawn in self.per_connection.values():
+                if drawn is not None and drawn.match_buffer:
+                    drawn.match_buffer = b""
+        self.active = self.collect(self.activate)
 
-    def turn(self, to):
-        """The other side speaks: bytes go this way, and the last ones did not."""
-        speaker, self.last_direction = self.last_direction, to
-        if speaker is DOWNSTREAM:
-            self.begin()
-        elif speaker is None and self.late:
-            self.redraw(self.late)
+    def direction_changed(self, to):
+        """Bytes now go this way, and the last ones went the other way, if there were any."""
+        last, self.last_direction = self.last_direction, to
+        if last is DOWNSTREAM:
+            self.begin_request()
+        elif last is None and self.undrawn:
+            self.redraw(self.undrawn)
 
-    def by_rule(self):
-        return {step.rule: step for step in self.active}
-
-    def rules_changed(self, new, changed=()):
-        """The rules are others, or have changed: steps whose rule is gone go.
-
-        New ones begin with the next request, or with this one if nobody has spoken yet;
-        those drawn per connection at once. One that has changed keeps its memory.
-        """
-        at_work = self.by_rule()
-        self.drawn_until = 0
-        self.per_connection = {rule: self.per_connection[rule] for rule in self.per_connection
-                        if rule in self.rules.armed}
-        for rule in changed:
-            step = self.per_connection.get(rule)
-            if step and step.match_buffer is None:
-                state = self.rules.draw_rule(rule, self.connection, 0, step.number)
-                step.state = state if step.state is None or state is None else step.state
-        self.late = [rule for rule in [*self.late, *new] if rule in self.rules.armed]
-        self.active = self.drawn(at_work.get)
-
-    def free(self, to, latest):
-        """What was on its way has been released: thin wires have nothing queued after latest."""
-        for step in self.active:
-            if step.rule.rate_limited and step.state is not None:
-                step.state[to] = min(step.state[to], latest)
+    # Drawing
 
     def draw(self, rule):
-        """A step, that may act on the request under way, or when that matches."""
-        if rule.match:
-            return ActiveRule(rule, heard=b"")
-        state = self.throw(rule)
-        return ActiveRule(rule, state) if state is not None or rule.per == "connection" else None
+        """Draw a rule for the current request, or for the connection as request 0.
 
-    def throw(self, rule):
-        """A state if the dice of the request under way, or of the connection, fall so; or None."""
+        Returns (the draw, whether the rule acts).
+        """
         rule.drawn_count += 1
-        return self.rules.draw_rule(rule, self.connection,
-                                 self.request if rule.per == "request" else 0, rule.drawn_count)
+        request = self.request if rule.per == "request" else 0
+        if request >> 3 != self.block:
+            self.block, self.draws = request >> 3, {}
+        draws = self.draws.get(rule.draw_key)
+        if draws is None:
+            draws = self.draws[rule.draw_key] = self.rules.draw_block(
+                rule.draw_key, self.connection, self.block)
+        draw = draws[request & 7]
+        return draw, rule.includes(draw) and rule.drawn_count > rule.after
 
-    def redraw(self, rules):
-        """Draw these rules for the request under way; the others stay as they were drawn."""
-        at_work = self.by_rule()
-        self.active = self.drawn(lambda rule: self.draw(rule) if rule in rules
-                                else at_work.get(rule))
+    def activate(self, rule):
+        """Return the ActiveRule of a rule that acts, or may act once the request matches.
 
-    def drawn(self, for_request):
-        """The steps of the request under way, in the order of their rules."""
-        steps = []
-        for rule in self.rules.armed:
+        Returns None if a rule does not act on the current request.
+        """
+        if rule.match:
+            return ActiveRule(rule, rule.drawn_count, acts=False, match_buffer=b"")
+        draw, acts = self.draw(rule)
+        if not acts and rule.per == "request":
+            return None
+        return ActiveRule(rule, rule.drawn_count, draw, acts)
+
+    def collect(self, for_request):
+        """Return the active rules of the current request, in rule order.
+
+        for_request(rule)    returns the ActiveRule, or None, of a rule drawn per request
+        """
+        active = []
+        for rule in self.rules.active:
             if rule.per == "request":
-                step = for_request(rule)
+                drawn = for_request(rule)
             elif rule in self.per_connection and not self.awaits_match(rule):
-                step = self.per_connection[rule]
+                drawn = self.per_connection[rule]
             else:
-                step = self.per_connection[rule] = self.draw(rule)
-            if step and (step.state is not None or step.match_buffer is not None):
-                steps.append(step)
-        return steps
+                drawn = self.per_connection[rule] = self.activate(rule)
+            if drawn is not None and (drawn.acts or drawn.match_buffer is not None):
+                active.append(drawn)
+        return active
 
     def awaits_match(self, rule):
-        """Whether a rule that is drawn per connection is still to be drawn: for a FramedLine."""
+        """Return whether a rule per connection is not drawn yet: see ProtocolChain."""
         return False
 
-    def observes(self, to):
-        """Whether any step at work is to see the bytes of this way."""
-        for step in self.active:
-            if step.rule.direction in ("both", to) or step.match_buffer is not None:
-                return True
-        return False
+    def redraw(self, rules):
+        """Draw these rules for the current request. The others stay as they are."""
+        current = {drawn.rule: drawn for drawn in self.active}
+        self.active = self.collect(
+            lambda rule: self.activate(rule) if rule in rules else current.get(rule))
 
-    def blocking(self):
-        """The first step at work that wants the sockets themselves, or None."""
-        return next((step for step in self.active if step.rule.blocking and step.may_act()), None)
+    def rules_changed(self, new, changed=()):
+        """The proxy's rules have changed.
+
+        Rules that were removed stop acting. New rules per request begin with the next
+        request, or with this one if no byte of it has been sent yet; new rules per
+        connection begin now. A rule whose options changed keeps its state.
+        """
+        current = {drawn.rule: drawn for drawn in self.active}
+        self.per_connection = {rule: drawn for rule, drawn in self.per_connection.items()
+                               if rule in self.rules.active}
+        for rule in changed:
+            drawn = self.per_connection.get(rule)
+            if drawn is not None and drawn.match_buffer is None:
+                drawn.draw_again(rule.includes(drawn.draw) and drawn.request > rule.after)
+        self.undrawn = [rule for rule in [*self.undrawn, *new] if rule in self.rules.active]
+        self.active = self.collect(current.get)
+
+    def reset_rate_limits(self, to, latest):
+        """Queued chunks were released: rate-limited rules have none queued after `latest`."""
+        for drawn in self.active:
+            if drawn.rule.rate_limited and drawn.acts:
+                drawn[to] = min(drawn[to], latest)
+
+    def blocking_rule(self):
+        """Return the first active rule with a blocking handler, or None."""
+        return next((drawn for drawn in self.active
+                     if drawn.rule.blocking and drawn.may_act()), None)
+
+    # Processing
+
+    def pass_through(self, to, data):
+        """Fast path: return the bytes if no active rule may act on them, and otherwise None."""
+        for drawn in self.active:
+            if drawn.rule.direction in ("both", to) or drawn.match_buffer is not None:
+                return None
+        return data
+
+    def process_bytes(self, now, to, data):
+        """Slow path: return the events that the rules make of bytes, as `process` does."""
+        return self.process(now, to, data)
 
     def process(self, t, to, data):
-        """What has become of an event after the last step: [(t, to, data, holds)].
+        """Run an event through the active rules.
 
-        holds is which rules have put it off, by how much, and whether they have made it
-        when they were shown OPEN: ((rule, seconds, made), ...).
+        Returns [(t, to, data, delays)]. `delays` is ((rule, seconds, from_open), ...): by how
+        much each rule delayed the event, and whether that rule made it in answer to OPEN.
         """
         return self.run_chain(self.active, t, to, [(t, to, data, ())])
 
-    def process_open(self, t, ways, rules=None):
-        """Show OPEN to the faults drawn for the connection; what comes of it, but OPEN.
+    def process_open(self, t, directions, rules=None):
+        """Give OPEN to the rules that are drawn for the connection.
 
-        rules   those that begin now, or have changed, while it is open; None for all
+        rules    those that begin now, or have changed, on an open connection; None for all
+
+        Returns the events that they make of it, without OPEN itself.
         """
-        found = []
-        for place, step in enumerate(self.active):
-            if step.rule.per == "connection" if rules is None else step.rule in rules:
-                for to in ways:
-                    made = self.run_chain([step], t, to, [(t, to, OPEN, ())], shown=True)
-                    if made == [(t, to, RESET, ())]:
-                        return made         # a bug: nobody holds that up
-                    made = [event for event in made if event[2] is not OPEN]
-                    found += self.run_chain(self.active[place + 1:], t, to, made)
-        return found
+        made = []
+        for index, drawn in enumerate(self.active):
+            if drawn.rule.per == "connection" if rules is None else drawn.rule in rules:
+                for to in directions:
+                    events = self.run_chain([drawn], t, to, [(t, to, OPEN, ())], opening=True)
+                    if events == [(t, to, RESET, ())]:      # the handler failed
+                        return events
+                    events = [event for event in events if event[2] is not OPEN]
+                    made += self.run_chain(self.active[index + 1:], t, to, events)
+        return made
 
-    def run_chain(self, steps, t, to, events, shown=False):
-        """What these steps make of the events that came of one at t; a bug resets."""
-        for step in steps:
-            if step.rule.blocking:
-                continue                # it gets the sockets: see Connection.lend
+    def run_chain(self, active, t, to, events, opening=False):
+        """Run the events made of one at t through these rules. A handler's bug is a RESET."""
+        for drawn in active:
+            if drawn.rule.blocking:     # it gets the sockets: see Connection.hand_off
+                continue
             try:
-                events = (self.run_rule(step, events[0], shown) if len(events) == 1 else
-                          [out for event in events for out in self.run_rule(step, event, shown)])
-            except (Exception, SystemExit) as problem:
+                events = (self.run_rule(drawn, events[0], opening) if len(events) == 1 else
+                          [made for event in events
+                           for made in self.run_rule(drawn, event, opening)])
+            except (Exception, SystemExit) as exc:
                 log.error("connection %d, request %d: handler %s failed and the connection is "
-                          "reset: %s", self.connection, self.number, step.rule.name,
-                          format_exception(problem), exc_info=not step.rule.error_logged)
-                step.rule.error_logged = self.modified = True
+                          "reset: %s", self.connection, self.number, drawn.rule.name,
+                          format_exception(exc), exc_info=not drawn.rule.error_logged)
+                drawn.rule.error_logged = self.modified = True
                 return [(t, to, RESET, ())]
         return events
 
-    def run_rule(self, step, event, shown):
-        """What a step makes of one event."""
-        t, to, data, holds = event
-        rule = step.rule
-        if step.state is None and not self.matches(step, to, data):
+    def run_rule(self, drawn, event, opening):
+        """Return the events that one rule makes of one event."""
+        t, to, data, delays = event
+        rule = drawn.rule
+        if not drawn.acts and not self.matches(drawn, to, data):
             return [event]
-        if rule.direction not in ("both", to) or (rule.times and not step.may_act()):
+        if rule.direction not in ("both", to) or (rule.times and not drawn.may_act()):
             return [event]
-        state = step.state
-        state.request_number, state.current_request = self.number, self.asked
-        state.protocol, state.protocol_lost = self.protocol, self.opaque
-        events = [(due if due > t else t, way, out) for due, way, out
-                  in rule.handler(state, t, to, data, **rule.options)]
+        drawn.request_number, drawn.current_request = self.number, self.current_request
+        drawn.protocol, drawn.protocol_lost = self.protocol, self.protocol_lost
+        events = [(due if due > t else t, direction, made) for due, direction, made
+                  in rule.handler(drawn, t, to, data, **rule.options)]
         if events == [(t, to, data)]:
             return [event]
+        self.note_changes(drawn, to, events, opening)
+        return [(due, direction, made, delays if due == t else
+                 delays + ((rule, due - t, data is OPEN and made is not OPEN),))
+                for due, direction, made in events]
+
+    def note_changes(self, drawn, to, events, opening):
+        """Note that a rule has made these events of one. Raises TypeError for invalid ones."""
         self.modified = True
-        for _, way, out in events:
-            if way not in (UPSTREAM, DOWNSTREAM) or not isinstance(out, bytes):
-                raise TypeError("a handler yields (t, to, data), not (t, %r, %r)" % (way, out))
-            if way == DOWNSTREAM and out:
+        for _, direction, data in events:
+            if direction not in (UPSTREAM, DOWNSTREAM) or not isinstance(data, bytes):
+                raise TypeError("a handler must yield (t, to, data), not (t, %r, %r)"
+                                % (direction, data))
+            if direction == DOWNSTREAM and data:
                 self.last_direction = DOWNSTREAM
                 self.answered_early = self.answered_early or to == UPSTREAM
-        if not shown or any(event[2] is not OPEN for event in events):
-            if step.act():
-                self.activated.append((rule, self.number))
-        return [(due, way, out, holds if due == t else
-                 holds + ((rule, due - t, data is OPEN and out is not OPEN),))
-                for due, way, out in events]
+        if not opening or any(data is not OPEN for _, _, data in events):
+            if drawn.activate():
+                self.activated.append((drawn.rule, self.number))
 
-    def matches(self, step, to, data):
-        """Whether what the client has said by now is what the rule waits for, and it is drawn."""
-        if to == UPSTREAM and data and step.match_buffer is not None and len(step.match_buffer) < MATCH_WINDOW:
-            step.match_buffer += data[:MATCH_WINDOW - len(step.match_buffer)]
-            if step.rule.match.search(step.match_buffer):
-                step.state = self.throw(step.rule)
-                step.match_buffer, step.number = None, step.rule.drawn_count
-        return step.state is not None
+    def matches(self, drawn, to, data):
+        """Search the client's bytes so far for the rule's `match`. Draw the rule if it matches.
+
+        Returns whether the rule acts.
+        """
+        buffered = drawn.match_buffer
+        if to == UPSTREAM and data and buffered is not None and len(buffered) < MATCH_WINDOW:
+            drawn.match_buffer = buffered + data[:MATCH_WINDOW - len(buffered)]
+            if drawn.rule.match.search(drawn.match_buffer):
+                drawn.draw, drawn.acts = self.draw(drawn.rule)
+                drawn.match_buffer, drawn.request = None, drawn.rule.drawn_count
+        return drawn.acts
 
 
 class Exchange:
-    """A request and its answer, of a connection whose protocol tells them apart.
+    """A request and its reply, of a protocol.
 
-    What a fault answers in the backend's place waits here until it is the first in the
-    row: so replies stay in order, however many requests are under way.
+    An error that a rule sends in the backend's place waits here until the exchange is the
+    first in the queue. So replies stay in order with any number of pipelined requests.
     """
 
-    __slots__ = ("number", "active", "request", "waiting", "sent", "complete", "over")
+    __slots__ = ("number", "active", "request", "handshake", "queued_events", "forwarded",
+                 "complete", "reply_done")
 
-    def __init__(self, number_check, steps, request):
-        self.number = number_check
-        self.active = steps
-        self.request = request      # None while the client connects
-        self.waiting = []           # events, as in Line.carry
-        self.sent = False           # whether the backend gets anything of it
-        self.complete = False       # whether the request has come to its end
-        self.over = False           # whether the reply has
+    def __init__(self, number, active, request, handshake=False):
+        self.number = number            # of the request in the connection
+        self.active = active            # ActiveRules
+        self.request = request          # None while the client connects
+        self.handshake = handshake      # the server sends first: a greeting is the reply
+        self.queued_events = []         # as Chain.process returns them
+        self.forwarded = False          # the backend gets some bytes of the request
+        self.complete = False           # the request has ended
+        self.reply_done = False         # the reply has ended
 
     def is_done(self):
-        return self.over or (self.complete and not (self.sent and self.request.replies))
+        return self.reply_done or (
+            self.complete and not (self.forwarded and self.request.replies))
+
+    def awaits_reply(self):
+        expects = self.request.replies if self.request else self.handshake
+        return bool(expects) and not self.is_done()
 
 
 class ProtocolChain(Chain):
-    """A line whose protocol says where requests and replies begin and end.
+    """A chain whose protocol finds the boundaries of requests and replies.
 
-    Bytes of the client belong to the last exchange of the row, bytes of the backend to
-    the first. The head of a request is held until it is known what it is, where any
-    rule is armed; then its dice are thrown.
+    Theory of operation. `exchanges` is the one queue: the client's bytes belong to its last
+    exchange, and the backend's bytes to its first. A Framer parses the bytes of a direction;
+    each boundary that it finds changes the queue as this table says, before it parses on:
+
+        direction   boundary         change
+        upstream    Request          the last exchange begins: rules are drawn for it
+        upstream    CONTINUATION     the bytes belong to the last exchange, whose request is
+                                     complete already: its rules do not act on them
+        upstream    END_OF_MESSAGE   the request of the last exchange is complete
+        downstream  END_OF_MESSAGE   the reply of the first exchange is done
+
+    Then exchanges that are done leave the front of the queue, and the events that the next
+    one has queued follow. The last exchange always stays.
+
+    While any rule is active, the head of a request is held until the protocol knows the
+    request. So a rule can act on all of it.
+
+    Invariants: a request gets one reply, from the backend or from a rule; replies leave in
+    the order of the requests; a request that a rule has replied to does not reach the backend.
     """
 
-    __slots__ = ("exchanges", "head", "in_request", "head_forwarded", "busy", "closing")
+    __slots__ = ("exchanges", "head", "in_request", "head_forwarded", "last_affected", "closing")
 
     def __init__(self, rules, connection, protocol):
         super().__init__(rules, connection)
         self.protocol = protocol
-        self.exchanges = deque()
+        self.exchanges = protocol.exchanges
         self.head = b""             # of a request that is not known yet
-        self.in_request = False         # whether the client is in the middle of a request
-        self.head_forwarded = False         # whether some of its head has gone through already
-        self.closing = False        # whether an error that closes waits for its turn
-        self.busy = None            # the last in the row on which a fault that is gone is at work
+        self.in_request = False     # the client is in the middle of a request
+        self.head_forwarded = False     # some bytes of its head have been forwarded already
+        self.closing = False        # an error that closes the connection waits for its turn
+        self.last_affected = None   # the last exchange with active rules or queued events, of
+                                    #   those that began before the rules last changed
 
-    def begin(self):
-        """A client connects; until it is known what it asks, where it speaks first."""
-        super().begin()
-        self.exchanges.append(Exchange(self.request, self.active, None))
+    def start(self):
+        """A client has connected. The first exchange begins, with no request yet."""
+        self.begin_request()
+        self.exchanges.append(Exchange(self.request, self.active, None,
+                                       self.protocol.server_first))
 
-    def append(self, request):
-        """A request has begun."""
-        last = self.exchanges[-1]
-        self.asked = request
-        connects = last.request is None and not self.protocol.server_first
-        if connects and self.rules.armed:
-            self.redraw([*self.late, *(rule for rule in self.rules.armed if rule.match)])
-            self.late = []
-        elif not connects and request.draws:
-            super().begin()
-        if self.head_forwarded:                 # too late for those that want all of it
-            self.active = [step for step in self.active if step.rule.per == "connection"]
-        if connects:
-            last.request, last.active = request, self.active
-        else:
-            self.exchanges.append(Exchange(self.request, self.active, request))
-        if self.head_forwarded:
-            self.spare(self.exchanges[-1])
+    def direction_changed(self, to):
+        self.last_direction = to        # requests begin where the protocol finds them
 
-    def draw(self, rule):
-        """A step, if the request is known and matches, where the rule says what it waits for."""
-        if rule.match and not (self.asked and rule.match.search(self.asked.text[:MATCH_WINDOW])):
+    def activate(self, rule):
+        """As in Chain, but a rule with `match` is drawn when the request is known, or never."""
+        if rule.match and not (self.current_request and rule.match.search(
+                self.current_request.text[:MATCH_WINDOW])):
             return None
-        return ActiveRule(rule, self.throw(rule))
+        draw, acts = self.draw(rule)
+        return ActiveRule(rule, rule.drawn_count, draw, acts)
 
     def awaits_match(self, rule):
         return rule.match and self.per_connection[rule] is None
 
     def rules_changed(self, new, changed=()):
         super().rules_changed(new, changed)
-        last, self.busy = self.exchanges[-1], None
-        for exchange in self.exchanges:       # what they have answered for, they finish
-            exchange.active = [step for step in exchange.active
-                              if (step.rule in self.rules.armed and exchange is not last)
-                              or (step.state is not None
-                                  and step.state.replies.get(exchange.request))]
+        last, self.last_affected = self.exchanges[-1], None
+        for exchange in self.exchanges:
+            exchange.active = [drawn for drawn in exchange.active
+                               if self.still_acts(drawn, exchange)]
             if exchange is last:
-                exchange.active += [step for step in self.active if step not in exchange.active]
-            if exchange.active or exchange.waiting:
-                self.busy = exchange
-        if last.sent:
-            self.spare(last)
+                exchange.active += [drawn for drawn in self.active
+                                    if not any(drawn is other for other in exchange.active)]
+            if exchange.active or exchange.queued_events:
+                self.last_affected = exchange
+        if last.forwarded:
+            self.exempt(last)
 
-    def spare(self, exchange):
-        """The backend has some of this request: it is too late to answer in its place."""
-        for step in exchange.active:
-            if step.state is not None:
-                step.state.replies.setdefault(exchange.request, None)
+    def still_acts(self, drawn, exchange):
+        """Return whether an active rule of an exchange acts on after the rules have changed.
 
-    def leave(self):
-        """Let the first of the row go, if it is over and not the last; whether it has gone."""
+        A rule that has replied in the backend's place finishes. A rule that is not removed
+        acts on in earlier exchanges; those of the last one are collected again.
+        """
+        if drawn.acts and drawn.replies.get(exchange.request):
+            return True
+        return drawn.rule in self.rules.active and exchange is not self.exchanges[-1]
+
+    def exempt(self, exchange):
+        """Part of this request has been forwarded, so no rule may reply to it any more."""
+        for drawn in exchange.active:
+            if drawn.acts:
+                drawn.replies.setdefault(exchange.request, None)
+
+    # Boundaries
+
+    def begin_exchange(self, request):
+        """The head of a request is complete: draw the rules for it, and queue an exchange."""
+        last = self.exchanges[-1]
+        self.in_request = True
+        self.current_request = request
+        connecting = last.request is None and not last.handshake
+        if not connecting:
+            if request.independent:
+                self.begin_request()
+        elif self.rules.active:         # the rules without `match` were drawn on connecting
+            self.redraw([*self.undrawn, *(rule for rule in self.rules.active if rule.match)])
+            self.undrawn = []
+        if self.head_forwarded:         # too late for rules that act on the whole request
+            self.active = [drawn for drawn in self.active if drawn.rule.per == "connection"]
+        if connecting:
+            last.request, last.active, last.reply_done = request, self.active, False
+        else:
+            last = Exchange(self.request, self.active, request)
+            self.exchanges.append(last)
+        if self.head_forwarded:
+            self.exempt(last)
+
+    def continue_request(self, boundary):
+        self.in_request = True
+
+    def end_request(self, boundary):
+        last = self.exchanges[-1]
+        self.in_request = self.head_forwarded = False
+        if last.request is not None:
+            last.complete = True
+            last.request.text = b""         # no rule searches in it any more
+
+    def end_reply(self, boundary):
+        self.exchanges[0].reply_done = True
+
+    TRANSITIONS = {
+        (UPSTREAM, Request): begin_exchange,
+        (UPSTREAM, CONTINUATION): continue_request,
+        (UPSTREAM, END_OF_MESSAGE): end_request,
+        (DOWNSTREAM, END_OF_MESSAGE): end_reply,
+    }
+
+    def apply(self, to, boundary):
+        """Change the queue of exchanges as a boundary says: see the table."""
+        kind = Request if type(boundary) is Request else boundary
+        self.TRANSITIONS[to, kind](self, boundary)
+
+    def pop_done(self):
+        """Remove the first exchange if it is done and not the last. Returns whether it was."""
         if len(self.exchanges) == 1 or not self.exchanges[0].is_done():
             return False
-        gone = self.exchanges.popleft()
-        for step in gone.active:
-            if step.state is not None:
-                step.state.replies.pop(gone.request, None)
-        if gone is self.busy:
-            self.busy = None
+        first = self.exchanges.popleft()
+        for drawn in first.active:
+            drawn.replies.pop(first.request, None)
+        if first is self.last_affected:
+            self.last_affected = None
         return True
 
-    def turn(self, to):
-        self.last_direction = to               # requests begin where the protocol says
-
-    def pass_through(self, to, data, marks):
-        """What goes on of bytes with these marks, which are followed, if no fault is at work.
-
-        None if one may be, and nothing is done.
-        """
-        row = self.exchanges
-        if not marks and not self.closing and (self.in_request or to == DOWNSTREAM):
-            # The middle of a request, or of a reply: what it draws is drawn.
-            return None if row[-1 if to == UPSTREAM else 0].active else data
-        if self.rules.armed or self.head or self.busy or self.closing:
-            return None
-        if to == DOWNSTREAM:
-            for _ in marks:             # the end of a reply, each
-                row[0].over = True
-                while len(row) > 1 and self.leave():
-                    pass
-            return data
-        size = len(data)
-        if self.protocol.host:          # a head is to go on as a whole
-            mark = marks[0][1] if marks else None
-            if type(mark) is not Request or (len(marks) > 1 and marks[1:] != [(size, END_OF_MESSAGE)]):
-                return None
-            head = bytes(data[:marks[0][0]])
-            named = self.protocol.rewrite_head(head)
-            if named is not head:
-                data = named + data[len(head):]
-        for _, mark in marks:
-            self.follow(to, mark)
-            row[-1].sent = True
-            while len(row) > 1 and self.leave():
-                pass
-        if not self.in_request and (not marks or marks[-1][0] < size):
-            self.head_forwarded = True
-        return data
-
-    def pass_whole(self, to, found, data):
-        """What goes on of a usual message where nothing is armed, and no other request under way.
-
-        That is what `quiet` makes of it, for less. None if it is not so, and nothing is done.
-
-        found    what the message is: see Frames.usual
-        """
-        last = self.exchanges[-1]
-        if (self.rules.armed or self.busy or self.closing or len(self.exchanges) > 1
-                or last.request is None):
-            return None
-        if to == DOWNSTREAM:
-            last.over = True
-            return data
-        if not last.over:
-            return None
-        self.asked = found
-        super().begin()
-        self.protocol.pending.append(found)
-        last.number, last.request, last.active = self.request, found, self.active
-        last.sent = True                # and complete it is, as the one before
-        last.over = False
-        found.text = b""
-        return self.protocol.rewrite_head(data) if self.protocol.host else data
-
-    def follow(self, to, mark):
-        """Where the row stands after a mark."""
-        if to == DOWNSTREAM:
-            self.exchanges[0].over = True
-        elif mark is END_OF_MESSAGE:
-            last = self.exchanges[-1]
-            last.complete = last.request is not None
-            pending = self.protocol.pending
-            if last.complete and not last.sent and pending and pending[-1] is last.request:
-                pending.pop()
-            if last.complete:
-                last.request.text = b""         # nothing is looked for in it any more
-            self.in_request = self.head_forwarded = False
-        else:
-            self.in_request = True
-            if mark is not CONTINUATION:
-                if mark.replies:
-                    self.protocol.pending.append(mark)
-                self.append(mark)
-
-    def read(self, now, to, data, marks):
-        """What becomes of bytes with these marks: [(t, to, data, holds)], as in carry."""
-        events, at = [], 0
-        for offset, mark in [*marks, (len(data), None)]:
-            if self.closing and to == UPSTREAM:
-                break                   # a server would not read it any more
-            piece, at = data[at:offset], offset
-            if to == UPSTREAM and not self.in_request:
-                self.head += piece
-            elif piece:
-                events += self.process_piece(now, to, piece)
-            if mark is END_OF_MESSAGE:
-                events += self.process_piece(now, to, END_OF_MESSAGE)
-                self.follow(to, END_OF_MESSAGE)
-                events += self.release_finished(now)
-            elif mark is not None:
-                self.follow(to, mark)
-                events += self.release_finished(now)
-                head, self.head = self.head, b""
-                if mark is not CONTINUATION:
-                    head = self.protocol.rewrite_head(head)
-                events += self.process_piece(now, to, head) if head else []
+    def release_done(self, now):
+        """Remove exchanges that are done. Returns the queued events whose turn it is then."""
+        events = []
+        while self.pop_done():
+            first = self.exchanges[0]
+            events += [(max(t, now), to, data, delays)
+                       for t, to, data, delays in first.queued_events]
+            first.queued_events = []
         return events
 
-    def process_piece(self, now, to, data):
-        """What becomes of bytes, or a signal, of the exchange that they belong to."""
-        exchange = self.exchanges[-1 if to == UPSTREAM else 0]
-        self.asked, self.number = exchange.request, exchange.number
+    # Bytes
+
+    def framer(self, to):
+        return self.protocol.request_framer if to is UPSTREAM else self.protocol.reply_framer
+
+    def is_idle(self):
+        """Return whether no rule is active, or was active on a queued exchange, and no head is
+        held.
+        """
+        return not (self.rules.active or self.head or self.last_affected or self.closing)
+
+    def may_pass(self, to, size):
+        """Return whether no rule may act on the next bytes. Changes nothing.
+
+        The client's bytes pass if no rule is active and no head is to be rewritten, and the
+        backend's if no rule acts on a queued exchange. Bytes of either pass if they are the
+        middle of a message on which no rule acts.
+        """
+        if self.is_idle() and (to is DOWNSTREAM or not self.protocol.host):
+            return True
+        if to is DOWNSTREAM:
+            # The bytes can end at most half as many replies as there are bytes.
+            reached = itertools.islice(self.exchanges, size // 2 + 1)
+            if not self.head and not any(exchange.active or exchange.queued_events
+                                         for exchange in reached):
+                return True
+            return self.framer(to).skips(size) and not self.exchanges[0].active
+        return (self.in_request and not self.closing and self.framer(to).skips(size)
+                and not self.exchanges[-1].active)
+
+    def pass_through(self, to, data):
+        """Fast path: apply the boundaries in bytes on which no rule acts, and return the bytes.
+
+        Returns None, and changes nothing, if a rule may act. Most messages arrive alone and
+        complete, and are recognised at once.
+        """
+        size, whole, offset = len(data), None, 0
+        framer, passes = self.framer(to), self.may_pass(to, size)
+        if not passes and not self.is_idle():
+            return None
+        try:
+            if size <= COPY_MAX:
+                data = bytes(data)
+                whole = framer.whole_message(data)
+            if whole is None and not passes:
+                return None
+            for offset, boundary in whole or framer.feed(data, size):   # noqa: B007 (used below)
+                self.apply(to, boundary)
+                if to is UPSTREAM:
+                    self.exchanges[-1].forwarded = True
+                while self.pop_done():
+                    pass
+        except ProtocolError as error:      # no rule is active: the bytes pass all the same
+            self.process_part(0.0, to, bytes(data[offset:]))
+            self.fall_back(0.0, to, error)
+            return data
+        if to is DOWNSTREAM:
+            return data
+        self.head_forwarded = not self.in_request and offset < size
+        return self.protocol.rewrite_head(data) if whole and self.protocol.host else data
+
+    def process_bytes(self, now, to, data):
+        """Slow path: return the events that the rules make of bytes, and apply boundaries."""
+        events, start = [], 0
+        if self.closing and to is UPSTREAM:     # a real server would not read them any more
+            return events
+        try:
+            framer = self.framer(to)
+            whole = framer.whole_message(data) if len(data) <= COPY_MAX else None
+            for offset, boundary in whole or framer.feed(data, len(data)):
+                if offset > start:
+                    events += self.process_part(now, to, data[start:offset])
+                events += self.process_boundary(now, to, boundary)
+                start = offset
+                if self.closing and to is UPSTREAM:
+                    return events
+        except ProtocolError as error:
+            events += self.process_part(now, to, data[start:])
+            return events + self.fall_back(now, to, error)
+        return events + self.process_part(now, to, data[start:])
+
+    def process_part(self, now, to, data):
+        """Process bytes without a boundary. Hold them while their request is not known."""
+        if to is UPSTREAM and not self.in_request:
+            self.head += data
+            return []
+        return self.process_in_exchange(now, to, data) if data else []
+
+    def process_boundary(self, now, to, boundary):
+        """Apply a boundary. Returns the events of the rules, and of the next exchanges."""
+        if boundary is END_OF_MESSAGE:
+            events = self.process_in_exchange(now, to, boundary)
+            self.apply(to, boundary)
+            return events + self.release_done(now)
+        self.apply(to, boundary)
+        events = self.release_done(now)
+        head, self.head = self.head, b""
+        if boundary is not CONTINUATION:
+            head = self.protocol.rewrite_head(head)
+        return events + (self.process_in_exchange(now, to, head) if head else [])
+
+    def process_in_exchange(self, now, to, data):
+        """Process bytes or a signal of the exchange that they belong to.
+
+        Returns the events that may leave now. Replies out of turn are queued.
+        """
+        exchange = self.exchanges[-1 if to is UPSTREAM else 0]
+        self.current_request, self.number = exchange.request, exchange.number
+        # Bytes that continue a complete request (COPY data, a password) are exempt.
+        exempt = to is UPSTREAM and exchange.complete and data
         events = []
-        # What goes on with a request that was complete is no longer its fault's.
-        steps = [] if to == UPSTREAM and exchange.complete and data else exchange.active
-        for event in self.run_chain(steps, now, to, [(now, to, data, ())]):
-            _, way, out, _ = event
-            exchange.sent = exchange.sent or (way == UPSTREAM and bool(out))
-            if out is END_OF_MESSAGE:
+        for event in self.run_chain([] if exempt else exchange.active, now, to,
+                                    [(now, to, data, ())]):
+            _, direction, made, _ = event
+            if direction == UPSTREAM and made:
+                exchange.forwarded = True
+            if made is END_OF_MESSAGE:
                 continue
-            if exchange is not self.exchanges[0] and (way == DOWNSTREAM or not (out or out is data)):
-                exchange.waiting.append(event)
-                self.closing = self.closing or (way == UPSTREAM and out is EOF)
+            if exchange is not self.exchanges[0] and (
+                    direction == DOWNSTREAM or not (made or made is data)):
+                exchange.queued_events.append(event)
+                self.closing = self.closing or (direction == UPSTREAM and made is EOF)
             else:
                 events.append(event)
         return events
 
-    def release_finished(self, now):
-        """Let those that are over go; what the next one has said already follows."""
-        events = []
-        while self.leave():
-            first = self.exchanges[0]
-            events += [(max(t, now), to, data, holds) for t, to, data, holds in first.waiting]
-            first.waiting = []
-        return events
-
     def process(self, t, to, data):
-        """As in Line: for signals; before the end comes what was held of a head."""
-        return (self.flush_head(t) if to == UPSTREAM else []) + self.process_piece(t, to, data)
+        """As in Chain, for a signal. The bytes of a head that is held come before it."""
+        return (self.flush_head(t) if to is UPSTREAM else []) + self.process_in_exchange(
+            t, to, data)
 
     def flush_head(self, t):
-        """What was held of a head goes on as it is."""
+        """Forward the bytes of a head that is held, as they are."""
         head, self.head = self.head, b""
         return [(t, UPSTREAM, head, ())] if head else []
 
-    def stop_parsing(self, now):
-        """What the client says from now on passes as it is, while errors wait for their turn."""
-        self.protocol.up = Framer(read_opaque())
-        self.in_request = True
-        return self.flush_head(now)
+    def fall_back(self, now, to, error):
+        """Continue as tcp, because bytes were not of the protocol.
 
-    def fall_back_to_tcp(self, now):
-        """(a Line, events): the connection goes on as plain tcp."""
-        line = Chain(self.rules, self.connection)
-        line.request, line.last_direction, line.opaque = self.request, self.last_direction, True
-        line.per_connection = {rule: step for rule, step in self.per_connection.items() if step}
-        line.active, line.activated, line.answered_early = self.active, self.activated, self.answered_early
-        events = [event for exchange in self.exchanges for event in exchange.waiting]
-        line.number = line.request
+        Sets `protocol_error`, and `successor` to the Chain that replaces this one. But while
+        errors wait for their turn, this one stays and only passes the client's bytes. Returns
+        the events of the bytes and errors that were held.
+        """
+        self.protocol_error = str(error)
+        self.modified = True
+        if to is UPSTREAM and any(exchange.queued_events for exchange in self.exchanges):
+            self.protocol.request_framer.restart(read_opaque())
+            self.in_request = True
+            return self.flush_head(now)
+        chain = self.successor = Chain(self.rules, self.connection)
+        chain.request = chain.number = self.request
+        chain.last_direction, chain.protocol_lost = self.last_direction, True
+        chain.per_connection = {rule: drawn for rule, drawn in self.per_connection.items()
+                                if drawn is not None}
+        chain.active, chain.activated = self.active, self.activated
+        chain.answered_early = self.answered_early
+        events = [event for exchange in self.exchanges for event in exchange.queued_events]
         if self.head:
             if self.exchanges[-1].request or self.protocol.server_first:
-                line.begin()            # it is a request that was not one of the protocol's
-            events += line.process(now, UPSTREAM, self.head)
-        return line, events
+                chain.begin_request()       # for a request that is not of the protocol
+            events += chain.process(now, UPSTREAM, self.head)
+        return events
 
+
+# -- Delay queue --------------------------------------------------------------
+#
+# The bytes of one direction between its two sockets, each chunk with the time when it is due;
+# and the budget that bounds the bytes of all queues together. It knows no sockets and reads
+# no clock.
 
 class Budget:
-    """The bytes that all pipes of a loop may hold together: a bound that is never passed.
+    """The bytes that all delay queues of a loop may hold together: a hard bound.
 
-    As it fills, each pipe gets less: an eighth of what is left, and HELD_LEAST at
-    least, which is set aside for each.
+    The fuller it is, the less each queue gets: an eighth of the rest, and at least HELD_MIN,
+    which is reserved for each.
     """
 
-    __slots__ = ("total", "held", "pipes", "fast_path_limit")
+    __slots__ = ("total", "held", "queues", "fast_path_limit")
 
     def __init__(self, total=HELD_TOTAL):
         self.total = total
         self.held = 0
-        self.pipes = 0
-        # Held bytes up to which a read on the straight road fits, whatever it brings.
+        self.queues = 0
+        # While no more than this is held, any read of the fast path fits in.
         self.fast_path_limit = total - 8 * max(HELD_MAX_IDLE, KERNEL_PIPE_SIZE)
 
     def allowance(self, bound):
-        """What one pipe may hold, bound at most."""
-        left = self.total - self.held - self.pipes * HELD_MIN
-        return max(HELD_MIN, min(bound, left // 8))
+        """Return how many bytes one queue may hold now, `bound` at most."""
+        rest = self.total - self.held - self.queues * HELD_MIN
+        return max(HELD_MIN, min(bound, rest // 8))
 
 
 class DelayQueue:
-    """The bytes of one direction on their way, each with the time it is due.
+    """The bytes of one direction that wait to be sent, each chunk with its due time.
 
-    What is due and cannot be sent yet moves from the queue to `out`; from then on it
-    is no longer the handlers' business.
+    `queue` holds the events that are not due yet. Chunks that are due, and cannot be sent yet,
+    are in `send_buffer`; rules have no more influence on them.
     """
 
-    __slots__ = ("to", "budget", "queue", "order", "latest", "rate_limited_until", "out", "held",
-                 "passed", "taken", "given", "over", "done")
-    out: deque
+    __slots__ = ("to", "budget", "queue", "order", "latest", "rate_limited_until", "send_buffer",
+                 "held", "forwarded", "buffered_in", "buffered_out", "eof", "write_closed")
+    send_buffer: deque
 
     def __init__(self, to, budget):
         self.to = to
         self.budget = budget
-        self.queue = []         # a heap of (due, order, data, start, holds)
-        self.order = 0          # what is due at the same time leaves as it came
-        self.latest = 0.0       # when the last byte put in is due
-        self.rate_limited_until = 0.0   # until when what is there queues for a thin wire
-        self.out = ()  # type: ignore   # bytes, and EOF, that are due; a deque once there are any
-        self.held = 0           # what queue and out hold, as the budget counts it
-        self.passed = 0         # bytes that have gone straight from the source to the target
-        self.taken = 0          # other bytes from the source, ever
-        self.given = 0          # other bytes to the target, ever
-        self.over = False       # the source has said EOF
-        self.done = False       # nothing more goes to the target: what still comes is dropped
-        budget.pipes += 1
+        self.queue = []         # a heap of (due, order, data, start, delays)
+        self.order = 0          # events that are due at the same time leave in this order
+        self.latest = 0.0       # when the last byte of the queue is due
+        self.rate_limited_until = 0.0   # when a rate limit lets the last of the queue pass
+        self.send_buffer = ()  # type: ignore   # bytes, and EOF; a deque once there are any
+        self.held = 0           # bytes in queue and send_buffer, as the budget counts them
+        self.forwarded = 0      # bytes that went directly from source to target, ever
+        self.buffered_in = 0    # other bytes from the source, ever
+        self.buffered_out = 0   # other bytes to the target, ever
+        self.eof = False        # the source has closed its side
+        self.write_closed = False       # nothing more is sent to the target, but dropped
+        budget.queues += 1
         budget.fast_path_limit -= HELD_MIN
 
     @property
     def received(self):
         """Bytes from the source, ever."""
-        return self.passed + self.taken
+        return self.forwarded + self.buffered_in
 
-    def put(self, t, data, start, holds=()):
-        """Bytes and EOF keep their order, as in TCP; RESET overtakes.
+    @property
+    def sent(self):
+        """Bytes to the target, ever."""
+        return self.forwarded + self.buffered_out
+
+    def put(self, t, data, start, delays=()):
+        """Queue an event. Bytes and EOF keep their order, as in TCP; RESET overtakes.
 
         t        when it is due
-        start    when it came; holds says what put it off since, as in Line.carry
+        start    when it happened; `delays` says which rules have delayed it: see Chain.process
         """
         if not data and not isinstance(data, Signal):
             return
-        if self.done and (data or data is EOF):
+        if self.write_closed and (data or data is EOF):
             return
         if data is not RESET:
             t = max(t, self.latest)
-        # An EOF set for later does not hold up what comes before it.
+        # An EOF that is due later does not delay bytes that come before it.
         if data or data is OPEN:
             self.latest = t
-        self.rate_limited_until = max(self.rate_limited_until,
-                              start + sum(hold[1] for hold in holds if hold[0].rate_limited))
+        self.rate_limited_until = max(
+            self.rate_limited_until,
+            start + sum(seconds for rule, seconds, _ in delays if rule.rate_limited))
         self.order += 1
-        self.hold(len(data))
-        heapq.heappush(self.queue, (t, self.order, data, start, holds))
+        self.charge(len(data))
+        heapq.heappush(self.queue, (t, self.order, data, start, delays))
 
-    def hold(self, size):
+    def charge(self, size):
+        """Count a chunk that is held now."""
         self.held += size + CHUNK_OVERHEAD
         self.budget.held += size + CHUNK_OVERHEAD
 
-    def wait(self, data):
-        """Bytes, or EOF, are due, and cannot be sent yet."""
-        if not self.out:
-            self.out = deque()
-        self.out.append(data)
-
     def credit(self, size):
+        """Count bytes that are no longer held."""
         self.held -= size
         self.budget.held -= size
 
-    def due(self, now):
-        """Take out, in order, what is due by now; bytes and EOF go to `out`.
+    def append_due(self, data):
+        """Append bytes, or EOF, that are due and cannot be sent yet."""
+        if not self.send_buffer:
+            self.send_buffer = deque()
+        self.send_buffer.append(data)
 
-        Returns the other signals.
+    def pop_due(self, now):
+        """Move the bytes and EOFs that are due to send_buffer, in order.
+
+        Returns the other signals that are due.
         """
         signals = []
         while self.queue and self.queue[0][0] <= now:
             data = heapq.heappop(self.queue)[2]
             if data:
-                self.wait(memoryview(data))
+                self.append_due(memoryview(data))
             elif data is EOF:
-                self.wait(data)
+                self.append_due(data)
             else:
                 self.credit(CHUNK_OVERHEAD)
                 signals.append(data)
@@ -2709,96 +2930,104 @@ class DelayQueue:
         return self.queue[0][0] if self.queue else NEVER
 
     def resume_reading_at(self, now):
-        """When a thin wire lets the source go on, if it does not now; see `room`."""
-        return self.rate_limited_until - RATE_BACKLOG if self.queue and now < self.rate_limited_until - RATE_BACKLOG else NEVER
+        """Return when a rate limit permits reading again, or NEVER if it does not forbid it."""
+        resume = self.rate_limited_until - RATE_BACKLOG
+        return resume if self.queue and now < resume else NEVER
 
-    def sent(self, size):
-        """The first `size` bytes of out's first chunk are sent."""
-        rest = self.out.popleft()[size:]        # a memoryview, EOF, or a Duct, that is cut so
-        self.given += size
+    def consume(self, size):
+        """The first `size` bytes of send_buffer's first chunk have been sent."""
+        rest = self.send_buffer.popleft()[size:]    # a memoryview, EOF or a KernelPipe
+        self.buffered_out += size
         self.credit(size)
         if rest:
-            self.out.appendleft(rest)
+            self.send_buffer.appendleft(rest)
         else:
             self.credit(CHUNK_OVERHEAD)
 
-    def release(self, gone, changed=()):
-        """Let go at once, in order, what these rules hold; what others hold stays.
+    def release(self, removed, changed=()):
+        """Subtract the delays that these rules have added, in order. Other delays remain.
 
-        What a rule that has changed had made when it was shown OPEN is dropped: it is
-        shown OPEN again. Returns whether there was anything.
+        Events that a changed rule made in answer to OPEN are dropped, because it gets OPEN
+        again. Returns whether these rules had delayed anything.
         """
-        rules = [*gone, *changed]
+        rules = [*removed, *changed]
         if not any(rule in rules for entry in self.queue for rule, _, _ in entry[4]):
             return False
         entries, self.queue, self.latest, self.rate_limited_until = self.queue, [], 0.0, 0.0
-        for _, _, data, start, holds in sorted(entries, key=lambda entry: entry[1]):
+        for _, _, data, start, delays in sorted(entries, key=lambda entry: entry[1]):
             self.credit(len(data) + CHUNK_OVERHEAD)
-            if any(made and rule in changed for rule, _, made in holds):
+            if any(from_open and rule in changed for rule, _, from_open in delays):
                 continue
-            holds = tuple(hold for hold in holds if hold[0] not in rules)
-            self.put(start + sum(hold[1] for hold in holds), data, start, holds)
+            delays = tuple(delay for delay in delays if delay[0] not in rules)
+            self.put(start + sum(seconds for _, seconds, _ in delays), data, start, delays)
         return True
 
-    def room(self, clock):
-        """How many bytes may be read into this pipe now: its source's backpressure.
+    def read_limit(self, clock):
+        """Return how many bytes may be read into this queue now. It is 0 or less if it is full.
 
-        Much, where it flows; little, where nothing is due, or where what is there waits
-        for a thin wire: a sender is to feel that. The clock is not read where nothing is held.
+        An unread socket is the backpressure for its peer. The bound is high while bytes flow.
+        It is low if nothing is due ever, or if a rate limit delays the queue: then the sender
+        must slow down soon. The clock is not read if the queue is empty.
         """
         bound = HELD_MAX_IDLE
-        if self.queue and self.queue[0][0] < NEVER and self.rate_limited_until - RATE_BACKLOG <= clock():
+        if self.queue and self.queue[0][0] < NEVER and (
+                self.rate_limited_until - RATE_BACKLOG <= clock()):
             bound = HELD_MAX
         return min(CHUNK, self.budget.allowance(bound) - self.held - CHUNK_OVERHEAD)
 
-    def drop(self):
-        """Forget what is under way."""
-        self.queue, self.out = [], ()  # type: ignore
+    def discard(self):
+        """Drop all bytes and signals that are held."""
+        self.queue, self.send_buffer = [], ()  # type: ignore
         self.credit(self.held)
 
     def close(self):
         if self.held:
-            self.drop()
-        self.budget.pipes -= 1
+            self.discard()
+        self.budget.queues -= 1
         self.budget.fast_path_limit += HELD_MIN
 
 
 # -- Loop ---------------------------------------------------------------------
 #
-# One thread, one selector: ready sockets, one heap of alarms, and a door through
-# which other threads hand in functions to call.
+# One thread, one selector: ready sockets, one heap of timers, and a queue of calls from other
+# threads. `run_sync`, `call_soon_threadsafe`, `run_in_thread` and `stop` may be called from any
+# thread, all else in the loop's thread only. The loop knows no connections, but it owns what
+# all connections of its thread share: the receive buffer, the budget and the kernel pipes.
 
 def capture(function, *args):
-    """(result, None) or (None, exception): to be carried into another thread."""
+    """Call a function. Returns (result, None) or (None, exception), to pass to another thread."""
     try:
         return function(*args), None
-    except BaseException as problem:        # it is for the other thread to judge
-        return None, problem
+    except BaseException as exc:        # the other thread decides
+        return None, exc
 
 
-new_key = functools.partial(tuple.__new__, selectors.SelectorKey)      # no call in Python
+new_key = functools.partial(tuple.__new__, selectors.SelectorKey)       # without a Python call
 
 
 class EpollSelector(selectors.BaseSelector):
-    """As selectors.EpollSelector, for less: it does not ask for as many events as there are
-    sockets, what it makes for each event is one tuple, and it looks again before it sleeps.
+    """A cheaper selectors.EpollSelector, which also polls busily for a short time.
+
+    It does not ask for as many events as there are sockets, it makes one tuple for each event,
+    and it polls again before it sleeps.
     """
 
-    MASKS = [0, 1, 4, 5]                    # EVENT_READ and EVENT_WRITE as EPOLLIN and EPOLLOUT
-    # EPOLLIN, EPOLLOUT, and EPOLLIN with EPOLLHUP; or else both: an error is to be found.
+    MASKS = [0, 1, 4, 5]                    # EPOLLIN and EPOLLOUT of EVENT_READ and EVENT_WRITE
+    # EPOLLIN, EPOLLOUT, and EPOLLIN with EPOLLHUP. Any other mask means an error, and both
+    # events are reported then.
     READY = {1: EVENT_READ, 4: EVENT_WRITE, 17: EVENT_READ}
-    MAX_EVENTS = 256                              # events at a time: alarms are not to wait for more
-    SPIN_TIME = 0.00008     # seconds; falling asleep and waking up cost about as many, as measured
-    PREEMPTED = 0.001        # seconds after which others were given the processor meanwhile
-    BACKOFF_MAX = 8           # sleeps without another look, at most, where looking was in vain
-    BACKOFF_PREEMPTED = 512    # and where the processor is others': a look may cost a slice of its time
+    MAX_EVENTS = 256                        # of one poll, so that timers do not wait too long
+    SPIN_TIME = 0.00008     # seconds to poll busily: about the cost of sleeping and waking up
+    PREEMPTED = 0.001       # seconds after which another process must have had the CPU
+    BACKOFF_MAX = 8         # sleeps without polling after polls that found nothing, at most
+    BACKOFF_PREEMPTED = 512     # and after a preemption, which may cost a whole time slice
 
     def __init__(self, clock=time.monotonic):
         self.epoll = select.epoll()
         self.keys = {}
         self.clock = clock
-        self.skips = 0      # sleeps to come without another look
-        self.backoff = 0       # how many they were when looking was last in vain; 0 when it was not
+        self.skips = 0      # sleeps to come without polling
+        self.backoff = 0    # their number when polling last found nothing; 0 when it did
 
     def fileno(self):
         return self.epoll.fileno()
@@ -2830,29 +3059,30 @@ class EpollSelector(selectors.BaseSelector):
             events = self.busy_poll()
             if events is None:
                 events = poll(-1 if timeout is None else timeout, self.MAX_EVENTS)
-        # The keys as they are now: an earlier callback may give a number to another socket.
+        # Look the keys up now: an earlier callback may have reused a descriptor.
         keys, ready = self.keys, self.READY.get
         return [(keys[fd], ready(mask, 3)) for fd, mask in events]
 
     def busy_poll(self):
-        """Events that come while one would fall asleep; None if it is time to. Others go first.
+        """Poll for about as long as sleeping and waking up would take.
 
-        Many a peer answers sooner than that. Who waits for as long as sleeping costs, and
-        then sleeps, pays at most twice the least (Karlin et al., Empirical Studies of
+        Yields the CPU between two polls. Returns events, or None: then it is time to sleep.
+        Many peers reply faster than a process wakes up. Polling as long as sleeping costs, and
+        sleeping then, costs at most twice the optimum (Karlin et al., Empirical Studies of
         Competitive Spinning, 1991).
         """
         if self.skips:
             self.skips -= 1
             return None
-        clock, events, passed = self.clock, [], 0.0
+        clock, events, elapsed = self.clock, [], 0.0
         began = clock()
-        while not events and passed < self.SPIN_TIME:
+        while not events and elapsed < self.SPIN_TIME:
             os.sched_yield()
             events = self.epoll.poll(0, self.MAX_EVENTS)
-            passed = clock() - began
-        if passed > self.PREEMPTED:
+            elapsed = clock() - began
+        if elapsed > self.PREEMPTED:
             self.backoff = self.skips = self.BACKOFF_PREEMPTED
-            return events               # if there are none: an alarm may be due by now
+            return events               # even if there are none: a timer may be due by now
         self.backoff = self.skips = 0 if events else min(self.BACKOFF_MAX, 2 * self.backoff or 1)
         return events or None
 
@@ -2861,42 +3091,43 @@ class EpollSelector(selectors.BaseSelector):
 
 
 def raise_fd_limit():
-    """Have as many descriptors as we may: two for each connection (man 2 getrlimit).
+    """Raise the limit of descriptors as far as permitted (man 2 getrlimit).
 
-    Returns how many, or 0 where that cannot be known.
+    A connection needs two of them. Returns the new limit, or 0 if it cannot be known.
     """
     try:
         import resource
     except ImportError:                 # Windows has none
         return 0
-    have, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for wanted in most, 10240:          # macOS takes no more, whatever it says is the most
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in hard, 10240:           # macOS accepts no more, whatever its hard limit says
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
-            return wanted
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            return limit
         except (ValueError, OSError):
-            pass                        # then with what there is
-    return have
+            pass
+    return soft
 
 
 def fds_available():
-    """Whether there are SPARE descriptors: found out by having them."""
-    found = []
+    """Return whether SPARE_FDS descriptors are free. Opens that many to find out."""
+    fds = []
     try:
-        while len(found) < SPARE_FDS:
-            found.append(os.open(os.devnull, os.O_RDONLY))
+        while len(fds) < SPARE_FDS:
+            fds.append(os.open(os.devnull, os.O_RDONLY))
     except OSError:
         return False
     finally:
-        for number_check in found:
-            os.close(number_check)
+        for fd in fds:
+            os.close(fd)
     return True
 
 
 class Loop:
-    """Watches sockets, rings alarms, and calls what other threads hand in."""
+    """Watches sockets, runs timers, and runs the calls of other threads."""
 
-    fds_exhausted = False      # whether descriptors have run out: then who accepts looks for some first
+    # Set once descriptors have run out. Listeners then check for free ones before they accept.
+    fds_exhausted = False
 
     def __init__(self, clock=time.monotonic, selector=None):
         self.clock = clock
@@ -2905,31 +3136,33 @@ class Loop:
         self.watched = set()                # sockets
         self.timers = []                    # a heap of [t, order, callback or None]
         self.order = 0
-        self.cancelled = 0                  # how many of the alarms will not ring
-        self.calls = deque()                # functions from other threads
+        self.cancelled = 0                  # number of cancelled timers in the heap
+        self.calls = deque()                # functions queued by other threads
         self.running = True
         self.closed = False
+        # Shared by the connections of this loop
         self.budget = Budget()
-        self.buffer = bytearray(CHUNK)      # every recv reads into this one
+        self.buffer = bytearray(CHUNK)      # every recv reads into it
         self.view = memoryview(self.buffer)
-        self.pipe_pool = []                     # empty ones, to be used again
+        self.pipe_pool = []                 # empty KernelPipes
         self.wakeup_send, self.wakeup_recv = socket.socketpair()
         self.wakeup_send.setblocking(False)
         self.wakeup_recv.setblocking(False)
         self.watch(self.wakeup_recv, EVENT_READ, self.on_wakeup)
-        # An epoll or kqueue descriptor can itself be selected, which waits by the
-        # microsecond where epoll rounds up to the millisecond. FD_SETSIZE bounds it.
+        # An epoll or kqueue descriptor can itself be selected: select() waits with a precision
+        # of microseconds, epoll of milliseconds. FD_SETSIZE bounds the descriptor.
         fileno = getattr(self.selector, "fileno", None)
         self.precise_fds = [fileno()] if fileno and fileno() < 1024 else None
-        # Windows' select() takes 512 sockets, others' descriptors below 1024.
+        # select() takes 512 sockets on Windows, and descriptors below 1024 elsewhere.
         self.limit = 500 if isinstance(self.selector, selectors.SelectSelector) else math.inf
 
     def watch(self, sock, events, callback=None):
-        """Call back with the events sock is ready for; for none, forget the socket.
+        """Call back with the events that a socket is ready for. No events: stop watching it.
 
-        More events than it is watched for mean that there is an error to be found.
+        More events than were asked for mean that the socket has an error.
         """
-        # To ask the selector would cost a system call: it words an error that nobody reads.
+        # `sock in self.selector.get_map()` is not used: if the socket is unknown, it formats
+        # a KeyError, and repr(socket) makes system calls.
         known = sock in self.watched
         if events and known:
             self.selector.modify(sock, events, callback)
@@ -2941,39 +3174,40 @@ class Loop:
             self.selector.unregister(sock)
 
     def capacity_error(self):
-        """Why there is no room for one more connection and what it may need; "" if there is."""
+        """Return why no further connection can be served. Empty if one can be."""
         if len(self.watched) + 2 > self.limit:
             return "select() takes no more sockets"
-        return "too few descriptors are left" if Loop.fds_exhausted and not fds_available() else ""
+        return "too few descriptors are left" if (
+            Loop.fds_exhausted and not fds_available()) else ""
 
     def call_at(self, t, callback):
-        """Call back at t. Returns the alarm, for `cancel`."""
+        """Call back at t. Returns the timer, for `cancel`."""
         self.order += 1
-        alarm = [t, self.order, callback]
-        heapq.heappush(self.timers, alarm)
-        return alarm
+        timer = [t, self.order, callback]
+        heapq.heappush(self.timers, timer)
+        return timer
 
-    def cancel(self, alarm):
-        """The alarm, if there is one, will not ring; the heap is swept when half of it is such."""
-        if not alarm or not alarm[2]:
+    def cancel(self, timer):
+        """Cancel a timer, which may be None. If half of the heap is cancelled, rebuild it."""
+        if not timer or not timer[2]:
             return
-        alarm[2] = None
+        timer[2] = None
         self.cancelled += 1
         if self.cancelled > max(100, len(self.timers) // 2):
-            self.timers = [alarm for alarm in self.timers if alarm[2]]
+            self.timers = [timer for timer in self.timers if timer[2]]
             heapq.heapify(self.timers)
             self.cancelled = 0
-        while self.timers and not self.timers[0][2]:    # or else the loop would read the clock
+        while self.timers and not self.timers[0][2]:    # so that wait() reads no clock for them
             heapq.heappop(self.timers)
             self.cancelled -= 1
 
     def run(self):
-        """Until `stop`."""
+        """Run until `stop` is called."""
         try:
             while self.running:
                 for key, events in self.wait():
                     key.data(events)
-                    if self.calls:      # nobody waits for hundreds of busy sockets
+                    if self.calls:      # callers do not wait for hundreds of ready sockets
                         self.run_queued()
                 if self.timers:
                     self.run_timers()
@@ -2981,9 +3215,9 @@ class Loop:
             self.closed = True
 
     def wait(self):
-        """Ready sockets, or none when the next alarm is due."""
+        """Return the ready sockets as (key, events). Returns at the latest when a timer is due."""
         if not self.timers:
-            return self.selector.select()       # a time-out is a timer of the kernel's to set
+            return self.selector.select()       # without a time-out the kernel sets no timer
         seconds = self.timers[0][0] - self.clock()
         if seconds > PRECISE_WAIT:
             return self.selector.select(min(MAX_WAIT, seconds - PRECISE_WAIT / 2))
@@ -2994,24 +3228,25 @@ class Loop:
         return self.selector.select(max(0, seconds))
 
     def run_timers(self):
+        """Call the timers that are due."""
         now = self.clock()
         while self.timers and self.timers[0][0] <= now:
-            alarm = heapq.heappop(self.timers)
-            callback, alarm[2] = alarm[2], None
+            timer = heapq.heappop(self.timers)
+            callback, timer[2] = timer[2], None
             if callback:
                 callback()
             else:
                 self.cancelled -= 1
 
     def call_soon_threadsafe(self, function, *args):
-        """From any thread, or a signal: have function called in the loop's thread."""
+        """Have a function called in the loop's thread. Signal handlers may call this, too."""
         self.calls.append((function, args))
         try:
             self.wakeup_send.send(b"!")
         except BlockingIOError:
             pass                        # full of wake-ups already
         except OSError:
-            pass                        # closed: nobody is left to call
+            pass                        # closed: the loop has ended
 
     def on_wakeup(self, events):
         with contextlib.suppress(BlockingIOError):
@@ -3019,41 +3254,43 @@ class Loop:
         self.run_queued()
 
     def run_queued(self):
+        """Run the calls that other threads have queued."""
         while self.calls:
             function, args = self.calls.popleft()
             function(*args)
 
     def run_sync(self, function, *args):
-        """Run function in the loop's thread and return its result.
+        """Run a function in the loop's thread, and return its result.
 
-        For other threads: called from the loop's own it would wait for itself.
-        Raises what function raises; RuntimeError if the loop has ended.
+        For other threads only: the loop's own would wait for itself. Raises the function's
+        exception, or RuntimeError if the loop has ended.
         """
         done, outcome = threading.Event(), []
 
-        def answer():
+        def run():
             outcome.extend(capture(function, *args))
             done.set()
 
-        self.call_soon_threadsafe(answer)
+        self.call_soon_threadsafe(run)
         while not done.wait(0 if self.closed else 1):
             if self.closed:
                 raise RuntimeError("the loop has ended")
-        result, problem = outcome
-        if problem:
-            raise problem
+        result, exc = outcome
+        if exc:
+            raise exc
         return result
 
     def run_in_thread(self, function, then):
-        """Run function in a thread of its own; then(result, problem) in the loop's."""
-        thread = threading.Thread(target=lambda: self.call_soon_threadsafe(then, *capture(function)), daemon=True)
+        """Run a function in a thread of its own, then call then(result, exc) in the loop's."""
+        thread = threading.Thread(
+            target=lambda: self.call_soon_threadsafe(then, *capture(function)), daemon=True)
         try:
             thread.start()
-        except RuntimeError as problem:     # no more threads
-            self.call_soon_threadsafe(then, None, problem)
+        except RuntimeError as exc:     # no more threads
+            self.call_soon_threadsafe(then, None, exc)
 
     def stop(self):
-        """From any thread, or a signal."""
+        """End `run`. Signal handlers may call this, too."""
         self.running = False
         self.call_soon_threadsafe(int)
 
@@ -3065,29 +3302,25 @@ class Loop:
             self.pipe_pool.pop().close()
 
 
-# -- Addresses ----------------------------------------------------------------
+# -- Sockets ------------------------------------------------------------------
 #
-# HOST:PORT as people write it, and the socket addresses it stands for.
+# HOST:PORT as users write it, and the socket addresses it stands for; listeners; connecting
+# without waiting; and pipes in the kernel.
 
-LOOPBACK = ("127.0.0.1", "::1")     # what localhost is, whatever the hosts file says (RFC 6761)
-WILDCARD = ("0.0.0.0", "::")
+LOOPBACK = ("127.0.0.1", "::1")     # localhost, whatever the hosts file says (RFC 6761)
+WILDCARD = ("0.0.0.0", "::")        # all addresses of this machine
 
 
 def parse_address(text, listens=False):
-    """Read HOST:PORT, [::1]:8000 or :8000 into (host, port). Raises ValueError.
+    """Parse HOST:PORT, [::1]:8000 or :8000 into (host, port). Raises ValueError.
 
-    listens    whether port 0, a free one, makes sense
+    listens    whether port 0, a free one, is allowed
     """
-    wanted = "must be HOST:PORT, like localhost:8000, [::1]:8000 or :8000, not %r" % text
+    expected = "must be HOST:PORT, like localhost:8000, [::1]:8000 or :8000, not %r" % text
     if "://" in text:
-        scheme, host, port = re.match(
-            r"(.*?)://(?:[^/@]*@)?(\[[^]]*\]|[^/:?#]*)(?::(\d+))?", text, re.DOTALL).groups()
-        usual = {"http": "80", "https": "443"}.get(scheme.lower(), "PORT")
-        raise ValueError("must be HOST:PORT, without a scheme or a path, like %s:%s, not the "
-                         "URL %r" % (host or "localhost", port or usual,
-                                     re.sub("//[^/@]*@", "//...@", text)))
+        raise ValueError(url_error(text))
     if "/" in text:
-        raise ValueError(wanted)
+        raise ValueError(expected)
     host, colon, port = text.strip().rpartition(":")
     if host.startswith("[") and host.endswith("]") and ":" in host:
         host = host[1:-1]
@@ -3095,21 +3328,30 @@ def parse_address(text, listens=False):
         raise ValueError("must be [HOST]:PORT where the host is an IPv6 address, like "
                          "[::1]:8000, not %r" % text)
     if not colon or not re.fullmatch("[0-9]{1,5}", port):
-        raise ValueError(wanted)
+        raise ValueError(expected)
     if not (0 if listens else 1) <= int(port) <= 65535:
         raise ValueError("must have a port from %d to 65535, not %r" % (not listens, text))
     if not is_valid_host(host):
-        raise ValueError(wanted)
+        raise ValueError(expected)
     return host, int(port)
 
 
+def url_error(text):
+    """Return the error for a URL in place of HOST:PORT, without its password."""
+    scheme, host, port = re.match(
+        r"(.*?)://(?:[^/@]*@)?(\[[^]]*\]|[^/:?#]*)(?::(\d+))?", text, re.DOTALL).groups()
+    default_port = {"http": "80", "https": "443"}.get(scheme.lower(), "PORT")
+    return ("must be HOST:PORT, without a scheme or a path, like %s:%s, not the URL %r"
+            % (host or "localhost", port or default_port, re.sub("//[^/@]*@", "//...@", text)))
+
+
 def parse_listener(text):
-    """As `parse_address`, where port 0 stands for a free one."""
+    """Parse an address to listen on: as `parse_address`, where port 0 is a free one."""
     return parse_address(text, listens=True)
 
 
 def is_valid_host(host):
-    """Whether host can be asked of a resolver: nothing, or labels of 1 to 63 bytes, 253 in all."""
+    """Return whether a resolver accepts a host: empty, or labels of 1 to 63 bytes, 253 in all."""
     if ":" in host:
         return bool(re.fullmatch(r"[0-9A-Fa-f:.]+(%[\w.-]+)?", host))
     try:
@@ -3119,796 +3361,108 @@ def is_valid_host(host):
     return len(name) <= 254 and bool(re.fullmatch(r"([\w-]{1,63}(\.[\w-]{1,63})*\.?)?", name))
 
 
+def normalize_host(host):
+    """Return a host name as in a Host header: lower case, IDNA, without a final dot."""
+    try:
+        return host.lower().rstrip(".").encode("idna").decode("ascii")
+    except UnicodeError:
+        return host.lower()
+
+
+def is_loopback(address):
+    return address[0] == "::1" or address[0].startswith("127.")
+
+
 def same_endpoint(local, backend):
-    """Whether a listener at local would be reached by calling backend, as far as numbers tell."""
-    here = {address[:2] for _, address in resolve_numeric(local, WILDCARD) or ()}
-    there = {address[:2] for _, address in resolve_numeric(backend) or ()}
-    if here & {(host, local[1]) for host in WILDCARD}:
-        here |= {(host, local[1]) for host in LOOPBACK}
-    return bool(here & there)
+    """Return whether connecting to the backend would reach a listener at local.
+
+    Only numeric addresses are compared.
+    """
+    listening = {address[:2] for _, address in resolve_numeric(local, WILDCARD) or ()}
+    connected = {address[:2] for _, address in resolve_numeric(backend) or ()}
+    if listening & {(host, local[1]) for host in WILDCARD}:
+        listening |= {(host, local[1]) for host in LOOPBACK}
+    return bool(listening & connected)
 
 
 def check_backend(backend, listeners):
-    """Refuse, with a ValueError, a backend that is where we listen, at one of these."""
+    """Raise ValueError if a backend is one of the addresses that are listened on."""
     if any(same_endpoint(address, backend) for address in listeners):
-        raise ValueError("%s is the address that is listened on: the proxy would call itself"
+        raise ValueError("%s is the proxy's own address: it would connect to itself"
                          % format_address(backend))
 
 
 def format_address(address):
-    """(host, port, ...) as a person writes it."""
+    """Return (host, port, ...) as text."""
     host, port = address[:2]
     return "[%s]:%d" % (host, port) if ":" in host else "%s:%d" % (host, port)
 
 
-def resolve(address, everywhere=LOOPBACK, flags=0):
-    """The socket addresses of (host, port), in order: [(family, address)]. Raises OSError.
+def resolve(address, wildcard=LOOPBACK, flags=0):
+    """Return the socket addresses of (host, port), in order: [(family, address)].
 
-    everywhere    what no host at all stands for
+    wildcard    the addresses for an empty host
+
+    Raises OSError.
     """
     host, port = address
-    found = []
-    names = {"localhost": LOOPBACK, "": everywhere}.get(host.lower(), [host])
+    addresses = []
+    names = {"localhost": LOOPBACK, "": wildcard}.get(host.lower(), [host])
     for name in names:
-        for family, _, _, _, address in socket.getaddrinfo(
+        for family, _, _, _, sockaddr in socket.getaddrinfo(
                 name, port, type=socket.SOCK_STREAM,
                 flags=flags if len(names) == 1 else socket.AI_NUMERICHOST):
-            if (family, address) not in found:
-                found.append((family, address))
-    return found
+            if (family, sockaddr) not in addresses:
+                addresses.append((family, sockaddr))
+    return addresses
 
 
-def resolve_numeric(address, everywhere=LOOPBACK):
-    """As `resolve`, where no resolver is needed for it; None where one is."""
+def resolve_numeric(address, wildcard=LOOPBACK):
+    """Return what `resolve` does, without a resolver. Returns None if one is needed."""
     try:
-        return resolve(address, everywhere, flags=socket.AI_NUMERICHOST)
+        return resolve(address, wildcard, flags=socket.AI_NUMERICHOST)
     except OSError:
         return None
 
 
-def address_unavailable(problem):
-    """Whether the machine lacks the address family or the address, as without IPv6."""
-    return problem.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EINVAL)
+def address_unavailable(error):
+    """Return whether the machine lacks the address family or the address, as without IPv6."""
+    return error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EINVAL)
 
 
-# -- Connection ---------------------------------------------------------------
-#
-# Two sockets and the two roads between them. The methods come in the order in which
-# a chunk meets them.
+class CannotListen(OSError):
+    """An address cannot be listened on, and why."""
 
-HAVE_SPLICE = hasattr(os, "splice")         # Linux, with Python 3.10 or newer
-F_SETPIPE_SZ = 1031                     # of linux/fcntl.h; in the module fcntl since Python 3.10
-SOCK_NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)
-# What socket.socket is made from: all that a proxy needs, and half as long to make and close.
-RawSocket = socket.SocketType
-FD_EXHAUSTED = {errno.EMFILE, errno.ENFILE}      # descriptors
-# What splice says where recv will do: nothing is there, or this system, or a socket, cannot.
-SPLICE_UNAVAILABLE = {errno.EAGAIN, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EBADF}
-CONNECT_PENDING = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}      # what connect says then
+    def __init__(self, error, address):
+        self.address = format_address(address)
+        self.reason = error.strerror or str(error)
+        super().__init__(error.errno, "cannot listen on %s: %s" % (self.address, self.reason))
 
-
-class KernelPipe:
-    """A pipe of the kernel's: bytes go through it from socket to socket, and are not copied.
-
-    Like bytes it has a length, and can be cut in front when they are sent.
-    """
-
-    __slots__ = ("out", "into", "held")
-
-    def __init__(self):
-        """Raises OSError where there are no descriptors."""
-        self.out, self.into = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self.held = 0
-        with contextlib.suppress(OSError):      # some systems bound all pipes together (man 7
-            fcntl.fcntl(self.into, F_SETPIPE_SZ, KERNEL_PIPE_SIZE)      # pipe): then it is a smaller one
-
-    def __len__(self):
-        return self.held
-
-    def __getitem__(self, sent):
-        self.held -= sent.start
-        return self
-
-    def fill(self, source):
-        """Take in what has come to a socket; returns how many bytes. Raises OSError, as recv."""
-        self.held = os.splice(source.fileno(), self.into, KERNEL_PIPE_SIZE, flags=os.SPLICE_F_NONBLOCK)
-        return self.held
-
-    def send_to(self, target):
-        """Returns how many bytes a socket has taken. Raises OSError, as send."""
-        return os.splice(self.out, target.fileno(), self.held, flags=os.SPLICE_F_NONBLOCK)
-
-    def close(self):
-        os.close(self.out)
-        os.close(self.into)
-
-
-class Link(DelayQueue):
-    """One direction of a connection: a pipe, and the socket that it begins at."""
-
-    __slots__ = ("source", "watched", "fast_target", "full")
-
-    def __init__(self, to, budget):
-        super().__init__(to, budget)
-        self.source = None      # a socket
-        self.watched = 0        # what it is watched for, be it to read from it or to write to it
-        self.fast_target = None    # the target, a socket, while nothing stands between the two
-        self.full = 0           # how often much has come at a time
-
-    def keep(self, data):
-        """What has come on the straight road, and does not leave at once."""
-        self.taken += len(data)
-        self.hold(len(data))
-        self.wait(data)
-
-    def drop(self):
-        for data in self.out:
-            if isinstance(data, KernelPipe):
-                data.close()
-        super().drop()
-
-
-class Connection:
-    """A client, the backend called for it, and what is under way between them."""
-
-    __slots__ = ("proxy", "loop", "number", "peer", "line", "up", "down", "client", "backend",
-                 "addresses", "deadline", "connect_started", "connecting", "reset_reason", "handed_off", "faults",
-                 "alarm", "deadline_timer", "lingering", "began")
-
-    def __init__(self, proxy, number_check, client, peer):
-        self.proxy = proxy
-        self.loop = proxy.loop
-        self.number = number_check
-        self.peer = peer                # the client's address
-        self.line = (ProtocolChain(proxy.rules, number_check, proxy.protocol(proxy.host_header()))
-                     if proxy.protocol else Chain(proxy.rules, number_check))
-        self.up = Link(UPSTREAM, self.loop.budget)
-        self.down = Link(DOWNSTREAM, self.loop.budget)
-        self.client = self.up.source = client       # a socket; None when all is over
-        self.backend = None             # a socket, once called; it is where down begins
-        self.addresses = None           # of the backend, still to try
-        self.deadline = None            # for connecting to it
-        self.connect_started = False            # whether the backend has been called
-        self.connecting = False
-        self.reset_reason = ""                  # how a peer went; a reset follows what it had said
-        self.handed_off = False               # a blocking handler has the sockets
-        self.faults = None              # names of the handlers that acted on it
-        self.alarm = None               # for what is due next
-        self.deadline_timer = None            # for connecting, and for lingering
-        self.lingering = False            # all is said, but the client has not closed
-        self.began = self.loop.clock()
-
-    @property
-    def name(self):
-        """The client's address, as a person writes it."""
-        return format_address(self.peer)
-
-    def start(self):
-        """A client is here."""
-        now = self.began
-        self.line.begin()
-        if self.line.active:
-            self.place(now, self.line.process(now, UPSTREAM, OPEN)
-                       + self.line.process_open(now, [DOWNSTREAM]))
-        else:
-            self.connect_backend()
-            self.watch()
-            if self.up.fast_target:        # many a client has asked by now
-                self.ready(self.up, EVENT_READ)
-
-    def ready(self, way, events):
-        """The straight road: bytes leave from where they came in, as soon as they have come.
-
-        It is open while nothing is under way: `watch` says so. No queue, no clock and, where
-        no fault has been drawn, no event; one recv for each wake-up, for a fast sender must
-        not starve the others. What the target does not take waits. Events other than
-        EVENT_READ alone are something to write, or an error: see Epoll.READY.
-        """
-        target, loop, line = way.fast_target, self.loop, self.line
-        if target is None or events != EVENT_READ or loop.budget.held > loop.budget.fast_path_limit:
-            self.wake(way, events)
-            return
-        if way.full >= SPLICE_AFTER and self.splice(way, target):
-            return
-        try:
-            size = way.source.recv_into(loop.buffer)
-        except BlockingIOError:
-            return
-        except OSError as problem:
-            self.lost(way, problem)
-            return
-        if not size:
-            self.end(way, target)
-            return
-        if line.last_direction is not way.to:
-            line.turn(way.to)
-        data = loop.view[:size]
-        if line.protocol or line.active:
-            data = self.at_once(way, data)
-            if not data:
-                return
-        elif size >= BULK_READ and HAVE_SPLICE:
-            way.full += 1
-        try:
-            sent = target.send(data)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            way.taken += len(data)
-            self.on_send_error(way)
-            self.advance()
-            return
-        way.passed += sent
-        if sent < len(data):
-            way.keep(memoryview(bytes(data[sent:])))
-            self.watch()
-
-    def splice(self, way, target):
-        """The straight road of bulk: the bytes do not even come here. False if none did so."""
-        size, ducts = 0, self.loop.pipe_pool
-        line = self.line
-        if line.active or line.protocol or line.last_direction is not way.to:
-            return False                # somebody is to see them
-        try:
-            duct = ducts.pop() if ducts else KernelPipe()
-        except OSError:                 # no descriptors
-            way.full = 0
-            return False
-        try:
-            size = duct.fill(way.source)
-        except OSError as problem:
-            if problem.errno not in SPLICE_UNAVAILABLE:
-                self.lost(way, problem)
-        if size < BULK_READ:
-            way.full = 0
-        if not size:
-            self.release_pipe(duct)
-            return self.client is None or way.over
-        way.keep(duct)
-        self.flush(way, target)
-        if way.out or way.done:
-            self.advance()
-        return True
-
-    def release_pipe(self, duct):
-        """It is empty: let others use it."""
-        if len(self.loop.pipe_pool) < KERNEL_PIPES_POOLED:
-            self.loop.pipe_pool.append(duct)
-        else:
-            duct.close()
-
-    def end(self, way, target):
-        """The source has said EOF where the straight road is open."""
-        way.over = True
-        if self.line.protocol or self.line.active:
-            self.take(way.to, EOF)
-            return
-        way.done = True
-        if self.up.done and self.down.done:
-            self.finish()
-            return
-        try:
-            target.shutdown(socket.SHUT_WR)
-        except OSError:
-            self.on_send_error(way)
-            self.advance()
-        else:
-            self.watch([(way, self.down if way is self.up else self.up)])
-
-    def wake(self, way, events):
-        """A socket is ready, and there is more to it than the straight road."""
-        if self.client is None:         # closed by an earlier callback of this select()
-            return
-        if way is self.down and self.connecting:
-            self.connected()
-            return
-        if events & EVENT_WRITE:
-            self.advance()
-        if events & EVENT_READ and way.source is not None:
-            self.receive(way)
-
-    def receive(self, way):
-        """As `ready`, for what may have to be held, and has to find room."""
-        room = way.room(self.loop.clock)
-        if room <= 0 or self.handed_off:      # ready since before the pipe filled up
-            self.watch()
-            return
-        if self.proxy.has_blocking and self.hand_off(way):
-            return
-        try:
-            # What is to be held is read into bytes of its own: one copy less.
-            data = (way.source.recv(room) if way.queue else
-                    bytes(self.loop.view[:way.source.recv_into(self.loop.buffer, room)]))
-        except BlockingIOError:
-            return
-        except OSError as problem:
-            self.lost(way, problem)
-            return
-        if not data:
-            way.over = True
-            self.take(way.to, EOF)
-        elif self.lingering:
-            way.taken += len(data)
-        else:
-            if self.line.last_direction is not way.to:
-                self.line.turn(way.to)
-            data = self.at_once(way, data)
-            if data:
-                way.taken += len(data)
-                now = self.loop.clock()
-                self.place(now, [(now, way.to, data, ())])
-
-    def at_once(self, way, data):
-        """What is to leave now, where no fault touches what has come.
-
-        Or else it is in the pipes already, or held, and nothing is returned. What is not
-        returned as it was is counted here as received.
-
-        data    a view of the loop's buffer, or bytes
-        """
-        line, size = self.line, len(data)
-        protocol = line.protocol
-        if protocol:
-            frames = protocol.up if way is self.up else protocol.down
-            found = out = None
-            if size <= COPY_MAX:           # several will look at it
-                data = bytes(data)
-                found = frames.usual(data)
-            if found:
-                out = line.pass_whole(way.to, found, data)      # type: ignore
-            if out is None:
-                marks = frames.feed(data if type(data) is bytes else self.loop.buffer, size, found)
-                out = None if frames.lost else line.pass_through(way.to, data, marks)  # type: ignore
-            if out is not None:
-                way.taken += size - len(out)
-                return out
-            assert isinstance(line, ProtocolChain)
-            data, now, line.modified = bytes(data), self.loop.clock(), False
-            events = line.read(now, way.to, data, marks)
-            if frames.lost:
-                log.info("%sconnection %d, request %d: goes on as plain tcp: %s",
-                         self.proxy.label, self.number, line.request, frames.lost)
-                if way is self.up and any(exchange.waiting for exchange in line.exchanges):
-                    events += line.stop_parsing(now)
-                else:
-                    self.line, held = line.fall_back_to_tcp(now)
-                    events += held
-                line.modified = True     # another line may have done so
-        elif line.active:
-            if not line.observes(way.to):
-                return data
-            data, now, line.modified = bytes(data), self.loop.clock(), False
-            events = line.process(now, way.to, data)
-            if not line.modified:
-                return data
-        else:
-            return data
-        if not line.modified and all(to == way.to and out for _, to, out, _ in events):
-            out = b"".join([event[2] for event in events])
-            way.taken += size - len(out)
-            return out
-        way.taken += size
-        self.place(now, events)
-        return None
-
-    def hand_off(self, way):
-        """Leave what has come to a blocking handler, if one was drawn for this request.
-
-        Returns whether it has the sockets, or gets them when the backend is there and
-        nothing is under way any more.
-        """
-        try:
-            if not way.source.recv(1, socket.MSG_PEEK):
-                return False            # the end is not for it
-        except OSError:
-            return False                # receive finds out
-        if self.line.last_direction is not way.to:
-            self.line.turn(way.to)
-        step = self.line.blocking()
-        if step is None:
-            return False
-        if self.is_drained():
-            try:
-                socks = [socket.fromfd(sock.fileno(), sock.family, socket.SOCK_STREAM)
-                         for sock in (self.client, self.backend)]
-            except OSError as problem:  # no descriptors
-                self.reset("no handler: %s" % problem.strerror)
-                return True
-            self.handed_off = True
-            if step.act():
-                self.proxy.record(self, step.rule, self.line.request)
-            self.loop.run_in_thread(lambda: run_blocking_handler(step.rule, socks, way.to == UPSTREAM),
-                           lambda done, problem: self.take_back(step.rule, socks, done, problem))
-        self.watch()
-        return True
-
-    def is_drained(self):
-        """Whether there is a backend, and nothing under way that a handler would overtake."""
-        return self.backend is not None and not self.connecting and not (
-            self.up.queue or self.up.out or self.down.queue or self.down.out)
-
-    def take_back(self, rule, socks, open, problem):
-        """A blocking handler has done its work; open tells whether it left the sockets open."""
-        self.handed_off = False
-        for sock in socks:
-            sock.close()
-        if problem:
-            gone = isinstance(problem, OSError)         # most likely a peer, not a bug
-            log.log(logging.INFO if gone else logging.ERROR,
-                    "connection %d, request %d: handler %s failed and the connection is closed: "
-                    "%s", self.number, self.line.request, rule.name, format_exception(problem),
-                    exc_info=not (rule.error_logged or gone) and problem)
-            rule.error_logged = rule.error_logged or not gone
-        if self.client is None:
-            return
-        for sock in (self.client, self.backend):
-            sock.setblocking(False)     # whatever it has done to them
-        if problem or not open:
-            self.close("closed by %s" % rule.name)
-        else:
-            self.advance()
-
-    def take(self, to, data):
-        """An event comes: carry it down the line."""
-        now = self.loop.clock()
-        self.place(now, self.line.process(now, to, data))
-
-    def place(self, now, events):
-        """Put into the pipes what has become of an event, and see what follows."""
-        for t, way, out, holds in events:
-            (self.up if way == UPSTREAM else self.down).put(t, out, now, holds)
-        news, self.line.activated = self.line.activated, []
-        for rule, request in news:
-            self.proxy.record(self, rule, request)
-        self.advance()
-
-    def rules_changed(self, new, gone, changed):
-        """The rules are others: what those hold that are gone, or have changed, goes on."""
-        now = self.loop.clock()
-        self.line.rules_changed(new, changed)
-        for pipe in self.up, self.down:
-            if pipe.release(gone, changed):
-                self.line.free(pipe.to, pipe.latest)
-        self.place(now, self.line.process_open(now, [UPSTREAM, DOWNSTREAM], [*new, *changed]))
-
-    def ring(self):
-        self.alarm = None
-        self.advance()
-
-    def advance(self):
-        """Move what is due, and see what follows. All that leaves the straight road comes here."""
-        up, down, now = self.up, self.down, self.loop.clock()
-        signals = up.due(now) + down.due(now) if up.queue or down.queue else ()
-        if not self.connect_started and (OPEN in signals or any(up.out)):
-            self.connect_backend()
-        elif not self.connect_started and up.out:           # EOF for a backend that was never called
-            up.drop()
-            up.done = True
-            down.put(now, EOF, now)                 # nobody is there to answer
-        if down.out:
-            self.flush(down, self.client)
-        if up.out:
-            self.flush(up, None if self.connecting else self.backend)
-        if self.client is None:
-            return
-        if RESET in signals:
-            self.reset("reset by a fault")
-        elif not (up.done and down.done):
-            self.watch()
-            if up.queue or down.queue or self.alarm:
-                self.set_alarm(now)
-        else:
-            self.finish()
-
-    def finish(self):
-        """Nothing more goes either way."""
-        if self.reset_reason:
-            self.reset(self.reset_reason)
-        elif self.up.over and self.down.over:
-            self.close("closed")
-        elif self.line.answered_early and not self.up.over:
-            self.linger()
-        else:
-            faults = [step.rule.name for step in self.line.active if step.acted]
-            self.close("closed by %s" % (" and ".join(faults) or "a fault"))
-
-    def linger(self):
-        """Hear the client out: to close over what is unread would destroy the answer."""
-        self.close_backend()
-        self.down.over = True
-        self.watch()
-        if not self.lingering:
-            self.lingering = True
-            with contextlib.suppress(OSError):
-                self.client.shutdown(socket.SHUT_WR)
-            self.wait_for(self.loop.clock() + LINGER_TIMEOUT, lambda: self.close("closed by a fault"))
-
-    def flush(self, way, target):
-        """Send what is due, until the target takes no more."""
-        while way.out and target is not None and self.client is not None:
-            data = way.out[0]
-            try:
-                if way.done:
-                    way.out.popleft()
-                    way.credit(len(data) + CHUNK_OVERHEAD)
-                elif data is EOF:
-                    way.sent(0)
-                    way.done = True
-                    # Or else a reset, or a close, is what follows.
-                    if not (self.reset_reason or (self.up.done and self.down.done)):
-                        target.shutdown(socket.SHUT_WR)
-                elif isinstance(data, KernelPipe):
-                    way.sent(data.send_to(target))
-                    if not data:
-                        self.release_pipe(data)
-                else:
-                    way.sent(target.send(data))
-            except BlockingIOError:
-                return
-            except OSError:
-                self.on_send_error(way)
-
-    def watch(self, ways=()):
-        """What the two sockets are watched for, and where the straight road is open, as things
-        stand; it is decided here alone.
-
-        ways    (one, the other), if it is known that only that one's source may be concerned
-        """
-        if self.client is None:
-            return
-        up, down, lends = self.up, self.down, self.proxy.has_blocking
-        busy = self.handed_off or (lends and self.line.blocking() and not self.is_drained())
-        clear = not (self.connecting or lends or self.handed_off or self.lingering)
-        for way, back in ways or ((up, down), (down, up)):
-            source = way.source
-            if source is None:
-                continue
-            if self.connecting and way is down:
-                events = EVENT_WRITE
-            elif (way.over or busy or (way.held and way.room(self.loop.clock) <= 0)
-                    or (way.done and self.reset_reason)):   # what nobody will get is not read: its
-                events = 0                          # sender, too, is to feel that
-            else:
-                events = EVENT_READ
-            if back.out:
-                events |= EVENT_WRITE
-            free = clear and not (way.held or way.over or way.done)
-            way.fast_target = back.source if free else None
-            if events != way.watched:
-                way.watched = events
-                self.loop.watch(source, events, functools.partial(self.ready, way))
-
-    def set_alarm(self, now):
-        """For what is due next, if it ever is."""
-        due = min(self.up.next_due(), self.down.next_due(),
-                  self.up.resume_reading_at(now), self.down.resume_reading_at(now))
-        if self.alarm and self.alarm[0] != due:
-            self.loop.cancel(self.alarm)
-            self.alarm = None
-        if due < NEVER and not self.alarm:
-            self.alarm = self.loop.call_at(due, self.ring)
-
-    def connect_backend(self):
-        """Call the backend: find its addresses, then try one after the other."""
-        self.connect_started = self.connecting = True
-        self.deadline = self.loop.clock() + self.proxy.timeout
-        if self.proxy.addresses:
-            self.addresses = list(self.proxy.addresses)
-            self.connect_next(None)
-        else:
-            self.wait_for(self.deadline, lambda: self.fail("timed out"))
-            self.proxy.resolve_backend(self.found)
-
-    def found(self, addresses, problem):
-        if self.client is None or self.backend is not None or not self.connecting:
-            return                      # it has ended, or given up, while the name was resolved
-        self.addresses = list(addresses or ())
-        self.connect_next(problem)
-        self.advance()
-
-    def connect_next(self, problem):
-        """Connect to the next address, without waiting; problem is how the last one failed."""
-        while self.addresses:
-            address = self.addresses.pop(0)
-            try:
-                self.backend, self.connecting = start_connect(*address)
-            except OSError as failed:
-                if failed.errno in FD_EXHAUSTED:
-                    Loop.fds_exhausted = True
-                    self.addresses.insert(0, address)
-                    self.wait_for(self.loop.clock() + RETRY_DELAY, self.try_again)
-                    return
-                if problem is None or not address_unavailable(failed):
-                    problem = failed
-                continue
-            self.down.source = self.backend
-            if self.connecting:
-                # Each address has its share of the time, so that a silent one does not
-                # keep the others from being tried.
-                now = self.loop.clock()
-                share = (self.deadline - now) / (1 + len(self.addresses))
-                self.wait_for(now + share, self.on_connect_timeout)
-            elif self.deadline_timer:
-                self.loop.cancel(self.deadline_timer)
-            return
-        self.fail(getattr(problem, "strerror", None) or problem or "no address found")
-
-    def wait_for(self, t, callback):
-        """Be patient until then with this, and no longer with what was waited for before."""
-        self.loop.cancel(self.deadline_timer)
-        self.deadline_timer = self.loop.call_at(t, callback)
-
-    def try_again(self):
-        """There may be a descriptor now."""
-        if self.loop.clock() < self.deadline:
-            self.connect_next(None)
-            self.advance()
-        else:
-            self.fail(os.strerror(errno.EMFILE))
-
-    def connected(self):
-        """The backend has answered the call, with a yes or a no."""
-        number_check = self.backend.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if number_check:
-            self.close_backend()
-            self.connect_next(OSError(number_check, socket_strerror(number_check)))
-        else:
-            self.connecting = False
-            self.loop.cancel(self.deadline_timer)
-        self.advance()
-
-    def on_connect_timeout(self):
-        self.close_backend()
-        self.connect_next("timed out")
-        self.advance()
-
-    def close_backend(self):
-        if self.backend is not None:
-            if self.down.watched:
-                self.loop.watch(self.backend, 0)
-            self.backend.close()
-            self.backend = self.down.source = self.up.fast_target = self.down.fast_target = None
-            self.down.watched = 0
-
-    def fail(self, problem):
-        """No backend to be had: the client is closed."""
-        self.proxy.failed(self, problem)
-        self.close("no backend")
-
-    def lost(self, pipe, problem):
-        """A recv has failed: the source is gone, and takes no more from the other side.
-
-        An RST received is an RST passed on, after what was said before it. Only what
-        hangs, or waits for a backend to answer the call, is dropped: nobody waits for it.
-        """
-        who = "client" if pipe is self.up else "backend"
-        reset = isinstance(problem, ConnectionResetError)
-        self.reset_reason = "reset by %s" % who if reset else "%s lost: %s" % (who, problem.strerror)
-        pipe.over = True
-        other = self.down if pipe is self.up else self.up
-        other.drop()
-        other.done = True
-        if pipe is self.up and (pipe.latest == NEVER or self.connecting):
-            self.reset(self.reset_reason)
-        else:
-            self.take(pipe.to, EOF)
-
-    def on_send_error(self, pipe):
-        """A send has failed: the target is gone.
-
-        What it had said before may still wait to be read, as a peer without a proxy
-        would read it; then comes the reset.
-        """
-        pipe.drop()
-        pipe.done = True
-        self.reset_reason = self.reset_reason or "reset by %s" % ("backend" if pipe is self.up else "client")
-
-    def backend_name(self):
-        """The address of its backend, or what is called for it."""
-        try:
-            return format_address(self.backend.getpeername())
-        except (AttributeError, OSError):       # not called, not connected
-            return format_address(self.proxy.backend)
-
-    def count(self, totals):
-        """Add its bytes: [from the client, to the backend, from the backend, to the client]."""
-        up, down = self.up, self.down
-        totals[0] += up.passed + up.taken
-        totals[1] += up.passed + up.given
-        totals[2] += down.passed + down.taken
-        totals[3] += down.passed + down.given
-
-    def reset(self, how):
-        """Close both sockets with RST: linger on, for 0 seconds (man 7 socket, SO_LINGER)."""
-        at_once = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
-        for sock in (self.client, self.backend):
-            if sock is not None:
-                try:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
-                except OSError:
-                    pass                # it is gone already
-        self.close(how)
-
-    def close(self, how):
-        """All is over; how says what ended it."""
-        if self.client is None:
-            return
-        if self.handed_off:                   # wake up who waits in a recv of theirs
-            for sock in (self.client, self.backend):
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
-        self.close_backend()
-        if self.up.watched:
-            self.loop.watch(self.client, 0)
-        self.client.close()
-        self.client = self.up.source = None
-        for alarm in self.alarm, self.deadline_timer:
-            if alarm:
-                self.loop.cancel(alarm)
-        self.proxy.ended(self, how)
-        self.up.close()
-        self.down.close()
-
-
-def start_connect(family, address):
-    """(a socket, whether it is still connecting): nobody waits. Raises OSError."""
-    sock = RawSocket(family, socket.SOCK_STREAM | SOCK_NONBLOCK)
-    try:
-        if not SOCK_NONBLOCK:
-            sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        number_check = sock.connect_ex(address)
-        if number_check == errno.EINPROGRESS and LINUX:       # asked again, it knows: a backend on
-            number_check = sock.connect_ex(address)           # this machine has answered by now
-    except OSError:
-        sock.close()
-        raise
-    if number_check and number_check not in CONNECT_PENDING:
-        sock.close()
-        raise OSError(number_check, socket_strerror(number_check))
-    return sock, number_check != 0
-
-
-def socket_strerror(number_check):
-    """What an error number of a socket means."""
-    return getattr(socket, "errorTab", {}).get(number_check) or os.strerror(number_check)   # Windows' own
-
-
-def run_blocking_handler(rule, socks, to_backend):
-    """Call a blocking handler, in a thread of its own. Returns whether it left the sockets open.
-
-    socks are duplicates with a time-out: the descriptors stay non-blocking, Python waits.
-    """
-    try:
-        for sock in socks:
-            sock.settimeout(MAX_WAIT)
-        rule.instance(socks[0], socks[1], to_backend)
-        return all(sock.fileno() >= 0 for sock in socks)
-    finally:
-        for sock in socks:
-            sock.close()
-
-
-# -- Proxy --------------------------------------------------------------------
-#
-# Who listens and accepts, for a proxy and for its control; the proxy, which keeps what
-# belongs to all its connections: the rules, the counts, the record of the faults that acted;
-# and the proxies of one process.
 
 class Listener:
-    """Accepts, on every address of a host, all on one port."""
+    """Accepts connections on every address of a host, all on one port. For the loop's thread."""
 
-    last_warning = -RETRY_DELAY         # when one last said that it cannot
-    burst = 1.0                 # clients taken in a row, as many as there seem to be
+    last_warning = -RETRY_DELAY     # when any listener last warned that it cannot accept
+    burst = 1.0                     # connections to accept in a row, as many as seem to wait
 
-    def __init__(self, local, welcome):
-        """Have the port; welcome(client, peer) gets who comes. Raises OSError."""
-        self.sockets = listen(local)
-        self.welcome = welcome
+    def __init__(self, local, on_accept):
+        """Bind the port. on_accept(client, peer) gets each connection. Raises OSError."""
+        self.local = local
+        self.on_accept = on_accept
         self.loop = None
+        self.bind()
 
     def __str__(self):
         return " and ".join(format_address(sock.getsockname()) for sock in self.sockets)
+
+    def address(self):
+        """Return the (host, port, ...) of the first socket."""
+        return self.sockets[0].getsockname()
+
+    def bind(self):
+        """Bind the port, also again after `close`. Raises OSError."""
+        self.sockets = listen(self.local)
+        self.local = self.local[0], self.address()[1]   # a free port is kept
 
     def open(self, loop):
         self.loop = loop
@@ -3919,38 +3473,42 @@ class Listener:
         self.loop.watch(sock, EVENT_READ, functools.partial(self.accept, sock))
 
     def accept(self, sock, events):
-        """Take in who waits, a burst at most; to find nobody costs a system call, too."""
+        """Accept the connections that wait, at most a burst.
+
+        An accept() that finds none costs a system call, so the burst adapts to their number.
+        """
         burst, self.burst = self.burst, max(1.0, self.burst / 2)
         for _ in range(int(burst)):
-            if sock not in self.sockets:            # closed earlier in this select()
+            if sock not in self.sockets:            # closed by an earlier callback
                 return
-            why = self.loop.capacity_error()
-            if why:
-                self.pause(sock, why)
+            reason = self.loop.capacity_error()
+            if reason:
+                self.pause(sock, reason)
                 return
             try:
-                number_check, peer = sock._accept()       # all that accept() of its subclass calls
-                client = RawSocket(sock.family, socket.SOCK_STREAM, 0, number_check)
+                fd, peer = sock._accept()           # socket.accept() without its subclass
+                client = RawSocket(sock.family, socket.SOCK_STREAM, 0, fd)
             except BlockingIOError:
                 return
             except ConnectionError:
-                continue                            # it has gone again already
-            except OSError as problem:              # no descriptors, no memory
-                Loop.fds_exhausted = Loop.fds_exhausted or problem.errno in FD_EXHAUSTED
-                self.pause(sock, problem.strerror)
+                continue                            # the client has gone already
+            except OSError as error:                # no descriptors, no memory
+                Loop.fds_exhausted = Loop.fds_exhausted or error.errno in FD_EXHAUSTED
+                self.pause(sock, error.strerror)
                 return
             try:
-                self.welcome(client, peer or client.getpeername())
-            except OSError:                         # likewise; macOS then has no peer
+                self.on_accept(client, peer or client.getpeername())
+            except OSError:                         # it has gone; macOS then reports no peer
                 client.close()
         self.burst = min(ACCEPT_BURST, 1.25 * burst)
 
-    def pause(self, sock, why):
-        """Accept nobody for a while; those who are here go on. All listeners say so once."""
+    def pause(self, sock, reason):
+        """Stop accepting for RETRY_DELAY. One listener of all logs it, once in that time."""
         now = self.loop.clock()
         if now - Listener.last_warning >= RETRY_DELAY:
             Listener.last_warning = now
-            log.warning("cannot accept on %s: %s: trying again in %g s", self, why, RETRY_DELAY)
+            log.warning("cannot accept on %s: %s: trying again in %g s", self, reason,
+                        RETRY_DELAY)
         self.loop.watch(sock, 0)
         self.loop.call_at(now + RETRY_DELAY, lambda: sock in self.sockets and self.watch(sock))
 
@@ -3963,51 +3521,49 @@ class Listener:
 
 
 def listen(local):
-    """Sockets that listen on every address of (host, port), all on one port.
+    """Return sockets that listen on every address of (host, port), all on one port.
 
-    Port 0 picks a port that is free on all of them. Raises OSError, the address in
-    its words, and then nothing is left open.
+    Port 0 picks one that is free on all of them. Raises CannotListen, and closes all then.
     """
-    tries = 20 if local[1] == 0 else 1      # a free port may be taken on the next address
+    tries = 20 if local[1] == 0 else 1      # a free port may be in use on the next address
     while True:
-        sockets, problem, tries = [], None, tries - 1
-        try:
-            for family, address in resolve(local, everywhere=WILDCARD):
-                if sockets:                 # the port that the first one got
-                    address = (address[0], sockets[0].getsockname()[1]) + address[2:]
-                try:
-                    sockets.append(bind_listener(family, address))
-                except OSError as refused:
-                    problem = CannotListen(refused, address)
-                    if not address_unavailable(refused):
-                        break
-        except OSError as unknown:
-            problem = CannotListen(unknown, local)
-        if problem is None or (sockets and address_unavailable(problem)):
+        sockets, error = try_listen(local)
+        tries -= 1
+        if error is None or (sockets and address_unavailable(error)):
             return sockets
         for sock in sockets:
             sock.close()
-        if not tries or problem.errno != errno.EADDRINUSE:
-            raise problem
+        if not tries or error.errno != errno.EADDRINUSE:
+            raise error
 
 
-class CannotListen(OSError):
-    """No listener at an address, and why."""
-
-    def __init__(self, problem, address):
-        self.address = format_address(address)
-        self.reason = problem.strerror or str(problem)
-        super().__init__(problem.errno, "cannot listen on %s: %s" % (self.address, self.reason))
+def try_listen(local):
+    """Return (the sockets of a listener, the CannotListen of the last failure or None)."""
+    sockets, error = [], None
+    try:
+        for family, address in resolve(local, wildcard=WILDCARD):
+            if sockets:                     # all listen on the port of the first
+                address = (address[0], sockets[0].getsockname()[1]) + address[2:]
+            try:
+                sockets.append(bind_listener(family, address))
+            except OSError as exc:
+                error = CannotListen(exc, address)
+                if not address_unavailable(exc):
+                    break
+    except OSError as exc:
+        error = CannotListen(exc, local)
+    return sockets, error
 
 
 def bind_listener(family, address):
+    """Return a socket that listens on one address. Raises OSError."""
     sock = RawSocket(family, socket.SOCK_STREAM)
     try:
-        if os.name == "posix":          # elsewhere it means that two may listen on one port
+        if os.name == "posix":          # on Windows it would let two processes listen on a port
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        if LINUX:
+        if LINUX:                       # accepted sockets inherit it
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setblocking(False)
         sock.bind(address)
@@ -4018,7 +3574,825 @@ def bind_listener(family, address):
     return sock
 
 
-FaultRecord = namedtuple("FaultRecord", "number time proxy connection client request handler options")
+def first_address(local):
+    """Return the first address of a listener at local, as Toxiproxy writes it.
+
+    Raises CannotListen.
+    """
+    if not local[0]:
+        return format_address(("::", local[1]))
+    try:
+        return format_address(resolve(local)[0][1])
+    except OSError as error:
+        raise CannotListen(error, local) from None
+
+
+HAVE_SPLICE = hasattr(os, "splice")     # Linux, with Python 3.10 or newer
+F_SETPIPE_SZ = 1031                     # of linux/fcntl.h; in the module fcntl since Python 3.10
+SOCK_NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)
+# The base class of socket.socket: it has all methods that a proxy needs, and takes half the
+# time to create and close.
+RawSocket = socket.SocketType
+FD_EXHAUSTED = {errno.EMFILE, errno.ENFILE}
+# Errors of splice after which recv takes over: there is no data, or this system or this socket
+# does not support it.
+SPLICE_UNAVAILABLE = {errno.EAGAIN, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EBADF}
+CONNECT_PENDING = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}
+
+
+class KernelPipe:
+    """A pipe in the kernel, through which splice moves bytes between sockets without a copy.
+
+    Like bytes it has a length, and slicing off its front is how sent bytes are removed.
+    """
+
+    __slots__ = ("read_fd", "write_fd", "held")
+
+    def __init__(self):
+        """Raises OSError if no descriptors are left."""
+        self.read_fd, self.write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.held = 0
+        # Fails where the user's pipes have reached a limit (man 7 pipe). It is smaller then.
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(self.write_fd, F_SETPIPE_SZ, KERNEL_PIPE_SIZE)
+
+    def __len__(self):
+        return self.held
+
+    def __getitem__(self, sent):
+        self.held -= sent.start
+        return self
+
+    def splice_from(self, source):
+        """Move the bytes that a socket has received into the pipe. Returns how many.
+
+        Raises OSError as recv does.
+        """
+        self.held = os.splice(source.fileno(), self.write_fd, KERNEL_PIPE_SIZE,
+                              flags=os.SPLICE_F_NONBLOCK)
+        return self.held
+
+    def splice_to(self, target):
+        """Move bytes from the pipe into a socket. Returns how many. Raises OSError as send."""
+        return os.splice(self.read_fd, target.fileno(), self.held, flags=os.SPLICE_F_NONBLOCK)
+
+    def close(self):
+        os.close(self.read_fd)
+        os.close(self.write_fd)
+
+
+def start_connect(family, address):
+    """Start to connect without waiting. Returns (socket, whether it is pending).
+
+    Raises OSError.
+    """
+    sock = RawSocket(family, socket.SOCK_STREAM | SOCK_NONBLOCK)
+    try:
+        if not SOCK_NONBLOCK:
+            sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        error = sock.connect_ex(address)
+        if error == errno.EINPROGRESS and LINUX:    # a backend on this machine has accepted by
+            error = sock.connect_ex(address)        # now; a second call tells so
+    except OSError:
+        sock.close()
+        raise
+    if error and error not in CONNECT_PENDING:
+        sock.close()
+        raise OSError(error, socket_strerror(error))
+    return sock, error != 0
+
+
+def socket_strerror(error):
+    """Return the text of a socket's error number, which on Windows only the socket module has."""
+    return getattr(socket, "errorTab", {}).get(error) or os.strerror(error)
+
+
+# -- Connection ---------------------------------------------------------------
+#
+# A client's socket, a backend's socket, and the two links between them. All of it runs in the
+# loop's thread, but for blocking handlers, which get duplicates of the sockets in a thread.
+#
+# Of its two sockets a Connection uses recv, recv_into, send, shutdown, close, fileno,
+# getpeername, getsockopt, setsockopt and setblocking, with the exceptions of non-blocking
+# sockets. Of its Proxy it uses rules, protocol, host_header(), has_blocking, timeout,
+# addresses, backend, resolve_backend(), log_prefix, record_fault(), on_connect_failed() and
+# on_connection_closed().
+#
+# The phase of a connection:
+#
+#     WAITING -> CONNECTING -> CONNECTED <-> HANDED_OFF        and from each phase -> CLOSED
+#                                  `-> LINGERING
+#
+#   WAITING      a rule delays connecting
+#   CONNECTING   the backend's name is being resolved, or connect() is pending
+#   CONNECTED    both sockets are open; this is the only phase with a fast path
+#   HANDED_OFF   a blocking handler works on the sockets
+#   LINGERING    the client has its reply and our FIN, and has not closed yet
+#   CLOSED       both sockets are closed
+#
+# The endings of a connection:
+#
+#   event                               effect
+#   a peer closes its side              EOF goes through the chain, then shutdown(SHUT_WR) on
+#                                       the other socket; when both have: close
+#   a peer resets (recv or send fails)  its remaining data is delivered, then both are reset
+#   ... while its data is never due,    both are reset at once, because no data can be
+#       or waits for connect()          delivered
+#   a rule closes both sides            close; linger first if a rule has replied to a request
+#   a rule resets, or fails             both are reset
+#   the backend cannot be connected     close
+#   the proxy stops or moves            close
+
+WAITING, CONNECTING, CONNECTED = "waiting", "connecting", "connected"
+HANDED_OFF, LINGERING, CLOSED = "handed off", "lingering", "closed"
+
+
+class Link(DelayQueue):
+    """One direction of a connection: its source socket and its delay queue."""
+
+    __slots__ = ("source", "watched", "fast_target", "bulk_reads")
+
+    def __init__(self, to, budget):
+        super().__init__(to, budget)
+        self.source = None      # a socket
+        self.watched = 0        # the events that the source is watched for, of both links
+        self.fast_target = None     # the target socket while the fast path is open
+        self.bulk_reads = 0     # successive large reads
+
+    def buffer_unsent(self, data):
+        """Buffer bytes of the fast path that the target does not take now."""
+        self.buffered_in += len(data)
+        self.charge(len(data))
+        self.append_due(data)
+
+    def discard(self):
+        for data in self.send_buffer:
+            if isinstance(data, KernelPipe):
+                data.close()
+        super().discard()
+
+
+class HandOff:
+    """A blocking handler at work on a connection's sockets, in a thread of its own.
+
+    The handler gets duplicates with a time-out: the descriptors stay non-blocking for the
+    loop, and Python waits for them in the thread.
+    """
+
+    def __init__(self, connection, rule, to_backend):
+        """Raises OSError if no descriptors are left."""
+        self.connection, self.rule, self.to_backend = connection, rule, to_backend
+        self.socks = [socket.fromfd(sock.fileno(), sock.family, socket.SOCK_STREAM)
+                      for sock in (connection.client, connection.backend)]
+
+    def start(self):
+        self.connection.loop.run_in_thread(self.run, self.on_done)
+
+    def run(self):
+        """Call the handler, in the thread. Returns whether it left both sockets open."""
+        try:
+            for sock in self.socks:
+                sock.settimeout(MAX_WAIT)
+            self.rule.instance(self.socks[0], self.socks[1], self.to_backend)
+            return all(sock.fileno() >= 0 for sock in self.socks)
+        finally:
+            self.close()
+
+    def on_done(self, left_open, exc):
+        """The handler has returned, or raised exc. In the loop's thread."""
+        self.close()
+        connection, rule = self.connection, self.rule
+        if exc:
+            peer_gone = isinstance(exc, OSError)        # most likely; not a bug
+            log.log(logging.INFO if peer_gone else logging.ERROR,
+                    "connection %d, request %d: handler %s failed and the connection is closed: "
+                    "%s", connection.number, connection.chain.request, rule.name,
+                    format_exception(exc),
+                    exc_info=not (rule.error_logged or peer_gone) and exc)
+            rule.error_logged = rule.error_logged or not peer_gone
+        connection.take_back("closed by %s" % rule.name if exc or not left_open else "")
+
+    def close(self):
+        for sock in self.socks:
+            sock.close()
+
+
+class Connection:
+    """A client, the backend connected for it, and the data between them."""
+
+    __slots__ = ("proxy", "loop", "number", "peer", "chain", "up", "down", "client", "backend",
+                 "phase", "addresses", "deadline", "reset_reason", "faults", "timer",
+                 "deadline_timer", "began")
+
+    def __init__(self, proxy, number, client, peer):
+        self.proxy = proxy
+        self.loop = proxy.loop
+        self.number = number
+        self.peer = peer                # the client's address
+        self.chain = (ProtocolChain(proxy.rules, number, proxy.protocol(proxy.host_header()))
+                      if proxy.protocol else Chain(proxy.rules, number))
+        self.up = Link(UPSTREAM, self.loop.budget)
+        self.down = Link(DOWNSTREAM, self.loop.budget)
+        self.client = self.up.source = client       # a socket; None when closed
+        self.backend = None             # a socket, the source of `down`; None before connect()
+        self.phase = WAITING
+        self.addresses = None           # of the backend, still to be tried
+        self.deadline = None            # for connecting to the backend
+        self.reset_reason = ""          # a peer has gone: reset when its data is delivered
+        self.faults = None              # names of the handlers that have acted
+        self.timer = None               # for the next event that is due
+        self.deadline_timer = None      # for connecting, and for lingering
+        self.began = self.loop.clock()
+
+    @property
+    def name(self):
+        """The client's address, as text."""
+        return format_address(self.peer)
+
+    def start(self):
+        """A client has connected."""
+        now = self.began
+        self.chain.start()
+        if self.chain.active:
+            self.enqueue(now, self.chain.process(now, UPSTREAM, OPEN)
+                         + self.chain.process_open(now, [DOWNSTREAM]))
+        else:
+            self.connect_backend()
+            self.update_interest()
+            if self.up.fast_target is not None:     # most clients have sent a request by now
+                self.read(self.up)
+
+    # Reading
+
+    def on_ready(self, link, events):
+        """A link's source is ready, or has an error: see EpollSelector.READY."""
+        if events == EVENT_READ and link.fast_target is not None:
+            self.read(link)
+        elif self.phase is CLOSED:      # by an earlier callback of this select()
+            pass
+        elif self.phase is CONNECTING and link is self.down:
+            self.on_connected()
+        else:
+            if events & EVENT_WRITE:
+                self.pump()
+            if events & EVENT_READ and link.source is not None:
+                self.read(link)
+
+    def read(self, link):
+        """Read once from a link's source, and forward the bytes or queue them.
+
+        One recv for each wake-up, so that a fast sender does not delay other connections. On
+        the fast path nothing is queued: no event, no clock, and the bytes leave as soon as
+        they have come.
+        """
+        target, loop, chain = link.fast_target, self.loop, self.chain
+        limit = CHUNK
+        if target is None or loop.budget.held > loop.budget.fast_path_limit:
+            limit = self.slow_read_limit(link)
+            if limit <= 0:
+                return
+        elif link.bulk_reads >= SPLICE_AFTER and self.splice(link, target):
+            return
+        size = self.receive(link, limit)
+        if not size:
+            return
+        if self.phase is LINGERING:
+            link.buffered_in += size
+            return
+        if chain.last_direction is not link.to:
+            chain.direction_changed(link.to)
+        data = loop.view[:size]
+        if chain.protocol or chain.active:
+            data = self.filter(link, data)
+        elif size >= BULK_READ and HAVE_SPLICE:
+            link.bulk_reads += 1
+        if data:
+            self.forward(link, target, data)
+
+    def receive(self, link, limit):
+        """Receive into the loop's buffer. Returns how many bytes, 0 if there are none for now.
+
+        An EOF or an error is handled here.
+        """
+        try:
+            size = link.source.recv_into(self.loop.buffer, limit)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            self.on_recv_error(link, error)
+            return 0
+        if not size:
+            self.on_eof(link)
+        return size
+
+    def slow_read_limit(self, link):
+        """Return how many bytes to read if the fast path is closed. 0 or less: none now."""
+        limit = link.read_limit(self.loop.clock)
+        if limit <= 0 or self.phase is HANDED_OFF:      # ready since before it was full
+            self.update_interest()
+            return 0
+        if self.proxy.has_blocking and self.hand_off(link):
+            return 0
+        return limit
+
+    def forward(self, link, target, data):
+        """Send bytes to the target, or queue them if the fast path is closed."""
+        if target is None:
+            link.buffered_in += len(data)
+            now = self.loop.clock()
+            self.enqueue(now, [(now, link.to, bytes(data), ())])
+            return
+        try:
+            sent = target.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            link.buffered_in += len(data)
+            self.on_send_error(link)
+            self.pump()
+            return
+        link.forwarded += sent
+        if sent < len(data):
+            link.buffer_unsent(memoryview(bytes(data[sent:])))
+            self.update_interest()
+
+    def filter(self, link, data):
+        """Run received bytes through the chain. Returns the bytes to forward immediately.
+
+        If a rule has changed or delayed them, queues the result and returns None. Counts as
+        received the bytes that it does not return.
+        """
+        chain, size = self.chain, len(data)
+        passed = chain.pass_through(link.to, data)
+        if passed is None:
+            now, chain.modified = self.loop.clock(), False
+            events = chain.process_bytes(now, link.to, bytes(data))
+            if not chain.modified and all(to == link.to and made for _, to, made, _ in events):
+                passed = b"".join([event[2] for event in events])
+        if chain.protocol_error:
+            self.on_protocol_error()
+        if passed is None:
+            link.buffered_in += size
+            self.enqueue(now, events)
+            return None
+        link.buffered_in += size - len(passed)
+        return passed
+
+    def on_protocol_error(self):
+        """The chain has found bytes that are not of the protocol."""
+        chain = self.chain
+        log.info("%sconnection %d, request %d: protocol parsing stopped, continuing as tcp: %s",
+                 self.proxy.log_prefix, self.number, chain.request, chain.protocol_error)
+        chain.protocol_error = ""
+        self.chain = chain.successor or chain
+
+    def splice(self, link, target):
+        """Forward bulk data through a kernel pipe: the fast path without a copy.
+
+        Returns False, and has done nothing, if recv must be used: no data, no descriptors, or
+        a rule or a new request needs the bytes.
+        """
+        size, pool, chain = 0, self.loop.pipe_pool, self.chain
+        if chain.active or chain.protocol or chain.last_direction is not link.to:
+            return False
+        try:
+            pipe = pool.pop() if pool else KernelPipe()
+        except OSError:                 # no descriptors
+            link.bulk_reads = 0
+            return False
+        try:
+            size = pipe.splice_from(link.source)
+        except OSError as error:
+            if error.errno not in SPLICE_UNAVAILABLE:
+                self.on_recv_error(link, error)
+        if size < BULK_READ:
+            link.bulk_reads = 0
+        if not size:
+            self.release_pipe(pipe)
+            return self.phase is CLOSED or link.eof
+        link.buffer_unsent(pipe)
+        self.flush(link, target)
+        if link.send_buffer or link.write_closed:
+            self.pump()
+        return True
+
+    def release_pipe(self, pipe):
+        """Return an empty kernel pipe to the pool."""
+        if len(self.loop.pipe_pool) < KERNEL_PIPES_POOLED:
+            self.loop.pipe_pool.append(pipe)
+        else:
+            pipe.close()
+
+    def on_eof(self, link):
+        """The source has closed its side. On the fast path the target learns it at once."""
+        link.eof = True
+        target = link.fast_target
+        if target is None or self.chain.protocol or self.chain.active:
+            self.process_signal(link.to, EOF)
+        elif not self.close_write(link, target):
+            self.pump()
+        elif link.write_closed and self.up.write_closed and self.down.write_closed:
+            self.finish()
+        else:
+            self.update_interest()
+
+    def hand_off(self, link):
+        """Hand the sockets to a blocking handler, if one is active for this request.
+
+        It gets them now, or later when both sides are connected and all data is delivered.
+        Returns whether one is active.
+        """
+        try:
+            if not link.source.recv(1, socket.MSG_PEEK):
+                return False            # EOF is not for the handler
+        except OSError:
+            return False                # read() handles it
+        if self.chain.last_direction is not link.to:
+            self.chain.direction_changed(link.to)
+        drawn = self.chain.blocking_rule()
+        if drawn is None:
+            return False
+        if self.is_drained():
+            try:
+                handoff = HandOff(self, drawn.rule, link.to == UPSTREAM)
+            except OSError as error:    # no descriptors
+                self.reset("no handler: %s" % error.strerror)
+                return True
+            self.phase = HANDED_OFF
+            if drawn.activate():
+                self.proxy.record_fault(self, drawn.rule, self.chain.request)
+            handoff.start()
+        self.update_interest()
+        return True
+
+    def is_drained(self):
+        """Return whether both sides are connected and no data is held."""
+        return self.backend is not None and self.phase is not CONNECTING and not (
+            self.up.queue or self.up.send_buffer or self.down.queue or self.down.send_buffer)
+
+    def take_back(self, close_reason):
+        """A blocking handler has done its work: go on, or close if there is a reason to."""
+        if self.phase is CLOSED:
+            return
+        self.phase = CONNECTED
+        for sock in (self.client, self.backend):
+            sock.setblocking(False)     # the handler may have changed it
+        if close_reason:
+            self.close(close_reason)
+        else:
+            self.pump()
+
+    # Queueing and sending
+
+    def process_signal(self, to, signal):
+        """Run a signal through the chain, and queue the result."""
+        now = self.loop.clock()
+        self.enqueue(now, self.chain.process(now, to, signal))
+
+    def enqueue(self, now, events):
+        """Put the chain's events into the delay queues, record faults, and go on."""
+        for t, to, data, delays in events:
+            (self.up if to == UPSTREAM else self.down).put(t, data, now, delays)
+        activated, self.chain.activated = self.chain.activated, []
+        for rule, request in activated:
+            self.proxy.record_fault(self, rule, request)
+        self.pump()
+
+    def rules_changed(self, new, removed, changed):
+        """The proxy's rules have changed. Data that removed or changed rules held goes on."""
+        now = self.loop.clock()
+        self.chain.rules_changed(new, changed)
+        for link in self.up, self.down:
+            if link.release(removed, changed):
+                self.chain.reset_rate_limits(link.to, link.latest)
+        self.enqueue(now, self.chain.process_open(now, [UPSTREAM, DOWNSTREAM], [*new, *changed]))
+
+    def on_timer(self):
+        self.timer = None
+        self.pump()
+
+    def pump(self):
+        """Send all data that is due, then wait for more or finish. The slow path's engine."""
+        up, down, now = self.up, self.down, self.loop.clock()
+        signals = up.pop_due(now) + down.pop_due(now) if up.queue or down.queue else ()
+        if self.phase is WAITING and (signals or up.send_buffer):
+            self.end_waiting(now, signals)
+        if down.send_buffer:
+            self.flush(down, self.client)
+        if up.send_buffer:
+            self.flush(up, None if self.phase is CONNECTING else self.backend)
+        if self.phase is CLOSED:
+            return
+        if RESET in signals:
+            self.reset("reset by a fault")
+        elif up.write_closed and down.write_closed:
+            self.finish()
+        else:
+            self.update_interest()
+            if up.queue or down.queue or self.timer:
+                self.set_timer(now)
+
+    def end_waiting(self, now, signals):
+        """Connect, if OPEN or data is due. An EOF alone ends the connection."""
+        if OPEN in signals or any(self.up.send_buffer):
+            self.connect_backend()
+        elif self.up.send_buffer:
+            self.up.discard()
+            self.up.write_closed = True
+            self.down.put(now, EOF, now)
+
+    def flush(self, link, target):
+        """Send the data that is due, until the target takes no more."""
+        while link.send_buffer and target is not None and self.phase is not CLOSED:
+            data = link.send_buffer[0]
+            try:
+                if link.write_closed:
+                    link.send_buffer.popleft()
+                    link.credit(len(data) + CHUNK_OVERHEAD)
+                elif data is EOF:
+                    link.consume(0)
+                    self.close_write(link, target)
+                elif isinstance(data, KernelPipe):
+                    link.consume(data.splice_to(target))
+                    if not data:
+                        self.release_pipe(data)
+                else:
+                    link.consume(target.send(data))
+            except BlockingIOError:
+                return
+            except OSError:
+                self.on_send_error(link)
+
+    def close_write(self, link, target):
+        """Half-close: nothing more will be sent to the target. Returns False if that failed.
+
+        If a reset or a close follows at once, that replaces the FIN.
+        """
+        link.write_closed = True
+        if self.reset_reason or (self.up.write_closed and self.down.write_closed):
+            return True
+        try:
+            target.shutdown(socket.SHUT_WR)
+            return True
+        except OSError:
+            self.on_send_error(link)
+            return False
+
+    # Interest in socket events
+
+    def update_interest(self):
+        """Watch both sockets for the events that matter now, and open or close the fast path.
+
+        All of that is computed from state, here alone.
+        """
+        if self.phase is CLOSED:
+            return
+        up, down = self.up, self.down
+        fast = self.phase is CONNECTED and not self.proxy.has_blocking
+        for link, back in (up, down), (down, up):
+            source = link.source
+            if source is None:
+                continue
+            if self.phase is CONNECTING and link is down:
+                events = EVENT_WRITE
+            else:
+                events = EVENT_READ if self.wants_read(link) else 0
+            if back.send_buffer:
+                events |= EVENT_WRITE
+            link.fast_target = back.source if fast and not (
+                link.held or link.eof or link.write_closed) else None
+            if events != link.watched:
+                link.watched = events
+                self.loop.watch(source, events, functools.partial(self.on_ready, link))
+
+    def wants_read(self, link):
+        """Return whether to read from the link's source. Do not read
+
+        1. after its EOF;
+        2. while the link holds as much as it may: that is the backpressure;
+        3. if the other peer has gone, so that the sender stalls as it would without a proxy;
+        4. while a blocking handler has the sockets, or waits until all data is delivered.
+        """
+        if link.eof or (link.held and link.read_limit(self.loop.clock) <= 0):
+            return False
+        if link.write_closed and self.reset_reason:
+            return False
+        if self.proxy.has_blocking or self.phase is HANDED_OFF:
+            return self.phase is not HANDED_OFF and (
+                self.chain.blocking_rule() is None or self.is_drained())
+        return True
+
+    def set_timer(self, now):
+        """Set the timer for the next event that is due, if there is one."""
+        due = min(self.up.next_due(), self.down.next_due(),
+                  self.up.resume_reading_at(now), self.down.resume_reading_at(now))
+        if self.timer and self.timer[0] != due:
+            self.loop.cancel(self.timer)
+            self.timer = None
+        if due < NEVER and not self.timer:
+            self.timer = self.loop.call_at(due, self.on_timer)
+
+    # Connecting to the backend
+
+    def connect_backend(self):
+        """Resolve the backend's name, then try one address after the other."""
+        self.phase = CONNECTING
+        self.deadline = self.loop.clock() + self.proxy.timeout
+        if self.proxy.addresses:
+            self.addresses = list(self.proxy.addresses)
+            self.connect_next(None)
+        else:
+            self.set_deadline(self.deadline, lambda: self.connect_failed("timed out"))
+            self.proxy.resolve_backend(self.on_resolved)
+
+    def on_resolved(self, addresses, error):
+        if self.phase is not CONNECTING or self.backend is not None:
+            return                      # it has ended, or given up, in the meantime
+        self.addresses = list(addresses or ())
+        self.connect_next(error)
+        self.pump()
+
+    def connect_next(self, error):
+        """Start to connect to the next address. `error` says why the last one failed, or None."""
+        while self.addresses:
+            address = self.addresses.pop(0)
+            try:
+                self.backend, pending = start_connect(*address)
+            except OSError as exc:
+                if exc.errno in FD_EXHAUSTED:
+                    Loop.fds_exhausted = True
+                    self.addresses.insert(0, address)
+                    self.set_deadline(self.loop.clock() + RETRY_DELAY, self.retry_connect)
+                    return
+                if error is None or not address_unavailable(exc):
+                    error = exc
+                continue
+            self.down.source = self.backend
+            if pending:
+                # Each address gets its share of the time, so that a silent one does not use
+                # up the time of the others.
+                now = self.loop.clock()
+                share = (self.deadline - now) / (1 + len(self.addresses))
+                self.set_deadline(now + share, self.on_connect_timeout)
+            else:
+                self.phase = CONNECTED
+                if self.deadline_timer:
+                    self.loop.cancel(self.deadline_timer)
+            return
+        self.connect_failed(getattr(error, "strerror", None) or error or "no address found")
+
+    def set_deadline(self, t, callback):
+        """Set the connection's deadline: call back at t. Replaces the previous one."""
+        self.loop.cancel(self.deadline_timer)
+        self.deadline_timer = self.loop.call_at(t, callback)
+
+    def retry_connect(self):
+        """Try again after descriptors had run out."""
+        if self.loop.clock() < self.deadline:
+            self.connect_next(None)
+            self.pump()
+        else:
+            self.connect_failed(os.strerror(errno.EMFILE))
+
+    def on_connected(self):
+        """A pending connect() has succeeded or failed."""
+        error = self.backend.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            self.close_backend()
+            self.connect_next(OSError(error, socket_strerror(error)))
+        else:
+            self.phase = CONNECTED
+            self.loop.cancel(self.deadline_timer)
+        self.pump()
+
+    def on_connect_timeout(self):
+        self.close_backend()
+        self.connect_next("timed out")
+        self.pump()
+
+    def connect_failed(self, reason):
+        """No address of the backend could be connected: close the client."""
+        self.proxy.on_connect_failed(self, reason)
+        self.close("no backend")
+
+    # Endings: see the table at the top of the section
+
+    def on_recv_error(self, link, error):
+        """recv() failed: the source is gone, and takes no more data from the other side.
+
+        Deliver the data that it sent before, then reset the other side. But drop data that is
+        never due, or waits for connect().
+        """
+        peer = "client" if link is self.up else "backend"
+        self.reset_reason = ("reset by %s" % peer if isinstance(error, ConnectionResetError)
+                             else "%s lost: %s" % (peer, error.strerror))
+        link.eof = True
+        other = self.down if link is self.up else self.up
+        other.discard()
+        other.write_closed = True
+        if link is self.up and (link.latest == NEVER or self.phase is CONNECTING):
+            self.reset(self.reset_reason)
+        else:
+            self.process_signal(link.to, EOF)
+
+    def on_send_error(self, link):
+        """send() failed: the target is gone. Its remaining data is read, then both are reset."""
+        link.discard()
+        link.write_closed = True
+        peer = "backend" if link is self.up else "client"
+        self.reset_reason = self.reset_reason or "reset by %s" % peer
+
+    def finish(self):
+        """Nothing more can be sent in either direction."""
+        if self.reset_reason:
+            self.reset(self.reset_reason)
+        elif self.up.eof and self.down.eof:
+            self.close("closed")
+        elif self.chain.answered_early and not self.up.eof:
+            self.linger()
+        else:
+            faults = [drawn.rule.name for drawn in self.chain.active if drawn.activated]
+            self.close("closed by %s" % (" and ".join(faults) or "a fault"))
+
+    def linger(self):
+        """Lingering close: send FIN, and read until the client closes, or LINGER_TIMEOUT.
+
+        Closing with unread input would send RST, and the client could lose the reply.
+        """
+        self.close_backend()
+        self.down.eof = True
+        if self.phase is not LINGERING:
+            self.phase = LINGERING
+            with contextlib.suppress(OSError):
+                self.client.shutdown(socket.SHUT_WR)
+            self.set_deadline(self.loop.clock() + LINGER_TIMEOUT,
+                              lambda: self.close("closed by a fault"))
+        self.update_interest()
+
+    def close_backend(self):
+        if self.backend is not None:
+            if self.down.watched:
+                self.loop.watch(self.backend, 0)
+            self.backend.close()
+            self.backend = self.down.source = None
+            self.up.fast_target = self.down.fast_target = None
+            self.down.watched = 0
+
+    def reset(self, reason):
+        """Close both sockets with RST: SO_LINGER with a time of 0 (man 7 socket)."""
+        linger = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
+        for sock in (self.client, self.backend):
+            if sock is not None:
+                with contextlib.suppress(OSError):      # the socket has failed already
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.close(reason)
+
+    def close(self, reason):
+        """Close both sockets. The log shows the reason."""
+        if self.phase is CLOSED:
+            return
+        if self.phase is HANDED_OFF:    # wake up a handler that waits in recv()
+            for sock in (self.client, self.backend):
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+        self.phase = CLOSED
+        self.close_backend()
+        if self.up.watched:
+            self.loop.watch(self.client, 0)
+        self.client.close()
+        self.client = self.up.source = self.up.fast_target = self.down.fast_target = None
+        for timer in self.timer, self.deadline_timer:
+            if timer:
+                self.loop.cancel(timer)
+        self.proxy.on_connection_closed(self, reason)
+        self.up.close()
+        self.down.close()
+
+    # For the log, the API and the metrics
+
+    def backend_name(self):
+        """Return the address of the connected backend, or the one that is being connected."""
+        try:
+            return format_address(self.backend.getpeername())
+        except (AttributeError, OSError):       # no socket yet, or not connected
+            return format_address(self.proxy.backend)
+
+    def add_bytes(self, totals):
+        """Add its bytes: [from the client, to the backend, from the backend, to the client]."""
+        for index, link in enumerate((self.up, self.down)):
+            totals[2 * index] += link.received
+            totals[2 * index + 1] += link.sent
+
+
+# -- Proxy --------------------------------------------------------------------
+#
+# A proxy keeps what all its connections share: the listener, the rules, the counts, and the
+# records of the faults. A ProxyTable holds the proxies of one process. Public methods may be
+# called from any thread; those below "In the loop's thread" only there.
+
+FaultRecord = namedtuple("FaultRecord",
+                         "number time proxy connection client request handler options")
 
 
 class Proxy:
@@ -4029,58 +4403,56 @@ class Proxy:
             with proxy.handler("delay", sleep=2):
                 ...
 
-    distant    the backend, "HOST:PORT" or (host, port), called anew for each client
-    local      where to listen, likewise; port 0 picks a free one
+    distant    the backend, "HOST:PORT" or (host, port); it is connected for each client
+    local      the address to listen on, in the same form; port 0 picks a free one
     behavior   "PERCENT:HANDLER,..." of the requests, or [(percent, handler)]
     options    {handler: {option: value}}
-    name       in the log, and in the dice
-    seed       any whole number: the same seed gives the same faults; None draws one
-    timeout    seconds to connect to the backend, for all of its addresses
-    protocol   what is spoken: tcp, http, redis, memcache, mysql, postgres or smtp
+    name       for the log and the draws
+    seed       a whole number: the same seed gives the same faults; None draws one
+    timeout    seconds to connect to the backend, all its addresses together
+    protocol   the application protocol: tcp, http, redis, memcache, mysql, postgres or smtp
     overwrite_host_header
-               of http: whether the backend is asked for by its own name
+               http: whether to replace the Host header with the backend's
     toxics     rules beside the behavior: [Toxic]
-    enabled    whether it listens, once it is bound
+    enabled    whether it listens when a ProxyTable opens it
 
-    Raises ValueError for what cannot be understood, OSError for what cannot be
-    listened on. Used as a context it runs in a thread of its own; everything is
-    closed at its end.
+    Raises ValueError for invalid arguments, and OSError if it cannot listen. As a context it
+    runs in a thread of its own; everything is closed at the end of the block.
     """
 
     def __init__(self, distant, local="localhost:0", behavior="100:dummy", options=None,
                  name="vaurien", seed=None, timeout=30.0, protocol="tcp",
                  overwrite_host_header=True, toxics=(), enabled=True):
         self.name = name
+        self.log_prefix = "" if name == "vaurien" else name + ": "
         self.protocol = PROTOCOLS[check_protocol(protocol)]
         self.overwrite_host_header = overwrite_host_header
-        self.label = "" if name == "vaurien" else name + ": "
         self.local = parse_listener(local) if isinstance(local, str) else local
-        self.listen = format_address(self.local)      # as it was given, then as it is
+        self.listen = format_address(self.local)    # as given, and as bound once it is
         self.enabled = enabled
-        chosen = parse_behavior(behavior) if isinstance(behavior, str) else behavior
+        shares = parse_behavior(behavior) if isinstance(behavior, str) else behavior
         self.timeout = check_timeout(timeout)
         self.seed = random.SystemRandom().getrandbits(32) if seed is None else seed
         self.rules = RuleSet(self.seed, name)
         options = options or {}
         read_rules([dict(table, name=handler, percent=0) for handler, table in options.items()])
-        self.behaviors = [read_rules([dict(options.get(handler, {}), name=handler, percent=percent)
-                                  for percent, handler in chosen])]
+        # The rules of the behavior, and of each `with proxy.handler` block that is open.
+        self.behaviors = [read_rules([dict(options.get(handler, {}), name=handler,
+                                           percent=percent) for percent, handler in shares])]
         self.toxics = list(toxics)          # in the order in which they act
-        self.arm(self.behaviors, self.toxics)
+        self.activate(self.behaviors, self.toxics)
         self.loop = None
         self.listener = None
         self.set_backend(distant)
-        self.connections = {}               # {number: Connection}, those that are open
+        self.connections = {}               # {number: Connection}, the open ones
         self.accepted = 0
         self.faults = Counter()             # {handler: requests or connections it acted on}
         self.failures = 0                   # to connect to the backend
-        self.closed_bytes = [0, 0, 0, 0]            # bytes of those gone, as Connection.count has it
-        self.events = deque(maxlen=FAULT_RECORDS_KEPT)
+        self.closed_bytes = [0, 0, 0, 0]    # of closed connections: see Connection.add_bytes
+        self.events = deque(maxlen=FAULT_RECORDS_KEPT)      # FaultRecords
         self.fault_count = 0
-        self.acted = threading.Condition()  # notified of each event
-        self.lookups = {}                    # {backend: who waits for its addresses}
-
-    # For other threads
+        self.fault_recorded = threading.Condition()
+        self.lookups = {}                   # {backend: callbacks that wait for its addresses}
 
     def __enter__(self):
         self.bind()
@@ -4093,232 +4465,96 @@ class Proxy:
     def __exit__(self, *exception):
         self.loop.stop()
         self.thread.join()
-        self.close()                    # nobody else is in the loop any more
+        self.close()                    # no other thread is in the loop any more
         self.loop.close()
 
     @property
     def port(self):
-        """The port listened on."""
-        return self.listener.sockets[0].getsockname()[1]
+        """The port that it listens on."""
+        return self.listener.address()[1]
 
     @contextlib.contextmanager
     def handler(self, name, **fields):
-        """Have a handler act for the time of a block, and then what acted before.
+        """Activate a handler for the time of a block. The previous rules return at its end.
 
-        fields    its options, and percent, per, stream, after, times: see Rule
+        fields    its options, and the rule fields percent, per, stream, match, after, times
 
-        Raises ValueError for what cannot be understood.
+        Raises ValueError for invalid fields.
         """
         rules = read_rules([dict(fields, name=name)])
-        self.loop.run_sync(self.push, rules)
+        self.loop.run_sync(self.push_rules, rules)
         try:
             yield self
         finally:
-            self.loop.run_sync(self.pop, rules)
+            self.loop.run_sync(self.pop_rules, rules)
 
     def wait_for(self, name, timeout=5, since=0):
-        """Wait until a handler has acted, and return the Event; TimeoutError otherwise.
+        """Wait until a handler has acted, and return the FaultRecord.
 
-        since    the number of an event: only later ones count
+        since    the number of a fault record: only later ones count
+
+        Raises TimeoutError after `timeout` seconds.
         """
-        def found():
-            return next((event for event in list(self.events)
-                         if event.number > since and event.handler == name), None)
+        def latest():
+            return next((record for record in list(self.events)
+                         if record.number > since and record.handler == name), None)
         get_handler(name)
-        with self.acted:
-            event = self.acted.wait_for(found, timeout)
-        if not event:
+        with self.fault_recorded:
+            record = self.fault_recorded.wait_for(latest, timeout)
+        if not record:
             raise TimeoutError("%s has not acted in %g seconds" % (name, timeout))
-        return event
+        return record
 
-    # In the loop's thread
+    # In the loop's thread: listening
 
     def bind(self):
-        """Have a port. Raises OSError, with the address in its words."""
-        self.set_listener(self.local, Listener(self.local, self.welcome))
+        """Bind the port. Raises OSError with the address in its text."""
+        self.set_listener(self.local, Listener(self.local, self.on_accept))
 
     def set_listener(self, local, listener):
-        """Take over a listener; one that got a free port keeps it for the next time."""
+        """Use a listener. A free port that it has picked becomes the proxy's own."""
         self.listener = listener
-        address = listener.sockets[0].getsockname()
+        address = listener.address()
         self.local = local[0], address[1]
-        # An empty host is all addresses, which Toxiproxy calls [::].
+        # An empty host is all addresses, which Toxiproxy writes as [::].
         self.listen = format_address(address if local[0] else ("::", address[1]))
 
     def open(self, loop):
-        """Begin to accept, if it is enabled."""
+        """Begin to accept, if it is bound."""
         self.loop = loop
         if self.listener:
             self.listener.open(loop)
-            log.info("%slistening on %s for %s: %s; seed %s", self.label, self.listener,
+            log.info("%slistening on %s for %s: %s; seed %s", self.log_prefix, self.listener,
                      format_address(self.backend), self.describe(), self.seed)
 
-    def stop_listening(self, how):
-        """No longer listen, and close every connection."""
+    def stop_listening(self, reason):
+        """Close the listener and every connection."""
         if self.listener:
             self.listener.close()
             self.listener = None
-        self.drop_connections(how)
+        self.drop_connections(reason)
 
-    def drop_connections(self, how):
+    def drop_connections(self, reason):
         for connection in list(self.connections.values()):
-            connection.close(how)
+            connection.close(reason)
 
-    def describe(self):
-        """The behavior and the toxics in words: "20:delay sleep=1.0, 80:dummy"."""
-        behavior = self.behaviors[-1]
-        words = ["%g:%s" % (rule.draw_max - rule.draw_min, rule) for rule in behavior]
-        rest = 100 - sum(rule.draw_max - rule.draw_min for rule in behavior)
-        return ", ".join(words + ["%g:dummy" % rest] * (rest > 0.000001)
-                         + ["toxic %s" % toxic for toxic in self.toxics])
-
-    def handler_names(self):
-        """The name of the handler that acts, or the names."""
-        return ",".join(rule.name for rule in self.behaviors[-1]) or "dummy"
-
-    def welcome(self, client, peer):
-        """Somebody has come."""
+    def on_accept(self, client, peer):
         client.setblocking(False)
-        if not LINUX:
+        if not LINUX:                   # on Linux it is inherited from the listener
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.accepted += 1
         connection = Connection(self, self.accepted, client, peer)
         self.connections[self.accepted] = connection
         try:
             connection.start()
-        except OSError as problem:      # the selector takes no more
-            connection.close("refused: %s" % problem.strerror)
-
-    def set_backend(self, distant):
-        """Have new connections go to HOST:PORT. Raises ValueError."""
-        backend = parse_address(distant) if isinstance(distant, str) else distant
-        here = [self.local] + ([sock.getsockname()[:2] for sock in self.listener.sockets]
-                               if self.listener else [])
-        check_backend(backend, here)
-        self.set_backend_address(backend)
-
-    def set_backend_address(self, backend):
-        self.backend = backend
-        self.addresses = resolve_numeric(backend)       # None where it is a name
-
-    def resolve_backend(self, then):
-        """then(addresses, problem), later, of a backend that has a name.
-
-        It is asked for anew when a client comes, once for all who wait for it.
-        """
-        backend = self.backend
-        waiting = self.lookups.setdefault(backend, [])
-        waiting.append(then)
-        if len(waiting) == 1:
-            self.loop.run_in_thread(lambda: resolve(backend), lambda addresses, problem:
-                           self.on_resolved(backend, addresses, problem))
-
-    def on_resolved(self, backend, addresses, problem):
-        for then in self.lookups.pop(backend):
-            then(addresses, problem)
-
-    def set_rules(self, rules):
-        """Have these rules act from now on; blocks of `handler` that end later change nothing."""
-        self.switch([rules], self.toxics)
-
-    def push(self, rules):
-        """A block of `handler` begins: its rules act until it ends, or another begins."""
-        self.switch(self.behaviors + [rules], self.toxics)
-
-    def pop(self, rules):
-        """It ends, in whatever order they do: the one that began last acts now."""
-        self.switch([block for block in self.behaviors if block is not rules], self.toxics)
-
-    def set_toxics(self, toxics):
-        """Have these toxics, and no others, from now on.
-
-        One that is there already stays; it lets go of what it holds, and keeps its
-        memory, if its toxicity or an attribute has changed.
-        """
-        kept, changed = [], []
-        known = {toxic.name: toxic for toxic in self.toxics}
-        for toxic in toxics:
-            old = known.get(toxic.name, toxic)
-            if not old.same_rule(toxic):
-                old = toxic
-            elif (old.toxicity, old.attributes) != (toxic.toxicity, toxic.attributes):
-                old.set(toxic.toxicity, toxic.attributes)
-                changed.append(old.rule)
-                if old.rule.instance:
-                    old.rule.instance.update_settings(old.rule.options)
-            kept.append(old)
-        self.switch(self.behaviors, kept, changed)
-
-    def switch(self, stack, toxics, changed=()):
-        """Arm the rules on top of the stack, and those of the toxics, and no others.
-
-        Adding one touches nothing that is under way; what a rule that goes, or has
-        changed, was holding goes on at once. Open connections follow from their next
-        request, or from this one if nobody has spoken in it yet; at once where a rule is
-        drawn per connection. Raises BadRule.
-        """
-        before = self.rules.armed
-        self.arm(stack, toxics)
-        self.behaviors, self.toxics = stack, toxics
-        after = self.rules.armed
-        gone = [rule for rule in before if rule not in after]
-        new = [rule for rule in after if rule not in before]
-        log.info("%srules: %s", self.label, self.describe())
-        for connection in list(self.connections.values()):
-            connection.rules_changed(new, gone, changed)
-
-    def arm(self, stack, toxics):
-        """Have the rules, and the objects of those whose handlers have the class form."""
-        rules = stack[-1] + [toxic.rule for toxic in toxics]
-        for rule in rules:
-            self.check_kind(rule)
-            if rule.blocking and rule.instance is None:
-                try:
-                    rule.instance = rule.handler(rule.options, self)
-                except Exception as problem:        # the user's class may do anything
-                    raise InputError([("name", "%s cannot be made: %s" % (
-                        rule.name, format_exception(problem)))]) from None
-        self.rules.armed = rules
-        self.has_blocking = any(rule.blocking for rule in rules)
-
-    def set_protocol(self, protocol, overwrite_host_header):
-        """Have new connections speak another one; those that are open are closed."""
-        if (protocol, overwrite_host_header) != (self.protocol, self.overwrite_host_header):
-            self.protocol, self.overwrite_host_header = protocol, overwrite_host_header
-            self.drop_connections("changed by the control")
-
-    def protocol_name(self):
-        return self.protocol.__name__.lower() if self.protocol else "tcp"
-
-    def host_header(self):
-        """What a request is to name the backend, or nothing."""
-        if not self.overwrite_host_header or self.protocol is not Http:
-            return b""
-        host, port = self.backend
-        named = format_address((host or "localhost", port))
-        return (named[:-len(":80")] if port == 80 else named).lower().encode("utf-8")
-
-    def check_kind(self, rule):
-        """Refuse, with BadRule, what the protocol does not know."""
-        kind = rule.options.get("kind") if rule.handler in (error, transient) else ""
-        if kind and (self.protocol is None or kind not in self.protocol.errors):
-            if self.protocol is None:
-                raise InputError([("kind", "kind %r is for a protocol: tcp has no kinds of errors"
-                                % kind)])
-            raise InputError([("kind", "kind must be one of %s, which %s has, not %r" % (
-                ", ".join(self.protocol.errors), self.protocol_name(), kind))])
-        if (rule.handler in (error, transient) and self.protocol and rule.stream != "both"
-                and not rule.options["inject"]):
-            raise InputError([("stream", "stream must be both for %s, which answers in the backend's "
-                                      "place" % rule.name)])
-        if rule.blocking and self.protocol:
-            raise InputError([("name", "%s gets the sockets: it is for protocol tcp" % rule.name)])
+        except OSError as error:        # the selector takes no more sockets
+            connection.close("refused: %s" % error.strerror)
 
     def apply_change(self, local, backend, enabled, listener):
-        """Have other addresses; listener is a new one, or None where the old one does."""
+        """Change the addresses. `listener` is a new one, or None to keep the old one."""
         if listener or not enabled or backend != self.backend:
             self.drop_connections("%s by the control" % ("changed" if enabled else "disabled"))
-        if self.listener and (listener or not enabled):
+        if listener or not enabled:
             self.stop_listening("changed")
         self.set_backend_address(backend)
         self.enabled = enabled
@@ -4328,86 +4564,310 @@ class Proxy:
         elif not enabled and local != self.local:
             self.local, self.listen = local, format_address(local)
 
-    def record(self, connection, rule, request):
-        """A fault has acted on a request."""
-        self.fault_count += 1
-        self.faults[rule.name] += 1
-        connection.faults = [*(connection.faults or []), rule.name][-100:]
-        with self.acted:
-            self.events.append(FaultRecord(self.fault_count, time.time(), self.name, connection.number,
-                                     connection.name, request, rule.name,
-                                     dict(rule.options)))
-            self.acted.notify_all()
-        log.info("%sconnection %d, client %s, request %d: %s", self.label, connection.number,
-                 connection.name, request, rule)
-
-    def failed(self, connection, problem):
-        """The backend could not be connected to."""
-        self.failures += 1
-        log.warning("%sconnection %d, client %s: cannot connect to backend %s: %s", self.label,
-                    connection.number, connection.name, format_address(self.backend), problem)
-
-    def ended(self, connection, how):
-        del self.connections[connection.number]
-        connection.count(self.closed_bytes)
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("%sconnection %d, client %s: %s after %.3f s, %d bytes up, %d bytes down, "
-                      "requests: %d", self.label, connection.number, connection.name, how,
-                      self.loop.clock() - connection.began, connection.up.received,
-                      connection.down.received, connection.line.request)
-
-    def list_connections(self):
-        """What is open, a table each."""
-        now = self.loop.clock()
-        return [{
-            "number": connection.number, "client": connection.name,
-            "backend": connection.backend_name(),
-            "connected": connection.backend is not None and not connection.connecting,
-            "age": round(now - connection.began, 3),
-            "bytes_up": connection.up.received, "bytes_down": connection.down.received,
-            "requests": connection.line.request,
-            "held_up": connection.up.held, "held_down": connection.down.held,
-            "faults": connection.faults or [],
-        } for connection in self.connections.values()]
-
-    def metrics(self):
-        """What there is to count: {metric: [(labels, value)]}."""
-        mine = {"proxy": self.name}
-        traffic = self.byte_counts()
-        found = {"vaurien_connections_total": [(mine, self.accepted)],
-                 "vaurien_connections_open": [(mine, len(self.connections))],
-                 "vaurien_requests_total": [(mine, self.rules.requests)],
-                 "vaurien_faults_total": [(dict(mine, handler=name), number_check)
-                                          for name, number_check in sorted(self.faults.items())],
-                 "vaurien_backend_failures_total": [(mine, self.failures)]}
-        for what in "received", "sent":
-            found["toxiproxy_proxy_%s_bytes_total" % what] = [
-                (dict(mine, direction=way, listener=self.listen,
-                      upstream=format_address(self.backend)), traffic[way, what])
-                for way in (UPSTREAM, DOWNSTREAM)]
-        return found
-
-    def byte_counts(self):
-        """{(way, "received" or "sent"): bytes} up to now."""
-        found = list(self.closed_bytes)
-        for connection in self.connections.values():
-            connection.count(found)
-        places = [(way, what) for way in (UPSTREAM, DOWNSTREAM) for what in ("received", "sent")]
-        return dict(zip(places, found))
-
     def close(self):
-        """Stop listening and close every connection."""
+        """Close the listener and every connection."""
         if not self.loop:
             if self.listener:
                 self.listener.close()
             return
         self.stop_listening("stopped")
-        log.info("%sstopped: connections: %d, requests: %d, faults: %s", self.label,
+        log.info("%sstopped: connections: %d, requests: %d, faults: %s", self.log_prefix,
                  self.accepted, self.rules.requests,
-                 ", ".join("%d %s" % (n, name) for name, n in self.faults.items()) or "none")
+                 ", ".join("%d %s" % (count, name) for name, count in self.faults.items())
+                 or "none")
+
+    # In the loop's thread: the backend
+
+    def set_backend(self, distant):
+        """Connect new clients to HOST:PORT. Raises ValueError."""
+        backend = parse_address(distant) if isinstance(distant, str) else distant
+        listening = [sock.getsockname()[:2] for sock in self.listener.sockets] if (
+            self.listener) else []
+        check_backend(backend, [self.local, *listening])
+        self.set_backend_address(backend)
+
+    def set_backend_address(self, backend):
+        self.backend = backend
+        self.addresses = resolve_numeric(backend)       # None if a resolver is needed
+
+    def resolve_backend(self, then):
+        """Resolve the backend's name in a thread, then call then(addresses, error).
+
+        The name is resolved for each new client, but once for all that wait at the same time.
+        """
+        backend = self.backend
+        waiting = self.lookups.setdefault(backend, [])
+        waiting.append(then)
+        if len(waiting) == 1:
+            self.loop.run_in_thread(lambda: resolve(backend), lambda addresses, error:
+                                    self.on_resolved(backend, addresses, error))
+
+    def on_resolved(self, backend, addresses, error):
+        for then in self.lookups.pop(backend):
+            then(addresses, error)
+
+    def set_protocol(self, protocol, overwrite_host_header):
+        """Use another protocol for new connections. Closes the open ones if it differs."""
+        if (protocol, overwrite_host_header) != (self.protocol, self.overwrite_host_header):
+            self.protocol, self.overwrite_host_header = protocol, overwrite_host_header
+            self.drop_connections("changed by the control")
+
+    def protocol_name(self):
+        return self.protocol.__name__.lower() if self.protocol else "tcp"
+
+    def host_header(self):
+        """Return the Host header for requests to the backend. Empty: keep the client's."""
+        if not self.overwrite_host_header or self.protocol is not Http:
+            return b""
+        host, port = self.backend
+        name = format_address((host or "localhost", port))
+        return (name[:-len(":80")] if port == 80 else name).lower().encode("utf-8")
+
+    # In the loop's thread: rules
+
+    def describe(self):
+        """Return the behavior and the toxics as text: "20:delay sleep=1.0, 80:dummy"."""
+        rules = self.behaviors[-1]
+        parts = ["%g:%s" % (rule.draw_max - rule.draw_min, rule) for rule in rules]
+        rest = 100 - sum(rule.draw_max - rule.draw_min for rule in rules)
+        return ", ".join(parts + ["%g:dummy" % rest] * (rest > 0.000001)
+                         + ["toxic %s" % toxic for toxic in self.toxics])
+
+    def handler_names(self):
+        """Return the names of the behavior's handlers, joined by commas."""
+        return ",".join(rule.name for rule in self.behaviors[-1]) or "dummy"
+
+    def set_rules(self, rules):
+        """Use these rules as the behavior. Open `handler` blocks change nothing when they end."""
+        self.apply_rules([rules], self.toxics)
+
+    def push_rules(self, rules):
+        """A `handler` block begins: its rules act until it ends, or another begins."""
+        self.apply_rules([*self.behaviors, rules], self.toxics)
+
+    def pop_rules(self, rules):
+        """A `handler` block ends. Of those still open, the one that began last acts now."""
+        self.apply_rules([other for other in self.behaviors if other is not rules], self.toxics)
+
+    def set_toxics(self, toxics):
+        """Replace the toxics.
+
+        A toxic that exists already keeps its state. If its toxicity or an attribute changes,
+        the data that it holds is released.
+        """
+        kept, changed = [], []
+        current = {toxic.name: toxic for toxic in self.toxics}
+        for toxic in toxics:
+            old = current.get(toxic.name, toxic)
+            if not old.same_rule(toxic):
+                old = toxic
+            elif (old.toxicity, old.attributes) != (toxic.toxicity, toxic.attributes):
+                old.set(toxic.toxicity, toxic.attributes)
+                changed.append(old.rule)
+                if old.rule.instance:
+                    old.rule.instance.update_settings(old.rule.options)
+            kept.append(old)
+        self.apply_rules(self.behaviors, kept, changed)
+
+    def apply_rules(self, behaviors, toxics, changed=()):
+        """Activate the rules of the last behavior and of the toxics, and no others.
+
+        A new rule does not affect data that is already in transit. Data that a removed or
+        changed rule was holding is released at once. Chain.rules_changed says when new rules
+        begin on open connections. Raises InputError.
+        """
+        before = self.rules.active
+        self.activate(behaviors, toxics)
+        self.behaviors, self.toxics = behaviors, toxics
+        after = self.rules.active
+        removed = [rule for rule in before if rule not in after]
+        new = [rule for rule in after if rule not in before]
+        log.info("%srules: %s", self.log_prefix, self.describe())
+        for connection in list(self.connections.values()):
+            connection.rules_changed(new, removed, changed)
+
+    def activate(self, behaviors, toxics):
+        """Set the active rules, and make the objects of blocking handlers. Raises InputError."""
+        rules = behaviors[-1] + [toxic.rule for toxic in toxics]
+        for rule in rules:
+            self.check_rule(rule)
+            if rule.blocking and rule.instance is None:
+                try:
+                    rule.instance = rule.handler(rule.options, self)
+                except Exception as exc:        # the user's class may raise anything
+                    raise InputError([("name", "%s cannot be created: %s" % (
+                        rule.name, format_exception(exc)))]) from None
+        self.rules.active = rules
+        self.has_blocking = any(rule.blocking for rule in rules)
+
+    def check_rule(self, rule):
+        """Raise InputError if a rule does not fit the proxy's protocol."""
+        if rule.blocking and self.protocol:
+            raise InputError([("name", "%s is a blocking handler: it works with --protocol tcp "
+                                       "only" % rule.name)])
+        if rule.handler not in (error, transient):
+            return
+        kind = rule.options["kind"]
+        if kind and self.protocol is None:
+            raise InputError([("kind", "kind needs --protocol: tcp has no error kinds, not %r"
+                               % kind)])
+        if kind and kind not in self.protocol.errors:
+            raise InputError([("kind", "kind must be one of %s, the errors of %s, not %r" % (
+                ", ".join(self.protocol.errors), self.protocol_name(), kind))])
+        if self.protocol and rule.stream != "both" and not rule.options["inject"]:
+            raise InputError([("stream", "stream must be both for %s, because it replies instead "
+                                         "of the backend" % rule.name)])
+
+    # In the loop's thread: called by its connections
+
+    def record_fault(self, connection, rule, request):
+        """A rule has acted on a request."""
+        self.fault_count += 1
+        self.faults[rule.name] += 1
+        connection.faults = [*(connection.faults or []), rule.name][-100:]
+        with self.fault_recorded:
+            self.events.append(FaultRecord(
+                self.fault_count, time.time(), self.name, connection.number, connection.name,
+                request, rule.name, dict(rule.options)))
+            self.fault_recorded.notify_all()
+        log.info("%sconnection %d, client %s, request %d: %s", self.log_prefix,
+                 connection.number, connection.name, request, rule)
+
+    def on_connect_failed(self, connection, reason):
+        """The backend could not be connected."""
+        self.failures += 1
+        log.warning("%sconnection %d, client %s: cannot connect to backend %s: %s",
+                    self.log_prefix, connection.number, connection.name,
+                    format_address(self.backend), reason)
+
+    def on_connection_closed(self, connection, reason):
+        del self.connections[connection.number]
+        connection.add_bytes(self.closed_bytes)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%sconnection %d, client %s: %s after %.3f s, %d bytes up, %d bytes down, "
+                      "requests: %d", self.log_prefix, connection.number, connection.name,
+                      reason, self.loop.clock() - connection.began, connection.up.received,
+                      connection.down.received, connection.chain.request)
+
+    # In the loop's thread: for the control server
+
+    def list_connections(self):
+        """Return the open connections, one dict each."""
+        now = self.loop.clock()
+        return [{
+            "number": connection.number, "client": connection.name,
+            "backend": connection.backend_name(),
+            "connected": connection.backend is not None and connection.phase is not CONNECTING,
+            "age": round(now - connection.began, 3),
+            "bytes_up": connection.up.received, "bytes_down": connection.down.received,
+            "requests": connection.chain.request,
+            "held_up": connection.up.held, "held_down": connection.down.held,
+            "faults": connection.faults or [],
+        } for connection in self.connections.values()]
+
+    def byte_counts(self):
+        """Return the bytes until now: {(direction, "received" or "sent"): bytes}."""
+        totals = list(self.closed_bytes)
+        for connection in self.connections.values():
+            connection.add_bytes(totals)
+        keys = [(direction, name) for direction in (UPSTREAM, DOWNSTREAM)
+                for name in ("received", "sent")]
+        return dict(zip(keys, totals))
 
 
-# What is counted of each proxy: {name: (kind, help)}, as Prometheus names it; see Proxy.measure.
+class ProxyTable(OrderedDict):
+    """The proxies of one process, in one loop: {name: Proxy}.
+
+    shared    the settings of proxies that are created while it runs: seed, timeout. A seed of
+              None draws one
+
+    Proxies are changed in the loop's thread, which waits for no peer. A thread that needs
+    several steps for a change holds `lock` meanwhile.
+    """
+
+    def __init__(self, proxies=(), **shared):
+        super().__init__((proxy.name, proxy) for proxy in proxies)
+        self.shared = shared
+        if shared.get("seed") is None:
+            shared["seed"] = random.SystemRandom().getrandbits(32)
+        self.loop = None
+        self.lock = threading.RLock()
+
+    def bind(self):
+        """Bind the ports. Raises OSError with the address in its text."""
+        for proxy in self.values():
+            if proxy.enabled:
+                proxy.bind()
+
+    def open(self, loop):
+        self.loop = loop
+        if not self:
+            log.info("no proxy yet: POST /proxies creates one; seed %s", self.shared["seed"])
+        for proxy in self.values():
+            proxy.open(loop)
+
+    def close(self):
+        for proxy in self.values():
+            proxy.close()
+
+    # For other threads, which hold `lock`
+
+    def add(self, proxy):
+        """Add a proxy, and open it if it is enabled. Returns False if the name is taken.
+
+        Raises OSError.
+        """
+        if proxy.name in self:
+            return False
+        reason = self.loop.capacity_error()
+        if reason:
+            raise CannotListen(OSError(errno.EMFILE, reason), proxy.local)
+        if proxy.enabled:
+            proxy.bind()
+        self.loop.run_sync(self.open_proxy, proxy)
+        return True
+
+    def open_proxy(self, proxy):
+        proxy.open(self.loop)
+        self[proxy.name] = proxy
+
+    def remove(self, proxy):
+        self.loop.run_sync(lambda: self.pop(proxy.name).close())
+
+    def change(self, proxy, local, backend, enabled):
+        """Change the addresses of a proxy, or enable or disable it. Raises OSError.
+
+        Connections are closed only if an address changes. If the proxy cannot listen on the
+        new address, nothing changes.
+        """
+        moved = local != proxy.local and first_address(local) != proxy.listen
+        if not moved:
+            local = proxy.local
+        listener = None
+        if enabled and (moved or not proxy.enabled):
+            listener = self.rebind(proxy, local)
+        proxy.loop.run_sync(proxy.apply_change, local, backend, enabled, listener)
+
+    def rebind(self, proxy, local):
+        """Return a listener at local, even if the proxy has that port on another address."""
+        old = proxy.listener if local[1] == proxy.local[1] else None
+        if old:
+            proxy.loop.run_sync(old.close)
+        try:
+            return Listener(local, proxy.on_accept)
+        except CannotListen:
+            if old:
+                old.bind()
+                proxy.loop.run_sync(old.open, proxy.loop)
+            raise
+
+
+# -- Metrics ------------------------------------------------------------------
+#
+# The counts of all proxies, for Prometheus (GET /metrics) and StatsD. To add one, add a line
+# to METRICS and its value to `measure`.
+
+# {name: (kind, help)}, as Prometheus names metrics
 METRICS = OrderedDict((
     ("toxiproxy_proxy_received_bytes_total", (
         "counter", "Bytes from the client (upstream) and from the backend (downstream).")),
@@ -4421,70 +4881,96 @@ METRICS = OrderedDict((
 ))
 
 
-class Statsd:
-    """Sends the counts of all proxies to a StatsD server, by UDP, each STATSD_EVERY seconds.
+def measure(proxy):
+    """Return the metrics of a proxy: {name: [(labels, value)]}. In the loop's thread."""
+    labels = {"proxy": proxy.name}
+    metrics = {
+        "vaurien_connections_total": [(labels, proxy.accepted)],
+        "vaurien_connections_open": [(labels, len(proxy.connections))],
+        "vaurien_requests_total": [(labels, proxy.rules.requests)],
+        "vaurien_faults_total": [(dict(labels, handler=name), count)
+                                 for name, count in sorted(proxy.faults.items())],
+        "vaurien_backend_failures_total": [(labels, proxy.failures)]}
+    byte_counts = proxy.byte_counts()
+    for name in "received", "sent":
+        metrics["toxiproxy_proxy_%s_bytes_total" % name] = [
+            (dict(labels, direction=direction, listener=proxy.listen,
+                  upstream=format_address(proxy.backend)), byte_counts[direction, name])
+            for direction in (UPSTREAM, DOWNSTREAM)]
+    return metrics
 
-    A counter goes out as what it has grown by (vaurien.PROXY.requests:3|c), a gauge as it is.
+
+class Statsd:
+    """Sends the metrics of all proxies to a StatsD server by UDP, every STATSD_INTERVAL seconds.
+
+    A counter is sent as its increase (vaurien.PROXY.requests:3|c), a gauge as its value. All
+    methods run in the loop's thread, but for `connect`.
     """
 
     def __init__(self, address, proxies):
         self.address = address
         self.proxies = proxies
         self.loop = self.sock = None
-        self.sent = {}              # {(proxy, name): value} as it was told before
+        self.last_values = {}       # {(proxy, name): value} as sent last
 
     def bind(self):
-        pass                        # it listens nowhere
+        pass                        # it does not listen
 
     def open(self, loop):
         self.loop = loop
-        loop.run_in_thread(self.call, self.called)
+        loop.run_in_thread(self.connect, self.on_connected)
 
-    def call(self):
+    def connect(self):
+        """Return a socket for the server, whose name may have to be resolved. In a thread."""
         family, address = resolve(self.address)[0]
         sock = socket.socket(family, socket.SOCK_DGRAM)
         sock.setblocking(False)
         sock.connect(address)
         return sock
 
-    def called(self, sock, problem):
-        if problem:
-            log.warning("statsd: cannot call %s: %s", format_address(self.address), problem)
+    def on_connected(self, sock, error):
+        if error:
+            log.warning("statsd: cannot connect to %s: %s", format_address(self.address), error)
             self.loop.call_at(self.loop.clock() + 60, lambda: self.open(self.loop))
             return
         self.sock = sock
-        self.ring()
+        self.on_timer()
 
-    def ring(self):
+    def on_timer(self):
         if self.sock:
             self.send()
-            self.loop.call_at(self.loop.clock() + STATSD_INTERVAL, self.ring)
+            self.loop.call_at(self.loop.clock() + STATSD_INTERVAL, self.on_timer)
 
     def send(self):
-        lines, before, self.sent = [], self.sent, {}
+        packet = b""
+        for line in [*self.lines(), ""]:
+            data = b"\n" * bool(packet) + line.encode()
+            if packet and (not line or len(packet) + len(data) > STATSD_PACKET_MAX):
+                with contextlib.suppress(OSError):      # UDP: no server is listening
+                    self.sock.send(packet)
+                packet, data = b"", line.encode()
+            packet += data
+
+    def lines(self):
+        """Return a line for each gauge, and for each counter that has grown."""
+        lines, before, self.last_values = [], self.last_values, {}
         for proxy in list(self.proxies.values()):
-            for metric, found in proxy.metrics().items():
-                for labels, value in found:
+            for metric, values in measure(proxy).items():
+                for labels, value in values:
                     name = self.name(metric, labels)
-                    self.sent[proxy, name] = value
-                    grown = value - before.get((proxy, name), 0)
+                    self.last_values[proxy, name] = value
+                    increase = value - before.get((proxy, name), 0)
                     if METRICS[metric][0] == "gauge":
                         lines.append("%s:%d|g" % (name, value))
-                    elif grown:
-                        lines.append("%s:%d|c" % (name, grown))
-        packet = b""
-        for line in [*lines, ""]:
-            if packet and (not line or len(packet) + len(line) > STATSD_PACKET_MAX):
-                with contextlib.suppress(OSError):          # nobody listens: it is UDP
-                    self.sock.send(packet)
-                packet = b""
-            packet += b"\n" * bool(packet) + line.encode()
+                    elif increase:
+                        lines.append("%s:%d|c" % (name, increase))
+        return lines
 
     def name(self, metric, labels):
-        """vaurien.PROXY.received_bytes.upstream of toxiproxy_proxy_received_bytes_total{...}."""
-        words = [labels["proxy"], re.sub("^(vaurien|toxiproxy_proxy)_|_total$", "", metric),
+        """Return the StatsD name of a metric, like vaurien.PROXY.received_bytes.upstream."""
+        parts = [labels["proxy"], re.sub("^(vaurien|toxiproxy_proxy)_|_total$", "", metric),
                  labels.get("direction") or labels.get("handler")]
-        return ".".join(["vaurien"] + [re.sub(r"[^\w-]", "_", word) for word in words if word])
+        return ".".join(["vaurien"] + [re.sub(r"[^\w-]", "_", part) for part in parts if part])
 
     def close(self):
         if self.sock:
@@ -4493,393 +4979,366 @@ class Statsd:
             self.sock = None
 
 
-class ProxyTable(OrderedDict):
-    """The proxies of one process, in one loop: {name: Proxy}.
-
-    seed, timeout    for those that are made while it runs, as in Proxy
-
-    They change in the loop only, which waits for no peer; a thread that makes several
-    steps of it holds `changing` meanwhile.
-    """
-
-    def __init__(self, proxies=(), seed=None, timeout=30.0):
-        super().__init__((proxy.name, proxy) for proxy in proxies)
-        self.seed = random.SystemRandom().getrandbits(32) if seed is None else seed
-        self.timeout = timeout
-        self.loop = None
-        self.lock = threading.RLock()
-
-    def bind(self):
-        """Have the ports. Raises OSError, with the address in its words."""
-        for proxy in self.values():
-            if proxy.enabled:
-                proxy.bind()
-
-    def open(self, loop):
-        self.loop = loop
-        if not self:
-            log.info("no proxy yet: POST /proxies makes one; seed %s", self.seed)
-        for proxy in self.values():
-            proxy.open(loop)
-
-    def close(self):
-        for proxy in self.values():
-            proxy.close()
-
-    # For other threads, that hold `changing`
-
-    def add(self, proxy):
-        """One more, that accepts if it is enabled; False if the name is taken. Raises OSError."""
-        if proxy.name in self:
-            return False
-        why = self.loop.capacity_error()
-        if why:
-            raise CannotListen(OSError(errno.EMFILE, why), proxy.local)
-        if proxy.enabled:
-            proxy.bind()
-        return self.loop.run_sync(self.welcome, proxy)
-
-    def welcome(self, proxy):
-        proxy.open(self.loop)
-        self[proxy.name] = proxy
-        return True
-
-    def remove(self, proxy):
-        self.loop.run_sync(lambda: self.pop(proxy.name).close())
-
-    def change(self, proxy, local, backend, enabled):
-        """Give a proxy other addresses, or have it enabled or not. Raises OSError.
-
-        What stays as it is goes on; a change of an address closes its connections. If
-        it cannot listen there, it stays where it is.
-        """
-        moved = local != proxy.local and first_address(local) != proxy.listen
-        if not moved:
-            local = proxy.local
-        listener = None
-        if enabled and (moved or not proxy.enabled):
-            listener = self.rebind(proxy, local)
-        proxy.loop.run_sync(proxy.apply_change, local, backend, enabled, listener)
-
-    def rebind(self, proxy, local):
-        """A listener at local, though the proxy may have that port on another address."""
-        old = proxy.listener if local[1] == proxy.local[1] else None
-        if old:
-            proxy.loop.run_sync(old.close)
-        try:
-            return Listener(local, proxy.welcome)
-        except CannotListen:
-            if old:
-                old.sockets = listen(proxy.local)
-                proxy.loop.run_sync(old.open, proxy.loop)
-            raise
-
-
-def first_address(local):
-    """Where a listener at local would be, as Toxiproxy writes it. Raises OSError."""
-    if not local[0]:
-        return format_address(("::", local[1]))
-    try:
-        return format_address(resolve(local)[0][1])
-    except OSError as problem:
-        raise CannotListen(problem, local) from None
-
-
 # -- Control ------------------------------------------------------------------
 #
-# HTTP for a test that drives the proxy while it runs. A route is a function of a
-# question that returns the answer: a dict goes out as JSON, a str as text, an Answer as it
-# is. To add one, write it here: `GET /` lists them. The loop accepts; a short-lived thread
-# reads the question and answers it, and says `loop.call` for all that touches a proxy.
+# The HTTP control server, with which a test changes proxies while they run. The section has the
+# steps from a request to its response, the routes of Vaurien, the access check and the server.
+#
+# handle_request takes these steps for each request: find the route, check access, read the
+# body, call the route's function, render its result or its error. The dialect of a route
+# decides how results and errors look. A path without a route has the dialect of its prefix.
+#
+# Threads: the control server has a loop and a thread of its own. They accept clients and close
+# those that exceed a time limit. Each client has a handler thread, which runs the functions of
+# routes. A route changes a proxy only by `proxy.loop.run_sync(function, ...)`.
+#
+# To add a route: write a function of an ApiRequest under @route. `GET /` lists it, with the
+# first line of its docstring.
 
-ROUTES = OrderedDict()          # {path: {method: function}}; a part in capitals is any name
-REQUEST_BODY_MAX = 1 << 20              # bytes of a question's body
-REQUEST_HEAD_MAX = 1 << 16              # and of its head
-CLIENTS_MAX = 256               # connections at a time
-IDLE_TIMEOUT = 10.0                # seconds that a connection may say nothing
-REQUEST_TIMEOUT = 30.0              # seconds in which a question is asked, answered and heard
+ROUTES = OrderedDict()          # {path: {method: Route}}; a part in capitals stands for any name
+DIALECTS = []                   # [(prefix, Dialect)] of paths without a route; the first one wins
+REQUEST_BODY_MAX = 1 << 20      # bytes of a request's body
+REQUEST_HEAD_MAX = 1 << 16      # bytes of a request's headers
+CLIENTS_MAX = 256               # clients connected at a time
+IDLE_TIMEOUT = 10.0             # seconds until the next bytes from a client
+REQUEST_TIMEOUT = 30.0          # seconds from a request's first byte to its response's last
 
-# What a route is asked: the control, {part of the path: name}, the other words of the query
-# beside proxy, the body's text, the headers. The proxy is the one that is chosen, by the
-# path or by ?proxy=NAME, or the first; None if there is none.
+# A request, as the function of a route gets it.
+#
+# control    the Control that received it
+# proxy      the Proxy that the path or ?proxy=NAME selects, by default the first; None if
+#            there is no such proxy
+# names      {part of the path in capitals: name}
+# query      {key: value} of the query, without `proxy`
+# body       text
+# headers    a mapping with `get`
 ApiRequest = namedtuple("ApiRequest", "control proxy names query body headers")
 ApiResponse = namedtuple("ApiResponse", "status headers text")
+Route = namedtuple("Route", "function example query needs_proxy dialect status")
 
 
 class ApiError(Exception):
-    """An answer that is an error: a status, and (location, name, description) of each."""
+    """An error response: a status, and (location, name, description) for each error.
+
+    location    the part of the request with the error: body, querystring, header, path, method
+    name        the field, parameter or header, or ""
+    headers     additional headers of the response
+    """
 
     def __init__(self, status, errors, headers=()):
         super().__init__("; ".join(description for _, _, description in errors))
         self.status, self.errors, self.headers = status, errors, dict(headers)
 
-    def answer(self):
-        """The Answer, in the form of 1.x."""
-        headers = dict(self.headers, **{"Content-Type": "application/json"})
-        return ApiResponse(self.status, headers, json.dumps({"status": "error", "errors": [
+
+class Dialect:
+    """The form of a route's results and errors. This one is the JSON of Vaurien 1.x."""
+
+    head_as_get = True              # whether a route for GET also accepts HEAD
+    decode_errors = "strict"        # `errors` of bytes.decode, for bodies
+
+    def render(self, result, status):
+        """Return the ApiResponse for the result of a route: text, or a value sent as JSON."""
+        if isinstance(result, str):
+            return ApiResponse(status, {"Content-Type": "text/plain; charset=utf-8"}, result)
+        return ApiResponse(status, {"Content-Type": "application/json"}, json.dumps(result))
+
+    def convert(self, exc):
+        """Return the ApiError for an exception of a route. Returns None if it is a bug."""
+        if isinstance(exc, InputError):
+            return ApiError(400, [("body", field, sentence) for field, sentence in exc.errors])
+        return exc if isinstance(exc, ApiError) else None
+
+    def render_error(self, error):
+        """Return the ApiResponse for an ApiError."""
+        headers = dict(error.headers, **{"Content-Type": "application/json"})
+        return ApiResponse(error.status, headers, json.dumps({"status": "error", "errors": [
             {"location": location, "name": name, "description": description}
-            for location, name, description in self.errors]}))
-
-    @classmethod
-    def wrong_method(cls, method, path, methods):
-        allowed = ", ".join(sorted(methods))
-        return cls(405, [("method", method[:20], "%s takes %s" % (path, allowed))],
-                   {"Allow": allowed}).answer()
+            for location, name, description in error.errors]}))
 
 
-def route(method, path, example="", query=(), needs_proxy=True, form=ApiError):
-    """Register a function for a method of a path.
+VAURIEN_1 = Dialect()
+DIALECTS.append(("", VAURIEN_1))
 
-    example        what curl is told to send
-    query          the words of a query, beside proxy, that it knows; None for any
-    needs_proxy    whether it is about one
-    form           how this path refuses what is asked
+
+def route(methods, paths, example="", query=(), needs_proxy=True, dialect=VAURIEN_1, status=200):
+    """Register a function of an ApiRequest for each of the methods of each of the paths.
+
+    methods, paths    text, separated by spaces
+    example           the body of an example, or its query for GET
+    query             the keys that a query may have beside `proxy`; None accepts all
+    needs_proxy       whether the request is refused if its proxy does not exist
+    dialect, status   of the response
+
+    The function returns a value for Dialect.render, or an ApiResponse.
+    Raises ApiError or InputError for a request that it refuses.
     """
     def register(function):
-        function.example, function.query = example, query
-        function.needs_proxy, function.form = needs_proxy, form
-        ROUTES.setdefault(path, OrderedDict())[method] = function
+        for path in paths.split():
+            for method in methods.split():
+                ROUTES.setdefault(path, OrderedDict())[method] = Route(
+                    function, example, query, needs_proxy, dialect, status)
         return function
     return register
 
 
+# From a request to its response
+
+def handle_request(control, method, target, read_body, headers=None):
+    """Return the ApiResponse to one request.
+
+    target       path and query
+    read_body    returns the body as bytes; called only after the access check
+
+    Raises ConnectionError if read_body does. All other exceptions become error responses.
+    """
+    path, _, query = target.partition("#")[0].partition("?")
+    methods, names, dialect = find_route(path)
+    try:
+        control.check_access(headers or {})
+        body = read_body()
+        matched = choose_method(methods, method, path, dialect)
+        request = read_request(control, matched, path, names, query, body, headers or {})
+        result = matched.function(request)
+        return (result if isinstance(result, ApiResponse)
+                else dialect.render(result, matched.status))
+    except ConnectionError:
+        raise
+    except Exception as exc:
+        # No variable for the ApiError: with its traceback it would form a reference cycle.
+        return dialect.render_error(dialect.convert(exc) or internal_error(exc, method, target))
+
+
+def internal_error(exc, method, target):
+    """Log an unexpected exception, and return the ApiError for it."""
+    log.exception("control: %r %r failed", method[:20], target[:200])
+    return ApiError(500, [("server", "", format_exception(exc))])
+
+
+def find_route(path):
+    """Return ({method: Route}, {part in capitals: name}, Dialect) of a path.
+
+    Without a route, the first two are empty.
+    """
+    parts = path.split("/")
+    for pattern, methods in ROUTES.items():
+        wanted = pattern.split("/")
+        if len(wanted) == len(parts) and all(
+                part == want or (part and want.isupper()) for part, want in zip(parts, wanted)):
+            names = {want: urls.unquote(part)
+                     for part, want in zip(parts, wanted) if want.isupper()}
+            return methods, names, next(iter(methods.values())).dialect
+    return {}, {}, next(dialect for prefix, dialect in DIALECTS if path.startswith(prefix))
+
+
+def choose_method(methods, method, path, dialect):
+    """Return the Route of a method. Raises ApiError, with status 404 or 405, if there is none."""
+    if not methods:
+        bad_request("path", "there is no %s: there are %s" % (path[:200], ", ".join(ROUTES)),
+                    "path", 404)
+    matched = methods.get("GET" if method == "HEAD" and dialect.head_as_get else method)
+    if matched is None:
+        allowed = ", ".join(sorted(methods))
+        raise ApiError(405, [("method", method[:20], "%s takes %s" % (path, allowed))],
+                       {"Allow": allowed})
+    return matched
+
+
+def read_request(control, matched, path, names, query_text, body, headers):
+    """Return the ApiRequest for a Route. Raises ApiError."""
+    try:
+        text = body.decode("utf-8", matched.dialect.decode_errors)
+    except UnicodeDecodeError as error:
+        bad_request("", "the body must be UTF-8: %s" % error)
+    query = dict(urls.parse_qsl(query_text, keep_blank_values=True))
+    name = names.get("PROXY", query.pop("proxy", None))
+    proxies = control.proxies
+    proxy = proxies.get(next(iter(proxies), None) if name is None else name)
+    if proxy is None and matched.needs_proxy:
+        bad_request("proxy", "there is no proxy %r: there are %s" % (
+            (name or "")[:200], ", ".join(proxies) or "none yet"), "querystring",
+            404 if "PROXY" in names else 400)
+    for key in sorted(query):
+        if matched.query is not None and key not in matched.query:
+            bad_request(key, "%s does not know %r in a query" % (path, key[:200]), "querystring")
+    return ApiRequest(control, proxy, names, query, text, headers)
+
+
 def bad_request(name, description, location="body", status=400):
+    """Raise an ApiError with one error."""
     raise ApiError(status, [(location, name, description)])
 
 
-def parse_json_object(body):
-    """The JSON object in a body. Raises Refused."""
+def check_field(name, check, *args):
+    """Return check(*args). Its ValueError becomes an InputError that names the field."""
     try:
-        table = json.loads(body, parse_int=short_int)
-    except (ValueError, RecursionError) as problem:
-        bad_request("", "the body must be JSON: %s" % problem)
+        return check(*args)
+    except ValueError as error:
+        raise InputError([(name, "%s %s" % (name, error))]) from None
+
+
+def parse_json_object(body):
+    """Return the JSON object in a body. Raises InputError."""
+    try:
+        table = json.loads(body, parse_int=parse_short_int)
+    except (ValueError, RecursionError) as error:
+        raise InputError([("", "the body must be JSON: %s" % error)]) from None
     if not isinstance(table, dict):
-        bad_request("", "the body must be a JSON object, like {\"name\": \"delay\", \"sleep\": 2}")
+        raise InputError([("", "the body must be a JSON object, like "
+                               "{\"name\": \"delay\", \"sleep\": 2}")])
     return table
 
 
-def short_int(text):
-    """A number that is not there to keep us busy: reading takes the square of its length."""
+def parse_short_int(text):
+    """Return an int of at most 400 digits: the time of int() grows with the square of them."""
     if len(text) > 400:
         raise ValueError("a number of %d digits" % len(text))
     return int(text)
 
 
-def set_rules(question, tables):
-    """Have the proxy use these rules and no others. Raises Refused."""
-    try:
-        question.proxy.loop.run_sync(question.proxy.set_rules, read_rules(tables))
-    except InputError as bad:
-        raise ApiError(400, [("body", name, words) for name, words in bad.errors]) from None
-
+# The routes of Vaurien
 
 @route("GET", "/", needs_proxy=False)
-def index(question):
-    """This list."""
-    lines = ["Vaurien %s: what can be asked, with an example each." % __version__, ""]
+def index(request):
+    """Return this list."""
+    lines = ["Vaurien %s control API, one example each." % __version__, ""]
     for path, methods in ROUTES.items():
-        for method, function in methods.items():
-            lines.append("%-6s %-28s %s" % (method, path, summary(function)))
-            lines.append("     curl %s%s%s%s" % (
-                "" if method == "GET" or (method == "POST" and function.example)
-                else "-X %s " % method,
-                "-d '%s' " % function.example if method != "GET" and function.example else "",
-                question.control.url, path + (function.example if method == "GET" else "")))
-    lines += ["", "The handlers: %s." % ", ".join(HANDLERS),
-              "The proxies: %s; ?proxy=NAME picks one, the first is usual."
-              % (", ".join(question.control.proxies) or "none yet")]
+        for method, listed in methods.items():
+            lines.append("%-6s %-28s %s" % (method, path, summary(listed.function)))
+            lines.append("     curl " + curl_arguments(
+                request.control.url, method, path, listed))
+    lines += ["", "Handlers: %s." % ", ".join(HANDLERS),
+              "Proxies: %s; ?proxy=NAME picks one, default: the first."
+              % (", ".join(request.control.proxies) or "none yet")]
     return "\n".join(lines) + "\n"
 
 
+def curl_arguments(url, method, path, listed):
+    """Return the arguments of curl for the example of a Route."""
+    if method == "GET":
+        return url + path + listed.example
+    data = "-d '%s' " % listed.example if listed.example else ""
+    return ("" if method == "POST" and data else "-X %s " % method) + data + url + path
+
+
 @route("GET", "/handler")
-def get_name(question):
-    """The name of the handler that acts, as text."""
-    return question.proxy.handler_names()
+def get_name(request):
+    """Return the name of the active handler, as text."""
+    return request.proxy.handler_names()
 
 
 @route("POST", "/handler", '{"name": "delay", "sleep": 2}')
-def set_by_name(question):
+def set_by_name(request):
     """Set a handler: a bare name, or JSON with its options and percent."""
-    text = question.body.strip()
-    if text[:1] in ("{", "[", '"'):
-        table = parse_json_object(text)
-    else:
-        table = {"name": text}
-    set_rules(question, [table])
+    text = request.body.strip()
+    set_rules(request, [parse_json_object(text) if text[:1] in ("{", "[", '"')
+                        else {"name": text}])
     return "ok"
 
 
 @route("GET", "/handlers", needs_proxy=False)
-def list_handlers(question):
-    """The names of all handlers."""
+def list_handlers(request):
+    """Return the names of all handlers."""
     return {"handlers": list(HANDLERS)}
 
 
 @route("GET", "/behavior")
-def get_behavior(question):
-    """As GET /handler, as JSON."""
-    return {"behavior": question.proxy.handler_names()}
+def get_behavior(request):
+    """Return the name of the active handler, as JSON."""
+    return {"behavior": request.proxy.handler_names()}
 
 
 @route("PUT", "/behavior", '{"name": "delay", "sleep": 2, "percent": 20}')
-def set_behavior(question):
-    """As POST /handler, as JSON."""
-    set_rules(question, [parse_json_object(question.body)])
+def set_behavior(request):
+    """Set a handler: JSON with its name, options and percent."""
+    set_rules(request, [parse_json_object(request.body)])
     return {"status": "ok"}
 
 
 @route("GET", "/behaviors", needs_proxy=False)
-def list_behaviors(question):
-    """As GET /handlers."""
+def list_behaviors(request):
+    """Return the names of all handlers."""
     return {"behaviors": list(HANDLERS)}
 
 
 @route("GET", "/rules")
-def get_rules(question):
-    """The rules of the behavior, with every option and field."""
-    tables, low = [], 0.0
-    for rule in question.proxy.behaviors[-1]:
-        if rule.draw_min > low:              # dummy's share, so that the dice fall the same again
-            tables.append({"name": "dummy", "percent": rule.draw_min - low})
+def get_rules(request):
+    """Return the rules of the behavior, with all options and fields."""
+    tables, draw_min = [], 0.0
+    for rule in request.proxy.behaviors[-1]:
+        if rule.draw_min > draw_min:
+            # dummy has no rule. Its share is needed, so that `PUT /rules` restores all draws.
+            tables.append({"name": "dummy", "percent": rule.draw_min - draw_min})
         tables.append(rule.to_json())
-        low = rule.draw_max
+        draw_min = rule.draw_max
     return {"rules": tables}
 
 
 @route("PUT", "/rules",
        '{"rules": [{"name": "delay", "percent": 20}, {"name": "hang", "percent": 5}]}')
-def put_rules(question):
-    """Set several at once: one throw of the dice, at most one of them acts."""
-    table = parse_json_object(question.body)
+def put_rules(request):
+    """Replace all rules. They share one draw: at most one of them acts on a request."""
+    table = parse_json_object(request.body)
     tables = table.pop("rules", None)
     if table or not isinstance(tables, list) or not all(isinstance(rule, dict) for rule in tables):
-        bad_request("rules", "the body must be {\"rules\": [{\"name\": ..., \"percent\": ...}, ...]}")
-    set_rules(question, tables)
+        bad_request("rules", "the body must be "
+                             "{\"rules\": [{\"name\": ..., \"percent\": ...}, ...]}")
+    set_rules(request, tables)
     return {"status": "ok"}
+
+
+def set_rules(request, tables):
+    """Replace the rules of the request's proxy. Raises InputError."""
+    request.proxy.loop.run_sync(request.proxy.set_rules, read_rules(tables))
 
 
 @route("GET", "/backend")
-def get_backend(question):
-    """The backend that new connections go to."""
-    return {"backend": format_address(question.proxy.backend)}
+def get_backend(request):
+    """Return the backend of new connections."""
+    return {"backend": format_address(request.proxy.backend)}
 
 
 @route("PUT", "/backend", '{"backend": "localhost:80"}')
-def set_backend(question):
-    """Set it; connections that are open stay where they are."""
-    table = parse_json_object(question.body)
-    errors = [("body", name, "%s is not known here: give backend" % name)
+def set_backend(request):
+    """Set the backend of new connections. Open connections keep theirs."""
+    table = parse_json_object(request.body)
+    errors = [(name, "%s is not known here: the only field is backend" % name)
               for name in sorted(set(table) - {"backend"})]
+    proxy = request.proxy
     try:
-        backend = parse_address(str(table.get("backend", "")))
+        backend = check_field("backend", parse_address, str(table.get("backend", "")))
         if not errors:
-            question.proxy.loop.run_sync(question.proxy.set_backend, backend)
-    except ValueError as problem:
-        errors.append(("body", "backend", "backend %s" % problem))
+            check_field("backend", proxy.loop.run_sync, proxy.set_backend, backend)
+    except InputError as error:
+        errors += error.errors
     if errors:
-        raise ApiError(400, errors)
+        raise InputError(errors)
     return {"status": "ok"}
 
 
-@route("GET", "/proxies/PROXY/connections")
-@route("GET", "/connections")
-def list_connections(question):
-    """What is open, and what is held in it."""
-    return {"connections": question.proxy.loop.run_sync(question.proxy.list_connections)}
+@route("GET", "/connections /proxies/PROXY/connections")
+def list_connections(request):
+    """Return the open connections, and the number of bytes that each one holds."""
+    return {"connections": request.proxy.loop.run_sync(request.proxy.list_connections)}
 
 
-@route("GET", "/proxies/PROXY/events", "?since=0", query=["since"])
-@route("GET", "/events", "?since=0", query=["since"])
-def list_events(question):
-    """The faults that acted, those after number `since`."""
+@route("GET", "/events /proxies/PROXY/events", "?since=0", query=["since"])
+def list_events(request):
+    """Return the records of faults, those after number `since`."""
     try:
-        since = check_count(question.query.get("since", "0"))
-    except ValueError as problem:
-        bad_request("since", "since %s" % problem, "querystring")
-    events = question.proxy.loop.run_sync(lambda: list(question.proxy.events))
-    return {"events": [event._asdict() for event in events if event.number > since]}
+        since = check_count(request.query.get("since", "0"))
+    except ValueError as error:
+        bad_request("since", "since %s" % error, "querystring")
+    records = request.proxy.loop.run_sync(lambda: list(request.proxy.events))
+    return {"events": [record._asdict() for record in records if record.number > since]}
 
 
-def check_access(control, target, headers):
-    """The Answer to who must not drive us, in the form of what is asked for; or None."""
-    try:
-        control.authorize(headers)
-    except ApiError as refused:
-        methods, _ = find_route(target.partition("?")[0])
-        like_toxiproxy = any(function.form is ToxiproxyError for function in methods.values())
-        answer = (ToxiproxyError(refused.status, str(refused)) if like_toxiproxy else refused).answer()
-        control.complain(refused)
-        return answer._replace(headers=dict(answer.headers, **refused.headers))
-    return None
-
-
-def handle_request(control, method, target, body, headers=None):
-    """The Answer to one question. Nothing else may come of it."""
-    try:
-        refusal = check_access(control, target, headers or {})
-        if refusal:
-            return refusal
-        answer = dispatch(control, method, target, body, headers or {})
-    except ApiError as refused:
-        return refused.answer()
-    except Exception as problem:
-        log.exception("control: %r %r failed", method[:20], target[:200])
-        return ApiError(500, [("server", "", format_exception(problem))]).answer()
-    if isinstance(answer, ApiResponse):
-        return answer
-    if isinstance(answer, str):
-        return ApiResponse(200, {"Content-Type": "text/plain; charset=utf-8"}, answer)
-    return ApiResponse(200, {"Content-Type": "application/json"}, json.dumps(answer))
-
-
-def dispatch(control, method, target, body, headers):
-    """Find the route and ask it. Raises Refused."""
-    path, _, words = target.partition("#")[0].partition("?")
-    methods, names = find_route(path)
-    if not methods and path.startswith("/proxies/"):
-        return text_response(404, "404 page not found\n")
-    if not methods:
-        bad_request("path", "there is no %s: there are %s" % (path[:200], ", ".join(ROUTES)),
-               "path", 404)
-    form = next(iter(methods.values())).form
-    function = methods.get("GET" if method == "HEAD" and form is ApiError else method)
-    if function is None:
-        return form.wrong_method(method, path, methods)
-    try:
-        text = body.decode("utf-8", "strict" if form is ApiError else "replace")
-    except UnicodeDecodeError as problem:
-        bad_request("", "the body must be UTF-8: %s" % problem)
-    query = dict(urls.parse_qsl(words, keep_blank_values=True))
-    name = names.get("PROXY", query.pop("proxy", None))
-    proxies = control.proxies
-    proxy = proxies.get(next(iter(proxies), None) if name is None else name)
-    if proxy is None and function.needs_proxy:
-        bad_request("proxy", "there is no proxy %r: there are %s" % (
-            (name or "")[:200], ", ".join(proxies) or "none yet"), "querystring",
-            404 if "PROXY" in names else 400)
-    for word in sorted(query):
-        if function.query is not None and word not in function.query:
-            bad_request(word, "%s does not know %r in a query" % (path, word[:200]), "querystring")
-    return function(ApiRequest(control, proxy, names, query, text, headers))
-
-
-def find_route(path):
-    """({method: function}, {part in capitals: name}) of a path."""
-    parts = path.split("/")
-    for known, methods in ROUTES.items():
-        wanted = known.split("/")
-        if len(wanted) == len(parts) and all(
-                part == want or (part and want.isupper()) for part, want in zip(parts, wanted)):
-            return methods, {want: urls.unquote(part)
-                             for part, want in zip(parts, wanted) if want.isupper()}
-    return {}, {}
-
+# The server
 
 class Control:
-    """The control server: a loop of its own, in a thread of its own, accepts; threads answer.
+    """The control server.
 
-    token    what who drives it must bear; None for no token
-    names    that it may be called by, beside its addresses, localhost and its own host
+    token    what clients must send as bearer token; None for no token
+    names    Host names to accept, beside addresses, localhost and the host of `local`
     """
 
     def __init__(self, local, proxies, token=None, names=()):
@@ -4889,21 +5348,21 @@ class Control:
         self.names = {"localhost", *map(normalize_host, [local[0], *names])} - {""}
         self.listener = None
         self.url = ""
-        self.clients = OrderedDict()        # {socket: Talk}, the oldest first
-        self.max_clients = CLIENTS_MAX             # of them
-        self.sweeping = False
-        self.last_warning = 0.0               # when the log last said that somebody was refused
+        self.clients = OrderedDict()        # {socket: Session}, the oldest first
+        self.max_clients = CLIENTS_MAX
+        self.last_refusal = 0.0             # when the last refusal was logged
         self.loop = None
 
     def bind(self):
-        """Have a port. Raises OSError, with the address in its words."""
-        self.listener = Listener(self.local, self.welcome)
+        """Listen. Raises CannotListen."""
+        self.listener = Listener(self.local, self.on_accept)
         port = self.listener.sockets[0].getsockname()[1]
         self.url = "http://%s" % format_address((self.local[0] or "localhost", port))
 
-    def open(self, loop):
-        """Begin to answer; the proxies' loop may be busy."""
-        self.talk = make_request_handler()
+    def open(self, proxies_loop):
+        """Start to accept clients. The loop of the proxies is not used: it may be busy."""
+        self.request_handler = make_request_handler()
+        # A quarter of the descriptors at most: the proxies need the others.
         self.max_clients = max(4, min(CLIENTS_MAX, (raise_fd_limit() or CLIENTS_MAX * 4) // 4))
         self.loop = Loop()
         self.listener.open(self.loop)
@@ -4912,89 +5371,8 @@ class Control:
         log.info("control on %s", self.listener)
         if not self.token and not all(is_loopback(sock.getsockname())
                                       for sock in self.listener.sockets):
-            log.warning("control: whoever reaches %s can drive it: give a --http-token",
+            log.warning("control: the control server on %s is open to everyone: set --http-token",
                         self.listener)
-
-    def authorize(self, headers):
-        """Refuse who must not drive us; no page in a browser may. Raises Refused.
-
-        Who bears the token may; no page knows it. Without a token a page is known by its
-        Host, which is a name that its owner has given our address (DNS rebinding), or by
-        where it comes from (RFC 6454, Origin; Fetch Metadata, Sec-Fetch-Site).
-        """
-        if self.token:
-            scheme, _, word = headers.get("Authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(
-                    word.strip().encode("utf-8", "replace"), self.token.encode("utf-8")):
-                raise ApiError(401, [("header", "Authorization",
-                                     "Authorization must be Bearer and the --http-token")],
-                              {"WWW-Authenticate": "Bearer"})
-            return
-        host = headers.get("Host", "localhost")
-        if not self.is_own_host(host):
-            bad_request("Host", "Host must be an address, %s or another --http-name, not %r"
-                   % (", ".join(sorted(self.names)), host[:200]), "header", 403)
-        origin = headers.get("Origin", "http://" + host)
-        if origin.lower() not in ("http://" + host.lower(), "https://" + host.lower()):
-            bad_request("Origin", "no page of %r may drive this" % origin[:200], "header", 403)
-        if headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-            bad_request("Sec-Fetch-Site", "no page from elsewhere may drive this", "header", 403)
-
-    def complain(self, refused):
-        """Say who was refused, once a second at most: somebody may wonder why."""
-        now = time.monotonic()
-        if now - self.last_warning >= 1:
-            self.last_warning = now
-            log.warning("control: a question was refused: %s", refused)
-
-    def is_own_host(self, host):
-        """Whether that is a Host that it may be called by."""
-        name = normalize_host(re.sub(r":\d*$", "", host.strip()))
-        bare = name[1:-1] if name.startswith("[") and name.endswith("]") else name
-        return name in self.names or (bool(re.fullmatch("[0-9a-f.:]{1,45}", bare))
-                                      and resolve_numeric((bare, 0)) is not None)
-
-    def welcome(self, client, peer):
-        """Have a thread answer a client; the oldest makes room if there are too many."""
-        while len(self.clients) >= self.max_clients:
-            oldest, _ = self.clients.popitem(last=False)
-            with contextlib.suppress(OSError):
-                oldest.shutdown(socket.SHUT_RDWR)
-        client = socket.socket(client.family, socket.SOCK_STREAM, 0, client.detach())
-        client.settimeout(IDLE_TIMEOUT)
-        talk = self.clients[client] = Session(self)
-        self.loop.run_in_thread(lambda: self.answer(client, peer, talk),
-                       lambda done, problem: self.leave(client, problem))
-        if not self.sweeping:
-            self.close_expired()
-
-    def close_expired(self):
-        """Hang up on who takes too long, a byte at a time or not at all."""
-        now = self.loop.clock()
-        for client, talk in self.clients.items():
-            if talk.until < now:
-                with contextlib.suppress(OSError):
-                    client.shutdown(socket.SHUT_RDWR)
-        self.sweeping = bool(self.clients)
-        if self.sweeping:
-            self.loop.call_at(now + 1, self.close_expired)
-
-    def answer(self, client, peer, talk):
-        """Talk, then linger: to close over what is unread would destroy the last answer."""
-        with client:
-            self.talk(client, peer, talk)
-            client.shutdown(socket.SHUT_WR)
-            talk.set_deadline(LINGER_TIMEOUT)
-            client.settimeout(1)
-            for _ in range(1000):
-                if not client.recv(65536):
-                    break
-
-    def leave(self, client, problem):
-        self.clients.pop(client, None)
-        client.close()                  # again, where there was no thread to do it
-        if problem and not isinstance(problem, OSError):
-            log.error("control: %s", format_exception(problem))
 
     def close(self):
         if self.loop:
@@ -5005,519 +5383,698 @@ class Control:
         if self.loop:
             self.loop.close()
 
+    # Access
+
+    def check_access(self, headers):
+        """Raise ApiError, and log it, unless a request with these headers is permitted."""
+        try:
+            if self.token:
+                self.check_token(headers)
+            else:
+                self.check_origin(headers)
+        except ApiError as error:
+            now = time.monotonic()
+            if now - self.last_refusal >= 1:        # more would flood the log
+                self.last_refusal = now
+                log.warning("control: request refused: %s", error)
+            raise
+
+    def check_token(self, headers):
+        """Raise ApiError unless the client has sent the token. No web page knows it."""
+        scheme, _, token = headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(
+                token.strip().encode("utf-8", "replace"), self.token.encode("utf-8")):
+            raise ApiError(401, [("header", "Authorization",
+                                  "Authorization must be Bearer TOKEN, with the --http-token")],
+                           {"WWW-Authenticate": "Bearer"})
+
+    def check_origin(self, headers):
+        """Raise ApiError if a browser has sent the request for a page of another site.
+
+        Such a page has another origin (Origin: RFC 6454; Sec-Fetch-Site: Fetch Metadata). In a
+        DNS rebinding attack, the owner of the page points its host name to our address. The
+        origin is then the same, but the Host header has a name that is not ours.
+        """
+        host = headers.get("Host", "localhost")
+        if not self.is_own_host(host):
+            bad_request("Host", "Host must be an address, %s or another --http-name, not %r"
+                        % (", ".join(sorted(self.names)), host[:200]), "header", 403)
+        origin = headers.get("Origin", "http://" + host)
+        if origin.lower() not in ("http://" + host.lower(), "https://" + host.lower()):
+            bad_request("Origin", "cross-origin request from %r refused" % origin[:200],
+                        "header", 403)
+        if headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+            bad_request("Sec-Fetch-Site", "cross-site request refused", "header", 403)
+
+    def is_own_host(self, host):
+        """Return whether a Host header has an address, or one of our names."""
+        name = normalize_host(re.sub(r":\d*$", "", host.strip()))
+        bare = name[1:-1] if name.startswith("[") and name.endswith("]") else name
+        return name in self.names or (bool(re.fullmatch("[0-9a-f.:]{1,45}", bare))
+                                      and resolve_numeric((bare, 0)) is not None)
+
+    # Clients
+
+    def on_accept(self, client, peer):
+        """Start a handler thread. With too many clients, disconnect the oldest."""
+        while len(self.clients) >= self.max_clients:
+            _, oldest = self.clients.popitem(last=False)
+            oldest.disconnect()
+        client = socket.socket(client.family, socket.SOCK_STREAM, 0, client.detach())
+        client.settimeout(IDLE_TIMEOUT)
+        session = self.clients[client] = Session(self, client)
+        self.loop.run_in_thread(lambda: self.serve(session, peer),
+                                lambda _, error: self.on_client_done(session, error))
+
+    def serve(self, session, peer):
+        """Answer the requests of a client, then close its connection. For a handler thread.
+
+        The close lingers: closing with unread input would send RST, and the client could lose
+        the last response.
+        """
+        with session.client as client:
+            self.request_handler(client, peer, session)
+            client.shutdown(socket.SHUT_WR)
+            session.set_deadline(LINGER_TIMEOUT)
+            client.settimeout(1)
+            for _ in range(1000):
+                if not client.recv(65536):
+                    break
+
+    def on_client_done(self, session, error):
+        """The handler thread has ended, or could not be started."""
+        self.clients.pop(session.client, None)
+        session.set_timer(None)
+        session.client.close()
+        if error and not isinstance(error, OSError):
+            log.error("control: %s", format_exception(error))
+
 
 class Session:
-    """What a connection to the control server knows of it, and until when it must be done."""
+    """A client of the control server, with the deadline of its current request.
 
-    def __init__(self, control):
+    The timer belongs to the thread of the control server's loop. A handler thread sets it
+    by a queued call. The loop runs queued calls in order, so on_client_done cancels the last.
+    """
+
+    def __init__(self, control, client):
         self.control = control
-        self.set_deadline(IDLE_TIMEOUT)
+        self.client = client
+        self.timer = None
 
     def set_deadline(self, seconds):
-        """What is being done must be done in so many seconds."""
-        self.until = self.control.loop.clock() + seconds
+        """Disconnect the client after this many seconds; None: never. For a handler thread."""
+        loop = self.control.loop
+        loop.call_soon_threadsafe(self.set_timer, seconds and loop.clock() + seconds)
 
+    # In the loop's thread
 
-def normalize_host(host):
-    """A host's name as a Host header has it: in small letters, its dot at the end left out."""
-    try:
-        return host.lower().rstrip(".").encode("idna").decode("ascii")
-    except UnicodeError:
-        return host.lower()
+    def set_timer(self, t):
+        """Disconnect the client at t; None: never. Replaces the previous timer."""
+        loop = self.control.loop
+        loop.cancel(self.timer)
+        self.timer = None if t is None else loop.call_at(t, self.disconnect)
 
-
-def is_loopback(address):
-    return address[0] == "::1" or address[0].startswith("127.")
+    def disconnect(self):
+        """Shut the connection down. A handler thread that waits for the client then ends."""
+        with contextlib.suppress(OSError):
+            self.client.shutdown(socket.SHUT_RDWR)
 
 
 class LimitedReader:
-    """The head of a question, as a file of HEAD_MAX bytes at most."""
+    """A file with a limit for the lines that are read, all together."""
 
     def __init__(self, file, too_long):
-        self.file, self.too_long = file, too_long
-        self.left = REQUEST_HEAD_MAX
+        self.file = file
+        self.too_long = too_long        # the exception for lines beyond the limit
+        self.limit = math.inf           # bytes
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
 
     def readline(self, size):
-        line = self.file.readline(min(size, self.left + 1))
-        self.left -= len(line)
-        if self.left < 0:
+        line = self.file.readline(min(size, self.limit + 1))
+        self.limit -= len(line)
+        if self.limit < 0:
             raise self.too_long("head")
         return line
 
 
 def make_request_handler():
-    """The request handler of http.server that puts every question to `respond`."""
-    import http.client  # late: few commands need them, and they take their time
-    import http.server
+    """Return the class of request handlers."""
+    import http.server  # here, because it is slow to import and few commands need it
+    return type("HttpRequestHandler", (RequestHandler, http.server.BaseHTTPRequestHandler), {})
 
-    class Talker(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        server_version = "vaurien/" + __version__
-        disable_nagle_algorithm = True
-        wbufsize = -1                   # the head and the body leave together
-        command = requestline = ""      # until it is known
-        server: Session  # type: ignore
 
-        def handle(self):
-            try:
-                self.rfile.peek(1)  # type: ignore
-            except socket.timeout:
-                self.send_error(408, "nothing was asked in %g seconds" % IDLE_TIMEOUT)
-                return
-            super().handle()
+class RequestHandler:
+    """Reads the requests of one client and writes the responses, in a handler thread.
 
-        def handle_one_request(self):
-            self.server.set_deadline(IDLE_TIMEOUT)
-            try:
-                self.rfile.peek(1)  # type: ignore
-            except socket.timeout:
-                self.close_connection = True
-                return
-            self.server.set_deadline(REQUEST_TIMEOUT)
-            super().handle_one_request()
+    A mixin of http.server.BaseHTTPRequestHandler. The client's Session is its `server`.
 
-        def parse_request(self):
-            file = self.rfile
-            self.rfile = LimitedReader(file, http.client.LineTooLong)  # type: ignore
-            try:
-                return super().parse_request()
-            finally:
-                self.rfile = file
+    Time limits: before a request begins, the socket's timeout applies. From its first byte to
+    the end of its response, the session's deadline applies too. The socket's timeout alone
+    would permit one byte every few seconds.
+    """
 
-        def __getattr__(self, name):    # any method: it is for the routes to refuse
-            if name.startswith("do_"):
-                return self.answer
-            raise AttributeError(name)
+    protocol_version = "HTTP/1.1"
+    server_version = "vaurien/" + __version__
+    disable_nagle_algorithm = True
+    wbufsize = -1                   # buffered: head and body are sent in one segment
+    command = requestline = ""      # send_error needs both, even if no request has been read
+    server: Session
+    rfile: LimitedReader
 
-        def answer(self):
-            refusal = check_access(self.server.control, self.path, self.headers)
-            if refusal:
-                self.close_connection = True    # its body is not read
-                self.reply(*refusal)
-                return
+    def __getattr__(self, name):
+        """Accept every method (do_GET ...): the route decides which ones it takes."""
+        if name.startswith("do_"):
+            return self.answer
+        raise AttributeError(name)
+
+    def setup(self):
+        import http.client
+        super().setup()  # type: ignore
+        self.rfile = LimitedReader(self.rfile, http.client.LineTooLong)
+
+    def finish(self):
+        try:
+            super().finish()  # type: ignore
+        finally:
+            self.rfile.close()      # it is still open if the last flush has failed
+
+    def handle(self):
+        if self.request_begins():
+            super().handle()  # type: ignore
+        else:
+            self.send_error(408, "no request within %g seconds" % IDLE_TIMEOUT)
+
+    def handle_one_request(self):
+        if not self.request_begins():
+            self.close_connection = True
+            return
+        self.server.set_deadline(REQUEST_TIMEOUT)
+        super().handle_one_request()  # type: ignore
+        self.server.set_deadline(None)
+
+    def request_begins(self):
+        """Wait for the first byte of a request, or the end of the stream. False: timed out."""
+        try:
+            self.rfile.peek(1)
+            return True
+        except socket.timeout:
+            return False
+
+    def parse_request(self):
+        self.rfile.limit = REQUEST_HEAD_MAX
+        valid = super().parse_request()  # type: ignore
+        self.rfile.limit = math.inf
+        return valid
+
+    def answer(self):
+        """Answer one request. Only if its body has been read may another request follow."""
+        closing, self.close_connection = self.close_connection, True
+
+        def read_body():
             try:
                 body = self.read_body()
             except socket.timeout:
-                self.send_error(408, "the body did not come")
-            else:
-                if body is not None:
-                    self.reply(*handle_request(self.server.control, self.command, self.path, body,
-                                        self.headers))
-
-        def read_body(self):
-            """The body; or None, and it is answered."""
-            length = self.headers.get("Content-Length", "0")
-            if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
-                return self.read_chunks()
-            if self.headers.get("Transfer-Encoding"):
-                self.send_error(411, "a body must come with its Content-Length, or in chunks")
-            elif self.headers.get("Content-Encoding", "identity") != "identity":
-                self.send_error(415, "a body must come as it is, without Content-Encoding")
-            elif not re.fullmatch("[0-9]{1,18}", length):
-                self.send_error(400, "Content-Length must be a number")
-            elif int(length) > REQUEST_BODY_MAX:
-                self.send_error(413, "a body may have %d bytes at most" % REQUEST_BODY_MAX)
-            else:
-                self.wfile.flush()      # a "100 Continue"
-                body = self.rfile.read(int(length))
-                if len(body) == int(length):
-                    return body
-                self.close_connection = True
-            return None
-
-        def read_chunks(self):
-            """As read_body, of one in chunks (RFC 9112, 7.1)."""
-            self.wfile.flush()
-            body, size = bytearray(), 1
-            while size:
-                line = self.rfile.readline(100).split(b";")[0].strip()
-                if not re.fullmatch(b"[0-9A-Fa-f]{1,8}", line):
-                    self.send_error(400, "a chunk must begin with its length")
-                    return None
-                size = int(line, 16)
-                if len(body) + size > REQUEST_BODY_MAX:
-                    self.send_error(413, "a body may have %d bytes at most" % REQUEST_BODY_MAX)
-                    return None
-                body += self.rfile.read(size)
-                if size and self.rfile.read(2) != b"\r\n":
-                    self.send_error(400, "a chunk must be as long as it says")
-                    return None
-            while self.rfile.readline(1000).strip():        # trailers
-                pass
+                raise body_error(408, "the body did not arrive in time") from None
+            except OSError as error:
+                raise ConnectionAbortedError(str(error)) from None
+            self.close_connection = closing
             return body
 
-        def reply(self, status, headers, text):
-            data = text.encode("utf-8")
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("X-Toxiproxy-Request-Id", os.urandom(10).hex())
-            if status != 204:
-                self.send_header("Content-Length", str(len(data)))
-            if self.close_connection:
-                self.send_header("Connection", "close")
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(data)
+        self.reply(*handle_request(self.server.control, self.command, self.path, read_body,
+                                   self.headers))
 
-        def send_error(self, code, message=None, explain=None):
-            self.close_connection = True
-            self.request_version = self.protocol_version    # whatever was asked for
-            self.reply(*ApiError(code, [("request", "", message or explain or "")]).answer())
-            self.wfile.flush()
+    def read_body(self):
+        """Return the body. Raises ApiError, or ConnectionError if the client closes too early."""
+        length = self.headers.get("Content-Length", "0")
+        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
+            return self.read_chunks()
+        if self.headers.get("Transfer-Encoding"):
+            raise body_error(411, "a body needs Content-Length or Transfer-Encoding: chunked")
+        if self.headers.get("Content-Encoding", "identity") != "identity":
+            raise body_error(415, "a body must not have a Content-Encoding")
+        if not re.fullmatch("[0-9]{1,18}", length):
+            raise body_error(400, "Content-Length must be a number")
+        if int(length) > REQUEST_BODY_MAX:
+            raise body_error(413, "a body may have %d bytes at most" % REQUEST_BODY_MAX)
+        self.wfile.flush()      # "100 Continue"
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            raise ConnectionAbortedError("the client has closed within a request")
+        return body
 
-        def log_message(self, form, *args):
-            log.debug("control: %s: %s", self.client_address[0], form % args)
+    def read_chunks(self):
+        """Return a body in chunks (RFC 9112, 7.1). Raises ApiError."""
+        self.wfile.flush()      # "100 Continue"
+        body, size = bytearray(), 1
+        while size:
+            line = self.rfile.readline(100).split(b";")[0].strip()
+            if not re.fullmatch(b"[0-9A-Fa-f]{1,8}", line):
+                raise body_error(400, "a chunk must begin with its length")
+            size = int(line, 16)
+            if len(body) + size > REQUEST_BODY_MAX:
+                raise body_error(413, "a body may have %d bytes at most" % REQUEST_BODY_MAX)
+            body += self.rfile.read(size)
+            if size and self.rfile.read(2) != b"\r\n":
+                raise body_error(400, "a chunk must have the length that it begins with")
+        while self.rfile.readline(1000).strip():        # trailers
+            pass
+        return body
 
-    return Talker
+    def reply(self, status, headers, text):
+        """Send a response."""
+        data = text.encode("utf-8")
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("X-Toxiproxy-Request-Id", os.urandom(10).hex())
+        if status != 204:
+            self.send_header("Content-Length", str(len(data)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def send_error(self, code, message=None, explain=None):
+        """Send an error response to a request that could not be parsed."""
+        self.close_connection = True
+        self.request_version = self.protocol_version    # 0.9 would send no head
+        self.reply(*VAURIEN_1.render_error(body_error(code, message or explain or "")))
+        self.wfile.flush()
+
+    def log_message(self, message, *args):
+        log.debug("control: %s: %s", self.client_address[0], message % args)
+
+
+def body_error(status, description):
+    """Return the ApiError for a request that breaks the rules of HTTP or is too long."""
+    return ApiError(status, [("request", "", description)])
 
 
 # -- Toxiproxy ----------------------------------------------------------------
 #
-# Its API, as its clients know it (2.12): named proxies, and toxics on them. A toxic is a rule;
-# its type is a handler. What is read is read as its server does: keys in any case, unknown
-# ones ignored, null for what is not given, numbers only as what they are.
+# The API of Toxiproxy 2.12: named proxies, and toxics on them. A toxic is a rule, and its type
+# is a handler. Bodies are read as Go's decoder reads them: keys in any case, unknown keys
+# ignored, null as if absent, no conversion between types. Errors have Toxiproxy's own texts.
+#
+# The readers of bodies raise InputError, which becomes "bad request body: ...", or ApiError for
+# errors with another text or status.
+#
+# Threads: as in Control. A request that changes something holds `proxies.lock`, so that two
+# requests cannot change the same proxies at once.
+#
+# To add a route: write a function under @toxiproxy_route. To add a rule field, no change is
+# needed here.
 
-STREAM_WORDS = "stream was invalid, can be either upstream or downstream"
+STREAM_ERROR = "stream was invalid, can be either upstream or downstream"
 GO_TYPES = {str: "string", bool: "bool", int: "int64", float: "float64", list: "[]", dict: "{}"}
 JSON_TYPES = {str: "string", bool: "bool", int: "number", float: "number", list: "array",
               dict: "object", type(None): "null"}
 TOXIPROXY_TYPES = {"noop", "latency", "bandwidth", "slicer", "slow_close", "timeout", "reset_peer",
-              "limit_data"}
-# As in the original these may be negative, which is as 0; where it crashed, it is refused.
+                   "limit_data"}
 PROXY_FIELDS = OrderedDict((("name", str), ("listen", str), ("upstream", str),
                             ("enabled", bool), ("toxics", list), ("protocol", str)))
 TOXIC_FIELDS = OrderedDict((("name", str), ("type", str), ("stream", str), ("toxicity", float),
                             ("attributes", dict)))
 
 
-class ToxiproxyError(ApiError):
-    """An answer that is an error, in Toxiproxy's form."""
+class ToxiproxyDialect(Dialect):
+    """Compact JSON, and errors as {"error": ..., "status": ...}, sent as text."""
 
-    def __init__(self, status, message):
-        super().__init__(status, [("", "", message)])
-        self.message = message
+    head_as_get = False
+    decode_errors = "replace"
+    # Toxiproxy's HTTP router sends these itself, without JSON.
+    router_texts = {"path": "404 page not found\n", "method": ""}
 
-    def table(self):
-        return OrderedDict((("error", self.message), ("status", self.status)))
+    def render(self, result, status):
+        """Return the ApiResponse for a result. None has no body and status 204."""
+        return ApiResponse(204, {}, "") if result is None else json_response(status, result)
 
-    def answer(self):
-        return text_response(self.status, dump_json(self.table()) + "\n")
+    def convert(self, exc):
+        if isinstance(exc, CannotListen):
+            return toxiproxy_error(500, "listen tcp %s: bind: %s"
+                                   % (exc.address, exc.reason.lower()))
+        if isinstance(exc, InputError):
+            return toxiproxy_error(400, "bad request body: %s" % exc)
+        return exc if isinstance(exc, ApiError) else None
 
-    @classmethod
-    def wrong_method(cls, method, path, methods):
-        return text_response(405, "")
+    def render_error(self, error):
+        location = error.errors[0][0]
+        if location in self.router_texts:
+            return text_response(error.status, self.router_texts[location])
+        response = text_response(error.status, dump_json(error_to_json(error)) + "\n")
+        return response._replace(headers=dict(response.headers, **error.headers))
+
+
+TOXIPROXY = ToxiproxyDialect()
+DIALECTS.insert(0, ("/proxies/", TOXIPROXY))
+
+
+def toxiproxy_error(status, message):
+    return ApiError(status, [("", "", message)])
+
+
+def error_to_json(error):
+    return OrderedDict((("error", str(error)), ("status", error.status)))
 
 
 def text_response(status, text):
     return ApiResponse(status, {"Content-Type": "text/plain; charset=utf-8",
-                           "X-Content-Type-Options": "nosniff"}, text)
+                                "X-Content-Type-Options": "nosniff"}, text)
+
+
+def json_response(status, value):
+    return ApiResponse(status, {"Content-Type": "application/json"}, dump_json(value))
 
 
 def dump_json(value):
     return json.dumps(value, separators=(",", ":"))
 
 
-def toxiproxy_route(method, path, example="", status=200):
-    """Register a function of a question; what it returns goes out as JSON, None as 204."""
+def toxiproxy_route(methods, path, example="", status=200):
+    """Register a function for each of the methods of a path.
+
+    It is called with the ApiRequest, and with the Proxy and the Toxic that the path names. It
+    returns a value that is sent as JSON, None for status 204, or an ApiResponse. For all
+    methods but GET it holds the lock of the proxies.
+    """
     def register(function):
-        def answer(question):
-            agent = question.headers.get("User-Agent", "")
-            if agent.startswith("Mozilla/"):        # as the original has it
+        @functools.wraps(function)
+        def call(request):
+            if request.headers.get("User-Agent", "").startswith("Mozilla/"):
                 return text_response(403, "User agent not allowed\n")
-            with toxiproxy_errors():
-                found = function(question)
-            if isinstance(found, ApiResponse):
-                return found
-            if found is None:
-                return ApiResponse(204, {}, "")
-            return ApiResponse(status, {"Content-Type": "application/json"}, dump_json(found))
-        answer.__doc__ = function.__doc__
-        route(method, path, example, query=None, needs_proxy=False, form=ToxiproxyError)(answer)
+            with contextlib.ExitStack() as stack:
+                if methods != "GET":
+                    stack.enter_context(request.control.proxies.lock)
+                return function(request, *find_named(request))
+
+        route(methods, path, example, None, False, TOXIPROXY, status)(call)
         return function
     return register
 
 
-@contextlib.contextmanager
-def toxiproxy_errors():
-    """An ApiError in the place of what a proxy raises."""
-    try:
-        yield
-    except CannotListen as problem:
-        raise ToxiproxyError(500, "listen tcp %s: bind: %s"
-                       % (problem.address, problem.reason.lower())) from None
-    except ValueError as problem:
-        raise bad_body(problem) from None
+def find_named(request):
+    """Return what the path names: nothing, [Proxy] or [Proxy, Toxic]. Raises ApiError."""
+    if "PROXY" not in request.names:
+        return []
+    proxy = request.proxy
+    # Another request may have removed it since this one found its route.
+    if proxy is None or request.control.proxies.get(proxy.name) is not proxy:
+        raise toxiproxy_error(404, "proxy not found")
+    if "TOXIC" not in request.names:
+        return [proxy]
+    for toxic in proxy.toxics:
+        if toxic.name == request.names["TOXIC"]:
+            return [proxy, toxic]
+    raise toxiproxy_error(404, "toxic not found")
 
 
 # Reading
 
-def bad_body(words):
-    return ToxiproxyError(400, "bad request body: %s" % words)
+def bad_body(text):
+    return InputError([("", text)])
 
 
-def check_field(name, check, *resolve_settings):
-    """What check makes of a field. Raises ApiError, that names it."""
+@contextlib.contextmanager
+def error_suffix(suffix):
+    """Append a text to errors, to say where in the body they are."""
     try:
-        return check(*resolve_settings)
-    except ValueError as problem:
-        raise bad_body("%s %s" % (name, problem)) from None
+        yield
+    except InputError as error:
+        raise bad_body("%s%s" % (error, suffix)) from None
+    except ApiError as error:
+        raise toxiproxy_error(error.status, "%s%s" % (error, suffix)) from None
 
 
 def read_json(text, strict=False):
-    """The first JSON value in a text; what follows it is ignored, or refused. Raises ApiError."""
-    def constant(name):
+    """Return the first JSON value in a text. Raises InputError.
+
+    strict    whether to refuse text behind the value instead of ignoring it
+    """
+    def refuse_constant(name):
         raise ValueError("invalid number %s" % name)
     text = text.lstrip(" \t\r\n")
     if not text:
         raise bad_body("EOF")
     try:
-        decoder = json.JSONDecoder(parse_int=short_int, parse_constant=constant)
+        decoder = json.JSONDecoder(parse_int=parse_short_int, parse_constant=refuse_constant)
         return decoder.decode(text) if strict else decoder.raw_decode(text)[0]
-    except json.JSONDecodeError as problem:
-        cut_off = problem.pos >= len(text.rstrip()) or problem.msg.startswith("Unterminated")
-        raise bad_body("unexpected EOF" if cut_off else "invalid JSON: %s" % problem) from None
+    except json.JSONDecodeError as error:
+        cut_off = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
+        raise bad_body("unexpected EOF" if cut_off else "invalid JSON: %s" % error) from None
     except RecursionError:
         raise bad_body("nested too deeply") from None
-    except ValueError as problem:
-        raise bad_body(problem) from None
+    except ValueError as error:
+        raise bad_body(str(error)) from None
 
 
-def read_value(value, kind, place):
-    """A value of that kind and no other. Raises ApiError, in the words of the original."""
-    fits = type(value) is kind or (kind is float and type(value) is int)
-    if fits and kind is int:
-        fits = -INT64_MAX - 1 <= value <= INT64_MAX
-    elif fits and kind is float:
-        fits = abs(value) <= sys.float_info.max
-    if not fits:
-        what = JSON_TYPES[type(value)]
-        if what == "number" and kind in (int, float):
-            what = "number %s" % str(value)[:50]
+def read_value(value, type_, path):
+    """Return a JSON value that has a type. Raises InputError with the text of Go's decoder.
+
+    path    the struct and the field, for the error
+    """
+    valid = type(value) is type_ or (type_ is float and type(value) is int)
+    if valid and type_ is int:
+        valid = -INT64_MAX - 1 <= value <= INT64_MAX
+    elif valid and type_ is float:
+        valid = abs(value) <= sys.float_info.max
+    if not valid:
+        received = JSON_TYPES[type(value)]
+        if received == "number" and type_ in (int, float):
+            received = "number %s" % str(value)[:50]
         raise bad_body("json: cannot unmarshal %s into Go struct field %s of type %s"
-                       % (what, place, GO_TYPES[kind]))
-    return float(value) if kind is float else value
+                       % (received, path, GO_TYPES[type_]))
+    return float(value) if type_ is float else value
 
 
 def read_object(value, struct, strict=False):
-    """A JSON object, its keys in any case if not strict; null is not given. Raises ApiError."""
+    """Return a JSON object without the keys that are null. Raises InputError.
+
+    struct    Go's name of the type, for the error
+    strict    whether to leave keys in upper case as they are, which makes them unknown
+    """
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise bad_body("json: cannot unmarshal %s into Go value of type %s"
                        % (JSON_TYPES[type(value)], struct))
-    return {key if strict else key.lower(): given
-            for key, given in value.items() if given is not None}
+    return {key if strict else key.lower(): item
+            for key, item in value.items() if item is not None}
 
 
-def read_fields(table, kinds, struct):
-    return {name: read_value(table[name], kind, "%s.%s" % (struct, name))
-            for name, kind in kinds.items() if name in table}
+def read_fields(table, types, struct):
+    """Return the fields of a table that have a type: {name: value}. Raises InputError."""
+    return {name: read_value(table[name], type_, "%s.%s" % (struct, name))
+            for name, type_ in types.items() if name in table}
 
 
 def read_proxy(value):
-    """The fields of a proxy that are given. Raises ApiError."""
+    """Return the fields of a proxy that a JSON object has. Raises InputError."""
     fields = read_fields(read_object(value, "toxiproxy.Proxy"), PROXY_FIELDS, "Proxy")
-    if not fields.get("listen", "x"):
+    if fields.get("listen") == "":
         fields["listen"] = ":0"
     return fields
 
 
-def make_proxy(fields, proxies, place=""):
-    """A proxy, not open yet, of the fields of `read_proxy`. Raises ApiError."""
+def read_proxies(text, proxies):
+    """Return the proxies of a JSON array, not open yet: [(Proxy, fields)].
+
+    Raises InputError or ApiError.
+    """
+    tables = read_json(text)
+    if tables is None:
+        tables = []
+    if not isinstance(tables, list):
+        raise bad_body("json: cannot unmarshal %s into Go value of type []toxiproxy.Proxy"
+                       % JSON_TYPES[type(tables)])
+    made, names = [], set()
+    for index, fields in enumerate([read_proxy(table) for table in tables], 1):
+        with error_suffix(" at proxy %d" % index):
+            made.append((make_proxy(fields, proxies), fields))
+    for index, (proxy, _) in enumerate(made, 1):
+        if proxy.name in names:
+            raise bad_body("duplicate proxy name %r at proxy %d" % (proxy.name, index))
+        names.add(proxy.name)
+    return made
+
+
+def make_proxy(fields, proxies):
+    """Return a Proxy made of the fields of read_proxy, not open yet.
+
+    Raises InputError or ApiError.
+    """
     for name in "name", "upstream":
         if not fields.get(name):
-            raise ToxiproxyError(400, "missing required field: %s%s" % (name, place))
+            raise toxiproxy_error(400, "missing required field: %s" % name)
     check_field("name", check_name, fields["name"])
     toxics = []
-    for number_check, table in enumerate(fields.get("toxics", ()), 1):
-        try:
+    for index, table in enumerate(fields.get("toxics", ()), 1):
+        with error_suffix(" (toxic %d of proxy %s)" % (index, fields["name"])):
             toxics.append(read_toxic(table))
-        except ToxiproxyError as problem:
-            raise ToxiproxyError(problem.status, "%s (toxic %d of proxy %s)" % (
-                problem.message, number_check, fields["name"])) from None
     check_unique(toxics)
     local = read_listen(fields.get("listen", ":0"), "listen tcp: ")
     backend = check_field("upstream", parse_address, fields["upstream"])
     check_field("upstream", check_backend, backend, [local])
     protocol = check_field("protocol", check_protocol, fields.get("protocol", "tcp"))
-    try:
-        return Proxy(backend, local, name=fields["name"], seed=proxies.seed,
-                     timeout=proxies.timeout, protocol=protocol, toxics=toxics,
-                     enabled=fields.get("enabled", True))
-    except ValueError as problem:
-        raise bad_body(problem) from None
+    return Proxy(backend, local, name=fields["name"], **proxies.shared,
+                 protocol=protocol, toxics=toxics, enabled=fields.get("enabled", True))
 
 
 def check_unique(toxics):
-    names = [toxic.name for toxic in toxics]
-    if len(set(names)) < len(names):
-        raise ToxiproxyError(409, "toxic already exists")
+    """Raise ApiError if two toxics have the same name."""
+    if len({toxic.name for toxic in toxics}) < len(toxics):
+        raise toxiproxy_error(409, "toxic already exists")
 
 
 def read_listen(text, prefix=""):
-    """(host, port) of an address to listen on. Raises ApiError, in the words of the original."""
+    """Return the (host, port) of an address to listen on.
+
+    Raises ApiError with the text of Go's net package, after the prefix, or InputError.
+    """
     try:
         return parse_listener(text)
-    except ValueError as problem:
+    except ValueError as error:
         if ":" not in text:
-            raise ToxiproxyError(500, "%saddress %s: missing port in address" % (prefix, text)) from None
+            raise toxiproxy_error(500, "%saddress %s: missing port in address"
+                                  % (prefix, text)) from None
         if re.fullmatch(r"[^:]*:\d{5,}", text):
-            raise ToxiproxyError(500, "%saddress %s: invalid port"
-                           % (prefix, text.rpartition(":")[2])) from None
-        raise bad_body("listen %s" % problem) from None
+            raise toxiproxy_error(500, "%saddress %s: invalid port"
+                                  % (prefix, text.rpartition(":")[2])) from None
+        raise InputError([("listen", "listen %s" % error)]) from None
 
 
 def read_toxic(value, strict=False):
-    """A Toxic of a JSON object. Raises ApiError.
+    """Return a Toxic made of a JSON object. Raises InputError or ApiError.
 
-    strict    whether what is unknown, or out of range, is refused
+    strict    whether to refuse unknown keys and values that Toxiproxy accepts: any toxicity,
+              negative numbers
     """
     table = read_object(value, "toxics.ToxicWrapper", strict)
     fields = read_fields(table, TOXIC_FIELDS, "ToxicWrapper")
-    kind = fields.get("type", "")
-    # Toxiproxy's own have a stream unless it is said; the others see both.
-    usual = "both" if kind in HANDLERS and kind not in TOXIPROXY_TYPES else DOWNSTREAM
-    stream = fields.get("stream", usual)
-    if stream.lower() not in (UPSTREAM, DOWNSTREAM, "both"):
-        raise ToxiproxyError(400, STREAM_WORDS)
-    if kind not in HANDLERS:
-        raise ToxiproxyError(400, "invalid toxic type" + ": %r: there are %s" % (
-            kind, ", ".join(HANDLERS)) * strict)
-    name = fields.get("name") or "%s_%s" % (kind, stream)
+    type_ = fields.get("type", "")
+    # Toxiproxy's own types act downstream by default, other handlers in both directions.
+    default = "both" if type_ in HANDLERS and type_ not in TOXIPROXY_TYPES else DOWNSTREAM
+    stream = fields.get("stream", default)
+    if stream.lower() not in ("both", UPSTREAM, DOWNSTREAM):
+        raise toxiproxy_error(400, STREAM_ERROR)
+    if type_ not in HANDLERS:
+        raise toxiproxy_error(400, "invalid toxic type" + ": %r: there are %s" % (
+            type_, ", ".join(HANDLERS)) * strict)
+    name = fields.get("name") or "%s_%s" % (type_, stream)
     check_field("name", check_name, name)
-    for key in table:
-        if strict and key not in TOXIC_FIELDS and key not in RULE_FIELDS:
-            raise bad_body("%s is not a field of a toxic: they are %s" % (
-                key, ", ".join(OrderedDict([*TOXIC_FIELDS.items(), *RULE_FIELDS.items()]))))
-    rule_fields = read_rule_fields(table)
-    for _, words in check_fields(kind, HANDLERS[kind], dict(rule_fields, stream=stream.lower())):
-        raise bad_body(words)
-    toxicity = read_toxicity(fields, rule_fields, 1.0)
-    if strict and not 0 <= toxicity <= 1:
-        raise bad_body("toxicity must be a number from 0 to 1, not %r" % toxicity)
-    attributes = read_attributes(kind, fields.get("attributes", {}), strict)
-    return Toxic(kind, name, toxicity, attributes, stream, **rule_fields)
+    rule_fields = read_rule_fields(table, fields, strict)
+    attributes = read_attributes(type_, fields.get("attributes", {}), strict)
+    toxic = make_toxic(type_, name, dict(rule_fields, stream=stream.lower()), attributes,
+                       toxiproxy=not strict)
+    toxic.stream = stream       # as the client wrote it
+    return toxic
 
 
-def read_rule_fields(table):
-    """The fields of a rule, but for stream, that a table has. Raises ApiError."""
-    return {key: check_field(key, field.check, table[key]) for key, field in RULE_FIELDS.items()
-            if key in table and key != "stream"}
+def read_rule_fields(table, fields, strict=False):
+    """Return the values for make_toxic: the toxicity and the rule fields except stream.
 
-
-def read_toxicity(fields, rule_fields, usual):
-    """From 0 to 1; a percent means the same."""
-    percent = rule_fields.pop("percent", None)
-    if percent is None:
-        return fields.get("toxicity", usual)
+    table     the JSON object
+    fields    those of its fields that have been read
+    strict    whether to return unknown fields too, which make_toxic refuses
+    """
+    rule_fields = {key: value for key, value in table.items()
+                   if key not in TOXIC_FIELDS and (strict or key in RULE_FIELDS)}
     if "toxicity" in fields:
-        raise bad_body("percent and toxicity say the same: give one of them")
-    return percent / 100
+        rule_fields["toxicity"] = fields["toxicity"]
+    return rule_fields
 
 
-def read_attributes(kind, value, strict=False):
-    """The options of a handler that are given in a JSON object. Raises ApiError."""
-    usual = handler_options(HANDLERS[kind])
-    known = {option if strict else option.lower(): option for option in usual}
-    found = {}
-    for key, given in read_object(value, "attributes", strict).items():
-        if key not in known:
-            if strict:
-                raise bad_body("%s is not an attribute of %s: it has %s"
-                               % (key, kind, ", ".join(sorted(usual)) or "none"))
-            continue
-        option = known[key]
-        number_check = read_value(given, type(usual[option]), ".attributes." + option)
-        if strict or not (option in MAY_BE_NEGATIVE and type(number_check) is int and number_check < 0):
-            check_field(option, check_option, kind, option, number_check)
-        found[option] = number_check
-    return found
+def read_attributes(type_, value, strict=False):
+    """Return the options of a handler in a JSON object. Raises InputError.
+
+    strict    whether to return unknown ones too, which make_toxic refuses
+    """
+    defaults = handler_options(HANDLERS[type_])
+    options = {option if strict else option.lower(): option for option in defaults}
+    attributes = {}
+    for key, item in read_object(value, "attributes", strict).items():
+        if key in options:
+            option = options[key]
+            attributes[option] = read_value(item, type(defaults[option]),
+                                            ".attributes." + option)
+        elif strict:
+            attributes[key] = item
+    return attributes
 
 
 # Writing
 
 def toxic_to_json(toxic):
-    rule = toxic.rule
     table = OrderedDict((("attributes", toxic.attributes), ("name", toxic.name),
-                         ("type", rule.name), ("stream", toxic.stream),
+                         ("type", toxic.rule.name), ("stream", toxic.stream),
                          ("toxicity", toxic.toxicity)))
-    fields = rule.to_json()
-    usual = {"per": "connection", "match": None, "after": 0, "times": 0}
-    table.update((name, fields[name]) for name in usual
-                 if fields.get(name, usual[name]) != usual[name])
+    table.update(own_fields_to_json(toxic))
     return table
 
 
+def own_fields_to_json(toxic):
+    """Return the rule fields of a toxic that differ from their defaults: {name: JSON value}."""
+    fields = toxic.rule.to_json()
+    return OrderedDict((name, fields[name]) for name in toxic.own_fields())
+
+
 def toxics_to_json(proxy):
-    """Those of upstream first, each in the order they were made."""
+    """Return the toxics of each direction, upstream first, in the order of their creation."""
     order = [UPSTREAM, DOWNSTREAM, "both"]
     return [toxic_to_json(toxic)
             for toxic in sorted(proxy.toxics, key=lambda toxic: order.index(toxic.rule.stream))]
 
 
 def proxy_to_json(proxy):
-    own = [("protocol", proxy.protocol_name())] if proxy.protocol else []
+    protocol = [("protocol", proxy.protocol_name())] if proxy.protocol else []
     return proxy.loop.run_sync(lambda: OrderedDict([
-        ("name", proxy.name), ("listen", proxy.listen), ("upstream", format_address(proxy.backend)),
-        ("enabled", proxy.enabled), ("toxics", toxics_to_json(proxy)), *own]))
+        ("name", proxy.name), ("listen", proxy.listen),
+        ("upstream", format_address(proxy.backend)), ("enabled", proxy.enabled),
+        ("toxics", toxics_to_json(proxy)), *protocol]))
 
 
 # The routes
 
-def find_proxy(question):
-    proxy = question.proxy
-    if proxy is None or question.control.proxies.get(proxy.name) is not proxy:
-        raise ToxiproxyError(404, "proxy not found")
-    return proxy
-
-
-def find_toxic(question):
-    for toxic in find_proxy(question).toxics:
-        if toxic.name == question.names["TOXIC"]:
-            return toxic
-    raise ToxiproxyError(404, "toxic not found")
-
-
 @toxiproxy_route("GET", "/proxies")
-def list_proxies(question):
-    """All proxies, with their toxics."""
-    proxies = dict(question.control.proxies)
+def list_proxies(request):
+    """Return all proxies with their toxics."""
+    proxies = dict(request.control.proxies)
     return OrderedDict((name, proxy_to_json(proxies[name])) for name in sorted(proxies))
 
 
 @toxiproxy_route("POST", "/proxies", '{"name": "redis", "listen": "localhost:26379", '
-                         '"upstream": "localhost:6379"}', status=201)
-def create_proxy(question):
-    """Make one; `toxics` are on it before anybody can come."""
-    fields = read_proxy(read_json(question.body))
-    proxies = question.control.proxies
-    proxy = make_proxy(fields, proxies)
-    with proxies.lock:
-        if not proxies.add(proxy):
-            raise ToxiproxyError(409, "proxy already exists")
-        return proxy_to_json(proxy)
+                                     '"upstream": "localhost:6379"}', status=201)
+def create_proxy(request):
+    """Create a proxy. Its `toxics` act from the first connection on."""
+    proxies = request.control.proxies
+    proxy = make_proxy(read_proxy(read_json(request.body)), proxies)
+    if not proxies.add(proxy):
+        raise toxiproxy_error(409, "proxy already exists")
+    return proxy_to_json(proxy)
 
 
 @toxiproxy_route("GET", "/proxies/PROXY")
-def get_proxy(question):
-    """One of them."""
-    return proxy_to_json(find_proxy(question))
+def get_proxy(request, proxy):
+    """Return a proxy with its toxics."""
+    return proxy_to_json(proxy)
 
 
-@toxiproxy_route("PATCH", "/proxies/PROXY", '{"enabled": false}')
-@toxiproxy_route("POST", "/proxies/PROXY", '{"enabled": false}')
-def update_proxy(question):
-    """Change listen, upstream or enabled; its toxics stay as they are."""
-    find_proxy(question)
-    fields = read_proxy(read_json(question.body))
-    with question.control.proxies.lock:
-        proxy = find_proxy(question)
-        change_proxy(question.control.proxies, proxy, fields, fields.get("enabled", proxy.enabled))
-        return proxy_to_json(proxy)
+@toxiproxy_route("POST PATCH", "/proxies/PROXY", '{"enabled": false}')
+def update_proxy(request, proxy):
+    """Change listen, upstream or enabled of a proxy. Its toxics stay."""
+    fields = read_proxy(read_json(request.body))
+    change_proxy(request.control.proxies, proxy, fields, fields.get("enabled", proxy.enabled))
+    return proxy_to_json(proxy)
 
 
 def change_proxy(proxies, proxy, fields, enabled):
+    """Apply the fields of read_proxy to a proxy.
+
+    Raises InputError, ApiError or CannotListen; then nothing has changed.
+    """
     local, backend = proxy.local, proxy.backend
     if fields.get("listen", proxy.listen) != proxy.listen:
         local = read_listen(fields["listen"])
@@ -5525,276 +6082,272 @@ def change_proxy(proxies, proxy, fields, enabled):
         backend = check_field("upstream", parse_address, fields["upstream"])
     check_field("upstream", check_backend, backend, [local])
     if "protocol" in fields and PROTOCOLS.get(fields["protocol"], "") is not proxy.protocol:
-        raise bad_body("protocol cannot be changed: delete the proxy, and make it anew")
+        raise bad_body("protocol cannot be changed: delete the proxy and create it again")
     proxies.change(proxy, local, backend, enabled)
 
 
 @toxiproxy_route("DELETE", "/proxies/PROXY")
-def delete_proxy(question):
-    """Remove it, and close its connections."""
-    with question.control.proxies.lock:
-        question.control.proxies.remove(find_proxy(question))
+def delete_proxy(request, proxy):
+    """Remove a proxy and close its connections."""
+    request.control.proxies.remove(proxy)
 
 
 @toxiproxy_route("GET", "/proxies/PROXY/toxics")
-def list_toxics(question):
-    """Its toxics."""
-    proxy = find_proxy(question)
+def list_toxics(request, proxy):
+    """Return the toxics of a proxy."""
     return proxy.loop.run_sync(toxics_to_json, proxy)
 
 
-@toxiproxy_route("POST", "/proxies/PROXY/toxics", '{"type": "latency", "attributes": {"latency": 200}}')
-def create_toxic(question):
-    """Add one: from now on, on open connections too."""
-    find_proxy(question)
-    toxic = read_toxic(read_json(question.body))
-    with question.control.proxies.lock:
-        proxy = find_proxy(question)
-        toxics = [*proxy.toxics, toxic]
-        check_unique(toxics)
-        proxy.loop.run_sync(proxy.set_toxics, toxics)
+@toxiproxy_route("POST", "/proxies/PROXY/toxics",
+                 '{"type": "latency", "attributes": {"latency": 200}}')
+def create_toxic(request, proxy):
+    """Add a toxic. It acts on open connections too."""
+    toxic = read_toxic(read_json(request.body))
+    toxics = [*proxy.toxics, toxic]
+    check_unique(toxics)
+    proxy.loop.run_sync(proxy.set_toxics, toxics)
     return toxic_to_json(toxic)
 
 
-@toxiproxy_route("PUT", "/proxies/PROXY/toxics", '[{"type": "latency", "attributes": {"latency": 200}}]')
-def put_toxics(question):
-    """Have these and no others; what is unknown in them is refused."""
-    find_proxy(question)
-    tables = read_value(read_json(question.body, strict=True), list, "toxics")
+@toxiproxy_route("PUT", "/proxies/PROXY/toxics",
+                 '[{"type": "latency", "attributes": {"latency": 200}}]')
+def put_toxics(request, proxy):
+    """Replace all toxics of a proxy. Unknown keys are refused."""
+    tables = read_value(read_json(request.body, strict=True), list, "toxics")
     toxics = [read_toxic(table, strict=True) for table in tables]
     check_unique(toxics)
-    with question.control.proxies.lock:
-        proxy = find_proxy(question)
-        proxy.loop.run_sync(proxy.set_toxics, toxics)
-        return proxy.loop.run_sync(toxics_to_json, proxy)
+    proxy.loop.run_sync(proxy.set_toxics, toxics)
+    return proxy.loop.run_sync(toxics_to_json, proxy)
 
 
 @toxiproxy_route("GET", "/proxies/PROXY/toxics/TOXIC")
-def get_toxic(question):
-    """One of them."""
-    return toxic_to_json(find_toxic(question))
+def get_toxic(request, proxy, toxic):
+    """Return a toxic."""
+    return toxic_to_json(toxic)
 
 
-@toxiproxy_route("PATCH", "/proxies/PROXY/toxics/TOXIC", '{"attributes": {"latency": 100}}')
-@toxiproxy_route("POST", "/proxies/PROXY/toxics/TOXIC", '{"attributes": {"latency": 100}}')
-def update_toxic(question):
-    """Change its toxicity, or some of its attributes."""
-    find_toxic(question)
-    table = read_object(read_json(question.body), "toxics.ToxicWrapper")
-    fields = read_fields(table, OrderedDict((("toxicity", float), ("attributes", dict))), "")
-    rule_fields = read_rule_fields(table)
-    with question.control.proxies.lock:
-        toxic, proxy = find_toxic(question), question.proxy
-        rule = toxic.rule
-        toxicity = read_toxicity(fields, rule_fields, toxic.toxicity)
-        for name, value in rule_fields.items():
-            if value != getattr(rule, name):
-                raise bad_body("%s cannot be changed: remove the toxic, and add it anew" % name)
-        attributes = read_attributes(rule.name, fields.get("attributes", {}))
-        changed = Toxic(rule.name, toxic.name, toxicity, dict(toxic.attributes, **attributes),
-                        toxic.stream, per=rule.per, match=rule.match, after=rule.after,
-                        times=rule.times)
-        proxy.loop.run_sync(proxy.set_toxics, [changed if other is toxic else other
+@toxiproxy_route("POST PATCH", "/proxies/PROXY/toxics/TOXIC", '{"attributes": {"latency": 100}}')
+def update_toxic(request, proxy, toxic):
+    """Change the toxicity or some of the attributes of a toxic."""
+    changed = change_toxic(toxic, read_json(request.body))
+    proxy.loop.run_sync(proxy.set_toxics, [changed if other is toxic else other
                                            for other in proxy.toxics])
-        return toxic_to_json(toxic)
+    return toxic_to_json(toxic)
+
+
+def change_toxic(toxic, value):
+    """Return a copy of a toxic with the changes that a JSON object has. Raises InputError."""
+    table = read_object(value, "toxics.ToxicWrapper")
+    fields = read_fields(table, OrderedDict((("toxicity", float), ("attributes", dict))), "")
+    rule_fields = read_rule_fields(table, fields)
+    if "toxicity" not in rule_fields and "percent" not in rule_fields:
+        rule_fields["toxicity"] = toxic.toxicity
+    rule_fields["stream"] = toxic.stream            # not changeable, and ignored if given
+    attributes = read_attributes(toxic.rule.name, fields.get("attributes", {}))
+    changed = make_toxic(toxic.rule.name, toxic.name,
+                         dict(own_fields_to_json(toxic), **rule_fields), attributes,
+                         toxiproxy=True)
+    before, after = toxic.own_fields(), changed.own_fields()
+    for name in RULE_FIELDS:
+        if before.get(name) != after.get(name):
+            raise bad_body("%s cannot be changed: remove the toxic and add it again" % name)
+    changed.set(changed.toxicity, dict(toxic.attributes, **attributes))
+    return changed
 
 
 @toxiproxy_route("DELETE", "/proxies/PROXY/toxics/TOXIC")
-def delete_toxic(question):
-    """Remove it: what it holds goes on at once."""
-    with question.control.proxies.lock:
-        toxic, proxy = find_toxic(question), question.proxy
-        proxy.loop.run_sync(proxy.set_toxics, [other for other in proxy.toxics if other is not toxic])
+def delete_toxic(request, proxy, toxic):
+    """Remove a toxic. The data that it delays is sent at once."""
+    proxy.loop.run_sync(proxy.set_toxics, [other for other in proxy.toxics if other is not toxic])
 
 
 @toxiproxy_route("POST", "/populate", '[{"name": "redis", "listen": "localhost:26379", '
-                          '"upstream": "localhost:6379", "toxics": [{"type": "latency"}]}]')
-def populate(question):
-    """Have these proxies, beside those that are there; nothing is done if one is wrong."""
-    made = []
+                                      '"upstream": "localhost:6379", '
+                                      '"toxics": [{"type": "latency"}]}]')
+def populate(request):
+    """Create or change these proxies. If one is invalid, nothing is changed."""
+    proxies, done, table = request.control.proxies, [], OrderedDict()
     try:
-        for proxy, fields in read_proxies(question.body, question.control.proxies):
-            with toxiproxy_errors():
-                made.append(upsert_proxy(question.control.proxies, proxy, fields))
-    except ToxiproxyError as problem:
-        return ApiResponse(problem.status, {"Content-Type": "application/json"}, dump_json(OrderedDict(
-            problem.table(), proxies=[proxy_to_json(proxy) for proxy in made] or None)))
-    return ApiResponse(201, {"Content-Type": "application/json"},
-                  dump_json({"proxies": [proxy_to_json(proxy) for proxy in made] or None}))
-
-
-def read_proxies(text, proxies):
-    """The proxies in a JSON array, not open yet: [(Proxy, fields)]. Raises ApiError."""
-    tables = read_json(text)
-    if tables is None:
-        tables = []
-    if not isinstance(tables, list):
-        raise bad_body("json: cannot unmarshal %s into Go value of type []toxiproxy.Proxy"
-                       % JSON_TYPES[type(tables)])
-    everything = [read_proxy(table) for table in tables]
-    found = []
-    for number_check, fields in enumerate(everything, 1):
-        place = " at proxy %d" % number_check
-        try:
-            found.append((make_proxy(fields, proxies, place), fields))
-        except ToxiproxyError as problem:
-            words = re.sub(re.escape(place) + "$", "", problem.message) + place
-            raise ToxiproxyError(problem.status, words) from None
-    names = [proxy.name for proxy, _ in found]
-    for number_check, name in enumerate(names, 1):
-        if name in names[:number_check - 1]:
-            raise bad_body("duplicate proxy name %r at proxy %d" % (name, number_check))
-    return found
+        for proxy, fields in read_proxies(request.body, proxies):
+            done.append(upsert_proxy(proxies, proxy, fields))
+    except (InputError, ApiError, CannotListen) as exc:
+        table = error_to_json(TOXIPROXY.convert(exc))
+    table["proxies"] = [proxy_to_json(proxy) for proxy in done] or None
+    return json_response(table.get("status", 201), table)
 
 
 def upsert_proxy(proxies, proxy, fields):
-    """Have a proxy; one that is there and has these addresses stays, but for its toxics."""
-    with proxies.lock:
-        known = proxies.get(proxy.name)
-        if known is None:
-            proxies.add(proxy)
-            return proxy
-        same = (known.backend == proxy.backend and known.protocol is proxy.protocol
-                and known.listen in (proxy.listen, first_address(proxy.local)))
-        if not same:
-            proxies.change(known, proxy.local, proxy.backend, proxy.enabled)
-            known.loop.run_sync(known.set_rules, [])
-            known.loop.run_sync(known.set_protocol, proxy.protocol, True)
-        if not same or "toxics" in fields:
-            known.loop.run_sync(known.set_toxics, proxy.toxics)
-        return known
+    """Add a new proxy, or give its addresses and toxics to the one with the same name.
+
+    One with the same addresses and protocol keeps its connections, whether it is enabled,
+    and its toxics unless the fields have other ones. Returns the proxy that is in use.
+    Raises CannotListen.
+    """
+    known = proxies.get(proxy.name)
+    if known is None:
+        proxies.add(proxy)
+        return proxy
+    same = (known.backend == proxy.backend and known.protocol is proxy.protocol
+            and known.listen in (proxy.listen, first_address(proxy.local)))
+    if not same:
+        proxies.change(known, proxy.local, proxy.backend, proxy.enabled)
+        known.loop.run_sync(known.set_rules, [])
+        known.loop.run_sync(known.set_protocol, proxy.protocol, True)
+    if not same or "toxics" in fields:
+        known.loop.run_sync(known.set_toxics, proxy.toxics)
+    return known
 
 
 @toxiproxy_route("POST", "/reset")
-def reset(question):
-    """Enable all proxies, remove all toxics; connections stay."""
-    proxies = question.control.proxies
-    with proxies.lock:
-        for proxy in list(proxies.values()):
-            change_proxy(proxies, proxy, {}, True)
-            proxy.loop.run_sync(proxy.set_toxics, [])
+def reset(request):
+    """Enable all proxies and remove all toxics. Connections stay open."""
+    proxies = request.control.proxies
+    for proxy in list(proxies.values()):
+        change_proxy(proxies, proxy, {}, True)
+        proxy.loop.run_sync(proxy.set_toxics, [])
 
 
 @toxiproxy_route("GET", "/version")
-def version(question):
-    """Which version this is: at least what clients ask of Toxiproxy."""
+def version(request):
+    """Return the version. Clients check that it is at least 2.6.0."""
     return ApiResponse(200, {"Content-Type": "application/json;charset=utf-8"},
-                  '{"version": "%s"}\n' % __version__)
+                       '{"version": "%s"}\n' % __version__)
 
 
 @toxiproxy_route("GET", "/metrics")
-def metrics(question):
-    """All counts, for Prometheus."""
-    measured = [proxy.loop.run_sync(proxy.metrics)
-                for proxy in list(question.control.proxies.values())]
+def metrics(request):
+    """Return the metrics of all proxies, for Prometheus."""
+    samples = [proxy.loop.run_sync(functools.partial(measure, proxy))
+               for proxy in list(request.control.proxies.values())]
     lines = []
-    for name, (kind, words) in METRICS.items():
-        lines += ["# HELP %s %s" % (name, words), "# TYPE %s %s" % (name, kind)]
-        lines += ["%s{%s} %d" % (name, ",".join('%s="%s"' % (label, escape(str(text)))
-                                                for label, text in sorted(labels.items())), value)
-                  for found in measured for labels, value in found[name]]
+    for metric, (type_, text) in METRICS.items():
+        lines += ["# HELP %s %s" % (metric, text), "# TYPE %s %s" % (metric, type_)]
+        lines += ["%s{%s} %d" % (metric, format_labels(labels), value)
+                  for sample in samples for labels, value in sample[metric]]
     return ApiResponse(200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
-                  "\n".join(lines) + "\n")
+                       "\n".join(lines) + "\n")
 
 
-def escape(text):
-    """A label's value in Prometheus' text."""
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+def format_labels(labels):
+    """Return labels in the text format of Prometheus: name="value",..."""
+    return ",".join('%s="%s"' % (name, str(value).replace("\\", "\\\\").replace('"', '\\"')
+                                 .replace("\n", "\\n"))
+                    for name, value in sorted(labels.items()))
 
 
 # -- Client -------------------------------------------------------------------
 #
-# The other end of Control, for a test in another process or on another host; and
-# start_proxy and stop_proxy, that run this very file in a process of its own.
+# A client of the control server, for tests in another process or on another host. start_proxy
+# and stop_proxy run this file in a process of its own.
+#
+# Threads: a Client opens a connection for each request, so threads may share it.
+#
+# To add a request: add a method to Client that calls `request`.
 
 class Client:
-    """Drives a proxy that was started with --http.
+    """A client of the control server, for a proxy that was started with --http.
 
-    A refusal is a ValueError with the server's words; no server is an OSError.
+    proxy    the name of the proxy, if there are several; by default the first
+    token    the server's --http-token, if it has one
+
+    Methods raise ValueError, with the server's text, if the server refuses a request. They
+    raise OSError if there is no server.
     """
 
     def __init__(self, host="localhost", port=8080, scheme="http", proxy=None, token=None):
         self.host, self.port, self.scheme = host, int(port), scheme
-        self.proxy = proxy              # its name, where there are several
+        self.proxy = proxy
         try:
-            self.token = token and check_token(token)       # of --http-token
-        except ValueError as problem:
-            raise ValueError("token %s" % problem) from None
+            self.token = token and check_token(token)
+        except ValueError as error:
+            raise ValueError("token %s" % error) from None
 
-    def ask(self, method, path, body=None, **query):
-        """Ask the server; returns its JSON, or its text."""
-        import http.client  # late: it takes its time to import
-        kind = {"http": "HTTPConnection", "https": "HTTPSConnection"}.get(self.scheme, "")
-        if not hasattr(http.client, kind):      # https needs Python's ssl
-            raise ValueError("scheme must be http or https, not %r" % self.scheme)
+    def request(self, method, path, body=None, **query):
+        """Send a request. Returns the JSON value, or the text, of the response.
+
+        body    a value that is sent as JSON
+        """
         if self.proxy is not None:
             query["proxy"] = self.proxy
         if query:
             path += "?" + urls.urlencode(query)
-        connection = getattr(http.client, kind)(self.host, self.port, timeout=30)
-        try:
-            connection.request(method, path, None if body is None else json.dumps(body),
-                               {"Authorization": "Bearer " + self.token} if self.token else {})
-            response = connection.getresponse()
-            text = response.read().decode("utf-8", "replace")
-        except http.client.HTTPException as problem:
-            raise OSError("%s:%d does not speak HTTP: %s" % (
-                self.host, self.port, problem)) from None
-        finally:
-            connection.close()
+        response, text = self._exchange(method, path, None if body is None else json.dumps(body))
+        value = text
         if response.getheader("Content-Type", "").startswith("application/json"):
             try:
-                text = json.loads(text)
+                value = json.loads(text)
             except (ValueError, RecursionError):
-                raise OSError("it is no vaurien") from None
+                raise OSError("not a vaurien control server") from None
         if response.status >= 400:
-            errors = text.get("errors") if isinstance(text, dict) else None
+            errors = value.get("errors") if isinstance(value, dict) else None
             raise ValueError("; ".join(error["description"] for error in errors) if errors
-                             else "HTTP %d: %s" % (response.status, text))
-        return text
+                             else "HTTP %d: %s" % (response.status, value))
+        return value
+
+    ask = request       # its name in earlier versions
+
+    def _exchange(self, method, path, body):
+        """Send a request. Returns the response of http.client, and the text of its body."""
+        import http.client  # here, because it is slow to import
+        class_name = {"http": "HTTPConnection", "https": "HTTPSConnection"}.get(self.scheme, "")
+        if not hasattr(http.client, class_name):    # Python may lack ssl, and so https
+            raise ValueError("scheme must be http or https, not %r" % self.scheme)
+        connection = getattr(http.client, class_name)(self.host, self.port, timeout=30)
+        try:
+            connection.request(method, path, body,
+                               {"Authorization": "Bearer " + self.token} if self.token else {})
+            response = connection.getresponse()
+            return response, response.read().decode("utf-8", "replace")
+        except http.client.HTTPException as error:
+            raise OSError("%s:%d is not an HTTP server: %s"
+                          % (self.host, self.port, error)) from None
+        finally:
+            connection.close()
 
     def set_handler(self, name, **options):
-        """Set a handler, with its options, percent and other fields of a rule."""
-        self.ask("PUT", "/behavior", dict(options, name=name))
+        """Set a handler, with its options, `percent` and other rule fields."""
+        self.request("PUT", "/behavior", dict(options, name=name))
 
     def get_handler(self):
-        """The name of the handler that acts."""
-        return self.ask("GET", "/behavior")["behavior"]
+        """Return the name of the active handler."""
+        return self.request("GET", "/behavior")["behavior"]
 
     def list_handlers(self):
-        return self.ask("GET", "/handlers")["handlers"]
+        """Return the names of all handlers."""
+        return self.request("GET", "/handlers")["handlers"]
 
     @contextlib.contextmanager
     def with_handler(self, name, **options):
-        """Set a handler for the time of a block, then what was there before."""
-        before = self.ask("GET", "/rules")
+        """Set a handler for the duration of a with block, then restore the previous rules."""
+        before = self.request("GET", "/rules")
         self.set_handler(name, **options)
         try:
             yield
         finally:
-            self.ask("PUT", "/rules", before)
+            self.request("PUT", "/rules", before)
 
     set_behavior, get_behavior = set_handler, get_handler
     list_behaviors, with_behavior = list_handlers, with_handler
 
     def get_backend(self):
-        return self.ask("GET", "/backend")["backend"]
+        """Return the backend of new connections, as HOST:PORT."""
+        return self.request("GET", "/backend")["backend"]
 
     def set_backend(self, backend):
-        """Have new connections go to HOST:PORT."""
-        self.ask("PUT", "/backend", {"backend": backend})
+        """Set the backend of new connections: HOST:PORT."""
+        self.request("PUT", "/backend", {"backend": backend})
 
     def events(self, since=0):
-        """The faults that acted, those after number `since`: a list of dicts."""
-        return self.ask("GET", "/events", since=since)["events"]
+        """Return the fault records after number `since`, as a list of dicts."""
+        return self.request("GET", "/events", since=since)["events"]
 
     def connections(self):
-        """What is open: a list of dicts."""
-        return self.ask("GET", "/connections")["connections"]
+        """Return the open connections, as a list of dicts."""
+        return self.request("GET", "/connections")["connections"]
 
 
-# Runs this very file under the name it was imported by, so that a handler of the user's
-# that imports it by that name, or as vaurien, gets the same module.
+# The program of start_proxy. It runs this file under the name that it was imported by. A user's
+# handler that imports that name, or vaurien, then gets the same module.
 BOOTSTRAP = """\
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location(*sys.argv[1:3])
@@ -5805,69 +6358,74 @@ spec.loader.exec_module(module)
 sys.modules.setdefault("vaurien.handlers", module.handlers)
 sys.exit(module.main())
 """
-STARTED_PROCESSES = {}            # {pid: (Popen, who started it)} of start_proxy
+STARTED_PROCESSES = {}      # {pid: (Popen, pid of the process that called start_proxy)}
 
 
 def start_proxy(host="localhost", port=8888, http=True, warmup=2, *, proxy_host="localhost",
                 proxy_port=8000, backend_host=None, backend_port=None, protocol="tcp",
                 http_host="localhost", http_port=8080, http_token=None, options=None,
                 log_level="info", log_output="-"):
-    """Start a proxy in a process of its own, and return its pid when it listens.
+    """Start a proxy in a process of its own. Returns its pid once it listens.
 
     host, port       the backend (backend_host and backend_port mean the same)
-    http             whether it can be driven by a Client, at http_host and http_port,
-                     by who knows the http_token, if there is one
-    warmup           seconds to wait for it, at the longest
-    options          more words for the command line, like ["--behavior", "20:delay"]
+    http             whether to start its control server, on http_host and http_port
+    http_token       what clients of the control server must send, if anything
+    warmup           seconds to wait for the proxy
+    options          further arguments of the command line, like ["--behavior", "20:delay"]
 
-    Raises RuntimeError, in the words of the proxy, if it cannot start. It ends with
-    `stop_proxy`, or when this process does, however that ends.
+    Raises RuntimeError, with the error of the proxy, if it cannot start. The proxy ends with
+    `stop_proxy`, or when this process ends, even if it is killed.
     """
     backend = format_address((backend_host or host, int(backend_port or port)))
     if isinstance(options, str):
-        raise ValueError("options must be a list of words, not %r" % options)
-    words = [sys.executable, "-c", BOOTSTRAP, __name__, os.path.abspath(__file__), "--attached",
-             "--backend", backend, "--protocol", protocol,
-             "--proxy", format_address((proxy_host, int(proxy_port))), "--log-level", log_level,
-             "--log-output", log_output]
+        raise ValueError("options must be a list of arguments, not %r" % options)
+    if http_token and not http:
+        raise ValueError("http_token needs http=True")
+    command = [sys.executable, "-c", BOOTSTRAP, __name__, os.path.abspath(__file__), "--attached",
+               "--backend", backend, "--protocol", protocol,
+               "--proxy", format_address((proxy_host, int(proxy_port))),
+               "--log-level", log_level, "--log-output", log_output]
     if http:
-        words += ["--http", "--http-host", http_host, "--http-port", str(http_port)]
-    elif http_token:
-        raise ValueError("http_token is for http, which is not wanted")
+        command += ["--http", "--http-host", http_host, "--http-port", str(http_port)]
     environment = dict(os.environ, **{TOKEN_VARIABLE: http_token} if http_token else {})
-    process = subprocess.Popen([*words, *map(str, options or ())], stdin=subprocess.PIPE,
+    process = subprocess.Popen([*command, *map(str, options or ())], stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, universal_newlines=True, env=environment)
     STARTED_PROCESSES[process.pid] = process, os.getpid()
-    said = ["it said nothing in %s seconds" % warmup]
-
-    def listen_to_it():
-        for line in process.stdout:
-            said.append(line.strip())
-            if line == "ready\n":
-                break
-
-    reader = threading.Thread(target=listen_to_it, daemon=True)
     try:
-        reader.start()
-        reader.join(warmup)
-        if said[-1] != "ready":
-            raise RuntimeError("the proxy did not start: %s" % said[-1])
+        wait_until_ready(process, warmup)
     except BaseException:
         stop_proxy(process.pid)
         raise
     return process.pid
 
 
+def wait_until_ready(process, seconds):
+    """Wait until a proxy prints "ready". Raises RuntimeError with its last line instead."""
+    lines = ["no output within %s seconds" % seconds]
+
+    def read_stdout():
+        for line in process.stdout:
+            lines.append(line.strip())
+            if line == "ready\n":
+                break
+
+    reader = threading.Thread(target=read_stdout, daemon=True)
+    reader.start()
+    reader.join(seconds)
+    if lines[-1] != "ready":
+        raise RuntimeError("the proxy did not start: %s" % lines[-1])
+
+
 def stop_proxy(pid):
-    """Stop a proxy of `start_proxy`, and wait for its end. ValueError if it is none."""
+    """Stop a proxy of `start_proxy`, and wait for its end. Raises ValueError for another pid."""
     if not isinstance(pid, int) or pid not in STARTED_PROCESSES:
         raise ValueError("no proxy was started as process %r" % (pid,))
     process, _ = STARTED_PROCESSES.pop(pid)
-    with contextlib.suppress(OSError):      # somebody else has waited for it
+    with contextlib.suppress(OSError):      # other code of this process has reaped it
         process.terminate()
     try:
         process.wait(5)
-    except subprocess.TimeoutExpired:       # a handler of the user's does not let it end
+    except subprocess.TimeoutExpired:       # a user's handler ignores the signal
         process.kill()
         process.wait()
     process.stdin.close()
@@ -5876,21 +6434,39 @@ def stop_proxy(pid):
 
 @atexit.register
 def stop_all():
+    """Stop the proxies that this process has started, but not those of its parent."""
     for pid, (_, starter) in list(STARTED_PROCESSES.items()):
-        if starter == os.getpid():          # and not a fork of it
+        if starter == os.getpid():
             stop_proxy(pid)
 
 
 # -- Command line -------------------------------------------------------------
 #
-# Every setting is declared once, here, and every handler's options once, in its
-# signature. The parser, the ini file's keys and the help are made from them.
-# The command line wins over the file, the file over the defaults.
+# Reads the command line and the file that --config names, makes the proxies, and runs them:
+# the commands `vaurien` and `vaurien serve`.
+#
+# A setting is declared once, in SETTINGS. A handler's option is declared once, in the handler's
+# signature. The parser, the keys of the ini file and the help follow from these declarations.
+# The command line wins over the file, and the file over the defaults.
+#
+# All input is text until a check parses it. A check raises ValueError with the end of a
+# sentence ("must be ..."), and SourcedText puts the source of the text before it.
+#
+# To add a setting: one line in SETTINGS. Its scope is what one value applies to:
+#
+#   proxy         One proxy. It is set on the command line, in [proxy:NAME] or in [vaurien], and
+#                 passed to Proxy under its name.
+#   shared        The same, but [vaurien] sets the default of all proxies. It is passed to
+#                 ProxyTable too, for the proxies that the API creates.
+#   process       The process. It is set on the command line or in [vaurien]; see `prepare`.
+#   command line  The process. It cannot be set in a file.
 
-# How a setting is spelt, its default, and the function that checks its text, which
-# raises ValueError with the end of a sentence: "must be ...". No metavar: it takes
-# no value on the command line, and yes or no in a file.
-Setting = namedtuple("Setting", "flags default check metavar help")
+# flags      the spellings on the command line; without the dashes, the keys of the ini file
+# default    the text that a setting has if it is not given, or None
+# check      function that parses the text
+# metavar    name of the value in the help. None: the flag has no value on the command line, and
+#            the key is yes or no in a file.
+Setting = namedtuple("Setting", "flags default check metavar help scope")
 
 
 def check_host(text):
@@ -5907,123 +6483,146 @@ def check_names(text):
     return names
 
 
-def get_token(text):
-    """The checked token of an option, or of the environment; None if there is none."""
-    given = SourcedText("--http-token", text) if text else SourcedText(TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE))
-    return given.check(check_token) if given.text else None
-
-
 def check_log_level(text):
     return choice_check("debug", "info", "warning", "error", "critical")(text.lower()).upper()
 
 
 def check_file(text):
     if not text or "\0" in text:
-        raise ValueError("must name a file, not %r" % text)
+        raise ValueError("must be the path of a file, not %r" % text)
     return text
 
 
-PROXY_SETTINGS = OrderedDict((
+def import_handler(name):
+    """Import the handler if its name is a dotted path. Raises ValueError for an unknown name."""
+    if name not in HANDLERS and "." in name:
+        load_handler(name, name)
+    if name not in HANDLERS:
+        raise ValueError("names the unknown handler %r: there are %s (your own: path.to.callable)"
+                         % (name, ", ".join(sorted(HANDLERS))))
+
+
+def check_behavior(text):
+    """Parse as `parse_behavior` does, and import the handlers."""
+    behavior = parse_behavior(text)
+    for _, name in behavior:
+        import_handler(name)
+    return behavior
+
+
+SETTINGS = OrderedDict((
+    ("config", Setting(("--config",), None, check_file, "FILE",
+                       "ini file, or proxies as JSON; the command line wins over it",
+                       "command line")),
     ("local", Setting(("--local", "--proxy"), "localhost:8000", parse_listener, "HOST:PORT",
-                      "where to listen; port 0 picks a free one")),
+                      "address to listen on; port 0 picks a free one", "proxy")),
     ("distant", Setting(("--distant", "--backend"), "localhost:80", parse_address, "HOST:PORT",
-                        "the backend to pass everything to")),
-    ("behavior", Setting(("--behavior",), "100:dummy", parse_behavior, "PERCENT:HANDLER,...",
-                         "which handlers act, on how many of the requests")),
+                        "address of the backend", "proxy")),
+    ("behavior", Setting(("--behavior",), "100:dummy", check_behavior, "PERCENT:HANDLER,...",
+                         "handlers, and the percentage of requests that each acts on", "proxy")),
     ("protocol", Setting(("--protocol",), "tcp", check_protocol, "NAME",
-                         "what is spoken: " + ", ".join(PROTOCOLS))),
+                         "application protocol: " + ", ".join(PROTOCOLS), "proxy")),
     ("overwrite_host_header", Setting((
         "--protocol-http-overwrite-host-header",), "yes", check_yes_no, "YES|NO",
-        "of http: ask for the backend by its own name, not by the proxy's")),
-    ("seed", Setting(("--seed",), None, check_count, "N",
-                     "the same seed gives the same faults; drawn and logged if not given")),
+        "http: replace the Host header with the backend's", "proxy")),
+    ("seed", Setting(("--seed",), None, check_count, "N", "the same seed gives the same faults; "
+                     "if not given, one is drawn and logged", "shared")),
     ("timeout", Setting(("--timeout",), "30", check_timeout, "SECONDS",
-                        "for connecting to the backend")),
-))
-PROCESS_SETTINGS = OrderedDict((
-    ("http", Setting(("--http",), "no", check_yes_no, None, "let it be driven while it runs")),
+                        "seconds to connect to the backend, all its addresses together",
+                        "shared")),
+    ("http", Setting(("--http",), "no", check_yes_no, None, "start the HTTP control server",
+                     "process")),
     ("http-host", Setting(("--http-host",), "localhost", check_host, "HOST",
-                          "where to be driven from")),
+                          "address of the control server", "process")),
     ("http-port", Setting(("--http-port",), "8080", check_port, "PORT",
-                          "likewise; 0 picks a free one")),
+                          "port of the control server; 0 picks a free one", "process")),
     ("http-token", Setting(("--http-token",), None, check_token, "TOKEN",
-                           "who drives it must send it: Authorization: Bearer TOKEN")),
+                           "clients must send the header Authorization: Bearer TOKEN; "
+                           "$%s does the same and is not visible to other users" % TOKEN_VARIABLE,
+                           "process")),
     ("http-name", Setting(("--http-name",), None, check_names, "NAME,...",
-                          "names that it is reached by, beside addresses and localhost")),
+                          "additional Host names to accept, besides addresses, localhost and "
+                          "--http-host", "process")),
     ("statsd", Setting(("--statsd",), None, parse_address, "HOST:PORT",
-                       "a StatsD server to send counts to, by UDP")),
+                       "StatsD server to send the counts to, by UDP", "process")),
     ("log-level", Setting(("--log-level",), "info", check_log_level, "LEVEL",
-                          "debug, info, warning, error or critical")),
+                          "debug, info, warning, error or critical", "process")),
     ("log-output", Setting(("--log-output",), "-", check_file, "FILE",
-                           "where to log to; - is stderr")),
+                           "file to log to; - is stderr", "process")),
+    ("attached", Setting(("--attached",), "no", check_yes_no, None,
+                         "for supervisors: print \"ready\" on stdout, stop when stdin closes",
+                         "command line")),
 ))
-FILE_SETTINGS = OrderedDict(list(PROXY_SETTINGS.items()) + list(PROCESS_SETTINGS.items()))
-CONFIG = Setting(("--config",), None, check_file, "FILE",
-                 "an ini file, or proxies as JSON; the command line wins over it")
-ATTACHED = Setting(("--attached",), "no", check_yes_no, None,
-                   "for what starts it: say ready on stdout, stop when stdin ends")
-SETTINGS = OrderedDict([("config", CONFIG), *FILE_SETTINGS.items(), ("attached", ATTACHED)])
-SERVE_SETTINGS = OrderedDict([
-    ("config", CONFIG._replace(flags=("--config", "-config"))),
-    ("http-host", FILE_SETTINGS["http-host"]._replace(flags=("--http-host", "--host", "-host"))),
-    ("http-port", FILE_SETTINGS["http-port"]._replace(flags=("--http-port", "--port", "-port"),
-                                                      default="8474")),
-    ("seed", FILE_SETTINGS["seed"]._replace(flags=("--seed", "-seed")))]
-    + [(name, SETTINGS[name]) for name in ("http-token", "http-name", "timeout", "statsd",
-                                           "log-level", "log-output", "attached")])
-DEMO_SETTINGS = OrderedDict((
-    ("behavior", PROXY_SETTINGS["behavior"]._replace(default="20:delay")),
-    ("seed", PROXY_SETTINGS["seed"]._replace(default="2",
-                                             help="the same seed gives the same faults")),
-    ("requests", Setting(("--requests",), "120", number_check(
-        int, "a whole number from 10 to 1000", lambda count: 10 <= count <= 1000), "N", "how many to make")),
-))
+
+
+def derive_settings(scopes, changes=None, without=()):
+    """Return some of the SETTINGS: those of some scopes, and those in `changes`.
+
+    changes    {name: {attribute of Setting: another value}}
+    without    names of settings to leave out
+    """
+    changes = changes or {}
+    return OrderedDict((name, setting._replace(**changes.get(name, {})))
+                       for name, setting in SETTINGS.items()
+                       if (setting.scope in scopes or name in changes) and name not in without)
+
+
+PROXY_SETTINGS = derive_settings(("proxy", "shared"))
+SHARED_SETTINGS = derive_settings(("shared",))
+FILE_SETTINGS = derive_settings(("proxy", "shared", "process"))
+# Toxiproxy's flags and port. The control server is always started.
+SERVE_SETTINGS = derive_settings(("shared", "process", "command line"), {
+    "config": {"flags": ("--config", "-config")},
+    "seed": {"flags": ("--seed", "-seed")},
+    "http-host": {"flags": ("--http-host", "--host", "-host")},
+    "http-port": {"flags": ("--http-port", "--port", "-port"), "default": "8474"},
+}, without=["http"])
+
 METAVARS = {bool: "YES|NO", int: "N", float: "NUMBER", str: "TEXT"}
 EXAMPLES = """\
-Every handler has the fields of a rule, too, like --handlers.error.match '^SELECT':
-  match   a regular expression that a request must contain
-  after   how many requests it leaves alone first
-  times   on how many it acts at most
-  per     request or connection: what the percent is of
-  stream  both, upstream or downstream: what it sees
-
 examples:
   vaurien --local localhost:8000 --distant google.com:80 --behavior 20:delay
   vaurien --local localhost:8000 --distant google.com:80 \\
           --behavior 20:delay,5:error --handlers.delay.sleep 2
   vaurien --config vaurien.ini
-  vaurien serve                  for Toxiproxy's clients: proxies made through its API
-  vaurien demo                   see it at work, with nothing else installed
-  vaurien demo --help"""
+
+other commands:
+  vaurien serve    a server for Toxiproxy's clients, which create the proxies
+  vaurien demo     a backend, a proxy and clients in one process, and a histogram
+  vaurien ctl      control a proxy that was started with --http; the same as vaurienctl
+  Each has --help."""
 
 
 class SourcedText:
-    """A text of the user's, and where it was found, for the complaint."""
+    """A text from the user, and its source: an option, or a file with section and key."""
 
-    def __init__(self, where, text):
-        self.where, self.text = where, text
+    def __init__(self, source, text):
+        self.source, self.text = source, text
 
-    def check(self, check, *names):
-        """What check makes of names and the text. Raises ValueError, and says where."""
+    def parse(self, check, *args):
+        """Return check(*args, text). Raises ValueError with the source in front of the error."""
         try:
-            return check(*names, self.text)
-        except ValueError as problem:
-            raise ValueError("%s %s" % (self.where, problem)) from None
+            return check(*args, self.text)
+        except ValueError as error:
+            raise ValueError("%s %s" % (self.source, error)) from None
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that complains in one line, and keeps texts as they are."""
+    """An argument parser that returns the arguments on the command line, as text.
 
-    def __init__(self, settings, **words):
+    Raises ValueError for a wrong command line instead of exiting the process.
+    """
+
+    def __init__(self, settings, **kwargs):
+        # "resolve": the options of two handlers may have the same spelling.
         super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS,
                          conflict_handler="resolve",
-                         formatter_class=argparse.RawDescriptionHelpFormatter, **words)
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
         self.add_argument("--version", action="version", version="vaurien " + __version__)
         for name, setting in settings.items():
-            usual = "" if setting.default is None else " (%s)" % setting.default
             if setting.metavar:
                 self.add_argument(*setting.flags, dest=name, metavar=setting.metavar,
-                                  help=setting.help + usual)
+                                  help=argument_help(setting.help, setting.default))
             else:
                 self.add_argument(*setting.flags, dest=name, help=setting.help,
                                   action="store_const", const="yes")
@@ -6031,149 +6630,195 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError("%s (see %s --help)" % (message, self.prog))
 
-    def add_handlers(self, helps):
-        """A group for each handler, an argument for each of its options; helps: with its help."""
+    def add_handlers(self, with_help):
+        """Add the options of all handlers, and the rule fields that stand beside them.
+
+        with_help    whether to read the help from the handlers' docstrings, which takes time
+        """
+        if with_help:
+            self.add_argument_group("handlers", handlers_help())
         for name, function in HANDLERS.items():
-            words = option_help(function) if helps else {}
-            group = self.add_argument_group(name, helps and summary(function).replace("%", "%%"))
+            help_lines = option_help(function) if with_help else {}
+            group = self.add_argument_group(name, summary(function) if with_help else None)
             for option, default in handler_options(function).items():
-                usual = format_value(default)
-                group.add_argument(*option_flags(name, option), dest="%s.%s" % (name, option),
-                                   metavar=METAVARS[type(default)],
-                                   help=("%s (%s)" % (words.get(option, ""), usual))
-                                   .replace("%", "%%"))
-            for field in OPTION_FIELDS:         # as in the epilog: the same for each of them
-                group.add_argument(*option_flags(name, field), dest="%s.%s" % (name, field),
-                                   help=argparse.SUPPRESS)
+                flag, *aliases = option_flags(name, option)
+                group.add_argument(flag, dest="%s.%s" % (name, option),
+                                   metavar=METAVARS[type(default)], help=argument_help(
+                                       help_lines.get(option, ""), format_value(default)))
+                self.add_hidden(name, option, aliases)
+            for field in fields_beside_options(function):
+                self.add_hidden(name, field, option_flags(name, field))
+
+    def add_hidden(self, name, option, flags):
+        """Add spellings of an option that the help does not list one by one."""
+        self.add_argument(*flags, dest="%s.%s" % (name, option), help=argparse.SUPPRESS)
 
 
-OPTION_FIELDS = [field for field in RULE_FIELDS if field != "percent"]
+def argument_help(text, default):
+    """Return the help of an argument with its default, if it has one, in argparse's format."""
+    if default not in (None, ""):
+        text = "%s (default: %s)" % (text, default)
+    return text.replace("%", "%%")
 
 
-def check_handler_option(name, option, text):
-    """As `check_option`; a field of the rule, that stays as it is given, is one too."""
-    if option in OPTION_FIELDS:
-        RULE_FIELDS[option].check(text)
-        return text
-    return check_option(name, option, text)
+def handlers_help():
+    """Return the introduction to the handlers in the help."""
+    fields = ["    %-8s%s" % (field, RULE_FIELDS[field].help)
+              for field in fields_beside_options(dummy)]
+    return ("Each handler is listed below, with its options. --behavior-NAME-OPTION means the\n"
+            "same as --handlers.NAME.OPTION. All handlers have these options too, for example\n"
+            "--handlers.error.match '^SELECT':\n\n" + "\n".join(fields))
+
+
+def fields_beside_options(function):
+    """Return the rule fields that are set like options of a handler: all but `percent`.
+
+    The percentage of a handler is set in --behavior.
+    """
+    return [field for field in RULE_FIELDS
+            if field != "percent" and is_rule_field(function, field)]
 
 
 def option_flags(name, option):
-    """The spellings of a handler's option, of version 0.1 and of 1.x."""
-    return ["--handlers.%s.%s" % (name, option), "--behavior-%s-%s" % (name, option)] + [
-        "--behavior-%s-%s" % (name, option.replace("_", "-"))] * ("_" in option)
+    """Return the spellings of a handler's option in versions 0.1 and 1.x; the first is ours."""
+    flags = ["--handlers.%s.%s" % (name, option), "--behavior-%s-%s" % (name, option),
+             "--behavior-%s-%s" % (name, option.replace("_", "-"))]
+    return list(OrderedDict.fromkeys(flags))
 
 
-# What the command line gives, {setting: Given}; the sections of the file, {proxy: {setting:
-# Given}}; the handlers' options of both, {(handler, option): Given}; the file's toxics,
-# [(Toxic, the name of its proxy as Given, or None)]; the file's text as Given, if it is JSON.
-ParsedConfig = namedtuple("ParsedConfig", "given sections options toxics json")
+def check_handler_option(name, option, text):
+    """Check an option of a handler, or a rule field beside its options. Raises ValueError."""
+    if option in fields_beside_options(HANDLERS[name]):
+        RULE_FIELDS[option].check(text)
+    else:
+        check_option(name, option, text)
 
 
-def read_arguments(argv, settings, description=None, **words):
-    """Read the command line, and the ini file that it names. Raises ValueError.
+# The command line and the file. Everything is checked, but still text.
+#
+#   arguments    settings of the command line: {setting: SourcedText}
+#   main         settings of the section [vaurien]: {setting: SourcedText}
+#   sections     settings of the sections [proxy:NAME]: {name: {setting: SourcedText}}
+#   options      options of the handlers: {handler: {option: text}}
+#   toxics       toxics of the sections [toxic:NAME]: [(Toxic, SourcedText or None)]. The text
+#                is the name of the toxic's proxy.
+#   json         SourcedText of the file, if it is JSON
+ParsedConfig = namedtuple("ParsedConfig", "arguments main sections options toxics json")
 
-    Handlers of the user's are imported first, so that the parser knows their options.
-    Returns what was Found.
+
+def read_arguments(argv, settings, description=None, **kwargs):
+    """Return the ParsedConfig of a command line and the file that it names. Raises ValueError.
+
+    settings       settings of the command line: {name: Setting}
+    description    function that returns the description for the help
+    kwargs         for argparse
+
+    The command line is parsed twice. The first pass finds --config and --behavior, and their
+    checks import the user's handlers. The second pass knows the options of these handlers.
     """
-    first = vars(Parser(settings, add_help=False, prog=words.get("prog"))
-                 .parse_known_args(argv)[0])
-    given = {name: SourcedText(settings[name].flags[0], text) for name, text in first.items()}
-    sections, options, toxics, entries = {}, {}, [], None
-    if "config" in given:
-        path = given["config"].check(check_file)
-        text = read_file(path)
-        if re.match(r"\s*(\{|\[\s*[]{])", text):        # no section of an ini file begins so
-            entries = SourcedText("cannot read %s:" % path, text)
-        else:
-            sections, options, toxics = read_ini(path, text)
-    known = ChainMap(settings, FILE_SETTINGS)
-    for section in [given, *sections.values()]:
-        for name, text in section.items():      # those that others win over, too
-            text.check(find_handlers if name == "behavior" else known[name].check)
-    helps = "-h" in argv or "--help" in argv        # or else no text is made for it
-    parser = Parser(settings, description=helps and description and description(), **words)
-    parser.add_handlers(helps)
+    parser = Parser(settings, add_help=False, prog=kwargs.get("prog"))
+    arguments = {name: SourcedText(settings[name].flags[0], text)
+                 for name, text in vars(parser.parse_known_args(argv)[0]).items()}
+    config = ParsedConfig(arguments, {}, {}, {}, [], None)
+    if "config" in arguments:
+        config = read_config(arguments["config"].parse(check_file))._replace(arguments=arguments)
+    for texts in [arguments, config.main, *config.sections.values()]:
+        for name, text in texts.items():        # also the texts that are overridden
+            text.parse(ChainMap(settings, SETTINGS)[name].check)
+    with_help = "-h" in argv or "--help" in argv
+    parser = Parser(settings, usage="%(prog)s [OPTION ...]",
+                    description=description() if with_help and description else None, **kwargs)
+    parser.add_handlers(with_help)
     for name, text in vars(parser.parse_args(argv)).items():
-        handler_name, _, option = name.rpartition(".")
-        if handler_name:
-            options[handler_name, option] = SourcedText(option_flags(handler_name, option)[0], text)
-    return ParsedConfig(given, sections, options, toxics, entries)
+        handler_name, dot, option = name.rpartition(".")
+        if dot:
+            flag = option_flags(handler_name, option)[0]
+            SourcedText(flag, text).parse(check_handler_option, handler_name, option)
+            config.options.setdefault(handler_name, {})[option] = text
+    return config
 
 
-def read_file(path):
+def read_config(path):
+    """Return the ParsedConfig of a file, JSON or ini. Raises ValueError."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            return file.read()
-    except (OSError, ValueError) as problem:
-        words = getattr(problem, "strerror", None) or " ".join(str(problem).split())
-        raise ValueError("cannot read %s: %s" % (path, words)) from None
+            text = file.read()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ValueError("cannot read %s: %s" % (path, reason)) from None
+    if re.match(r"\s*(\{|\[\s*[]{])", text):        # no section of an ini file starts like this
+        return ParsedConfig({}, {}, {}, {}, [], SourcedText("cannot read %s:" % path, text))
+    return read_ini(path, text)
 
 
 def read_ini(path, text):
-    """Read an ini file, and import the handlers it names: as `read_arguments` returns it.
+    """Return the ParsedConfig of an ini file, and import its handlers. Raises ValueError."""
+    sections, options, toxics = OrderedDict(), {}, OrderedDict()
+    for title, texts in parse_ini(path, text):
+        source = "%s: [%s]" % (path, title)
+        kind, _, name = (part.strip() for part in title.partition(":"))
+        if title.strip() == "vaurien":
+            set_once(sections, "vaurien", source, settings_by_name(texts, FILE_SETTINGS))
+        elif kind == "proxy" and name:
+            set_once(sections, name, source, settings_by_name(texts, PROXY_SETTINGS))
+        elif kind in ("handler", "behavior") and name:
+            read_ini_handler(name, source, texts, options)
+        elif kind == "toxic" and name:
+            set_once(toxics, name, source, texts)
+        else:
+            raise ValueError("%s is not a section: there are [vaurien], [proxy:NAME], "
+                             "[handler:NAME] and [toxic:NAME]" % source)
+    # A toxic may use a handler that a later section imports, so toxics are read last.
+    made = [read_ini_toxic(name, "%s: [toxic:%s]" % (path, name), texts)
+            for name, texts in toxics.items()]
+    return ParsedConfig({}, sections.pop("vaurien", {}), sections, options, made, None)
 
-    Raises ValueError, in one line, for anything that is not understood.
-    """
-    # No section holds defaults for others, and ${NAME} is the environment's.
+
+def parse_ini(path, text):
+    """Yield (title, {key: SourcedText}) for each section of an ini file. Raises ValueError."""
+    # No section holds defaults for other sections, and ${NAME} is an environment variable.
     parser = configparser.ConfigParser(interpolation=None, default_section="")
-    parser.optionxform = str  # type: ignore    # keys as they are written
+    parser.optionxform = str  # type: ignore    # keep the case of keys
     try:
         parser.read_string(text, path)
-    except (ValueError, configparser.Error) as problem:
-        raise ValueError("cannot read %s: %s" % (path, " ".join(str(problem).split()))) from None
-    sections, options, toxics = OrderedDict(), OrderedDict(), OrderedDict()
+    except (ValueError, configparser.Error) as error:
+        raise ValueError("cannot read %s: %s" % (path, " ".join(str(error).split()))) from None
     for title in parser.sections():
-        where = "%s: [%s]" % (path, title)
-        given = {key: SourcedText("%s %s" % (where, key), text) for key, text in parser.items(title)}
-        for text in given.values():
-            text.text = text.check(expand_env)
-        kind, _, name = (word.strip() for word in title.partition(":"))
-        SourcedText("%s: the name of a section" % path, title).check(check_name)
-        if title.strip() == "vaurien":
-            set_once(sections, "vaurien", where, settings_by_name(given, FILE_SETTINGS))
-        elif kind == "proxy" and name:
-            set_once(sections, name, where, settings_by_name(given, PROXY_SETTINGS))
-        elif kind in ("handler", "behavior") and name:
-            if "callable" in given:
-                given.pop("callable").check(load_handler, name)
-            SourcedText(where, name).check(find_handler)
-            for option, text in given.items():
-                text.check(check_handler_option, name, option)
-                set_once(options, (name, option), text.where, text)
-        elif kind == "toxic" and name:
-            set_once(toxics, name, where, given)
-        else:
-            raise ValueError("%s is not a section: they are [vaurien], [proxy:NAME], "
-                             "[handler:NAME] and [toxic:NAME]" % where)
-    return sections, options, [read_ini_toxic("%s: [toxic:%s]" % (path, name), name, given)
-                               for name, given in toxics.items()]
+        texts = {key: SourcedText("%s: [%s] %s" % (path, title, key), value)
+                 for key, value in parser.items(title)}
+        for sourced in texts.values():
+            sourced.text = sourced.parse(expand_env)
+        SourcedText("%s: the name of a section" % path, title).parse(check_name)
+        yield title, texts
 
 
-def read_ini_toxic(where, name, given):
-    """(Toxic, the Given name of its proxy or None) of a section. Raises ValueError."""
-    place = given.pop("proxy", None)
-    kind = given.pop("type", SourcedText(where + " type", ""))
-    kind.check(find_handler)
-    toxicity, fields, attributes = 1.0, {}, {}
-    for key, text in given.items():
-        if key == "toxicity":
-            toxicity = text.check(check_toxicity)
-        elif key in RULE_FIELDS:
-            fields[key] = text.check(RULE_FIELDS[key].check)
-        else:
-            attributes[key] = text.check(check_option, kind.text, key)
-    if "percent" in fields:
-        if "toxicity" in given:
-            raise ValueError("%s percent and toxicity say the same: give one of them" % where)
-        toxicity = fields.pop("percent") / 100
-    for _, words in check_fields(kind.text, HANDLERS[kind.text], fields):
-        raise ValueError("%s %s" % (where, words))
-    return Toxic(kind.text, name, toxicity, attributes, **fields), place
+def read_ini_handler(name, source, texts, options):
+    """Import the handler of a section, and add the section's options. Raises ValueError."""
+    if "callable" in texts:
+        texts.pop("callable").parse(load_handler, name)
+    SourcedText(source, name).parse(import_handler)
+    for option, text in texts.items():
+        text.parse(check_handler_option, name, option)
+        set_once(options.setdefault(name, {}), option, text.source, text.text)
+
+
+def read_ini_toxic(name, source, texts):
+    """Return (Toxic, SourcedText of its proxy's name or None) of a section. Raises ValueError."""
+    proxy_name = texts.pop("proxy", None)
+    type_ = texts.pop("type", SourcedText(source + " type", ""))
+    type_.parse(import_handler)
+    fields, attributes = {}, {}
+    for key, text in texts.items():
+        is_field = key == "toxicity" or is_rule_field(HANDLERS[type_.text], key)
+        (fields if is_field else attributes)[key] = text.text
+    try:
+        return make_toxic(type_.text, name, fields, attributes), proxy_name
+    except InputError as error:
+        raise ValueError("%s %s" % (source, error)) from None
 
 
 def expand_env(text):
-    """Put environment variables in the place of ${NAME}. Raises ValueError."""
+    """Replace each ${NAME} by that environment variable. Raises ValueError."""
     def value(match):
         if match.group(1) not in os.environ:
             raise ValueError("needs ${%s}, which is not set in the environment" % match.group(1))
@@ -6183,120 +6828,115 @@ def expand_env(text):
     return re.sub(r"\$\{([^}]*)\}", value, text)
 
 
-def settings_by_name(given, settings):
-    """{setting: Given} of {key: Given}; a key is a flag without its dashes. Raises ValueError."""
-    keys = {flag.lstrip("-"): name for name in settings for flag in settings[name].flags}
-    found = {}
-    for key, text in given.items():
-        if key.replace("_", "-") not in keys:
-            raise ValueError("%s is not a setting: here are %s" % (text.where, ", ".join(keys)))
-        set_once(found, keys[key.replace("_", "-")], text.where, text)
-    return found
+def settings_by_name(texts, settings):
+    """Return {setting: text} of {key: text}; a key is a flag without dashes. Raises ValueError."""
+    names = {flag.lstrip("-"): name for name in settings for flag in settings[name].flags}
+    named = {}
+    for key, text in texts.items():
+        key = key.replace("_", "-")
+        if key not in names:
+            raise ValueError("%s is not a setting: there are %s" % (text.source, ", ".join(names)))
+        set_once(named, names[key], text.source, text)
+    return named
 
 
-def set_once(table, key, where, value):
-    """Refuse, with a ValueError, to be told a thing twice."""
+def set_once(table, key, source, value):
+    """Set table[key]. Raises ValueError if it is set already."""
     if key in table:
-        raise ValueError("%s says again what is said before" % where)
+        raise ValueError("%s is set twice" % source)
     table[key] = value
 
 
-def find_handler(name):
-    """Import a handler that is given by its dotted path. Raises ValueError."""
-    if name not in HANDLERS and "." in name:
-        load_handler(name, name)
-    if name not in HANDLERS:
-        raise ValueError("names the unknown handler %r: one of %s, or a path.to.callable"
-                         % (name, ", ".join(sorted(HANDLERS))))
-
-
-def find_handlers(behavior):
-    for _, name in parse_behavior(behavior):
-        find_handler(name)
-
-
-def resolve_settings(given, settings):
-    """The checked values of settings, their defaults where nothing was given."""
-    found = {}
+def resolve_settings(texts, settings):
+    """Return the parsed values of settings, or of their defaults: {name: value}."""
+    values = {}
     for name, setting in settings.items():
-        usual = SourcedText(setting.flags[0], setting.default)
-        text = given.get(name, usual)
-        found[name] = None if text.text is None else text.check(setting.check)
-    return found
+        text = texts.get(name) or SourcedText(setting.flags[0], setting.default)
+        values[name] = None if text.text is None else text.parse(setting.check)
+    return values
 
 
-def option_values(options):
-    """The checked options of the handlers: {handler: {option: value}}."""
-    found = {}
-    for (name, option), given in options.items():
-        found.setdefault(name, {})[option] = given.check(check_handler_option, name, option)
-    return found
+def proxy_settings(config, needs_one):
+    """Return the settings of each proxy: {name: ChainMap of {setting: SourcedText}}.
 
+    The command line wins over a section, the section over the shared settings of [vaurien].
 
-def make_proxies(found, needs_one=True):
-    """The Proxies of what `read_arguments` has found, not open yet. Raises ValueError.
+    [vaurien] is a proxy too if it sets `local` or `distant`. Without [proxy:NAME] sections it
+    is one if --local or --distant is given, or if a proxy is needed and the file is not JSON.
+    If it is not a proxy, its behavior is shared as well.
 
-    Where there are [proxy:NAME] sections, [vaurien] is one more proxy only if it says
-    where it listens or what it calls. Its seed and its timeout hold for all of them, and
-    so does its behavior if it is not one more.
+    --local and --distant apply to [vaurien] if it is a proxy, otherwise to the only
+    [proxy:NAME] section. Raises ValueError if there are several.
     """
-    given, sections = found.given, dict(found.sections)
-    own = sections.pop("vaurien", {})
-    one_more = "local" in own or "distant" in own or (
-        found.json and ("local" in given or "distant" in given)) or (
-        needs_one and not sections and not found.json)
-    for_all = {name: own[name] for name in ["seed", "timeout"] + ["behavior"] * (not one_more)
-               if name in own}
-    common = {name: given[name] for name in given if name not in ("local", "distant")}
-    if len(sections) == 1 and not one_more:
-        common = given
-    elif not one_more and len(common) < len(given):
-        raise ValueError("--local and --distant do not say which proxy of the file they are for: "
-                         "there are %s" % ", ".join(sections))
-    chosen = [("vaurien", ChainMap(given, own))] if one_more else []
-    chosen += [(name, ChainMap(common, section, for_all)) for name, section in sections.items()]
-    checked = option_values(found.options)
-    usual = resolve_settings(ChainMap(given, own), PROXY_SETTINGS)
-    proxies = ProxyTable(seed=usual["seed"], timeout=usual["timeout"])
-    for name, texts in chosen:
-        value = resolve_settings(texts, PROXY_SETTINGS)
-        if value["seed"] is None:
-            value["seed"] = proxies.seed
+    arguments, main, sections = config.arguments, config.main, config.sections
+    addresses = {"local", "distant"}
+    is_proxy = (addresses & set(main if sections else ChainMap(arguments, main))
+                or (needs_one and not sections and not config.json))
+    shared_names = {*SHARED_SETTINGS, *([] if is_proxy else ["behavior"])}
+    shared = {name: main[name] for name in shared_names & set(main)}
+    for_sections = arguments
+    if is_proxy or len(sections) > 1:
+        for_sections = {name: arguments[name] for name in set(arguments) - addresses}
+    if not is_proxy and len(for_sections) < len(arguments):
+        raise ValueError("--local and --distant are ambiguous: the file has the proxies %s"
+                         % ", ".join(sections))
+    settings = OrderedDict(vaurien=ChainMap(arguments, main)) if is_proxy else OrderedDict()
+    settings.update((name, ChainMap(for_sections, section, shared))
+                    for name, section in sections.items())
+    return settings
+
+
+def make_proxies(config, needs_one=True):
+    """Return the ProxyTable of a ParsedConfig. No proxy is open yet. Raises ValueError.
+
+    needs_one    whether to make a proxy of the defaults if the configuration has none
+    """
+    shared = resolve_settings(ChainMap(config.arguments, config.main), SHARED_SETTINGS)
+    proxies = ProxyTable(**shared)
+    for name, texts in proxy_settings(config, needs_one).items():
+        values = resolve_settings(texts, PROXY_SETTINGS)
+        for setting in shared:
+            if values[setting] is None:         # the table has drawn a seed
+                values[setting] = proxies.shared[setting]
         try:
-            proxies[name] = Proxy(name=name, options=checked, **value)
-        except ValueError as problem:
-            raise ValueError(problem if name == "vaurien" else "[proxy:%s] %s" % (
-                name, problem)) from None
-    try:
-        for proxy, _ in read_proxies(found.json.text, proxies) if found.json else ():
-            set_once(proxies, proxy.name, "%s %s" % (found.json.where, proxy.name), proxy)
-    except ToxiproxyError as problem:
-        words = re.sub("^bad request body: ", "", problem.message)
-        raise ValueError("%s %s" % (found.json.where, words)) from None
-    attach_toxics(proxies, found.toxics)
+            proxies[name] = Proxy(name=name, options=config.options, **values)
+        except ValueError as error:
+            raise ValueError(error if name == "vaurien" else "[proxy:%s] %s" % (
+                name, error)) from None
+    if config.json:
+        read_json_proxies(config.json, proxies)
+    attach_toxics(proxies, config.toxics)
     return proxies
 
 
+def read_json_proxies(json_text, proxies):
+    """Add the proxies of Toxiproxy's JSON file. Raises ValueError."""
+    try:
+        for proxy, _ in read_proxies(json_text.text, proxies):
+            set_once(proxies, proxy.name, "%s %s" % (json_text.source, proxy.name), proxy)
+    except (ApiError, InputError) as error:
+        raise ValueError("%s %s" % (json_text.source, error)) from None
+
+
 def attach_toxics(proxies, toxics):
-    """Give each toxic of the file to its proxy. Raises ValueError."""
-    for toxic, place in toxics:
-        if place is None and len(proxies) != 1:
-            raise ValueError("[toxic:%s] must say proxy = one of %s" % (
-                toxic.name, ", ".join(proxies) or "those that are there: there is none"))
-        if place is not None and place.text not in proxies:
-            raise ValueError("%s must be one of %s, not %r" % (
-                place.where, ", ".join(proxies) or "those that are there (there is none)",
-                place.text))
-        proxy = proxies[place.text if place else next(iter(proxies))]
+    """Add each toxic of the ini file to its proxy. Raises ValueError."""
+    for toxic, proxy_name in toxics:
+        if not proxies:
+            raise ValueError("[toxic:%s] needs a proxy, but there is none" % toxic.name)
+        if proxy_name is None and len(proxies) > 1:
+            raise ValueError("[toxic:%s] needs proxy = one of %s"
+                             % (toxic.name, ", ".join(proxies)))
+        name = proxy_name.parse(choice_check(*proxies)) if proxy_name else next(iter(proxies))
+        proxy = proxies[name]
         proxy.toxics.append(toxic)
         try:
-            proxy.arm(proxy.behaviors, proxy.toxics)
-        except ValueError as problem:
-            raise ValueError("[toxic:%s] %s" % (toxic.name, problem)) from None
+            proxy.activate(proxy.behaviors, proxy.toxics)
+        except ValueError as error:
+            raise ValueError("[toxic:%s] %s" % (toxic.name, error)) from None
 
 
 class Formatter(logging.Formatter):
-    """One line is one event, whatever a peer has had written into it."""
+    """A formatter that writes one line for each message, whatever bytes a peer has sent."""
 
     def formatMessage(self, record):
         record.message = escape_control_chars(record.message)
@@ -6308,9 +6948,9 @@ class Formatter(logging.Formatter):
 
 
 def escape_control_chars(text):
-    """A text in one line, its other characters as they are written in Python."""
+    """Return the text with all that is not printable escaped as in Python's repr."""
     return text if text.isprintable() else "".join(
-        letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+        char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def start_log(level, output):
@@ -6318,67 +6958,71 @@ def start_log(level, output):
     try:
         handler = (logging.StreamHandler() if output == "-" else
                    logging.FileHandler(output, encoding="utf-8"))
-    except OSError as problem:
-        raise ValueError("cannot log to %s: %s" % (output, problem.strerror)) from None
+    except OSError as error:
+        raise ValueError("cannot log to %s: %s" % (output, error.strerror)) from None
     handler.setFormatter(Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.raiseExceptions = False     # a full disk ends the log, not the proxy
+    logging.raiseExceptions = False     # on a full disk only the log stops
     log.addHandler(handler)
     log.setLevel(level)
     log.propagate = False
 
 
-def fill_standard_descriptors():
-    """Those of stdin, stdout and stderr that are closed are not for sockets to have."""
-    number_check = 0
-    while number_check <= 2:
-        number_check = os.open(os.devnull, os.O_RDWR)
-    os.close(number_check)
-
-
 def is_main_thread():
-    """Whether this one can catch signals."""
+    """Return whether this is the main thread, the only one that can handle signals."""
     return threading.current_thread() is threading.main_thread()
 
 
-def serve(places, attached):
-    """Run proxies, and their control, until SIGTERM or Ctrl-C.
+def serve(services, attached):
+    """Run services (proxies, the control server ...) until SIGTERM or Ctrl-C. Returns 0.
 
-    Raises OSError where one of them cannot listen; then nothing has been accepted.
+    Raises OSError if one of them cannot listen; no connection was accepted then.
     """
     raise_fd_limit()
-    parent = os.getppid()               # asked before anybody is told that we are here
+    parent = os.getppid()               # before "ready", after which the parent may exit
     loop = Loop()
-    catches = is_main_thread()
-    if catches:
-        for number_check in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number_check, lambda *_: loop.stop())
-        signal.set_wakeup_fd(loop.wakeup_send.fileno())   # Windows' select() sleeps through a signal
+    handles_signals = is_main_thread()
+    if handles_signals:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, lambda *_: loop.stop())
+        # On Windows a signal does not interrupt select().
+        signal.set_wakeup_fd(loop.wakeup_send.fileno())
     try:
-        for place in places:
-            place.bind()
-        for place in places:
-            place.open(loop)
+        for service in services:
+            service.bind()
+        for service in services:
+            service.open(loop)
         gc.collect()
-        if hasattr(gc, "freeze"):           # what is there stays: it need not be looked at again
+        if hasattr(gc, "freeze"):       # spare later collections the objects made so far
             gc.freeze()
         if attached:
-            print("ready", flush=True)
-            with contextlib.suppress(OSError):      # nobody reads on: a handler's prints go to
-                os.dup2(2, 1)                       # stderr, if there is one
+            announce_ready()
             loop.run_in_thread(wait_for_stdin, lambda *_: loop.stop())
             watch_parent(loop, parent)
         loop.run()
     finally:
-        for place in places:
-            place.close()
-        if catches:
+        for service in services:
+            service.close()
+        if handles_signals:
             signal.set_wakeup_fd(-1)
         loop.close()
     return 0
 
 
+def announce_ready():
+    """Print "ready", then redirect stdout to stderr: the parent process reads no more of it.
+
+    A handler that prints would block otherwise, once the pipe to the parent is full.
+    """
+    print("ready", flush=True)
+    with contextlib.suppress(OSError):      # stderr may be closed
+        os.dup2(2, 1)
+
+
 def watch_parent(loop, parent):
-    """Stop with the process that has started us, though a fork of it keeps our stdin open."""
+    """Stop the loop when the parent process has ended.
+
+    The end of stdin does not suffice: a fork of the parent may keep our stdin open.
+    """
     if os.getppid() == parent:
         loop.call_at(loop.clock() + 0.5, lambda: watch_parent(loop, parent))
     else:
@@ -6386,99 +7030,132 @@ def watch_parent(loop, parent):
 
 
 def wait_for_stdin():
-    """Return when stdin ends. Not through sys.stdin: its lock must be free when we exit."""
+    """Return when stdin ends. Does not use sys.stdin, whose lock must be free at exit."""
     while os.read(0, 4096):
         pass
 
 
+# A command is a function of its arguments. It returns a function that does the work and returns
+# the exit status. It raises ValueError for bad input.
+
 def run(argv):
-    """The main job: proxies, until they are told to stop. Returns it, to be done."""
-    found = read_arguments(argv, SETTINGS, prog="vaurien", epilog=EXAMPLES,
-                           description=program_description)
-    given = found.given
-    process = resolve_settings(ChainMap(given, found.sections.get("vaurien", {})), PROCESS_SETTINGS)
-    own = found.sections.get("vaurien", {})
-    for name in "http-host", "http-port", "http-token", "http-name":
-        if (name in given or name in own) and not process["http"]:
-            where = given[name] if name in given else own[name]
-            raise ValueError("%s is for http, which is not given" % where.where)
-    proxies = make_proxies(found)
+    """Run the proxies of the command line and the file: the command without a name."""
+    config = read_arguments(argv, SETTINGS, prog="vaurien", epilog=EXAMPLES,
+                            description=program_description)
+    process = resolve_process(config, SETTINGS)
+    for name, text in ChainMap(config.arguments, config.main).items():
+        if name.startswith("http-") and not process["http"]:
+            raise ValueError("%s needs --http" % text.source)
+    proxies = make_proxies(config)
     if not proxies and not process["http"]:
-        raise ValueError("%s has no proxy in it, and without --http none can be made"
-                         % given["config"].text)
-    return prepare(proxies, process, "attached" in given)
+        raise ValueError("%s defines no proxy: add one, or set --http to create them through "
+                         "the API" % config.arguments["config"].text)
+    return prepare(proxies, process, "attached" in config.arguments)
 
 
 def run_server(argv):
-    """A server for Toxiproxy's clients: proxies come and go while it runs.
+    """Start a server for Toxiproxy's clients, which create and remove proxies while it runs.
 
-    It has the proxies of its file, be that Toxiproxy's JSON or an ini file of vaurien's,
-    and those that are made through its API.
+    It serves the proxies in --config (Toxiproxy's JSON, or an ini file of vaurien) and those
+    created through its API.
     """
-    found = read_arguments(argv, SERVE_SETTINGS, prog="vaurien serve",
-                           description=lambda: inspect.getdoc(run_server))
-    given = found.given
-    settings = OrderedDict((name, SERVE_SETTINGS.get(name, setting))
-                           for name, setting in PROCESS_SETTINGS.items())
-    process = resolve_settings(ChainMap(given, found.sections.get("vaurien", {})), settings)
+    config = read_arguments(argv, SERVE_SETTINGS, prog="vaurien serve",
+                            description=lambda: inspect.getdoc(run_server))
+    process = resolve_process(config, SERVE_SETTINGS)
     process["http"] = True
-    return prepare(make_proxies(found, needs_one=False), process, "attached" in given)
+    return prepare(make_proxies(config, needs_one=False), process,
+                   "attached" in config.arguments)
+
+
+def resolve_process(config, settings):
+    """Return the values of the settings that apply to the whole process: {name: value}."""
+    return resolve_settings(ChainMap(config.arguments, config.main), {
+        name: setting for name, setting in settings.items() if setting.scope == "process"})
 
 
 def prepare(proxies, process, attached):
-    """What is to be run, once all that was given is understood."""
-    places = [proxies]
+    """Create the services, start the log, and return a function that serves them."""
+    services = [proxies]
     if process["http"]:
-        places.append(Control((process["http-host"], process["http-port"]), proxies,
-                              get_token(process["http-token"]), process["http-name"] or ()))
+        services.append(Control((process["http-host"], process["http-port"]), proxies,
+                                get_token(process["http-token"]), process["http-name"] or ()))
     if process["statsd"]:
-        places.append(Statsd(process["statsd"], proxies))
+        services.append(Statsd(process["statsd"], proxies))
     start_log(process["log-level"], process["log-output"])
-    return lambda: serve(places, attached)
+    return lambda: serve(services, attached)
+
+
+def get_token(text):
+    """Return the token of an option or of the environment, or None. Raises ValueError."""
+    token = (SourcedText("--http-token", text) if text else
+             SourcedText(TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE)))
+    return token.parse(check_token) if token.text else None
 
 
 def program_description():
-    """The first paragraphs of the module's docstring; empty under -OO."""
+    """Return the first paragraphs of the module's docstring. Empty under -OO."""
     return (__doc__ or "").partition("\n\n    ")[0]
 
 
-# The demo: a backend, a proxy and clients in one process.
+# -- Demo ---------------------------------------------------------------------
+#
+# `vaurien demo`: a backend, a proxy and clients in one process. Each client makes one request
+# on a connection of its own. A histogram shows the response times; below it, the requests that
+# met a fault are compared with those that did not.
 
 DEMO_BODY = b"Hello from the backend of the demo.\n" * 8
-DEMO_SECONDS = 1.5                    # seconds over which the demo's requests begin
-DEMO_TIMEOUT = 3.0                   # seconds a client of the demo waits for an answer
+DEMO_SECONDS = 1.5                  # the requests start at even intervals over this time
+DEMO_TIMEOUT = 3.0                  # seconds a client waits for a response
+DEMO_SETTINGS = derive_settings((), {
+    "behavior": {"default": "20:delay"},
+    "seed": {"default": "2", "help": "the same seed gives the same faults"},
+})
+DEMO_SETTINGS["requests"] = Setting(("--requests",), "120", number_check(
+    int, "a whole number from 10 to 1000", lambda count: 10 <= count <= 1000), "N",
+    "number of requests to make", "process")
+# Response times: the upper limit of each bar but the last, and its label.
+TIME_LIMITS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+TIME_LABELS = ("under 1 ms", "1 - 2 ms", "2 - 5 ms", "5 - 10 ms", "10 - 20 ms", "20 - 50 ms",
+               "50 - 100 ms", "100 - 200 ms", "200 - 500 ms", "0.5 - 1 s", "1 - 2 s", "2 - 5 s",
+               "over 5 s")
+
+# client     address of the client, by which the proxy's fault records name it
+# began      start of the request, by time.time()
+# failure    how the request failed; "" if it did not
+Outcome = namedtuple("Outcome", "client began seconds failure")
 
 
 def demo(argv):
-    """See it at work: an embedded HTTP backend, the proxy in front of it, a histogram."""
-    found = read_arguments(argv, DEMO_SETTINGS, prog="vaurien demo",
-                           description=lambda: demo.__doc__)
-    value = resolve_settings(found.given, DEMO_SETTINGS)
-    return lambda: show_demo(value, option_values(found.options))
+    """Show vaurien at work: a backend, a proxy in front of it, clients, and a histogram."""
+    config = read_arguments(argv, DEMO_SETTINGS, prog="vaurien demo",
+                            description=lambda: demo.__doc__)
+    values = resolve_settings(config.arguments, DEMO_SETTINGS)
+    count = values.pop("requests")
+    return lambda: run_demo(count, options=config.options, **values)
 
 
-def show_demo(value, options):
+def run_demo(count, **kwargs):
+    """Make a number of requests through a Proxy with these arguments, and print the results."""
     if is_main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     backend = start_backend()
     try:
-        with Proxy(backend.server_address, behavior=value["behavior"], seed=value["seed"],
-                   options=options) as proxy:
+        with Proxy(backend.server_address, **kwargs) as proxy:
             print("A backend on %s, and vaurien in front of it on 127.0.0.1:%d:\n"
                   "%s; seed %s.\n%d requests:\n"
                   % (format_address(backend.server_address), proxy.port, proxy.describe(),
-                     proxy.seed, value["requests"]), flush=True)
-            outcomes = make_requests(proxy.port, value["requests"])
-            met = match_events(outcomes, proxy.events)
+                     proxy.seed, count), flush=True)
+            outcomes = make_requests(proxy.port, count)
+            faulted = match_events(outcomes, proxy.events)
     finally:
         backend.shutdown()
         backend.server_close()
-    print("\n".join([*draw_histogram(outcomes), "", *summarize(outcomes, met)]))
+    print("\n".join([*draw_histogram(outcomes), "", *summarize(outcomes, faulted)]))
     return 0
 
 
 def start_backend():
-    """An HTTP server in a thread of its own, that answers everything with ANSWER."""
+    """Start an HTTP server that replies to everything with DEMO_BODY. Returns the server."""
     import http.server
     import socketserver
 
@@ -6487,7 +7164,7 @@ def start_backend():
         request_queue_size = 128
 
         def handle_error(self, request, client_address):
-            pass            # a client that is cut off is what the demo shows
+            pass            # connections break on purpose here
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -6504,134 +7181,139 @@ def start_backend():
     return backend
 
 
-# client: its address; began: when, as time.time() has it; words: how it failed, or "".
-Outcome = namedtuple("Outcome", "client began seconds words")
+def make_requests(port, count):
+    """Make the requests, each in a thread, and return their outcomes."""
+    outcomes = []
+    threads = [threading.Thread(target=lambda: outcomes.append(make_request(port)), daemon=True)
+               for _ in range(count)]
+    start = time.monotonic()
+    try:
+        for index, thread in enumerate(threads):
+            time.sleep(max(0, start + index * DEMO_SECONDS / count - time.monotonic()))
+            thread.start()
+            show_progress(len(outcomes), count)
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.05)
+                show_progress(len(outcomes), count)
+    finally:
+        print_over_line("")
+    return outcomes
+
+
+def show_progress(done, count):
+    print_over_line("[%-40s] %d/%d" % ("#" * (40 * done // count), done, count))
+
+
+def print_over_line(text):
+    """Replace the last line on stderr by a text, if stderr is a terminal."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        sys.stderr.write("\r%-60s\r" % text)
+        sys.stderr.flush()
 
 
 def make_request(port):
-    """One GET on a connection of its own."""
+    """Make a GET request on a new connection, and return its Outcome."""
     import http.client
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEMO_TIMEOUT)
-    client, words, start = "", "", time.time()
-    began = time.monotonic()
+    client, failure, began, start = "", "", time.time(), time.monotonic()
     try:
         connection.connect()
         client = format_address(connection.sock.getsockname())
         connection.request("GET", "/")
         response = connection.getresponse()
         if response.read() != DEMO_BODY or response.status != 200:
-            words = "a wrong answer"
+            failure = "a wrong answer"
     except socket.timeout:
-        words = "no answer in %g s" % DEMO_TIMEOUT
+        failure = "no answer in %g s" % DEMO_TIMEOUT
     except (ConnectionError, http.client.IncompleteRead):
-        words = "connection closed"
+        failure = "connection closed"
     except (http.client.HTTPException, ValueError):
-        words = "a wrong answer"
-    except OSError as problem:          # no descriptors
-        words = problem.strerror or "no connection"
+        failure = "a wrong answer"
+    except OSError as error:            # for example, no file descriptors
+        failure = error.strerror or "no connection"
     finally:
         connection.close()
-    return Outcome(client, start, time.monotonic() - began, words)
+    return Outcome(client, began, time.monotonic() - start, failure)
 
 
 def match_events(outcomes, events):
-    """{outcome: handler} of those that met a fault: a port may be a client's again later."""
+    """Return the requests that met a fault: {outcome: handler}.
+
+    Times are compared too, because the system may give a client's port to a later client.
+    """
     return {outcome: event.handler for outcome in outcomes for event in events
             if event.client == outcome.client
             and outcome.began <= event.time <= outcome.began + outcome.seconds}
 
 
-def make_requests(port, number_check):
-    """Make the requests, evenly spread, with a progress bar where somebody looks."""
-    looks = sys.stderr is not None and sys.stderr.isatty()
-    outcomes = []
-    threads = [threading.Thread(target=lambda: outcomes.append(make_request(port)), daemon=True)
-               for _ in range(number_check)]
-    began = time.monotonic()
-    try:
-        for started, thread in enumerate(threads):
-            time.sleep(max(0, began + started * DEMO_SECONDS / number_check - time.monotonic()))
-            thread.start()
-            if looks:
-                show_progress(len(outcomes), number_check)
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(0.05)
-                if looks:
-                    show_progress(len(outcomes), number_check)
-    finally:
-        if looks:
-            sys.stderr.write("\r%60s\r" % "")
-    return outcomes
-
-
-def show_progress(done, number_check):
-    sys.stderr.write("\r[%-40s] %d/%d" % ("#" * (40 * done // number_check), done, number_check))
-    sys.stderr.flush()
-
-
 def draw_histogram(outcomes):
-    """Lines: how many requests were answered in what time, how many failed and how."""
-    steps = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, math.inf]
-    names = ["under 1 ms", "1 - 2 ms", "2 - 5 ms", "5 - 10 ms", "10 - 20 ms", "20 - 50 ms",
-             "50 - 100 ms", "100 - 200 ms", "200 - 500 ms", "0.5 - 1 s", "1 - 2 s", "2 - 5 s",
-             "over 5 s"]
-    answered = Counter(min(step for step in steps if outcome.seconds < step)
-                       for outcome in outcomes if not outcome.words)
-    rows = [(name, answered[step]) for name, step in zip(names, steps)
-            if answered and min(answered) <= step <= max(answered)]
-    rows += sorted(Counter(outcome.words for outcome in outcomes if outcome.words).items())
-    widest = max(len(name) for name, _ in rows)
-    scale = min(1.0, (70 - widest) / max(number_check for _, number_check in rows))
+    """Return lines with a bar for each range of response times, and for each kind of failure."""
+    answered = Counter(sum(outcome.seconds >= limit for limit in TIME_LIMITS)
+                       for outcome in outcomes if not outcome.failure)
+    rows = [(TIME_LABELS[index], answered[index])
+            for index in range(min(answered, default=0), max(answered, default=-1) + 1)]
+    rows += sorted(Counter(outcome.failure for outcome in outcomes if outcome.failure).items())
+    width = max(len(label) for label, _ in rows)
+    scale = min(1.0, (70 - width) / max(count for _, count in rows))
     lines = ["answered in"] if answered else []
-    for name, number_check in rows:
-        bar = "#" * max(number_check > 0, int(number_check * scale))
-        lines.append("  %*s  %s %d" % (widest, name, bar, number_check) if number_check
-                     else "  %*s" % (widest, name))
+    for label, count in rows:
+        bar = "  %s %d" % ("#" * max(1, int(count * scale)), count) if count else ""
+        lines.append("  %*s%s" % (width, label, bar))
     return lines
+
+
+def summarize(outcomes, faulted):
+    """Return sentences about the requests that met a fault, and about the other ones.
+
+    faulted    {outcome: handler}
+    """
+    unaffected = [outcome for outcome in outcomes if outcome not in faulted]
+    answered = [outcome for outcome in unaffected if not outcome.failure]
+    unexplained = [outcome for outcome in unaffected if outcome.failure]
+    usual_time = median_time(answered)
+    lines = ["%d of %d requests %s." % (
+        count, len(outcomes), summarize_fault(name, [
+            outcome for outcome in outcomes if faulted.get(outcome) == name], usual_time))
+        for name, count in sorted(Counter(faulted.values()).items())]
+    if answered:
+        lines.append("%s %d were answered in %s at the median." % (
+            "The other" if faulted else "All", len(answered), format_seconds(usual_time)))
+    if unexplained:
+        lines.append("%d failed without a fault: %s."
+                     % (len(unexplained), unexplained[0].failure))
+    return lines
+
+
+def summarize_fault(name, outcomes, usual_time):
+    """Return what happened to the requests that met a fault, as the end of a sentence."""
+    failures = Counter(outcome.failure for outcome in outcomes if outcome.failure)
+    answered = [outcome for outcome in outcomes if not outcome.failure]
+    if usual_time and not failures:
+        return "were delayed (%s), by %s at the median" % (
+            name, format_seconds(max(0, median_time(answered) - usual_time)))
+    parts = ["%d x %s" % (count, failure) for failure, count in sorted(failures.items())]
+    if answered:
+        parts.append("%d x answered, in %s at the median"
+                     % (len(answered), format_seconds(median_time(answered))))
+    return "met %s: %s" % (name, ", ".join(parts))
+
+
+def median_time(outcomes):
+    """Return the median of the outcomes' seconds, or 0.0 if there are none."""
+    import statistics
+    return statistics.median_high(outcome.seconds for outcome in outcomes) if outcomes else 0.0
 
 
 def format_seconds(seconds):
     return "%.1f ms" % (seconds * 1000) if seconds < 0.1 else "%.2f s" % seconds
 
 
-def median(numbers):
-    return sorted(numbers)[len(numbers) // 2]
-
-
-def summarize(outcomes, met):
-    """What happened, in plain words: to those that met a fault, and to the others.
-
-    met    {outcome: handler}
-    """
-    total = len(outcomes)
-    calm = [outcome.seconds for outcome in outcomes
-            if outcome not in met and not outcome.words]
-    usual = median(calm) if calm else 0.0
-    lines = []
-    for name in sorted(set(met.values())):
-        mine = [outcome for outcome in outcomes if met.get(outcome) == name]
-        times = [outcome.seconds for outcome in mine if not outcome.words]
-        failed = Counter(outcome.words for outcome in mine if outcome.words)
-        ends = ["%d x %s" % (number_check, words) for words, number_check in sorted(failed.items())]
-        if times and calm and not failed:
-            lines.append("%d of %d requests were delayed (%s), by %s at the median."
-                         % (len(mine), total, name, format_seconds(max(0, median(times) - usual))))
-            continue
-        if times:
-            ends.append("%d x answered, in %s at the median" % (len(times),
-                                                                format_seconds(median(times))))
-        lines.append("%d of %d requests met %s: %s." % (len(mine), total, name, ", ".join(ends)))
-    if calm:
-        lines.append("%s %d were answered in %s at the median."
-                     % ("The other" if met else "All", len(calm), format_seconds(usual)))
-    odd = [outcome for outcome in outcomes if outcome.words and outcome not in met]
-    if odd:
-        lines.append("%d failed without a fault: %s." % (len(odd), odd[0].words))
-    return lines
-
-
-# vaurienctl: what Client does, by hand.
+# -- vaurienctl ---------------------------------------------------------------
+#
+# Client's methods as commands: `vaurienctl`, or `vaurien ctl` where only this file is installed.
+# To add an action: a line in CTL. Its function takes the Client and the arguments of the command
+# line, and returns the text to print, if any.
 
 CTL_EXAMPLES = """\
 examples:
@@ -6646,9 +7328,20 @@ examples:
 
 
 def ctl_set(client, name, *fields):
-    """Options and fields as NAME=VALUE; the server knows their types."""
-    client.ask("PUT", "/behavior", dict([field.split("=", 1) for field in fields], name=name))
+    """Set the handler. The server knows the types of the fields."""
+    client.ask("PUT", "/behavior", dict(parse_fields(fields), name=name))
     return "Handler changed to \"%s\"" % name
+
+
+def parse_fields(texts):
+    """Return {name: value} of NAME=VALUE texts. Raises ValueError."""
+    fields = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or name == "name" or name in fields:
+            raise ValueError("%r must be NAME=VALUE, each name once" % text)
+        fields[name] = value
+    return fields
 
 
 def ctl_backend(client, backend=None):
@@ -6668,119 +7361,138 @@ CTL = OrderedDict((
 
 
 def ctl(argv):
-    """Drive a proxy that was started with --http."""
+    """Control a proxy that was started with --http."""
     parser = Parser({}, prog="vaurienctl", description=ctl.__doc__, epilog=CTL_EXAMPLES)
     parser.add_argument("action", choices=list(CTL), metavar="ACTION", help=", ".join(CTL))
-    parser.add_argument("words", nargs="*", metavar="WORD", default=[],
-                        help="a handler, and what is to be set")
+    parser.add_argument("args", nargs="*", metavar="ARGUMENT", default=[],
+                        help="for set-handler and set-behavior, a handler and NAME=VALUE for each "
+                             "option or rule field; for backend, the new HOST:PORT")
     parser.add_argument("--host", default="http://localhost:8080", metavar="URL",
-                        help="where the proxy is driven from (http://localhost:8080)")
-    parser.add_argument("--http-token", metavar="TOKEN",
-                        help="the proxy's; $%s if not given" % TOKEN_VARIABLE)
+                        help="URL of the control server (default: http://localhost:8080)")
+    parser.add_argument("--http-token", metavar="TOKEN", default=None,
+                        help="token of the control server (default: $%s)" % TOKEN_VARIABLE)
     parser.add_argument("--proxy", metavar="NAME", default=None,
-                        help="which proxy, if there are several (the first)")
-    said, rest = parser.parse_known_args(argv)      # words may stand behind options, too
-    for word in rest:
-        if word.startswith("-"):
-            parser.error("unrecognized arguments: %s" % word)
-    said.words += rest
-    host, port, scheme = SourcedText("--host", said.host).check(parse_host)
-    client = Client(host, port, scheme, said.proxy, get_token(vars(said).get("http_token")))
-    action = CTL[said.action]
+                        help="name of the proxy (default: the first one)")
+    # argparse counts arguments that stand behind an option as unknown.
+    options, rest = parser.parse_known_args(argv)
+    for text in rest:
+        if text.startswith("-"):
+            parser.error("unrecognized arguments: %s" % text)
+    host, port, scheme = SourcedText("--host", options.host).parse(parse_host)
+    client = Client(host, port, scheme, options.proxy, get_token(options.http_token))
+    function, args = CTL[options.action], [*options.args, *rest]
     try:
-        inspect.signature(action).bind(client, *said.words)  # type: ignore
-        names = [word.partition("=")[0] for word in said.words[1:]]
-        for word, name in zip(said.words[1:], names):
-            if "=" not in word or name == "name" or names.count(name) > 1:
-                raise TypeError("%r must be NAME=VALUE, each name once" % word)
-    except TypeError as problem:
-        raise ValueError("%s: %s (see vaurienctl --help)" % (said.action, problem)) from None
-    return lambda: ctl_do(action, client, said.words)
+        inspect.signature(function).bind(client, *args)  # type: ignore
+        parse_fields(args[1:])
+    except (TypeError, ValueError) as error:
+        raise ValueError("%s: %s (see vaurienctl --help)" % (options.action, error)) from None
+    return lambda: run_action(function, client, args)
 
 
-def ctl_do(action, client, words):
+def run_action(function, client, args):
+    """Call the function, print its result or its error, and return the exit status."""
+    server = format_address((client.host, client.port))
     try:
-        answer = action(client, *words)
-    except ValueError as problem:
-        return print_error(problem, 1)
-    except (KeyError, TypeError):
-        return print_error("%s is no vaurien" % format_address((client.host, client.port)), 1)
-    except OSError as problem:
-        return print_error("no answer from %s: %s" % (format_address((client.host, client.port)),
-                                                   problem.strerror or problem), 1)
-    if answer:
-        print_safe(answer, sys.stdout)
+        text = function(client, *args)
+    except ValueError as error:             # the server refuses the request
+        return print_error(error, 1)
+    except (KeyError, TypeError):           # the response is JSON, but not the control API's
+        return print_error("%s is not a vaurien control server" % server, 1)
+    except OSError as error:
+        return print_error("no response from %s: %s" % (server, error.strerror or error), 1)
+    if text:
+        print_safe(text, sys.stdout)
     return 0
 
 
 def parse_host(text):
-    """Read SCHEME://HOST:PORT, the scheme and the port may lack, into Client's arguments."""
-    scheme, _, rest = text.rpartition("://")
-    rest = rest.rstrip("/")
-    if not re.search(r":\d+$", rest):
-        rest += ":8080"
-    host, port = parse_address(rest)
+    """Parse SCHEME://HOST:PORT into (host, port, scheme). Raises ValueError.
+
+    The scheme, the host and the port may be left out.
+    """
+    scheme, _, address = text.rpartition("://")
+    address = address.rstrip("/")
+    if not re.search(r":\d+$", address):
+        address += ":8080"
+    host, port = parse_address(address)
     if scheme not in ("", "http", "https"):
         raise ValueError("must be http://HOST:PORT, not %r" % text)
     return host or "localhost", port, scheme or "http"
 
 
-# From its words to what is to be done.
+# -- Main ---------------------------------------------------------------------
+#
+# The program: it chooses the command, runs it, and prints errors in one line.
+
 COMMANDS = {"serve": run_server, "demo": demo, "ctl": ctl}
 
 
 def main(argv=None):
-    """The command line. Returns the exit status: 0, 1 for the network, 2 for bad input."""
-    fill_standard_descriptors()
+    """Run a command line. Returns the exit status: 0, 1 for a network error, 2 for bad input."""
+    open_standard_fds()
     argv = sys.argv[1:] if argv is None else list(argv)
     attached = "--attached" in argv
     try:
         command = COMMANDS[argv.pop(0)] if argv and argv[0] in COMMANDS else run
         try:
             job = command(argv)
-        except ValueError as problem:
-            return print_error(problem, 2, attached)
+        except ValueError as error:
+            return print_error(error, 2, attached)
         return job()
     except KeyboardInterrupt:
         return 0
-    except BrokenPipeError:             # nobody reads what we say: say no more
+    except BrokenPipeError:             # without this, Python's flush at exit fails as well
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as problem:
-        return print_error(problem.strerror or problem, 1, attached)
+    except OSError as error:
+        return print_error(error.strerror or error, 1, attached)
 
 
-def print_error(problem, status, attached=False):
-    """Say it in one line; to what has started us, too."""
-    words = escape_control_chars(" ".join(str(problem).split()))
-    print_safe("vaurien: %s" % words, sys.stderr)
+def open_standard_fds():
+    """Open /dev/null in place of a closed stdin, stdout or stderr.
+
+    Otherwise a socket would get its descriptor, and receive the program's output.
+    """
+    fd = 0
+    while fd <= 2:
+        fd = os.open(os.devnull, os.O_RDWR)
+    os.close(fd)
+
+
+def print_error(message, status, attached=False):
+    """Print an error in one line and return the status.
+
+    attached    whether to print it on stdout too, which the supervisor reads
+    """
+    text = escape_control_chars(" ".join(str(message).split()))
+    print_safe("vaurien: %s" % text, sys.stderr)
     if attached:
-        print_safe(words, sys.stdout)
+        print_safe(text, sys.stdout)
     return status
 
 
 def print_safe(text, file):
-    """Print a text, whatever the file's encoding has no letters for."""
-    if file is None:                    # it is closed
+    """Print a text, with characters escaped that the file's encoding lacks."""
+    if file is None:                    # the stream was closed when Python started
         return
     encoding = getattr(file, "encoding", None) or "ascii"
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
 
 
 def main_ctl():
-    """The command vaurienctl."""
+    """Run the command vaurienctl. Returns the exit status."""
     return main(["ctl", *sys.argv[1:]])
 
 
-# `from vaurien.handlers import BaseHandler` works although this is one module, under
-# whatever name it was imported.
+# Makes `from vaurien.handlers import BaseHandler` work although vaurien is a single module, and
+# whatever name it was imported under.
 handlers = types.ModuleType(__name__ + ".handlers", "The class form of a handler.")
 handlers.BaseHandler = BaseHandler      # type: ignore
 sys.modules[handlers.__name__] = handlers
 
 
 if __name__ == "__main__":
-    # A user's handler that imports vaurien gets this module, not a second one.
+    # A user's handler that imports vaurien must get this module, not a second copy of it.
     sys.modules.setdefault("vaurien", sys.modules["__main__"])
     sys.modules.setdefault("vaurien.handlers", handlers)
     sys.exit(main())

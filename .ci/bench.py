@@ -1,0 +1,618 @@
+#!/usr/bin/env python3
+"""Benchmark of vaurien and of other TCP proxies in front of the same backend.
+
+    python3 .ci/bench.py            # five rounds
+    python3 .ci/bench.py --quick    # two short rounds: about 15 seconds
+
+The other proxies are haproxy, nginx, socat and toxiproxy-server, if they are installed.
+"direct" is a connection to the backend without a proxy. The table shows the median of all
+rounds, and the ratio of vaurien's rate to that of each other proxy. Only ratios can be
+compared between machines.
+
+Each round starts new proxy processes, because the memory layout of a process affects its
+speed. In each round another proxy comes first. The load comes from two client processes.
+They and the backend use two system calls for a round trip, which is less than any proxy.
+"""
+import argparse
+import contextlib
+import json
+import os
+import select
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict, namedtuple
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import vaurien  # noqa: E402
+from test_vaurien import (  # noqa: E402
+    FILE,
+    connect,
+    cpu_seconds,
+    descendants,
+    find_program,
+    listening_socket,
+    send_and_read,
+    unused_port,
+    wait_until,
+)
+
+MIB = 1 << 20
+
+
+# -- Backend ------------------------------------------------------------------
+#
+# It runs in a process of its own: `bench.py backend`.
+
+REQUESTS = {        # {workload: the request of a round trip}
+    "tcp": bytes(64),
+    "redis": b"*2\r\n$3\r\nGET\r\n$7\r\nuser:42\r\n",
+    "http": b"GET /cart HTTP/1.1\r\nHost: localhost:8000\r\nAccept: */*\r\n"
+            b"User-Agent: bench\r\n\r\n",
+}
+REPLIES = {         # {first byte of a request: the reply}; all other requests are echoed
+    b"*": b"$5\r\nhello\r\n",
+    b"G": b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 5\r\n\r\nhello",
+}
+STREAM_REQUEST = b"stream"      # the reply is an endless stream of zeros
+
+
+def new_poller():
+    """Return an epoll object, or a poll object where there is no epoll.
+
+    They cost less than a selector of the standard library, and have the methods that this
+    program uses in common.
+    """
+    return getattr(select, "epoll", select.poll)()
+
+
+def run_backend():
+    """Print the backend's port, and serve connections until the process is killed."""
+    vaurien.raise_fd_limit()
+    listener, socks, buffer = listening_socket(), {}, bytearray(1 << 16)
+    listener.setblocking(False)
+    print(listener.getsockname()[1], flush=True)
+    poller = new_poller()
+    poller.register(listener, select.POLLIN)
+    while True:
+        for fd, _ in poller.poll():
+            if fd == listener.fileno():
+                with contextlib.suppress(BlockingIOError):
+                    sock = listener.accept()[0]
+                    socks[sock.fileno()] = sock
+                    poller.register(sock, select.POLLIN)
+            elif not serve_request(socks[fd], buffer):
+                poller.unregister(fd)
+                socks.pop(fd).close()
+
+
+def serve_request(sock, buffer):
+    """Read a request and send the reply. Returns whether the caller must go on with sock."""
+    try:
+        size = sock.recv_into(buffer)
+        if buffer[:size] == STREAM_REQUEST:
+            threading.Thread(target=send_stream, args=(sock.dup(),), daemon=True).start()
+            return False
+        sock.sendall(REPLIES.get(bytes(buffer[:1]), memoryview(buffer)[:size]))
+        return size > 0
+    except OSError:
+        return False
+
+
+def send_stream(sock):
+    """Send zeros until the client closes."""
+    with contextlib.suppress(OSError), sock:
+        while True:
+            sock.sendall(bytes(MIB))
+
+
+# -- Clients ------------------------------------------------------------------
+#
+# Each runs in a process of its own: `bench.py client`. It reads jobs from stdin and prints
+# their results: one line of JSON each.
+
+def run_client():
+    """Do the jobs on stdin, which are arguments of run_workload."""
+    for line in sys.stdin:
+        print(json.dumps(run_workload(**json.loads(line))), flush=True)
+
+
+def run_workload(workload, port, connections, seconds):
+    """Put load on a port for this time, on this number of connections at once.
+
+    Returns (units done, seconds, median latency, 99th percentile). A unit is an exchange,
+    or a MiB for the workload "bulk", whose latencies are 0.
+    """
+    with contextlib.ExitStack() as stack:
+        if workload == "connect":
+            started = time.perf_counter()
+            latencies = short_connections(port, seconds)
+            done = len(latencies)
+        else:
+            socks = [stack.enter_context(contextlib.closing(connect(port)))
+                     for _ in range(connections)]
+            request = REQUESTS.get(workload, STREAM_REQUEST)
+            for sock in socks:
+                sock.sendall(request)
+                sock.recv(MIB)
+            started = time.perf_counter()
+            if workload == "bulk":
+                done, latencies = receive_streams(socks, seconds) / MIB, []
+            else:
+                latencies = round_trips(socks, request, seconds)
+                done = len(latencies)
+        elapsed = time.perf_counter() - started
+    return (done, elapsed, *percentiles(latencies))
+
+
+def percentiles(latencies):
+    """Return the median and the 99th percentile; (0, 0) for an empty list."""
+    if not latencies:
+        return 0, 0
+    latencies.sort()
+    return latencies[len(latencies) // 2], latencies[len(latencies) * 99 // 100]
+
+
+def round_trips(socks, request, seconds):
+    """Send the request on all connections, then read the replies; repeat for this time.
+
+    Returns the latencies.
+    """
+    clock, buffer, latencies = time.perf_counter, bytearray(MIB), []
+    now = clock()
+    deadline = now + seconds
+    while now < deadline:
+        started = []
+        for sock in socks:
+            started.append(clock())
+            sock.send(request)
+        for sock, start in zip(socks, started):
+            sock.recv_into(buffer)
+            now = clock()
+            latencies.append(now - start)
+    return latencies
+
+
+def receive_streams(socks, seconds):
+    """Receive from all connections for this time. Returns the number of bytes."""
+    poller, buffer, size = new_poller(), bytearray(MIB), 0
+    by_fd = {sock.fileno(): sock for sock in socks}
+    for sock in socks:
+        poller.register(sock, select.POLLIN)
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        if len(socks) == 1:         # without a system call that only waits
+            size += socks[0].recv_into(buffer)
+        else:
+            for fd, _ in poller.poll():
+                size += by_fd[fd].recv_into(buffer)
+    return size
+
+
+def short_connections(port, seconds):
+    """Connect, make one exchange and close; repeat for this time. Returns the latencies."""
+    clock, buffer, latencies = time.perf_counter, bytearray(MIB), []
+    now = clock()
+    deadline = now + seconds
+    while now < deadline:
+        start = now
+        with contextlib.closing(connect(port)) as sock:
+            sock.send(REQUESTS["tcp"])
+            sock.recv_into(buffer)
+        now = clock()
+        latencies.append(now - start)
+    return latencies
+
+
+# -- Processes ----------------------------------------------------------------
+
+def start_helper(stack, role):
+    """Start this file as "backend" or "client"; the stack kills it. Returns the Popen."""
+    process = subprocess.Popen([sys.executable, os.path.abspath(__file__), role],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               universal_newlines=True)
+    for function in process.stdout.close, process.wait, process.kill, process.stdin.close:
+        stack.callback(function)        # called in reverse order
+    return process
+
+
+def start_load(stack):
+    """Start the backend and two clients. Returns (the backend's port, the clients)."""
+    port = int(start_helper(stack, "backend").stdout.readline())
+    return port, [start_helper(stack, "client") for _ in range(2)]
+
+
+def resident_bytes(pid):
+    """Return the resident memory of a process and its descendants (man 5 proc, statm)."""
+    total = 0
+    for process in descendants(pid):
+        with contextlib.suppress(OSError), open("/proc/%d/statm" % process) as file:
+            total += int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return total
+
+
+# Proxies. A function (folder, port, backend) writes the configuration of a proxy to a folder,
+# and returns the command that starts it on a port, in front of the backend's port.
+
+def vaurien_command(*options):
+    """Return such a function for vaurien with these options."""
+    def command(folder, port, backend):
+        return [sys.executable, FILE, "--local", "127.0.0.1:%d" % port, "--distant",
+                "127.0.0.1:%d" % backend, "--log-level", "error", *options]
+    return command
+
+
+def write_config(folder, text):
+    path = os.path.join(folder, "config")
+    with open(path, "w") as file:
+        file.write(text)
+    return path
+
+
+def haproxy_command(folder, port, backend):
+    return [find_program("haproxy"), "-db", "-f", write_config(folder, """
+global
+    nbthread 1
+    maxconn 5000
+defaults
+    mode tcp
+    timeout connect 5s
+    timeout client 1h
+    timeout server 1h
+listen all
+    bind 127.0.0.1:%d
+    server one 127.0.0.1:%d
+""" % (port, backend))]
+
+
+def nginx_command(folder, port, backend):
+    module = "/usr/lib/nginx/modules/ngx_stream_module.so"
+    load = "load_module %s;" % module if os.path.exists(module) else ""
+    return [find_program("nginx"), "-p", folder, "-c", write_config(folder, """
+%s
+worker_processes 1;
+daemon off;
+pid %s/nginx.pid;
+error_log /dev/null crit;
+events { worker_connections 20000; }
+stream { server { listen 127.0.0.1:%d; proxy_pass 127.0.0.1:%d; tcp_nodelay on; } }
+""" % (load, folder, port, backend))]
+
+
+def socat_command(folder, port, backend):
+    listen = "TCP-LISTEN:%d,bind=127.0.0.1,fork,reuseaddr,nodelay,backlog=1000" % port
+    return [find_program("socat"), listen, "TCP:127.0.0.1:%d,nodelay" % backend]
+
+
+def toxiproxy_command(folder, port, backend):
+    config = [{"name": "p", "listen": "127.0.0.1:%d" % port,
+               "upstream": "127.0.0.1:%d" % backend}]
+    return [find_program("toxiproxy-server"), "-port", str(unused_port()),
+            "-config", write_config(folder, json.dumps(config))]
+
+
+OTHER_PROXIES = {       # {name: (program, function)}
+    "haproxy": ("haproxy", haproxy_command),
+    "nginx": ("nginx", nginx_command),
+    "socat": ("socat", socat_command),
+    "toxiproxy": ("toxiproxy-server", toxiproxy_command),
+}
+VAURIEN_MODES = {       # {name: function}
+    "vaurien": vaurien_command(),
+    "20:delay": vaurien_command("--behavior", "20:delay", "--handlers.delay.sleep", "0"),
+    "redis": vaurien_command("--protocol", "redis"),
+    "http": vaurien_command("--protocol", "http"),
+}
+# Requests that begin with "wait" are delayed by an hour; all others pass.
+CROWD_COMMAND = vaurien_command("--behavior", "100:delay", "--handlers.delay.sleep", "3600",
+                                "--handlers.delay.match", "^wait")
+
+
+class Target:
+    """A port under test: that of a new proxy process, or of the backend itself.
+
+    command    a function like vaurien_command(), or None for the backend
+    """
+
+    def __init__(self, command, backend, clients, stack):
+        self.port, self.pid, self.clients = backend, None, clients
+        if command:
+            self.start(command, backend, stack)
+
+    def start(self, command, backend, stack):
+        folder = tempfile.mkdtemp()
+        stack.callback(shutil.rmtree, folder, True)
+        self.port = unused_port()
+        process = subprocess.Popen(command(folder, self.port, backend), stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        stack.callback(process.wait)
+        stack.callback(process.terminate)
+        self.pid = process.pid
+        wait_until(self.accepts)
+
+    def accepts(self):
+        with contextlib.suppress(OSError):
+            connect(self.port).close()
+            return True
+        return False
+
+    def measure(self, workload, processes, connections, seconds):
+        """Run a workload in some of the client processes, on some connections in each.
+
+        Returns (units per second, CPU microseconds per unit, median latency in ms, 99th
+        percentile in ms).
+        """
+        clients = self.clients[:processes]
+        job = {"workload": workload, "port": self.port, "connections": connections,
+               "seconds": seconds}
+        cpu = cpu_seconds(self.pid) if self.pid else 0
+        for process in clients:
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.flush()
+        results = [json.loads(process.stdout.readline()) for process in clients]
+        cpu = cpu_seconds(self.pid) - cpu if self.pid else 0
+        done, _, medians, lates = zip(*results)
+        rate = sum(units / elapsed for units, elapsed, _, _ in results)
+        return rate, cpu / sum(done) * 1e6, 1000 * max(medians), 1000 * max(lates)
+
+    def open_idle(self, count, waiting, stack):
+        """Open idle connections, which the stack closes.
+
+        waiting    how many of them send "wait"
+
+        Returns how many bytes of memory each one costs the proxy.
+        """
+        for _ in range(100):        # the first connections also allocate memory that stays
+            send_and_read(stack.enter_context(contextlib.closing(connect(self.port))), b"hello")
+        before = resident_bytes(self.pid)
+        for index in range(count):
+            sock = stack.enter_context(contextlib.closing(connect(self.port)))
+            if index < waiting:
+                sock.sendall(b"wait")
+            else:
+                send_and_read(sock, b"hello")
+        return (resident_bytes(self.pid) - before) / count
+
+
+# -- Measurements -------------------------------------------------------------
+
+# Arguments of Target.measure; `modes` of vaurien that are measured too; `others` is whether
+# the other proxies are.
+Workload = namedtuple("Workload", "title name processes connections unit modes others")
+WORKLOADS = [
+    Workload("round trips, 1 connection", "tcp", 1, 1, "/s", ["20:delay"], True),
+    Workload("round trips, 50 connections", "tcp", 2, 25, "/s", ["20:delay"], True),
+    Workload("bulk, 1 connection", "bulk", 1, 1, "MiB/s", [], True),
+    Workload("bulk, 8 connections", "bulk", 2, 4, "MiB/s", [], True),
+    Workload("connect, request, close", "connect", 2, 1, "/s", [], True),
+    Workload("redis, 1 connection", "redis", 1, 1, "/s", ["redis"], False),
+    Workload("redis, 50 connections", "redis", 2, 25, "/s", ["redis"], False),
+    Workload("http, 1 connection", "http", 1, 1, "/s", ["http"], False),
+    Workload("http, 50 connections", "http", 2, 25, "/s", ["http"], False),
+]
+CROWD = 10000               # connections beside the one that is measured
+CROWD_WAITING = 1000        # and those of them that have a delayed request
+
+# The length of a benchmark: rounds and seconds of the workloads, idle connections whose memory
+# is measured, part of CROWD; for faults: rounds, round trips, seconds, rates in KB/s.
+Extent = namedtuple("Extent", "rounds seconds idle crowd_rounds crowd "
+                              "fault_rounds trips fault_seconds rates")
+FULL = Extent(5, 0.8, 1000, 5, 1.0, 7, 200, 3, (100, 10000, 100000))
+QUICK = Extent(2, 0.1, 500, 1, 0.2, 1, 30, 0.5, (10000,))
+
+
+class Bench:
+    """The backend, the clients, and the measurements with them."""
+
+    def __init__(self, extent, stack):
+        self.extent = extent
+        self.backend, self.clients = start_load(stack)
+        self.commands = dict(VAURIEN_MODES, direct=None)
+        self.others = ["direct"]
+        for name, (program, command) in OTHER_PROXIES.items():
+            if find_program(program):
+                self.commands[name] = command
+                self.others.append(name)
+
+    def target(self, name, stack):
+        return Target(self.commands[name], self.backend, self.clients, stack)
+
+    def names(self, workload):
+        """Return the names of the targets of a workload."""
+        return ["vaurien", *workload.modes, *(self.others if workload.others else ())]
+
+    def workloads(self):
+        """Run all workloads. Returns {(title, name): medians of Target.measure}."""
+        results = defaultdict(list)
+        for index in range(self.extent.rounds):
+            with contextlib.ExitStack() as stack:
+                targets = {name: self.target(name, stack) for name in self.commands}
+                for workload in WORKLOADS:
+                    show_progress("round %d of %d: %s" % (index + 1, self.extent.rounds,
+                                                          workload.title))
+                    names = self.names(workload)
+                    first = index % len(names)
+                    for name in names[first:] + names[:first]:
+                        results[workload.title, name].append(targets[name].measure(
+                            *workload[1:4], self.extent.seconds))
+        return {key: medians(rows) for key, rows in results.items()}
+
+    def memory(self):
+        """Return {name: KiB for each idle connection}; not of socat, which forks."""
+        kib = {}
+        for name in self.commands:
+            if name in ("vaurien", *self.others) and name not in ("direct", "socat"):
+                with contextlib.ExitStack() as stack:
+                    show_progress("memory: %s" % name)
+                    kib[name] = self.target(name, stack).open_idle(
+                        self.extent.idle, 0, stack) / 1024
+        return kib
+
+    def crowd(self, stack):
+        """Measure round trips on one connection beside many idle ones.
+
+        Returns (title, text of the figures).
+        """
+        fds = vaurien.raise_fd_limit() or 1000
+        count = min(int(CROWD * self.extent.crowd), fds // 2 - 200)
+        waiting = count * CROWD_WAITING // CROWD
+        alone, crowded = (Target(CROWD_COMMAND, self.backend, self.clients, stack)
+                          for _ in range(2))
+        show_progress("%d connections" % count)
+        crowded.open_idle(count, waiting, stack)
+        rows = [target.measure("tcp", 1, 1, self.extent.seconds)
+                for _ in range(self.extent.crowd_rounds) for target in (alone, crowded)]
+        (alone_rate, alone_cpu, *_), (rate, cpu, *_) = medians(rows[::2]), medians(rows[1::2])
+        return ("1 connection beside %d, %d delayed" % (count, waiting),
+                "%.0f /s, %.1f us CPU; alone %.0f /s, %.1f us: %.2f"
+                % (rate, cpu, alone_rate, alone_cpu, rate / alone_rate))
+
+    def faults(self, stack):
+        """Measure how exact the faults are. Yields (title, text of the figure)."""
+        results, control_port = defaultdict(list), unused_port()
+        command = vaurien_command("--http", "--http-host", "127.0.0.1", "--http-port",
+                                  str(control_port))
+        proxy = FaultTarget(command, self.backend, self.clients, stack)
+        proxy.control = vaurien.Client("127.0.0.1", control_port)
+        for index in range(self.extent.fault_rounds):
+            show_progress("faults, round %d of %d" % (index + 1, self.extent.fault_rounds))
+            for name, value in self.fault_round(proxy):
+                results[name].append(value)
+        result = {name: statistics.median_high(values) for name, values in results.items()}
+        yield "latency of 10 ms adds to a round trip", "%.3f ms" % result["added"]
+        yield ("one connection with it, against without",
+               "%.2f GB/s, %.2f" % (result["delayed bulk"] / 1e6, result["ratio"]))
+        for rate in self.extent.rates:
+            yield "bandwidth of %d KB/s is off by" % rate, "%+.2f %%" % result[rate]
+
+    def fault_round(self, proxy):
+        """Measure each fault once. Yields (name, value); the name of a rate is a number."""
+        trips, seconds = self.extent.trips, self.extent.fault_seconds
+        proxy.set_fault("dummy")
+        latency, bulk = proxy.latency(10 * trips), proxy.bulk_rate(seconds)
+        proxy.set_fault("latency", latency=10)
+        yield "added", proxy.latency(trips) - latency
+        delayed = proxy.bulk_rate(seconds)
+        yield "delayed bulk", delayed
+        yield "ratio", delayed / bulk
+        for rate in self.extent.rates:
+            proxy.set_fault("bandwidth", rate=rate)
+            yield rate, 100 * (proxy.bulk_rate(seconds) / rate - 1)
+
+
+class FaultTarget(Target):
+    """A proxy whose fault can be changed, measured from this process on one connection."""
+
+    control = None      # a vaurien.Client
+
+    def set_fault(self, name, **options):
+        """Apply one fault to the downstream events of all new connections."""
+        self.control.set_handler(name, per="connection", stream="downstream", **options)
+
+    def latency(self, count):
+        """Return the median time of this number of round trips, in milliseconds."""
+        seconds = []
+        with contextlib.closing(connect(self.port)) as sock:
+            send_and_read(sock, REQUESTS["tcp"])
+            for _ in range(count):
+                start = time.perf_counter()
+                send_and_read(sock, REQUESTS["tcp"])
+                seconds.append(time.perf_counter() - start)
+        return 1000 * statistics.median_high(seconds)
+
+    def bulk_rate(self, seconds):
+        """Return the KB/s of an endless stream, measured for this time."""
+        buffer, size = bytearray(MIB), 0
+        with contextlib.closing(connect(self.port)) as sock:
+            sock.sendall(STREAM_REQUEST)
+            sock.recv_into(buffer)
+            start = now = time.perf_counter()
+            while now - start < seconds:
+                size += sock.recv_into(buffer)
+                now = time.perf_counter()
+        return size / (now - start) / 1000
+
+
+def medians(rows):
+    """Return the median of each column."""
+    return [statistics.median_high(column) for column in zip(*rows)]
+
+
+# -- Output -------------------------------------------------------------------
+
+def show_progress(text=""):
+    """Replace the line on stderr that shows the progress."""
+    print("\r%-70s\r%s" % ("", text), end="", file=sys.stderr, flush=True)
+
+
+def print_workload(workload, results):
+    """Print the rows of a workload.
+
+    results    {name: (rate, CPU us, median ms, 99th percentile ms)}, vaurien's first
+    """
+    vaurien_rate = results["vaurien"][0]
+    for name, (rate, cpu, median, late) in results.items():
+        if name == "vaurien":
+            ratio = ""
+        elif name in workload.modes:
+            ratio = "keeps %.2f" % (rate / vaurien_rate)
+        else:
+            ratio = "%.2f" % (vaurien_rate / rate)
+        print("%-28s %-10s %12s %11s %9s %9s %13s" % (
+            workload.title if name == "vaurien" else "", name,
+            "%.0f %s" % (rate, workload.unit), "%.1f" % cpu if cpu else "",
+            "%.3f" % median if median else "", "%.3f" % late if late else "", ratio))
+
+
+def print_memory(kib):
+    """Print the rows of the memory of a connection.
+
+    kib    {name: KiB}, vaurien's first
+    """
+    for name, value in kib.items():
+        print("%-28s %-10s %12s %45s" % (
+            "memory, idle connection" if name == "vaurien" else "", name, "%.1f KiB" % value,
+            "" if name == "vaurien" else "%.2f" % (kib["vaurien"] / value)))
+
+
+def bench(extent):
+    """Measure everything, then print the table."""
+    vaurien.raise_fd_limit()
+    with contextlib.ExitStack() as stack:
+        measurements = Bench(extent, stack)
+        results, kib = measurements.workloads(), measurements.memory()
+        lines = [measurements.crowd(stack), *measurements.faults(stack)]
+    show_progress()
+    print("%-28s %-10s %12s %11s %9s %9s %13s" % (
+        "workload", "proxy", "rate", "CPU us each", "p50 ms", "p99 ms", "vaurien/proxy"))
+    for workload in WORKLOADS:
+        print_workload(workload, {name: results[workload.title, name]
+                                  for name in measurements.names(workload)})
+    print_memory(kib)
+    for title, text in lines:
+        print("%-45s %s" % (title, text))
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Compare vaurien with other TCP proxies in front of the same backend.")
+    parser.add_argument("--quick", action="store_true", help="two short rounds only")
+    parser.add_argument("role", nargs="?", choices=["backend", "client"],
+                        help=argparse.SUPPRESS)        # of the processes that this one starts
+    args = parser.parse_args()
+    if args.role == "backend":
+        run_backend()
+    elif args.role == "client":
+        run_client()
+    else:
+        bench(QUICK if args.quick else FULL)
+
+
+if __name__ == "__main__":
+    main()
