@@ -2655,7 +2655,7 @@ class ProtocolChain(Chain):
     def may_pass(self, to, size):
         """Return whether no rule may act on the next bytes. Changes nothing.
 
-        The client's bytes pass if no rule is active and no head is to be rewritten, and the
+        The client's bytes pass if no rule is active and heads need not be rewritten, and the
         backend's if no rule acts on a queued exchange. Bytes of either pass if they are the
         middle of a message on which no rule acts.
         """
@@ -3280,14 +3280,14 @@ class Loop:
             raise exc
         return result
 
-    def run_in_thread(self, function, then):
-        """Run a function in a thread of its own, then call then(result, exc) in the loop's."""
+    def run_in_thread(self, function, on_done):
+        """Run a function in a thread of its own, then call on_done(result, exc) in the loop's."""
         thread = threading.Thread(
-            target=lambda: self.call_soon_threadsafe(then, *capture(function)), daemon=True)
+            target=lambda: self.call_soon_threadsafe(on_done, *capture(function)), daemon=True)
         try:
             thread.start()
         except RuntimeError as exc:     # no more threads
-            self.call_soon_threadsafe(then, None, exc)
+            self.call_soon_threadsafe(on_done, None, exc)
 
     def stop(self):
         """End `run`. Signal handlers may call this, too."""
@@ -4590,21 +4590,21 @@ class Proxy:
         self.backend = backend
         self.addresses = resolve_numeric(backend)       # None if a resolver is needed
 
-    def resolve_backend(self, then):
-        """Resolve the backend's name in a thread, then call then(addresses, error).
+    def resolve_backend(self, on_resolved):
+        """Resolve the backend's name in a thread, then call on_resolved(addresses, error).
 
         The name is resolved for each new client, but once for all that wait at the same time.
         """
         backend = self.backend
         waiting = self.lookups.setdefault(backend, [])
-        waiting.append(then)
-        if len(waiting) == 1:
-            self.loop.run_in_thread(lambda: resolve(backend), lambda addresses, error:
-                                    self.on_resolved(backend, addresses, error))
+        waiting.append(on_resolved)
 
-    def on_resolved(self, backend, addresses, error):
-        for then in self.lookups.pop(backend):
-            then(addresses, error)
+        def on_done(addresses, error):
+            for callback in self.lookups.pop(backend):
+                callback(addresses, error)
+
+        if len(waiting) == 1:
+            self.loop.run_in_thread(lambda: resolve(backend), on_done)
 
     def set_protocol(self, protocol, overwrite_host_header):
         """Use another protocol for new connections. Closes the open ones if it differs."""
@@ -5547,7 +5547,7 @@ class RequestHandler:
     def __getattr__(self, name):
         """Accept every method (do_GET ...): the route decides which ones it takes."""
         if name.startswith("do_"):
-            return self.answer
+            return self.respond
         raise AttributeError(name)
 
     def setup(self):
@@ -5589,7 +5589,7 @@ class RequestHandler:
         self.rfile.limit = math.inf
         return valid
 
-    def answer(self):
+    def respond(self):
         """Answer one request. Only if its body has been read may another request follow."""
         closing, self.close_connection = self.close_connection, True
 
