@@ -145,7 +145,7 @@ def set_behavior(proxy, behavior, **options):
 def rule_set_of(*rules, seed=1, name="test"):
     """Return the RuleSet of a proxy that has this name, this seed and these rules."""
     rule_set = vaurien.RuleSet(seed, name)
-    rule_set.active = list(rules)
+    rule_set.installed = list(rules)
     return rule_set
 
 
@@ -1460,7 +1460,7 @@ class Playbook:
         """
         self.test = test
         self.rules = vaurien.RuleSet(1, "test")
-        self.rules.active = list(rules)
+        self.rules.installed = list(rules)
         self.reader = ProtocolReader(protocol, pending=(), host=host)
         self.chain = vaurien.ProtocolChain(self.rules, 1, self.reader.protocol)
         self.tcp = None             # the Chain that replaces it when the protocol is lost
@@ -1534,8 +1534,8 @@ class Playbook:
 
     def replace_rules(self, *rules):
         """Arm other rules while the connection is open."""
-        new = [rule for rule in rules if rule not in self.rules.active]
-        self.rules.active = list(rules)
+        new = [rule for rule in rules if rule not in self.rules.installed]
+        self.rules.installed = list(rules)
         self.chain.rules_changed(new)
 
     # The state of the chain.
@@ -1552,7 +1552,7 @@ class Playbook:
         return len(self.chain.exchanges)
 
     def activated(self):
-        return self.chain.activated
+        return self.chain.newly_acted
 
     def last_request(self):
         return self.chain.exchanges[-1].request
@@ -1569,7 +1569,7 @@ class Playbook:
 
     def requests_drawn(self):
         """Return the count of requests for which rules were drawn."""
-        return self.rules.requests
+        return self.rules.request_count
 
     def state(self):
         """Return all state that the fast path and the slow path must leave alike."""
@@ -2048,7 +2048,7 @@ class TestProtocolChain(unittest.TestCase):
                     for play in whole, split:       # too late to reply in the backend's place
                         rule = error_rule(per="connection")
                         play.replace_rules(rule)
-                        self.assertEqual(rule.activations, 0)
+                        self.assertEqual(rule.acted_count, 0)
                         self.assertEqual(play.show_open(rule), [])
                         self.assertTrue(play.last_request_is_current())
         self.assertGreater(counts[3], 10)
@@ -2282,38 +2282,38 @@ class TestRules(unittest.TestCase):
     def check_draws(self, behavior, fields):
         """Check the active rules of 59 requests against their draws."""
         rule_set = self.rule_set(behavior)
-        for rule in rule_set.active:
+        for rule in rule_set.installed:
             for name, value in fields.items():
                 setattr(rule, name, value)
         chain, other = vaurien.Chain(rule_set, 3), rules_from("30:abort")
         for request in range(1, 60):
             if request == 20:           # within a block of 8 requests that are drawn together
-                rule_set.active = rule_set.active + other
+                rule_set.installed = rule_set.installed + other
                 chain.rules_changed(other)
             if request == 27:           # and so is this one
-                rule_set.active = rule_set.active[:-1]
+                rule_set.installed = rule_set.installed[:-1]
                 chain.rules_changed([])
             chain.begin_request()
             percent = 100 * rule_set.draw_block("behavior", 3, request // 8)[request % 8] / 2 ** 64
             self.assertEqual([active_rule.rule for active_rule in chain.active],
-                             [rule for rule in rule_set.active
+                             [rule for rule in rule_set.installed
                               if rule.draw_min <= percent < rule.draw_max
                               and rule.drawn_count > rule.after], request)
             self.assertEqual([active_rule.request for active_rule in chain.active],
                              [active_rule.rule.drawn_count for active_rule in chain.active])
-            self.assertEqual([rule.drawn_count for rule in rule_set.active],
+            self.assertEqual([rule.drawn_count for rule in rule_set.installed],
                              [request - 19 if rule in other else request
-                              for rule in rule_set.active])
+                              for rule in rule_set.installed])
 
     def test_a_rule_that_has_changed_is_drawn_again(self):
         rule_set = self.rule_set("0:delay")
         chain = vaurien.Chain(rule_set, 1)
         for _ in range(9):
             chain.begin_request()
-        rule_set.active[0].draw_max = 100.0
-        chain.rules_changed([], rule_set.active)
+        rule_set.installed[0].draw_max = 100.0
+        chain.rules_changed([], rule_set.installed)
         chain.begin_request()
-        self.assertEqual([active_rule.rule for active_rule in chain.active], rule_set.active)
+        self.assertEqual([active_rule.rule for active_rule in chain.active], rule_set.installed)
 
     def test_another_seed_and_another_proxy_give_other_draws(self):
         active = self.active_rules(self.rule_set("20:delay"))
@@ -2451,11 +2451,11 @@ class TestChain(unittest.TestCase):
         chain = chain_of(vaurien.Rule("error", {"warmup": 1}))
         chain.process(0, UPSTREAM, b"q")
         chain.process(0, DOWNSTREAM, b"a")
-        self.assertEqual(chain.activated, [])
+        self.assertEqual(chain.newly_acted, [])
         chain.begin_request()
         for event in (0, UPSTREAM, b"q"), (0, DOWNSTREAM, b"a"), (0, DOWNSTREAM, b"b"):
             chain.process(*event)
-        self.assertEqual([(rule.name, request) for rule, request in chain.activated],
+        self.assertEqual([(rule.name, request) for rule, request in chain.newly_acted],
                          [("error", 2)])
 
     def test_a_bug_in_a_handler_resets_the_connection_and_is_logged_with_its_name(self):
@@ -2500,7 +2500,7 @@ class TestChain(unittest.TestCase):
         with registered(early):
             chain = chain_of(vaurien.Rule("early"))
             self.assertEqual(chain.process(3, UPSTREAM, b"q"), [(3, UPSTREAM, b"q", ())])
-            self.assertEqual((chain.activated, chain.modified), ([], False))
+            self.assertEqual((chain.newly_acted, chain.modified), ([], False))
 
     def test_a_request_begins_when_the_client_sends_after_the_backend_has_sent(self):
         with running_proxy(echo) as proxy, connected_client(proxy) as sock:
@@ -3069,7 +3069,7 @@ class TestFastPath(BulkTestCase, unittest.TestCase):
                 for index in range(100):
                     send_and_read(sock, random_data(1 + index))
             self.assertEqual(calls, Counter())
-            self.assertEqual(loop.run_sync(lambda: proxy.rules.requests), 101)
+            self.assertEqual(loop.run_sync(lambda: proxy.rules.request_count), 101)
             set_behavior(proxy, "100:delay", delay={"sleep": 0.0})
             self.assertTrue(calls["clock"])         # calls are counted indeed
 
@@ -3735,13 +3735,13 @@ class TestInProcess(unittest.TestCase):
 
     def test_handler_acts_for_the_time_of_a_with_block(self):
         with running_proxy(echo, "5:hang") as proxy:
-            before = list(proxy.rules.active)
+            before = list(proxy.rules.installed)
             with proxy.handler("delay", sleep=2, percent=20, per="connection"):
                 self.assertEqual(proxy.describe(), "20:delay sleep=2.0, 80:dummy")
-            self.assertEqual(proxy.rules.active, before)
+            self.assertEqual(proxy.rules.installed, before)
             with self.assertRaises(KeyError), proxy.handler("error"):
                 raise KeyError
-            self.assertEqual(proxy.rules.active, before)
+            self.assertEqual(proxy.rules.installed, before)
 
     def test_handler_refuses_unknown_names_and_options(self):
         with running_proxy(echo) as proxy:
@@ -4130,13 +4130,13 @@ class TestRoutes(unittest.TestCase):
         self.request("PUT", "/behavior", b'{"name": "delay"}')
         self.assertEqual(self.one.describe(), "100:delay sleep=1.0")
         self.request("POST", "/handler", b"dummy")
-        self.assertEqual(self.one.rules.active, [])
+        self.assertEqual(self.one.rules.installed, [])
 
     def test_fields_of_a_rule(self):
         self.request("PUT", "/behavior",
                      b'{"name": "error", "percent": 20, "per": "connection", '
                      b'"stream": "downstream", "after": 3, "times": 2}')
-        rule, = self.one.rules.active
+        rule, = self.one.rules.installed
         self.assertEqual((rule.draw_min, rule.draw_max,
                           rule.per, rule.stream, rule.after, rule.times),
                          (0, 20, "connection", "downstream", 3, 2))
@@ -4154,7 +4154,7 @@ class TestRoutes(unittest.TestCase):
             self.control.proxies = proxy_table(proxy)
             rules = self.request("GET", "/rules")
             self.request("PUT", "/rules", json.dumps(rules).encode())
-            self.assertEqual([(rule.draw_min, rule.draw_max) for rule in proxy.rules.active],
+            self.assertEqual([(rule.draw_min, rule.draw_max) for rule in proxy.rules.installed],
                              [(0, 20), (50, 55)])
 
     def test_the_query_selects_one_of_several_proxies(self):
@@ -5185,7 +5185,7 @@ class TestToxiproxyApi(ToxiproxyTestCase):
         self.assertEqual(
             (toxic["toxicity"], toxic["per"], toxic["after"], toxic["times"], toxic["match"]),
             (0.5, "request", 3, 2, "^GET"))
-        rule, = self.proxies["p"].rules.active
+        rule, = self.proxies["p"].rules.installed
         self.assertEqual((rule.draw_max, rule.per, rule.after, rule.times, rule.stream),
                          (50, "request", 3, 2, DOWNSTREAM))
 
@@ -6083,11 +6083,11 @@ class TestSettings(TempDirTestCase):
 
     def options(self, *argv):
         """Return the options of each rule of the only proxy."""
-        return [rule.options for rule in self.proxy(*argv).rules.active]
+        return [rule.options for rule in self.proxy(*argv).rules.installed]
 
     def test_defaults(self):
         proxy = self.proxy()
-        self.assertEqual((proxy.local, proxy.backend, proxy.rules.active, proxy.timeout),
+        self.assertEqual((proxy.local, proxy.backend, proxy.rules.installed, proxy.timeout),
                          (("localhost", 8000), ("localhost", 80), [], 30.0))
 
     def test_local_is_a_synonym_of_proxy_and_distant_of_backend(self):
@@ -6199,7 +6199,7 @@ class TestSettings(TempDirTestCase):
             "match = ^SELECT .* FROM carts\n"
             "times = 3\n"))
         one, two = self.proxy("--config", path, "--handlers.delay.after", "2",
-                              "--behavior-delay-per=connection").rules.active
+                              "--behavior-delay-per=connection").rules.installed
         self.assertEqual((one.match.pattern, one.times, one.after),
                          (b"^SELECT .* FROM carts", 3, 0))
         self.assertEqual((two.match, two.after, two.per, two.draw_max - two.draw_min),
@@ -6233,7 +6233,7 @@ class TestSettings(TempDirTestCase):
             "100:dummy, "
             "toxic slow (50:upstream latency latency=200 jitter=0), "
             "toxic lost (20:downstream hang)"))
-        lost = proxy.rules.active[1]
+        lost = proxy.rules.installed[1]
         self.assertEqual((lost.per, lost.times, lost.match.pattern),
                          ("request", 3, b"^SELECT .* FROM carts"))
 

@@ -1884,7 +1884,7 @@ class Rule:
     """
 
     __slots__ = ("name", "handler", "options", "draw_min", "draw_max", "draw_key", "direction",
-                 "rate_limited", "blocking", "drawn_count", "activations", "shared",
+                 "rate_limited", "blocking", "drawn_count", "acted_count", "shared",
                  "error_logged", "instance",
                  *(field for field in RULE_FIELDS if field != "percent"))
 
@@ -1908,7 +1908,7 @@ class Rule:
         self.rate_limited = getattr(self.handler, "rate_limited", False)
         self.blocking = is_blocking_handler(self.handler)   # it is no part of the chain
         self.drawn_count = 0        # requests, or connections, that it was drawn for
-        self.activations = 0        # how many of them it has acted on
+        self.acted_count = 0        # how many of them it has acted on
         self.shared = Counter()     # for the handler, across connections
         self.error_logged = False   # a traceback of the handler is in the log already
         self.instance = None        # of a blocking handler: the object that is called
@@ -1946,7 +1946,7 @@ class ActiveRule(Counter):
 
     The handler counts in it; the section Handlers describes its attributes. It exists also
     while a rule with `match` waits for matching bytes, and for a connection that the rule
-    was drawn for and does not act on: then `acts` is False.
+    was active for and does not act on: then `acts` is False.
     """
 
     request_number = 0
@@ -1962,7 +1962,7 @@ class ActiveRule(Counter):
         self.draw = draw                # the seed of `random`
         self.acts = acts
         self.match_buffer = match_buffer    # bytes that may yet match; None once that is decided
-        self.activated = False          # whether it has changed anything yet
+        self.has_acted = False          # it has changed an event already
         self.replies = {}               # {Request: Reply or None}, of `error`
 
     @property
@@ -1986,12 +1986,12 @@ class ActiveRule(Counter):
 
     def may_act(self):
         """Return whether it has acted already, or `times` of its rule permits one more."""
-        return self.activated or not 0 < self.rule.times <= self.rule.activations
+        return self.has_acted or not 0 < self.rule.times <= self.rule.acted_count
 
-    def activate(self):
-        """Note that it changes something. Returns whether this is the first time."""
-        first, self.activated = not self.activated, True
-        self.rule.activations += first
+    def mark_acted(self):
+        """Record that the rule has changed an event. Returns whether this is the first time."""
+        first, self.has_acted = not self.has_acted, True
+        self.rule.acted_count += first
         return first
 
 
@@ -2006,8 +2006,8 @@ class RuleSet:
 
     def __init__(self, seed, proxy):
         self.seed, self.proxy = seed, proxy
-        self.active = []
-        self.requests = 0       # begun at this proxy
+        self.installed = []     # Rules, in the order in which they act
+        self.request_count = 0  # begun at this proxy
         self.hashes = {}        # {draw key: a hash of all except the numbers}
 
     def draw_block(self, draw_key, connection, block):
@@ -2216,8 +2216,8 @@ class Chain:
     """
 
     __slots__ = ("rules", "connection", "request", "last_direction", "active", "undrawn",
-                 "per_connection", "activated", "number", "protocol_lost", "protocol",
-                 "current_request", "answered_early", "modified", "draws", "block",
+                 "per_connection", "newly_acted", "number", "protocol_lost", "protocol",
+                 "current_request", "answered_early", "modified", "block_draws", "block",
                  "protocol_error", "successor")
 
     def __init__(self, rules, connection):
@@ -2229,9 +2229,9 @@ class Chain:
         self.active = []                # ActiveRules of the current request, in rule order
         self.undrawn = []               # rules added before any byte of the request was sent
         self.per_connection = {}        # {rule: ActiveRule} of those drawn for the connection
-        self.draws = NO_DRAWS           # {draw key: 8 draws} of a block of requests
-        self.block = -1                 # the number of that block
-        self.activated = []             # (rule, request) of those that have begun to act
+        self.block_draws = NO_DRAWS     # {draw key: numbers of the 8 requests of a block}
+        self.block = -1                 # the index of that block
+        self.newly_acted = []           # (rule, request number) of faults to be recorded
         self.modified = False           # a rule has changed an event since this was reset
         self.answered_early = False     # a rule has replied in the backend's place
         self.protocol = None            # a Protocol: see ProtocolChain
@@ -2248,16 +2248,16 @@ class Chain:
         """Count a request, and draw the rules for it."""
         self.request += 1
         self.number = self.request
-        self.rules.requests += 1
+        self.rules.request_count += 1
         self.undrawn = []
-        if not self.rules.active:
+        if not self.rules.installed:
             self.active = []
             return
         if self.per_connection:
-            for drawn in self.per_connection.values():
-                if drawn is not None and drawn.match_buffer:
-                    drawn.match_buffer = b""
-        self.active = self.collect(self.activate)
+            for active in self.per_connection.values():
+                if active is not None and active.match_buffer:
+                    active.match_buffer = b""
+        self.active = self.collect(self.draw_rule)
 
     def direction_changed(self, to):
         """Bytes now go this way, and the last ones went the other way, if there were any."""
@@ -2269,60 +2269,67 @@ class Chain:
 
     # Drawing
 
-    def draw(self, rule):
-        """Draw a rule for the current request, or for the connection as request 0.
+    def draw_number(self, rule):
+        """Draw the number that decides whether a rule acts on the current request.
 
-        Returns (the draw, whether the rule acts).
+        A rule per connection has one number for all requests, that of request 0. Returns
+        (number, whether the rule acts). The numbers of a block of 8 requests are drawn at
+        once, and kept while requests of this block are drawn.
         """
         rule.drawn_count += 1
         request = self.request if rule.per == "request" else 0
-        if request >> 3 != self.block:
-            self.block, self.draws = request >> 3, {}
-        draws = self.draws.get(rule.draw_key)
+        block, index = request // 8, request % 8
+        if block != self.block:
+            self.block, self.block_draws = block, {}
+        draws = self.block_draws.get(rule.draw_key)
         if draws is None:
-            draws = self.draws[rule.draw_key] = self.rules.draw_block(
-                rule.draw_key, self.connection, self.block)
-        draw = draws[request & 7]
-        return draw, rule.includes(draw) and rule.drawn_count > rule.after
+            draws = self.block_draws[rule.draw_key] = self.rules.draw_block(
+                rule.draw_key, self.connection, block)
+        number = draws[index]
+        skip = rule.drawn_count <= rule.after       # one of the first `after` requests
+        return number, rule.includes(number) and not skip
 
-    def activate(self, rule):
+    def draw_rule(self, rule):
         """Return the ActiveRule of a rule that acts, or may act once the request matches.
 
         Returns None if a rule does not act on the current request.
         """
         if rule.match:
             return ActiveRule(rule, rule.drawn_count, acts=False, match_buffer=b"")
-        draw, acts = self.draw(rule)
+        number, acts = self.draw_number(rule)
         if not acts and rule.per == "request":
             return None
-        return ActiveRule(rule, rule.drawn_count, draw, acts)
+        return ActiveRule(rule, rule.drawn_count, number, acts)
 
     def collect(self, for_request):
         """Return the active rules of the current request, in rule order.
 
         for_request(rule)    returns the ActiveRule, or None, of a rule drawn per request
         """
-        active = []
-        for rule in self.rules.active:
+        collected = []
+        for rule in self.rules.installed:
             if rule.per == "request":
-                drawn = for_request(rule)
+                active = for_request(rule)
             elif rule in self.per_connection and not self.awaits_match(rule):
-                drawn = self.per_connection[rule]
+                active = self.per_connection[rule]
             else:
-                drawn = self.per_connection[rule] = self.activate(rule)
-            if drawn is not None and (drawn.acts or drawn.match_buffer is not None):
-                active.append(drawn)
-        return active
+                active = self.per_connection[rule] = self.draw_rule(rule)
+            if active is not None and (active.acts or active.match_buffer is not None):
+                collected.append(active)
+        return collected
 
     def awaits_match(self, rule):
-        """Return whether a rule per connection is not drawn yet: see ProtocolChain."""
+        """Return whether a rule per connection still waits for a request that matches.
+
+        Without a protocol it is drawn once: its ActiveRule searches each request.
+        """
         return False
 
     def redraw(self, rules):
         """Draw these rules for the current request. The others stay as they are."""
-        current = {drawn.rule: drawn for drawn in self.active}
+        current = {active.rule: active for active in self.active}
         self.active = self.collect(
-            lambda rule: self.activate(rule) if rule in rules else current.get(rule))
+            lambda rule: self.draw_rule(rule) if rule in rules else current.get(rule))
 
     def rules_changed(self, new, changed=()):
         """The proxy's rules have changed.
@@ -2331,33 +2338,33 @@ class Chain:
         request, or with this one if no byte of it has been sent yet; new rules per
         connection begin now. A rule whose options changed keeps its state.
         """
-        current = {drawn.rule: drawn for drawn in self.active}
-        self.per_connection = {rule: drawn for rule, drawn in self.per_connection.items()
-                               if rule in self.rules.active}
+        current = {active.rule: active for active in self.active}
+        self.per_connection = {rule: active for rule, active in self.per_connection.items()
+                               if rule in self.rules.installed}
         for rule in changed:
-            drawn = self.per_connection.get(rule)
-            if drawn is not None and drawn.match_buffer is None:
-                drawn.draw_again(rule.includes(drawn.draw) and drawn.request > rule.after)
-        self.undrawn = [rule for rule in [*self.undrawn, *new] if rule in self.rules.active]
+            active = self.per_connection.get(rule)
+            if active is not None and active.match_buffer is None:
+                active.draw_again(rule.includes(active.draw) and active.request > rule.after)
+        self.undrawn = [rule for rule in [*self.undrawn, *new] if rule in self.rules.installed]
         self.active = self.collect(current.get)
 
     def reset_rate_limits(self, to, latest):
         """Queued chunks were released: rate-limited rules have none queued after `latest`."""
-        for drawn in self.active:
-            if drawn.rule.rate_limited and drawn.acts:
-                drawn[to] = min(drawn[to], latest)
+        for active in self.active:
+            if active.rule.rate_limited and active.acts:
+                active[to] = min(active[to], latest)
 
     def blocking_rule(self):
         """Return the first active rule with a blocking handler, or None."""
-        return next((drawn for drawn in self.active
-                     if drawn.rule.blocking and drawn.may_act()), None)
+        return next((active for active in self.active
+                     if active.rule.blocking and active.may_act()), None)
 
     # Processing
 
     def pass_through(self, to, data):
         """Fast path: return the bytes if no active rule may act on them, and otherwise None."""
-        for drawn in self.active:
-            if drawn.rule.direction in ("both", to) or drawn.match_buffer is not None:
+        for active in self.active:
+            if active.rule.direction in ("both", to) or active.match_buffer is not None:
                 return None
         return data
 
@@ -2374,60 +2381,67 @@ class Chain:
         return self.run_chain(self.active, t, to, [(t, to, data, ())])
 
     def process_open(self, t, directions, rules=None):
-        """Give OPEN to the rules that are drawn for the connection.
+        """Give OPEN to rules that begin now: the handler may make events of it.
 
-        rules    those that begin now, or have changed, on an open connection; None for all
+        rules    the rules that begin, or whose options have changed, on an open connection.
+                 None means that the connection itself begins: all rules per connection
 
-        Returns the events that they make of it, without OPEN itself.
+        Returns these events, without OPEN itself, after they have passed the later rules.
         """
-        made = []
-        for index, drawn in enumerate(self.active):
-            if drawn.rule.per == "connection" if rules is None else drawn.rule in rules:
-                for to in directions:
-                    events = self.run_chain([drawn], t, to, [(t, to, OPEN, ())], opening=True)
-                    if events == [(t, to, RESET, ())]:      # the handler failed
-                        return events
-                    events = [event for event in events if event[2] is not OPEN]
-                    made += self.run_chain(self.active[index + 1:], t, to, events)
-        return made
+        all_events = []
+        for index, active in enumerate(self.active):
+            begins = active.rule.per == "connection" if rules is None else active.rule in rules
+            for to in directions if begins else ():
+                events = self.run_chain([active], t, to, [(t, to, OPEN, ())], opening=True)
+                if events == [(t, to, RESET, ())]:      # the handler failed: only reset
+                    return events
+                events = [event for event in events if event[2] is not OPEN]
+                all_events += self.run_chain(self.active[index + 1:], t, to, events)
+        return all_events
 
-    def run_chain(self, active, t, to, events, opening=False):
-        """Run the events made of one at t through these rules. A handler's bug is a RESET."""
-        for drawn in active:
-            if drawn.rule.blocking:     # it gets the sockets: see Connection.hand_off
+    def run_chain(self, active_rules, t, to, events, opening=False):
+        """Run events through some active rules, one after the other.
+
+        t, to      of the event that they were made of
+        opening    whether that event is an OPEN that only one rule gets: see process_open
+
+        If a handler raises an exception, the result is one RESET.
+        """
+        for active in active_rules:
+            if active.rule.blocking:     # it gets the sockets: see Connection.hand_off
                 continue
             try:
-                events = (self.run_rule(drawn, events[0], opening) if len(events) == 1 else
+                events = (self.run_rule(active, events[0], opening) if len(events) == 1 else
                           [made for event in events
-                           for made in self.run_rule(drawn, event, opening)])
+                           for made in self.run_rule(active, event, opening)])
             except (Exception, SystemExit) as exc:
                 log.error("connection %d, request %d: handler %s failed and the connection is "
-                          "reset: %s", self.connection, self.number, drawn.rule.name,
-                          format_exception(exc), exc_info=not drawn.rule.error_logged)
-                drawn.rule.error_logged = self.modified = True
+                          "reset: %s", self.connection, self.number, active.rule.name,
+                          format_exception(exc), exc_info=not active.rule.error_logged)
+                active.rule.error_logged = self.modified = True
                 return [(t, to, RESET, ())]
         return events
 
-    def run_rule(self, drawn, event, opening):
+    def run_rule(self, active, event, opening):
         """Return the events that one rule makes of one event."""
         t, to, data, delays = event
-        rule = drawn.rule
-        if not drawn.acts and not self.matches(drawn, to, data):
+        rule = active.rule
+        if not active.acts and not self.matches(active, to, data):
             return [event]
-        if rule.direction not in ("both", to) or (rule.times and not drawn.may_act()):
+        if rule.direction not in ("both", to) or (rule.times and not active.may_act()):
             return [event]
-        drawn.request_number, drawn.current_request = self.number, self.current_request
-        drawn.protocol, drawn.protocol_lost = self.protocol, self.protocol_lost
+        active.request_number, active.current_request = self.number, self.current_request
+        active.protocol, active.protocol_lost = self.protocol, self.protocol_lost
         events = [(due if due > t else t, direction, made) for due, direction, made
-                  in rule.handler(drawn, t, to, data, **rule.options)]
+                  in rule.handler(active, t, to, data, **rule.options)]
         if events == [(t, to, data)]:
             return [event]
-        self.note_changes(drawn, to, events, opening)
+        self.note_changes(active, to, events, opening)
         return [(due, direction, made, delays if due == t else
                  delays + ((rule, due - t, data is OPEN and made is not OPEN),))
                 for due, direction, made in events]
 
-    def note_changes(self, drawn, to, events, opening):
+    def note_changes(self, active, to, events, opening):
         """Note that a rule has made these events of one. Raises TypeError for invalid ones."""
         self.modified = True
         for _, direction, data in events:
@@ -2438,21 +2452,21 @@ class Chain:
                 self.last_direction = DOWNSTREAM
                 self.answered_early = self.answered_early or to == UPSTREAM
         if not opening or any(data is not OPEN for _, _, data in events):
-            if drawn.activate():
-                self.activated.append((drawn.rule, self.number))
+            if active.mark_acted():
+                self.newly_acted.append((active.rule, self.number))
 
-    def matches(self, drawn, to, data):
+    def matches(self, active, to, data):
         """Search the client's bytes so far for the rule's `match`. Draw the rule if it matches.
 
         Returns whether the rule acts.
         """
-        buffered = drawn.match_buffer
+        buffered = active.match_buffer
         if to == UPSTREAM and data and buffered is not None and len(buffered) < MATCH_WINDOW:
-            drawn.match_buffer = buffered + data[:MATCH_WINDOW - len(buffered)]
-            if drawn.rule.match.search(drawn.match_buffer):
-                drawn.draw, drawn.acts = self.draw(drawn.rule)
-                drawn.match_buffer, drawn.request = None, drawn.rule.drawn_count
-        return drawn.acts
+            active.match_buffer = buffered + data[:MATCH_WINDOW - len(buffered)]
+            if active.rule.match.search(active.match_buffer):
+                active.draw, active.acts = self.draw_number(active.rule)
+                active.match_buffer, active.request = None, active.rule.drawn_count
+        return active.acts
 
 
 class Exchange:
@@ -2492,7 +2506,7 @@ class ProtocolChain(Chain):
     each boundary that it finds changes the queue as this table says, before it parses on:
 
         direction   boundary         change
-        upstream    Request          the last exchange begins: rules are drawn for it
+        upstream    Request          the last exchange begins: rules are active for it
         upstream    CONTINUATION     the bytes belong to the last exchange, whose request is
                                      complete already: its rules do not act on them
         upstream    END_OF_MESSAGE   the request of the last exchange is complete
@@ -2530,12 +2544,12 @@ class ProtocolChain(Chain):
     def direction_changed(self, to):
         self.last_direction = to        # requests begin where the protocol finds them
 
-    def activate(self, rule):
+    def draw_rule(self, rule):
         """As in Chain, but a rule with `match` is drawn when the request is known, or never."""
         if rule.match and not (self.current_request and rule.match.search(
                 self.current_request.text[:MATCH_WINDOW])):
             return None
-        draw, acts = self.draw(rule)
+        draw, acts = self.draw_number(rule)
         return ActiveRule(rule, rule.drawn_count, draw, acts)
 
     def awaits_match(self, rule):
@@ -2545,31 +2559,31 @@ class ProtocolChain(Chain):
         super().rules_changed(new, changed)
         last, self.last_affected = self.exchanges[-1], None
         for exchange in self.exchanges:
-            exchange.active = [drawn for drawn in exchange.active
-                               if self.still_acts(drawn, exchange)]
+            exchange.active = [active for active in exchange.active
+                               if self.still_acts(active, exchange)]
             if exchange is last:
-                exchange.active += [drawn for drawn in self.active
-                                    if not any(drawn is other for other in exchange.active)]
+                exchange.active += [active for active in self.active
+                                    if not any(active is other for other in exchange.active)]
             if exchange.active or exchange.queued_events:
                 self.last_affected = exchange
         if last.forwarded:
             self.exempt(last)
 
-    def still_acts(self, drawn, exchange):
+    def still_acts(self, active, exchange):
         """Return whether an active rule of an exchange acts on after the rules have changed.
 
         A rule that has replied in the backend's place finishes. A rule that is not removed
         acts on in earlier exchanges; those of the last one are collected again.
         """
-        if drawn.acts and drawn.replies.get(exchange.request):
+        if active.acts and active.replies.get(exchange.request):
             return True
-        return drawn.rule in self.rules.active and exchange is not self.exchanges[-1]
+        return active.rule in self.rules.installed and exchange is not self.exchanges[-1]
 
     def exempt(self, exchange):
         """Part of this request has been forwarded, so no rule may reply to it any more."""
-        for drawn in exchange.active:
-            if drawn.acts:
-                drawn.replies.setdefault(exchange.request, None)
+        for active in exchange.active:
+            if active.acts:
+                active.replies.setdefault(exchange.request, None)
 
     # Boundaries
 
@@ -2582,11 +2596,11 @@ class ProtocolChain(Chain):
         if not connecting:
             if request.independent:
                 self.begin_request()
-        elif self.rules.active:         # the rules without `match` were drawn on connecting
-            self.redraw([*self.undrawn, *(rule for rule in self.rules.active if rule.match)])
+        elif self.rules.installed:         # the rules without `match` were drawn on connecting
+            self.redraw([*self.undrawn, *(rule for rule in self.rules.installed if rule.match)])
             self.undrawn = []
         if self.head_forwarded:         # too late for rules that act on the whole request
-            self.active = [drawn for drawn in self.active if drawn.rule.per == "connection"]
+            self.active = [active for active in self.active if active.rule.per == "connection"]
         if connecting:
             last.request, last.active, last.reply_done = request, self.active, False
         else:
@@ -2625,8 +2639,8 @@ class ProtocolChain(Chain):
         if len(self.exchanges) == 1 or not self.exchanges[0].is_done():
             return False
         first = self.exchanges.popleft()
-        for drawn in first.active:
-            drawn.replies.pop(first.request, None)
+        for active in first.active:
+            active.replies.pop(first.request, None)
         if first is self.last_affected:
             self.last_affected = None
         return True
@@ -2650,7 +2664,7 @@ class ProtocolChain(Chain):
         """Return whether no rule is active, or was active on a queued exchange, and no head is
         held.
         """
-        return not (self.rules.active or self.head or self.last_affected or self.closing)
+        return not (self.rules.installed or self.head or self.last_affected or self.closing)
 
     def may_pass(self, to, size):
         """Return whether no rule may act on the next bytes. Changes nothing.
@@ -2793,9 +2807,9 @@ class ProtocolChain(Chain):
         chain = self.successor = Chain(self.rules, self.connection)
         chain.request = chain.number = self.request
         chain.last_direction, chain.protocol_lost = self.last_direction, True
-        chain.per_connection = {rule: drawn for rule, drawn in self.per_connection.items()
-                                if drawn is not None}
-        chain.active, chain.activated = self.active, self.activated
+        chain.per_connection = {rule: active for rule, active in self.per_connection.items()
+                                if active is not None}
+        chain.active, chain.newly_acted = self.active, self.newly_acted
         chain.answered_early = self.answered_early
         events = [event for exchange in self.exchanges for event in exchange.queued_events]
         if self.head:
@@ -4010,18 +4024,18 @@ class Connection:
             return False                # read() handles it
         if self.chain.last_direction is not link.to:
             self.chain.direction_changed(link.to)
-        drawn = self.chain.blocking_rule()
-        if drawn is None:
+        active = self.chain.blocking_rule()
+        if active is None:
             return False
         if self.is_drained():
             try:
-                handoff = HandOff(self, drawn.rule, link.to == UPSTREAM)
+                handoff = HandOff(self, active.rule, link.to == UPSTREAM)
             except OSError as error:    # no descriptors
                 self.reset("no handler: %s" % error.strerror)
                 return True
             self.phase = HANDED_OFF
-            if drawn.activate():
-                self.proxy.record_fault(self, drawn.rule, self.chain.request)
+            if active.mark_acted():
+                self.proxy.record_fault(self, active.rule, self.chain.request)
             handoff.start()
         self.update_interest()
         return True
@@ -4054,8 +4068,8 @@ class Connection:
         """Put the chain's events into the delay queues, record faults, and go on."""
         for t, to, data, delays in events:
             (self.up if to == UPSTREAM else self.down).put(t, data, now, delays)
-        activated, self.chain.activated = self.chain.activated, []
-        for rule, request in activated:
+        newly_acted, self.chain.newly_acted = self.chain.newly_acted, []
+        for rule, request in newly_acted:
             self.proxy.record_fault(self, rule, request)
         self.pump()
 
@@ -4312,7 +4326,7 @@ class Connection:
         elif self.chain.answered_early and not self.up.eof:
             self.linger()
         else:
-            faults = [drawn.rule.name for drawn in self.chain.active if drawn.activated]
+            faults = [active.rule.name for active in self.chain.active if active.has_acted]
             self.close("closed by %s" % (" and ".join(faults) or "a fault"))
 
     def linger(self):
@@ -4440,7 +4454,7 @@ class Proxy:
         self.behaviors = [read_rules([dict(options.get(handler, {}), name=handler,
                                            percent=percent) for percent, handler in shares])]
         self.toxics = list(toxics)          # in the order in which they act
-        self.activate(self.behaviors, self.toxics)
+        self.install_rules(self.behaviors, self.toxics)
         self.loop = None
         self.listener = None
         self.set_backend(distant)
@@ -4572,7 +4586,7 @@ class Proxy:
             return
         self.stop_listening("stopped")
         log.info("%sstopped: connections: %d, requests: %d, faults: %s", self.log_prefix,
-                 self.accepted, self.rules.requests,
+                 self.accepted, self.rules.request_count,
                  ", ".join("%d %s" % (count, name) for name, count in self.faults.items())
                  or "none")
 
@@ -4676,17 +4690,17 @@ class Proxy:
         changed rule was holding is released at once. Chain.rules_changed says when new rules
         begin on open connections. Raises InputError.
         """
-        before = self.rules.active
-        self.activate(behaviors, toxics)
+        before = self.rules.installed
+        self.install_rules(behaviors, toxics)
         self.behaviors, self.toxics = behaviors, toxics
-        after = self.rules.active
+        after = self.rules.installed
         removed = [rule for rule in before if rule not in after]
         new = [rule for rule in after if rule not in before]
         log.info("%srules: %s", self.log_prefix, self.describe())
         for connection in list(self.connections.values()):
             connection.rules_changed(new, removed, changed)
 
-    def activate(self, behaviors, toxics):
+    def install_rules(self, behaviors, toxics):
         """Set the active rules, and make the objects of blocking handlers. Raises InputError."""
         rules = behaviors[-1] + [toxic.rule for toxic in toxics]
         for rule in rules:
@@ -4697,7 +4711,7 @@ class Proxy:
                 except Exception as exc:        # the user's class may raise anything
                     raise InputError([("name", "%s cannot be created: %s" % (
                         rule.name, format_exception(exc)))]) from None
-        self.rules.active = rules
+        self.rules.installed = rules
         self.has_blocking = any(rule.blocking for rule in rules)
 
     def check_rule(self, rule):
@@ -4887,7 +4901,7 @@ def measure(proxy):
     metrics = {
         "vaurien_connections_total": [(labels, proxy.accepted)],
         "vaurien_connections_open": [(labels, len(proxy.connections))],
-        "vaurien_requests_total": [(labels, proxy.rules.requests)],
+        "vaurien_requests_total": [(labels, proxy.rules.request_count)],
         "vaurien_faults_total": [(dict(labels, handler=name), count)
                                  for name, count in sorted(proxy.faults.items())],
         "vaurien_backend_failures_total": [(labels, proxy.failures)]}
@@ -6930,7 +6944,7 @@ def attach_toxics(proxies, toxics):
         proxy = proxies[name]
         proxy.toxics.append(toxic)
         try:
-            proxy.activate(proxy.behaviors, proxy.toxics)
+            proxy.install_rules(proxy.behaviors, proxy.toxics)
         except ValueError as error:
             raise ValueError("[toxic:%s] %s" % (toxic.name, error)) from None
 
