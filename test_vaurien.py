@@ -2241,8 +2241,8 @@ class TestRules(unittest.TestCase):
             chain = vaurien.Chain(rule_set, connection)
             for request in range(1, requests + 1):
                 chain.begin_request()
-                self.assertLessEqual(len(chain.active), 1)
-                for active_rule in chain.active:
+                self.assertLessEqual(len(chain.active_rules), 1)
+                for active_rule in chain.active_rules:
                     active[connection, request] = active_rule.rule.name
         return active
 
@@ -2264,7 +2264,7 @@ class TestRules(unittest.TestCase):
         for connection in order:
             chain = chains[connection]
             chain.begin_request()
-            for active_rule in chain.active:
+            for active_rule in chain.active_rules:
                 active[connection, chain.request] = active_rule.rule.name
         self.assertEqual(active, expected)
 
@@ -2295,12 +2295,12 @@ class TestRules(unittest.TestCase):
                 chain.rules_changed([])
             chain.begin_request()
             percent = 100 * rule_set.draw_block("behavior", 3, request // 8)[request % 8] / 2 ** 64
-            self.assertEqual([active_rule.rule for active_rule in chain.active],
+            self.assertEqual([active_rule.rule for active_rule in chain.active_rules],
                              [rule for rule in rule_set.installed
                               if rule.draw_min <= percent < rule.draw_max
                               and rule.drawn_count > rule.after], request)
-            self.assertEqual([active_rule.request for active_rule in chain.active],
-                             [active_rule.rule.drawn_count for active_rule in chain.active])
+            self.assertEqual([active_rule.request for active_rule in chain.active_rules],
+                             [active_rule.rule.drawn_count for active_rule in chain.active_rules])
             self.assertEqual([rule.drawn_count for rule in rule_set.installed],
                              [request - 19 if rule in other else request
                               for rule in rule_set.installed])
@@ -2313,7 +2313,7 @@ class TestRules(unittest.TestCase):
         rule_set.installed[0].draw_max = 100.0
         chain.rules_changed([], rule_set.installed)
         chain.begin_request()
-        self.assertEqual([active_rule.rule for active_rule in chain.active], rule_set.installed)
+        self.assertEqual([active_rule.rule for active_rule in chain.active_rules], rule_set.installed)
 
     def test_another_seed_and_another_proxy_give_other_draws(self):
         active = self.active_rules(self.rule_set("20:delay"))
@@ -2327,7 +2327,7 @@ class TestRules(unittest.TestCase):
         for connection in range(100):
             chain = vaurien.Chain(rule_set, connection)
             chain.begin_request()
-            combinations.add(tuple(active_rule.rule.name for active_rule in chain.active))
+            combinations.add(tuple(active_rule.rule.name for active_rule in chain.active_rules))
         self.assertEqual(combinations, {(), ("delay",), ("hang",), ("delay", "hang")})
 
     def test_a_rule_per_connection_is_drawn_once_for_each(self):
@@ -2336,10 +2336,10 @@ class TestRules(unittest.TestCase):
             with self.subTest(connection=connection):
                 chain = vaurien.Chain(rule_set, connection)
                 chain.begin_request()
-                first = list(chain.active)
+                first = list(chain.active_rules)
                 for _ in range(5):
                     chain.begin_request()
-                    self.assertEqual(list(chain.active), first)
+                    self.assertEqual(list(chain.active_rules), first)
 
     def test_str_of_a_rule_is_its_description_in_the_log(self):
         self.assertEqual(str(vaurien.Rule("delay", {"sleep": 2.0})), "delay sleep=2.0")
@@ -2444,7 +2444,7 @@ class TestChain(unittest.TestCase):
         self.assertTrue(chain_of(vaurien.Rule("hang")).pass_through(DOWNSTREAM, b"x") is None)
         toxic = vaurien.Toxic("delay", "d", stream="both")
         self.assertEqual(toxic.rule.direction, UPSTREAM)
-        toxic.set(1.0, {"before": False})
+        toxic.update(1.0, {"before": False})
         self.assertEqual(toxic.rule.direction, DOWNSTREAM)
 
     def test_a_fault_is_recorded_once_and_only_when_it_changes_an_event(self):
@@ -5597,7 +5597,7 @@ class TestDefects(ToxiproxyTestCase):
         def affected():
             """Return the keys of the connections that the toxic applies to."""
             return proxy.loop.run_sync(lambda: {
-                key for key, connection in proxy.connections.items() if connection.chain.active})
+                key for key, connection in proxy.connections.items() if connection.chain.active_rules})
 
         path = "/proxies/p/toxics/hang_upstream"
         before = affected()

@@ -1862,25 +1862,25 @@ check_protocol = choice_check(*PROTOCOLS)
 
 # -- Rules --------------------------------------------------------------------
 #
-# A rule is a handler with options, active on a proxy, and the fields that say when it acts.
-# A toxic is a rule with a name of its own. A draw decides whether a rule acts: a number that
-# depends only on the seed and on the request, or connection, that it is drawn for. This section
-# knows no connections and no sockets.
+# A rule is a handler with options, and with fields that say when it acts. A proxy has installed
+# rules: those of its behavior, and those of its toxics, which are rules with a name. For each
+# request (or connection) a number is drawn. It decides whether the rule acts, and an ActiveRule
+# is the state of a rule that does. This section knows no connections and no sockets.
 
-PERCENT_SUM_MAX = 100.000001        # percent: 33.3 three times and 0.1 count as 100
-DRAW_TO_PERCENT = 100 / 2 ** 64     # a draw is a whole number of 64 bits
-DRAW_BLOCK = struct.Struct(">8Q")   # the 8 draws of one blake2b hash
+PERCENT_SUM_MAX = 100.000001        # percent; the sum of 33.3 * 3 + 0.1 is accepted as 100
+DRAW_TO_PERCENT = 100 / 2 ** 64     # percent for each unit: a drawn number has 64 bits
+DRAW_BLOCK = struct.Struct(">8Q")   # the 8 numbers in one blake2b hash
 
 
 class Rule:
-    """A handler with its options, active on a proxy, and when it acts.
+    """A handler with its options, and when it acts.
 
     name                the handler's name
     options             {option: value}
-    draw_min, draw_max  percent: the rule acts if its draw is at least draw_min, below draw_max
-    draw_key            names the draw; rules with the same key share one draw, so that at
-                        most one of them acts
-    fields              those of RULE_FIELDS, each an attribute of its name, but for percent
+    draw_min, draw_max  percent; the rule acts if draw_min <= the number drawn < draw_max
+    draw_key            text that selects the number. Rules with the same key get the same
+                        number, so that at most one of them acts
+    fields              the RULE_FIELDS except percent; each becomes an attribute of that name
     """
 
     __slots__ = ("name", "handler", "options", "draw_min", "draw_max", "draw_key", "direction",
@@ -1906,25 +1906,26 @@ class Rule:
             raise TypeError("a rule has no field %s" % ", ".join(fields))
         self.set_options(dict(handler_options(self.handler), **options or {}))
         self.rate_limited = getattr(self.handler, "rate_limited", False)
-        self.blocking = is_blocking_handler(self.handler)   # it is no part of the chain
-        self.drawn_count = 0        # requests, or connections, that it was drawn for
-        self.acted_count = 0        # how many of them it has acted on
-        self.shared = Counter()     # for the handler, across connections
-        self.error_logged = False   # a traceback of the handler is in the log already
-        self.instance = None        # of a blocking handler: the object that is called
+        self.blocking = is_blocking_handler(self.handler)   # then chains skip the rule
+        self.drawn_count = 0        # number of requests (or connections) it was drawn for
+        self.acted_count = 0        # number of these that it has acted on
+        self.shared = Counter()     # state.shared of the handler, for all connections
+        self.error_logged = False   # the log has a traceback of the handler already
+        self.instance = None        # the object to call, if the handler is blocking
 
     def set_options(self, options):
-        """Replace the options. The direction of the events it receives may follow from them."""
+        """Replace the options. They may determine the direction of the handler's events."""
         self.options = options
         choose = getattr(self.handler, "choose_direction", None)
         self.direction = choose(options) if choose and self.stream == "both" else self.stream
 
-    def includes(self, draw):
-        """Return whether the rule acts for this draw."""
-        return self.draw_min <= draw * DRAW_TO_PERCENT < self.draw_max
+    def includes(self, number):
+        """Return whether the rule acts if this number is drawn."""
+        return self.draw_min <= number * DRAW_TO_PERCENT < self.draw_max
 
     def __str__(self):
-        """The handler and its options; a yes/no or a text only if it differs from its default."""
+        """Return the handler and its options. Booleans and texts with default values are omitted.
+        """
         defaults = handler_options(self.handler)
         shown = ["%s=%s" % (option, format_value(value))
                  for option, value in self.options.items()
@@ -1932,21 +1933,21 @@ class Rule:
         return " ".join([self.name] + shown)
 
     def to_json(self):
-        """Return options and fields as one flat object, as `read_rules` accepts it."""
+        """Return options and fields as one flat dict, in the form that `read_rules` accepts."""
         table = dict(self.options, name=self.name, percent=self.draw_max - self.draw_min)
         for field in RULE_FIELDS:
             value = table.get(field, getattr(self, field, None))
-            if value is not None:       # `match` is kept compiled
+            if value is not None:       # only `match` is a compiled expression
                 table[field] = value.pattern.decode() if hasattr(value, "pattern") else value
         return table
 
 
 class ActiveRule(Counter):
-    """A rule drawn for one request or one connection: the `state` that its handler receives.
+    """The state of a rule for one request or connection: the `state` that its handler gets.
 
-    The handler counts in it; the section Handlers describes its attributes. It exists also
-    while a rule with `match` waits for matching bytes, and for a connection that the rule
-    was active for and does not act on: then `acts` is False.
+    The handler counts in it; the section Handlers describes the public attributes. Two more
+    kinds of rules have an ActiveRule with `acts` False: a rule that still searches a request
+    for its `match`, and a rule per connection that does not act on this connection.
     """
 
     request_number = 0
@@ -1954,38 +1955,38 @@ class ActiveRule(Counter):
     protocol_lost = False
 
     def __init__(self, rule, request, draw=0, acts=True, match_buffer=None):
-        # Counter's own constructor would only cost time.
+        # Counter.__init__ is not called, because it only costs time.
         self.rule = rule
         self.shared = rule.shared
         self.stream = rule.stream
-        self.request = request          # rule.drawn_count when it was drawn
-        self.draw = draw                # the seed of `random`
+        self.request = request          # rule.drawn_count at the time of the draw
+        self.draw = draw                # the number that was drawn; it seeds `random`
         self.acts = acts
-        self.match_buffer = match_buffer    # bytes that may yet match; None once that is decided
-        self.has_acted = False          # it has changed an event already
-        self.replies = {}               # {Request: Reply or None}, of `error`
+        self.match_buffer = match_buffer    # bytes searched so far; None after the draw
+        self.has_acted = False          # the rule has changed an event of this request
+        self.replies = {}               # {Request: Reply or None} of the handler `error`
 
     @property
     def random(self):
-        if self.generator is None:      # most handlers never use it
+        if self.generator is None:      # most handlers need no random numbers
             self.generator = random.Random(self.draw)
         return self.generator
 
-    # Older names of these attributes, for handlers that use them.
+    # Older names of four attributes, for users' handlers.
     turn = property(lambda self: self.request_number)
     asked = property(lambda self: self.current_request)
     opaque = property(lambda self: self.protocol_lost)
     chance = property(lambda self: self.draw)
 
-    def draw_again(self, acts):
-        """The rule's draw range has changed: whether it acts now. If that differs, forget all."""
+    def set_acts(self, acts):
+        """Start or stop to act, because draw_min or draw_max of the rule has changed."""
         if acts != self.acts:
             self.clear()
             self.generator, self.replies = None, {}
         self.acts = acts
 
     def may_act(self):
-        """Return whether it has acted already, or `times` of its rule permits one more."""
+        """Return whether `times` of the rule permits this request, or permitted it before."""
         return self.has_acted or not 0 < self.rule.times <= self.rule.acted_count
 
     def mark_acted(self):
@@ -1996,45 +1997,47 @@ class ActiveRule(Counter):
 
 
 class RuleSet:
-    """The active rules of one proxy, and their draws.
+    """The installed rules of one proxy, and the numbers that are drawn for them.
 
-    Every draw is a pure function of the seed, the proxy's name, the draw key, the number of
-    the connection and the number of the request in it. Threads and timing cannot change it:
-    the same seed gives the same faults on every Python. One hash gives the draws of 8
+    A number is a pure function of the seed, the proxy's name, the draw key, the number of the
+    connection and the number of the request in it. Threads and timing have no influence, so
+    the same seed gives the same faults on every Python. One hash gives the numbers of 8
     successive requests.
     """
 
-    def __init__(self, seed, proxy):
-        self.seed, self.proxy = seed, proxy
+    def __init__(self, seed, proxy_name):
+        self.seed, self.proxy_name = seed, proxy_name
         self.installed = []     # Rules, in the order in which they act
-        self.request_count = 0  # begun at this proxy
-        self.hashes = {}        # {draw key: a hash of all except the numbers}
+        self.request_count = 0  # requests begun at this proxy
+        self.hash_prefixes = {}     # {draw key: blake2b of the seed, the name and the key}
 
     def draw_block(self, draw_key, connection, block):
-        """Return the draws for a block of 8 requests: whole numbers of 64 bits.
+        """Return the numbers for a block of 8 requests: a tuple of 8 ints of 64 bits.
 
-        block    0 for the connection itself (request 0) and requests 1 to 7, 1 for 8 to 15 ...
+        connection    the connection's number
+        block         0 for the connection itself (as request 0) and requests 1 to 7, 1 for
+                      requests 8 to 15, and so on
         """
-        prefix = self.hashes.get(draw_key)
+        prefix = self.hash_prefixes.get(draw_key)
         if prefix is None:
-            text = "%s %s %s " % (self.seed, self.proxy, draw_key)
-            prefix = self.hashes[draw_key] = hashlib.blake2b(text.encode())
+            text = "%s %s %s " % (self.seed, self.proxy_name, draw_key)
+            prefix = self.hash_prefixes[draw_key] = hashlib.blake2b(text.encode())
         block_hash = prefix.copy()
         block_hash.update(b"%d %d" % (connection, block))
         return DRAW_BLOCK.unpack(block_hash.digest())
 
 
 class Toxic:
-    """A rule on a proxy with a name, and so a draw, of its own, beside the behavior.
+    """A rule with a name, which acts independently of a proxy's behavior and other toxics.
 
-    name        unique on its proxy
-    toxicity    how often it acts, from 0 to 1
-    attributes  {option: value} as the user wrote them; negative numbers act as 0
+    name        text, unique on its proxy; the draw key contains it
+    toxicity    how often the rule acts, from 0 to 1
+    attributes  {option: value} as the user wrote them; a negative number acts as 0
     stream      "upstream", "downstream" or "both", in upper or lower case
-    fields      other fields of its rule: per, match, after, times
+    fields      other RULE_FIELDS of the rule
     """
 
-    # Toxiproxy's defaults, where they differ from those of RULE_FIELDS.
+    # Toxiproxy's defaults of two rule fields. Other fields have the default of RULE_FIELDS.
     DEFAULTS = {"per": "connection", "stream": DOWNSTREAM}
 
     def __init__(self, type_, name, toxicity=1.0, attributes=None, stream=DOWNSTREAM, **fields):
@@ -2043,9 +2046,10 @@ class Toxic:
         fields = dict(self.DEFAULTS, **fields)
         self.rule = Rule(type_, draw_key="toxic " + name, **dict(fields, stream=stream.lower()))
         self.attributes = dict(self.rule.options)
-        self.set(toxicity, attributes or {})
+        self.update(toxicity, attributes or {})
 
-    def set(self, toxicity, attributes):
+    def update(self, toxicity, attributes):
+        """Set the toxicity and these attributes, and change the rule accordingly."""
         self.toxicity = toxicity
         self.attributes.update(attributes)
         self.rule.set_options({option: value if isinstance(value, str) else
@@ -2054,14 +2058,17 @@ class Toxic:
         self.rule.draw_max = 100.0 * toxicity
 
     def own_fields(self):
-        """Return the rule fields that are not Toxiproxy's and differ from their defaults."""
+        """Return {field: value} of the rule fields that differ from their defaults.
+
+        The toxicity and the stream are not included: Toxiproxy has fields of its own for them.
+        """
         defaults = {name: self.DEFAULTS.get(name, field.default)
                     for name, field in RULE_FIELDS.items() if name not in ("percent", "stream")}
         return OrderedDict((name, getattr(self.rule, name)) for name in defaults
                            if getattr(self.rule, name) != defaults[name])
 
     def same_rule(self, other):
-        """Return whether it differs from another in its toxicity and attributes at most."""
+        """Return whether another toxic differs only in its toxicity and attributes."""
         return (self.stream, self.rule.name, self.own_fields()) == (
             other.stream, other.rule.name, other.own_fields())
 
@@ -2072,8 +2079,8 @@ class Toxic:
 def parse_behavior(text):
     """Parse "20:delay,5:error" into [(20.0, "delay"), (5.0, "error")].
 
-    The percentages are of the requests; the rest up to 100 passes unchanged.
-    Raises ValueError.
+    The percentages refer to requests. If their sum is below 100, the other requests pass
+    unchanged. Raises ValueError.
     """
     shares = []
     for part in text.split(","):
@@ -2093,7 +2100,7 @@ def parse_behavior(text):
 
 
 def check_fields(name, function, fields):
-    """Return an error for each field with which a handler would not act: [(field, sentence)]."""
+    """Return the fields that a handler does not support: [(field, sentence)]."""
     errors = []
     stream = fields.get("stream", "both")
     if getattr(function, "changes_replies", False) and stream == UPSTREAM:
@@ -2110,7 +2117,7 @@ def check_fields(name, function, fields):
 
 
 def check_into(target, errors, key, check, *args):
-    """Set target[key] to the checked value, or append a sentence with the error."""
+    """Set target[key] to check(*args), or append (key, sentence) to errors if that fails."""
     try:
         target[key] = check(*args)
     except ValueError as error:
@@ -2118,9 +2125,10 @@ def check_into(target, errors, key, check, *args):
 
 
 def read_rules(tables):
-    """Return the rules of one behavior: they share one draw, so at most one of them acts.
+    """Return the rules of one behavior. At most one of them acts on a request.
 
-    tables    [{"name": ..., and each option or rule field that differs from its default}]
+    tables    one dict for each rule: its handler's name as "name", and each option or rule
+              field that differs from its default
 
     Raises InputError with one sentence for each error.
     """
@@ -2139,7 +2147,7 @@ def read_rules(tables):
             elif function and key != "name":
                 check_into(options, errors, key, check_option, name, key, value)
         errors += check_fields(name, function, fields)
-        percent = fields.pop("percent", 100.0)
+        percent = fields.pop("percent", 0.0 if "percent" in table else 100.0)   # 0: was invalid
         if function and function is not dummy and not errors:   # dummy needs no rule
             rules.append(Rule(name, options, draw_min, draw_min + percent, **fields))
         draw_min += percent
@@ -2151,12 +2159,12 @@ def read_rules(tables):
 
 
 def make_toxic(type_, name, fields, attributes, toxiproxy=False):
-    """Return a Toxic made of unchecked values, each given as a JSON value or as text.
+    """Check all values of a toxic, and return the Toxic. Values may be JSON values or text.
 
-    fields       {"toxicity" or "percent", "stream" or another rule field: value}
+    fields       {field: value}; the fields are toxicity, and all RULE_FIELDS
     attributes   {option: value}
-    toxiproxy    whether to accept what Toxiproxy's server accepts: any toxicity, negative
-                 numbers, a stream in upper case
+    toxiproxy    True: accept any toxicity, a stream in upper case, and negative numbers for
+                 the attributes in MAY_BE_NEGATIVE, as Toxiproxy's server does
 
     Raises InputError: one (field or option, sentence) for each error.
     """
@@ -2191,31 +2199,31 @@ MAY_BE_NEGATIVE = {"latency", "jitter", "delay", "timeout", "bytes"}
 
 # -- Chain --------------------------------------------------------------------
 #
-# A chain is what the active rules make of the events of one connection: a fold over the
-# handlers, in the order of the rules. It has no queue and no timer.
+# A chain runs the events of one connection through its active rules, one rule after the other.
+# It has no delay queue and no timer.
 #
-# Chain serves tcp, and ProtocolChain a connection with a protocol. A Connection calls both
-# in the same way:
+# The class Chain is for tcp, and ProtocolChain for connections with a protocol. A Connection
+# calls both in the same way:
 #
-#   start()                        a client has connected
-#   direction_changed(to)          the bytes to come go the other way than the last ones
-#   pass_through(to, data)         the fast path: bytes that no rule acts on
-#   process_bytes(now, to, data)   the slow path: the events that the rules make of bytes
-#   process(now, to, signal)       the same for a signal
-#   rules_changed(new, changed)    the proxy's rules have changed
+#   start()                        when a client has connected
+#   direction_changed(to)          before bytes whose direction is not that of the last bytes
+#   pass_through(to, data)         fast path: returns bytes on which no rule acts
+#   process_bytes(now, to, data)   slow path: returns the events that the rules make of bytes
+#   process(now, to, signal)       returns the events that the rules make of a signal
+#   rules_changed(new, changed)    when the installed rules have changed
 
 NO_DRAWS: dict = {}     # shared by all chains, most of which never draw
 
 
 class Chain:
-    """The active rules of one connection, and the events that they make.
+    """The active rules of one connection.
 
-    Without a protocol a request begins when the connection opens, and again each time the
-    client sends after the backend has. That needs no parsing, and it is right for every
-    protocol that takes turns.
+    Without a protocol, the first request begins when the client connects. A new one begins
+    each time that the client sends after the backend has sent. So requests are found without
+    parsing, if client and backend take turns.
     """
 
-    __slots__ = ("rules", "connection", "request", "last_direction", "active", "undrawn",
+    __slots__ = ("rules", "connection", "request", "last_direction", "active_rules", "undrawn",
                  "per_connection", "newly_acted", "number", "protocol_lost", "protocol",
                  "current_request", "answered_early", "modified", "block_draws", "block",
                  "protocol_error", "successor")
@@ -2224,24 +2232,24 @@ class Chain:
         self.rules = rules              # the proxy's RuleSet
         self.connection = connection    # its number
         self.request = 0                # number of the current request
-        self.number = 0                 # of the request that the event being processed belongs to
-        self.last_direction = None      # of the last bytes, if there were any
-        self.active = []                # ActiveRules of the current request, in rule order
-        self.undrawn = []               # rules added before any byte of the request was sent
-        self.per_connection = {}        # {rule: ActiveRule} of those drawn for the connection
+        self.number = 0                 # number of the request whose event is being processed
+        self.last_direction = None      # of the last bytes; None before any bytes
+        self.active_rules = []          # of the current request, in the order of the rules
+        self.undrawn = []               # rules installed before any bytes of the request
+        self.per_connection = {}        # {rule: ActiveRule or None} of the connection
         self.block_draws = NO_DRAWS     # {draw key: numbers of the 8 requests of a block}
         self.block = -1                 # the index of that block
         self.newly_acted = []           # (rule, request number) of faults to be recorded
-        self.modified = False           # a rule has changed an event since this was reset
+        self.modified = False           # a rule has changed an event (the caller resets this)
         self.answered_early = False     # a rule has replied in the backend's place
-        self.protocol = None            # a Protocol: see ProtocolChain
-        self.protocol_lost = False      # the protocol could not be parsed any more
-        self.current_request = None     # the Request that the event being processed belongs to
-        self.protocol_error = ""        # why, until the connection has logged it
-        self.successor = None           # then: the Chain that replaces this one
+        self.protocol = None            # the Protocol, of a ProtocolChain
+        self.protocol_lost = False      # True after a fall back from a protocol to tcp
+        self.current_request = None     # the Request whose event is being processed
+        self.protocol_error = ""        # why the protocol was lost; the connection logs it
+        self.successor = None           # the Chain that replaces this one, after a fall back
 
     def start(self):
-        """A client has connected: the first request begins."""
+        """Begin the first request, because a client has connected."""
         self.begin_request()
 
     def begin_request(self):
@@ -2251,16 +2259,19 @@ class Chain:
         self.rules.request_count += 1
         self.undrawn = []
         if not self.rules.installed:
-            self.active = []
+            self.active_rules = []
             return
         if self.per_connection:
             for active in self.per_connection.values():
                 if active is not None and active.match_buffer:
                     active.match_buffer = b""
-        self.active = self.collect(self.draw_rule)
+        self.active_rules = self.collect(self.draw_rule)
 
     def direction_changed(self, to):
-        """Bytes now go this way, and the last ones went the other way, if there were any."""
+        """Note the direction of the next bytes, which differs from that of the last bytes.
+
+        This may begin a request.
+        """
         last, self.last_direction = self.last_direction, to
         if last is DOWNSTREAM:
             self.begin_request()
@@ -2290,9 +2301,10 @@ class Chain:
         return number, rule.includes(number) and not skip
 
     def draw_rule(self, rule):
-        """Return the ActiveRule of a rule that acts, or may act once the request matches.
+        """Draw a rule for the current request. Returns its ActiveRule, or None if it does not act.
 
-        Returns None if a rule does not act on the current request.
+        A rule with `match` is drawn later, when the request matches. A rule per connection
+        has an ActiveRule also if it does not act.
         """
         if rule.match:
             return ActiveRule(rule, rule.drawn_count, acts=False, match_buffer=b"")
@@ -2304,7 +2316,7 @@ class Chain:
     def collect(self, for_request):
         """Return the active rules of the current request, in rule order.
 
-        for_request(rule)    returns the ActiveRule, or None, of a rule drawn per request
+        for_request    function that returns the ActiveRule, or None, of a rule per request
         """
         collected = []
         for rule in self.rules.installed:
@@ -2326,44 +2338,44 @@ class Chain:
         return False
 
     def redraw(self, rules):
-        """Draw these rules for the current request. The others stay as they are."""
-        current = {active.rule: active for active in self.active}
-        self.active = self.collect(
+        """Draw these rules again for the current request. Keep the other active rules."""
+        current = {active.rule: active for active in self.active_rules}
+        self.active_rules = self.collect(
             lambda rule: self.draw_rule(rule) if rule in rules else current.get(rule))
 
     def rules_changed(self, new, changed=()):
-        """The proxy's rules have changed.
+        """Apply a change of the installed rules.
 
-        Rules that were removed stop acting. New rules per request begin with the next
-        request, or with this one if no byte of it has been sent yet; new rules per
-        connection begin now. A rule whose options changed keeps its state.
+        Removed rules stop acting. New rules per connection begin now. New rules per request
+        begin with the next request, or with the current one if it has no bytes yet. A changed
+        rule keeps its state.
         """
-        current = {active.rule: active for active in self.active}
+        current = {active.rule: active for active in self.active_rules}
         self.per_connection = {rule: active for rule, active in self.per_connection.items()
                                if rule in self.rules.installed}
         for rule in changed:
             active = self.per_connection.get(rule)
             if active is not None and active.match_buffer is None:
-                active.draw_again(rule.includes(active.draw) and active.request > rule.after)
+                active.set_acts(rule.includes(active.draw) and active.request > rule.after)
         self.undrawn = [rule for rule in [*self.undrawn, *new] if rule in self.rules.installed]
-        self.active = self.collect(current.get)
+        self.active_rules = self.collect(current.get)
 
     def reset_rate_limits(self, to, latest):
-        """Queued chunks were released: rate-limited rules have none queued after `latest`."""
-        for active in self.active:
+        """Adapt rate-limited rules after a release: their last chunk is due at `latest`."""
+        for active in self.active_rules:
             if active.rule.rate_limited and active.acts:
                 active[to] = min(active[to], latest)
 
     def blocking_rule(self):
         """Return the first active rule with a blocking handler, or None."""
-        return next((active for active in self.active
+        return next((active for active in self.active_rules
                      if active.rule.blocking and active.may_act()), None)
 
     # Processing
 
     def pass_through(self, to, data):
         """Fast path: return the bytes if no active rule may act on them, and otherwise None."""
-        for active in self.active:
+        for active in self.active_rules:
             if active.rule.direction in ("both", to) or active.match_buffer is not None:
                 return None
         return data
@@ -2375,10 +2387,10 @@ class Chain:
     def process(self, t, to, data):
         """Run an event through the active rules.
 
-        Returns [(t, to, data, delays)]. `delays` is ((rule, seconds, from_open), ...): by how
-        much each rule delayed the event, and whether that rule made it in answer to OPEN.
+        Returns [(t, to, data, delays)]. `delays` has (rule, seconds, from_open) for each rule
+        that has delayed the event. `from_open` tells whether that rule has made it of OPEN.
         """
-        return self.run_chain(self.active, t, to, [(t, to, data, ())])
+        return self.run_chain(self.active_rules, t, to, [(t, to, data, ())])
 
     def process_open(self, t, directions, rules=None):
         """Give OPEN to rules that begin now: the handler may make events of it.
@@ -2389,14 +2401,14 @@ class Chain:
         Returns these events, without OPEN itself, after they have passed the later rules.
         """
         all_events = []
-        for index, active in enumerate(self.active):
+        for index, active in enumerate(self.active_rules):
             begins = active.rule.per == "connection" if rules is None else active.rule in rules
             for to in directions if begins else ():
                 events = self.run_chain([active], t, to, [(t, to, OPEN, ())], opening=True)
                 if events == [(t, to, RESET, ())]:      # the handler failed: only reset
                     return events
                 events = [event for event in events if event[2] is not OPEN]
-                all_events += self.run_chain(self.active[index + 1:], t, to, events)
+                all_events += self.run_chain(self.active_rules[index + 1:], t, to, events)
         return all_events
 
     def run_chain(self, active_rules, t, to, events, opening=False):
@@ -2423,7 +2435,7 @@ class Chain:
         return events
 
     def run_rule(self, active, event, opening):
-        """Return the events that one rule makes of one event."""
+        """Return the events that one active rule makes of one event."""
         t, to, data, delays = event
         rule = active.rule
         if not active.acts and not self.matches(active, to, data):
@@ -2442,7 +2454,8 @@ class Chain:
                 for due, direction, made in events]
 
     def note_changes(self, active, to, events, opening):
-        """Note that a rule has made these events of one. Raises TypeError for invalid ones."""
+        """Record that a rule has changed an event into these. Raises TypeError if one is invalid.
+        """
         self.modified = True
         for _, direction, data in events:
             if direction not in (UPSTREAM, DOWNSTREAM) or not isinstance(data, bytes):
@@ -2456,7 +2469,7 @@ class Chain:
                 self.newly_acted.append((active.rule, self.number))
 
     def matches(self, active, to, data):
-        """Search the client's bytes so far for the rule's `match`. Draw the rule if it matches.
+        """Add bytes of the client to the search for `match`, and draw the rule if it matches.
 
         Returns whether the rule acts.
         """
@@ -2470,30 +2483,32 @@ class Chain:
 
 
 class Exchange:
-    """A request and its reply, of a protocol.
+    """A request of a protocol, and its reply.
 
-    An error that a rule sends in the backend's place waits here until the exchange is the
-    first in the queue. So replies stay in order with any number of pipelined requests.
+    An error reply of a rule is queued in its exchange until that is the first exchange. So
+    replies stay in order, with any number of pipelined requests.
     """
 
-    __slots__ = ("number", "active", "request", "handshake", "queued_events", "forwarded",
+    __slots__ = ("number", "active_rules", "request", "handshake", "queued_events", "forwarded",
                  "complete", "reply_done")
 
-    def __init__(self, number, active, request, handshake=False):
+    def __init__(self, number, active_rules, request, handshake=False):
         self.number = number            # of the request in the connection
-        self.active = active            # ActiveRules
-        self.request = request          # None while the client connects
-        self.handshake = handshake      # the server sends first: a greeting is the reply
-        self.queued_events = []         # as Chain.process returns them
+        self.active_rules = active_rules
+        self.request = request          # a Request; None while the client connects
+        self.handshake = handshake      # the server's greeting counts as the reply
+        self.queued_events = []         # in the form of Chain.process
         self.forwarded = False          # the backend gets some bytes of the request
         self.complete = False           # the request has ended
         self.reply_done = False         # the reply has ended
 
     def is_done(self):
+        """Return whether the exchange has ended. Without a reply it ends with its request."""
         return self.reply_done or (
             self.complete and not (self.forwarded and self.request.replies))
 
     def awaits_reply(self):
+        """Return whether the backend still owes the reply."""
         expects = self.request.replies if self.request else self.handshake
         return bool(expects) and not self.is_done()
 
@@ -2501,25 +2516,27 @@ class Exchange:
 class ProtocolChain(Chain):
     """A chain whose protocol finds the boundaries of requests and replies.
 
-    Theory of operation. `exchanges` is the one queue: the client's bytes belong to its last
-    exchange, and the backend's bytes to its first. A Framer parses the bytes of a direction;
-    each boundary that it finds changes the queue as this table says, before it parses on:
+    Theory of operation. `exchanges` is a queue. The client's bytes belong to the last exchange,
+    and the backend's bytes to the first. Each direction has a Framer, which parses its bytes.
+    Each boundary changes the queue as follows, before the Framer continues to parse:
 
         direction   boundary         change
-        upstream    Request          the last exchange begins: rules are active for it
+        upstream    Request          a new last exchange begins: rules are drawn for it
         upstream    CONTINUATION     the bytes belong to the last exchange, whose request is
                                      complete already: its rules do not act on them
         upstream    END_OF_MESSAGE   the request of the last exchange is complete
         downstream  END_OF_MESSAGE   the reply of the first exchange is done
 
-    Then exchanges that are done leave the front of the queue, and the events that the next
-    one has queued follow. The last exchange always stays.
+    Then exchanges at the front that are done are removed, except the last exchange. The events
+    that the next exchange has queued are released.
 
-    While any rule is active, the head of a request is held until the protocol knows the
-    request. So a rule can act on all of it.
+    While any rule is installed, the head of a request is held until the head is complete. So
+    a rule can act on the whole request.
 
-    Invariants: a request gets one reply, from the backend or from a rule; replies leave in
-    the order of the requests; a request that a rule has replied to does not reach the backend.
+    Invariants:
+    1. A request gets one reply, from the backend or from a rule.
+    2. Replies leave in the order of their requests.
+    3. A request that a rule has replied to does not reach the backend.
     """
 
     __slots__ = ("exchanges", "head", "in_request", "head_forwarded", "last_affected", "closing")
@@ -2528,24 +2545,27 @@ class ProtocolChain(Chain):
         super().__init__(rules, connection)
         self.protocol = protocol
         self.exchanges = protocol.exchanges
-        self.head = b""             # of a request that is not known yet
-        self.in_request = False     # the client is in the middle of a request
-        self.head_forwarded = False     # some bytes of its head have been forwarded already
-        self.closing = False        # an error that closes the connection waits for its turn
-        self.last_affected = None   # the last exchange with active rules or queued events, of
-                                    #   those that began before the rules last changed
+        self.head = b""             # bytes of a head that is not complete yet
+        self.in_request = False     # the next bytes of the client continue a request
+        self.head_forwarded = False     # bytes of an incomplete head have been forwarded
+        self.closing = False        # a rule's EOF for the backend is queued in an exchange
+        self.last_affected = None   # at the last change of the rules: the last exchange that
+                                    #   had active rules or queued events
 
     def start(self):
-        """A client has connected. The first exchange begins, with no request yet."""
+        """Begin the first exchange, because a client has connected. It has no Request yet."""
         self.begin_request()
-        self.exchanges.append(Exchange(self.request, self.active, None,
+        self.exchanges.append(Exchange(self.request, self.active_rules, None,
                                        self.protocol.server_first))
 
     def direction_changed(self, to):
         self.last_direction = to        # requests begin where the protocol finds them
 
     def draw_rule(self, rule):
-        """As in Chain, but a rule with `match` is drawn when the request is known, or never."""
+        """Draw a rule for the current request. Returns its ActiveRule, or None if it does not act.
+
+        The text of the Request decides at once whether `match` matches.
+        """
         if rule.match and not (self.current_request and rule.match.search(
                 self.current_request.text[:MATCH_WINDOW])):
             return None
@@ -2559,36 +2579,36 @@ class ProtocolChain(Chain):
         super().rules_changed(new, changed)
         last, self.last_affected = self.exchanges[-1], None
         for exchange in self.exchanges:
-            exchange.active = [active for active in exchange.active
+            exchange.active_rules = [active for active in exchange.active_rules
                                if self.still_acts(active, exchange)]
             if exchange is last:
-                exchange.active += [active for active in self.active
-                                    if not any(active is other for other in exchange.active)]
-            if exchange.active or exchange.queued_events:
+                exchange.active_rules += [active for active in self.active_rules
+                                    if not any(active is other for other in exchange.active_rules)]
+            if exchange.active_rules or exchange.queued_events:
                 self.last_affected = exchange
         if last.forwarded:
             self.exempt(last)
 
     def still_acts(self, active, exchange):
-        """Return whether an active rule of an exchange acts on after the rules have changed.
+        """Return whether a rule stays active in an exchange after the rules have changed.
 
-        A rule that has replied in the backend's place finishes. A rule that is not removed
-        acts on in earlier exchanges; those of the last one are collected again.
+        A rule that has chosen an error reply stays, to finish it. Other rules stay if they are
+        still installed, and if the exchange is not the last, which gets the current rules.
         """
         if active.acts and active.replies.get(exchange.request):
             return True
         return active.rule in self.rules.installed and exchange is not self.exchanges[-1]
 
     def exempt(self, exchange):
-        """Part of this request has been forwarded, so no rule may reply to it any more."""
-        for active in exchange.active:
+        """Keep rules from replying to a request of which some bytes have been forwarded."""
+        for active in exchange.active_rules:
             if active.acts:
                 active.replies.setdefault(exchange.request, None)
 
     # Boundaries
 
     def begin_exchange(self, request):
-        """The head of a request is complete: draw the rules for it, and queue an exchange."""
+        """Draw the rules for a request whose head is complete, and queue an exchange for it."""
         last = self.exchanges[-1]
         self.in_request = True
         self.current_request = request
@@ -2600,11 +2620,12 @@ class ProtocolChain(Chain):
             self.redraw([*self.undrawn, *(rule for rule in self.rules.installed if rule.match)])
             self.undrawn = []
         if self.head_forwarded:         # too late for rules that act on the whole request
-            self.active = [active for active in self.active if active.rule.per == "connection"]
+            self.active_rules = [active for active in self.active_rules
+                                 if active.rule.per == "connection"]
         if connecting:
-            last.request, last.active, last.reply_done = request, self.active, False
+            last.request, last.active_rules, last.reply_done = request, self.active_rules, False
         else:
-            last = Exchange(self.request, self.active, request)
+            last = Exchange(self.request, self.active_rules, request)
             self.exchanges.append(last)
         if self.head_forwarded:
             self.exempt(last)
@@ -2630,7 +2651,7 @@ class ProtocolChain(Chain):
     }
 
     def apply(self, to, boundary):
-        """Change the queue of exchanges as a boundary says: see the table."""
+        """Change the queue of exchanges by a boundary, as the table in the class docstring says."""
         kind = Request if type(boundary) is Request else boundary
         self.TRANSITIONS[to, kind](self, boundary)
 
@@ -2639,14 +2660,14 @@ class ProtocolChain(Chain):
         if len(self.exchanges) == 1 or not self.exchanges[0].is_done():
             return False
         first = self.exchanges.popleft()
-        for active in first.active:
+        for active in first.active_rules:
             active.replies.pop(first.request, None)
         if first is self.last_affected:
             self.last_affected = None
         return True
 
     def release_done(self, now):
-        """Remove exchanges that are done. Returns the queued events whose turn it is then."""
+        """Remove exchanges that are done. Returns the events that are released by that."""
         events = []
         while self.pop_done():
             first = self.exchanges[0]
@@ -2661,60 +2682,77 @@ class ProtocolChain(Chain):
         return self.protocol.request_framer if to is UPSTREAM else self.protocol.reply_framer
 
     def is_idle(self):
-        """Return whether no rule is active, or was active on a queued exchange, and no head is
-        held.
-        """
-        return not (self.rules.installed or self.head or self.last_affected or self.closing)
+        """Return whether no rule can act on any bytes, and no bytes are held in the chain."""
+        return not (self.rules.installed or self.last_affected or self.head or self.closing)
 
-    def may_pass(self, to, size):
-        """Return whether no rule may act on the next bytes. Changes nothing.
-
-        The client's bytes pass if no rule is active and heads need not be rewritten, and the
-        backend's if no rule acts on a queued exchange. Bytes of either pass if they are the
-        middle of a message on which no rule acts.
-        """
-        if self.is_idle() and (to is DOWNSTREAM or not self.protocol.host):
+    def client_may_pass(self, size):
+        """Return whether no rule can act on the client's next bytes. Changes nothing."""
+        # 1. No rule is installed, and no Host header has to be rewritten.
+        if self.is_idle() and not self.protocol.host:
             return True
-        if to is DOWNSTREAM:
-            # The bytes can end at most half as many replies as there are bytes.
-            reached = itertools.islice(self.exchanges, size // 2 + 1)
-            if not self.head and not any(exchange.active or exchange.queued_events
-                                         for exchange in reached):
-                return True
-            return self.framer(to).skips(size) and not self.exchanges[0].active
-        return (self.in_request and not self.closing and self.framer(to).skips(size)
-                and not self.exchanges[-1].active)
+        # 2. All bytes are in the middle of a request on which no rule acts.
+        return (self.in_request and not self.closing and not self.exchanges[-1].active_rules
+                and self.protocol.request_framer.skips(size))
+
+    def backend_may_pass(self, size):
+        """Return whether no rule can act on the backend's next bytes. Changes nothing."""
+        # 1. No rule is installed.
+        if self.is_idle():
+            return True
+        # 2. No rule acts on the exchanges whose replies these bytes may contain. A reply has
+        #    at least 2 bytes. A held head may have to be released, on the slow path.
+        reached = itertools.islice(self.exchanges, size // 2 + 1)
+        if not self.head and not any(exchange.active_rules or exchange.queued_events
+                                     for exchange in reached):
+            return True
+        # 3. All bytes are in the middle of a reply on which no rule acts.
+        return (not self.exchanges[0].active_rules
+                and self.protocol.reply_framer.skips(size))
+
+    def boundaries_to_pass(self, to, data):
+        """Return the boundaries in bytes on which no rule can act: an iterable of Framer.feed.
+
+        Returns None if a rule may act, or if a Host header may have to be rewritten in a
+        request that is not complete. Raises ProtocolError.
+        """
+        framer, size = self.framer(to), len(data)
+        may_pass = self.client_may_pass(size) if to is UPSTREAM else self.backend_may_pass(size)
+        if type(data) is bytes and (may_pass or self.is_idle()):
+            whole = framer.whole_message(data)
+            if whole:
+                return whole
+        return framer.feed(data, size) if may_pass else None
 
     def pass_through(self, to, data):
-        """Fast path: apply the boundaries in bytes on which no rule acts, and return the bytes.
+        """Fast path: apply the boundaries in bytes on which no rule can act.
 
-        Returns None, and changes nothing, if a rule may act. Most messages arrive alone and
-        complete, and are recognised at once.
+        Returns the bytes to forward: the same bytes, but for a Host header that is rewritten.
+        Returns None, and changes nothing, if the bytes need the slow path.
         """
-        size, whole, offset = len(data), None, 0
-        framer, passes = self.framer(to), self.may_pass(to, size)
-        if not passes and not self.is_idle():
-            return None
+        if len(data) <= COPY_MAX:
+            data = bytes(data)
+        end = 0                                 # of the last message, or of its head
         try:
-            if size <= COPY_MAX:
-                data = bytes(data)
-                whole = framer.whole_message(data)
-            if whole is None and not passes:
+            boundaries = self.boundaries_to_pass(to, data)
+            if boundaries is None:
                 return None
-            for offset, boundary in whole or framer.feed(data, size):   # noqa: B007 (used below)
+            for offset, boundary in boundaries:
+                end = offset
                 self.apply(to, boundary)
                 if to is UPSTREAM:
                     self.exchanges[-1].forwarded = True
                 while self.pop_done():
                     pass
-        except ProtocolError as error:      # no rule is active: the bytes pass all the same
-            self.process_part(0.0, to, bytes(data[offset:]))
+        except ProtocolError as error:
+            # No rule can act on the rest either. So the events of it need not be used.
+            self.process_part(0.0, to, bytes(data[end:]))
             self.fall_back(0.0, to, error)
             return data
         if to is DOWNSTREAM:
             return data
-        self.head_forwarded = not self.in_request and offset < size
-        return self.protocol.rewrite_head(data) if whole and self.protocol.host else data
+        self.head_forwarded = not self.in_request and end < len(data)
+        return self.protocol.rewrite_head(data) if self.protocol.host and (
+            type(boundaries) is tuple) else data
 
     def process_bytes(self, now, to, data):
         """Slow path: return the events that the rules make of bytes, and apply boundaries."""
@@ -2737,14 +2775,14 @@ class ProtocolChain(Chain):
         return events + self.process_part(now, to, data[start:])
 
     def process_part(self, now, to, data):
-        """Process bytes without a boundary. Hold them while their request is not known."""
+        """Process bytes without a boundary. Bytes of an incomplete head are held."""
         if to is UPSTREAM and not self.in_request:
             self.head += data
             return []
         return self.process_in_exchange(now, to, data) if data else []
 
     def process_boundary(self, now, to, boundary):
-        """Apply a boundary. Returns the events of the rules, and of the next exchanges."""
+        """Apply a boundary. Returns the events of the rules, and those that are released."""
         if boundary is END_OF_MESSAGE:
             events = self.process_in_exchange(now, to, boundary)
             self.apply(to, boundary)
@@ -2757,16 +2795,16 @@ class ProtocolChain(Chain):
         return events + (self.process_in_exchange(now, to, head) if head else [])
 
     def process_in_exchange(self, now, to, data):
-        """Process bytes or a signal of the exchange that they belong to.
+        """Run bytes or a signal through the rules of the exchange that they belong to.
 
-        Returns the events that may leave now. Replies out of turn are queued.
+        Returns the events that may leave now. Replies of later exchanges are queued in them.
         """
         exchange = self.exchanges[-1 if to is UPSTREAM else 0]
         self.current_request, self.number = exchange.request, exchange.number
         # Bytes that continue a complete request (COPY data, a password) are exempt.
         exempt = to is UPSTREAM and exchange.complete and data
         events = []
-        for event in self.run_chain([] if exempt else exchange.active, now, to,
+        for event in self.run_chain([] if exempt else exchange.active_rules, now, to,
                                     [(now, to, data, ())]):
             _, direction, made, _ = event
             if direction == UPSTREAM and made:
@@ -2782,21 +2820,21 @@ class ProtocolChain(Chain):
         return events
 
     def process(self, t, to, data):
-        """As in Chain, for a signal. The bytes of a head that is held come before it."""
+        """Run a signal through the active rules. The bytes of a held head come before it."""
         return (self.flush_head(t) if to is UPSTREAM else []) + self.process_in_exchange(
             t, to, data)
 
     def flush_head(self, t):
-        """Forward the bytes of a head that is held, as they are."""
+        """Return the event that forwards the bytes of a held head unchanged, if there is one."""
         head, self.head = self.head, b""
         return [(t, UPSTREAM, head, ())] if head else []
 
     def fall_back(self, now, to, error):
-        """Continue as tcp, because bytes were not of the protocol.
+        """Stop parsing, because bytes were not of the protocol. Continue as tcp.
 
-        Sets `protocol_error`, and `successor` to the Chain that replaces this one. But while
-        errors wait for their turn, this one stays and only passes the client's bytes. Returns
-        the events of the bytes and errors that were held.
+        Sets `protocol_error`, and `successor` to the Chain that replaces this one. But if the
+        client's bytes are wrong while error replies are queued, this chain stays, and passes
+        the client's further bytes. Returns the events of all that was held.
         """
         self.protocol_error = str(error)
         self.modified = True
@@ -2809,7 +2847,7 @@ class ProtocolChain(Chain):
         chain.last_direction, chain.protocol_lost = self.last_direction, True
         chain.per_connection = {rule: active for rule, active in self.per_connection.items()
                                 if active is not None}
-        chain.active, chain.newly_acted = self.active, self.newly_acted
+        chain.active_rules, chain.newly_acted = self.active_rules, self.newly_acted
         chain.answered_early = self.answered_early
         events = [event for exchange in self.exchanges for event in exchange.queued_events]
         if self.head:
@@ -2828,8 +2866,8 @@ class ProtocolChain(Chain):
 class Budget:
     """The bytes that all delay queues of a loop may hold together: a hard bound.
 
-    The fuller it is, the less each queue gets: an eighth of the rest, and at least HELD_MIN,
-    which is reserved for each.
+    Each queue may hold an eighth of the bytes that are left, and at least HELD_MIN, which is
+    reserved for each queue.
     """
 
     __slots__ = ("total", "held", "queues", "fast_path_limit")
@@ -2838,8 +2876,18 @@ class Budget:
         self.total = total
         self.held = 0
         self.queues = 0
-        # While no more than this is held, any read of the fast path fits in.
+        # While at most this many bytes are held, a read of the fast path needs no check.
         self.fast_path_limit = total - 8 * max(HELD_MAX_IDLE, KERNEL_PIPE_SIZE)
+
+    def add_queue(self):
+        """Reserve HELD_MIN bytes for one more queue."""
+        self.queues += 1
+        self.fast_path_limit -= HELD_MIN
+
+    def remove_queue(self):
+        """Undo add_queue."""
+        self.queues -= 1
+        self.fast_path_limit += HELD_MIN
 
     def allowance(self, bound):
         """Return how many bytes one queue may hold now, `bound` at most."""
@@ -2850,8 +2898,8 @@ class Budget:
 class DelayQueue:
     """The bytes of one direction that wait to be sent, each chunk with its due time.
 
-    `queue` holds the events that are not due yet. Chunks that are due, and cannot be sent yet,
-    are in `send_buffer`; rules have no more influence on them.
+    `queue` holds the events that are not due yet. `send_buffer` holds the chunks that are due,
+    and that the target does not accept yet. Rules have no influence on `send_buffer`.
     """
 
     __slots__ = ("to", "budget", "queue", "order", "latest", "rate_limited_until", "send_buffer",
@@ -2861,35 +2909,35 @@ class DelayQueue:
     def __init__(self, to, budget):
         self.to = to
         self.budget = budget
-        self.queue = []         # a heap of (due, order, data, start, delays)
-        self.order = 0          # events that are due at the same time leave in this order
-        self.latest = 0.0       # when the last byte of the queue is due
-        self.rate_limited_until = 0.0   # when a rate limit lets the last of the queue pass
-        self.send_buffer = ()  # type: ignore   # bytes, and EOF; a deque once there are any
-        self.held = 0           # bytes in queue and send_buffer, as the budget counts them
-        self.forwarded = 0      # bytes that went directly from source to target, ever
-        self.buffered_in = 0    # other bytes from the source, ever
-        self.buffered_out = 0   # other bytes to the target, ever
+        self.queue = []         # heap of (due, order, data, start, delays): see `put`
+        self.order = 0          # `order` of the last event; it decides between equal due times
+        self.latest = 0.0       # due time of the last byte in the queue
+        self.rate_limited_until = 0.0   # when the rate limits let the last byte pass
+        self.send_buffer = ()  # type: ignore   # chunks and EOF; a deque once there are any
+        self.held = 0           # bytes in queue and send_buffer, with CHUNK_OVERHEAD for each
+        self.forwarded = 0      # total bytes that went from source to target on the fast path
+        self.buffered_in = 0    # total of all other bytes from the source
+        self.buffered_out = 0   # total of all other bytes to the target
         self.eof = False        # the source has closed its side
-        self.write_closed = False       # nothing more is sent to the target, but dropped
-        budget.queues += 1
-        budget.fast_path_limit -= HELD_MIN
+        self.write_closed = False       # no more bytes may be sent to the target
+        budget.add_queue()
 
     @property
     def received(self):
-        """Bytes from the source, ever."""
+        """Total bytes from the source."""
         return self.forwarded + self.buffered_in
 
     @property
     def sent(self):
-        """Bytes to the target, ever."""
+        """Total bytes to the target."""
         return self.forwarded + self.buffered_out
 
     def put(self, t, data, start, delays=()):
-        """Queue an event. Bytes and EOF keep their order, as in TCP; RESET overtakes.
+        """Queue an event. Bytes and EOF keep their order, but a RESET overtakes them.
 
-        t        when it is due
-        start    when it happened; `delays` says which rules have delayed it: see Chain.process
+        t         when the event is due
+        start     when the event happened that it was made of
+        delays    the rules that have delayed it, as Chain.process returns them
         """
         if not data and not isinstance(data, Signal):
             return
@@ -2908,26 +2956,23 @@ class DelayQueue:
         heapq.heappush(self.queue, (t, self.order, data, start, delays))
 
     def charge(self, size):
-        """Count a chunk that is held now."""
+        """Count a chunk of this size as held."""
         self.held += size + CHUNK_OVERHEAD
         self.budget.held += size + CHUNK_OVERHEAD
 
     def credit(self, size):
-        """Count bytes that are no longer held."""
+        """Count this many bytes as no longer held."""
         self.held -= size
         self.budget.held -= size
 
     def append_due(self, data):
-        """Append bytes, or EOF, that are due and cannot be sent yet."""
+        """Append a chunk or EOF to send_buffer."""
         if not self.send_buffer:
             self.send_buffer = deque()
         self.send_buffer.append(data)
 
     def pop_due(self, now):
-        """Move the bytes and EOFs that are due to send_buffer, in order.
-
-        Returns the other signals that are due.
-        """
+        """Move the chunks and EOFs that are due to send_buffer. Returns the other signals."""
         signals = []
         while self.queue and self.queue[0][0] <= now:
             data = heapq.heappop(self.queue)[2]
@@ -2944,13 +2989,13 @@ class DelayQueue:
         return self.queue[0][0] if self.queue else NEVER
 
     def resume_reading_at(self, now):
-        """Return when a rate limit permits reading again, or NEVER if it does not forbid it."""
+        """Return when the rate limits permit to read again. NEVER: they permit it already."""
         resume = self.rate_limited_until - RATE_BACKLOG
         return resume if self.queue and now < resume else NEVER
 
     def consume(self, size):
-        """The first `size` bytes of send_buffer's first chunk have been sent."""
-        rest = self.send_buffer.popleft()[size:]    # a memoryview, EOF or a KernelPipe
+        """Remove the first `size` bytes of send_buffer's first chunk, which have been sent."""
+        rest = self.send_buffer.popleft()[size:]    # of a memoryview, EOF or a KernelPipe
         self.buffered_out += size
         self.credit(size)
         if rest:
@@ -2959,16 +3004,17 @@ class DelayQueue:
             self.credit(CHUNK_OVERHEAD)
 
     def release(self, removed, changed=()):
-        """Subtract the delays that these rules have added, in order. Other delays remain.
+        """Undo the delays of rules that were removed or changed. Delays of other rules remain.
 
-        Events that a changed rule made in answer to OPEN are dropped, because it gets OPEN
-        again. Returns whether these rules had delayed anything.
+        Events that a changed rule made of OPEN are dropped, because the rule gets OPEN again.
+        Returns whether these rules had delayed an event.
         """
         rules = [*removed, *changed]
-        if not any(rule in rules for entry in self.queue for rule, _, _ in entry[4]):
+        if not any(rule in rules for *_, delays in self.queue for rule, _, _ in delays):
             return False
         entries, self.queue, self.latest, self.rate_limited_until = self.queue, [], 0.0, 0.0
-        for _, _, data, start, delays in sorted(entries, key=lambda entry: entry[1]):
+        by_order = sorted(entries, key=lambda entry: entry[1])      # (due, order, ...)
+        for _, _, data, start, delays in by_order:
             self.credit(len(data) + CHUNK_OVERHEAD)
             if any(from_open and rule in changed for rule, _, from_open in delays):
                 continue
@@ -2977,11 +3023,11 @@ class DelayQueue:
         return True
 
     def read_limit(self, clock):
-        """Return how many bytes may be read into this queue now. It is 0 or less if it is full.
+        """Return how many bytes may be read into this queue now. 0 or less: the queue is full.
 
-        An unread socket is the backpressure for its peer. The bound is high while bytes flow.
-        It is low if nothing is due ever, or if a rate limit delays the queue: then the sender
-        must slow down soon. The clock is not read if the queue is empty.
+        A source that is not read slows its sender down (backpressure). The bound is high while
+        bytes flow. The bound is low if the first event is never due, or if a rate limit delays
+        the queue: then the sender must slow down soon. An empty queue reads no clock.
         """
         bound = HELD_MAX_IDLE
         if self.queue and self.queue[0][0] < NEVER and (
@@ -2997,8 +3043,7 @@ class DelayQueue:
     def close(self):
         if self.held:
             self.discard()
-        self.budget.queues -= 1
-        self.budget.fast_path_limit += HELD_MIN
+        self.budget.remove_queue()
 
 
 # -- Loop ---------------------------------------------------------------------
@@ -3828,7 +3873,7 @@ class Connection:
         """A client has connected."""
         now = self.began
         self.chain.start()
-        if self.chain.active:
+        if self.chain.active_rules:
             self.enqueue(now, self.chain.process(now, UPSTREAM, OPEN)
                          + self.chain.process_open(now, [DOWNSTREAM]))
         else:
@@ -3854,17 +3899,17 @@ class Connection:
                 self.read(link)
 
     def read(self, link):
-        """Read once from a link's source, and forward the bytes or queue them.
+        """Receive once from a link's source, and forward the bytes or queue them.
 
-        One recv for each wake-up, so that a fast sender does not delay other connections. On
-        the fast path nothing is queued: no event, no clock, and the bytes leave as soon as
-        they have come.
+        There is one recv for each event of the selector, so that a fast sender does not delay
+        other connections. The fast path reads no clock, and makes no events unless a rule is
+        active: the bytes are sent at once.
         """
         target, loop, chain = link.fast_target, self.loop, self.chain
         limit = CHUNK
         if target is None or loop.budget.held > loop.budget.fast_path_limit:
-            limit = self.slow_read_limit(link)
-            if limit <= 0:
+            limit = self.prepare_slow_read(link)
+            if not limit:
                 return
         elif link.bulk_reads >= SPLICE_AFTER and self.splice(link, target):
             return
@@ -3877,7 +3922,7 @@ class Connection:
         if chain.last_direction is not link.to:
             chain.direction_changed(link.to)
         data = loop.view[:size]
-        if chain.protocol or chain.active:
+        if chain.protocol or chain.active_rules:
             data = self.filter(link, data)
         elif size >= BULK_READ and HAVE_SPLICE:
             link.bulk_reads += 1
@@ -3885,9 +3930,9 @@ class Connection:
             self.forward(link, target, data)
 
     def receive(self, link, limit):
-        """Receive into the loop's buffer. Returns how many bytes, 0 if there are none for now.
+        """Receive at most `limit` bytes into the loop's buffer, and handle an EOF or an error.
 
-        An EOF or an error is handled here.
+        Returns the number of bytes. 0: there are none, and the caller has nothing to do.
         """
         try:
             size = link.source.recv_into(self.loop.buffer, limit)
@@ -3900,10 +3945,13 @@ class Connection:
             self.on_eof(link)
         return size
 
-    def slow_read_limit(self, link):
-        """Return how many bytes to read if the fast path is closed. 0 or less: none now."""
+    def prepare_slow_read(self, link):
+        """Prepare to read while the fast path is closed. Returns how many bytes may be read.
+
+        Returns 0 if the link is full, or if a blocking handler has the sockets or gets them.
+        """
         limit = link.read_limit(self.loop.clock)
-        if limit <= 0 or self.phase is HANDED_OFF:      # ready since before it was full
+        if limit <= 0 or self.phase is HANDED_OFF:      # the event is older than this state
             self.update_interest()
             return 0
         if self.proxy.has_blocking and self.hand_off(link):
@@ -3911,7 +3959,7 @@ class Connection:
         return limit
 
     def forward(self, link, target, data):
-        """Send bytes to the target, or queue them if the fast path is closed."""
+        """Send bytes to the target. Without a target (the fast path is closed) queue them."""
         if target is None:
             link.buffered_in += len(data)
             now = self.loop.clock()
@@ -3934,8 +3982,8 @@ class Connection:
     def filter(self, link, data):
         """Run received bytes through the chain. Returns the bytes to forward immediately.
 
-        If a rule has changed or delayed them, queues the result and returns None. Counts as
-        received the bytes that it does not return.
+        If a rule has changed or delayed bytes, the resulting events are queued, and None is
+        returned. `forward` counts the bytes that are returned; all others are counted here.
         """
         chain, size = self.chain, len(data)
         passed = chain.pass_through(link.to, data)
@@ -3954,7 +4002,7 @@ class Connection:
         return passed
 
     def on_protocol_error(self):
-        """The chain has found bytes that are not of the protocol."""
+        """Log that bytes were not of the protocol, and use the chain's successor for tcp."""
         chain = self.chain
         log.info("%sconnection %d, request %d: protocol parsing stopped, continuing as tcp: %s",
                  self.proxy.log_prefix, self.number, chain.request, chain.protocol_error)
@@ -3962,13 +4010,13 @@ class Connection:
         self.chain = chain.successor or chain
 
     def splice(self, link, target):
-        """Forward bulk data through a kernel pipe: the fast path without a copy.
+        """Forward bulk data through a kernel pipe, without a copy: a kind of fast path.
 
-        Returns False, and has done nothing, if recv must be used: no data, no descriptors, or
-        a rule or a new request needs the bytes.
+        Returns False if the caller must use recv: there is no data, no descriptor for a pipe,
+        or the bytes begin a request or are for a rule. No bytes have been moved then.
         """
         size, pool, chain = 0, self.loop.pipe_pool, self.chain
-        if chain.active or chain.protocol or chain.last_direction is not link.to:
+        if chain.active_rules or chain.protocol or chain.last_direction is not link.to:
             return False
         try:
             pipe = pool.pop() if pool else KernelPipe()
@@ -3999,10 +4047,10 @@ class Connection:
             pipe.close()
 
     def on_eof(self, link):
-        """The source has closed its side. On the fast path the target learns it at once."""
+        """Pass an EOF of the source on: at once on the fast path, otherwise through the chain."""
         link.eof = True
         target = link.fast_target
-        if target is None or self.chain.protocol or self.chain.active:
+        if target is None or self.chain.protocol or self.chain.active_rules:
             self.process_signal(link.to, EOF)
         elif not self.close_write(link, target):
             self.pump()
@@ -4014,8 +4062,8 @@ class Connection:
     def hand_off(self, link):
         """Hand the sockets to a blocking handler, if one is active for this request.
 
-        It gets them now, or later when both sides are connected and all data is delivered.
-        Returns whether one is active.
+        The handler gets them only when both sides are connected and all data is delivered.
+        Until then the source stays unread. Returns whether a blocking handler is active.
         """
         try:
             if not link.source.recv(1, socket.MSG_PEEK):
@@ -4046,7 +4094,7 @@ class Connection:
             self.up.queue or self.up.send_buffer or self.down.queue or self.down.send_buffer)
 
     def take_back(self, close_reason):
-        """A blocking handler has done its work: go on, or close if there is a reason to."""
+        """Continue after a blocking handler has finished. Close if there is a close_reason."""
         if self.phase is CLOSED:
             return
         self.phase = CONNECTED
@@ -4065,7 +4113,7 @@ class Connection:
         self.enqueue(now, self.chain.process(now, to, signal))
 
     def enqueue(self, now, events):
-        """Put the chain's events into the delay queues, record faults, and go on."""
+        """Put the chain's events into the delay queues, record faults, and send due data."""
         for t, to, data, delays in events:
             (self.up if to == UPSTREAM else self.down).put(t, data, now, delays)
         newly_acted, self.chain.newly_acted = self.chain.newly_acted, []
@@ -4074,7 +4122,10 @@ class Connection:
         self.pump()
 
     def rules_changed(self, new, removed, changed):
-        """The proxy's rules have changed. Data that removed or changed rules held goes on."""
+        """Apply a change of the installed rules. Release data that removed or changed ones held.
+
+        new, removed, changed    Rules
+        """
         now = self.loop.clock()
         self.chain.rules_changed(new, changed)
         for link in self.up, self.down:
@@ -4087,7 +4138,10 @@ class Connection:
         self.pump()
 
     def pump(self):
-        """Send all data that is due, then wait for more or finish. The slow path's engine."""
+        """Send all data that is due. Then wait for the next event, or end the connection.
+
+        The slow path always leads here.
+        """
         up, down, now = self.up, self.down, self.loop.clock()
         signals = up.pop_due(now) + down.pop_due(now) if up.queue or down.queue else ()
         if self.phase is WAITING and (signals or up.send_buffer):
@@ -4108,7 +4162,7 @@ class Connection:
                 self.set_timer(now)
 
     def end_waiting(self, now, signals):
-        """Connect, if OPEN or data is due. An EOF alone ends the connection."""
+        """Connect to the backend if OPEN or bytes are due. An EOF alone ends the connection."""
         if OPEN in signals or any(self.up.send_buffer):
             self.connect_backend()
         elif self.up.send_buffer:
@@ -4139,9 +4193,9 @@ class Connection:
                 self.on_send_error(link)
 
     def close_write(self, link, target):
-        """Half-close: nothing more will be sent to the target. Returns False if that failed.
+        """Half-close the target. Returns False if the target has failed.
 
-        If a reset or a close follows at once, that replaces the FIN.
+        No FIN is sent if a reset or a close of the socket follows at once.
         """
         link.write_closed = True
         if self.reset_reason or (self.up.write_closed and self.down.write_closed):
@@ -4158,7 +4212,7 @@ class Connection:
     def update_interest(self):
         """Watch both sockets for the events that matter now, and open or close the fast path.
 
-        All of that is computed from state, here alone.
+        Only this function decides both. It computes them from the state of the connection.
         """
         if self.phase is CLOSED:
             return
@@ -4326,7 +4380,7 @@ class Connection:
         elif self.chain.answered_early and not self.up.eof:
             self.linger()
         else:
-            faults = [active.rule.name for active in self.chain.active if active.has_acted]
+            faults = [active.rule.name for active in self.chain.active_rules if active.has_acted]
             self.close("closed by %s" % (" and ".join(faults) or "a fault"))
 
     def linger(self):
@@ -4676,7 +4730,7 @@ class Proxy:
             if not old.same_rule(toxic):
                 old = toxic
             elif (old.toxicity, old.attributes) != (toxic.toxicity, toxic.attributes):
-                old.set(toxic.toxicity, toxic.attributes)
+                old.update(toxic.toxicity, toxic.attributes)
                 changed.append(old.rule)
                 if old.rule.instance:
                     old.rule.instance.update_settings(old.rule.options)
@@ -6165,7 +6219,7 @@ def change_toxic(toxic, value):
     for name in RULE_FIELDS:
         if before.get(name) != after.get(name):
             raise bad_body("%s cannot be changed: remove the toxic and add it again" % name)
-    changed.set(changed.toxicity, dict(toxic.attributes, **attributes))
+    changed.update(changed.toxicity, dict(toxic.attributes, **attributes))
     return changed
 
 
