@@ -2651,7 +2651,7 @@ class ProtocolChain(Chain):
     }
 
     def apply(self, to, boundary):
-        """Change the queue of exchanges by a boundary, as the table in the class docstring says."""
+        """Change the queue of exchanges by a boundary, see the table of the class."""
         kind = Request if type(boundary) is Request else boundary
         self.TRANSITIONS[to, kind](self, boundary)
 
