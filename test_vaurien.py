@@ -145,7 +145,7 @@ def set_behavior(proxy, behavior, **options):
 def rule_set_of(*rules, seed=1, name="test"):
     """Return the RuleSet of a proxy that has this name, this seed and these rules."""
     rule_set = vaurien.RuleSet(seed, name)
-    rule_set.installed = list(rules)
+    rule_set.install(list(rules))
     return rule_set
 
 
@@ -1460,7 +1460,7 @@ class Playbook:
         """
         self.test = test
         self.rules = vaurien.RuleSet(1, "test")
-        self.rules.installed = list(rules)
+        self.rules.install(list(rules))
         self.reader = ProtocolReader(protocol, pending=(), host=host)
         self.chain = vaurien.ProtocolChain(self.rules, 1, self.reader.protocol)
         self.tcp = None             # the Chain that replaces it when the protocol is lost
@@ -1535,7 +1535,7 @@ class Playbook:
     def replace_rules(self, *rules):
         """Arm other rules while the connection is open."""
         new = [rule for rule in rules if rule not in self.rules.installed]
-        self.rules.installed = list(rules)
+        self.rules.install(list(rules))
         self.chain.rules_changed(new)
 
     # The state of the chain.
@@ -2288,10 +2288,10 @@ class TestRules(unittest.TestCase):
         chain, other = vaurien.Chain(rule_set, 3), rules_from("30:abort")
         for request in range(1, 60):
             if request == 20:           # within a block of 8 requests that are drawn together
-                rule_set.installed = rule_set.installed + other
+                rule_set.install(rule_set.installed + other)
                 chain.rules_changed(other)
             if request == 27:           # and so is this one
-                rule_set.installed = rule_set.installed[:-1]
+                rule_set.install(rule_set.installed[:-1])
                 chain.rules_changed([])
             chain.begin_request()
             percent = 100 * rule_set.draw_block("behavior", 3, request // 8)[request % 8] / 2 ** 64

@@ -2007,9 +2007,15 @@ class RuleSet:
 
     def __init__(self, seed, proxy_name):
         self.seed, self.proxy_name = seed, proxy_name
-        self.installed = []     # Rules, in the order in which they act
+        self.install([])
         self.request_count = 0  # requests begun at this proxy
         self.hash_prefixes = {}     # {draw key: blake2b of the seed, the name and the key}
+
+    def install(self, rules):
+        """Replace the installed rules, which act in this order."""
+        self.installed = rules
+        # Each rule is drawn for each request alone, as soon as the request begins.
+        self.draw_ahead = all(rule.per == "request" and not rule.match for rule in rules)
 
     def draw_block(self, draw_key, connection, block):
         """Return the numbers for a block of 8 requests: a tuple of 8 ints of 64 bits.
@@ -2212,7 +2218,7 @@ MAY_BE_NEGATIVE = {"latency", "jitter", "delay", "timeout", "bytes"}
 #   process(now, to, signal)       returns the events that the rules make of a signal
 #   rules_changed(new, changed)    when the installed rules have changed
 
-NO_DRAWS: dict = {}     # shared by all chains, most of which never draw
+NO_HITS: list = []      # shared by all chains, most of which never draw
 
 
 class Chain:
@@ -2225,7 +2231,7 @@ class Chain:
 
     __slots__ = ("rules", "connection", "request", "last_direction", "active_rules", "undrawn",
                  "per_connection", "newly_acted", "number", "protocol_lost", "protocol",
-                 "current_request", "answered_early", "modified", "block_draws", "block",
+                 "current_request", "answered_early", "modified", "block", "block_hits",
                  "protocol_error", "successor")
 
     def __init__(self, rules, connection):
@@ -2237,8 +2243,8 @@ class Chain:
         self.active_rules = []          # of the current request, in the order of the rules
         self.undrawn = []               # rules installed before any bytes of the request
         self.per_connection = {}        # {rule: ActiveRule or None} of the connection
-        self.block_draws = NO_DRAWS     # {draw key: numbers of the 8 requests of a block}
-        self.block = -1                 # the index of that block
+        self.block = -1                 # index of the last block of 8 requests: draw_from_block
+        self.block_hits = NO_HITS       # [(rule, number)] for each request of this block
         self.newly_acted = []           # (rule, request number) of faults to be recorded
         self.modified = False           # a rule has changed an event (the caller resets this)
         self.answered_early = False     # a rule has replied in the backend's place
@@ -2260,12 +2266,13 @@ class Chain:
         self.undrawn = []
         if not self.rules.installed:
             self.active_rules = []
-            return
-        if self.per_connection:
+        elif self.rules.draw_ahead:
+            self.active_rules = self.draw_from_block()
+        else:
             for active in self.per_connection.values():
                 if active is not None and active.match_buffer:
                     active.match_buffer = b""
-        self.active_rules = self.collect(self.draw_rule)
+            self.active_rules = self.collect(self.draw_rule)
 
     def direction_changed(self, to):
         """Note the direction of the next bytes, which differs from that of the last bytes.
@@ -2280,25 +2287,36 @@ class Chain:
 
     # Drawing
 
+    def draw_from_block(self):
+        """Return the active rules of the current request, if each rule is drawn for it alone.
+
+        The same as `collect(self.draw_rule)`, for less: the rules that act on 8 successive
+        requests are found at once.
+        """
+        block, index = self.request // 8, self.request % 8
+        if block != self.block:
+            self.block, self.block_hits = block, [[] for _ in range(8)]
+            for rule in self.rules.installed:
+                draws = self.rules.draw_block(rule.draw_key, self.connection, block)
+                for hits, number in zip(self.block_hits, draws):
+                    if rule.includes(number):
+                        hits.append((rule, number))
+        for rule in self.rules.installed:
+            rule.drawn_count += 1
+        hits = self.block_hits[index]
+        return [ActiveRule(rule, rule.drawn_count, number) for rule, number in hits
+                if rule.drawn_count > rule.after] if hits else []
+
     def draw_number(self, rule):
         """Draw the number that decides whether a rule acts on the current request.
 
         A rule per connection has one number for all requests, that of request 0. Returns
-        (number, whether the rule acts). The numbers of a block of 8 requests are drawn at
-        once, and kept while requests of this block are drawn.
+        (number, whether the rule acts).
         """
         rule.drawn_count += 1
         request = self.request if rule.per == "request" else 0
-        block, index = request // 8, request % 8
-        if block != self.block:
-            self.block, self.block_draws = block, {}
-        draws = self.block_draws.get(rule.draw_key)
-        if draws is None:
-            draws = self.block_draws[rule.draw_key] = self.rules.draw_block(
-                rule.draw_key, self.connection, block)
-        number = draws[index]
-        skip = rule.drawn_count <= rule.after       # one of the first `after` requests
-        return number, rule.includes(number) and not skip
+        number = self.rules.draw_block(rule.draw_key, self.connection, request // 8)[request % 8]
+        return number, rule.includes(number) and rule.drawn_count > rule.after
 
     def draw_rule(self, rule):
         """Draw a rule for the current request. Returns its ActiveRule, or None if it does not act.
@@ -2351,6 +2369,7 @@ class Chain:
         rule keeps its state.
         """
         current = {active.rule: active for active in self.active_rules}
+        self.block = -1
         self.per_connection = {rule: active for rule, active in self.per_connection.items()
                                if rule in self.rules.installed}
         for rule in changed:
@@ -2507,6 +2526,10 @@ class Exchange:
         return self.reply_done or (
             self.complete and not (self.forwarded and self.request.replies))
 
+    def is_reusable(self):
+        """Return whether the exchange is done, and no rule has been active in it."""
+        return not self.active_rules and self.is_done()
+
     def awaits_reply(self):
         """Return whether the backend still owes the reply."""
         expects = self.request.replies if self.request else self.handshake
@@ -2624,6 +2647,8 @@ class ProtocolChain(Chain):
                                  if active.rule.per == "connection"]
         if connecting:
             last.request, last.active_rules, last.reply_done = request, self.active_rules, False
+        elif len(self.exchanges) == 1 and last.is_reusable():
+            last.__init__(self.request, self.active_rules, request)
         else:
             last = Exchange(self.request, self.active_rules, request)
             self.exchanges.append(last)
@@ -2685,74 +2710,85 @@ class ProtocolChain(Chain):
         """Return whether no rule can act on any bytes, and no bytes are held in the chain."""
         return not (self.rules.installed or self.last_affected or self.head or self.closing)
 
-    def client_may_pass(self, size):
-        """Return whether no rule can act on the client's next bytes. Changes nothing."""
-        # 1. No rule is installed, and no Host header has to be rewritten.
-        if self.is_idle() and not self.protocol.host:
-            return True
-        # 2. All bytes are in the middle of a request on which no rule acts.
-        return (self.in_request and not self.closing and not self.exchanges[-1].active_rules
-                and self.protocol.request_framer.skips(size))
+    def may_pass(self, to, size):
+        """Return whether no rule can act on the next bytes, though the chain is not idle.
 
-    def backend_may_pass(self, size):
-        """Return whether no rule can act on the backend's next bytes. Changes nothing."""
-        # 1. No rule is installed.
-        if self.is_idle():
-            return True
-        # 2. No rule acts on the exchanges whose replies these bytes may contain. A reply has
-        #    at least 2 bytes. A held head may have to be released, on the slow path.
+        Changes nothing.
+        """
+        if to is UPSTREAM:
+            # All bytes are in the middle of a request on which no rule acts.
+            return (self.in_request and not self.closing and not self.exchanges[-1].active_rules
+                    and self.protocol.request_framer.skips(size))
+        # No rule acts on the exchanges whose replies these bytes may contain: a reply has at
+        # least 2 bytes. A held head might have to be released, which needs the slow path.
         reached = itertools.islice(self.exchanges, size // 2 + 1)
         if not self.head and not any(exchange.active_rules or exchange.queued_events
                                      for exchange in reached):
             return True
-        # 3. All bytes are in the middle of a reply on which no rule acts.
-        return (not self.exchanges[0].active_rules
-                and self.protocol.reply_framer.skips(size))
-
-    def boundaries_to_pass(self, to, data):
-        """Return the boundaries in bytes on which no rule can act: an iterable of Framer.feed.
-
-        Returns None if a rule may act, or if a Host header may have to be rewritten in a
-        request that is not complete. Raises ProtocolError.
-        """
-        framer, size = self.framer(to), len(data)
-        may_pass = self.client_may_pass(size) if to is UPSTREAM else self.backend_may_pass(size)
-        if type(data) is bytes and (may_pass or self.is_idle()):
-            whole = framer.whole_message(data)
-            if whole:
-                return whole
-        return framer.feed(data, size) if may_pass else None
+        # All bytes are in the middle of a reply on which no rule acts.
+        return not self.exchanges[0].active_rules and self.protocol.reply_framer.skips(size)
 
     def pass_through(self, to, data):
         """Fast path: apply the boundaries in bytes on which no rule can act.
 
-        Returns the bytes to forward: the same bytes, but for a Host header that is rewritten.
-        Returns None, and changes nothing, if the bytes need the slow path.
+        Returns `data` itself, or other bytes to forward instead if a Host header is rewritten
+        or the protocol is lost. Returns None, and changes nothing, if the bytes need the slow
+        path.
         """
-        if len(data) <= COPY_MAX:
-            data = bytes(data)
-        end = 0                                 # of the last message, or of its head
+        size, end = len(data), 0        # end: of the last message, or of its head
         try:
-            boundaries = self.boundaries_to_pass(to, data)
-            if boundaries is None:
+            idle = self.is_idle()
+            may_pass = idle or self.may_pass(to, size)
+            if may_pass and size <= COPY_MAX:
+                passed = self.pass_whole(to, data)
+                if passed is not None:
+                    return passed
+            if idle and to is UPSTREAM and self.protocol.host:      # a head may be rewritten
+                may_pass = self.may_pass(to, size)
+            if not may_pass:
                 return None
-            for offset, boundary in boundaries:
+            for offset, boundary in self.framer(to).feed(data, size):
                 end = offset
                 self.apply(to, boundary)
                 if to is UPSTREAM:
                     self.exchanges[-1].forwarded = True
-                while self.pop_done():
-                    pass
+                self.pop_all_done()
         except ProtocolError as error:
-            # No rule can act on the rest either. So the events of it need not be used.
+            # No rule can act on the rest either. So no event of it has to be queued.
             self.process_part(0.0, to, bytes(data[end:]))
             self.fall_back(0.0, to, error)
-            return data
+            return bytes(data)
+        if to is UPSTREAM:
+            self.head_forwarded = not self.in_request and end < size
+        return data
+
+    def pass_whole(self, to, data):
+        """Apply the boundaries of exactly one whole, common message, while the chain is idle.
+
+        Returns `data`, or other bytes if a Host header is rewritten. Returns None, and changes
+        nothing, for any other data. This is much faster than Framer.feed.
+        """
+        framer = self.framer(to)
+        message = bytes(data)
+        parsed = framer.parse_whole(message) if framer.at_boundary else None
+        if not parsed:
+            return None
         if to is DOWNSTREAM:
-            return data
-        self.head_forwarded = not self.in_request and end < len(data)
-        return self.protocol.rewrite_head(data) if self.protocol.host and (
-            type(boundaries) is tuple) else data
+            self.end_reply(END_OF_MESSAGE)
+        else:
+            self.begin_exchange(parsed)
+            self.exchanges[-1].forwarded = True
+            self.end_request(END_OF_MESSAGE)
+            if self.protocol.host:
+                data = self.protocol.rewrite_head(message)
+        if len(self.exchanges) > 1:
+            self.pop_all_done()
+        return data
+
+    def pop_all_done(self):
+        """Remove exchanges that are done from the front of the queue."""
+        while self.pop_done():
+            pass
 
     def process_bytes(self, now, to, data):
         """Slow path: return the events that the rules make of bytes, and apply boundaries."""
@@ -3880,26 +3916,14 @@ class Connection:
             self.connect_backend()
             self.update_interest()
             if self.up.fast_target is not None:     # most clients have sent a request by now
-                self.read(self.up)
+                self.on_ready(self.up, EVENT_READ)
 
     # Reading
 
     def on_ready(self, link, events):
-        """A link's source is ready, or has an error: see EpollSelector.READY."""
-        if events == EVENT_READ and link.fast_target is not None:
-            self.read(link)
-        elif self.phase is CLOSED:      # by an earlier callback of this select()
-            pass
-        elif self.phase is CONNECTING and link is self.down:
-            self.on_connected()
-        else:
-            if events & EVENT_WRITE:
-                self.pump()
-            if events & EVENT_READ and link.source is not None:
-                self.read(link)
-
-    def read(self, link):
         """Receive once from a link's source, and forward the bytes or queue them.
+
+        events    EVENT_READ; other events are for the slow path: see prepare_slow_read
 
         There is one recv for each event of the selector, so that a fast sender does not delay
         other connections. The fast path reads no clock, and makes no events unless a rule is
@@ -3907,56 +3931,68 @@ class Connection:
         """
         target, loop, chain = link.fast_target, self.loop, self.chain
         limit = CHUNK
-        if target is None or loop.budget.held > loop.budget.fast_path_limit:
-            limit = self.prepare_slow_read(link)
+        if (events != EVENT_READ or target is None
+                or loop.budget.held > loop.budget.fast_path_limit):
+            limit = self.prepare_slow_read(link, events)
             if not limit:
                 return
+            target = link.fast_target
         elif link.bulk_reads >= SPLICE_AFTER and self.splice(link, target):
             return
-        size = self.receive(link, limit)
-        if not size:
+        try:
+            size = link.source.recv_into(loop.buffer, limit)
+        except OSError as error:
+            self.on_recv_error(link, error)
             return
-        if self.phase is LINGERING:
-            link.buffered_in += size
+        if not size:
+            self.on_eof(link)
             return
         if chain.last_direction is not link.to:
             chain.direction_changed(link.to)
         data = loop.view[:size]
         if chain.protocol or chain.active_rules:
-            data = self.filter(link, data)
+            passed = chain.pass_through(link.to, data)
+            data = data if passed is data else self.filter(link, data, passed)
         elif size >= BULK_READ and HAVE_SPLICE:
             link.bulk_reads += 1
         if data:
             self.forward(link, target, data)
 
-    def receive(self, link, limit):
-        """Receive at most `limit` bytes into the loop's buffer, and handle an EOF or an error.
+    def prepare_slow_read(self, link, events):
+        """Handle events for which the fast path is closed. Returns how many bytes may be read.
 
-        Returns the number of bytes. 0: there are none, and the caller has nothing to do.
+        Returns 0 if no bytes may be read now: the source is not readable, the link is full, or
+        a blocking handler has the sockets or gets them. More events than the source is watched
+        for mean that it has an error, which recv() or send() reports.
         """
-        try:
-            size = link.source.recv_into(self.loop.buffer, limit)
-        except BlockingIOError:
+        if self.phase is CLOSED:        # by an earlier callback of this select()
             return 0
-        except OSError as error:
-            self.on_recv_error(link, error)
+        if self.phase is CONNECTING and link is self.down:
+            self.on_connected()
             return 0
-        if not size:
-            self.on_eof(link)
-        return size
-
-    def prepare_slow_read(self, link):
-        """Prepare to read while the fast path is closed. Returns how many bytes may be read.
-
-        Returns 0 if the link is full, or if a blocking handler has the sockets or gets them.
-        """
+        if events & EVENT_WRITE:
+            self.pump()
+        if not events & EVENT_READ or link.source is None:
+            return 0
         limit = link.read_limit(self.loop.clock)
         if limit <= 0 or self.phase is HANDED_OFF:      # the event is older than this state
             self.update_interest()
             return 0
-        if self.proxy.has_blocking and self.hand_off(link):
-            return 0
-        return limit
+        if self.phase is LINGERING:
+            return self.discard_input(link)
+        return 0 if self.proxy.has_blocking and self.hand_off(link) else limit
+
+    def discard_input(self, link):
+        """Receive bytes of a client that has got its last reply, and drop them. Returns 0."""
+        try:
+            size = link.source.recv_into(self.loop.buffer)
+        except OSError as error:
+            self.on_recv_error(link, error)
+        else:
+            link.buffered_in += size
+            if not size:
+                self.on_eof(link)
+        return 0
 
     def forward(self, link, target, data):
         """Send bytes to the target. Without a target (the fast path is closed) queue them."""
@@ -3979,19 +4015,21 @@ class Connection:
             link.buffer_unsent(memoryview(bytes(data[sent:])))
             self.update_interest()
 
-    def filter(self, link, data):
-        """Run received bytes through the chain. Returns the bytes to forward immediately.
+    def filter(self, link, data, passed):
+        """Run bytes through the chain that did not pass through it unchanged.
 
-        If a rule has changed or delayed bytes, the resulting events are queued, and None is
-        returned. `forward` counts the bytes that are returned; all others are counted here.
+        passed    the bytes that the chain passes through, or None: see Chain.pass_through
+
+        Returns the bytes to forward immediately. If a rule has changed or delayed bytes, the
+        resulting events are queued, and None is returned. `forward` counts the bytes that are
+        returned; all others are counted here.
         """
         chain, size = self.chain, len(data)
-        passed = chain.pass_through(link.to, data)
         if passed is None:
             now, chain.modified = self.loop.clock(), False
             events = chain.process_bytes(now, link.to, bytes(data))
             if not chain.modified and all(to == link.to and made for _, to, made, _ in events):
-                passed = b"".join([event[2] for event in events])
+                passed = b"".join([made for _, _, made, _ in events])
         if chain.protocol_error:
             self.on_protocol_error()
         if passed is None:
@@ -4069,7 +4107,7 @@ class Connection:
             if not link.source.recv(1, socket.MSG_PEEK):
                 return False            # EOF is not for the handler
         except OSError:
-            return False                # read() handles it
+            return False                # on_ready() handles it
         if self.chain.last_direction is not link.to:
             self.chain.direction_changed(link.to)
         active = self.chain.blocking_rule()
@@ -4352,6 +4390,8 @@ class Connection:
         Deliver the data that it sent before, then reset the other side. But drop data that is
         never due, or waits for connect().
         """
+        if isinstance(error, BlockingIOError):      # no error: no bytes have come
+            return
         peer = "client" if link is self.up else "backend"
         self.reset_reason = ("reset by %s" % peer if isinstance(error, ConnectionResetError)
                              else "%s lost: %s" % (peer, error.strerror))
@@ -4765,7 +4805,7 @@ class Proxy:
                 except Exception as exc:        # the user's class may raise anything
                     raise InputError([("name", "%s cannot be created: %s" % (
                         rule.name, format_exception(exc)))]) from None
-        self.rules.installed = rules
+        self.rules.install(rules)
         self.has_blocking = any(rule.blocking for rule in rules)
 
     def check_rule(self, rule):
