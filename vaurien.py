@@ -2243,7 +2243,7 @@ class Chain:
         self.active_rules = []          # of the current request, in the order of the rules
         self.undrawn = []               # rules installed before any bytes of the request
         self.per_connection = {}        # {rule: ActiveRule or None} of the connection
-        self.block = -1                 # index of the last block of 8 requests: draw_from_block
+        self.block = -1                 # index of a block of 8 requests: see draw_block
         self.block_hits = NO_HITS       # [(rule, number)] for each request of this block
         self.newly_acted = []           # (rule, request number) of faults to be recorded
         self.modified = False           # a rule has changed an event (the caller resets this)
@@ -2266,8 +2266,15 @@ class Chain:
         self.undrawn = []
         if not self.rules.installed:
             self.active_rules = []
-        elif self.rules.draw_ahead:
-            self.active_rules = self.draw_from_block()
+        elif self.rules.draw_ahead:     # the same as below, for less
+            if self.request // 8 != self.block:
+                self.draw_block(self.request // 8)
+            for rule in self.rules.installed:
+                rule.drawn_count += 1
+            hits = self.block_hits[self.request % 8]
+            self.active_rules = [ActiveRule(rule, rule.drawn_count, number)
+                                 for rule, number in hits
+                                 if rule.drawn_count > rule.after] if hits else []
         else:
             for active in self.per_connection.values():
                 if active is not None and active.match_buffer:
@@ -2287,25 +2294,14 @@ class Chain:
 
     # Drawing
 
-    def draw_from_block(self):
-        """Return the active rules of the current request, if each rule is drawn for it alone.
-
-        The same as `collect(self.draw_rule)`, for less: the rules that act on 8 successive
-        requests are found at once.
-        """
-        block, index = self.request // 8, self.request % 8
-        if block != self.block:
-            self.block, self.block_hits = block, [[] for _ in range(8)]
-            for rule in self.rules.installed:
-                draws = self.rules.draw_block(rule.draw_key, self.connection, block)
-                for hits, number in zip(self.block_hits, draws):
-                    if rule.includes(number):
-                        hits.append((rule, number))
+    def draw_block(self, block):
+        """Draw the rules for the 8 requests of a block, if each rule is drawn for them alone."""
+        self.block, self.block_hits = block, [[] for _ in range(8)]
         for rule in self.rules.installed:
-            rule.drawn_count += 1
-        hits = self.block_hits[index]
-        return [ActiveRule(rule, rule.drawn_count, number) for rule, number in hits
-                if rule.drawn_count > rule.after] if hits else []
+            draws = self.rules.draw_block(rule.draw_key, self.connection, block)
+            for hits, number in zip(self.block_hits, draws):
+                if rule.includes(number):
+                    hits.append((rule, number))
 
     def draw_number(self, rule):
         """Draw the number that decides whether a rule acts on the current request.
@@ -3923,7 +3919,7 @@ class Connection:
     def on_ready(self, link, events):
         """Receive once from a link's source, and forward the bytes or queue them.
 
-        events    EVENT_READ; other events are for the slow path: see prepare_slow_read
+        events    EVENT_READ, or others that prepare_read handles
 
         There is one recv for each event of the selector, so that a fast sender does not delay
         other connections. The fast path reads no clock, and makes no events unless a rule is
@@ -3931,14 +3927,12 @@ class Connection:
         """
         target, loop, chain = link.fast_target, self.loop, self.chain
         limit = CHUNK
-        if (events != EVENT_READ or target is None
+        if (events != EVENT_READ or target is None or link.bulk_reads >= SPLICE_AFTER
                 or loop.budget.held > loop.budget.fast_path_limit):
-            limit = self.prepare_slow_read(link, events)
+            limit = self.prepare_read(link, events)
             if not limit:
                 return
             target = link.fast_target
-        elif link.bulk_reads >= SPLICE_AFTER and self.splice(link, target):
-            return
         try:
             size = link.source.recv_into(loop.buffer, limit)
         except OSError as error:
@@ -3950,20 +3944,27 @@ class Connection:
         if chain.last_direction is not link.to:
             chain.direction_changed(link.to)
         data = loop.view[:size]
-        if chain.protocol or chain.active_rules:
-            passed = chain.pass_through(link.to, data)
-            data = data if passed is data else self.filter(link, data, passed)
-        elif size >= BULK_READ and HAVE_SPLICE:
-            link.bulk_reads += 1
-        if data:
-            self.forward(link, target, data)
+        if chain.protocol or chain.active_rules or target is None:
+            data = self.filter(link, target, data)
+            if not data:
+                return
+        else:
+            link.bulk_reads += HAVE_SPLICE and size >= BULK_READ
+        try:
+            sent = target.send(data)
+        except OSError as error:
+            self.on_forward_error(link, data, error)
+            return
+        link.forwarded += sent
+        if sent < len(data):
+            self.buffer_unsent(link, data[sent:])
 
-    def prepare_slow_read(self, link, events):
-        """Handle events for which the fast path is closed. Returns how many bytes may be read.
+    def prepare_read(self, link, events):
+        """Handle all cases in which on_ready cannot simply read. Returns how many bytes to read.
 
-        Returns 0 if no bytes may be read now: the source is not readable, the link is full, or
-        a blocking handler has the sockets or gets them. More events than the source is watched
-        for mean that it has an error, which recv() or send() reports.
+        Returns 0 if no bytes may be read now: they were spliced, the source is not readable,
+        the link is full, or a blocking handler has the sockets or gets them. More events than
+        the source is watched for mean that it has an error, which recv() or send() reports.
         """
         if self.phase is CLOSED:        # by an earlier callback of this select()
             return 0
@@ -3973,6 +3974,9 @@ class Connection:
         if events & EVENT_WRITE:
             self.pump()
         if not events & EVENT_READ or link.source is None:
+            return 0
+        if link.fast_target is not None and link.bulk_reads >= SPLICE_AFTER and (
+                self.splice(link, link.fast_target)):
             return 0
         limit = link.read_limit(self.loop.clock)
         if limit <= 0 or self.phase is HANDED_OFF:      # the event is older than this state
@@ -3994,37 +3998,18 @@ class Connection:
                 self.on_eof(link)
         return 0
 
-    def forward(self, link, target, data):
-        """Send bytes to the target. Without a target (the fast path is closed) queue them."""
-        if target is None:
-            link.buffered_in += len(data)
-            now = self.loop.clock()
-            self.enqueue(now, [(now, link.to, bytes(data), ())])
-            return
-        try:
-            sent = target.send(data)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            link.buffered_in += len(data)
-            self.on_send_error(link)
-            self.pump()
-            return
-        link.forwarded += sent
-        if sent < len(data):
-            link.buffer_unsent(memoryview(bytes(data[sent:])))
-            self.update_interest()
+    def filter(self, link, target, data):
+        """Run received bytes through the chain. Returns the bytes to send immediately.
 
-    def filter(self, link, data, passed):
-        """Run bytes through the chain that did not pass through it unchanged.
+        target    None if the fast path is closed: then bytes are queued in any case
 
-        passed    the bytes that the chain passes through, or None: see Chain.pass_through
-
-        Returns the bytes to forward immediately. If a rule has changed or delayed bytes, the
-        resulting events are queued, and None is returned. `forward` counts the bytes that are
-        returned; all others are counted here.
+        Bytes that a rule has changed or delayed are queued, too, and None is returned. Bytes
+        that are not returned are counted here, and all others in on_ready.
         """
         chain, size = self.chain, len(data)
+        passed = chain.pass_through(link.to, data)
+        if passed is data and target is not None:
+            return data
         if passed is None:
             now, chain.modified = self.loop.clock(), False
             events = chain.process_bytes(now, link.to, bytes(data))
@@ -4032,12 +4017,27 @@ class Connection:
                 passed = b"".join([made for _, _, made, _ in events])
         if chain.protocol_error:
             self.on_protocol_error()
-        if passed is None:
+        if passed is None or target is None:
             link.buffered_in += size
-            self.enqueue(now, events)
+            now = self.loop.clock()
+            self.enqueue(now, events if passed is None else [(now, link.to, bytes(passed), ())])
             return None
         link.buffered_in += size - len(passed)
         return passed
+
+    def on_forward_error(self, link, data, error):
+        """Handle an error of send() on the fast path. The data was not sent."""
+        if isinstance(error, BlockingIOError):
+            self.buffer_unsent(link, data)
+        else:
+            link.buffered_in += len(data)
+            self.on_send_error(link)
+            self.pump()
+
+    def buffer_unsent(self, link, data):
+        """Buffer bytes of the fast path that the target does not accept now."""
+        link.buffer_unsent(memoryview(bytes(data)))
+        self.update_interest()
 
     def on_protocol_error(self):
         """Log that bytes were not of the protocol, and use the chain's successor for tcp."""
