@@ -12,7 +12,7 @@ database restarts, when the cache is down, when replies are slow, cut, reset or 
 
 This one file needs nothing but the standard library of Python 3.6 or newer.
 
-The path of a chunk:
+The path of a chunk, that is, of the bytes of one recv:
 
                      one Connection
                      +-----------------------------------------------------------+
@@ -22,8 +22,8 @@ The path of a chunk:
                      +-----------------------------------------------------------+
     Loop: wakes for ready sockets, for the next due chunk, and for calls of other threads
 
-A handler is a function of one timed event that yields the events to pass on instead. It
-never sleeps, reads no clock and touches no socket: time is a value.
+A handler is a function. It receives one event with its time, and yields the events to pass on
+instead. It never sleeps, reads no clock and touches no socket.
 
 Each section uses only the sections above it. `grep -n '^# -- ' vaurien.py` lists them:
 
@@ -39,12 +39,21 @@ Glossary:
     upstream, downstream   towards the backend, towards the client
     event                  (t, to, data): when it is due, its direction, bytes or a signal
     rule                   a handler with options, and the fields that say when it acts
+    behavior               rules of a proxy that share one draw: at most one of them acts
+    toxic                  a rule of a proxy with a name and a draw of its own
+    toxicity               the probability that a toxic acts, from 0 to 1
+    draw                   a random number, fixed by the seed: it decides whether a rule acts
     active rule            a rule drawn for one request or connection, with its state
     chain                  the active rules of a connection, in order
-    delay queue, link      bytes of one direction with due times; with its source socket
-    fast path, slow path   recv and send in one callback; through chain and delay queue
-    exchange               a request and its reply; a framer finds their boundaries
-    fault record           the entry of the log and the API that a rule acted on a request
+    delay queue            the bytes of one direction, each chunk with its due time
+    link                   a delay queue together with its source socket
+    budget                 the limit of the bytes in all delay queues of a loop together
+    fast path              recv and send in one callback
+    slow path              through the chain and the delay queue
+    exchange               a request and its reply
+    boundary               a position in a stream where a request or reply begins or ends
+    framer                 finds the boundaries in one direction of a connection
+    fault record           an entry of the log and the API: a rule acted on a request
 
 To add
 
@@ -52,8 +61,8 @@ To add
     a protocol     a class with @protocol in the section Protocols
     a route        a function with @route in the section Control
     a setting      one line in SETTINGS, in the section Command line
-    a rule field   one line in RULE_FIELDS, in the section Options, and its meaning in Rule or
-                   Chain
+    a rule field   one line in RULE_FIELDS, in the section Options, and code for its meaning in
+                   Rule or Chain
 """
 import argparse
 import atexit
@@ -107,56 +116,75 @@ log = logging.getLogger("vaurien")
 
 LINUX = sys.platform.startswith("linux")
 
-# Sizes, in bytes
-CHUNK = 256 * 1024              # largest recv; larger ones were not faster when measured
-HELD_MAX = 16 * 1024 * 1024     # bound of one delay queue while data flows: 1 GB/s for 16 ms.
-                                #   With a lower one, latency would limit the bandwidth
-HELD_MAX_IDLE = 256 * 1024      # the same if nothing is delayed, or nothing is ever due
-HELD_TOTAL = 512 * 1024 * 1024  # bound of all delay queues of a loop together
-HELD_MIN = 4 * 1024             # reserved for each delay queue, even if the budget is used up
-CHUNK_OVERHEAD = 400            # memory for one queued chunk besides its bytes: 398 on
-                                #   Python 3.6, 336 on 3.13 (measured)
-MATCH_WINDOW = 64 * 1024        # part of a request in which `match` searches
-HEAD_MAX = 64 * 1024            # longest head of a request or reply (nginx: 4 * 8 KiB)
-CACHED_HEAD_MAX = 1024          # longest HTTP head that is remembered, to recognise it again
-BULK_READ = 64 * 1024           # smallest read that counts as bulk data
-COPY_MAX = 8 * 1024             # largest chunk that is copied because copying costs nothing
-KERNEL_PIPE_SIZE = 1024 * 1024  # of a pipe for splice: the most that users may set (man 7 pipe)
-STATSD_PACKET_MAX = 1400        # of a UDP packet, so that it is not fragmented
+# Sizes, in bytes. A chunk is the data of one recv.
+CHUNK = 256 * 1024              # bytes of the largest recv; larger ones were not faster
+HELD_MAX = 16 * 1024 * 1024     # bytes that a delay queue holds at most while a rule delays
+                                #   them: 1 GB/s for 16 ms. With a lower limit, latency would
+                                #   limit the bandwidth
+HELD_MAX_IDLE = 256 * 1024      # bytes that a delay queue holds at most in other cases: nothing
+                                #   is delayed, nothing is ever due, or a rate limit has a backlog
+HELD_TOTAL = 512 * 1024 * 1024  # bytes that all delay queues of a loop hold at most, together
+HELD_MIN = 4 * 1024             # bytes reserved for each delay queue, even if the others use up
+                                #   the budget
+CHUNK_OVERHEAD = 400            # bytes of memory for a queued chunk besides its data, measured:
+                                #   398 on Python 3.6, 336 on 3.13
+MATCH_WINDOW = 64 * 1024        # bytes at the start of a request in which `match` searches
+HEAD_MAX = 64 * 1024            # bytes of the longest head of a request or reply (nginx: 32 KiB)
+CACHED_HEAD_MAX = 1024          # bytes of the longest HTTP head that a connection remembers, to
+                                #   save parsing when the same head arrives again
+BULK_READ = 64 * 1024           # bytes of the smallest recv that counts as bulk data
+COPY_MAX = 8 * 1024             # bytes of the largest chunk that is copied and tested for one
+                                #   complete message; such a copy costs nearly nothing
+KERNEL_PIPE_SIZE = 1024 * 1024  # bytes that a pipe for splice can hold: the most that Linux
+                                #   permits to users (man 7 pipe)
+STATSD_PACKET_MAX = 1400        # bytes of the largest UDP packet: networks do not fragment it
 
-# Numbers
-SPLICE_AFTER = 4                # bulk reads in a row after which splice is used
-KERNEL_PIPES_POOLED = 16        # empty pipes kept for the next bulk data
-BACKLOG = 4096                  # for listen(); the kernel caps it (net.core.somaxconn)
-ACCEPT_BURST = 64               # connections accepted in a row before other sockets get a turn
-SPARE_FDS = 8                   # descriptors that a connection may need: its two sockets, a
-                                #   resolver, two pipes ...
-FAULT_RECORDS_KEPT = 10000      # by each proxy
+# Counts
+SPLICE_AFTER = 4                # bulk reads of a link, in a row, before it uses splice
+KERNEL_PIPES_POOLED = 16        # empty pipes that a loop keeps for later bulk data
+BACKLOG = 4096                  # connections that wait for accept(), at most; the kernel may
+                                #   lower this limit (net.core.somaxconn)
+ACCEPT_BURST = 64               # connections that a listener accepts at most before the loop
+                                #   serves other sockets
+SPARE_FDS = 8                   # descriptors that must be free to accept again after they ran
+                                #   out: a connection may need two sockets, a resolver, two
+                                #   pipes ...
+FAULT_RECORDS_KEPT = 10000      # newest fault records that each proxy keeps
 
 # Times, in seconds
-LINGER_TIMEOUT = 5.0            # for a client to close after an error (nginx's default too)
-RETRY_DELAY = 1.0               # after descriptors have run out (asyncio: ACCEPT_RETRY_DELAY)
-PRECISE_WAIT = 0.005            # before a timer is due: from here on the wait is precise
-SELECT_OVERSHOOT = 0.00015      # by which select() returns later than asked
-MAX_WAIT = 3600.0               # of one wait: epoll's timeout is a C int of milliseconds
-RATE_BACKLOG = 0.1              # queued for a rate limit before the source is not read any more
-STATSD_INTERVAL = 1.0           # between two reports
+LINGER_TIMEOUT = 5.0            # seconds that a client has to close after an error reply (as
+                                #   in nginx)
+RETRY_DELAY = 1.0               # seconds until the next accept or connect after descriptors
+                                #   ran out (as in asyncio)
+PRECISE_WAIT = 0.005            # seconds before a timer is due at which the loop changes to a
+                                #   wait of higher precision
+SELECT_OVERSHOOT = 0.00015      # seconds by which select() returns later than requested
+MAX_WAIT = 3600.0               # seconds of the longest wait; epoll accepts 24 days at most (a
+                                #   C int of milliseconds)
+RATE_BACKLOG = 0.1              # seconds of data that may wait for a rate limit; with more, a
+                                #   delay queue holds HELD_MAX_IDLE at most
+STATSD_INTERVAL = 1.0           # seconds between two reports to the StatsD server
 
 
 # -- Events -------------------------------------------------------------------
 #
-# An event is (t, to, data): when it is due, in seconds of the loop's clock; its direction;
-# and bytes, or a signal about the stream itself.
+# An event is a tuple (t, to, data):
+#
+#   t       when it is due, in seconds of the loop's clock
+#   to      its direction
+#   data    bytes, or a signal about the stream itself
 
-UPSTREAM, DOWNSTREAM = "upstream", "downstream"     # towards the backend, the client
-NEVER = math.inf                                    # due when the rule is removed
+UPSTREAM = "upstream"       # direction: towards the backend
+DOWNSTREAM = "downstream"   # direction: towards the client
+NEVER = math.inf            # due time of an event that waits until its rule is removed
 
 
 class Signal(bytes):
-    """An event without bytes.
+    """The data of an event without bytes.
 
-    Its length is 0, and slicing returns itself. So a handler that only delays, counts or cuts
-    can ignore signals. A handler for one signal asks `data is EOF`.
+    A signal has the length 0, and a slice of a signal is the signal itself. So a handler that
+    only delays, counts or cuts bytes needs no code for signals. To recognise a signal, a
+    handler tests its identity: `data is EOF`.
     """
 
     name: str
@@ -172,31 +200,35 @@ class Signal(bytes):
     def __getitem__(self, key):
         return self
 
+    # Compare by identity: as bytes, all signals would be equal to b"".
     __eq__, __ne__, __hash__ = object.__eq__, object.__ne__, object.__hash__
 
 
-OPEN = Signal("OPEN")       # a client has connected; upstream, it makes the proxy connect to
-                            #   the backend. A rule drawn for the connection gets it in both
-                            #   directions, and again when its options have changed
-EOF = Signal("EOF")         # no more bytes in this direction: half-close; in both: close
-RESET = Signal("RESET")     # drop all data and reset both sockets
+OPEN = Signal("OPEN")       # A client has connected. When OPEN arrives upstream, the proxy
+                            #   connects to the backend. A rule drawn for the connection gets
+                            #   OPEN in both directions, and again when its options change.
+EOF = Signal("EOF")         # The stream ends in this direction (half-close). After an EOF in
+                            #   both directions the connection is closed.
+RESET = Signal("RESET")     # The proxy drops all data and resets both sockets.
 
 
 # -- Checks -------------------------------------------------------------------
 #
-# Validators. User input is checked where it enters, whether it is text or a JSON value.
-# A check returns the parsed value. Otherwise it raises ValueError with the end of a
-# sentence ("must be ..."); the caller knows the option, key or field to put before it.
+# A check validates one value that a user has supplied, as text or as a JSON value. It returns
+# the parsed value. If the value is invalid, it raises ValueError with the end of a sentence
+# ("must be ..."). The caller puts the name of the option, key or field before this text.
 
 INT64_MAX = 2 ** 63 - 1     # the largest number that Toxiproxy accepts (int64 in Go)
-NAME_MAX = 255              # characters of a name
-TOKEN_VARIABLE = "VAURIEN_HTTP_TOKEN"   # environment variable; other users cannot read it
+NAME_MAX = 255              # characters of the longest name of a proxy or toxic
+TOKEN_VARIABLE = "VAURIEN_HTTP_TOKEN"   # the environment variable that replaces --http-token
 
 
 class InputError(ValueError):
-    """Bad user input: one (field, sentence) for each error.
+    """Invalid input of a user.
 
-    The command line, the control API and Toxiproxy's API each render it in their own form.
+    errors    [(field, sentence)]
+
+    The command line, the control API and Toxiproxy's API each present errors in their own form.
     """
 
     def __init__(self, errors):
@@ -217,28 +249,29 @@ def not_negative(value):
 
 
 def check_number(value, type_, expected, valid=not_negative):
-    """Convert to a finite number of a type. Raises ValueError unless valid(number).
+    """Convert a number or a text to a finite number of a type.
 
-    value       a number or text
-    expected    for the error: "a whole number, 0 or more"
+    expected    the description of a valid number, for the error: "a whole number, 0 or more"
+    valid       a function that returns whether a number is valid
+
+    Raises ValueError.
     """
-    try:
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         converted = type_(value)
-        if (isinstance(value, (str, type_)) or converted == value) \
-                and not isinstance(value, bool) and valid(converted) and converted != math.inf:
+        is_exact = isinstance(value, (str, type_)) or converted == value    # not int(2.5)
+        is_finite = converted != math.inf       # valid() excludes nan and -inf
+        if is_exact and is_finite and not isinstance(value, bool) and valid(converted):
             return converted
-    except (TypeError, ValueError, OverflowError):
-        pass
     raise ValueError("must be %s, not %r" % (expected, value))
 
 
 def number_check(type_, expected, valid=not_negative):
-    """Return a check that accepts such numbers only."""
+    """Return a function check(value) that calls check_number with these arguments."""
     return lambda value: check_number(value, type_, expected, valid)
 
 
 def choice_check(*choices):
-    """Return a check that accepts these texts only."""
+    """Return a function check(value) that accepts only these texts."""
     def check(value):
         if value not in choices:
             raise ValueError("must be one of %s, not %r" % (", ".join(choices), value))
@@ -247,14 +280,22 @@ def choice_check(*choices):
 
 
 def check_yes_no(value):
-    states = configparser.ConfigParser.BOOLEAN_STATES
-    if str(value).strip().lower() not in states:
+    """Convert a boolean, or a text that configparser accepts as one, to a bool."""
+    state = configparser.ConfigParser.BOOLEAN_STATES.get(str(value).strip().lower())
+    if state is None:
         raise ValueError("must be yes or no, not %r" % (value,))
-    return states[str(value).strip().lower()]
+    return state
+
+
+def check_text(value):
+    """Convert a text or a whole number to text."""
+    if not isinstance(value, (str, int)) or isinstance(value, bool):
+        raise ValueError("must be text, not %r" % (value,))
+    return str(value)
 
 
 def check_name(name):
-    """Check the name of a proxy or a toxic. It appears in log lines, so it must be printable."""
+    """Check the name of a proxy or a toxic. Log lines contain names, so they must be printable."""
     if len(name) > NAME_MAX or not name.isprintable():
         raise ValueError("must be at most %d printable characters, not %r"
                          % (NAME_MAX, name[:50]))
@@ -262,7 +303,7 @@ def check_name(name):
 
 
 def check_token(text):
-    """Check a bearer token (RFC 6750, 2.1). It is a secret, so the error does not repeat it."""
+    """Check a bearer token (RFC 6750, 2.1). The error omits the token, because it is secret."""
     if not re.fullmatch("[A-Za-z0-9._~+/-]+=*", text):
         raise ValueError("must consist of letters, digits and ._~+/- and may end in =")
     return text
@@ -277,21 +318,24 @@ check_timeout = number_check(float, "a number of seconds, more than 0", lambda v
 
 def format_value(value):
     """Format an option's value as the command line accepts it."""
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
 
 
 # -- Handlers -----------------------------------------------------------------
 #
-# A handler is a generator function of one event. It yields the events to pass on
-# instead: later, cut, changed, sent the other way, or none at all.
+# A handler is a generator function that is called for one event. It yields the events to pass on
+# instead of that event: later, cut, changed, sent in the other direction, or none at all.
 #
-#   state    the memory of one drawn fault (for one request, or one connection): a Counter,
-#            so a key that was never set is 0. Its attributes:
-#              random            a random.Random that is repeatable by --seed
+#   state    the memory of the handler for one request, or for one connection: an ActiveRule. It
+#            is a Counter, so the value of a key that was never set is 0. Its attributes:
+#              random            a random.Random; the same --seed gives the same numbers
 #              request           the number of this request (or connection) at the proxy,
-#                                counted from 1 since the rule became active
+#                                counted from 1 since the rule was installed
 #              request_number    the number of the current request in its connection
-#              stream            the events it receives: UPSTREAM, DOWNSTREAM or "both"
+#              stream            the rule's stream: UPSTREAM, DOWNSTREAM or "both". The handler
+#                                receives only events of this direction
 #              shared            a Counter shared by all states of this rule at this proxy
 #              protocol          the Protocol of the connection; None for tcp
 #              protocol_lost     True after the connection has fallen back to tcp
@@ -299,14 +343,17 @@ def format_value(value):
 #                                protocol, and while the client connects
 #              draw              the number that decided that the rule acts
 #              replies           {Request: Reply or None}: the error replies of `error`
-#   t        when the event happens; yielding an earlier time means t
-#   to       UPSTREAM or DOWNSTREAM; yield the opposite one to reply
-#   data     bytes, or a signal: OPEN or EOF (a reset by a peer arrives as EOF). A handler
-#            may yield RESET. A rule drawn for the connection receives OPEN in each direction
-#            when it begins, also on a connection that is open already, and again when its
-#            options change. With a protocol, END_OF_MESSAGE follows each request and reply
-#   *, ...   its options: the default gives the type (bool, int, float, str), the
-#            docstring one line of help each
+#   t        when the event happens. If the handler yields an earlier time, t is used
+#   to       UPSTREAM or DOWNSTREAM. To reply to the peer, yield the opposite direction
+#   data     bytes or a signal:
+#              OPEN              a rule drawn for the connection receives OPEN in each direction
+#                                when it begins to act, also on a connection that is open
+#                                already, and again when its options change
+#              EOF               the peer has closed or reset its connection
+#              END_OF_MESSAGE    with a protocol: the end of each request and reply
+#            A handler may also yield RESET
+#   *, ...   the options. The default of an option gives its type (bool, int, float, str), and
+#            a line of the docstring gives its help
 #
 # The smallest handler, complete with command line, ini file, both APIs and help:
 #
@@ -314,15 +361,15 @@ def format_value(value):
 #     def lose(state, t, to, data, *, percent_lost=10):
 #         """A connection that loses chunks.
 #
-#         percent_lost    how many chunks are lost, in percent
+#         percent_lost    percentage of chunks that are lost
 #         """
 #         if not data or state.random.random() * 100 >= percent_lost:
 #             yield t, to, data
 #
-# To add one, write it in this section. A user's own module imports `handler` from here, or
-# names the function by its dotted path on the command line.
+# To add a handler to this file, write it in this section. A handler in a user's own module is
+# named by its dotted path on the command line, or registered with `@vaurien.handler`.
 
-HANDLERS = OrderedDict()
+HANDLERS = OrderedDict()        # {name: handler}
 
 
 def handler(function):
@@ -332,19 +379,20 @@ def handler(function):
 
 
 def rate_limited(function):
-    """Mark a handler that queues chunks for a slow link and keeps the queue's end in state[to].
+    """Mark a handler that delays chunks like a slow link.
 
-    DelayQueue.read_limit then slows the source down soon. When queued chunks are released,
-    Chain.reset_rate_limits sets the end back.
+    The handler keeps in state[to] the time when the link will have sent all chunks so far.
+    DelayQueue.read_limit lets less data wait for such a link, so that the source slows down
+    soon. After the release of queued chunks, Chain.reset_rate_limits makes state[to] earlier.
     """
     function.rate_limited = True
     return function
 
 
 def only_direction(choose):
-    """Mark a handler that only needs events of the direction choose(options).
+    """Return a decorator for a handler that needs events of one direction only.
 
-    It applies unless the rule itself names a stream.
+    choose(options)    returns this direction. A `stream` in the rule takes precedence
     """
     def mark(function):
         function.choose_direction = choose
@@ -353,7 +401,7 @@ def only_direction(choose):
 
 
 def changes_replies(function):
-    """Mark a handler that acts on replies: a rule for the upstream stream would never act."""
+    """Mark a handler that changes replies only. Its rule cannot have the stream "upstream"."""
     function.changes_replies = True
     return function
 
@@ -372,9 +420,10 @@ def delay(state, t, to, data, *, sleep=1.0, before=True):
     sleep    seconds to wait
     before   yes: delay connecting and the request; no: delay the first byte of the reply
     """
-    if data is OPEN or (data and state["delayed"] != state.request_number):
-        state["until"] = t + sleep      # first for OPEN, then for the first byte
-        state["delayed"] = state.request_number if data else 0
+    is_first_byte = data and state["delayed_request"] != state.request_number
+    if data is OPEN or is_first_byte:
+        state["until"] = t + sleep
+        state["delayed_request"] = state.request_number if is_first_byte else 0     # 0: none yet
     yield max(t, state["until"]), to, data
 
 
@@ -393,15 +442,15 @@ def error(state, t, to, data, *, inject=False, warmup=0, kind=""):
         yield from state.protocol.reply_with_error(state, t, to, data, kind)
     elif to == UPSTREAM or not data:
         yield t, to, data
-    elif state["answered"] != state.request_number:
-        state["answered"] = state.request_number
+    elif state["failed_request"] != state.request_number:   # the first bytes of the reply
+        state["failed_request"] = state.request_number
         if inject:
             middle = len(data) // 2
             yield t, to, data[:middle] + random_bytes(state.random, 100) + data[middle:]
         else:
-            # The last two bytes end a line, so that a client that reads lines returns.
+            # The last two bytes end a line: a client that waits for a whole line continues.
             yield t, to, random_bytes(state.random, 998) + b"\r\n"
-    elif inject:
+    elif inject:                # later bytes of the reply pass; without inject they are dropped
         yield t, to, data
 
 
@@ -411,15 +460,16 @@ def transient(state, t, to, data, *, agitate=1, inject=False, warmup=0, kind="")
     """A backend that recovers: the first requests fail, later ones succeed.
 
     agitate  number of requests of the proxy that fail
-    inject   as in error
-    warmup   as in error: number of requests that pass before the first one fails
-    kind     as in error
+    inject   yes: insert 100 random bytes into the middle of the valid reply instead
+    warmup   number of requests of the proxy that pass before the first one fails
+    kind     an error of the protocol, like 503, LOADING, 1213 or 57P01; default: one is drawn
     """
-    if data and not state["counted"] and state.request > warmup and (
-            state.current_request or not state.protocol):
-        state.shared["failed"] += 1         # a connection that sends nothing does not count
-        state["counted"] = state.shared["failed"]
-    if 1 <= state["counted"] <= agitate:
+    # A request counts when its first byte arrives. A connection that sends none does not count.
+    has_request = state.current_request or not state.protocol   # not while the client connects
+    if data and has_request and not state["position"] and state.request > warmup:
+        state.shared["counted"] += 1
+        state["position"] = state.shared["counted"]     # of this request, from 1
+    if 1 <= state["position"] <= agitate:
         yield from error(state, t, to, data, inject=inject, warmup=warmup, kind=kind)
     else:
         yield t, to, data
@@ -446,40 +496,48 @@ def abort(state, t, to, data):
     """A lost reply: the backend gets the request, then the client's connection is closed."""
     if to == UPSTREAM or data is OPEN:
         yield t, to, data
-    else:
+    else:                       # the first bytes, or the end, of the reply
         yield from close_both(t)
 
 
-# Toxiproxy's toxics, with its names and units. As toxics they are drawn for a connection and
-# act on one stream. In a behavior they are drawn for a request and act on both.
+# The handlers below have the names, options and units of Toxiproxy's toxics. The defaults of
+# their rule fields differ:
+#
+#   as a toxic        drawn for each connection; acts on the downstream stream
+#   in a behavior     drawn for each request; acts on both streams
 
 HANDLERS["noop"] = dummy
 
 
 @handler
 def latency(state, t, to, data, *, latency=0, jitter=0):
-    """A longer link: every chunk arrives later, and no chunk waits for another.
+    """A longer link: every chunk arrives later, and the delays do not add up.
 
     latency  milliseconds added to each chunk
     jitter   milliseconds added or subtracted at most, drawn for each chunk
     """
     if data:
-        t += max(0, latency + (state.random.uniform(-jitter, jitter) if jitter else 0)) / 1000
+        deviation = state.random.uniform(-jitter, jitter) if jitter else 0
+        t += max(0, latency + deviation) / 1000
     yield t, to, data
 
 
 @handler
 @rate_limited
 def bandwidth(state, t, to, data, *, rate=0):
-    """A slower link: chunks wait for the link, separately in each direction.
+    """A slower link: the data rate is limited, separately in each direction.
 
     rate     kilobytes (1000 bytes) per second; 0 lets nothing through
     """
+    # state[to] is the time when the link will have sent all chunks so far.
     if data is OPEN:
         state[to] = t
-    for piece in split_chunk(data, rate * 10, rate * 10):   # 10 ms of data each
-        if piece:
-            state[to] = max(t, state[to]) + len(piece) / (rate * 1000) if rate > 0 else NEVER
+    piece_size = rate * 10      # bytes: 10 ms of data
+    for piece in split_chunk(data, piece_size, piece_size):
+        if piece and rate > 0:
+            state[to] = max(t, state[to]) + len(piece) / (rate * 1000)
+        elif piece:
+            state[to] = NEVER
         yield max(t, state[to]), to, piece
 
 
@@ -492,15 +550,16 @@ def slicer(state, t, to, data, *, average_size=0, size_variation=0, delay=0):
     size_variation  bytes added or subtracted at most, drawn for each piece
     delay           microseconds after each piece
     """
+    # state[to] is the earliest time of the next piece.
     if data is OPEN:
         state[to] = t
     largest = average_size + size_variation if average_size > 0 else 0
-    for piece in split_chunk(data, average_size - size_variation, largest,
-                             state.random if largest and size_variation > 0 else None):
-        t = max(t, state[to])
-        yield t, to, piece
+    rng = state.random if largest and size_variation > 0 else None
+    for piece in split_chunk(data, average_size - size_variation, largest, rng):
+        due = max(t, state[to])
+        yield due, to, piece
         if piece:
-            state[to] = t + delay / 1000000
+            state[to] = due + delay / 1000000
 
 
 @handler
@@ -520,10 +579,10 @@ def timeout(state, t, to, data, *, timeout=0):
 
     timeout  milliseconds after the rule begins to act; 0 never closes
     """
-    if data is OPEN or "began" not in state:
-        state.setdefault("began", t)
-        until = state["began"] + timeout / 1000 if timeout > 0 else NEVER
-        yield from close_both(until)
+    if data is OPEN or "began" not in state:    # a rule drawn for a request gets no OPEN
+        state.setdefault("began", t)            # kept when OPEN comes again with new options
+        close_at = state["began"] + timeout / 1000 if timeout > 0 else NEVER
+        yield from close_both(close_at)         # released at once when the rule is removed
     if not data:
         yield t, to, data
 
@@ -536,8 +595,8 @@ def reset_peer(state, t, to, data, *, timeout=0):
     """
     if data is OPEN:
         yield t, to, data
-    elif not state["hit"]:
-        state["hit"] = 1
+    elif not state["reset"]:    # later events are dropped
+        state["reset"] = 1
         yield t + timeout / 1000, to, RESET
 
 
@@ -550,52 +609,59 @@ def limit_data(state, t, to, data, *, bytes=0):
     if not data:
         yield t, to, data
         return
-    piece = data[:max(0, bytes - state[to])]
-    state[to] += len(piece)
-    yield t, to, piece
+    allowed = data[:max(0, bytes - state[to])]      # state[to] counts the bytes that passed
+    state[to] += len(allowed)
+    yield t, to, allowed
     if state[to] >= bytes:
         yield from close_both(t)
 
 
-PIECES_MAX = 1000   # of one chunk: each piece costs CHUNK_OVERHEAD bytes and a system call
+PIECES_MAX = 1000   # most pieces of one chunk: each costs CHUNK_OVERHEAD bytes and a system call
 
 
-def split_chunk(data, smallest, largest, generator=None):
-    """Yield the pieces of a chunk, each of `largest` bytes or, with a generator, of a drawn size.
+def split_chunk(data, smallest, largest, rng=None):
+    """Yield the pieces of a chunk. A signal, or a chunk with `largest` 0, is one piece.
 
-    Pieces are larger than that if there would be more than PIECES_MAX of them. A signal, or
-    a chunk with `largest` 0, is one piece.
+    Each piece has `largest` bytes. With `rng`, a random.Random, its size is drawn from
+    `smallest` to `largest`. Pieces are larger if there would be more than PIECES_MAX of them.
     """
+    if not data or largest <= 0:
+        yield data
+        return
     minimum = max(1, len(data) // PIECES_MAX)
     start = 0
-    while largest > 0 and start < len(data):
-        size = max(minimum, generator.randint(smallest, largest) if generator else largest)
+    while start < len(data):
+        size = max(minimum, rng.randint(smallest, largest) if rng else largest)
         yield data[start:start + size]
         start += size
-    if not start:
-        yield data
 
 
 def close_both(t):
-    """Yield the events that close the connection at t, as a server does."""
+    """Yield the events that close the connection at t: an EOF in each direction."""
     yield t, DOWNSTREAM, EOF
     yield t, UPSTREAM, EOF
 
 
-def random_bytes(generator, size):
-    """Return random bytes (Random.randbytes exists only since Python 3.9)."""
-    return generator.getrandbits(8 * size).to_bytes(size, "little")
+def random_bytes(rng, size):
+    """Return random bytes from a random.Random. Its method randbytes needs Python 3.9."""
+    return rng.getrandbits(8 * size).to_bytes(size, "little")
 
 
 # -- Options ------------------------------------------------------------------
 #
-# A handler's declaration, read: its options with types, defaults and help; the fields that
-# every rule has; blocking handlers; and users' handlers, imported by a dotted path.
+# This section reads the declarations of handlers, and contains:
+#
+#   - blocking handlers: the base class
+#   - the options of a handler, with types, defaults and help
+#   - the fields that every rule has beside its handler's options
+#   - the import of a user's handler by its dotted path
+#
+# A parameter `function` is a handler: a generator function, or a subclass of BaseHandler.
 
 class BaseHandler:
     """A blocking handler: it receives the sockets and may block, in a thread of its own.
 
-    name       the name it is registered under
+    name       the name under which load_handler also registers it, if not empty
     options    {option: (help, type, default)}
 
     One object serves all connections of a proxy, several at the same time.
@@ -603,23 +669,26 @@ class BaseHandler:
 
     name = ""
     options: dict = {}
-    blocking = True         # recognises a subclass even if it imports another copy of this file
+    blocking = True     # for is_blocking_handler. The base class may be from another copy of
+                        #   this file, which issubclass would not recognise
 
     def __init__(self, settings=None, proxy=None):
+        """Create the object for a proxy. `settings` is {option: value}."""
         self.settings = dict(settings or {})
         self.proxy = proxy
         self.logger = log
 
     def __call__(self, client_sock, backend_sock, to_backend):
-        """Handle readable data: from the client if to_backend, else from the backend.
+        """Forward the readable data: from the client if to_backend, else from the backend.
 
-        The source has data to read. If the handler leaves some unread, it is called again
-        at once. Data that is read and not sent is lost. The sockets are valid during this
-        call only. An exception, or closing one of them, ends the connection.
+        The source has data to read. If the handler leaves some data unread, it is called again
+        at once. Data that it reads and does not send is lost. The sockets are valid during this
+        call only. If the handler raises an exception or closes a socket, the connection ends.
         """
         raise NotImplementedError
 
     def update_settings(self, settings):
+        """Change the values of some options. `settings` is {option: value}."""
         self.settings.update(settings)
 
     def option(self, name):
@@ -630,14 +699,15 @@ class BaseHandler:
 
     def _get_data(self, client_sock, backend_sock=None, to_backend=True, buffer=CHUNK):
         """Receive from the source. Returns b"" at the end of the stream or after an error."""
+        source = client_sock if to_backend else backend_sock
         try:
-            return (client_sock if to_backend else backend_sock).recv(buffer)
+            return source.recv(buffer)
         except OSError:
             return b""
 
 
 def is_blocking_handler(function):
-    """Return whether this is a subclass of BaseHandler, in this or another copy of the file."""
+    """Return whether a handler is a subclass of BaseHandler, from any copy of this file."""
     return isinstance(function, type) and getattr(function, "blocking", False)
 
 
@@ -649,12 +719,12 @@ def handler_options(function):
 
 
 def summary(function):
-    """Return the first line of a function's docstring. Empty under -OO."""
+    """Return the first line of a handler's docstring, or "" if Python runs with -OO."""
     return (inspect.getdoc(function) or "").partition("\n")[0]
 
 
 def option_help(function):
-    """Return the line of help for each option: {option: help}."""
+    """Return {option: help} of a handler."""
     if is_blocking_handler(function):
         return {name: text for name, (text, _, _) in function.options.items()}
     lines = re.findall(r"^(\w+) {2,}(\S.*)$", inspect.getdoc(function) or "", re.MULTILINE)
@@ -663,14 +733,17 @@ def option_help(function):
 
 def get_handler(name):
     """Return the handler of that name. Raises ValueError if there is none."""
-    if not isinstance(name, str) or name not in HANDLERS:
-        name = name[:50] if isinstance(name, str) else name
-        raise ValueError("unknown handler %r: there are %s" % (name, ", ".join(sorted(HANDLERS))))
-    return HANDLERS[name]
+    if isinstance(name, str) and name in HANDLERS:
+        return HANDLERS[name]
+    shown = name[:50] if isinstance(name, str) else name
+    raise ValueError("unknown handler %r: there are %s" % (shown, ", ".join(sorted(HANDLERS))))
 
 
 def check_option(name, option, value):
-    """Convert an option of a handler, given with its type or as text.
+    """Convert a value to the type of a handler's option. Returns the converted value.
+
+    name     the handler's name
+    value    text, or a JSON value
 
     Raises ValueError with the end of a sentence that begins with the option's name.
     """
@@ -679,37 +752,37 @@ def check_option(name, option, value):
         raise ValueError("is not an option of %s: it has %s"
                          % (name, ", ".join(sorted(defaults)) or "none"))
     type_ = type(defaults[option])
-    if type_ is str and isinstance(value, (str, int)) and not isinstance(value, bool):
-        return str(value)
+    if type_ is str:
+        return check_text(value)
     if type_ is bool:
         return check_yes_no(value)
-    checked = check_number(value, type_, {int: "a whole number, 0 or more",
-                                          float: "a number, 0 or more", str: "text"}[type_])
+    expected = "a whole number, 0 or more" if type_ is int else "a number, 0 or more"
+    checked = check_number(value, type_, expected)
     if checked > INT64_MAX:
         raise ValueError("must be less than 2**63, not %r" % (value,))
     return checked
 
 
 def check_match(text):
-    """Compile a regular expression for the bytes of a request."""
+    """Compile a regular expression that searches the bytes of a request."""
     if not isinstance(text, str) or not text:
         raise ValueError("must be a regular expression, not %r" % (text,))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")     # constructs whose meaning may change in Python
+            warnings.simplefilter("ignore")     # FutureWarning: "[[" may change its meaning
             return re.compile(text.encode("utf-8"))
     except (re.error, UnicodeError, RecursionError, OverflowError) as error:
         raise ValueError("must be a regular expression, not %r: %s" % (text, error)) from None
 
 
-# The fields that each rule has beside its handler and options. To add one, add a line here and
-# its meaning in Rule or Chain. Constructors, JSON, ini files, the command line, its help and
-# the comparison of rules all follow from this table.
+# The fields that each rule has beside its handler and options. To add a field, add a line here
+# and code for its meaning in Rule or Chain. Constructors, JSON, ini files, the command line, its
+# help and the comparison of rules use this dict.
 Field = namedtuple("Field", "check default help")
 RULE_FIELDS = OrderedDict((
     ("percent", Field(check_percent, 100.0, "how often the rule acts, from 0 to 100")),
     ("per", Field(choice_check("request", "connection"), "request",
-                  "request or connection: what the percentage is drawn for")),
+                  "request: draw for each request; connection: draw once for each connection")),
     ("stream", Field(choice_check("both", UPSTREAM, DOWNSTREAM), "both",
                      "both, upstream or downstream: which events the handler receives")),
     ("match", Field(check_match, None, "a regular expression that a request must contain")),
@@ -719,38 +792,42 @@ RULE_FIELDS = OrderedDict((
 
 
 def is_rule_field(function, key):
-    """Return whether a key names a rule field. A handler's own option of that name wins."""
+    """Return whether a key is a rule field. An option of the handler takes precedence."""
     return key in RULE_FIELDS and key not in handler_options(function)
 
 
 def load_handler(name, path):
     """Import a user's handler by its dotted path and register it under a name.
 
-    Only the command line and ini files do this. Raises ValueError.
+    Only the command line and ini files may import handlers, never the control API.
+    Raises ValueError.
     """
-    module, _, attribute = path.rpartition(".")
+    module_name, _, attribute = path.rpartition(".")
     with contextlib.suppress(OSError):      # the working directory may have been removed
         if os.getcwd() not in sys.path and "" not in sys.path:
-            sys.path.insert(0, os.getcwd())     # an installed `vaurien` lacks it
+            sys.path.insert(0, os.getcwd())     # the installed command `vaurien` lacks it
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        function = getattr(importlib.import_module(module_name), attribute)
     except (Exception, SystemExit) as exc:      # the user's module may raise anything
-        raise ValueError("cannot import %r: %s" % (
-            path, " ".join(format_exception(exc).split()))) from None
+        one_line = " ".join(format_exception(exc).split())
+        raise ValueError("cannot import %r: %s" % (path, one_line)) from None
     check_handler(path, function)
     HANDLERS[name] = function
     if is_blocking_handler(function) and function.name:
-        HANDLERS.setdefault(function.name, function)
+        HANDLERS.setdefault(function.name, function)    # never replaces another handler
 
 
 def check_handler(path, function):
-    """Raise ValueError unless the object can be called as a handler."""
+    """Raise ValueError unless an imported object can be called as a handler.
+
+    path    the dotted path of the object, for the error
+    """
     expected = ("it must be a function (state, t, to, data, *, option=default ...), or a class "
                 "that inherits from vaurien.handlers.BaseHandler")
     try:
-        if isinstance(function, type) and not is_blocking_handler(function):
-            raise TypeError("it is a class without that base")
         if not is_blocking_handler(function):
+            if isinstance(function, type):
+                raise TypeError("it is a class that does not inherit from BaseHandler")
             inspect.signature(function).bind(None, None, None, None)
         options = handler_options(function)
     except (TypeError, ValueError, AttributeError) as error:
@@ -759,9 +836,9 @@ def check_handler(path, function):
         if type(default) not in (bool, int, float, str):
             raise ValueError("%r: the default of option %r must be a yes/no, a number "
                              "or text, not %r" % (path, option, default))
-        if option in ("name", "percent"):       # these two are needed to name and draw any rule
-            raise ValueError("%r: an option cannot be called %r: that is a field of its rule"
-                             % (path, option))
+        if option in ("name", "percent"):       # JSON and ini files use these for the rule
+            raise ValueError("%r: an option cannot be called %r: each rule has a field of that "
+                             "name" % (path, option))
 
 
 # -- Protocols ----------------------------------------------------------------
