@@ -3593,7 +3593,7 @@ class TestProxyListener(unittest.TestCase):
     def test_accepting_pauses_while_the_selector_is_full(self):
         with mock.patch.object(vaurien, "RETRY_DELAY", 0.05), \
                 running_proxy(echo, loop=SelectLoop) as proxy:
-            proxy.loop.limit = 6
+            proxy.loop.socket_limit = 6
             with connected_client(proxy) as one, connected_client(proxy) as two:
                 for sock in one, two:
                     send_and_read(sock, b"question")

@@ -3157,45 +3157,50 @@ class DelayQueue:
 
 # -- Loop ---------------------------------------------------------------------
 #
-# One thread, one selector: ready sockets, one heap of timers, and a queue of calls from other
-# threads. `run_sync`, `call_soon_threadsafe`, `run_in_thread` and `stop` may be called from any
-# thread, all else in the loop's thread only. The loop knows no connections, but it owns what
-# all connections of its thread share: the receive buffer, the budget and the kernel pipes.
+# A loop runs in one thread. It has a selector for the sockets, a heap of timers, and a queue of
+# calls from other threads. Other threads may call only `run_sync`, `call_soon_threadsafe`,
+# `run_in_thread` and `stop`. The loop does not know the connections, but it owns the resources
+# that they share: the receive buffer, the budget and the kernel pipes.
 
 def capture(function, *args):
     """Call a function. Returns (result, None) or (None, exception), to pass to another thread."""
     try:
         return function(*args), None
-    except BaseException as exc:        # the other thread decides
+    except BaseException as exc:        # the other thread raises or logs it
         return None, exc
 
 
-new_key = functools.partial(tuple.__new__, selectors.SelectorKey)       # without a Python call
+# Faster than SelectorKey(...), because it does not call SelectorKey.__new__, a Python function.
+make_selector_key = functools.partial(tuple.__new__, selectors.SelectorKey)
 
 
 class EpollSelector(selectors.BaseSelector):
-    """A cheaper selectors.EpollSelector, which also polls busily for a short time.
+    """A faster selectors.EpollSelector.
 
-    It does not ask for as many events as there are sockets, it makes one tuple for each event,
-    and it polls again before it sleeps.
+    - A poll has room for MAX_EVENTS events, however many sockets are registered.
+    - No Python function is called for an event.
+    - Before `select` sleeps, it polls busily for a short time.
     """
 
-    MASKS = [0, 1, 4, 5]                    # EPOLLIN and EPOLLOUT of EVENT_READ and EVENT_WRITE
-    # EPOLLIN, EPOLLOUT, and EPOLLIN with EPOLLHUP. Any other mask means an error, and both
-    # events are reported then.
+    # The epoll masks of 0, EVENT_READ, EVENT_WRITE, and both. EPOLLIN is 1, EPOLLOUT is 4.
+    MASKS = [0, 1, 4, 5]
+    # For EPOLLIN, EPOLLOUT, and EPOLLIN with EPOLLHUP. Every other mask, such as that of an
+    # error, is reported as both events.
     READY = {1: EVENT_READ, 4: EVENT_WRITE, 17: EVENT_READ}
-    MAX_EVENTS = 256                        # of one poll, so that timers do not wait too long
-    SPIN_TIME = 0.00008     # seconds to poll busily: about the cost of sleeping and waking up
+    BOTH_EVENTS = EVENT_READ | EVENT_WRITE
+    MAX_EVENTS = 256        # of one poll, so that timers do not wait too long
+    SPIN_TIME = 0.00008     # seconds of a busy poll: about the cost of sleeping and waking up
     PREEMPTED = 0.001       # seconds after which another process must have had the CPU
-    BACKOFF_MAX = 8         # sleeps without polling after polls that found nothing, at most
-    BACKOFF_PREEMPTED = 512     # and after a preemption, which may cost a whole time slice
+    BACKOFF_MAX = 8         # most busy polls skipped after busy polls without events
+    BACKOFF_PREEMPTED = 512     # busy polls skipped after a preemption, because another one
+                                #   may cost a whole time slice
 
     def __init__(self, clock=time.monotonic):
         self.epoll = select.epoll()
         self.keys = {}
         self.clock = clock
-        self.skips = 0      # sleeps to come without polling
-        self.backoff = 0    # their number when polling last found nothing; 0 when it did
+        self.skips = 0      # the next busy polls to skip
+        self.backoff = 0    # busy polls to skip after the last one; 0 if it returned events
 
     def fileno(self):
         return self.epoll.fileno()
@@ -3206,13 +3211,13 @@ class EpollSelector(selectors.BaseSelector):
     def register(self, fileobj, events, data=None):
         fd = fileobj.fileno()
         self.epoll.register(fd, self.MASKS[events])
-        key = self.keys[fd] = new_key((fileobj, fd, events, data))
+        key = self.keys[fd] = make_selector_key((fileobj, fd, events, data))
         return key
 
     def modify(self, fileobj, events, data=None):
         fd = fileobj.fileno()
         self.epoll.modify(fd, self.MASKS[events])
-        key = self.keys[fd] = new_key((fileobj, fd, events, data))
+        key = self.keys[fd] = make_selector_key((fileobj, fd, events, data))
         return key
 
     def unregister(self, fileobj):
@@ -3222,22 +3227,25 @@ class EpollSelector(selectors.BaseSelector):
 
     def select(self, timeout=None):
         poll = self.epoll.poll
-        events = poll(0, self.MAX_EVENTS)
+        events = poll(0, self.MAX_EVENTS)       # without sleeping
         if not events and timeout != 0:
             events = self.busy_poll()
             if events is None:
                 events = poll(-1 if timeout is None else timeout, self.MAX_EVENTS)
-        # Look the keys up now: an earlier callback may have reused a descriptor.
-        keys, ready = self.keys, self.READY.get
-        return [(keys[fd], ready(mask, 3)) for fd, mask in events]
+        # Look up all keys before any callback runs: a callback may close a socket and open
+        # another one that gets the same descriptor.
+        keys, ready, both = self.keys, self.READY.get, self.BOTH_EVENTS
+        return [(keys[fd], ready(mask, both)) for fd, mask in events]
 
     def busy_poll(self):
         """Poll for about as long as sleeping and waking up would take.
 
-        Yields the CPU between two polls. Returns events, or None: then it is time to sleep.
-        Many peers reply faster than a process wakes up. Polling as long as sleeping costs, and
-        sleeping then, costs at most twice the optimum (Karlin et al., Empirical Studies of
-        Competitive Spinning, 1991).
+        Returns events, an empty list if a timer may be due, or None if the caller should
+        sleep. Yields the CPU before each poll.
+
+        Many peers reply faster than a process wakes up. Polling for as long as a sleep costs,
+        before sleeping, takes at most twice the optimal time (Karlin et al., Empirical Studies
+        of Competitive Spinning, 1991).
         """
         if self.skips:
             self.skips -= 1
@@ -3250,8 +3258,9 @@ class EpollSelector(selectors.BaseSelector):
             elapsed = clock() - began
         if elapsed > self.PREEMPTED:
             self.backoff = self.skips = self.BACKOFF_PREEMPTED
-            return events               # even if there are none: a timer may be due by now
-        self.backoff = self.skips = 0 if events else min(self.BACKOFF_MAX, 2 * self.backoff or 1)
+            return events               # even an empty list: a timer may be due
+        self.backoff = 0 if events else min(self.BACKOFF_MAX, max(1, 2 * self.backoff))
+        self.skips = self.backoff
         return events or None
 
     def get_map(self):
@@ -3261,14 +3270,14 @@ class EpollSelector(selectors.BaseSelector):
 def raise_fd_limit():
     """Raise the limit of descriptors as far as permitted (man 2 getrlimit).
 
-    A connection needs two of them. Returns the new limit, or 0 if it cannot be known.
+    A connection needs two of them. Returns the new limit, or 0 if it is unknown.
     """
     try:
         import resource
     except ImportError:                 # Windows has none
         return 0
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for limit in hard, 10240:           # macOS accepts no more, whatever its hard limit says
+    for limit in hard, 10240:           # macOS accepts 10240 at most, even if `hard` is higher
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             return limit
@@ -3278,7 +3287,7 @@ def raise_fd_limit():
 
 
 def fds_available():
-    """Return whether SPARE_FDS descriptors are free. Opens that many to find out."""
+    """Return whether SPARE_FDS descriptors are free. Opens and closes that many to find out."""
     fds = []
     try:
         while len(fds) < SPARE_FDS:
@@ -3291,8 +3300,18 @@ def fds_available():
     return True
 
 
+# The indexes of a timer. It is a list, because a heap compares lists faster than objects.
+#   DUE         its time
+#   ORDER       a number that orders the timers of one time
+#   CALLBACK    None once the timer has called back or is cancelled
+DUE, ORDER, CALLBACK = range(3)
+
+
 class Loop:
     """Watches sockets, runs timers, and runs the calls of other threads."""
+
+    FD_SETSIZE = 1024       # select() accepts only descriptors below this one
+    REBUILD_MIN = 100       # cancelled timers; with fewer, rebuilding the heap is not worth it
 
     # Set once descriptors have run out. Listeners then check for free ones before they accept.
     fds_exhausted = False
@@ -3301,13 +3320,13 @@ class Loop:
         self.clock = clock
         self.selector = selector or (EpollSelector if hasattr(select, "epoll")
                                      else selectors.DefaultSelector)()
-        self.watched = set()                # sockets
+        self.watched = set()                # the sockets in the selector
         self.timers = []                    # a heap of [t, order, callback or None]
-        self.order = 0
-        self.cancelled = 0                  # number of cancelled timers in the heap
-        self.calls = deque()                # functions queued by other threads
+        self.order = 0                      # of the last timer
+        self.cancelled_count = 0            # number of cancelled timers in the heap
+        self.calls = deque()                # (function, args) queued by other threads
         self.running = True
-        self.closed = False
+        self.ended = False                  # whether `run` has returned
         # Shared by the connections of this loop
         self.budget = Budget()
         self.buffer = bytearray(CHUNK)      # every recv reads into it
@@ -3317,106 +3336,118 @@ class Loop:
         self.wakeup_send.setblocking(False)
         self.wakeup_recv.setblocking(False)
         self.watch(self.wakeup_recv, EVENT_READ, self.on_wakeup)
-        # An epoll or kqueue descriptor can itself be selected: select() waits with a precision
-        # of microseconds, epoll of milliseconds. FD_SETSIZE bounds the descriptor.
+        # select() can watch the descriptor of epoll or kqueue, and has a time-out in
+        # microseconds. That of epoll is in milliseconds.
         fileno = getattr(self.selector, "fileno", None)
-        self.precise_fds = [fileno()] if fileno and fileno() < 1024 else None
-        # select() takes 512 sockets on Windows, and descriptors below 1024 elsewhere.
-        self.limit = 500 if isinstance(self.selector, selectors.SelectSelector) else math.inf
+        self.precise_fds = [fileno()] if fileno and fileno() < self.FD_SETSIZE else None
+        # select() takes 512 sockets on Windows, and descriptors below FD_SETSIZE elsewhere.
+        self.socket_limit = 500 if isinstance(self.selector, selectors.SelectSelector) \
+            else math.inf
 
     def watch(self, sock, events, callback=None):
-        """Call back with the events that a socket is ready for. No events: stop watching it.
+        """Call callback(events) whenever the socket is ready. If events is 0, stop watching it.
 
-        More events than were asked for mean that the socket has an error.
+        The callback gets the events that the socket is ready for. If the socket has an error,
+        these may include events that were not asked for.
         """
-        # `sock in self.selector.get_map()` is not used: if the socket is unknown, it formats
+        # `sock in self.selector.get_map()` is not used: for an unknown socket it formats
         # a KeyError, and repr(socket) makes system calls.
-        known = sock in self.watched
-        if events and known:
+        is_watched = sock in self.watched
+        if events and is_watched:
             self.selector.modify(sock, events, callback)
         elif events:
             self.selector.register(sock, events, callback)
             self.watched.add(sock)
-        elif known:
+        elif is_watched:
             self.watched.remove(sock)
             self.selector.unregister(sock)
 
     def capacity_error(self):
-        """Return why no further connection can be served. Empty if one can be."""
-        if len(self.watched) + 2 > self.limit:
+        """Return the reason why one more connection cannot be served, or "" if it can."""
+        if len(self.watched) + 2 > self.socket_limit:
             return "select() takes no more sockets"
-        return "too few descriptors are left" if (
-            Loop.fds_exhausted and not fds_available()) else ""
+        if Loop.fds_exhausted and not fds_available():
+            return "too few descriptors are left"
+        return ""
 
     def call_at(self, t, callback):
-        """Call back at t. Returns the timer, for `cancel`."""
+        """Call callback() at t. Returns the timer, for `cancel`."""
         self.order += 1
         timer = [t, self.order, callback]
         heapq.heappush(self.timers, timer)
         return timer
 
     def cancel(self, timer):
-        """Cancel a timer, which may be None. If half of the heap is cancelled, rebuild it."""
-        if not timer or not timer[2]:
+        """Cancel a timer. Does nothing if it is None, has called back or is cancelled already.
+
+        A cancelled timer stays in the heap until it is the first one, or the heap is rebuilt.
+        """
+        if not timer or not timer[CALLBACK]:
             return
-        timer[2] = None
-        self.cancelled += 1
-        if self.cancelled > max(100, len(self.timers) // 2):
-            self.timers = [timer for timer in self.timers if timer[2]]
+        timer[CALLBACK] = None
+        self.cancelled_count += 1
+        if self.cancelled_count > max(self.REBUILD_MIN, len(self.timers) // 2):
+            self.timers = [entry for entry in self.timers if entry[CALLBACK]]
             heapq.heapify(self.timers)
-            self.cancelled = 0
-        while self.timers and not self.timers[0][2]:    # so that wait() reads no clock for them
+            self.cancelled_count = 0
+        # With an empty heap, wait() need not read the clock.
+        while self.timers and not self.timers[0][CALLBACK]:
             heapq.heappop(self.timers)
-            self.cancelled -= 1
+            self.cancelled_count -= 1
 
     def run(self):
         """Run until `stop` is called."""
         try:
             while self.running:
                 for key, events in self.wait():
-                    key.data(events)
-                    if self.calls:      # callers do not wait for hundreds of ready sockets
+                    key.data(events)    # the callback
+                    if self.calls:      # before the next of perhaps hundreds of ready sockets
                         self.run_queued()
                 if self.timers:
                     self.run_timers()
         finally:
-            self.closed = True
+            self.ended = True
 
     def wait(self):
         """Return the ready sockets as (key, events). Returns at the latest when a timer is due."""
         if not self.timers:
             return self.selector.select()       # without a time-out the kernel sets no timer
-        seconds = self.timers[0][0] - self.clock()
-        if seconds > PRECISE_WAIT:
-            return self.selector.select(min(MAX_WAIT, seconds - PRECISE_WAIT / 2))
-        if seconds > 0 and self.precise_fds:
-            if seconds > SELECT_OVERSHOOT:
-                select.select(self.precise_fds, [], [], seconds - SELECT_OVERSHOOT)
-            seconds = 0                 # the rest, if any, passes in turns of the loop
-        return self.selector.select(max(0, seconds))
+        timeout = self.timers[0][DUE] - self.clock()
+        if timeout > PRECISE_WAIT:
+            return self.selector.select(min(MAX_WAIT, timeout - PRECISE_WAIT / 2))
+        if timeout > 0 and self.precise_fds:
+            if timeout > SELECT_OVERSHOOT:
+                select.select(self.precise_fds, [], [], timeout - SELECT_OVERSHOOT)
+            return self.selector.select(0)      # `run` calls wait() again until the timer is due
+        return self.selector.select(max(0, timeout))
 
     def run_timers(self):
-        """Call the timers that are due."""
+        """Call the callbacks of the timers that are due."""
         now = self.clock()
-        while self.timers and self.timers[0][0] <= now:
+        while self.timers and self.timers[0][DUE] <= now:
             timer = heapq.heappop(self.timers)
-            callback, timer[2] = timer[2], None
+            callback = timer[CALLBACK]
+            timer[CALLBACK] = None
             if callback:
                 callback()
             else:
-                self.cancelled -= 1
+                self.cancelled_count -= 1
 
     def call_soon_threadsafe(self, function, *args):
-        """Have a function called in the loop's thread. Signal handlers may call this, too."""
+        """Queue a call of function(*args) for the loop's thread, and wake it up.
+
+        A handler of an OS signal may use this, too.
+        """
         self.calls.append((function, args))
         try:
             self.wakeup_send.send(b"!")
         except BlockingIOError:
-            pass                        # full of wake-ups already
+            pass                        # the socket is full, so the loop wakes up anyway
         except OSError:
-            pass                        # closed: the loop has ended
+            pass                        # the loop is closed
 
     def on_wakeup(self, events):
+        """Empty the wakeup socket, and run the queued calls."""
         with contextlib.suppress(BlockingIOError):
             self.wakeup_recv.recv(4096)
         self.run_queued()
@@ -3430,8 +3461,8 @@ class Loop:
     def run_sync(self, function, *args):
         """Run a function in the loop's thread, and return its result.
 
-        For other threads only: the loop's own would wait for itself. Raises the function's
-        exception, or RuntimeError if the loop has ended.
+        Only other threads may call this: the loop's thread would wait for itself. Raises the
+        function's exception, or RuntimeError if the loop has ended.
         """
         done, outcome = threading.Event(), []
 
@@ -3440,8 +3471,9 @@ class Loop:
             done.set()
 
         self.call_soon_threadsafe(run)
-        while not done.wait(0 if self.closed else 1):
-            if self.closed:
+        # The loop may end before it runs the call, so check that every second.
+        while not done.wait(0 if self.ended else 1):
+            if self.ended:
                 raise RuntimeError("the loop has ended")
         result, exc = outcome
         if exc:
@@ -3449,18 +3481,21 @@ class Loop:
         return result
 
     def run_in_thread(self, function, on_done):
-        """Run a function in a thread of its own, then call on_done(result, exc) in the loop's."""
+        """Run a function in a new thread, then call on_done(result, exc) in the loop's thread.
+
+        Either result or exc is None.
+        """
         thread = threading.Thread(
             target=lambda: self.call_soon_threadsafe(on_done, *capture(function)), daemon=True)
         try:
             thread.start()
-        except RuntimeError as exc:     # no more threads
+        except RuntimeError as exc:     # the system allows no more threads
             self.call_soon_threadsafe(on_done, None, exc)
 
     def stop(self):
-        """End `run`. Signal handlers may call this, too."""
+        """End `run`. A handler of an OS signal may use this, too."""
         self.running = False
-        self.call_soon_threadsafe(int)
+        self.call_soon_threadsafe(int)  # wakes up the loop; int() has no effect
 
     def close(self):
         self.selector.close()
@@ -3472,23 +3507,20 @@ class Loop:
 
 # -- Sockets ------------------------------------------------------------------
 #
-# HOST:PORT as users write it, and the socket addresses it stands for; listeners; connecting
-# without waiting; and pipes in the kernel.
+# HOST:PORT as users write it, and its socket addresses; listeners; connecting without waiting;
+# and pipes in the kernel.
 
-LOOPBACK = ("127.0.0.1", "::1")     # localhost, whatever the hosts file says (RFC 6761)
+LOOPBACK = ("127.0.0.1", "::1")     # localhost, whatever the hosts file contains (RFC 6761)
 WILDCARD = ("0.0.0.0", "::")        # all addresses of this machine
 
 
-def parse_address(text, listens=False):
-    """Parse HOST:PORT, [::1]:8000 or :8000 into (host, port). Raises ValueError.
-
-    listens    whether port 0, a free one, is allowed
-    """
-    expected = "must be HOST:PORT, like localhost:8000, [::1]:8000 or :8000, not %r" % text
+def parse_address(text, min_port=1):
+    """Parse HOST:PORT, [::1]:8000 or :8000 into (host, port). Raises ValueError."""
+    message = "must be HOST:PORT, like localhost:8000, [::1]:8000 or :8000, not %r" % text
     if "://" in text:
         raise ValueError(url_error(text))
     if "/" in text:
-        raise ValueError(expected)
+        raise ValueError(message)
     host, colon, port = text.strip().rpartition(":")
     if host.startswith("[") and host.endswith("]") and ":" in host:
         host = host[1:-1]
@@ -3496,16 +3528,16 @@ def parse_address(text, listens=False):
         raise ValueError("must be [HOST]:PORT where the host is an IPv6 address, like "
                          "[::1]:8000, not %r" % text)
     if not colon or not re.fullmatch("[0-9]{1,5}", port):
-        raise ValueError(expected)
-    if not (0 if listens else 1) <= int(port) <= 65535:
-        raise ValueError("must have a port from %d to 65535, not %r" % (not listens, text))
+        raise ValueError(message)
+    if not min_port <= int(port) <= 65535:
+        raise ValueError("must have a port from %d to 65535, not %r" % (min_port, text))
     if not is_valid_host(host):
-        raise ValueError(expected)
+        raise ValueError(message)
     return host, int(port)
 
 
 def url_error(text):
-    """Return the error for a URL in place of HOST:PORT, without its password."""
+    """Return the error message for a URL in place of HOST:PORT. It hides the URL's password."""
     scheme, host, port = re.match(
         r"(.*?)://(?:[^/@]*@)?(\[[^]]*\]|[^/:?#]*)(?::(\d+))?", text, re.DOTALL).groups()
     default_port = {"http": "80", "https": "443"}.get(scheme.lower(), "PORT")
@@ -3514,12 +3546,15 @@ def url_error(text):
 
 
 def parse_listener(text):
-    """Parse an address to listen on: as `parse_address`, where port 0 is a free one."""
-    return parse_address(text, listens=True)
+    """Parse an address to listen on, like `parse_address`. Port 0 means any free port."""
+    return parse_address(text, min_port=0)
 
 
 def is_valid_host(host):
-    """Return whether a resolver accepts a host: empty, or labels of 1 to 63 bytes, 253 in all."""
+    """Return whether a host is empty, an IPv6 address, or a name that a resolver accepts.
+
+    A name has labels of 1 to 63 bytes. It has at most 253 bytes, not counting a final dot.
+    """
     if ":" in host:
         return bool(re.fullmatch(r"[0-9A-Fa-f:.]+(%[\w.-]+)?", host))
     try:
@@ -3530,7 +3565,10 @@ def is_valid_host(host):
 
 
 def normalize_host(host):
-    """Return a host name as in a Host header: lower case, IDNA, without a final dot."""
+    """Return a host name for comparison: in lower case, IDNA-encoded, without a final dot.
+
+    A name that IDNA cannot encode is only converted to lower case.
+    """
     try:
         return host.lower().rstrip(".").encode("idna").decode("ascii")
     except UnicodeError:
@@ -3538,30 +3576,35 @@ def normalize_host(host):
 
 
 def is_loopback(address):
-    return address[0] == "::1" or address[0].startswith("127.")
+    """Return whether a socket address is one of this machine's loopback addresses."""
+    host = address[0]
+    return host == "::1" or host.startswith("127.")
 
 
 def same_endpoint(local, backend):
     """Return whether connecting to the backend would reach a listener at local.
 
-    Only numeric addresses are compared.
+    Both are (host, port). Returns False if a resolver would be needed to find out.
     """
+    port = local[1]
+    # (host, port) of the socket addresses, without the other fields of IPv6 addresses
     listening = {address[:2] for _, address in resolve_numeric(local, WILDCARD) or ()}
-    connected = {address[:2] for _, address in resolve_numeric(backend) or ()}
-    if listening & {(host, local[1]) for host in WILDCARD}:
-        listening |= {(host, local[1]) for host in LOOPBACK}
-    return bool(listening & connected)
+    targets = {address[:2] for _, address in resolve_numeric(backend) or ()}
+    if any((host, port) in listening for host in WILDCARD):
+        # A listener on a wildcard address also accepts connections to loopback addresses.
+        listening.update((host, port) for host in LOOPBACK)
+    return not listening.isdisjoint(targets)
 
 
-def check_backend(backend, listeners):
-    """Raise ValueError if a backend is one of the addresses that are listened on."""
-    if any(same_endpoint(address, backend) for address in listeners):
+def check_backend(backend, local_addresses):
+    """Raise ValueError if connecting to the backend would reach one of the local addresses."""
+    if any(same_endpoint(local, backend) for local in local_addresses):
         raise ValueError("%s is the proxy's own address: it would connect to itself"
                          % format_address(backend))
 
 
 def format_address(address):
-    """Return (host, port, ...) as text."""
+    """Return (host, port, ...) as text, with an IPv6 host in brackets."""
     host, port = address[:2]
     return "[%s]:%d" % (host, port) if ":" in host else "%s:%d" % (host, port)
 
@@ -3570,23 +3613,28 @@ def resolve(address, wildcard=LOOPBACK, flags=0):
     """Return the socket addresses of (host, port), in order: [(family, address)].
 
     wildcard    the addresses for an empty host
+    flags       for getaddrinfo()
 
     Raises OSError.
     """
     host, port = address
+    known_hosts = {"localhost": LOOPBACK, "": wildcard}.get(host.lower())
+    if known_hosts:
+        flags |= socket.AI_NUMERICHOST      # they are numeric, so no resolver is needed
     addresses = []
-    names = {"localhost": LOOPBACK, "": wildcard}.get(host.lower(), [host])
-    for name in names:
+    for name in known_hosts or [host]:
         for family, _, _, _, sockaddr in socket.getaddrinfo(
-                name, port, type=socket.SOCK_STREAM,
-                flags=flags if len(names) == 1 else socket.AI_NUMERICHOST):
+                name, port, type=socket.SOCK_STREAM, flags=flags):
             if (family, sockaddr) not in addresses:
                 addresses.append((family, sockaddr))
     return addresses
 
 
 def resolve_numeric(address, wildcard=LOOPBACK):
-    """Return what `resolve` does, without a resolver. Returns None if one is needed."""
+    """Return the addresses like `resolve`, but without a resolver. Returns None if one is needed.
+
+    The name localhost and an empty host need none.
+    """
     try:
         return resolve(address, wildcard, flags=socket.AI_NUMERICHOST)
     except OSError:
@@ -3594,12 +3642,16 @@ def resolve_numeric(address, wildcard=LOOPBACK):
 
 
 def address_unavailable(error):
-    """Return whether the machine lacks the address family or the address, as without IPv6."""
+    """Return whether this machine lacks the address or its family: for example, it has no IPv6."""
     return error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EINVAL)
 
 
 class CannotListen(OSError):
-    """An address cannot be listened on, and why."""
+    """Listening on an address has failed.
+
+    address    the address, as text
+    reason     the system's error message
+    """
 
     def __init__(self, error, address):
         self.address = format_address(address)
@@ -3608,10 +3660,10 @@ class CannotListen(OSError):
 
 
 class Listener:
-    """Accepts connections on every address of a host, all on one port. For the loop's thread."""
+    """Accepts connections on all addresses of a host, on one port. Runs in the loop's thread."""
 
     last_warning = -RETRY_DELAY     # when any listener last warned that it cannot accept
-    burst = 1.0                     # connections to accept in a row, as many as seem to wait
+    burst = 1.0                     # connections to accept in a row: it adapts, see `accept`
 
     def __init__(self, local, on_accept):
         """Bind the port. on_accept(client, peer) gets each connection. Raises OSError."""
@@ -3628,11 +3680,13 @@ class Listener:
         return self.sockets[0].getsockname()
 
     def bind(self):
-        """Bind the port, also again after `close`. Raises OSError."""
+        """Bind the port. After `close`, this binds the same port again. Raises OSError."""
         self.sockets = listen(self.local)
-        self.local = self.local[0], self.address()[1]   # a free port is kept
+        host, _ = self.local
+        self.local = host, self.address()[1]    # the port that replaces port 0
 
     def open(self, loop):
+        """Begin to accept connections."""
         self.loop = loop
         for sock in self.sockets:
             self.watch(sock)
@@ -3641,11 +3695,13 @@ class Listener:
         self.loop.watch(sock, EVENT_READ, functools.partial(self.accept, sock))
 
     def accept(self, sock, events):
-        """Accept the connections that wait, at most a burst.
+        """Accept the connections that wait, `burst` at most.
 
-        An accept() that finds none costs a system call, so the burst adapts to their number.
+        An accept() that finds no connection costs a system call. Therefore the burst grows
+        after a full burst, and halves otherwise.
         """
-        burst, self.burst = self.burst, max(1.0, self.burst / 2)
+        burst = self.burst
+        self.burst = max(1.0, burst / 2)            # for the returns within the loop
         for _ in range(int(burst)):
             if sock not in self.sockets:            # closed by an earlier callback
                 return
@@ -3654,31 +3710,39 @@ class Listener:
                 self.pause(sock, reason)
                 return
             try:
-                fd, peer = sock._accept()           # socket.accept() without its subclass
+                # accept() would create a socket.socket, which is slower than a RawSocket.
+                fd, peer = sock._accept()
                 client = RawSocket(sock.family, socket.SOCK_STREAM, 0, fd)
-            except BlockingIOError:
+            except BlockingIOError:                 # no connection waits
                 return
-            except ConnectionError:
-                continue                            # the client has gone already
-            except OSError as error:                # no descriptors, no memory
-                Loop.fds_exhausted = Loop.fds_exhausted or error.errno in FD_EXHAUSTED
+            except ConnectionError:                 # the client has closed its connection
+                continue
+            except OSError as error:                # no descriptors or no memory are left
+                if error.errno in FD_EXHAUSTED:
+                    Loop.fds_exhausted = True
                 self.pause(sock, error.strerror)
                 return
             try:
+                # If the client has closed the connection, macOS returns no peer.
                 self.on_accept(client, peer or client.getpeername())
-            except OSError:                         # it has gone; macOS then reports no peer
+            except OSError:
                 client.close()
         self.burst = min(ACCEPT_BURST, 1.25 * burst)
 
     def pause(self, sock, reason):
-        """Stop accepting for RETRY_DELAY. One listener of all logs it, once in that time."""
+        """Stop accepting for RETRY_DELAY. Logs the reason, unless a listener has just done so."""
         now = self.loop.clock()
         if now - Listener.last_warning >= RETRY_DELAY:
             Listener.last_warning = now
             log.warning("cannot accept on %s: %s: trying again in %g s", self, reason,
                         RETRY_DELAY)
+
+        def resume():
+            if sock in self.sockets:
+                self.watch(sock)
+
         self.loop.watch(sock, 0)
-        self.loop.call_at(now + RETRY_DELAY, lambda: sock in self.sockets and self.watch(sock))
+        self.loop.call_at(now + RETRY_DELAY, resume)
 
     def close(self):
         for sock in self.sockets:
@@ -3691,34 +3755,42 @@ class Listener:
 def listen(local):
     """Return sockets that listen on every address of (host, port), all on one port.
 
-    Port 0 picks one that is free on all of them. Raises CannotListen, and closes all then.
+    Port 0 means any port that is free on all of them. Raises CannotListen.
     """
-    tries = 20 if local[1] == 0 else 1      # a free port may be in use on the next address
+    # The kernel picks a port that is free on the first address. If that port is in use on the
+    # next address, try another one.
+    attempts = 20 if local[1] == 0 else 1
     while True:
         sockets, error = try_listen(local)
-        tries -= 1
+        attempts -= 1
         if error is None or (sockets and address_unavailable(error)):
             return sockets
         for sock in sockets:
             sock.close()
-        if not tries or error.errno != errno.EADDRINUSE:
+        if not attempts or error.errno != errno.EADDRINUSE:
             raise error
 
 
 def try_listen(local):
-    """Return (the sockets of a listener, the CannotListen of the last failure or None)."""
+    """Listen on the addresses of (host, port), up to the first error.
+
+    Skips the addresses that this machine lacks. Returns (sockets, error): error is the last
+    CannotListen, or None.
+    """
     sockets, error = [], None
     try:
         for family, address in resolve(local, wildcard=WILDCARD):
-            if sockets:                     # all listen on the port of the first
-                address = (address[0], sockets[0].getsockname()[1]) + address[2:]
+            if sockets:
+                host, _, *ipv6_fields = address
+                _, first_port, *_ = sockets[0].getsockname()
+                address = (host, first_port, *ipv6_fields)
             try:
                 sockets.append(bind_listener(family, address))
             except OSError as exc:
                 error = CannotListen(exc, address)
                 if not address_unavailable(exc):
                     break
-    except OSError as exc:
+    except OSError as exc:              # the host cannot be resolved
         error = CannotListen(exc, local)
     return sockets, error
 
@@ -3727,11 +3799,11 @@ def bind_listener(family, address):
     """Return a socket that listens on one address. Raises OSError."""
     sock = RawSocket(family, socket.SOCK_STREAM)
     try:
-        if os.name == "posix":          # on Windows it would let two processes listen on a port
+        if os.name == "posix":          # on Windows, two processes could listen on one port
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        if LINUX:                       # accepted sockets inherit it
+        if LINUX:                       # accepted sockets inherit the option
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setblocking(False)
         sock.bind(address)
@@ -3743,14 +3815,16 @@ def bind_listener(family, address):
 
 
 def first_address(local):
-    """Return the first address of a listener at local, as Toxiproxy writes it.
+    """Return the first address of a listener at local as text, in the form of Toxiproxy.
 
-    Raises CannotListen.
+    Toxiproxy writes an empty host as [::]. Raises CannotListen if the host cannot be resolved.
     """
-    if not local[0]:
-        return format_address(("::", local[1]))
+    host, port = local
+    if not host:
+        return format_address(("::", port))
     try:
-        return format_address(resolve(local)[0][1])
+        _, address = resolve(local)[0]
+        return format_address(address)
     except OSError as error:
         raise CannotListen(error, local) from None
 
@@ -3762,8 +3836,8 @@ SOCK_NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)
 # time to create and close.
 RawSocket = socket.SocketType
 FD_EXHAUSTED = {errno.EMFILE, errno.ENFILE}
-# Errors of splice after which recv takes over: there is no data, or this system or this socket
-# does not support it.
+# Errors of splice after which recv is used instead: there is no data, or this system or this
+# socket does not support splice.
 SPLICE_UNAVAILABLE = {errno.EAGAIN, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EBADF}
 CONNECT_PENDING = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}
 
@@ -3771,7 +3845,8 @@ CONNECT_PENDING = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}
 class KernelPipe:
     """A pipe in the kernel, through which splice moves bytes between sockets without a copy.
 
-    Like bytes it has a length, and slicing off its front is how sent bytes are removed.
+    A delay queue uses it like bytes: len(pipe) is the number of bytes in the pipe, and pipe[n:]
+    is the pipe after n bytes have been sent.
     """
 
     __slots__ = ("read_fd", "write_fd", "held")
@@ -3780,28 +3855,33 @@ class KernelPipe:
         """Raises OSError if no descriptors are left."""
         self.read_fd, self.write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.held = 0
-        # Fails where the user's pipes have reached a limit (man 7 pipe). It is smaller then.
+        # This fails if the user's pipes have reached a limit (man 7 pipe). The pipe then keeps
+        # its smaller default size.
         with contextlib.suppress(OSError):
             fcntl.fcntl(self.write_fd, F_SETPIPE_SZ, KERNEL_PIPE_SIZE)
 
     def __len__(self):
         return self.held
 
-    def __getitem__(self, sent):
-        self.held -= sent.start
+    def __getitem__(self, unsent):
+        """Subtract the bytes before the slice `unsent`, which splice_to has already sent."""
+        self.held -= unsent.start
         return self
 
     def splice_from(self, source):
-        """Move the bytes that a socket has received into the pipe. Returns how many.
+        """Move the bytes that a socket has received into the pipe. Returns their number.
 
-        Raises OSError as recv does.
+        Raises the same exceptions as recv().
         """
         self.held = os.splice(source.fileno(), self.write_fd, KERNEL_PIPE_SIZE,
                               flags=os.SPLICE_F_NONBLOCK)
         return self.held
 
     def splice_to(self, target):
-        """Move bytes from the pipe into a socket. Returns how many. Raises OSError as send."""
+        """Move bytes from the pipe into a socket. Returns their number.
+
+        Raises the same exceptions as send().
+        """
         return os.splice(self.read_fd, target.fileno(), self.held, flags=os.SPLICE_F_NONBLOCK)
 
     def close(self):
@@ -3810,9 +3890,9 @@ class KernelPipe:
 
 
 def start_connect(family, address):
-    """Start to connect without waiting. Returns (socket, whether it is pending).
+    """Start to connect, without waiting. Raises OSError.
 
-    Raises OSError.
+    Returns (socket, pending). If pending is False, the socket is connected.
     """
     sock = RawSocket(family, socket.SOCK_STREAM | SOCK_NONBLOCK)
     try:
@@ -3820,19 +3900,24 @@ def start_connect(family, address):
             sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         error = sock.connect_ex(address)
-        if error == errno.EINPROGRESS and LINUX:    # a backend on this machine has accepted by
-            error = sock.connect_ex(address)        # now; a second call tells so
+        if error == errno.EINPROGRESS and LINUX:
+            # A backend on this machine has accepted already. The second call returns 0 then.
+            error = sock.connect_ex(address)
     except OSError:
         sock.close()
         raise
     if error and error not in CONNECT_PENDING:
         sock.close()
         raise OSError(error, socket_strerror(error))
-    return sock, error != 0
+    pending = error != 0
+    return sock, pending
 
 
 def socket_strerror(error):
-    """Return the text of a socket's error number, which on Windows only the socket module has."""
+    """Return the message for the error number of a socket function.
+
+    On Windows, os.strerror() does not know these numbers, but the socket module does.
+    """
     return getattr(socket, "errorTab", {}).get(error) or os.strerror(error)
 
 
@@ -4370,7 +4455,7 @@ class Connection:
         """Set the timer for the next event that is due, if there is one."""
         due = min(self.up.next_due(), self.down.next_due(),
                   self.up.resume_reading_at(now), self.down.resume_reading_at(now))
-        if self.timer and self.timer[0] != due:
+        if self.timer and self.timer[DUE] != due:
             self.loop.cancel(self.timer)
             self.timer = None
         if due < NEVER and not self.timer:
@@ -4572,9 +4657,10 @@ class Connection:
 
 # -- Proxy --------------------------------------------------------------------
 #
-# A proxy keeps what all its connections share: the listener, the rules, the counts, and the
-# records of the faults. A ProxyTable holds the proxies of one process. Public methods may be
-# called from any thread; those below "In the loop's thread" only there.
+# A proxy keeps the state that its connections share: the listener, the rules, the counts, and
+# the fault records. A ProxyTable holds the proxies of one process. Once a proxy is open, its
+# methods below a comment "In the loop's thread" run only in that thread. The methods above the
+# comment are for all other threads.
 
 FaultRecord = namedtuple("FaultRecord",
                          "number time proxy connection client request handler options")
@@ -4588,7 +4674,7 @@ class Proxy:
             with proxy.handler("delay", sleep=2):
                 ...
 
-    distant    the backend, "HOST:PORT" or (host, port); it is connected for each client
+    distant    the backend, "HOST:PORT" or (host, port); the proxy connects to it for each client
     local      the address to listen on, in the same form; port 0 picks a free one
     behavior   "PERCENT:HANDLER,..." of the requests, or [(percent, handler)]
     options    {handler: {option: value}}
@@ -4599,10 +4685,10 @@ class Proxy:
     overwrite_host_header
                http: whether to replace the Host header with the backend's
     toxics     rules beside the behavior: [Toxic]
-    enabled    whether it listens when a ProxyTable opens it
+    enabled    whether a ProxyTable opens its port
 
-    Raises ValueError for invalid arguments, and OSError if it cannot listen. As a context it
-    runs in a thread of its own; everything is closed at the end of the block.
+    Raises ValueError for invalid arguments, and OSError if it cannot listen. As a context
+    manager it runs in a new thread, and closes everything at the end of the block.
     """
 
     def __init__(self, distant, local="localhost:0", behavior="100:dummy", options=None,
@@ -4613,29 +4699,31 @@ class Proxy:
         self.protocol = PROTOCOLS[check_protocol(protocol)]
         self.overwrite_host_header = overwrite_host_header
         self.local = parse_listener(local) if isinstance(local, str) else local
-        self.listen = format_address(self.local)    # as given, and as bound once it is
+        self.listen = format_address(self.local)    # once bound, the bound address
         self.enabled = enabled
         shares = parse_behavior(behavior) if isinstance(behavior, str) else behavior
         self.timeout = check_timeout(timeout)
         self.seed = random.SystemRandom().getrandbits(32) if seed is None else seed
         self.rules = RuleSet(self.seed, name)
         options = options or {}
-        read_rules([dict(table, name=handler, percent=0) for handler, table in options.items()])
-        # The rules of the behavior, and of each `with proxy.handler` block that is open.
+        # Check all options, because the behavior may not name all of these handlers.
+        read_rules([dict(values, name=handler, percent=0) for handler, values in options.items()])
+        # A stack: the rules of the behavior, then those of each open `with proxy.handler(...)`
+        # block. Only the rules at the end of the list act.
         self.behaviors = [read_rules([dict(options.get(handler, {}), name=handler,
                                            percent=percent) for percent, handler in shares])]
         self.toxics = list(toxics)          # in the order in which they act
         self.install_rules(self.behaviors, self.toxics)
-        self.loop = None
-        self.listener = None
+        self.loop = None                    # set by `open`
+        self.listener = None                # None while disabled
         self.set_backend(distant)
         self.connections = {}               # {number: Connection}, the open ones
         self.accepted = 0
         self.faults = Counter()             # {handler: requests or connections it acted on}
-        self.failures = 0                   # to connect to the backend
+        self.failures = 0                   # connections for which no backend was reached
         self.closed_bytes = [0, 0, 0, 0]    # of closed connections: see Connection.add_bytes
         self.events = deque(maxlen=FAULT_RECORDS_KEPT)      # FaultRecords
-        self.fault_count = 0
+        self.fault_count = 0                # the number of the last FaultRecord
         self.fault_recorded = threading.Condition()
         self.lookups = {}                   # {backend: callbacks that wait for its addresses}
 
@@ -4650,21 +4738,22 @@ class Proxy:
     def __exit__(self, *exception):
         self.loop.stop()
         self.thread.join()
-        self.close()                    # no other thread is in the loop any more
+        self.close()                    # the loop's thread has ended: this thread may do it
         self.loop.close()
 
     @property
     def port(self):
-        """The port that it listens on."""
+        """The port on which the proxy listens."""
         return self.listener.address()[1]
 
     @contextlib.contextmanager
     def handler(self, name, **fields):
-        """Activate a handler for the time of a block. The previous rules return at its end.
+        """Use a handler as the behavior during a `with` block.
 
         fields    its options, and the rule fields percent, per, stream, match, after, times
 
-        Raises ValueError for invalid fields.
+        At the end of the block, the previous behavior acts again. Raises ValueError for invalid
+        fields.
         """
         rules = read_rules([dict(fields, name=name)])
         self.loop.run_sync(self.push_rules, rules)
@@ -4674,18 +4763,18 @@ class Proxy:
             self.loop.run_sync(self.pop_rules, rules)
 
     def wait_for(self, name, timeout=5, since=0):
-        """Wait until a handler has acted, and return the FaultRecord.
+        """Wait until a handler has acted, and return its first FaultRecord.
 
         since    the number of a fault record: only later ones count
 
         Raises TimeoutError after `timeout` seconds.
         """
-        def latest():
+        def find_record():
             return next((record for record in list(self.events)
                          if record.number > since and record.handler == name), None)
-        get_handler(name)
+        get_handler(name)               # raises ValueError for an unknown handler
         with self.fault_recorded:
-            record = self.fault_recorded.wait_for(latest, timeout)
+            record = self.fault_recorded.wait_for(find_record, timeout)
         if not record:
             raise TimeoutError("%s has not acted in %g seconds" % (name, timeout))
         return record
@@ -4693,19 +4782,20 @@ class Proxy:
     # In the loop's thread: listening
 
     def bind(self):
-        """Bind the port. Raises OSError with the address in its text."""
+        """Bind the port. Raises OSError, whose message contains the address."""
         self.set_listener(self.local, Listener(self.local, self.on_accept))
 
     def set_listener(self, local, listener):
-        """Use a listener. A free port that it has picked becomes the proxy's own."""
+        """Use a listener. If it was created with port 0, the proxy keeps the port it picked."""
         self.listener = listener
         address = listener.address()
-        self.local = local[0], address[1]
-        # An empty host is all addresses, which Toxiproxy writes as [::].
-        self.listen = format_address(address if local[0] else ("::", address[1]))
+        host, port = local[0], address[1]
+        self.local = host, port
+        # Toxiproxy writes an empty host, which means all addresses, as [::].
+        self.listen = format_address(address if host else ("::", port))
 
     def open(self, loop):
-        """Begin to accept, if it is bound."""
+        """Set the loop. If the port is bound, begin to accept clients."""
         self.loop = loop
         if self.listener:
             self.listener.open(loop)
@@ -4713,19 +4803,21 @@ class Proxy:
                      format_address(self.backend), self.describe(), self.seed)
 
     def stop_listening(self, reason):
-        """Close the listener and every connection."""
+        """Close the listener and every connection. The log shows the reason."""
         if self.listener:
             self.listener.close()
             self.listener = None
         self.drop_connections(reason)
 
     def drop_connections(self, reason):
+        """Close every connection. The log shows the reason."""
         for connection in list(self.connections.values()):
             connection.close(reason)
 
     def on_accept(self, client, peer):
+        """Start a connection for a new client. `client` is its socket, `peer` its address."""
         client.setblocking(False)
-        if not LINUX:                   # on Linux it is inherited from the listener
+        if not LINUX:                   # on Linux, it inherits the option from the listener
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.accepted += 1
         connection = Connection(self, self.accepted, client, peer)
@@ -4736,11 +4828,15 @@ class Proxy:
             connection.close("refused: %s" % error.strerror)
 
     def apply_change(self, local, backend, enabled, listener):
-        """Change the addresses. `listener` is a new one, or None to keep the old one."""
-        if listener or not enabled or backend != self.backend:
-            self.drop_connections("%s by the control" % ("changed" if enabled else "disabled"))
+        """Change the addresses and `enabled`, and close the connections if necessary.
+
+        listener    a new Listener at local, or None to keep the old one
+        """
+        reason = "%s by the control" % ("changed" if enabled else "disabled")
         if listener or not enabled:
-            self.stop_listening("changed")
+            self.stop_listening(reason)
+        elif backend != self.backend:
+            self.drop_connections(reason)
         self.set_backend_address(backend)
         self.enabled = enabled
         if listener:
@@ -4751,7 +4847,7 @@ class Proxy:
 
     def close(self):
         """Close the listener and every connection."""
-        if not self.loop:
+        if not self.loop:               # bound, but not opened
             if self.listener:
                 self.listener.close()
             return
@@ -4764,11 +4860,12 @@ class Proxy:
     # In the loop's thread: the backend
 
     def set_backend(self, distant):
-        """Connect new clients to HOST:PORT. Raises ValueError."""
+        """Connect new clients to "HOST:PORT" or (host, port). Raises ValueError."""
         backend = parse_address(distant) if isinstance(distant, str) else distant
-        listening = [sock.getsockname()[:2] for sock in self.listener.sockets] if (
-            self.listener) else []
-        check_backend(backend, [self.local, *listening])
+        local_addresses = [self.local]
+        if self.listener:
+            local_addresses += [sock.getsockname()[:2] for sock in self.listener.sockets]
+        check_backend(backend, local_addresses)
         self.set_backend_address(backend)
 
     def set_backend_address(self, backend):
@@ -4778,7 +4875,8 @@ class Proxy:
     def resolve_backend(self, on_resolved):
         """Resolve the backend's name in a thread, then call on_resolved(addresses, error).
 
-        The name is resolved for each new client, but once for all that wait at the same time.
+        Either addresses or error is None. Clients that wait at the same time share one lookup;
+        a later client starts another one.
         """
         backend = self.backend
         waiting = self.lookups.setdefault(backend, [])
@@ -4798,10 +4896,11 @@ class Proxy:
             self.drop_connections("changed by the control")
 
     def protocol_name(self):
+        """Return the name of the protocol, as `protocol` takes it."""
         return self.protocol.__name__.lower() if self.protocol else "tcp"
 
     def host_header(self):
-        """Return the Host header for requests to the backend. Empty: keep the client's."""
+        """Return the value of the Host header for the backend, or b"" to keep the client's."""
         if not self.overwrite_host_header or self.protocol is not Http:
             return b""
         host, port = self.backend
@@ -4813,53 +4912,62 @@ class Proxy:
     def describe(self):
         """Return the behavior and the toxics as text: "20:delay sleep=1.0, 80:dummy"."""
         rules = self.behaviors[-1]
-        parts = ["%g:%s" % (rule.draw_max - rule.draw_min, rule) for rule in rules]
-        rest = 100 - sum(rule.draw_max - rule.draw_min for rule in rules)
-        return ", ".join(parts + ["%g:dummy" % rest] * (rest > 0.000001)
-                         + ["toxic %s" % toxic for toxic in self.toxics])
+        percents = [rule.draw_max - rule.draw_min for rule in rules]
+        parts = ["%g:%s" % (percent, rule) for percent, rule in zip(percents, rules)]
+        rest = 100 - sum(percents)
+        if rest > 0.000001:             # more than a rounding error
+            parts.append("%g:dummy" % rest)
+        return ", ".join(parts + ["toxic %s" % toxic for toxic in self.toxics])
 
     def handler_names(self):
         """Return the names of the behavior's handlers, joined by commas."""
         return ",".join(rule.name for rule in self.behaviors[-1]) or "dummy"
 
     def set_rules(self, rules):
-        """Use these rules as the behavior. Open `handler` blocks change nothing when they end."""
-        self.apply_rules([rules], self.toxics)
+        """Use these rules as the behavior, also after open `with proxy.handler(...)` blocks."""
+        self.replace_rules([rules], self.toxics)
 
     def push_rules(self, rules):
-        """A `handler` block begins: its rules act until it ends, or another begins."""
-        self.apply_rules([*self.behaviors, rules], self.toxics)
+        """Use the rules of a `with proxy.handler(...)` block that begins."""
+        self.replace_rules([*self.behaviors, rules], self.toxics)
 
     def pop_rules(self, rules):
-        """A `handler` block ends. Of those still open, the one that began last acts now."""
-        self.apply_rules([other for other in self.behaviors if other is not rules], self.toxics)
+        """Remove the rules of a `with proxy.handler(...)` block that ends.
+
+        Blocks may end in any order. The last of the remaining behaviors acts now.
+        """
+        remaining = [behavior for behavior in self.behaviors if behavior is not rules]
+        self.replace_rules(remaining, self.toxics)
 
     def set_toxics(self, toxics):
         """Replace the toxics.
 
         A toxic that exists already keeps its state. If its toxicity or an attribute changes,
-        the data that it holds is released.
+        the data that it delays is released.
         """
-        kept, changed = [], []
         current = {toxic.name: toxic for toxic in self.toxics}
+        installed, changed_rules = [], []
         for toxic in toxics:
-            old = current.get(toxic.name, toxic)
-            if not old.same_rule(toxic):
-                old = toxic
-            elif (old.toxicity, old.attributes) != (toxic.toxicity, toxic.attributes):
+            old = current.get(toxic.name)
+            if old is None or not old.same_rule(toxic):
+                installed.append(toxic)
+                continue
+            installed.append(old)
+            if (old.toxicity, old.attributes) != (toxic.toxicity, toxic.attributes):
                 old.update(toxic.toxicity, toxic.attributes)
-                changed.append(old.rule)
+                changed_rules.append(old.rule)
                 if old.rule.instance:
                     old.rule.instance.update_settings(old.rule.options)
-            kept.append(old)
-        self.apply_rules(self.behaviors, kept, changed)
+        self.replace_rules(self.behaviors, installed, changed_rules)
 
-    def apply_rules(self, behaviors, toxics, changed=()):
-        """Activate the rules of the last behavior and of the toxics, and no others.
+    def replace_rules(self, behaviors, toxics, changed=()):
+        """Install the rules of the last behavior and of the toxics, also on open connections.
+
+        changed    installed rules whose options have changed
 
         A new rule does not affect data that is already in transit. Data that a removed or
-        changed rule was holding is released at once. Chain.rules_changed says when new rules
-        begin on open connections. Raises InputError.
+        changed rule was delaying is released at once. Chain.rules_changed documents when new
+        rules begin on open connections. Raises InputError.
         """
         before = self.rules.installed
         self.install_rules(behaviors, toxics)
@@ -4872,7 +4980,10 @@ class Proxy:
             connection.rules_changed(new, removed, changed)
 
     def install_rules(self, behaviors, toxics):
-        """Set the active rules, and make the objects of blocking handlers. Raises InputError."""
+        """Set the installed rules: those of the last behavior and of the toxics.
+
+        Creates the objects of blocking handlers. Raises InputError.
+        """
         rules = behaviors[-1] + [toxic.rule for toxic in toxics]
         for rule in rules:
             self.check_rule(rule)
@@ -4899,17 +5010,18 @@ class Proxy:
         if kind and kind not in self.protocol.errors:
             raise InputError([("kind", "kind must be one of %s, the errors of %s, not %r" % (
                 ", ".join(self.protocol.errors), self.protocol_name(), kind))])
-        if self.protocol and rule.stream != "both" and not rule.options["inject"]:
+        replies = self.protocol and not rule.options["inject"]      # instead of the backend
+        if replies and rule.stream != "both":
             raise InputError([("stream", "stream must be both for %s, because it replies instead "
                                          "of the backend" % rule.name)])
 
     # In the loop's thread: called by its connections
 
     def record_fault(self, connection, rule, request):
-        """A rule has acted on a request."""
+        """Count, record and log that a rule has acted on a request."""
         self.fault_count += 1
         self.faults[rule.name] += 1
-        connection.faults = [*(connection.faults or []), rule.name][-100:]
+        connection.faults = [*(connection.faults or []), rule.name][-100:]     # the last 100
         with self.fault_recorded:
             self.events.append(FaultRecord(
                 self.fault_count, time.time(), self.name, connection.number, connection.name,
@@ -4919,13 +5031,14 @@ class Proxy:
                  connection.number, connection.name, request, rule)
 
     def on_connect_failed(self, connection, reason):
-        """The backend could not be connected."""
+        """Count and log that the backend cannot be reached."""
         self.failures += 1
         log.warning("%sconnection %d, client %s: cannot connect to backend %s: %s",
                     self.log_prefix, connection.number, connection.name,
                     format_address(self.backend), reason)
 
     def on_connection_closed(self, connection, reason):
+        """Remove and log a closed connection, but keep its byte counts."""
         del self.connections[connection.number]
         connection.add_bytes(self.closed_bytes)
         if log.isEnabledFor(logging.DEBUG):
@@ -4937,7 +5050,7 @@ class Proxy:
     # In the loop's thread: for the control server
 
     def list_connections(self):
-        """Return the open connections, one dict each."""
+        """Return one dict for each open connection."""
         now = self.loop.clock()
         return [{
             "number": connection.number, "client": connection.name,
@@ -4951,12 +5064,12 @@ class Proxy:
         } for connection in self.connections.values()]
 
     def byte_counts(self):
-        """Return the bytes until now: {(direction, "received" or "sent"): bytes}."""
+        """Return the bytes of all connections: {(direction, "received" or "sent"): bytes}."""
         totals = list(self.closed_bytes)
         for connection in self.connections.values():
             connection.add_bytes(totals)
         keys = [(direction, name) for direction in (UPSTREAM, DOWNSTREAM)
-                for name in ("received", "sent")]
+                for name in ("received", "sent")]       # in the order of add_bytes
         return dict(zip(keys, totals))
 
 
@@ -4966,8 +5079,8 @@ class ProxyTable(OrderedDict):
     shared    the settings of proxies that are created while it runs: seed, timeout. A seed of
               None draws one
 
-    Proxies are changed in the loop's thread, which waits for no peer. A thread that needs
-    several steps for a change holds `lock` meanwhile.
+    Every change to a proxy runs in the loop's thread, which never waits for a peer. If a change
+    takes several steps, the thread that makes it holds `lock` during all of them.
     """
 
     def __init__(self, proxies=(), **shared):
@@ -4979,12 +5092,13 @@ class ProxyTable(OrderedDict):
         self.lock = threading.RLock()
 
     def bind(self):
-        """Bind the ports. Raises OSError with the address in its text."""
+        """Bind the ports of the enabled proxies. Raises OSError, whose message has the address."""
         for proxy in self.values():
             if proxy.enabled:
                 proxy.bind()
 
     def open(self, loop):
+        """Open the proxies in this loop."""
         self.loop = loop
         if not self:
             log.info("no proxy yet: POST /proxies creates one; seed %s", self.shared["seed"])
@@ -5013,17 +5127,19 @@ class ProxyTable(OrderedDict):
         return True
 
     def open_proxy(self, proxy):
+        """Open and add a proxy, in the loop's thread."""
         proxy.open(self.loop)
         self[proxy.name] = proxy
 
     def remove(self, proxy):
+        """Remove and close a proxy."""
         self.loop.run_sync(lambda: self.pop(proxy.name).close())
 
     def change(self, proxy, local, backend, enabled):
         """Change the addresses of a proxy, or enable or disable it. Raises OSError.
 
-        Connections are closed only if an address changes. If the proxy cannot listen on the
-        new address, nothing changes.
+        Connections are closed only if an address changes or the proxy is disabled. If the proxy
+        cannot listen on the new address, nothing changes.
         """
         moved = local != proxy.local and first_address(local) != proxy.listen
         if not moved:
@@ -5034,7 +5150,11 @@ class ProxyTable(OrderedDict):
         proxy.loop.run_sync(proxy.apply_change, local, backend, enabled, listener)
 
     def rebind(self, proxy, local):
-        """Return a listener at local, even if the proxy has that port on another address."""
+        """Return a new listener at local. Raises CannotListen.
+
+        An old listener on the same port could prevent the new one. Therefore it is closed
+        first, and opened again if the new one fails.
+        """
         old = proxy.listener if local[1] == proxy.local[1] else None
         if old:
             proxy.loop.run_sync(old.close)
@@ -5052,7 +5172,7 @@ class ProxyTable(OrderedDict):
 # The counts of all proxies, for Prometheus (GET /metrics) and StatsD. To add one, add a line
 # to METRICS and its value to `measure`.
 
-# {name: (kind, help)}, as Prometheus names metrics
+# {name: (kind, help)}, with the names that Prometheus gets
 METRICS = OrderedDict((
     ("toxiproxy_proxy_received_bytes_total", (
         "counter", "Bytes from the client (upstream) and from the backend (downstream).")),
@@ -5067,7 +5187,7 @@ METRICS = OrderedDict((
 
 
 def measure(proxy):
-    """Return the metrics of a proxy: {name: [(labels, value)]}. In the loop's thread."""
+    """Return the metrics of a proxy: {name: [(labels, value)]}. Runs in the loop's thread."""
     labels = {"proxy": proxy.name}
     metrics = {
         "vaurien_connections_total": [(labels, proxy.accepted)],
@@ -5089,8 +5209,10 @@ class Statsd:
     """Sends the metrics of all proxies to a StatsD server by UDP, every STATSD_INTERVAL seconds.
 
     A counter is sent as its increase (vaurien.PROXY.requests:3|c), a gauge as its value. All
-    methods run in the loop's thread, but for `connect`.
+    methods except `connect` run in the loop's thread.
     """
+
+    CONNECT_RETRY_DELAY = 60        # seconds
 
     def __init__(self, address, proxies):
         self.address = address
@@ -5099,14 +5221,15 @@ class Statsd:
         self.last_values = {}       # {(proxy, name): value} as sent last
 
     def bind(self):
-        pass                        # it does not listen
+        """Do nothing. Other services bind their ports here, but this one has none."""
 
     def open(self, loop):
+        """Start to connect to the server."""
         self.loop = loop
         loop.run_in_thread(self.connect, self.on_connected)
 
     def connect(self):
-        """Return a socket for the server, whose name may have to be resolved. In a thread."""
+        """Return a socket for the server. Runs in a thread, because it may use a resolver."""
         family, address = resolve(self.address)[0]
         sock = socket.socket(family, socket.SOCK_DGRAM)
         sock.setblocking(False)
@@ -5114,50 +5237,61 @@ class Statsd:
         return sock
 
     def on_connected(self, sock, error):
+        """Start to send, or retry later if `connect` has failed."""
         if error:
             log.warning("statsd: cannot connect to %s: %s", format_address(self.address), error)
-            self.loop.call_at(self.loop.clock() + 60, lambda: self.open(self.loop))
+            self.loop.call_at(self.loop.clock() + self.CONNECT_RETRY_DELAY,
+                              lambda: self.open(self.loop))
             return
         self.sock = sock
         self.on_timer()
 
     def on_timer(self):
+        """Send the metrics, now and every STATSD_INTERVAL seconds until `close`."""
         if self.sock:
             self.send()
             self.loop.call_at(self.loop.clock() + STATSD_INTERVAL, self.on_timer)
 
     def send(self):
+        """Send all lines, as many in each packet as STATSD_PACKET_MAX allows."""
         packet = b""
-        for line in [*self.lines(), ""]:
-            data = b"\n" * bool(packet) + line.encode()
-            if packet and (not line or len(packet) + len(data) > STATSD_PACKET_MAX):
-                with contextlib.suppress(OSError):      # UDP: no server is listening
-                    self.sock.send(packet)
-                packet, data = b"", line.encode()
-            packet += data
+        for line in map(str.encode, self.metric_lines()):
+            if packet and len(packet) + len(b"\n") + len(line) > STATSD_PACKET_MAX:
+                self.send_packet(packet)
+                packet = line
+            else:
+                packet = packet + b"\n" + line if packet else line
+        if packet:
+            self.send_packet(packet)
 
-    def lines(self):
+    def send_packet(self, packet):
+        with contextlib.suppress(OSError):      # for example, no server is listening
+            self.sock.send(packet)
+
+    def metric_lines(self):
         """Return a line for each gauge, and for each counter that has grown."""
         lines, before, self.last_values = [], self.last_values, {}
         for proxy in list(self.proxies.values()):
             for metric, values in measure(proxy).items():
+                kind, _ = METRICS[metric]
                 for labels, value in values:
-                    name = self.name(metric, labels)
+                    name = self.metric_name(metric, labels)
                     self.last_values[proxy, name] = value
                     increase = value - before.get((proxy, name), 0)
-                    if METRICS[metric][0] == "gauge":
+                    if kind == "gauge":
                         lines.append("%s:%d|g" % (name, value))
                     elif increase:
                         lines.append("%s:%d|c" % (name, increase))
         return lines
 
-    def name(self, metric, labels):
+    def metric_name(self, metric, labels):
         """Return the StatsD name of a metric, like vaurien.PROXY.received_bytes.upstream."""
         parts = [labels["proxy"], re.sub("^(vaurien|toxiproxy_proxy)_|_total$", "", metric),
                  labels.get("direction") or labels.get("handler")]
         return ".".join(["vaurien"] + [re.sub(r"[^\w-]", "_", part) for part in parts if part])
 
     def close(self):
+        """Send the last metrics, and close the socket."""
         if self.sock:
             self.send()
             self.sock.close()
