@@ -4220,7 +4220,7 @@ class TestRoutes(unittest.TestCase):
             ("PUT", "/behavior", b"\xff",
              "body", "", "the body must be UTF-8"),
             ("PUT", "/behavior", b'{"name": "error", "warmup": 1' + b"0" * 500 + b"}",
-             "body", "", "a number of 501 digits"))
+             "body", "", "400 digits at most, not 501"))
 
     def test_errors_in_a_backend(self):
         self.check_errors(
@@ -7514,7 +7514,7 @@ class TestHypothesis(unittest.TestCase):
             with contextlib.suppress(vaurien.ApiError, vaurien.InputError):
                 vaurien.read_toxic(vaurien.read_json(json.dumps(value)), strict=True)
             with contextlib.suppress(vaurien.ApiError, vaurien.InputError):
-                vaurien.read_proxy(vaurien.read_json(json.dumps(value)))
+                vaurien.read_proxy_fields(vaurien.read_json(json.dumps(value)))
             if isinstance(value, dict):
                 with contextlib.suppress(vaurien.InputError):
                     vaurien.read_rules([value])

@@ -5300,39 +5300,50 @@ class Statsd:
 
 # -- Control ------------------------------------------------------------------
 #
-# The HTTP control server, with which a test changes proxies while they run. The section has the
-# steps from a request to its response, the routes of Vaurien, the access check and the server.
+# The HTTP control server. Tests use it to change proxies while they run. This section contains
+# the handling of a request, the routes of Vaurien, and the server with its access check.
 #
-# handle_request takes these steps for each request: find the route, check access, read the
-# body, call the route's function, render its result or its error. The dialect of a route
-# decides how results and errors look. A path without a route has the dialect of its prefix.
+# handle_request handles a request in these steps:
 #
-# Threads: the control server has a loop and a thread of its own. They accept clients and close
-# those that exceed a time limit. Each client has a handler thread, which runs the functions of
-# routes. A route changes a proxy only by `proxy.loop.run_sync(function, ...)`.
+#   1. find the routes of the path
+#   2. check access
+#   3. read the body
+#   4. choose the route for the method
+#   5. call the route's function
+#   6. render the function's result or its error
 #
-# To add a route: write a function of an ApiRequest under @route. `GET /` lists it, with the
-# first line of its docstring.
+# Each route has a dialect, which decides the format of results and errors. If a path has no
+# route, the prefix of the path decides the format of the error.
+#
+# Threads: the control server's loop has a thread of its own. The loop accepts clients, and
+# disconnects clients that exceed a time limit. Each client has a client thread, which calls the
+# functions of routes. These functions change a proxy only by `proxy.loop.run_sync(function, ...)`.
+#
+# To add a route: write a function that takes an ApiRequest, and decorate it with @route.
+# `GET /` lists the route with the first line of the function's docstring.
 
-ROUTES = OrderedDict()          # {path: {method: Route}}; a part in capitals stands for any name
-DIALECTS = []                   # [(prefix, Dialect)] of paths without a route; the first one wins
+ROUTES = OrderedDict()          # {path: {method: Route}}; a segment in capitals matches any name
+DIALECTS = []                   # [(prefix, Dialect)] for paths without a route, by precedence
 REQUEST_BODY_MAX = 1 << 20      # bytes of a request's body
 REQUEST_HEAD_MAX = 1 << 16      # bytes of a request's headers
+INT_DIGITS_MAX = 400            # digits of an integer in a body; the largest float has 309
 CLIENTS_MAX = 256               # clients connected at a time
-IDLE_TIMEOUT = 10.0             # seconds until the next bytes from a client
-REQUEST_TIMEOUT = 30.0          # seconds from a request's first byte to its response's last
+IDLE_TIMEOUT = 10.0             # seconds to wait for the next bytes from a client
+REQUEST_TIMEOUT = 30.0          # seconds from the first byte of a request to the last byte of
+                                #   its response
 
-# A request, as the function of a route gets it.
+# The argument of a route's function.
 #
-# control    the Control that received it
-# proxy      the Proxy that the path or ?proxy=NAME selects, by default the first; None if
+# control    the Control that received the request
+# proxy      the Proxy that the path or ?proxy=NAME names, by default the first one; None if
 #            there is no such proxy
-# names      {part of the path in capitals: name}
-# query      {key: value} of the query, without `proxy`
+# names      {segment in capitals of the route's path: name in the request's path}
+# query      {key: value} of the query, without the key `proxy`
 # body       text
-# headers    a mapping with `get`
+# headers    {name: value}, or another object with the method `get`
 ApiRequest = namedtuple("ApiRequest", "control proxy names query body headers")
 ApiResponse = namedtuple("ApiResponse", "status headers text")
+# A route's function, and the arguments of `route` that registered the function.
 Route = namedtuple("Route", "function example query needs_proxy dialect status")
 
 
@@ -5340,6 +5351,7 @@ class ApiError(Exception):
     """An error response: a status, and (location, name, description) for each error.
 
     location    the part of the request with the error: body, querystring, header, path, method
+                or request; "server" for an internal error
     name        the field, parameter or header, or ""
     headers     additional headers of the response
     """
@@ -5350,10 +5362,10 @@ class ApiError(Exception):
 
 
 class Dialect:
-    """The form of a route's results and errors. This one is the JSON of Vaurien 1.x."""
+    """The format of results and errors. This base class implements the JSON of Vaurien 1.x."""
 
     head_as_get = True              # whether a route for GET also accepts HEAD
-    decode_errors = "strict"        # `errors` of bytes.decode, for bodies
+    decode_errors = "strict"        # argument of bytes.decode for a body that is not UTF-8
 
     def render(self, result, status):
         """Return the ApiResponse for the result of a route: text, or a value sent as JSON."""
@@ -5361,8 +5373,11 @@ class Dialect:
             return ApiResponse(status, {"Content-Type": "text/plain; charset=utf-8"}, result)
         return ApiResponse(status, {"Content-Type": "application/json"}, json.dumps(result))
 
-    def convert(self, exc):
-        """Return the ApiError for an exception of a route. Returns None if it is a bug."""
+    def to_api_error(self, exc):
+        """Return the ApiError for an exception of a route's function.
+
+        Returns None for an unexpected exception, which is a bug.
+        """
         if isinstance(exc, InputError):
             return ApiError(400, [("body", field, sentence) for field, sentence in exc.errors])
         return exc if isinstance(exc, ApiError) else None
@@ -5380,16 +5395,17 @@ DIALECTS.append(("", VAURIEN_1))
 
 
 def route(methods, paths, example="", query=(), needs_proxy=True, dialect=VAURIEN_1, status=200):
-    """Register a function of an ApiRequest for each of the methods of each of the paths.
+    """Return a decorator that registers a function for all these methods and paths.
 
     methods, paths    text, separated by spaces
-    example           the body of an example, or its query for GET
-    query             the keys that a query may have beside `proxy`; None accepts all
-    needs_proxy       whether the request is refused if its proxy does not exist
-    dialect, status   of the response
+    example           for `GET /`: the body of an example, or its query if the method is GET
+    query             the keys that a query may have beside `proxy`; None accepts all keys
+    needs_proxy       whether to refuse a request whose proxy does not exist
+    dialect           the Dialect of results and errors
+    status            the status of the response to a successful request
 
-    The function returns a value for Dialect.render, or an ApiResponse.
-    Raises ApiError or InputError for a request that it refuses.
+    The function takes an ApiRequest. It returns a value for Dialect.render, or an ApiResponse.
+    It raises ApiError or InputError to refuse a request.
     """
     def register(function):
         for path in paths.split():
@@ -5403,92 +5419,110 @@ def route(methods, paths, example="", query=(), needs_proxy=True, dialect=VAURIE
 # From a request to its response
 
 def handle_request(control, method, target, read_body, headers=None):
-    """Return the ApiResponse to one request.
+    """Return the ApiResponse to a request.
 
     target       path and query
-    read_body    returns the body as bytes; called only after the access check
+    read_body    a function that returns the body as bytes; called only after the access check
 
-    Raises ConnectionError if read_body does. All other exceptions become error responses.
+    Raises ConnectionError if read_body raises it. All other exceptions become error responses.
     """
-    path, _, query = target.partition("#")[0].partition("?")
-    methods, names, dialect = find_route(path)
+    without_fragment, _, _ = target.partition("#")
+    path, _, query = without_fragment.partition("?")
+    routes, names, dialect = find_routes(path)
     try:
         control.check_access(headers or {})
         body = read_body()
-        matched = choose_method(methods, method, path, dialect)
-        request = read_request(control, matched, path, names, query, body, headers or {})
-        result = matched.function(request)
+        chosen_route = choose_route(routes, method, path, dialect)
+        request = read_request(control, chosen_route, path, names, query, body, headers or {})
+        result = chosen_route.function(request)
         return (result if isinstance(result, ApiResponse)
-                else dialect.render(result, matched.status))
+                else dialect.render(result, chosen_route.status))
     except ConnectionError:
         raise
     except Exception as exc:
-        # No variable for the ApiError: with its traceback it would form a reference cycle.
-        return dialect.render_error(dialect.convert(exc) or internal_error(exc, method, target))
+        # No local variable refers to the ApiError: its traceback refers to this frame, so they
+        # would form a reference cycle.
+        return dialect.render_error(dialect.to_api_error(exc)
+                                    or log_internal_error(exc, method, target))
 
 
-def internal_error(exc, method, target):
-    """Log an unexpected exception, and return the ApiError for it."""
+def log_internal_error(exc, method, target):
+    """Log an unexpected exception. Returns the ApiError for it."""
     log.exception("control: %r %r failed", method[:20], target[:200])
     return ApiError(500, [("server", "", format_exception(exc))])
 
 
-def find_route(path):
-    """Return ({method: Route}, {part in capitals: name}, Dialect) of a path.
+def find_routes(path):
+    """Return ({method: Route}, {segment in capitals: name}, Dialect) for a path.
 
-    Without a route, the first two are empty.
+    Both dicts are empty if the path has no route.
     """
-    parts = path.split("/")
-    for pattern, methods in ROUTES.items():
-        wanted = pattern.split("/")
-        if len(wanted) == len(parts) and all(
-                part == want or (part and want.isupper()) for part, want in zip(parts, wanted)):
-            names = {want: urls.unquote(part)
-                     for part, want in zip(parts, wanted) if want.isupper()}
-            return methods, names, next(iter(methods.values())).dialect
+    segments = path.split("/")
+    for pattern, routes in ROUTES.items():
+        names = match_segments(pattern.split("/"), segments)
+        if names is not None:
+            any_route = next(iter(routes.values()))     # all routes of a path have one dialect
+            return routes, names, any_route.dialect
     return {}, {}, next(dialect for prefix, dialect in DIALECTS if path.startswith(prefix))
 
 
-def choose_method(methods, method, path, dialect):
-    """Return the Route of a method. Raises ApiError, with status 404 or 405, if there is none."""
-    if not methods:
-        bad_request("path", "there is no %s: there are %s" % (path[:200], ", ".join(ROUTES)),
-                    "path", 404)
-    matched = methods.get("GET" if method == "HEAD" and dialect.head_as_get else method)
-    if matched is None:
-        allowed = ", ".join(sorted(methods))
+def match_segments(pattern, segments):
+    """Compare a path with the path of a route, both as lists of segments.
+
+    Returns {segment in capitals: name}, or None if the path does not match.
+    """
+    if len(pattern) != len(segments):
+        return None
+    names = {}
+    for expected, segment in zip(pattern, segments):
+        if segment and expected.isupper():
+            names[expected] = urls.unquote(segment)
+        elif segment != expected:
+            return None
+    return names
+
+
+def choose_route(routes, method, path, dialect):
+    """Return the Route for a method.
+
+    Raises ApiError: with status 404 if the path has no route, 405 if the method has none.
+    """
+    if not routes:
+        raise ApiError(404, [("path", "path", "there is no %s: there are %s"
+                              % (path[:200], ", ".join(ROUTES)))])
+    route_method = "GET" if method == "HEAD" and dialect.head_as_get else method
+    if route_method not in routes:
+        allowed = ", ".join(sorted(routes))
         raise ApiError(405, [("method", method[:20], "%s takes %s" % (path, allowed))],
                        {"Allow": allowed})
-    return matched
+    return routes[route_method]
 
 
-def read_request(control, matched, path, names, query_text, body, headers):
+def read_request(control, chosen_route, path, names, query_text, body, headers):
     """Return the ApiRequest for a Route. Raises ApiError."""
     try:
-        text = body.decode("utf-8", matched.dialect.decode_errors)
+        text = body.decode("utf-8", chosen_route.dialect.decode_errors)
     except UnicodeDecodeError as error:
-        bad_request("", "the body must be UTF-8: %s" % error)
+        raise ApiError(400, [("body", "", "the body must be UTF-8: %s" % error)]) from None
     query = dict(urls.parse_qsl(query_text, keep_blank_values=True))
-    name = names.get("PROXY", query.pop("proxy", None))
-    proxies = control.proxies
-    proxy = proxies.get(next(iter(proxies), None) if name is None else name)
-    if proxy is None and matched.needs_proxy:
-        bad_request("proxy", "there is no proxy %r: there are %s" % (
-            (name or "")[:200], ", ".join(proxies) or "none yet"), "querystring",
-            404 if "PROXY" in names else 400)
+    proxy_name = names.get("PROXY", query.pop("proxy", None))
+    if proxy_name is None:
+        proxy_name = next(iter(control.proxies), "")
+    proxy = control.proxies.get(proxy_name)
+    if proxy is None and chosen_route.needs_proxy:
+        raise ApiError(404 if "PROXY" in names else 400, [(
+            "querystring", "proxy", "there is no proxy %r: there are %s"
+            % (proxy_name[:200], ", ".join(control.proxies) or "none yet"))])
+    allowed = chosen_route.query
     for key in sorted(query):
-        if matched.query is not None and key not in matched.query:
-            bad_request(key, "%s does not know %r in a query" % (path, key[:200]), "querystring")
+        if allowed is not None and key not in allowed:
+            raise ApiError(400, [("querystring", key, "%s does not know %r in a query"
+                                  % (path, key[:200]))])
     return ApiRequest(control, proxy, names, query, text, headers)
 
 
-def bad_request(name, description, location="body", status=400):
-    """Raise an ApiError with one error."""
-    raise ApiError(status, [(location, name, description)])
-
-
 def check_field(name, check, *args):
-    """Return check(*args). Its ValueError becomes an InputError that names the field."""
+    """Return check(*args). Raises InputError, with the name of the field, for a ValueError."""
     try:
         return check(*args)
     except ValueError as error:
@@ -5496,21 +5530,25 @@ def check_field(name, check, *args):
 
 
 def parse_json_object(body):
-    """Return the JSON object in a body. Raises InputError."""
+    """Return a body, which must be a JSON object, as a dict. Raises InputError."""
     try:
-        table = json.loads(body, parse_int=parse_short_int)
+        value = json.loads(body, parse_int=parse_short_int)
     except (ValueError, RecursionError) as error:
         raise InputError([("", "the body must be JSON: %s" % error)]) from None
-    if not isinstance(table, dict):
+    if not isinstance(value, dict):
         raise InputError([("", "the body must be a JSON object, like "
                                "{\"name\": \"delay\", \"sleep\": 2}")])
-    return table
+    return value
 
 
 def parse_short_int(text):
-    """Return an int of at most 400 digits: the time of int() grows with the square of them."""
-    if len(text) > 400:
-        raise ValueError("a number of %d digits" % len(text))
+    """Return int(text). Raises ValueError if the text is longer than INT_DIGITS_MAX.
+
+    The time of int() grows with the square of the number of digits.
+    """
+    if len(text) > INT_DIGITS_MAX:
+        raise ValueError("an integer may have %d digits at most, not %d"
+                         % (INT_DIGITS_MAX, len(text)))
     return int(text)
 
 
@@ -5520,37 +5558,40 @@ def parse_short_int(text):
 def index(request):
     """Return this list."""
     lines = ["Vaurien %s control API, one example each." % __version__, ""]
-    for path, methods in ROUTES.items():
-        for method, listed in methods.items():
-            lines.append("%-6s %-28s %s" % (method, path, summary(listed.function)))
+    for path, routes in ROUTES.items():
+        for method, listed_route in routes.items():
+            lines.append("%-6s %-28s %s" % (method, path, summary(listed_route.function)))
             lines.append("     curl " + curl_arguments(
-                request.control.url, method, path, listed))
+                request.control.url, method, path, listed_route.example))
     lines += ["", "Handlers: %s." % ", ".join(HANDLERS),
               "Proxies: %s; ?proxy=NAME picks one, default: the first."
               % (", ".join(request.control.proxies) or "none yet")]
     return "\n".join(lines) + "\n"
 
 
-def curl_arguments(url, method, path, listed):
+def curl_arguments(url, method, path, example):
     """Return the arguments of curl for the example of a Route."""
     if method == "GET":
-        return url + path + listed.example
-    data = "-d '%s' " % listed.example if listed.example else ""
-    return ("" if method == "POST" and data else "-X %s " % method) + data + url + path
+        return url + path + example
+    data = "-d '%s' " % example if example else ""
+    option = "" if method == "POST" and data else "-X %s " % method     # curl's -d implies POST
+    return option + data + url + path
 
 
 @route("GET", "/handler")
-def get_name(request):
+def get_handler_name(request):
     """Return the name of the active handler, as text."""
     return request.proxy.handler_names()
 
 
 @route("POST", "/handler", '{"name": "delay", "sleep": 2}')
-def set_by_name(request):
+def set_handler(request):
     """Set a handler: a bare name, or JSON with its options and percent."""
     text = request.body.strip()
-    set_rules(request, [parse_json_object(text) if text[:1] in ("{", "[", '"')
-                        else {"name": text}])
+    # A JSON array or string is not valid, but parse_json_object raises a better error for it
+    # than read_rules, which would take the text as a handler name.
+    is_json = text[:1] in ("{", "[", '"')
+    set_rules(request, [parse_json_object(text) if is_json else {"name": text}])
     return "ok"
 
 
@@ -5582,32 +5623,36 @@ def list_behaviors(request):
 @route("GET", "/rules")
 def get_rules(request):
     """Return the rules of the behavior, with all options and fields."""
-    tables, draw_min = [], 0.0
-    for rule in request.proxy.behaviors[-1]:
-        if rule.draw_min > draw_min:
-            # dummy has no rule. Its share is needed, so that `PUT /rules` restores all draws.
-            tables.append({"name": "dummy", "percent": rule.draw_min - draw_min})
-        tables.append(rule.to_json())
-        draw_min = rule.draw_max
-    return {"rules": tables}
+    rules_in_effect = request.proxy.behaviors[-1]
+    rule_dicts, previous_max = [], 0.0
+    for rule in rules_in_effect:
+        if rule.draw_min > previous_max:
+            # No rule acts on requests with a draw in this gap. A dummy of the same size lets
+            # `PUT /rules` restore the gap from this result.
+            rule_dicts.append({"name": "dummy", "percent": rule.draw_min - previous_max})
+        rule_dicts.append(rule.to_json())
+        previous_max = rule.draw_max
+    return {"rules": rule_dicts}
 
 
 @route("PUT", "/rules",
        '{"rules": [{"name": "delay", "percent": 20}, {"name": "hang", "percent": 5}]}')
 def put_rules(request):
     """Replace all rules. They share one draw: at most one of them acts on a request."""
-    table = parse_json_object(request.body)
-    tables = table.pop("rules", None)
-    if table or not isinstance(tables, list) or not all(isinstance(rule, dict) for rule in tables):
-        bad_request("rules", "the body must be "
-                             "{\"rules\": [{\"name\": ..., \"percent\": ...}, ...]}")
-    set_rules(request, tables)
+    body = parse_json_object(request.body)
+    rule_dicts = body.pop("rules", None)
+    is_list = isinstance(rule_dicts, list) and all(isinstance(rule, dict) for rule in rule_dicts)
+    has_other_keys = bool(body)
+    if has_other_keys or not is_list:
+        raise InputError([("rules", "the body must be "
+                                    "{\"rules\": [{\"name\": ..., \"percent\": ...}, ...]}")])
+    set_rules(request, rule_dicts)
     return {"status": "ok"}
 
 
-def set_rules(request, tables):
+def set_rules(request, rule_dicts):
     """Replace the rules of the request's proxy. Raises InputError."""
-    request.proxy.loop.run_sync(request.proxy.set_rules, read_rules(tables))
+    request.proxy.loop.run_sync(request.proxy.set_rules, read_rules(rule_dicts))
 
 
 @route("GET", "/backend")
@@ -5619,13 +5664,14 @@ def get_backend(request):
 @route("PUT", "/backend", '{"backend": "localhost:80"}')
 def set_backend(request):
     """Set the backend of new connections. Open connections keep theirs."""
-    table = parse_json_object(request.body)
+    body = parse_json_object(request.body)
     errors = [(name, "%s is not known here: the only field is backend" % name)
-              for name in sorted(set(table) - {"backend"})]
+              for name in sorted(set(body) - {"backend"})]
     proxy = request.proxy
     try:
-        backend = check_field("backend", parse_address, str(table.get("backend", "")))
+        backend = check_field("backend", parse_address, str(body.get("backend", "")))
         if not errors:
+            # set_backend raises ValueError for the proxy's own address.
             check_field("backend", proxy.loop.run_sync, proxy.set_backend, backend)
     except InputError as error:
         errors += error.errors
@@ -5642,11 +5688,11 @@ def list_connections(request):
 
 @route("GET", "/events /proxies/PROXY/events", "?since=0", query=["since"])
 def list_events(request):
-    """Return the records of faults, those after number `since`."""
+    """Return the fault records with a number greater than `since`."""
     try:
         since = check_count(request.query.get("since", "0"))
     except ValueError as error:
-        bad_request("since", "since %s" % error, "querystring")
+        raise ApiError(400, [("querystring", "since", "since %s" % error)]) from None
     records = request.proxy.loop.run_sync(lambda: list(request.proxy.events))
     return {"events": [record._asdict() for record in records if record.number > since]}
 
@@ -5656,8 +5702,10 @@ def list_events(request):
 class Control:
     """The control server.
 
-    token    what clients must send as bearer token; None for no token
-    names    Host names to accept, beside addresses, localhost and the host of `local`
+    local      the (host, port) to listen on
+    proxies    the ProxyTable that the routes show and change
+    token      the bearer token that clients must send; None if they need none
+    names      Host names to accept, beside addresses, localhost and the host of `local`
     """
 
     def __init__(self, local, proxies, token=None, names=()):
@@ -5669,7 +5717,7 @@ class Control:
         self.url = ""
         self.clients = OrderedDict()        # {socket: Session}, the oldest first
         self.max_clients = CLIENTS_MAX
-        self.last_refusal = 0.0             # when the last refusal was logged
+        self.last_refusal_log = 0.0         # when a refused request was last logged
         self.loop = None
 
     def bind(self):
@@ -5679,17 +5727,21 @@ class Control:
         self.url = "http://%s" % format_address((self.local[0] or "localhost", port))
 
     def open(self, proxies_loop):
-        """Start to accept clients. The loop of the proxies is not used: it may be busy."""
-        self.request_handler = make_request_handler()
-        # A quarter of the descriptors at most: the proxies need the others.
-        self.max_clients = max(4, min(CLIENTS_MAX, (raise_fd_limit() or CLIENTS_MAX * 4) // 4))
+        """Start to accept clients, in the thread of a new loop.
+
+        proxies_loop    not used: the control server must respond even while that loop is busy
+        """
+        self.request_handler_class = make_request_handler_class()
+        # At most a quarter of the descriptors: the proxies need the others.
+        fd_limit = raise_fd_limit() or 4 * CLIENTS_MAX      # 0 if it is unknown
+        self.max_clients = max(4, min(CLIENTS_MAX, fd_limit // 4))
         self.loop = Loop()
         self.listener.open(self.loop)
         self.thread = threading.Thread(target=self.loop.run, name="control", daemon=True)
         self.thread.start()
         log.info("control on %s", self.listener)
-        if not self.token and not all(is_loopback(sock.getsockname())
-                                      for sock in self.listener.sockets):
+        only_loopback = all(is_loopback(sock.getsockname()) for sock in self.listener.sockets)
+        if not self.token and not only_loopback:
             log.warning("control: the control server on %s is open to everyone: set --http-token",
                         self.listener)
 
@@ -5713,75 +5765,87 @@ class Control:
                 self.check_origin(headers)
         except ApiError as error:
             now = time.monotonic()
-            if now - self.last_refusal >= 1:        # more would flood the log
-                self.last_refusal = now
+            if now - self.last_refusal_log >= 1:        # log at most once a second
+                self.last_refusal_log = now
                 log.warning("control: request refused: %s", error)
             raise
 
     def check_token(self, headers):
-        """Raise ApiError unless the client has sent the token. No web page knows it."""
+        """Raise ApiError unless the client has sent the token.
+
+        The origin need not be checked: a page of another site does not know the token.
+        """
         scheme, _, token = headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(
                 token.strip().encode("utf-8", "replace"), self.token.encode("utf-8")):
-            raise ApiError(401, [("header", "Authorization",
-                                  "Authorization must be Bearer TOKEN, with the --http-token")],
+            raise ApiError(401, [("header", "Authorization", "Authorization must be Bearer TOKEN, "
+                                  "where TOKEN is the value of --http-token")],
                            {"WWW-Authenticate": "Bearer"})
 
     def check_origin(self, headers):
         """Raise ApiError if a browser has sent the request for a page of another site.
 
-        Such a page has another origin (Origin: RFC 6454; Sec-Fetch-Site: Fetch Metadata). In a
-        DNS rebinding attack, the owner of the page points its host name to our address. The
-        origin is then the same, but the Host header has a name that is not ours.
+        The headers Origin (RFC 6454) and Sec-Fetch-Site (Fetch Metadata) show this. They do not
+        show a DNS rebinding attack, in which the attacker's host name resolves to the address
+        of this server. In such an attack, the Host header has the attacker's host name.
         """
         host = headers.get("Host", "localhost")
         if not self.is_own_host(host):
-            bad_request("Host", "Host must be an address, %s or another --http-name, not %r"
-                        % (", ".join(sorted(self.names)), host[:200]), "header", 403)
-        origin = headers.get("Origin", "http://" + host)
-        if origin.lower() not in ("http://" + host.lower(), "https://" + host.lower()):
-            bad_request("Origin", "cross-origin request from %r refused" % origin[:200],
-                        "header", 403)
+            raise ApiError(403, [(
+                "header", "Host", "Host must be an address, %s or another --http-name, not %r"
+                % (", ".join(sorted(self.names)), host[:200]))])
+        own_origins = "http://" + host.lower(), "https://" + host.lower()
+        origin = headers.get("Origin")
+        if origin is not None and origin.lower() not in own_origins:
+            raise ApiError(403, [("header", "Origin", "cross-origin request from %r refused"
+                                  % origin[:200])])
         if headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-            bad_request("Sec-Fetch-Site", "cross-site request refused", "header", 403)
+            raise ApiError(403, [("header", "Sec-Fetch-Site", "cross-site request refused")])
 
     def is_own_host(self, host):
-        """Return whether a Host header has an address, or one of our names."""
-        name = normalize_host(re.sub(r":\d*$", "", host.strip()))
-        bare = name[1:-1] if name.startswith("[") and name.endswith("]") else name
-        return name in self.names or (bool(re.fullmatch("[0-9a-f.:]{1,45}", bare))
-                                      and resolve_numeric((bare, 0)) is not None)
+        """Return whether a Host header has an IP address or one of the accepted names."""
+        name = normalize_host(re.sub(r":\d*$", "", host.strip()))       # without the port
+        if name in self.names:
+            return True
+        is_bracketed = name.startswith("[") and name.endswith("]")      # an IPv6 address
+        address = name[1:-1] if is_bracketed else name
+        # IP addresses have only these characters, and 45 of them at most.
+        return (re.fullmatch("[0-9a-f.:]{1,45}", address) is not None
+                and resolve_numeric((address, 0)) is not None)
 
     # Clients
 
-    def on_accept(self, client, peer):
-        """Start a handler thread. With too many clients, disconnect the oldest."""
+    def on_accept(self, raw_socket, peer):
+        """Start a client thread. If there are too many clients, disconnect the oldest."""
         while len(self.clients) >= self.max_clients:
             _, oldest = self.clients.popitem(last=False)
             oldest.disconnect()
-        client = socket.socket(client.family, socket.SOCK_STREAM, 0, client.detach())
+        # The client thread needs the methods of socket.socket, such as makefile.
+        client = socket.socket(raw_socket.family, socket.SOCK_STREAM, 0, raw_socket.detach())
         client.settimeout(IDLE_TIMEOUT)
         session = self.clients[client] = Session(self, client)
         self.loop.run_in_thread(lambda: self.serve(session, peer),
                                 lambda _, error: self.on_client_done(session, error))
 
     def serve(self, session, peer):
-        """Answer the requests of a client, then close its connection. For a handler thread.
+        """Respond to the requests of a client, then close its connection.
 
-        The close lingers: closing with unread input would send RST, and the client could lose
-        the last response.
+        Before it closes the connection, it reads until the client closes. Otherwise unread
+        input would make the kernel send RST, and the client could lose the last response.
+
+        Called in the client's thread.
         """
         with session.client as client:
-            self.request_handler(client, peer, session)
+            self.request_handler_class(client, peer, session)   # handles all requests
             client.shutdown(socket.SHUT_WR)
             session.set_deadline(LINGER_TIMEOUT)
             client.settimeout(1)
-            for _ in range(1000):
+            for _ in range(1000):       # a limit for a client that sends without end
                 if not client.recv(65536):
                     break
 
     def on_client_done(self, session, error):
-        """The handler thread has ended, or could not be started."""
+        """Close a client whose thread has ended or could not be started."""
         self.clients.pop(session.client, None)
         session.set_timer(None)
         session.client.close()
@@ -5792,8 +5856,8 @@ class Control:
 class Session:
     """A client of the control server, with the deadline of its current request.
 
-    The timer belongs to the thread of the control server's loop. A handler thread sets it
-    by a queued call. The loop runs queued calls in order, so on_client_done cancels the last.
+    Only the loop's thread uses the timer, so a client thread sets it by a queued call. The loop
+    runs queued calls in order. on_client_done is the last of them, so it cancels the last timer.
     """
 
     def __init__(self, control, client):
@@ -5802,57 +5866,66 @@ class Session:
         self.timer = None
 
     def set_deadline(self, seconds):
-        """Disconnect the client after this many seconds; None: never. For a handler thread."""
-        loop = self.control.loop
-        loop.call_soon_threadsafe(self.set_timer, seconds and loop.clock() + seconds)
+        """Disconnect the client after this many seconds, or never if it is None.
 
-    # In the loop's thread
+        Called in the client's thread.
+        """
+        loop = self.control.loop
+        t = None if seconds is None else loop.clock() + seconds
+        loop.call_soon_threadsafe(self.set_timer, t)
 
     def set_timer(self, t):
-        """Disconnect the client at t; None: never. Replaces the previous timer."""
+        """Disconnect the client at t, or never if t is None. Replaces the previous timer.
+
+        Called in the loop's thread.
+        """
         loop = self.control.loop
         loop.cancel(self.timer)
         self.timer = None if t is None else loop.call_at(t, self.disconnect)
 
     def disconnect(self):
-        """Shut the connection down. A handler thread that waits for the client then ends."""
+        """Shut the connection down. A client thread that waits for the client then ends.
+
+        Called in the loop's thread.
+        """
         with contextlib.suppress(OSError):
             self.client.shutdown(socket.SHUT_RDWR)
 
 
 class LimitedReader:
-    """A file with a limit for the lines that are read, all together."""
+    """A wrapper of a binary file, with a limit for the total length of the lines read."""
 
-    def __init__(self, file, too_long):
+    def __init__(self, file, error_class):
         self.file = file
-        self.too_long = too_long        # the exception for lines beyond the limit
-        self.limit = math.inf           # bytes
+        self.error_class = error_class      # of the exception if lines exceed the limit
+        self.bytes_left = math.inf          # that readline may still read
 
     def __getattr__(self, name):
         return getattr(self.file, name)
 
     def readline(self, size):
-        line = self.file.readline(min(size, self.limit + 1))
-        self.limit -= len(line)
-        if self.limit < 0:
-            raise self.too_long("head")
+        # The byte after the limit shows that the line exceeds it.
+        line = self.file.readline(min(size, self.bytes_left + 1))
+        self.bytes_left -= len(line)
+        if self.bytes_left < 0:
+            raise self.error_class("head")
         return line
 
 
-def make_request_handler():
-    """Return the class of request handlers."""
+def make_request_handler_class():
+    """Return the class that combines RequestHandler and BaseHTTPRequestHandler."""
     import http.server  # here, because it is slow to import and few commands need it
     return type("HttpRequestHandler", (RequestHandler, http.server.BaseHTTPRequestHandler), {})
 
 
 class RequestHandler:
-    """Reads the requests of one client and writes the responses, in a handler thread.
+    """Reads the requests of one client and writes the responses, in the client's thread.
 
-    A mixin of http.server.BaseHTTPRequestHandler. The client's Session is its `server`.
+    A mixin for http.server.BaseHTTPRequestHandler. The attribute `server` is the Session.
 
-    Time limits: before a request begins, the socket's timeout applies. From its first byte to
-    the end of its response, the session's deadline applies too. The socket's timeout alone
-    would permit one byte every few seconds.
+    Time limits: each read and write has the socket's timeout. From the first byte of a request
+    to the end of its response, the session's deadline applies too. Without the deadline, a
+    client could keep its thread busy with one byte every few seconds.
     """
 
     protocol_version = "HTTP/1.1"
@@ -5864,7 +5937,7 @@ class RequestHandler:
     rfile: LimitedReader
 
     def __getattr__(self, name):
-        """Accept every method (do_GET ...): the route decides which ones it takes."""
+        """Return `respond` as do_GET, do_PUT and so on, which http.server looks up."""
         if name.startswith("do_"):
             return self.respond
         raise AttributeError(name)
@@ -5878,24 +5951,29 @@ class RequestHandler:
         try:
             super().finish()  # type: ignore
         finally:
-            self.rfile.close()      # it is still open if the last flush has failed
+            self.rfile.close()      # super().finish() leaves it open if the last flush fails
 
     def handle(self):
-        if self.request_begins():
+        """Respond to all requests. If the first one does not come in time, send an error."""
+        if self.wait_for_request():
             super().handle()  # type: ignore
         else:
             self.send_error(408, "no request within %g seconds" % IDLE_TIMEOUT)
 
     def handle_one_request(self):
-        if not self.request_begins():
+        """Respond to one request. If it does not come in time, end without an error."""
+        if not self.wait_for_request():
             self.close_connection = True
             return
         self.server.set_deadline(REQUEST_TIMEOUT)
         super().handle_one_request()  # type: ignore
         self.server.set_deadline(None)
 
-    def request_begins(self):
-        """Wait for the first byte of a request, or the end of the stream. False: timed out."""
+    def wait_for_request(self):
+        """Wait for the first byte of a request, or for the end of the stream.
+
+        Returns False after the socket's timeout.
+        """
         try:
             self.rfile.peek(1)
             return True
@@ -5903,73 +5981,86 @@ class RequestHandler:
             return False
 
     def parse_request(self):
-        self.rfile.limit = REQUEST_HEAD_MAX
+        """Read the headers, up to REQUEST_HEAD_MAX. Returns False if the request is invalid."""
+        self.rfile.bytes_left = REQUEST_HEAD_MAX
         valid = super().parse_request()  # type: ignore
-        self.rfile.limit = math.inf
+        self.rfile.bytes_left = math.inf
         return valid
 
     def respond(self):
-        """Answer one request. Only if its body has been read may another request follow."""
-        closing, self.close_connection = self.close_connection, True
+        """Send the response to one request.
+
+        If the body has not been read, close the connection: an unread body would be parsed as
+        the next request.
+        """
+        close_requested = self.close_connection
+        self.close_connection = True
 
         def read_body():
-            try:
-                body = self.read_body()
-            except socket.timeout:
-                raise body_error(408, "the body did not arrive in time") from None
-            except OSError as error:
-                raise ConnectionAbortedError(str(error)) from None
-            self.close_connection = closing
+            body = self.read_body()
+            self.close_connection = close_requested
             return body
 
-        self.reply(*handle_request(self.server.control, self.command, self.path, read_body,
-                                   self.headers))
+        self.send_api_response(handle_request(
+            self.server.control, self.command, self.path, read_body, self.headers))
 
     def read_body(self):
-        """Return the body. Raises ApiError, or ConnectionError if the client closes too early."""
-        length = self.headers.get("Content-Length", "0")
-        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
-            return self.read_chunks()
+        """Return the body. Raises ApiError, or ConnectionError if the client disconnects."""
+        try:
+            if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
+                return self.read_chunked_body()
+            return self.read_plain_body()
+        except socket.timeout:
+            raise http_error(408, "the body did not arrive in time") from None
+        except OSError as error:
+            raise ConnectionAbortedError(str(error)) from None
+
+    def read_plain_body(self):
+        """Return a body with Content-Length. Raises ApiError or OSError."""
         if self.headers.get("Transfer-Encoding"):
-            raise body_error(411, "a body needs Content-Length or Transfer-Encoding: chunked")
+            raise http_error(411, "a body needs Content-Length or Transfer-Encoding: chunked")
         if self.headers.get("Content-Encoding", "identity") != "identity":
-            raise body_error(415, "a body must not have a Content-Encoding")
-        if not re.fullmatch("[0-9]{1,18}", length):
-            raise body_error(400, "Content-Length must be a number")
-        if int(length) > REQUEST_BODY_MAX:
-            raise body_error(413, "a body may have %d bytes at most" % REQUEST_BODY_MAX)
-        self.wfile.flush()      # "100 Continue"
-        body = self.rfile.read(int(length))
-        if len(body) < int(length):
+            raise http_error(415, "a body must not have a Content-Encoding")
+        length_text = self.headers.get("Content-Length", "0")
+        if not re.fullmatch("[0-9]{1,18}", length_text):
+            raise http_error(400, "Content-Length must be a number")
+        length = int(length_text)
+        if length > REQUEST_BODY_MAX:
+            raise http_error(413, "a body may have %d bytes at most" % REQUEST_BODY_MAX)
+        self.wfile.flush()      # sends "100 Continue", if the client waits for it
+        body = self.rfile.read(length)
+        if len(body) < length:
             raise ConnectionAbortedError("the client has closed within a request")
         return body
 
-    def read_chunks(self):
-        """Return a body in chunks (RFC 9112, 7.1). Raises ApiError."""
-        self.wfile.flush()      # "100 Continue"
-        body, size = bytearray(), 1
-        while size:
-            line = self.rfile.readline(100).split(b";")[0].strip()
-            if not re.fullmatch(b"[0-9A-Fa-f]{1,8}", line):
-                raise body_error(400, "a chunk must begin with its length")
-            size = int(line, 16)
+    def read_chunked_body(self):
+        """Return a body in HTTP chunks (RFC 9112, 7.1). Raises ApiError or OSError."""
+        self.wfile.flush()      # sends "100 Continue", if the client waits for it
+        body = bytearray()
+        while True:
+            size_text, _, _ = self.rfile.readline(100).partition(b";")  # without extensions
+            if not re.fullmatch(b"[0-9A-Fa-f]{1,8}", size_text.strip()):
+                raise http_error(400, "a chunk must begin with its length")
+            size = int(size_text, 16)
+            if not size:                        # the last chunk
+                break
             if len(body) + size > REQUEST_BODY_MAX:
-                raise body_error(413, "a body may have %d bytes at most" % REQUEST_BODY_MAX)
+                raise http_error(413, "a body may have %d bytes at most" % REQUEST_BODY_MAX)
             body += self.rfile.read(size)
-            if size and self.rfile.read(2) != b"\r\n":
-                raise body_error(400, "a chunk must have the length that it begins with")
-        while self.rfile.readline(1000).strip():        # trailers
+            if self.rfile.read(2) != b"\r\n":
+                raise http_error(400, "a chunk must have the length that it begins with")
+        while self.rfile.readline(1000).strip():        # ignore trailers
             pass
         return body
 
-    def reply(self, status, headers, text):
-        """Send a response."""
-        data = text.encode("utf-8")
-        self.send_response(status)
-        for name, value in headers.items():
+    def send_api_response(self, response):
+        """Send an ApiResponse."""
+        data = response.text.encode("utf-8")
+        self.send_response(response.status)
+        for name, value in response.headers.items():
             self.send_header(name, value)
         self.send_header("X-Toxiproxy-Request-Id", os.urandom(10).hex())
-        if status != 204:
+        if response.status != 204:      # 204 means no body
             self.send_header("Content-Length", str(len(data)))
         if self.close_connection:
             self.send_header("Connection", "close")
@@ -5980,40 +6071,47 @@ class RequestHandler:
     def send_error(self, code, message=None, explain=None):
         """Send an error response to a request that could not be parsed."""
         self.close_connection = True
-        self.request_version = self.protocol_version    # 0.9 would send no head
-        self.reply(*VAURIEN_1.render_error(body_error(code, message or explain or "")))
+        self.request_version = self.protocol_version    # for HTTP/0.9, only a body would be sent
+        self.send_api_response(VAURIEN_1.render_error(http_error(code, message or explain or "")))
         self.wfile.flush()
 
     def log_message(self, message, *args):
         log.debug("control: %s: %s", self.client_address[0], message % args)
 
 
-def body_error(status, description):
-    """Return the ApiError for a request that breaks the rules of HTTP or is too long."""
+def http_error(status, description):
+    """Return the ApiError for a request that breaks the rules of HTTP or exceeds a limit."""
     return ApiError(status, [("request", "", description)])
 
 
 # -- Toxiproxy ----------------------------------------------------------------
 #
-# The API of Toxiproxy 2.12: named proxies, and toxics on them. A toxic is a rule, and its type
-# is a handler. Bodies are read as Go's decoder reads them: keys in any case, unknown keys
-# ignored, null as if absent, no conversion between types. Errors have Toxiproxy's own texts.
+# The API of Toxiproxy 2.12: named proxies, and toxics on them. A toxic is a rule with a name,
+# and its type is the name of a handler. Errors have the texts of Toxiproxy's server. Bodies
+# follow the rules of Go's JSON decoder:
 #
-# The readers of bodies raise InputError, which becomes "bad request body: ...", or ApiError for
-# errors with another text or status.
+#   * keys may be in upper or lower case
+#   * unknown keys are ignored
+#   * a key with the value null counts as absent
+#   * a value of a wrong type is an error
 #
-# Threads: as in Control. A request that changes something holds `proxies.lock`, so that two
-# requests cannot change the same proxies at once.
+# The functions that read bodies raise InputError for errors that begin with "bad request body",
+# and ApiError for errors with another text or status.
 #
-# To add a route: write a function under @toxiproxy_route. To add a rule field, no change is
-# needed here.
+# Threads: client threads call the functions of routes. A request that changes something holds
+# `proxies.lock`, so that two requests cannot change the same proxies at once.
+#
+# To add a route: write a function, and decorate it with @toxiproxy_route. A new rule field needs
+# no change in this section.
 
 STREAM_ERROR = "stream was invalid, can be either upstream or downstream"
+# Names of the expected type and of the received value in the errors of Go's decoder.
 GO_TYPES = {str: "string", bool: "bool", int: "int64", float: "float64", list: "[]", dict: "{}"}
 JSON_TYPES = {str: "string", bool: "bool", int: "number", float: "number", list: "array",
               dict: "object", type(None): "null"}
 TOXIPROXY_TYPES = {"noop", "latency", "bandwidth", "slicer", "slow_close", "timeout", "reset_peer",
                    "limit_data"}
+# {field: type}
 PROXY_FIELDS = OrderedDict((("name", str), ("listen", str), ("upstream", str),
                             ("enabled", bool), ("toxics", list), ("protocol", str)))
 TOXIC_FIELDS = OrderedDict((("name", str), ("type", str), ("stream", str), ("toxicity", float),
@@ -6021,18 +6119,18 @@ TOXIC_FIELDS = OrderedDict((("name", str), ("type", str), ("stream", str), ("tox
 
 
 class ToxiproxyDialect(Dialect):
-    """Compact JSON, and errors as {"error": ..., "status": ...}, sent as text."""
+    """Compact JSON, and errors as {"error": ..., "status": ...} with the type text/plain."""
 
     head_as_get = False
     decode_errors = "replace"
-    # Toxiproxy's HTTP router sends these itself, without JSON.
+    # {location: body} of the errors that Toxiproxy's HTTP router sends, which are not JSON.
     router_texts = {"path": "404 page not found\n", "method": ""}
 
     def render(self, result, status):
-        """Return the ApiResponse for a result. None has no body and status 204."""
+        """Return the ApiResponse for a result. For None, it has no body and status 204."""
         return ApiResponse(204, {}, "") if result is None else json_response(status, result)
 
-    def convert(self, exc):
+    def to_api_error(self, exc):
         if isinstance(exc, CannotListen):
             return toxiproxy_error(500, "listen tcp %s: bind: %s"
                                    % (exc.address, exc.reason.lower()))
@@ -6061,6 +6159,7 @@ def error_to_json(error):
 
 
 def text_response(status, text):
+    """Return an ApiResponse with the headers that Go's http.Error sets."""
     return ApiResponse(status, {"Content-Type": "text/plain; charset=utf-8",
                                 "X-Content-Type-Options": "nosniff"}, text)
 
@@ -6074,33 +6173,36 @@ def dump_json(value):
 
 
 def toxiproxy_route(methods, path, example="", status=200):
-    """Register a function for each of the methods of a path.
+    """Return a decorator that registers a function for these methods of a path.
 
-    It is called with the ApiRequest, and with the Proxy and the Toxic that the path names. It
-    returns a value that is sent as JSON, None for status 204, or an ApiResponse. For all
-    methods but GET it holds the lock of the proxies.
+    The function is called with the ApiRequest, and with the Proxy and the Toxic that the path
+    names. It returns a JSON value, None for status 204, or an ApiResponse. During the call,
+    `proxies.lock` is held, unless the method is GET.
     """
     def register(function):
         @functools.wraps(function)
         def call(request):
+            # Toxiproxy's server refuses browsers, too.
             if request.headers.get("User-Agent", "").startswith("Mozilla/"):
                 return text_response(403, "User agent not allowed\n")
             with contextlib.ExitStack() as stack:
                 if methods != "GET":
                     stack.enter_context(request.control.proxies.lock)
-                return function(request, *find_named(request))
+                return function(request, *find_path_objects(request))
 
-        route(methods, path, example, None, False, TOXIPROXY, status)(call)
+        # find_path_objects raises Toxiproxy's own error if the proxy does not exist.
+        route(methods, path, example, query=None, needs_proxy=False, dialect=TOXIPROXY,
+              status=status)(call)
         return function
     return register
 
 
-def find_named(request):
-    """Return what the path names: nothing, [Proxy] or [Proxy, Toxic]. Raises ApiError."""
+def find_path_objects(request):
+    """Return the objects that the path names: [], [Proxy] or [Proxy, Toxic]. Raises ApiError."""
     if "PROXY" not in request.names:
         return []
     proxy = request.proxy
-    # Another request may have removed it since this one found its route.
+    # The proxy was looked up without the lock: another request may have removed it since then.
     if proxy is None or request.control.proxies.get(proxy.name) is not proxy:
         raise toxiproxy_error(404, "proxy not found")
     if "TOXIC" not in request.names:
@@ -6114,12 +6216,13 @@ def find_named(request):
 # Reading
 
 def bad_body(text):
+    """Return an InputError about no field in particular."""
     return InputError([("", text)])
 
 
 @contextlib.contextmanager
 def error_suffix(suffix):
-    """Append a text to errors, to say where in the body they are."""
+    """Append the position in the body to each InputError and ApiError of a with block."""
     try:
         yield
     except InputError as error:
@@ -6131,10 +6234,10 @@ def error_suffix(suffix):
 def read_json(text, strict=False):
     """Return the first JSON value in a text. Raises InputError.
 
-    strict    whether to refuse text behind the value instead of ignoring it
+    strict    whether to refuse text after the value instead of ignoring it
     """
     def refuse_constant(name):
-        raise ValueError("invalid number %s" % name)
+        raise ValueError("invalid number %s" % name)        # NaN or Infinity
     text = text.lstrip(" \t\r\n")
     if not text:
         raise bad_body("EOF")
@@ -6146,34 +6249,38 @@ def read_json(text, strict=False):
         raise bad_body("unexpected EOF" if cut_off else "invalid JSON: %s" % error) from None
     except RecursionError:
         raise bad_body("nested too deeply") from None
-    except ValueError as error:
+    except ValueError as error:     # of refuse_constant or parse_short_int
         raise bad_body(str(error)) from None
 
 
-def read_value(value, type_, path):
-    """Return a JSON value that has a type. Raises InputError with the text of Go's decoder.
+def read_value(value, type_, field_path):
+    """Return a JSON value if it has the expected type. Otherwise raises InputError.
 
-    path    the struct and the field, for the error
+    type_         the expected type; float also accepts an int, which is converted
+    field_path    Go's name of the struct and the field, for the error
     """
+    # type() and not isinstance(): bool is a subclass of int.
     valid = type(value) is type_ or (type_ is float and type(value) is int)
     if valid and type_ is int:
         valid = -INT64_MAX - 1 <= value <= INT64_MAX
     elif valid and type_ is float:
-        valid = abs(value) <= sys.float_info.max
+        valid = abs(value) <= sys.float_info.max        # an int may be larger
     if not valid:
         received = JSON_TYPES[type(value)]
         if received == "number" and type_ in (int, float):
             received = "number %s" % str(value)[:50]
         raise bad_body("json: cannot unmarshal %s into Go struct field %s of type %s"
-                       % (received, path, GO_TYPES[type_]))
+                       % (received, field_path, GO_TYPES[type_]))
     return float(value) if type_ is float else value
 
 
 def read_object(value, struct, strict=False):
-    """Return a JSON object without the keys that are null. Raises InputError.
+    """Return a JSON object as a dict with keys in lower case, without the keys that are null.
 
     struct    Go's name of the type, for the error
-    strict    whether to leave keys in upper case as they are, which makes them unknown
+    strict    whether to keep the case of keys: a key in upper case is then unknown
+
+    Returns {} for null. Raises InputError for any other value.
     """
     if value is None:
         return {}
@@ -6184,14 +6291,18 @@ def read_object(value, struct, strict=False):
             for key, item in value.items() if item is not None}
 
 
-def read_fields(table, types, struct):
-    """Return the fields of a table that have a type: {name: value}. Raises InputError."""
-    return {name: read_value(table[name], type_, "%s.%s" % (struct, name))
-            for name, type_ in types.items() if name in table}
+def read_fields(json_object, types, struct):
+    """Return the known fields of a JSON object: {name: value}. Raises InputError.
+
+    types     {name of a known field: its type}
+    struct    Go's name of the object's type, for the error
+    """
+    return {name: read_value(json_object[name], type_, "%s.%s" % (struct, name))
+            for name, type_ in types.items() if name in json_object}
 
 
-def read_proxy(value):
-    """Return the fields of a proxy that a JSON object has. Raises InputError."""
+def read_proxy_fields(value):
+    """Return the known fields of a JSON object for a proxy: {name: value}. Raises InputError."""
     fields = read_fields(read_object(value, "toxiproxy.Proxy"), PROXY_FIELDS, "Proxy")
     if fields.get("listen") == "":
         fields["listen"] = ":0"
@@ -6199,29 +6310,32 @@ def read_proxy(value):
 
 
 def read_proxies(text, proxies):
-    """Return the proxies of a JSON array, not open yet: [(Proxy, fields)].
+    """Return the proxies of a JSON array, which are not open yet: [(Proxy, fields)].
 
     Raises InputError or ApiError.
     """
-    tables = read_json(text)
-    if tables is None:
-        tables = []
-    if not isinstance(tables, list):
+    values = read_json(text)
+    if values is None:
+        values = []
+    if not isinstance(values, list):
         raise bad_body("json: cannot unmarshal %s into Go value of type []toxiproxy.Proxy"
-                       % JSON_TYPES[type(tables)])
-    made, names = [], set()
-    for index, fields in enumerate([read_proxy(table) for table in tables], 1):
+                       % JSON_TYPES[type(values)])
+    # There are three checks, each for the whole array. So if there are several errors, a wrong
+    # type is reported first, as by Go's decoder, then a wrong value, then a duplicate name.
+    all_fields = [read_proxy_fields(value) for value in values]
+    new_proxies, names = [], set()
+    for index, fields in enumerate(all_fields, 1):
         with error_suffix(" at proxy %d" % index):
-            made.append((make_proxy(fields, proxies), fields))
-    for index, (proxy, _) in enumerate(made, 1):
+            new_proxies.append(make_proxy(fields, proxies))
+    for index, proxy in enumerate(new_proxies, 1):
         if proxy.name in names:
             raise bad_body("duplicate proxy name %r at proxy %d" % (proxy.name, index))
         names.add(proxy.name)
-    return made
+    return list(zip(new_proxies, all_fields))
 
 
 def make_proxy(fields, proxies):
-    """Return a Proxy made of the fields of read_proxy, not open yet.
+    """Return a Proxy with the fields that read_proxy_fields returns. It is not open yet.
 
     Raises InputError or ApiError.
     """
@@ -6230,10 +6344,10 @@ def make_proxy(fields, proxies):
             raise toxiproxy_error(400, "missing required field: %s" % name)
     check_field("name", check_name, fields["name"])
     toxics = []
-    for index, table in enumerate(fields.get("toxics", ()), 1):
+    for index, value in enumerate(fields.get("toxics", ()), 1):
         with error_suffix(" (toxic %d of proxy %s)" % (index, fields["name"])):
-            toxics.append(read_toxic(table))
-    check_unique(toxics)
+            toxics.append(read_toxic(value))
+    check_unique_names(toxics)
     local = read_listen(fields.get("listen", ":0"), "listen tcp: ")
     backend = check_field("upstream", parse_address, fields["upstream"])
     check_field("upstream", check_backend, backend, [local])
@@ -6242,7 +6356,7 @@ def make_proxy(fields, proxies):
                  protocol=protocol, toxics=toxics, enabled=fields.get("enabled", True))
 
 
-def check_unique(toxics):
+def check_unique_names(toxics):
     """Raise ApiError if two toxics have the same name."""
     if len({toxic.name for toxic in toxics}) < len(toxics):
         raise toxiproxy_error(409, "toxic already exists")
@@ -6251,7 +6365,8 @@ def check_unique(toxics):
 def read_listen(text, prefix=""):
     """Return the (host, port) of an address to listen on.
 
-    Raises ApiError with the text of Go's net package, after the prefix, or InputError.
+    Raises ApiError, with the prefix and the text of Go's net package, for a missing port or
+    one of five digits or more. Raises InputError for other errors.
     """
     try:
         return parse_listener(text)
@@ -6260,46 +6375,45 @@ def read_listen(text, prefix=""):
             raise toxiproxy_error(500, "%saddress %s: missing port in address"
                                   % (prefix, text)) from None
         if re.fullmatch(r"[^:]*:\d{5,}", text):
-            raise toxiproxy_error(500, "%saddress %s: invalid port"
-                                  % (prefix, text.rpartition(":")[2])) from None
+            _, _, port = text.rpartition(":")
+            raise toxiproxy_error(500, "%saddress %s: invalid port" % (prefix, port)) from None
         raise InputError([("listen", "listen %s" % error)]) from None
 
 
 def read_toxic(value, strict=False):
-    """Return a Toxic made of a JSON object. Raises InputError or ApiError.
+    """Return the Toxic that a JSON object describes. Raises InputError or ApiError.
 
-    strict    whether to refuse unknown keys and values that Toxiproxy accepts: any toxicity,
+    strict    whether to refuse input that Toxiproxy accepts: unknown keys, any toxicity,
               negative numbers
     """
-    table = read_object(value, "toxics.ToxicWrapper", strict)
-    fields = read_fields(table, TOXIC_FIELDS, "ToxicWrapper")
+    json_object = read_object(value, "toxics.ToxicWrapper", strict)
+    fields = read_fields(json_object, TOXIC_FIELDS, "ToxicWrapper")
     type_ = fields.get("type", "")
     # Toxiproxy's own types act downstream by default, other handlers in both directions.
-    default = "both" if type_ in HANDLERS and type_ not in TOXIPROXY_TYPES else DOWNSTREAM
-    stream = fields.get("stream", default)
+    is_extension = type_ in HANDLERS and type_ not in TOXIPROXY_TYPES
+    stream = fields.get("stream", "both" if is_extension else DOWNSTREAM)
     if stream.lower() not in ("both", UPSTREAM, DOWNSTREAM):
         raise toxiproxy_error(400, STREAM_ERROR)
     if type_ not in HANDLERS:
-        raise toxiproxy_error(400, "invalid toxic type" + ": %r: there are %s" % (
-            type_, ", ".join(HANDLERS)) * strict)
+        details = ": %r: there are %s" % (type_, ", ".join(HANDLERS)) if strict else ""
+        raise toxiproxy_error(400, "invalid toxic type" + details)
     name = fields.get("name") or "%s_%s" % (type_, stream)
     check_field("name", check_name, name)
-    rule_fields = read_rule_fields(table, fields, strict)
+    rule_fields = read_rule_fields(json_object, fields, strict)
     attributes = read_attributes(type_, fields.get("attributes", {}), strict)
     toxic = make_toxic(type_, name, dict(rule_fields, stream=stream.lower()), attributes,
                        toxiproxy=not strict)
-    toxic.stream = stream       # as the client wrote it
+    toxic.stream = stream       # as the client wrote it, perhaps in upper case
     return toxic
 
 
-def read_rule_fields(table, fields, strict=False):
-    """Return the values for make_toxic: the toxicity and the rule fields except stream.
+def read_rule_fields(json_object, fields, strict=False):
+    """Return the toxicity and the rule fields of a toxic, except its stream: {name: value}.
 
-    table     the JSON object
-    fields    those of its fields that have been read
-    strict    whether to return unknown fields too, which make_toxic refuses
+    fields    the fields of the object that read_fields has returned
+    strict    whether to return unknown fields too, so that make_toxic refuses them
     """
-    rule_fields = {key: value for key, value in table.items()
+    rule_fields = {key: value for key, value in json_object.items()
                    if key not in TOXIC_FIELDS and (strict or key in RULE_FIELDS)}
     if "toxicity" in fields:
         rule_fields["toxicity"] = fields["toxicity"]
@@ -6307,9 +6421,9 @@ def read_rule_fields(table, fields, strict=False):
 
 
 def read_attributes(type_, value, strict=False):
-    """Return the options of a handler in a JSON object. Raises InputError.
+    """Return the options of a handler in a JSON object: {option: value}. Raises InputError.
 
-    strict    whether to return unknown ones too, which make_toxic refuses
+    strict    whether to return unknown options too, so that make_toxic refuses them
     """
     defaults = handler_options(HANDLERS[type_])
     options = {option if strict else option.lower(): option for option in defaults}
@@ -6327,11 +6441,11 @@ def read_attributes(type_, value, strict=False):
 # Writing
 
 def toxic_to_json(toxic):
-    table = OrderedDict((("attributes", toxic.attributes), ("name", toxic.name),
-                         ("type", toxic.rule.name), ("stream", toxic.stream),
-                         ("toxicity", toxic.toxicity)))
-    table.update(own_fields_to_json(toxic))
-    return table
+    fields = OrderedDict((("attributes", toxic.attributes), ("name", toxic.name),
+                          ("type", toxic.rule.name), ("stream", toxic.stream),
+                          ("toxicity", toxic.toxicity)))
+    fields.update(own_fields_to_json(toxic))
+    return fields
 
 
 def own_fields_to_json(toxic):
@@ -6341,7 +6455,11 @@ def own_fields_to_json(toxic):
 
 
 def toxics_to_json(proxy):
-    """Return the toxics of each direction, upstream first, in the order of their creation."""
+    """Return the toxics of a proxy as JSON values.
+
+    They are sorted by direction: upstream, downstream, both. The toxics of one direction are in
+    the order of their creation.
+    """
     order = [UPSTREAM, DOWNSTREAM, "both"]
     return [toxic_to_json(toxic)
             for toxic in sorted(proxy.toxics, key=lambda toxic: order.index(toxic.rule.stream))]
@@ -6369,7 +6487,7 @@ def list_proxies(request):
 def create_proxy(request):
     """Create a proxy. Its `toxics` act from the first connection on."""
     proxies = request.control.proxies
-    proxy = make_proxy(read_proxy(read_json(request.body)), proxies)
+    proxy = make_proxy(read_proxy_fields(read_json(request.body)), proxies)
     if not proxies.add(proxy):
         raise toxiproxy_error(409, "proxy already exists")
     return proxy_to_json(proxy)
@@ -6384,15 +6502,17 @@ def get_proxy(request, proxy):
 @toxiproxy_route("POST PATCH", "/proxies/PROXY", '{"enabled": false}')
 def update_proxy(request, proxy):
     """Change listen, upstream or enabled of a proxy. Its toxics stay."""
-    fields = read_proxy(read_json(request.body))
+    fields = read_proxy_fields(read_json(request.body))
     change_proxy(request.control.proxies, proxy, fields, fields.get("enabled", proxy.enabled))
     return proxy_to_json(proxy)
 
 
 def change_proxy(proxies, proxy, fields, enabled):
-    """Apply the fields of read_proxy to a proxy.
+    """Change the addresses of a proxy, and enable or disable it.
 
-    Raises InputError, ApiError or CannotListen; then nothing has changed.
+    fields    the result of read_proxy_fields; an address that is absent stays
+
+    If this raises InputError, ApiError or CannotListen, the proxy has not changed.
     """
     local, backend = proxy.local, proxy.backend
     if fields.get("listen", proxy.listen) != proxy.listen:
@@ -6400,6 +6520,7 @@ def change_proxy(proxies, proxy, fields, enabled):
     if fields.get("upstream"):
         backend = check_field("upstream", parse_address, fields["upstream"])
     check_field("upstream", check_backend, backend, [local])
+    # For an unknown name, `get` returns "", which is not the protocol of any proxy.
     if "protocol" in fields and PROTOCOLS.get(fields["protocol"], "") is not proxy.protocol:
         raise bad_body("protocol cannot be changed: delete the proxy and create it again")
     proxies.change(proxy, local, backend, enabled)
@@ -6423,7 +6544,7 @@ def create_toxic(request, proxy):
     """Add a toxic. It acts on open connections too."""
     toxic = read_toxic(read_json(request.body))
     toxics = [*proxy.toxics, toxic]
-    check_unique(toxics)
+    check_unique_names(toxics)
     proxy.loop.run_sync(proxy.set_toxics, toxics)
     return toxic_to_json(toxic)
 
@@ -6432,9 +6553,9 @@ def create_toxic(request, proxy):
                  '[{"type": "latency", "attributes": {"latency": 200}}]')
 def put_toxics(request, proxy):
     """Replace all toxics of a proxy. Unknown keys are refused."""
-    tables = read_value(read_json(request.body, strict=True), list, "toxics")
-    toxics = [read_toxic(table, strict=True) for table in tables]
-    check_unique(toxics)
+    values = read_value(read_json(request.body, strict=True), list, "toxics")
+    toxics = [read_toxic(value, strict=True) for value in values]
+    check_unique_names(toxics)
     proxy.loop.run_sync(proxy.set_toxics, toxics)
     return proxy.loop.run_sync(toxics_to_json, proxy)
 
@@ -6448,35 +6569,36 @@ def get_toxic(request, proxy, toxic):
 @toxiproxy_route("POST PATCH", "/proxies/PROXY/toxics/TOXIC", '{"attributes": {"latency": 100}}')
 def update_toxic(request, proxy, toxic):
     """Change the toxicity or some of the attributes of a toxic."""
-    changed = change_toxic(toxic, read_json(request.body))
+    changed = copy_toxic(toxic, read_json(request.body))
     proxy.loop.run_sync(proxy.set_toxics, [changed if other is toxic else other
                                            for other in proxy.toxics])
-    return toxic_to_json(toxic)
+    return toxic_to_json(changed)
 
 
-def change_toxic(toxic, value):
-    """Return a copy of a toxic with the changes that a JSON object has. Raises InputError."""
-    table = read_object(value, "toxics.ToxicWrapper")
-    fields = read_fields(table, OrderedDict((("toxicity", float), ("attributes", dict))), "")
-    rule_fields = read_rule_fields(table, fields)
+def copy_toxic(toxic, value):
+    """Return a copy of a toxic with the changes from a JSON object. Raises InputError."""
+    json_object = read_object(value, "toxics.ToxicWrapper")
+    fields = read_fields(json_object, {"toxicity": float, "attributes": dict}, "")
+    rule_fields = read_rule_fields(json_object, fields)
     if "toxicity" not in rule_fields and "percent" not in rule_fields:
         rule_fields["toxicity"] = toxic.toxicity
-    rule_fields["stream"] = toxic.stream            # not changeable, and ignored if given
-    attributes = read_attributes(toxic.rule.name, fields.get("attributes", {}))
+    rule_fields["stream"] = toxic.stream        # a stream in the JSON object is ignored
+    changed_attributes = read_attributes(toxic.rule.name, fields.get("attributes", {}))
     changed = make_toxic(toxic.rule.name, toxic.name,
-                         dict(own_fields_to_json(toxic), **rule_fields), attributes,
+                         dict(own_fields_to_json(toxic), **rule_fields), changed_attributes,
                          toxiproxy=True)
     before, after = toxic.own_fields(), changed.own_fields()
     for name in RULE_FIELDS:
         if before.get(name) != after.get(name):
             raise bad_body("%s cannot be changed: remove the toxic and add it again" % name)
-    changed.update(changed.toxicity, dict(toxic.attributes, **attributes))
+    # make_toxic has checked the changed attributes. The other attributes stay.
+    changed.update(changed.toxicity, dict(toxic.attributes, **changed_attributes))
     return changed
 
 
 @toxiproxy_route("DELETE", "/proxies/PROXY/toxics/TOXIC")
 def delete_toxic(request, proxy, toxic):
-    """Remove a toxic. The data that it delays is sent at once."""
+    """Remove a toxic. The data that the toxic delays is sent at once."""
     proxy.loop.run_sync(proxy.set_toxics, [other for other in proxy.toxics if other is not toxic])
 
 
@@ -6485,36 +6607,42 @@ def delete_toxic(request, proxy, toxic):
                                       '"toxics": [{"type": "latency"}]}]')
 def populate(request):
     """Create or change these proxies. If one is invalid, nothing is changed."""
-    proxies, done, table = request.control.proxies, [], OrderedDict()
+    proxies, populated, result = request.control.proxies, [], OrderedDict()
     try:
         for proxy, fields in read_proxies(request.body, proxies):
-            done.append(upsert_proxy(proxies, proxy, fields))
+            populated.append(add_or_update_proxy(proxies, proxy, fields))
     except (InputError, ApiError, CannotListen) as exc:
-        table = error_to_json(TOXIPROXY.convert(exc))
-    table["proxies"] = [proxy_to_json(proxy) for proxy in done] or None
-    return json_response(table.get("status", 201), table)
+        result = error_to_json(TOXIPROXY.to_api_error(exc))
+    # If a proxy cannot listen, earlier proxies have changed: list them beside the error.
+    result["proxies"] = [proxy_to_json(proxy) for proxy in populated] or None
+    return json_response(result.get("status", 201), result)
 
 
-def upsert_proxy(proxies, proxy, fields):
-    """Add a new proxy, or give its addresses and toxics to the one with the same name.
+def add_or_update_proxy(proxies, proxy, fields):
+    """Add a proxy, or update the existing proxy with the same name.
 
-    One with the same addresses and protocol keeps its connections, whether it is enabled,
-    and its toxics unless the fields have other ones. Returns the proxy that is in use.
-    Raises CannotListen.
+    fields    the fields that `proxy` was made from
+
+    If the existing proxy has other addresses or another protocol, it gets the addresses, the
+    protocol and the toxics of `proxy`, and its rules are removed. Otherwise only its toxics
+    are replaced, if `fields` includes toxics.
+
+    Returns the proxy that is in use. Raises CannotListen.
     """
-    known = proxies.get(proxy.name)
-    if known is None:
+    existing = proxies.get(proxy.name)
+    if existing is None:
         proxies.add(proxy)
         return proxy
-    same = (known.backend == proxy.backend and known.protocol is proxy.protocol
-            and known.listen in (proxy.listen, first_address(proxy.local)))
+    same = (existing.backend == proxy.backend and existing.protocol is proxy.protocol
+            and existing.listen in (proxy.listen, first_address(proxy.local)))
     if not same:
-        proxies.change(known, proxy.local, proxy.backend, proxy.enabled)
-        known.loop.run_sync(known.set_rules, [])
-        known.loop.run_sync(known.set_protocol, proxy.protocol, True)
+        proxies.change(existing, proxy.local, proxy.backend, proxy.enabled)
+        existing.loop.run_sync(existing.set_rules, [])
+        existing.loop.run_sync(functools.partial(existing.set_protocol, proxy.protocol,
+                                                 overwrite_host_header=True))
     if not same or "toxics" in fields:
-        known.loop.run_sync(known.set_toxics, proxy.toxics)
-    return known
+        existing.loop.run_sync(existing.set_toxics, proxy.toxics)
+    return existing
 
 
 @toxiproxy_route("POST", "/reset")
@@ -6522,7 +6650,7 @@ def reset(request):
     """Enable all proxies and remove all toxics. Connections stay open."""
     proxies = request.control.proxies
     for proxy in list(proxies.values()):
-        change_proxy(proxies, proxy, {}, True)
+        change_proxy(proxies, proxy, fields={}, enabled=True)
         proxy.loop.run_sync(proxy.set_toxics, [])
 
 
@@ -6536,13 +6664,13 @@ def version(request):
 @toxiproxy_route("GET", "/metrics")
 def metrics(request):
     """Return the metrics of all proxies, for Prometheus."""
-    samples = [proxy.loop.run_sync(functools.partial(measure, proxy))
-               for proxy in list(request.control.proxies.values())]
+    measurements = [proxy.loop.run_sync(measure, proxy)
+                    for proxy in list(request.control.proxies.values())]
     lines = []
-    for metric, (type_, text) in METRICS.items():
-        lines += ["# HELP %s %s" % (metric, text), "# TYPE %s %s" % (metric, type_)]
+    for metric, (type_, help_text) in METRICS.items():
+        lines += ["# HELP %s %s" % (metric, help_text), "# TYPE %s %s" % (metric, type_)]
         lines += ["%s{%s} %d" % (metric, format_labels(labels), value)
-                  for sample in samples for labels, value in sample[metric]]
+                  for measurement in measurements for labels, value in measurement[metric]]
     return ApiResponse(200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
                        "\n".join(lines) + "\n")
 
@@ -6556,21 +6684,21 @@ def format_labels(labels):
 
 # -- Client -------------------------------------------------------------------
 #
-# A client of the control server, for tests in another process or on another host. start_proxy
-# and stop_proxy run this file in a process of its own.
+# Client sends requests to the control server, for tests in another process or on another host.
+# start_proxy and stop_proxy start and stop a proxy in a process of its own.
 #
-# Threads: a Client opens a connection for each request, so threads may share it.
+# Threads: a Client opens a connection for each request, so several threads may share a Client.
 #
 # To add a request: add a method to Client that calls `request`.
 
 class Client:
-    """A client of the control server, for a proxy that was started with --http.
+    """A client of the control server of a proxy that was started with --http.
 
-    proxy    the name of the proxy, if there are several; by default the first
+    proxy    the name of the proxy to control; by default the server's first proxy
     token    the server's --http-token, if it has one
 
-    Methods raise ValueError, with the server's text, if the server refuses a request. They
-    raise OSError if there is no server.
+    If the server refuses a request, methods raise ValueError with the server's text. If there
+    is no server, they raise OSError.
     """
 
     def __init__(self, host="localhost", port=8080, scheme="http", proxy=None, token=None):
@@ -6584,34 +6712,34 @@ class Client:
     def request(self, method, path, body=None, **query):
         """Send a request. Returns the JSON value, or the text, of the response.
 
-        body    a value that is sent as JSON
+        body    a value that is sent as JSON; None for no body
         """
         if self.proxy is not None:
             query["proxy"] = self.proxy
         if query:
             path += "?" + urls.urlencode(query)
         response, text = self._exchange(method, path, None if body is None else json.dumps(body))
-        value = text
-        if response.getheader("Content-Type", "").startswith("application/json"):
-            try:
-                value = json.loads(text)
-            except (ValueError, RecursionError):
-                raise OSError("not a vaurien control server") from None
+        is_json = response.getheader("Content-Type", "").startswith("application/json")
+        try:
+            value = json.loads(text) if is_json else text
+        except (ValueError, RecursionError):
+            raise OSError("not a vaurien control server") from None
         if response.status >= 400:
             errors = value.get("errors") if isinstance(value, dict) else None
             raise ValueError("; ".join(error["description"] for error in errors) if errors
                              else "HTTP %d: %s" % (response.status, value))
         return value
 
-    ask = request       # its name in earlier versions
+    ask = request       # the method's name in earlier versions
 
     def _exchange(self, method, path, body):
         """Send a request. Returns the response of http.client, and the text of its body."""
         import http.client  # here, because it is slow to import
         class_name = {"http": "HTTPConnection", "https": "HTTPSConnection"}.get(self.scheme, "")
-        if not hasattr(http.client, class_name):    # Python may lack ssl, and so https
+        connection_class = getattr(http.client, class_name, None)
+        if connection_class is None:        # also for https, if this Python has no ssl module
             raise ValueError("scheme must be http or https, not %r" % self.scheme)
-        connection = getattr(http.client, class_name)(self.host, self.port, timeout=30)
+        connection = connection_class(self.host, self.port, timeout=30)
         try:
             connection.request(method, path, body,
                                {"Authorization": "Bearer " + self.token} if self.token else {})
@@ -6624,7 +6752,7 @@ class Client:
             connection.close()
 
     def set_handler(self, name, **options):
-        """Set a handler, with its options, `percent` and other rule fields."""
+        """Set a handler. The options may include `percent` and other rule fields."""
         self.request("PUT", "/behavior", dict(options, name=name))
 
     def get_handler(self):
@@ -6657,7 +6785,7 @@ class Client:
         self.request("PUT", "/backend", {"backend": backend})
 
     def events(self, since=0):
-        """Return the fault records after number `since`, as a list of dicts."""
+        """Return the fault records with a number greater than `since`, as a list of dicts."""
         return self.request("GET", "/events", since=since)["events"]
 
     def connections(self):
@@ -6665,8 +6793,9 @@ class Client:
         return self.request("GET", "/connections")["connections"]
 
 
-# The program of start_proxy. It runs this file under the name that it was imported by. A user's
-# handler that imports that name, or vaurien, then gets the same module.
+# The program of the process that start_proxy starts. Its first two arguments are the name that
+# this module was imported by and the path of this file. The program runs the file as a module
+# with this name and the name `vaurien`. A user's handler that imports either gets this module.
 BOOTSTRAP = """\
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location(*sys.argv[1:3])
@@ -6684,16 +6813,16 @@ def start_proxy(host="localhost", port=8888, http=True, warmup=2, *, proxy_host=
                 proxy_port=8000, backend_host=None, backend_port=None, protocol="tcp",
                 http_host="localhost", http_port=8080, http_token=None, options=None,
                 log_level="info", log_output="-"):
-    """Start a proxy in a process of its own. Returns its pid once it listens.
+    """Start a proxy in a process of its own, and wait until it listens. Returns its pid.
 
     host, port       the backend (backend_host and backend_port mean the same)
     http             whether to start its control server, on http_host and http_port
-    http_token       what clients of the control server must send, if anything
-    warmup           seconds to wait for the proxy
+    http_token       the bearer token that clients of the control server must send, if any
+    warmup           seconds to wait until the proxy listens
     options          further arguments of the command line, like ["--behavior", "20:delay"]
 
-    Raises RuntimeError, with the error of the proxy, if it cannot start. The proxy ends with
-    `stop_proxy`, or when this process ends, even if it is killed.
+    Raises RuntimeError, with the error of the proxy, if it cannot start. The proxy runs until
+    `stop_proxy` is called or this process ends, even if this process is killed.
     """
     backend = format_address((backend_host or host, int(backend_port or port)))
     if isinstance(options, str):
@@ -6719,7 +6848,11 @@ def start_proxy(host="localhost", port=8888, http=True, warmup=2, *, proxy_host=
 
 
 def wait_until_ready(process, seconds):
-    """Wait until a proxy prints "ready". Raises RuntimeError with its last line instead."""
+    """Wait until a proxy prints "ready".
+
+    Raises RuntimeError, with the last line of the output, if the proxy does not print it in
+    time.
+    """
     lines = ["no output within %s seconds" % seconds]
 
     def read_stdout():
@@ -6731,20 +6864,24 @@ def wait_until_ready(process, seconds):
     reader = threading.Thread(target=read_stdout, daemon=True)
     reader.start()
     reader.join(seconds)
-    if lines[-1] != "ready":
-        raise RuntimeError("the proxy did not start: %s" % lines[-1])
+    last_line = lines[-1]
+    if last_line != "ready":
+        raise RuntimeError("the proxy did not start: %s" % last_line)
 
 
 def stop_proxy(pid):
-    """Stop a proxy of `start_proxy`, and wait for its end. Raises ValueError for another pid."""
+    """Stop a proxy that `start_proxy` has started, and wait until its process has ended.
+
+    Raises ValueError for any other pid.
+    """
     if not isinstance(pid, int) or pid not in STARTED_PROCESSES:
         raise ValueError("no proxy was started as process %r" % (pid,))
     process, _ = STARTED_PROCESSES.pop(pid)
-    with contextlib.suppress(OSError):      # other code of this process has reaped it
+    with contextlib.suppress(OSError):      # raised if other code has reaped the process
         process.terminate()
     try:
         process.wait(5)
-    except subprocess.TimeoutExpired:       # a user's handler ignores the signal
+    except subprocess.TimeoutExpired:       # a user's handler ignores SIGTERM
         process.kill()
         process.wait()
     process.stdin.close()
@@ -6752,10 +6889,10 @@ def stop_proxy(pid):
 
 
 @atexit.register
-def stop_all():
-    """Stop the proxies that this process has started, but not those of its parent."""
-    for pid, (_, starter) in list(STARTED_PROCESSES.items()):
-        if starter == os.getpid():
+def stop_started_proxies():
+    """Stop the proxies that this process has started. A forked child leaves them running."""
+    for pid, (_, starter_pid) in list(STARTED_PROCESSES.items()):
+        if starter_pid == os.getpid():
             stop_proxy(pid)
 
 
