@@ -6760,7 +6760,7 @@ class TestProcess(TempDirTestCase):
         first = vaurien.Outcome("a:1", 10.0, 1.0, "")
         second = vaurien.Outcome("a:1", 12.0, 1.0, "")
         record = vaurien.FaultRecord(1, 12.5, "p", 2, "a:1", 1, "delay", {})
-        self.assertEqual(vaurien.match_events([first, second], [record]), {second: "delay"})
+        self.assertEqual(vaurien.match_faults([first, second], [record]), {second: "delay"})
 
 
 class TestCtl(unittest.TestCase):

@@ -6898,30 +6898,36 @@ def stop_started_proxies():
 
 # -- Command line -------------------------------------------------------------
 #
-# Reads the command line and the file that --config names, makes the proxies, and runs them:
-# the commands `vaurien` and `vaurien serve`.
+# The commands `vaurien` and `vaurien serve`: they read the command line and the --config file,
+# create the proxies, and run them.
 #
 # A setting is declared once, in SETTINGS. A handler's option is declared once, in the handler's
-# signature. The parser, the keys of the ini file and the help follow from these declarations.
-# The command line wins over the file, and the file over the defaults.
+# signature. The parser, the keys of the ini file and the help are generated from these
+# declarations. The command line overrides the file, and the file overrides the defaults.
 #
-# All input is text until a check parses it. A check raises ValueError with the end of a
-# sentence ("must be ..."), and SourcedText puts the source of the text before it.
+# All input is text until a check parses it. If the text is invalid, the check raises ValueError
+# with the end of a sentence ("must be ..."). SourcedText begins the sentence with the source of
+# the text, like "--local".
 #
-# To add a setting: one line in SETTINGS. Its scope is what one value applies to:
+# To add a setting, add a line to SETTINGS. The scope of a setting determines where it is set, and
+# what one value applies to:
 #
-#   proxy         One proxy. It is set on the command line, in [proxy:NAME] or in [vaurien], and
-#                 passed to Proxy under its name.
-#   shared        The same, but [vaurien] sets the default of all proxies. It is passed to
-#                 ProxyTable too, for the proxies that the API creates.
-#   process       The process. It is set on the command line or in [vaurien]; see `prepare`.
-#   command line  The process. It cannot be set in a file.
+#   proxy         It is set on the command line, in [proxy:NAME] or in [vaurien]. The value is
+#                 passed to one Proxy, under the setting's name.
+#   shared        It is set in the same places, but [vaurien] sets the default of all proxies.
+#                 ProxyTable gets this default too, for the proxies that the API creates.
+#   process       It is set on the command line or in [vaurien], for the process. `prepare`
+#                 applies the value.
+#   command line  It is set on the command line only, for the process.
 
-# flags      the spellings on the command line; without the dashes, the keys of the ini file
-# default    the text that a setting has if it is not given, or None
-# check      function that parses the text
-# metavar    name of the value in the help. None: the flag has no value on the command line, and
-#            the key is yes or no in a file.
+# flags      the flags on the command line. Without the leading dashes, they are the keys of the
+#            ini file
+# default    the text that is parsed if the setting is not given. None: the value is None
+# check      the function that parses the text
+# metavar    the name of the value in the help. None: the flag takes no value, and the key of the
+#            ini file takes yes or no
+# help       the text for --help
+# scope      one of the scopes above
 Setting = namedtuple("Setting", "flags default check metavar help scope")
 
 
@@ -6932,6 +6938,7 @@ def check_host(text):
 
 
 def check_names(text):
+    """Parse a list of host names without ports, separated by commas."""
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if not name or ":" in name or not is_valid_host(name):
@@ -6940,7 +6947,9 @@ def check_names(text):
 
 
 def check_log_level(text):
-    return choice_check("debug", "info", "warning", "error", "critical")(text.lower()).upper()
+    """Parse the name of a level in any case. Returns it in upper case, as `logging` needs it."""
+    check = choice_check("debug", "info", "warning", "error", "critical")
+    return check(text.lower()).upper()
 
 
 def check_file(text):
@@ -6950,7 +6959,10 @@ def check_file(text):
 
 
 def import_handler(name):
-    """Import the handler if its name is a dotted path. Raises ValueError for an unknown name."""
+    """Import and register a handler named by a dotted path, unless it is registered already.
+
+    Raises ValueError for an unknown name.
+    """
     if name not in HANDLERS and "." in name:
         load_handler(name, name)
     if name not in HANDLERS:
@@ -6959,16 +6971,17 @@ def import_handler(name):
 
 
 def check_behavior(text):
-    """Parse as `parse_behavior` does, and import the handlers."""
+    """Parse PERCENT:HANDLER,... into [(percent, handler name)], and import the handlers."""
     behavior = parse_behavior(text)
     for _, name in behavior:
         import_handler(name)
     return behavior
 
 
+# name, Setting(flags, default, check, metavar, help, scope)
 SETTINGS = OrderedDict((
     ("config", Setting(("--config",), None, check_file, "FILE",
-                       "ini file, or proxies as JSON; the command line wins over it",
+                       "ini file, or Toxiproxy's JSON; options of the command line override it",
                        "command line")),
     ("local", Setting(("--local", "--proxy"), "localhost:8000", parse_listener, "HOST:PORT",
                       "address to listen on; port 0 picks a free one", "proxy")),
@@ -6978,13 +6991,15 @@ SETTINGS = OrderedDict((
                          "handlers, and the percentage of requests that each acts on", "proxy")),
     ("protocol", Setting(("--protocol",), "tcp", check_protocol, "NAME",
                          "application protocol: " + ", ".join(PROTOCOLS), "proxy")),
-    ("overwrite_host_header", Setting((
-        "--protocol-http-overwrite-host-header",), "yes", check_yes_no, "YES|NO",
-        "http: replace the Host header with the backend's", "proxy")),
-    ("seed", Setting(("--seed",), None, check_count, "N", "the same seed gives the same faults; "
-                     "if not given, one is drawn and logged", "shared")),
+    ("overwrite_host_header", Setting(("--protocol-http-overwrite-host-header",), "yes",
+                                      check_yes_no, "YES|NO",
+                                      "with --protocol http: replace the Host header with the "
+                                      "backend's address", "proxy")),
+    ("seed", Setting(("--seed",), None, check_count, "N",
+                     "the same seed gives the same faults; by default, a seed is drawn and logged",
+                     "shared")),
     ("timeout", Setting(("--timeout",), "30", check_timeout, "SECONDS",
-                        "seconds to connect to the backend, all its addresses together",
+                        "time limit for connecting to the backend, all its addresses together",
                         "shared")),
     ("http", Setting(("--http",), "no", check_yes_no, None, "start the HTTP control server",
                      "process")),
@@ -6993,28 +7008,29 @@ SETTINGS = OrderedDict((
     ("http-port", Setting(("--http-port",), "8080", check_port, "PORT",
                           "port of the control server; 0 picks a free one", "process")),
     ("http-token", Setting(("--http-token",), None, check_token, "TOKEN",
-                           "clients must send the header Authorization: Bearer TOKEN; "
-                           "$%s does the same and is not visible to other users" % TOKEN_VARIABLE,
-                           "process")),
+                           "clients of the control server must send the header Authorization: "
+                           "Bearer TOKEN; to hide the token from other users, set it in $%s "
+                           "instead" % TOKEN_VARIABLE, "process")),
     ("http-name", Setting(("--http-name",), None, check_names, "NAME,...",
-                          "additional Host names to accept, besides addresses, localhost and "
+                          "names to accept in the Host header, besides addresses, localhost and "
                           "--http-host", "process")),
     ("statsd", Setting(("--statsd",), None, parse_address, "HOST:PORT",
-                       "StatsD server to send the counts to, by UDP", "process")),
+                       "StatsD server that gets all counts, by UDP, each second", "process")),
     ("log-level", Setting(("--log-level",), "info", check_log_level, "LEVEL",
-                          "debug, info, warning, error or critical", "process")),
+                          "lowest level to log: debug, info, warning, error or critical",
+                          "process")),
     ("log-output", Setting(("--log-output",), "-", check_file, "FILE",
                            "file to log to; - is stderr", "process")),
     ("attached", Setting(("--attached",), "no", check_yes_no, None,
-                         "for supervisors: print \"ready\" on stdout, stop when stdin closes",
-                         "command line")),
+                         "for supervisors: print \"ready\" on stdout when the proxies listen, "
+                         "and exit when stdin closes", "command line")),
 ))
 
 
 def derive_settings(scopes, changes=None, without=()):
-    """Return some of the SETTINGS: those of some scopes, and those in `changes`.
+    """Return the SETTINGS with one of these scopes, and those named in `changes`.
 
-    changes    {name: {attribute of Setting: another value}}
+    changes    {name of a setting: {attribute of the Setting: its new value}}
     without    names of settings to leave out
     """
     changes = changes or {}
@@ -7026,14 +7042,16 @@ def derive_settings(scopes, changes=None, without=()):
 PROXY_SETTINGS = derive_settings(("proxy", "shared"))
 SHARED_SETTINGS = derive_settings(("shared",))
 FILE_SETTINGS = derive_settings(("proxy", "shared", "process"))
-# Toxiproxy's flags and port. The control server is always started.
-SERVE_SETTINGS = derive_settings(("shared", "process", "command line"), {
+# The flags and the port are Toxiproxy's. The control server always runs, so --http is left out.
+SERVE_SETTINGS = derive_settings(("shared", "process", "command line"), changes={
     "config": {"flags": ("--config", "-config")},
     "seed": {"flags": ("--seed", "-seed")},
     "http-host": {"flags": ("--http-host", "--host", "-host")},
     "http-port": {"flags": ("--http-port", "--port", "-port"), "default": "8474"},
 }, without=["http"])
+ADDRESS_SETTINGS = {"local", "distant"}
 
+# The metavar of a handler's option, by the option's type
 METAVARS = {bool: "YES|NO", int: "N", float: "NUMBER", str: "TEXT"}
 EXAMPLES = """\
 examples:
@@ -7043,10 +7061,10 @@ examples:
   vaurien --config vaurien.ini
 
 other commands:
-  vaurien serve    a server for Toxiproxy's clients, which create the proxies
-  vaurien demo     a backend, a proxy and clients in one process, and a histogram
+  vaurien serve    run a server for Toxiproxy's clients, which create the proxies
+  vaurien demo     run a backend, a proxy and clients, and print the response times
   vaurien ctl      control a proxy that was started with --http; the same as vaurienctl
-  Each has --help."""
+  Each command has --help."""
 
 
 class SourcedText:
@@ -7064,13 +7082,13 @@ class SourcedText:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that returns the arguments on the command line, as text.
+    """A parser of the command line. Its values are text. An option not given has no value.
 
-    Raises ValueError for a wrong command line instead of exiting the process.
+    It raises ValueError for a wrong command line instead of exiting the process.
     """
 
     def __init__(self, settings, **kwargs):
-        # "resolve": the options of two handlers may have the same spelling.
+        # "resolve": if options of two handlers have the same spelling, the later handler gets it.
         super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS,
                          conflict_handler="resolve",
                          formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
@@ -7086,28 +7104,28 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError("%s (see %s --help)" % (message, self.prog))
 
-    def add_handlers(self, with_help):
-        """Add the options of all handlers, and the rule fields that stand beside them.
+    def add_handler_options(self, with_help):
+        """Add the flags of all handlers: their options, and the rule fields.
 
         with_help    whether to read the help from the handlers' docstrings, which takes time
         """
         if with_help:
             self.add_argument_group("handlers", handlers_help())
         for name, function in HANDLERS.items():
-            help_lines = option_help(function) if with_help else {}
+            help_texts = option_help(function) if with_help else {}
             group = self.add_argument_group(name, summary(function) if with_help else None)
             for option, default in handler_options(function).items():
                 flag, *aliases = option_flags(name, option)
-                group.add_argument(flag, dest="%s.%s" % (name, option),
-                                   metavar=METAVARS[type(default)], help=argument_help(
-                                       help_lines.get(option, ""), format_value(default)))
+                group.add_argument(
+                    flag, dest="%s.%s" % (name, option), metavar=METAVARS[type(default)],
+                    help=argument_help(help_texts.get(option, ""), format_value(default)))
                 self.add_hidden(name, option, aliases)
-            for field in fields_beside_options(function):
+            for field in settable_fields(function):
                 self.add_hidden(name, field, option_flags(name, field))
 
-    def add_hidden(self, name, option, flags):
-        """Add spellings of an option that the help does not list one by one."""
-        self.add_argument(*flags, dest="%s.%s" % (name, option), help=argparse.SUPPRESS)
+    def add_hidden(self, handler_name, option, flags):
+        """Add flags of a handler's option or rule field without listing them in the help."""
+        self.add_argument(*flags, dest="%s.%s" % (handler_name, option), help=argparse.SUPPRESS)
 
 
 def argument_help(text, default):
@@ -7118,80 +7136,94 @@ def argument_help(text, default):
 
 
 def handlers_help():
-    """Return the introduction to the handlers in the help."""
-    fields = ["    %-8s%s" % (field, RULE_FIELDS[field].help)
-              for field in fields_beside_options(dummy)]
+    """Return the part of the help that introduces the list of handlers."""
+    # `dummy` has no options, so it has all fields.
+    fields = ["    %-8s%s" % (field, RULE_FIELDS[field].help) for field in settable_fields(dummy)]
     return ("Each handler is listed below, with its options. --behavior-NAME-OPTION means the\n"
-            "same as --handlers.NAME.OPTION. All handlers have these options too, for example\n"
+            "same as --handlers.NAME.OPTION. Each handler also has these options, for example\n"
             "--handlers.error.match '^SELECT':\n\n" + "\n".join(fields))
 
 
-def fields_beside_options(function):
-    """Return the rule fields that are set like options of a handler: all but `percent`.
+def settable_fields(function):
+    """Return the rule fields that are set like options of the handler: all but `percent`.
 
-    The percentage of a handler is set in --behavior.
+    The percentage of a handler is set in --behavior. A field is also left out if the handler
+    has an option of the same name.
     """
     return [field for field in RULE_FIELDS
             if field != "percent" and is_rule_field(function, field)]
 
 
-def option_flags(name, option):
-    """Return the spellings of a handler's option in versions 0.1 and 1.x; the first is ours."""
-    flags = ["--handlers.%s.%s" % (name, option), "--behavior-%s-%s" % (name, option),
-             "--behavior-%s-%s" % (name, option.replace("_", "-"))]
-    return list(OrderedDict.fromkeys(flags))
+def option_flags(handler_name, option):
+    """Return the flags that set a handler's option. The first one is listed in the help.
+
+    The first flag is that of version 0.1, the other ones are those of versions 1.x.
+    """
+    flags = ["--handlers.%s.%s" % (handler_name, option),
+             "--behavior-%s-%s" % (handler_name, option),
+             "--behavior-%s-%s" % (handler_name, option.replace("_", "-"))]
+    return list(OrderedDict.fromkeys(flags))        # without duplicates
 
 
-def check_handler_option(name, option, text):
-    """Check an option of a handler, or a rule field beside its options. Raises ValueError."""
-    if option in fields_beside_options(HANDLERS[name]):
+def check_handler_option(handler_name, option, text):
+    """Check the text of a handler's option or rule field. Raises ValueError."""
+    if option in settable_fields(HANDLERS[handler_name]):
         RULE_FIELDS[option].check(text)
     else:
-        check_option(name, option, text)
+        check_option(handler_name, option, text)
 
 
-# The command line and the file. Everything is checked, but still text.
+# The content of the command line and of the --config file. Settings and options are text that has
+# been checked.
 #
 #   arguments    settings of the command line: {setting: SourcedText}
 #   main         settings of the section [vaurien]: {setting: SourcedText}
-#   sections     settings of the sections [proxy:NAME]: {name: {setting: SourcedText}}
-#   options      options of the handlers: {handler: {option: text}}
-#   toxics       toxics of the sections [toxic:NAME]: [(Toxic, SourcedText or None)]. The text
-#                is the name of the toxic's proxy.
-#   json         SourcedText of the file, if it is JSON
+#   sections     settings of the sections [proxy:NAME]: {proxy name: {setting: SourcedText}}
+#   options      options and rule fields of the handlers: {handler name: {option: text}}
+#   toxics       toxics of the sections [toxic:NAME]: [(Toxic, proxy name)]. The proxy name is a
+#                SourcedText, or None if the section has none.
+#   json         SourcedText of the whole file if it is JSON, not checked yet, otherwise None
 ParsedConfig = namedtuple("ParsedConfig", "arguments main sections options toxics json")
 
 
 def read_arguments(argv, settings, description=None, **kwargs):
-    """Return the ParsedConfig of a command line and the file that it names. Raises ValueError.
+    """Return the ParsedConfig of a command line and of its --config file. Raises ValueError.
 
     settings       settings of the command line: {name: Setting}
     description    function that returns the description for the help
-    kwargs         for argparse
+    kwargs         further arguments for the Parser
 
     The command line is parsed twice. The first pass finds --config and --behavior, and their
     checks import the user's handlers. The second pass knows the options of these handlers.
     """
     parser = Parser(settings, add_help=False, prog=kwargs.get("prog"))
+    known, _ = parser.parse_known_args(argv)
     arguments = {name: SourcedText(settings[name].flags[0], text)
-                 for name, text in vars(parser.parse_known_args(argv)[0]).items()}
-    config = ParsedConfig(arguments, {}, {}, {}, [], None)
+                 for name, text in vars(known).items()}
     if "config" in arguments:
         config = read_config(arguments["config"].parse(check_file))._replace(arguments=arguments)
-    for texts in [arguments, config.main, *config.sections.values()]:
-        for name, text in texts.items():        # also the texts that are overridden
-            text.parse(ChainMap(settings, SETTINGS)[name].check)
+    else:
+        config = ParsedConfig(arguments, main={}, sections={}, options={}, toxics=[], json=None)
+    check_settings(config, ChainMap(settings, SETTINGS))
     with_help = "-h" in argv or "--help" in argv
     parser = Parser(settings, usage="%(prog)s [OPTION ...]",
                     description=description() if with_help and description else None, **kwargs)
-    parser.add_handlers(with_help)
+    parser.add_handler_options(with_help)
     for name, text in vars(parser.parse_args(argv)).items():
+        # The name is a setting, or HANDLER.OPTION. HANDLER may be a dotted path.
         handler_name, dot, option = name.rpartition(".")
         if dot:
             flag = option_flags(handler_name, option)[0]
             SourcedText(flag, text).parse(check_handler_option, handler_name, option)
             config.options.setdefault(handler_name, {})[option] = text
     return config
+
+
+def check_settings(config, settings):
+    """Check all texts of a ParsedConfig, including those that other texts override."""
+    for texts in [config.arguments, config.main, *config.sections.values()]:
+        for name, text in texts.items():
+            text.parse(settings[name].check)
 
 
 def read_config(path):
@@ -7202,37 +7234,43 @@ def read_config(path):
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValueError("cannot read %s: %s" % (path, reason)) from None
-    if re.match(r"\s*(\{|\[\s*[]{])", text):        # no section of an ini file starts like this
-        return ParsedConfig({}, {}, {}, {}, [], SourcedText("cannot read %s:" % path, text))
+    # JSON begins with {, [{ or []. No ini file begins like this.
+    if re.match(r"\s*(\{|\[\s*[]{])", text):
+        return ParsedConfig(arguments={}, main={}, sections={}, options={}, toxics=[],
+                            json=SourcedText("cannot read %s:" % path, text))
     return read_ini(path, text)
 
 
 def read_ini(path, text):
     """Return the ParsedConfig of an ini file, and import its handlers. Raises ValueError."""
-    sections, options, toxics = OrderedDict(), {}, OrderedDict()
+    sections, options, toxic_sections = OrderedDict(), {}, OrderedDict()
     for title, texts in parse_ini(path, text):
         source = "%s: [%s]" % (path, title)
         kind, _, name = (part.strip() for part in title.partition(":"))
         if title.strip() == "vaurien":
+            # [vaurien] and [proxy:vaurien] would define the same proxy: set_once refuses this.
             set_once(sections, "vaurien", source, settings_by_name(texts, FILE_SETTINGS))
         elif kind == "proxy" and name:
             set_once(sections, name, source, settings_by_name(texts, PROXY_SETTINGS))
         elif kind in ("handler", "behavior") and name:
             read_ini_handler(name, source, texts, options)
         elif kind == "toxic" and name:
-            set_once(toxics, name, source, texts)
+            set_once(toxic_sections, name, source, texts)
         else:
             raise ValueError("%s is not a section: there are [vaurien], [proxy:NAME], "
                              "[handler:NAME] and [toxic:NAME]" % source)
     # A toxic may use a handler that a later section imports, so toxics are read last.
-    made = [read_ini_toxic(name, "%s: [toxic:%s]" % (path, name), texts)
-            for name, texts in toxics.items()]
-    return ParsedConfig({}, sections.pop("vaurien", {}), sections, options, made, None)
+    toxics = [read_ini_toxic(name, "%s: [toxic:%s]" % (path, name), texts)
+              for name, texts in toxic_sections.items()]
+    main = sections.pop("vaurien", {})
+    return ParsedConfig(arguments={}, main=main, sections=sections, options=options,
+                        toxics=toxics, json=None)
 
 
 def parse_ini(path, text):
     """Yield (title, {key: SourcedText}) for each section of an ini file. Raises ValueError."""
-    # No section holds defaults for other sections, and ${NAME} is an environment variable.
+    # default_section: no section sets defaults of other sections.
+    # interpolation: ConfigParser replaces nothing in values. expand_env replaces ${NAME}.
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     parser.optionxform = str  # type: ignore    # keep the case of keys
     try:
@@ -7240,16 +7278,19 @@ def parse_ini(path, text):
     except (ValueError, configparser.Error) as error:
         raise ValueError("cannot read %s: %s" % (path, " ".join(str(error).split()))) from None
     for title in parser.sections():
-        texts = {key: SourcedText("%s: [%s] %s" % (path, title, key), value)
-                 for key, value in parser.items(title)}
-        for sourced in texts.values():
-            sourced.text = sourced.parse(expand_env)
         SourcedText("%s: the name of a section" % path, title).parse(check_name)
+        texts = {}
+        for key, value in parser.items(title):
+            source = "%s: [%s] %s" % (path, title, key)
+            texts[key] = SourcedText(source, SourcedText(source, value).parse(expand_env))
         yield title, texts
 
 
 def read_ini_handler(name, source, texts, options):
-    """Import the handler of a section, and add the section's options. Raises ValueError."""
+    """Import the handler of a section [handler:NAME], and add its texts to `options`.
+
+    Raises ValueError.
+    """
     if "callable" in texts:
         texts.pop("callable").parse(load_handler, name)
     SourcedText(source, name).parse(import_handler)
@@ -7259,14 +7300,20 @@ def read_ini_handler(name, source, texts, options):
 
 
 def read_ini_toxic(name, source, texts):
-    """Return (Toxic, SourcedText of its proxy's name or None) of a section. Raises ValueError."""
+    """Return (Toxic, proxy name) of a section [toxic:NAME]. Raises ValueError.
+
+    The proxy name is a SourcedText, or None if the section has none.
+    """
     proxy_name = texts.pop("proxy", None)
     type_ = texts.pop("type", SourcedText(source + " type", ""))
     type_.parse(import_handler)
+    handler = HANDLERS[type_.text]
     fields, attributes = {}, {}
     for key, text in texts.items():
-        is_field = key == "toxicity" or is_rule_field(HANDLERS[type_.text], key)
-        (fields if is_field else attributes)[key] = text.text
+        if key == "toxicity" or is_rule_field(handler, key):
+            fields[key] = text.text
+        else:
+            attributes[key] = text.text
     try:
         return make_toxic(type_.text, name, fields, attributes), proxy_name
     except InputError as error:
@@ -7274,91 +7321,113 @@ def read_ini_toxic(name, source, texts):
 
 
 def expand_env(text):
-    """Replace each ${NAME} by that environment variable. Raises ValueError."""
-    def value(match):
-        if match.group(1) not in os.environ:
-            raise ValueError("needs ${%s}, which is not set in the environment" % match.group(1))
-        return os.environ[match.group(1)]
-    if "${" in re.sub(r"\$\{[^}]*\}", "", text):
+    """Replace each ${NAME} by the value of that environment variable. Raises ValueError."""
+    def value_of(match):
+        name = match.group(1)
+        if name not in os.environ:
+            raise ValueError("needs ${%s}, which is not set in the environment" % name)
+        return os.environ[name]
+
+    reference = r"\$\{([^}]*)\}"
+    if "${" in re.sub(reference, "", text):
         raise ValueError("has a ${ without its }: %r" % text)
-    return re.sub(r"\$\{([^}]*)\}", value, text)
+    return re.sub(reference, value_of, text)
 
 
 def settings_by_name(texts, settings):
-    """Return {setting: text} of {key: text}; a key is a flag without dashes. Raises ValueError."""
+    """Replace the keys of an ini section by names of settings. Returns {name: SourcedText}.
+
+    A key is a flag without its leading dashes. Its other dashes may be underscores. Raises
+    ValueError for any other key.
+    """
     names = {flag.lstrip("-"): name for name in settings for flag in settings[name].flags}
-    named = {}
+    named_texts = {}
     for key, text in texts.items():
-        key = key.replace("_", "-")
-        if key not in names:
+        flag = key.replace("_", "-")
+        if flag not in names:
             raise ValueError("%s is not a setting: there are %s" % (text.source, ", ".join(names)))
-        set_once(named, names[key], text.source, text)
-    return named
+        set_once(named_texts, names[flag], text.source, text)
+    return named_texts
 
 
-def set_once(table, key, source, value):
-    """Set table[key]. Raises ValueError if it is set already."""
-    if key in table:
+def set_once(target, key, source, value):
+    """Set target[key]. Raises ValueError, with the source of the value, if the key is set."""
+    if key in target:
         raise ValueError("%s is set twice" % source)
-    table[key] = value
+    target[key] = value
 
 
 def resolve_settings(texts, settings):
-    """Return the parsed values of settings, or of their defaults: {name: value}."""
+    """Return the parsed value of each setting: {name: value}.
+
+    texts    {name: SourcedText}. The default is parsed for a setting without a text.
+    """
     values = {}
     for name, setting in settings.items():
-        text = texts.get(name) or SourcedText(setting.flags[0], setting.default)
-        values[name] = None if text.text is None else text.parse(setting.check)
+        if name in texts:
+            values[name] = texts[name].parse(setting.check)
+        else:
+            values[name] = None if setting.default is None else setting.check(setting.default)
     return values
+
+
+def main_is_proxy(config, needs_one):
+    """Return whether the section [vaurien] is a proxy.
+
+    It is one if it sets an address. A file without [proxy:NAME] sections has two more cases:
+    the command line sets an address, or a proxy is needed and the file is not JSON.
+    """
+    if ADDRESS_SETTINGS & set(config.main):
+        return True
+    if config.sections:
+        return False
+    return bool(ADDRESS_SETTINGS & set(config.arguments)) or (needs_one and not config.json)
 
 
 def proxy_settings(config, needs_one):
     """Return the settings of each proxy: {name: ChainMap of {setting: SourcedText}}.
 
-    The command line wins over a section, the section over the shared settings of [vaurien].
-
-    [vaurien] is a proxy too if it sets `local` or `distant`. Without [proxy:NAME] sections it
-    is one if --local or --distant is given, or if a proxy is needed and the file is not JSON.
-    If it is not a proxy, its behavior is shared as well.
+    The command line overrides a section. A section overrides the shared settings of [vaurien].
+    If [vaurien] is not a proxy, its behavior is shared as well.
 
     --local and --distant apply to [vaurien] if it is a proxy, otherwise to the only
-    [proxy:NAME] section. Raises ValueError if there are several.
+    [proxy:NAME] section. Raises ValueError if there are several such sections.
     """
     arguments, main, sections = config.arguments, config.main, config.sections
-    addresses = {"local", "distant"}
-    is_proxy = (addresses & set(main if sections else ChainMap(arguments, main))
-                or (needs_one and not sections and not config.json))
-    shared_names = {*SHARED_SETTINGS, *([] if is_proxy else ["behavior"])}
-    shared = {name: main[name] for name in shared_names & set(main)}
-    for_sections = arguments
-    if is_proxy or len(sections) > 1:
-        for_sections = {name: arguments[name] for name in set(arguments) - addresses}
-    if not is_proxy and len(for_sections) < len(arguments):
+    has_main_proxy = main_is_proxy(config, needs_one)
+    section_arguments = arguments
+    if has_main_proxy or len(sections) > 1:
+        section_arguments = {name: text for name, text in arguments.items()
+                             if name not in ADDRESS_SETTINGS}
+    if len(sections) > 1 and not has_main_proxy and ADDRESS_SETTINGS & set(arguments):
         raise ValueError("--local and --distant are ambiguous: the file has the proxies %s"
                          % ", ".join(sections))
-    settings = OrderedDict(vaurien=ChainMap(arguments, main)) if is_proxy else OrderedDict()
-    settings.update((name, ChainMap(for_sections, section, shared))
-                    for name, section in sections.items())
+    shared_names = set(SHARED_SETTINGS) if has_main_proxy else {*SHARED_SETTINGS, "behavior"}
+    shared = {name: text for name, text in main.items() if name in shared_names}
+    settings = OrderedDict()
+    if has_main_proxy:
+        settings["vaurien"] = ChainMap(arguments, main)
+    for name, section in sections.items():
+        settings[name] = ChainMap(section_arguments, section, shared)
     return settings
 
 
 def make_proxies(config, needs_one=True):
-    """Return the ProxyTable of a ParsedConfig. No proxy is open yet. Raises ValueError.
+    """Return the ProxyTable of a ParsedConfig. Its proxies are not open yet. Raises ValueError.
 
-    needs_one    whether to make a proxy of the defaults if the configuration has none
+    needs_one    whether to make a proxy with the default addresses if none is configured
     """
     shared = resolve_settings(ChainMap(config.arguments, config.main), SHARED_SETTINGS)
     proxies = ProxyTable(**shared)
     for name, texts in proxy_settings(config, needs_one).items():
         values = resolve_settings(texts, PROXY_SETTINGS)
-        for setting in shared:
-            if values[setting] is None:         # the table has drawn a seed
-                values[setting] = proxies.shared[setting]
+        if values["seed"] is None:
+            values["seed"] = proxies.shared["seed"]     # which ProxyTable has drawn
         try:
             proxies[name] = Proxy(name=name, options=config.options, **values)
         except ValueError as error:
-            raise ValueError(error if name == "vaurien" else "[proxy:%s] %s" % (
-                name, error)) from None
+            section = "" if name == "vaurien" else "[proxy:%s] " % name
+            raise ValueError("%s%s" % (section, error)) from None
     if config.json:
         read_json_proxies(config.json, proxies)
     attach_toxics(proxies, config.toxics)
@@ -7366,7 +7435,7 @@ def make_proxies(config, needs_one=True):
 
 
 def read_json_proxies(json_text, proxies):
-    """Add the proxies of Toxiproxy's JSON file. Raises ValueError."""
+    """Add the proxies of a file with Toxiproxy's JSON to the ProxyTable. Raises ValueError."""
     try:
         for proxy, _ in read_proxies(json_text.text, proxies):
             set_once(proxies, proxy.name, "%s %s" % (json_text.source, proxy.name), proxy)
@@ -7375,15 +7444,20 @@ def read_json_proxies(json_text, proxies):
 
 
 def attach_toxics(proxies, toxics):
-    """Add each toxic of the ini file to its proxy. Raises ValueError."""
+    """Add each toxic of the ini file to its proxy. Raises ValueError.
+
+    toxics    [(Toxic, proxy name as SourcedText)]. None as the name means the only proxy.
+    """
     for toxic, proxy_name in toxics:
         if not proxies:
             raise ValueError("[toxic:%s] needs a proxy, but there is none" % toxic.name)
-        if proxy_name is None and len(proxies) > 1:
+        if proxy_name:
+            proxy = proxies[proxy_name.parse(choice_check(*proxies))]
+        elif len(proxies) == 1:
+            proxy, = proxies.values()
+        else:
             raise ValueError("[toxic:%s] needs proxy = one of %s"
                              % (toxic.name, ", ".join(proxies)))
-        name = proxy_name.parse(choice_check(*proxies)) if proxy_name else next(iter(proxies))
-        proxy = proxies[name]
         proxy.toxics.append(toxic)
         try:
             proxy.install_rules(proxy.behaviors, proxy.toxics)
@@ -7392,7 +7466,10 @@ def attach_toxics(proxies, toxics):
 
 
 class Formatter(logging.Formatter):
-    """A formatter that writes one line for each message, whatever bytes a peer has sent."""
+    """A log formatter that writes a message in one line, and indents a traceback.
+
+    It escapes control characters, because messages may contain bytes that a peer has sent.
+    """
 
     def formatMessage(self, record):
         record.message = escape_control_chars(record.message)
@@ -7404,37 +7481,42 @@ class Formatter(logging.Formatter):
 
 
 def escape_control_chars(text):
-    """Return the text with all that is not printable escaped as in Python's repr."""
-    return text if text.isprintable() else "".join(
-        char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    """Return the text with unprintable characters escaped, as in Python's repr."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char).strip("'") for char in text)
 
 
 def start_log(level, output):
-    """Log to a file, or to stderr. Raises ValueError."""
+    """Log to the file `output`, or to stderr if it is "-". Raises ValueError."""
     try:
-        handler = (logging.StreamHandler() if output == "-" else
-                   logging.FileHandler(output, encoding="utf-8"))
+        log_handler = (logging.StreamHandler() if output == "-" else
+                       logging.FileHandler(output, encoding="utf-8"))
     except OSError as error:
         raise ValueError("cannot log to %s: %s" % (output, error.strerror)) from None
-    handler.setFormatter(Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.raiseExceptions = False     # on a full disk only the log stops
-    log.addHandler(handler)
+    log_handler.setFormatter(Formatter("%(asctime)s %(levelname)s %(message)s"))
+    # If a message cannot be written, for example on a full disk, print no traceback on stderr.
+    logging.raiseExceptions = False
+    log.addHandler(log_handler)
     log.setLevel(level)
     log.propagate = False
 
 
 def is_main_thread():
-    """Return whether this is the main thread, the only one that can handle signals."""
+    """Return whether this is the main thread, the only one that can handle OS signals."""
     return threading.current_thread() is threading.main_thread()
 
 
 def serve(services, attached):
     """Run services (proxies, the control server ...) until SIGTERM or Ctrl-C. Returns 0.
 
-    Raises OSError if one of them cannot listen; no connection was accepted then.
+    attached    whether to print "ready" when all services listen, and to stop also when stdin
+                closes or the parent process ends
+
+    Raises OSError if a service cannot listen. In this case no connection has been accepted.
     """
     raise_fd_limit()
-    parent = os.getppid()               # before "ready", after which the parent may exit
+    parent_pid = os.getppid()           # read before "ready", because the parent may exit then
     loop = Loop()
     handles_signals = is_main_thread()
     if handles_signals:
@@ -7443,17 +7525,17 @@ def serve(services, attached):
         # On Windows a signal does not interrupt select().
         signal.set_wakeup_fd(loop.wakeup_send.fileno())
     try:
-        for service in services:
+        for service in services:        # all of them, before the first one accepts connections
             service.bind()
         for service in services:
             service.open(loop)
         gc.collect()
-        if hasattr(gc, "freeze"):       # spare later collections the objects made so far
+        if hasattr(gc, "freeze"):       # later collections then skip the objects made so far
             gc.freeze()
         if attached:
             announce_ready()
-            loop.run_in_thread(wait_for_stdin, lambda *_: loop.stop())
-            watch_parent(loop, parent)
+            loop.run_in_thread(wait_for_stdin_end, lambda *_: loop.stop())
+            watch_parent(loop, parent_pid)
         loop.run()
     finally:
         for service in services:
@@ -7465,153 +7547,189 @@ def serve(services, attached):
 
 
 def announce_ready():
-    """Print "ready", then redirect stdout to stderr: the parent process reads no more of it.
+    """Print "ready" for the parent process, then redirect stdout to stderr.
 
-    A handler that prints would block otherwise, once the pipe to the parent is full.
+    The parent reads stdout only until "ready". If handlers printed to this pipe afterwards, it
+    would fill up, and `print` would block the proxy.
     """
     print("ready", flush=True)
+    stdout_fd, stderr_fd = 1, 2
     with contextlib.suppress(OSError):      # stderr may be closed
-        os.dup2(2, 1)
+        os.dup2(stderr_fd, stdout_fd)
 
 
-def watch_parent(loop, parent):
-    """Stop the loop when the parent process has ended.
+def watch_parent(loop, parent_pid):
+    """Stop the loop once the parent process has ended: check now, then each half second.
 
-    The end of stdin does not suffice: a fork of the parent may keep our stdin open.
+    The end of stdin is not enough, because a fork of the parent may keep our stdin open. When
+    the parent ends, the kernel gives this process another parent.
     """
-    if os.getppid() == parent:
-        loop.call_at(loop.clock() + 0.5, lambda: watch_parent(loop, parent))
+    if os.getppid() == parent_pid:
+        loop.call_at(loop.clock() + 0.5, lambda: watch_parent(loop, parent_pid))
     else:
         loop.stop()
 
 
-def wait_for_stdin():
-    """Return when stdin ends. Does not use sys.stdin, whose lock must be free at exit."""
-    while os.read(0, 4096):
+def wait_for_stdin_end():
+    """Read stdin until it ends, and discard the bytes.
+
+    The thread may still block here when Python exits. With sys.stdin instead of the descriptor,
+    it would hold a lock that Python needs for its exit.
+    """
+    stdin_fd = 0
+    while os.read(stdin_fd, 4096):
         pass
 
 
-# A command is a function of its arguments. It returns a function that does the work and returns
-# the exit status. It raises ValueError for bad input.
+# A command is a function that takes the arguments after the command's name. It checks them, and
+# raises ValueError for bad input. It returns a function without parameters, which does the work
+# and returns the exit status.
 
-def run(argv):
-    """Run the proxies of the command line and the file: the command without a name."""
+SERVE_DESCRIPTION = """\
+Run a server for Toxiproxy's clients, which create and remove proxies through its API.
+
+--config may define proxies that exist from the start, in Toxiproxy's JSON or in an
+ini file."""
+
+
+def proxy_command(argv):
+    """Return a function that runs the proxies of the command line and the file.
+
+    This is the command without a name: `vaurien [OPTION ...]`.
+    """
     config = read_arguments(argv, SETTINGS, prog="vaurien", epilog=EXAMPLES,
                             description=program_description)
-    process = resolve_process(config, SETTINGS)
-    for name, text in ChainMap(config.arguments, config.main).items():
-        if name.startswith("http-") and not process["http"]:
-            raise ValueError("%s needs --http" % text.source)
+    values = resolve_process_settings(config, SETTINGS)
+    if not values["http"]:
+        for name, text in ChainMap(config.arguments, config.main).items():
+            if name.startswith("http-"):
+                raise ValueError("%s needs --http" % text.source)
     proxies = make_proxies(config)
-    if not proxies and not process["http"]:
+    if not proxies and not values["http"]:      # the file is an empty JSON list
         raise ValueError("%s defines no proxy: add one, or set --http to create them through "
                          "the API" % config.arguments["config"].text)
-    return prepare(proxies, process, "attached" in config.arguments)
+    return prepare(proxies, values, "attached" in config.arguments)
 
 
-def run_server(argv):
-    """Start a server for Toxiproxy's clients, which create and remove proxies while it runs.
-
-    It serves the proxies in --config (Toxiproxy's JSON, or an ini file of vaurien) and those
-    created through its API.
-    """
+def serve_command(argv):
+    """Return a function that runs `vaurien serve`: the control server, and the file's proxies."""
     config = read_arguments(argv, SERVE_SETTINGS, prog="vaurien serve",
-                            description=lambda: inspect.getdoc(run_server))
-    process = resolve_process(config, SERVE_SETTINGS)
-    process["http"] = True
-    return prepare(make_proxies(config, needs_one=False), process,
-                   "attached" in config.arguments)
+                            description=lambda: SERVE_DESCRIPTION)
+    values = resolve_process_settings(config, SERVE_SETTINGS)
+    values["http"] = True
+    return prepare(make_proxies(config, needs_one=False), values, "attached" in config.arguments)
 
 
-def resolve_process(config, settings):
+def resolve_process_settings(config, settings):
     """Return the values of the settings that apply to the whole process: {name: value}."""
     return resolve_settings(ChainMap(config.arguments, config.main), {
         name: setting for name, setting in settings.items() if setting.scope == "process"})
 
 
-def prepare(proxies, process, attached):
-    """Create the services, start the log, and return a function that serves them."""
+def prepare(proxies, values, attached):
+    """Create the services, start the log, and return a function that runs the services.
+
+    values      values of the settings that apply to the process: {name: value}
+    attached    see `serve`
+    """
     services = [proxies]
-    if process["http"]:
-        services.append(Control((process["http-host"], process["http-port"]), proxies,
-                                get_token(process["http-token"]), process["http-name"] or ()))
-    if process["statsd"]:
-        services.append(Statsd(process["statsd"], proxies))
-    start_log(process["log-level"], process["log-output"])
+    if values["http"]:
+        services.append(Control((values["http-host"], values["http-port"]), proxies,
+                                get_token(values["http-token"]), values["http-name"] or ()))
+    if values["statsd"]:
+        services.append(Statsd(values["statsd"], proxies))
+    start_log(values["log-level"], values["log-output"])
     return lambda: serve(services, attached)
 
 
-def get_token(text):
-    """Return the token of an option or of the environment, or None. Raises ValueError."""
-    token = (SourcedText("--http-token", text) if text else
+def get_token(option_text):
+    """Return the token of --http-token. If the option is not set, use the environment variable.
+
+    Returns None if neither is set. Raises ValueError.
+    """
+    token = (SourcedText("--http-token", option_text) if option_text else
              SourcedText(TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE)))
     return token.parse(check_token) if token.text else None
 
 
 def program_description():
-    """Return the first paragraphs of the module's docstring. Empty under -OO."""
+    """Return the module's docstring up to its first indented block. Empty under -OO."""
     return (__doc__ or "").partition("\n\n    ")[0]
 
 
 # -- Demo ---------------------------------------------------------------------
 #
 # `vaurien demo`: a backend, a proxy and clients in one process. Each client makes one request
-# on a connection of its own. A histogram shows the response times; below it, the requests that
-# met a fault are compared with those that did not.
+# on a connection of its own. The output is a histogram of the response times, and a comparison
+# of the requests that met a fault with the other ones.
 
 DEMO_BODY = b"Hello from the backend of the demo.\n" * 8
 DEMO_SECONDS = 1.5                  # the requests start at even intervals over this time
 DEMO_TIMEOUT = 3.0                  # seconds a client waits for a response
-DEMO_SETTINGS = derive_settings((), {
+DEMO_DESCRIPTION = """\
+Run a backend, a proxy and clients in one process. Each client makes one request through
+the proxy, and the handlers act on some of the requests. A histogram shows the response
+times."""
+DEMO_SETTINGS = derive_settings(scopes=(), changes={
     "behavior": {"default": "20:delay"},
     "seed": {"default": "2", "help": "the same seed gives the same faults"},
 })
-DEMO_SETTINGS["requests"] = Setting(("--requests",), "120", number_check(
-    int, "a whole number from 10 to 1000", lambda count: 10 <= count <= 1000), "N",
-    "number of requests to make", "process")
-# Response times: the upper limit of each bar but the last, and its label.
-TIME_LIMITS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
-TIME_LABELS = ("under 1 ms", "1 - 2 ms", "2 - 5 ms", "5 - 10 ms", "10 - 20 ms", "20 - 50 ms",
-               "50 - 100 ms", "100 - 200 ms", "200 - 500 ms", "0.5 - 1 s", "1 - 2 s", "2 - 5 s",
-               "over 5 s")
+DEMO_SETTINGS["requests"] = Setting(
+    ("--requests",), "120",
+    number_check(int, "a whole number from 10 to 1000", lambda count: 10 <= count <= 1000),
+    "N", "number of requests to make", "process")
 
-# client     address of the client, by which the proxy's fault records name it
-# began      start of the request, by time.time()
-# failure    how the request failed; "" if it did not
+# The bars of the histogram. Each one ends at its limit, in seconds; the last one has none.
+BAR_LIMITS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+BAR_LABELS = ("under 1 ms", "1 - 2 ms", "2 - 5 ms", "5 - 10 ms", "10 - 20 ms", "20 - 50 ms",
+              "50 - 100 ms", "100 - 200 ms", "200 - 500 ms", "0.5 - 1 s", "1 - 2 s", "2 - 5 s",
+              "over 5 s")
+HISTOGRAM_WIDTH = 70                # columns of a label and its bar together
+PROGRESS_WIDTH = 40                 # columns of the progress bar
+
+# The result of one request:
+#
+# client     the client's address, as the fault records of the proxy show it
+# began      when the request began, by time.time()
+# seconds    how long the request took
+# failure    why the request failed, or "" if it succeeded
 Outcome = namedtuple("Outcome", "client began seconds failure")
 
 
-def demo(argv):
-    """Show vaurien at work: a backend, a proxy in front of it, clients, and a histogram."""
+def demo_command(argv):
+    """Return a function that runs `vaurien demo`."""
     config = read_arguments(argv, DEMO_SETTINGS, prog="vaurien demo",
-                            description=lambda: demo.__doc__)
+                            description=lambda: DEMO_DESCRIPTION)
     values = resolve_settings(config.arguments, DEMO_SETTINGS)
-    count = values.pop("requests")
-    return lambda: run_demo(count, options=config.options, **values)
+    return lambda: run_demo(values["requests"], behavior=values["behavior"], seed=values["seed"],
+                            options=config.options)
 
 
-def run_demo(count, **kwargs):
-    """Make a number of requests through a Proxy with these arguments, and print the results."""
+def run_demo(count, **proxy_arguments):
+    """Make `count` requests through a Proxy with these arguments, and print the results.
+
+    Returns the exit status.
+    """
     if is_main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)   # SIGTERM acts like Ctrl-C
     backend = start_backend()
     try:
-        with Proxy(backend.server_address, **kwargs) as proxy:
+        with Proxy(backend.server_address, **proxy_arguments) as proxy:
             print("A backend on %s, and vaurien in front of it on 127.0.0.1:%d:\n"
                   "%s; seed %s.\n%d requests:\n"
                   % (format_address(backend.server_address), proxy.port, proxy.describe(),
                      proxy.seed, count), flush=True)
             outcomes = make_requests(proxy.port, count)
-            faulted = match_events(outcomes, proxy.events)
+            faults = match_faults(outcomes, proxy.events)
     finally:
         backend.shutdown()
         backend.server_close()
-    print("\n".join([*draw_histogram(outcomes), "", *summarize(outcomes, faulted)]))
+    print("\n".join([*format_histogram(outcomes), "", *summarize(outcomes, faults)]))
     return 0
 
 
 def start_backend():
-    """Start an HTTP server that replies to everything with DEMO_BODY. Returns the server."""
+    """Start an HTTP server that replies to each GET request with DEMO_BODY. Returns the server."""
     import http.server
     import socketserver
 
@@ -7620,7 +7738,7 @@ def start_backend():
         request_queue_size = 128
 
         def handle_error(self, request, client_address):
-            pass            # connections break on purpose here
+            pass            # the proxy breaks connections on purpose
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -7633,19 +7751,21 @@ def start_backend():
             pass
 
     backend = Backend(("127.0.0.1", 0), Handler)
-    threading.Thread(target=backend.serve_forever, args=(0.05,), daemon=True).start()
+    threading.Thread(target=backend.serve_forever, kwargs={"poll_interval": 0.05},
+                     daemon=True).start()
     return backend
 
 
 def make_requests(port, count):
-    """Make the requests, each in a thread, and return their outcomes."""
+    """Make `count` requests, each in a thread of its own. Returns a list of their Outcomes."""
     outcomes = []
     threads = [threading.Thread(target=lambda: outcomes.append(make_request(port)), daemon=True)
                for _ in range(count)]
     start = time.monotonic()
     try:
         for index, thread in enumerate(threads):
-            time.sleep(max(0, start + index * DEMO_SECONDS / count - time.monotonic()))
+            start_of_thread = start + index * DEMO_SECONDS / count
+            time.sleep(max(0, start_of_thread - time.monotonic()))
             thread.start()
             show_progress(len(outcomes), count)
         for thread in threads:
@@ -7653,16 +7773,18 @@ def make_requests(port, count):
                 thread.join(0.05)
                 show_progress(len(outcomes), count)
     finally:
-        print_over_line("")
+        print_over_line("")         # erase the progress bar
     return outcomes
 
 
 def show_progress(done, count):
-    print_over_line("[%-40s] %d/%d" % ("#" * (40 * done // count), done, count))
+    """Show on a terminal that `done` of `count` requests are done."""
+    bar = "#" * (PROGRESS_WIDTH * done // count)
+    print_over_line("[%-*s] %d/%d" % (PROGRESS_WIDTH, bar, done, count))
 
 
 def print_over_line(text):
-    """Replace the last line on stderr by a text, if stderr is a terminal."""
+    """Replace the current line of stderr by a text, if stderr is a terminal."""
     if sys.stderr is not None and sys.stderr.isatty():
         sys.stderr.write("\r%-60s\r" % text)
         sys.stderr.flush()
@@ -7672,7 +7794,8 @@ def make_request(port):
     """Make a GET request on a new connection, and return its Outcome."""
     import http.client
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEMO_TIMEOUT)
-    client, failure, began, start = "", "", time.time(), time.monotonic()
+    client, failure = "", ""
+    began, start = time.time(), time.monotonic()
     try:
         connection.connect()
         client = format_address(connection.sock.getsockname())
@@ -7686,77 +7809,100 @@ def make_request(port):
         failure = "connection closed"
     except (http.client.HTTPException, ValueError):
         failure = "a wrong answer"
-    except OSError as error:            # for example, no file descriptors
+    except OSError as error:            # for example, no free file descriptor
         failure = error.strerror or "no connection"
     finally:
         connection.close()
     return Outcome(client, began, time.monotonic() - start, failure)
 
 
-def match_events(outcomes, events):
-    """Return the requests that met a fault: {outcome: handler}.
+def match_faults(outcomes, records):
+    """Return the requests that met a fault: {Outcome: name of the handler}.
 
-    Times are compared too, because the system may give a client's port to a later client.
+    records    fault records of the proxy
+
+    Times are compared too, because the kernel may give a client's port to a later client.
     """
-    return {outcome: event.handler for outcome in outcomes for event in events
-            if event.client == outcome.client
-            and outcome.began <= event.time <= outcome.began + outcome.seconds}
+    faults = {}
+    for outcome in outcomes:
+        end = outcome.began + outcome.seconds
+        for record in records:
+            if record.client == outcome.client and outcome.began <= record.time <= end:
+                faults[outcome] = record.handler
+    return faults
 
 
-def draw_histogram(outcomes):
-    """Return lines with a bar for each range of response times, and for each kind of failure."""
-    answered = Counter(sum(outcome.seconds >= limit for limit in TIME_LIMITS)
-                       for outcome in outcomes if not outcome.failure)
-    rows = [(TIME_LABELS[index], answered[index])
-            for index in range(min(answered, default=0), max(answered, default=-1) + 1)]
-    rows += sorted(Counter(outcome.failure for outcome in outcomes if outcome.failure).items())
-    width = max(len(label) for label, _ in rows)
-    scale = min(1.0, (70 - width) / max(count for _, count in rows))
-    lines = ["answered in"] if answered else []
+def format_histogram(outcomes):
+    """Return the lines of the histogram.
+
+    There is a bar for each range of response times, and for each kind of failure. Ranges below
+    the shortest time and above the longest time are left out.
+    """
+    counts = Counter(bar_index(outcome.seconds) for outcome in outcomes if not outcome.failure)
+    failure_counts = Counter(outcome.failure for outcome in outcomes if outcome.failure)
+    rows = []
+    if counts:
+        rows += [(BAR_LABELS[index], counts[index])
+                 for index in range(min(counts), max(counts) + 1)]
+    rows += sorted(failure_counts.items())
+    label_width = max(len(label) for label, _ in rows)
+    longest_bar = max(count for _, count in rows)
+    columns_per_request = min(1.0, (HISTOGRAM_WIDTH - label_width) / longest_bar)
+    lines = ["answered in"] if counts else []
     for label, count in rows:
-        bar = "  %s %d" % ("#" * max(1, int(count * scale)), count) if count else ""
-        lines.append("  %*s%s" % (width, label, bar))
+        # Any count but 0 has a bar of one column at least.
+        bar = "#" * max(1, int(count * columns_per_request))
+        lines.append("  %*s%s" % (label_width, label, "  %s %d" % (bar, count) if count else ""))
     return lines
 
 
-def summarize(outcomes, faulted):
+def bar_index(seconds):
+    """Return the index of the bar that counts a response time."""
+    return sum(seconds >= limit for limit in BAR_LIMITS)
+
+
+def summarize(outcomes, faults):
     """Return sentences about the requests that met a fault, and about the other ones.
 
-    faulted    {outcome: handler}
+    faults    {Outcome: name of the handler} of the requests that met a fault
     """
-    unaffected = [outcome for outcome in outcomes if outcome not in faulted]
+    lines = []
+    unaffected = [outcome for outcome in outcomes if outcome not in faults]
     answered = [outcome for outcome in unaffected if not outcome.failure]
-    unexplained = [outcome for outcome in unaffected if outcome.failure]
-    usual_time = median_time(answered)
-    lines = ["%d of %d requests %s." % (
-        count, len(outcomes), summarize_fault(name, [
-            outcome for outcome in outcomes if faulted.get(outcome) == name], usual_time))
-        for name, count in sorted(Counter(faulted.values()).items())]
+    failed = [outcome for outcome in unaffected if outcome.failure]
+    normal_seconds = median_seconds(answered)
+    for handler_name in sorted(set(faults.values())):
+        affected = [outcome for outcome in outcomes if faults.get(outcome) == handler_name]
+        lines.append("%d of %d requests %s." % (
+            len(affected), len(outcomes), describe_fault(handler_name, affected, normal_seconds)))
     if answered:
         lines.append("%s %d were answered in %s at the median." % (
-            "The other" if faulted else "All", len(answered), format_seconds(usual_time)))
-    if unexplained:
-        lines.append("%d failed without a fault: %s."
-                     % (len(unexplained), unexplained[0].failure))
+            "The other" if faults else "All", len(answered), format_seconds(normal_seconds)))
+    if failed:
+        lines.append("%d failed without a fault: %s." % (len(failed), failed[0].failure))
     return lines
 
 
-def summarize_fault(name, outcomes, usual_time):
-    """Return what happened to the requests that met a fault, as the end of a sentence."""
-    failures = Counter(outcome.failure for outcome in outcomes if outcome.failure)
-    answered = [outcome for outcome in outcomes if not outcome.failure]
-    if usual_time and not failures:
-        return "were delayed (%s), by %s at the median" % (
-            name, format_seconds(max(0, median_time(answered) - usual_time)))
-    parts = ["%d x %s" % (count, failure) for failure, count in sorted(failures.items())]
+def describe_fault(handler_name, affected, normal_seconds):
+    """Return the end of a sentence that begins with the number of the affected requests.
+
+    affected          Outcomes of the requests on which the handler acted
+    normal_seconds    median time of the other requests, or 0 if none of them was answered
+    """
+    failure_counts = Counter(outcome.failure for outcome in affected if outcome.failure)
+    answered = [outcome for outcome in affected if not outcome.failure]
+    if normal_seconds and not failure_counts:
+        delay = max(0, median_seconds(answered) - normal_seconds)
+        return "were delayed (%s), by %s at the median" % (handler_name, format_seconds(delay))
+    parts = ["%d x %s" % (count, failure) for failure, count in sorted(failure_counts.items())]
     if answered:
         parts.append("%d x answered, in %s at the median"
-                     % (len(answered), format_seconds(median_time(answered))))
-    return "met %s: %s" % (name, ", ".join(parts))
+                     % (len(answered), format_seconds(median_seconds(answered))))
+    return "met %s: %s" % (handler_name, ", ".join(parts))
 
 
-def median_time(outcomes):
-    """Return the median of the outcomes' seconds, or 0.0 if there are none."""
+def median_seconds(outcomes):
+    """Return the median time of requests, or 0.0 if there are none."""
     import statistics
     return statistics.median_high(outcome.seconds for outcome in outcomes) if outcomes else 0.0
 
@@ -7767,30 +7913,39 @@ def format_seconds(seconds):
 
 # -- vaurienctl ---------------------------------------------------------------
 #
-# Client's methods as commands: `vaurienctl`, or `vaurien ctl` where only this file is installed.
-# To add an action: a line in CTL. Its function takes the Client and the arguments of the command
-# line, and returns the text to print, if any.
+# The command `vaurienctl`: each action calls a method of Client. If only this file is installed,
+# the command is `vaurien ctl`.
+#
+# To add an action, add its name and a function to CTL_ACTIONS. The function takes a Client and
+# the arguments of the action. It returns the text to print, or None.
 
 CTL_EXAMPLES = """\
 examples:
-  vaurienctl list-handlers
-  vaurienctl get-handler
-  vaurienctl set-handler blackout
+  vaurienctl list-handlers               print the names of all handlers
+  vaurienctl get-handler                 print the name of the active handler
+  vaurienctl set-handler blackout        set the active handler
   vaurienctl set-handler delay sleep=2 percent=20
-  vaurienctl events
-  vaurienctl connections
-  vaurienctl backend
-  vaurienctl backend localhost:6379"""
+  vaurienctl events                      print the fault records, as JSON
+  vaurienctl connections                 print the open connections, as JSON
+  vaurienctl backend                     print the address of the backend
+  vaurienctl backend localhost:6379      change the backend of new connections
+
+list-behaviors, get-behavior and set-behavior are other names of the handler actions."""
 
 
-def ctl_set(client, name, *fields):
-    """Set the handler. The server knows the types of the fields."""
-    client.ask("PUT", "/behavior", dict(parse_fields(fields), name=name))
+def ctl_set_handler(client, name, *fields):
+    """Set a handler, with options and rule fields as NAME=VALUE. Returns the text to print."""
+    # The values stay text, because only the server knows their types. The fields cannot be
+    # keyword arguments of client.set_handler, because the user may pass the NAME `self`.
+    client.request("PUT", "/behavior", dict(parse_assignments(fields), name=name))
     return "Handler changed to \"%s\"" % name
 
 
-def parse_fields(texts):
-    """Return {name: value} of NAME=VALUE texts. Raises ValueError."""
+def parse_assignments(texts):
+    """Return {name: value} of NAME=VALUE texts. Raises ValueError.
+
+    `name` is refused, because the handler's own name is sent under this key.
+    """
     fields = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -7801,52 +7956,68 @@ def parse_fields(texts):
 
 
 def ctl_backend(client, backend=None):
+    """Set the backend, if one is given. Returns the backend."""
     if backend:
         client.set_backend(backend)
     return client.get_backend()
 
 
-CTL = OrderedDict((
+CTL_ACTIONS = OrderedDict((
     ("list-handlers", lambda client: ", ".join(client.list_handlers())),
-    ("get-handler", Client.get_handler), ("set-handler", ctl_set),
+    ("get-handler", Client.get_handler),
+    ("set-handler", ctl_set_handler),
     ("list-behaviors", lambda client: ", ".join(client.list_behaviors())),
-    ("get-behavior", Client.get_behavior), ("set-behavior", ctl_set),
+    ("get-behavior", Client.get_behavior),
+    ("set-behavior", ctl_set_handler),
     ("events", lambda client: "\n".join(map(json.dumps, client.events()))),
     ("connections", lambda client: "\n".join(map(json.dumps, client.connections()))),
-    ("backend", ctl_backend)))
+    ("backend", ctl_backend),
+))
 
 
-def ctl(argv):
-    """Control a proxy that was started with --http."""
-    parser = Parser({}, prog="vaurienctl", description=ctl.__doc__, epilog=CTL_EXAMPLES)
-    parser.add_argument("action", choices=list(CTL), metavar="ACTION", help=", ".join(CTL))
+def ctl_parser():
+    """Return the parser of vaurienctl's command line."""
+    parser = Parser({}, prog="vaurienctl", epilog=CTL_EXAMPLES,
+                    description="Control a proxy that was started with --http.")
+    parser.add_argument("action", choices=list(CTL_ACTIONS), metavar="ACTION",
+                        help=", ".join(CTL_ACTIONS))
     parser.add_argument("args", nargs="*", metavar="ARGUMENT", default=[],
-                        help="for set-handler and set-behavior, a handler and NAME=VALUE for each "
-                             "option or rule field; for backend, the new HOST:PORT")
+                        help="set-handler and set-behavior: a handler, and NAME=VALUE for each "
+                             "option or rule field; backend: the new HOST:PORT")
     parser.add_argument("--host", default="http://localhost:8080", metavar="URL",
                         help="URL of the control server (default: http://localhost:8080)")
     parser.add_argument("--http-token", metavar="TOKEN", default=None,
                         help="token of the control server (default: $%s)" % TOKEN_VARIABLE)
     parser.add_argument("--proxy", metavar="NAME", default=None,
                         help="name of the proxy (default: the first one)")
-    # argparse counts arguments that stand behind an option as unknown.
-    options, rest = parser.parse_known_args(argv)
-    for text in rest:
+    return parser
+
+
+def ctl_command(argv):
+    """Return a function that runs an action of vaurienctl."""
+    parser = ctl_parser()
+    # argparse reports an argument of the action as unknown if it follows an option.
+    options, unknown = parser.parse_known_args(argv)
+    for text in unknown:
         if text.startswith("-"):
             parser.error("unrecognized arguments: %s" % text)
     host, port, scheme = SourcedText("--host", options.host).parse(parse_host)
     client = Client(host, port, scheme, options.proxy, get_token(options.http_token))
-    function, args = CTL[options.action], [*options.args, *rest]
+    function, args = CTL_ACTIONS[options.action], [*options.args, *unknown]
     try:
         inspect.signature(function).bind(client, *args)  # type: ignore
-        parse_fields(args[1:])
+        # Only set-handler and set-behavior accept more than one argument: NAME=VALUE texts.
+        parse_assignments(args[1:])
     except (TypeError, ValueError) as error:
         raise ValueError("%s: %s (see vaurienctl --help)" % (options.action, error)) from None
     return lambda: run_action(function, client, args)
 
 
 def run_action(function, client, args):
-    """Call the function, print its result or its error, and return the exit status."""
+    """Call the function of an action, and print its result or its error.
+
+    Returns the exit status.
+    """
     server = format_address((client.host, client.port))
     try:
         text = function(client, *args)
@@ -7864,7 +8035,7 @@ def run_action(function, client, args):
 def parse_host(text):
     """Parse SCHEME://HOST:PORT into (host, port, scheme). Raises ValueError.
 
-    The scheme, the host and the port may be left out.
+    Each part may be left out. The defaults are http, localhost and 8080.
     """
     scheme, _, address = text.rpartition("://")
     address = address.rstrip("/")
@@ -7880,24 +8051,25 @@ def parse_host(text):
 #
 # The program: it chooses the command, runs it, and prints errors in one line.
 
-COMMANDS = {"serve": run_server, "demo": demo, "ctl": ctl}
+COMMANDS = {"serve": serve_command, "demo": demo_command, "ctl": ctl_command}
 
 
 def main(argv=None):
     """Run a command line. Returns the exit status: 0, 1 for a network error, 2 for bad input."""
     open_standard_fds()
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
     attached = "--attached" in argv
     try:
-        command = COMMANDS[argv.pop(0)] if argv and argv[0] in COMMANDS else run
+        command = COMMANDS[argv.pop(0)] if argv and argv[0] in COMMANDS else proxy_command
         try:
-            job = command(argv)
+            run = command(argv)
         except ValueError as error:
             return print_error(error, 2, attached)
-        return job()
+        return run()
     except KeyboardInterrupt:
         return 0
-    except BrokenPipeError:             # without this, Python's flush at exit fails as well
+    except BrokenPipeError:
+        # The reader of stdout has closed it. Python flushes stdout at exit, which would fail too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -7907,18 +8079,18 @@ def main(argv=None):
 def open_standard_fds():
     """Open /dev/null in place of a closed stdin, stdout or stderr.
 
-    Otherwise a socket would get its descriptor, and receive the program's output.
+    Otherwise a socket would get the descriptor, and the program's output would go to its peer.
     """
     fd = 0
-    while fd <= 2:
+    while fd <= 2:          # open returns the lowest free descriptor: 0, 1 or 2 if it is closed
         fd = os.open(os.devnull, os.O_RDWR)
     os.close(fd)
 
 
 def print_error(message, status, attached=False):
-    """Print an error in one line and return the status.
+    """Print an error in one line on stderr. Returns the status.
 
-    attached    whether to print it on stdout too, which the supervisor reads
+    attached    whether to print the error on stdout too, which the supervisor reads
     """
     text = escape_control_chars(" ".join(str(message).split()))
     print_safe("vaurien: %s" % text, sys.stderr)
@@ -7928,7 +8100,7 @@ def print_error(message, status, attached=False):
 
 
 def print_safe(text, file):
-    """Print a text, with characters escaped that the file's encoding lacks."""
+    """Print a text. Characters that the file's encoding lacks are escaped."""
     if file is None:                    # the stream was closed when Python started
         return
     encoding = getattr(file, "encoding", None) or "ascii"
@@ -7940,8 +8112,8 @@ def main_ctl():
     return main(["ctl", *sys.argv[1:]])
 
 
-# Makes `from vaurien.handlers import BaseHandler` work although vaurien is a single module, and
-# whatever name it was imported under.
+# `from vaurien.handlers import BaseHandler` must work although vaurien is a single module. The
+# module may be imported under another name, so __name__ is used.
 handlers = types.ModuleType(__name__ + ".handlers", "The class form of a handler.")
 handlers.BaseHandler = BaseHandler      # type: ignore
 sys.modules[handlers.__name__] = handlers
