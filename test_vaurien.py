@@ -4072,7 +4072,7 @@ class TestBlockingHandlers(unittest.TestCase):
 
 
 def no_body():
-    """Return the empty body of a request: for the argument `read_body` of handle_request."""
+    """Return the empty body of a request. Tests pass this function as `read_body`."""
     return b""
 
 
@@ -4096,7 +4096,7 @@ def http_status(response):
 
 
 class TestRoutes(unittest.TestCase):
-    """Each route of the control API as a function of a request; no HTTP is involved."""
+    """Each route of the control API, called as a function: no HTTP is involved."""
 
     def setUp(self):
         stack = contextlib.ExitStack()
@@ -4750,7 +4750,8 @@ class TestAccess(TempDirTestCase):
         def is_closed_after_another_byte(sock):
             try:
                 sock.sendall(b"x")
-                return select.select([sock], [], [], 0.02)[0] and not sock.recv(65536)
+                readable, _, _ = select.select([sock], [], [], 0.02)
+                return readable and not sock.recv(65536)
             except ConnectionError:
                 return True
 
@@ -4789,7 +4790,7 @@ class TestAccess(TempDirTestCase):
 class ToxiproxyTestCase(unittest.TestCase):
     """Base class of the tests that control proxies with Toxiproxy's HTTP API."""
 
-    EMPTY_EOF = Received(0, hashlib.sha1().hexdigest(), "eof")      # the peer has only closed
+    EMPTY_EOF = Received(0, hashlib.sha1().hexdigest(), "eof")      # the peer closes without data
 
     def setUp(self):
         self.stack = contextlib.ExitStack()
@@ -4880,7 +4881,7 @@ class ToxiproxyTestCase(unittest.TestCase):
     def wait_for_backends(self):
         """Wait until proxy p has connected each client to the backend. Returns the proxy.
 
-        It must have a client.
+        The proxy must have at least one client.
         """
         proxy = self.proxies["p"]
         wait_until(lambda: proxy.connections and all(
@@ -5289,7 +5290,7 @@ class TestToxiproxyApi(ToxiproxyTestCase):
         self.request("PUT", "/proxies/p/toxics", toxics)
         self.assertEqual(read_exactly(sock, 8), b"question")
         sock.sendall(b"question")
-        self.assertEqual(read_until_close(sock).size, 2)       # limit_data has counted the first 8 bytes
+        self.assertEqual(read_until_close(sock).size, 2)      # 10 minus the 8 bytes before
 
     def test_invalid_changes_of_a_toxic_are_refused(self):
         self.create_proxy()
@@ -5768,7 +5769,7 @@ class TestDefects(ToxiproxyTestCase):
         self.request("PATCH", "/proxies/p/toxics/limit_data_downstream",
                      {"attributes": {"bytes": 12}})
         sock.sendall(b"question")
-        self.assertEqual(read_until_close(sock).size, 4)       # the limit of 12 minus 8
+        self.assertEqual(read_until_close(sock).size, 4)       # 12 minus the 8 bytes before
 
     def test_a_toxic_is_removed_while_the_client_does_not_read(self):
         """#88, #159, #210, #412, #500, #558: Toxiproxy's API hangs for 25 s or without end."""
@@ -5810,7 +5811,7 @@ class TestDefects(ToxiproxyTestCase):
                 wait_until(lambda: not proxy.connections)
 
     def test_attributes_that_crash_toxiproxy_are_harmless(self):
-        """#178, #541, #770. A bandwidth of rate -1, which also crashes it, is refused."""
+        """#178, #541, #770. This server refuses a rate of -1, at which Toxiproxy crashes, too."""
         port = self.create_proxy()
         for type_, attributes in [
                 ("slicer", {}),
@@ -6075,31 +6076,33 @@ class TestStartProxy(TempDirTestCase):
                 for _ in range(30):
                     send_and_read(sock, b"question")
 
-    def test_handlers_import_a_vendored_copy_under_both_names(self):
-        """A handler can import the copy as `vaurien` and as `pack.chaos`.
+    VENDORED_HANDLERS = """
+        from vaurien import EOF
+        from pack.chaos.handlers import BaseHandler
 
-        The folder pack is not on sys.path: pack/logging.py must not replace `logging`.
+        class Super(BaseHandler):
+            name = "super"
+
+            def __call__(self, client_sock, backend_sock, to_backend):
+                data = self._get_data(client_sock, backend_sock, to_backend)
+                (backend_sock if to_backend else client_sock).sendall(data.upper())
+
+        def late_end(state, t, to, data):
+            if data is EOF:
+                yield t, to, b"the end"
+            yield t, to, data
+    """
+
+    def test_handlers_import_a_vendored_copy_under_both_names(self):
+        """Handlers import the copy pack/chaos.py as `vaurien` and as `pack.chaos`.
+
+        pack/logging.py must not replace the standard module `logging`.
         """
         os.makedirs("pack")
         shutil.copy(FILE, "pack/chaos.py")
         self.write("pack/__init__.py", "")
         self.write("pack/logging.py", "")
-        self.write("pack/mine.py", textwrap.dedent("""
-            from vaurien import EOF
-            from pack.chaos.handlers import BaseHandler
-
-            class Super(BaseHandler):
-                name = "super"
-
-                def __call__(self, client_sock, backend_sock, to_backend):
-                    data = self._get_data(client_sock, backend_sock, to_backend)
-                    (backend_sock if to_backend else client_sock).sendall(data.upper())
-
-            def late_end(state, t, to, data):
-                if data is EOF:
-                    yield t, to, b"the end"
-                yield t, to, data
-            """))
+        self.write("pack/mine.py", textwrap.dedent(self.VENDORED_HANDLERS))
         program = textwrap.dedent("""
             from pack import chaos
             pid = chaos.start_proxy(port=%d, proxy_port=%d, http_port=%d, log_output="v.log",
@@ -6118,7 +6121,7 @@ class TestStartProxy(TempDirTestCase):
                         self.assertEqual(read_exactly(sock, 8), reply)
                         if name == "late_end":
                             sock.shutdown(socket.SHUT_WR)
-                            ends = b"the end" * 2       # of the request, echoed; of the reply
+                            ends = b"the end" * 2       # one for each direction
                             self.assertEqual(read_exactly(sock, len(ends)), ends)
                     parent.kill()
 
@@ -6676,14 +6679,14 @@ class TestProcess(TempDirTestCase):
         return process.returncode, out, err
 
     def read_listening_ports(self, process):
-        """Read the next line of the log, "listening on ... for ...". Returns the ports."""
+        """Read the next line of the log, "listening on ... for ...". Returns its ports."""
         line = process.stderr.readline()
         self.assertIn("listening on", line)
         addresses, _, _ = line.partition(" for ")
         return [int(port) for port in re.findall(r"(?:127\.0\.0\.1|\]):(\d+)", addresses)]
 
     def check_one_request_and_stop(self, signum):
-        """Start a proxy, send one request, and stop the proxy with this signal of the system."""
+        """Start a proxy, send one request, and stop the proxy with this OS signal."""
         with backend_server(echo) as (backend_port, _):
             process = self.start("--local", "localhost:0",
                                  "--distant", "localhost:%d" % backend_port,
@@ -6788,7 +6791,8 @@ class TestProcess(TempDirTestCase):
     def test_help_without_docstrings(self):
         process = subprocess.Popen([sys.executable, "-OO", FILE, "--help"],
                                    stdout=subprocess.PIPE)
-        self.assertIn(b"--handlers.delay.sleep", process.communicate(timeout=TIMEOUT)[0])
+        out, _ = process.communicate(timeout=TIMEOUT)
+        self.assertIn(b"--handlers.delay.sleep", out)
         self.assertEqual(process.returncode, 0)
 
     def test_a_users_handler_imports_the_running_module(self):
@@ -6805,7 +6809,8 @@ class TestProcess(TempDirTestCase):
         with backend_server(lambda sock: sock.sendall(read_exactly(sock, 8))) as (port, _):
             process = self.start("--local", "127.0.0.1:0", "--distant", "127.0.0.1:%d" % port,
                                  "--behavior", "100:mine.late_end")
-            with contextlib.closing(connect(self.read_listening_ports(process)[0])) as sock:
+            proxy_port, = self.read_listening_ports(process)
+            with contextlib.closing(connect(proxy_port)) as sock:
                 sock.sendall(b"question")
                 reply = b"question" + b"the end"
                 self.assertEqual(read_exactly(sock, len(reply)), reply)
@@ -6822,8 +6827,9 @@ class TestProcess(TempDirTestCase):
             with self.subTest(process.args):
                 self.assertEqual((process.returncode, err), (0, ""))
                 self.assertLessEqual(max(map(len, out.splitlines())), 80)
-        self.check_output_with_delays(outputs[0])
-        self.check_output_with_failures(outputs[1])
+        output_with_delays, output_with_failures = outputs
+        self.check_output_with_delays(output_with_delays)
+        self.check_output_with_failures(output_with_failures)
 
     def check_output_with_delays(self, out):
         """Check the output of the demo: some of the 60 requests were delayed by 0.3 s."""
@@ -6879,7 +6885,8 @@ class TestCtl(unittest.TestCase):
             self.assertIn('"handler": "delay"', out)
             backend = vaurien.format_address(proxy.backend)
             self.assertEqual(self.run_ctl(client, "backend"), (0, backend, ""))
-            self.assertEqual(self.run_ctl(client, "backend", "localhost:9"), (0, "localhost:9", ""))
+            self.assertEqual(self.run_ctl(client, "backend", "localhost:9"),
+                             (0, "localhost:9", ""))
 
     def test_errors(self):
         with proxy_with_control() as (_, client):
@@ -7082,7 +7089,7 @@ class TestReadme(unittest.TestCase):
 class TestFloods(unittest.TestCase):
     """Buffered bytes have a limit under any load, and nothing leaks."""
 
-    # {handler: {option: value}}, so that the handler delays or forwards all bytes of the flood.
+    # Options with which a handler delays or forwards all bytes: {handler: {option: value}}
     OPTIONS = {
         "latency": {"latency": 3600000},
         "bandwidth": {"rate": 1},
@@ -7285,16 +7292,19 @@ class TestDescriptors(TempDirTestCase):
             wait_until(lambda: "trying again" in read_text(log_path))
             accepted = self.wait_for_replies(socks)
             waiting = [sock for sock in socks if sock not in accepted]
-            for sock in accepted:           # accepted connections work while the others wait
+            # The accepted connections work while the rest of them wait.
+            for sock in accepted:
                 self.assertEqual(read_exactly(sock, 8), b"question")
                 send_and_read(sock, b"again")
             self.assertTrue(10 < len(accepted) < 40, len(accepted))
-            self.assertEqual(select.select(waiting[-5:], [], [], 0.1)[0], [])
+            readable, _, _ = select.select(waiting[-5:], [], [], 0.1)
+            self.assertEqual(readable, [])
             cpu_used = cpu_seconds(process.pid) - cpu_start
             self.assertLess(cpu_used, 0.5 * (time.monotonic() - start))     # no busy loop
             for sock in accepted:
                 sock.close()
-            for sock in waiting:            # each of them is accepted in the end
+            # The proxy now accepts the waiting connections.
+            for sock in waiting:
                 self.assertEqual(read_exactly(sock, 8), b"question")
                 sock.close()
             log = read_text(log_path)
@@ -7305,11 +7315,11 @@ class TestDescriptors(TempDirTestCase):
 
     @staticmethod
     def wait_for_replies(socks):
-        """Return the sockets that receive a reply. Ends when no further one does for 0.2 s."""
+        """Wait for replies until none has arrived for 0.2 s. Returns the sockets with a reply."""
         with_reply = []
         while True:
-            readable = select.select([sock for sock in socks if sock not in with_reply],
-                                     [], [], 0.2)[0]
+            without_reply = [sock for sock in socks if sock not in with_reply]
+            readable, _, _ = select.select(without_reply, [], [], 0.2)
             if not readable:
                 return with_reply
             with_reply += readable
@@ -7454,7 +7464,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
             for index in range(10):
                 send_and_read(sock, random_data(1 + index * 1000))
         process.terminate()
-        err = process.communicate(timeout=TIMEOUT)[1]
+        _, err = process.communicate(timeout=TIMEOUT)
         self.assertEqual(process.returncode, 0, err)
         self.assertNotIn(b"Traceback", err)
 
@@ -7467,7 +7477,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
                     self.check(port, process)
 
     def test_the_program_works_outside_the_main_thread(self):
-        """Python lets only the main thread set handlers for signals of the system."""
+        """Python lets only the main thread set handlers of OS signals."""
         with backend_server(echo) as (backend_port, _):
             port, loops = unused_port(), []
 
@@ -7483,7 +7493,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
                 thread.start()
                 wait_until(lambda: loops)
                 loop, = loops
-                # Watched are then the loop's wakeup socket and the listener.
+                # The loop then watches its wakeup socket and the listener.
                 wait_until(lambda: len(loop.watched) == 2)
                 with contextlib.closing(connect(port)) as sock:
                     send_and_read(sock, b"question")
@@ -7569,9 +7579,9 @@ class TestUnusualInput(TempDirTestCase):
                 b"Content-Length: %d\r\n"
                 b"\r\n")
         for body in b"[" * 100000, b"{", b'{"x": 1}':
-            def serve(sock, response=head % len(body) + body):
+            def serve(sock):
                 sock.recv(65536)
-                sock.sendall(response)
+                sock.sendall(head % len(body) + body)
 
             with self.subTest(body[:10]), backend_server(serve) as (port, _):
                 host = "127.0.0.1:%d" % port
@@ -7586,7 +7596,7 @@ class TestUnusualInput(TempDirTestCase):
             self.assertEqual(client.get_handler(), "dummy")
             with self.assertRaisesRegex(ValueError, "scheme must be http or https"):
                 vaurien.Client(scheme="https").get_handler()
-            http.client.HTTPSConnection = None      # the patch can only restore an existing attribute
+            http.client.HTTPSConnection = None      # without ssl, the patch deletes this attribute
 
 
 class TestEnvironmentChanges(unittest.TestCase):
@@ -7696,9 +7706,9 @@ class TestHypothesis(unittest.TestCase):
                     continue
                 parser = protocol()
                 for framer in parser.request_framer, parser.reply_framer:
-                    boundaries = framer.feed(data, len(data))
-                    self.assertTrue(all(0 <= offset <= len(data) for offset, _ in boundaries),
-                                    name)
+                    with contextlib.suppress(vaurien.ProtocolError):
+                        for offset, _ in framer.feed(data, len(data)):
+                            self.assertTrue(0 <= offset <= len(data), name)
 
         self.call_with_examples(check, self.strategies.binary(max_size=300))
 
@@ -7822,7 +7832,7 @@ class TestFuzz(TempDirTestCase):
                     self.assertIn("closed for the test", response.text)
         common = {400, 403, 404, 405}
         self.assertEqual(common - statuses, set())
-        self.assertTrue(statuses - common - {200})      # there were others, too
+        self.assertTrue(statuses - common - {200})      # there is at least one other
 
 
 # -- Soak -----------------------------------------------------------------------
@@ -7852,7 +7862,7 @@ CUTTING_TOXICS = {
     "limit_data": {"bytes": 100000},
 }
 ONE_OR_MORE = ("rate", "average_size")      # attributes that cannot be 0
-BOTH_STREAMS = ("blackout", "abort", "hang", "delay", "dummy")      # toxics with stream "both"
+BOTH_STREAMS = ("blackout", "abort", "hang", "delay", "dummy")      # their stream is "both"
 SOAK_DATA_MAX = 1 << 21             # bytes of one direction of a conversation
 
 # The data that a peer sends, whether it resets the connection afterwards, its random numbers
@@ -7860,7 +7870,7 @@ SoakPlan = namedtuple("SoakPlan", "data resets rng")
 
 
 class SoakProxy(vaurien.Proxy):
-    """A proxy that keeps the faults and the reason of the close of each closed connection."""
+    """A proxy that keeps for each closed connection its faults and why it was closed."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -7881,7 +7891,7 @@ class SoakPeer:
         self.received = bytearray()
         self.sent = 0                   # bytes of the data
         self.write_closed = False
-        self.paused_until = 0.0         # no bytes are sent before
+        self.paused_until = 0.0         # time before which no bytes are sent
 
     def run(self):
         """Send and receive until the connection ends. Returns the ending.
@@ -7904,7 +7914,7 @@ class SoakPeer:
     def exchange(self):
         """Send and receive until the other peer closes, or this one resets the connection.
 
-        Returns the ending, as `run` does. Raises OSError if the other peer resets.
+        Returns "eof", "reset" or "timeout". Raises OSError if the other peer resets.
         """
         while True:
             paused = not self.write_closed and time.monotonic() < self.paused_until
@@ -7945,7 +7955,8 @@ class SoakPeer:
 class Soak:
     """Conversations in several threads through a proxy whose toxics change all the time.
 
-    count     {"conversations", "bytes", "chains", "cut" or "reset": how many there were}
+    count     {"conversations": count, "bytes": count received, "chains": count of changes,
+              "cut" and "reset": count of conversations that a fault or a peer has ended}
     errors    a sentence for each error; the first one stops the run
     """
 
@@ -8010,8 +8021,9 @@ class Soak:
         is_prefix = sent.startswith(received) and ending != "timeout"
         if is_complete or (is_prefix and not whole):
             return None
-        difference = next((offset for offset, (received_byte, sent_byte)
-                           in enumerate(zip(received, sent)) if received_byte != sent_byte), "none")
+        differences = (offset for offset, (received_byte, sent_byte)
+                       in enumerate(zip(received, sent)) if received_byte != sent_byte)
+        difference = next(differences, "none")
         return "received %d of %d bytes (%s, first difference at %s)" % (
             len(received), len(sent), ending, difference)
 
@@ -8165,7 +8177,7 @@ class TestToxiproxyClients(ToxiproxyTestCase):
         with self.assertRaises(exceptions.NotFound):
             proxy.destroy()
 
-    # The arguments are the URL of the control server and the address of the backend.
+    # The arguments of this script are the URL of the control server and the backend's address.
     NODE_SCRIPT = """
         const assert = require("assert");
         const {Toxiproxy} = require("toxiproxy-node-client");
@@ -8363,7 +8375,8 @@ class RealServerTests:
 
     def test_queries_and_a_large_value_pass_in_the_servers_protocol(self):
         data = random_data(self.framed_value_size, 7)
-        for behavior in "100:dummy", "0:hang":      # no rule; one that is never drawn
+        # Without a rule, and with a rule that is never drawn
+        for behavior in "100:dummy", "0:hang":
             with self.subTest(behavior):
                 client = self.connect_client(self.start_proxy(behavior, self.protocol))
                 for value in range(200):
@@ -8565,7 +8578,7 @@ class TestRedis(RealServerTests, unittest.TestCase):
                 pipeline.set("n%d" % index, index)
             results = pipeline.execute(raise_on_error=False)
         failed = [index for index, result in enumerate(results) if isinstance(result, Exception)]
-        # FLUSHALL and others came before the pipeline, whose first command has this number.
+        # Other commands precede the pipeline. This is the number of its first command.
         first_request = min(event.request for event in proxy.events) - failed[0]
         self.assertEqual([event.request - first_request for event in proxy.events], failed)
         self.assertTrue(5 < len(failed) < 40)
