@@ -843,27 +843,26 @@ def check_handler(path, function):
 
 # -- Protocols ----------------------------------------------------------------
 #
-# A protocol finds requests in the client's bytes and replies in the backend's bytes, and it
-# knows the replies of a real server that fails. It only reads the bytes that pass, and it
-# knows no sockets, clocks or threads.
+# A protocol finds the requests in the client's bytes and the replies in the backend's bytes,
+# and it makes the error replies of a failing server. It uses no sockets, clocks or threads.
 #
-# A protocol has two readers, `requests` and `replies`: generators that a Framer drives. A
-# reader yields what it needs next, and the boundaries that it finds:
+# A protocol has two readers, `requests` and `replies`. Both are generators that a Framer
+# drives. A reader yields the input that it needs next, or a boundary that it has found:
 #
 #   an int              skip this many bytes
 #   NeedBytes(count)    receive this many bytes, as the value of the yield
 #   SkipUntil(marker)   skip all bytes up to the end of the marker
 #   a pattern           receive the bytes up to the end of its first match, HEAD_MAX at most
 #   a Request           the bytes since the last END_OF_MESSAGE are the head of this request
-#   CONTINUATION        the bytes since the last END_OF_MESSAGE continue the request before
-#   END_OF_MESSAGE      a request, or a reply, ends here
+#   CONTINUATION        the bytes since the last END_OF_MESSAGE belong to the previous request
+#   END_OF_MESSAGE      a request or a reply ends here
 #
-# ProtocolError means that the bytes are not, or no longer, of the protocol. The connection
-# then continues as tcp.
+# A reader raises ProtocolError at bytes that are not of the protocol, or that begin another
+# protocol such as TLS. The connection then continues as tcp.
 #
-# The Framer hands each boundary to the ProtocolChain, which applies it to the queue of
-# exchanges before the reader continues. So a reader may look at the queue (`exchanges`,
-# `awaited`, `current_request`), and never changes it. It may set `replies` of a Request.
+# The Framer hands each boundary to the ProtocolChain, which updates the queue of exchanges
+# before the reader continues. A reader may look at this queue (`exchanges`, `awaited`,
+# `current_request`) and set `name` and `replies` of its Requests. It never changes the queue.
 #
 # The smallest protocol: one line is a request, one line is its reply.
 #
@@ -884,7 +883,7 @@ def check_handler(path, function):
 #                 yield LINE
 #                 yield END_OF_MESSAGE
 
-PROTOCOLS = OrderedDict((("tcp", None),))       # {name: class}
+PROTOCOLS = OrderedDict((("tcp", None),))       # {name: subclass of Protocol, or None}
 END_OF_MESSAGE = Signal("END_OF_MESSAGE")       # also an event for handlers; it is never sent
 CONTINUATION = Signal("CONTINUATION")
 LINE = re.compile(rb"\n")
@@ -894,7 +893,7 @@ UNLIMITED = 1 << 62             # skip all further bytes
 
 
 def protocol(class_):
-    """Register a protocol under its own name, in lower case."""
+    """Register a Protocol class under its name in lower case, and return the class."""
     PROTOCOLS[class_.__name__.lower()] = class_
     return class_
 
@@ -906,7 +905,7 @@ class NeedBytes(int):
 class SkipUntil:
     """A reader yields this to skip all input up to the end of the next marker.
 
-    tail    the last bytes before, in case the marker begins in them
+    tail    the last bytes before the input: the marker may begin in them
     """
 
     __slots__ = ("marker", "tail")
@@ -923,10 +922,11 @@ class Request:
     """A request of a protocol, known as soon as its head is complete.
 
     text           the bytes in which `match` searches
-    name           its command, in capitals
+    name           its command: text, or the command byte of MySQL
     replies        whether the backend replies to it
-    info           further data for its protocol
-    independent    whether rules are drawn for it; otherwise it shares those of the last one
+    info           data that the protocol keeps until the reply; each protocol defines its own
+    independent    whether rules are drawn for it; otherwise the active rules of the previous
+                   request stay active
     """
 
     __slots__ = ("text", "name", "replies", "info", "independent")
@@ -937,11 +937,12 @@ class Request:
 
 
 class Reply(namedtuple("Reply", "data closes substitute")):
-    """An error reply to a request.
+    """An error reply to a request, or to a client that connects.
 
-    data          the bytes sent in the backend's place
-    closes        whether the connection is closed then
-    substitute    the bytes that the backend gets in place of the request, if it must know
+    data          the bytes that the client gets
+    closes        whether the connection is closed after them
+    substitute    the bytes that the backend gets in place of the request. If they are empty,
+                  the backend gets nothing
     """
 
     __slots__ = ()
@@ -950,18 +951,21 @@ class Reply(namedtuple("Reply", "data closes substitute")):
         return super().__new__(cls, data, closes, substitute)
 
 
+NO_REPLY = Reply(b"")       # the event is dropped, and the client gets nothing for it
+
+
 class Framer:
     """Finds the boundaries of requests, or of replies, in the bytes of one direction.
 
-    awaiting       what the reader yielded last
-    buffered       bytes that it needs, as far as they have arrived
-    at_boundary    whether all bytes so far were complete messages
+    awaiting       the last value that the reader yielded
+    buffered       the bytes for `awaiting` that have arrived, until all of them are there
+    at_boundary    whether all bytes so far belong to complete messages
     """
 
     __slots__ = ("reader", "parse_whole", "awaiting", "buffered", "at_boundary")
 
     def __init__(self, reader, parse_whole=lambda data: None):
-        self.parse_whole = parse_whole      # see Protocol.parse_whole_request
+        self.parse_whole = parse_whole      # Protocol.parse_whole_request or parse_whole_reply
         self.restart(reader)
 
     def restart(self, reader):
@@ -972,30 +976,35 @@ class Framer:
         self.at_boundary = True
 
     def skips(self, size):
-        """Return whether the next `size` bytes contain no boundary, as in a long body."""
+        """Return whether the reader skips the next `size` bytes and at least one more.
+
+        Then no boundary is in these bytes or at their end.
+        """
         return type(self.awaiting) is int and self.awaiting > size
 
     def whole_message(self, data):
-        """Return the boundaries of data that is exactly one common message, or None.
+        """Return the boundaries if data is exactly one common message, and otherwise None.
 
-        A shortcut for `feed`, which would find the same. Raises ProtocolError.
+        A fast form of `feed`: the boundaries are the same, as ((offset, boundary), ...).
+        Returns None too if the last message is incomplete. Raises ProtocolError.
         """
-        message = self.parse_whole(data) if self.at_boundary else None
-        if not message:
+        parsed = self.parse_whole(data) if self.at_boundary else None
+        if not parsed:
             return None
         end = (len(data), END_OF_MESSAGE)
-        return (end,) if message is True else ((len(data), message), end)
+        is_reply = parsed is True           # otherwise it is a Request
+        return (end,) if is_reply else ((len(data), parsed), end)
 
     def feed(self, data, size):
-        """Parse `size` bytes of data. Yield (offset, boundary) for each boundary.
+        """Parse the first `size` bytes of data. Yield (offset, boundary) for each boundary.
 
         data    bytes, or a memoryview from the beginning of a bytearray
 
         The caller applies a boundary before it asks for the next one. Raises ProtocolError.
         """
-        if type(data) is memoryview:        # which has no find()
-            data = data.obj
-        offset, boundary, boundary_at = 0, None, -1
+        if type(data) is memoryview:
+            data = data.obj                 # the bytearray: unlike its view, it has find()
+        offset, last_boundary, last_boundary_offset = 0, None, -1
         while True:
             awaiting = self.awaiting
             type_ = type(awaiting)
@@ -1012,67 +1021,76 @@ class Framer:
                     break
                 self.awaiting = self.reader.send(data_for_reader)
             else:
-                boundary, boundary_at = awaiting, offset
-                yield offset, boundary
+                last_boundary, last_boundary_offset = awaiting, offset
+                yield offset, awaiting
                 self.awaiting = self.reader.send(None)
-        self.at_boundary = boundary is END_OF_MESSAGE and boundary_at == size
+        self.at_boundary = last_boundary is END_OF_MESSAGE and last_boundary_offset == size
 
-    # Each consumer returns the next offset, and the bytes for the reader or None if more are
-    # needed.
+    # A consumer takes as much of data[offset:size] as the reader needs. It returns the offset
+    # of the next byte, and the value for the reader, which is None if more data is needed.
 
-    def search(self, pattern, data, offset, size):
-        """Consume the bytes up to the end of the first match of a pattern."""
+    def receive_match(self, pattern, data, offset, size):
+        """Receive the bytes up to the end of the first match of a pattern.
+
+        Raises ProtocolError if they are more than HEAD_MAX.
+        """
         if self.buffered:
-            text = self.buffered + data[offset:size]
-            match = pattern.search(text)
+            head = self.buffered + data[offset:size]
+            match = pattern.search(head)
             if match:
-                text = text[:match.end()]
-            offset += len(text) - len(self.buffered)
-        else:
+                head = head[:match.end()]
+            end = offset + len(head) - len(self.buffered)
+        else:                               # search in the data, without a copy
             match = pattern.search(data, offset, size)
             end = match.end() if match else size
-            text, offset = data[offset:end], end
-        if len(text) > HEAD_MAX:
+            head = data[offset:end]
+        if len(head) > HEAD_MAX:
             raise ProtocolError("a head of more than %d bytes" % HEAD_MAX)
-        self.buffered = b"" if match else bytes(text)
-        return offset, bytes(text) if match else None
+        self.buffered = b"" if match else bytes(head)
+        return end, bytes(head) if match else None
 
-    def take(self, count, data, offset, size):
-        """Consume a number of bytes."""
-        text = self.buffered + data[offset:min(size, offset + count - len(self.buffered))]
-        offset += len(text) - len(self.buffered)
-        complete = len(text) >= count
-        self.buffered = b"" if complete else text
-        return offset, bytes(text) if complete else None
+    def receive_count(self, count, data, offset, size):
+        """Receive `count` bytes."""
+        end = min(size, offset + count - len(self.buffered))
+        received = self.buffered + data[offset:end]
+        complete = len(received) == count
+        self.buffered = b"" if complete else received
+        return end, received if complete else None
 
     def skip_until(self, until, data, offset, size):
-        """Consume the bytes up to the end of a marker, which may have begun before."""
+        """Skip the bytes up to the end of a marker, which may begin in earlier data.
+
+        until    the SkipUntil. Its tail becomes the last bytes of this data
+        """
         marker, tail = until.marker, until.tail
-        seam = tail + data[offset:min(size, offset + len(marker) - 1)]
-        at = seam.find(marker)
-        if at >= 0:
-            return offset - len(tail) + at + len(marker), b""
-        at = data.find(marker, offset, size)
-        if at >= 0:
-            return at + len(marker), b""
-        end = tail + data[max(offset, size - len(marker) + 1):size]
-        until.tail = bytes(end[-len(marker) + 1:])
+        overlap = len(marker) - 1       # size of the longest incomplete marker
+        around_start = tail + data[offset:min(size, offset + overlap)]
+        index = around_start.find(marker)
+        if index >= 0:
+            return offset - len(tail) + index + len(marker), b""
+        marker_offset = data.find(marker, offset, size)
+        if marker_offset >= 0:
+            return marker_offset + len(marker), b""
+        until.tail = (tail + data[max(offset, size - overlap):size])[-overlap:]
         return size, None
 
-    CONSUMERS = {PATTERN: search, NeedBytes: take, SkipUntil: skip_until}
+    # {type of the yielded value: consumer}
+    CONSUMERS = {PATTERN: receive_match, NeedBytes: receive_count, SkipUntil: skip_until}
 
 
 def read_opaque():
-    """A reader for a stream that is no longer parsed: it has no boundaries."""
+    """Read a stream that is no longer parsed: a reader that skips all bytes."""
     yield UNLIMITED
 
 
 class Protocol:
     """The protocol of one connection, with the state of its two readers.
 
-    errors            {kind: data for `encode_error`}, by the protocol's own names
-    default_errors    the kinds to draw from if none is named
-    connect_errors    the kinds that a client gets when it connects, instead of a greeting
+    An error is named by its kind, such as "503" or "LOADING".
+
+    errors            {kind: data for `encode_error`}
+    default_errors    the kinds of which one is drawn for a request if the user names none
+    connect_errors    the kinds that are sent only to a client that connects
     fatal_errors      the kinds after which a server closes the connection
     server_first      whether the server sends a greeting, or a handshake comes before the
                       first request. The handshake then counts as request 1
@@ -1085,17 +1103,20 @@ class Protocol:
     server_first = False
 
     def __init__(self, host=b""):
-        self.host = host            # the Host header for requests; empty: leave the client's
-        self.exchanges: deque = deque()     # the ProtocolChain's queue: to be read only
+        self.host = host            # value for the Host header field; empty: do not replace it
+        self.exchanges: deque = deque()     # the queue of the ProtocolChain; only read here
         self.request_framer = Framer(self.requests(), self.parse_whole_request)
         self.reply_framer = Framer(self.replies(), self.parse_whole_reply)
 
     def awaited(self):
-        """Return the exchanges whose reply the backend still owes, in order."""
+        """Return the exchanges that await a reply from the backend, in order."""
         return [exchange for exchange in self.exchanges if exchange.awaits_reply()]
 
     def current_request(self):
-        """Return the Request of the reply that comes next. None while the client connects."""
+        """Return the Request whose reply comes next.
+
+        Returns None if no reply is awaited, or if a greeting or handshake comes first.
+        """
         for exchange in self.exchanges:
             if exchange.awaits_reply():
                 return exchange.request
@@ -1104,11 +1125,11 @@ class Protocol:
     # For each protocol to define
 
     def requests(self):
-        """The reader of the client's bytes."""
+        """Read the client's bytes. The comment at the beginning says what a reader yields."""
         raise NotImplementedError
 
     def replies(self):
-        """The reader of the backend's bytes."""
+        """Read the backend's bytes."""
         raise NotImplementedError
 
     def parse_whole_request(self, data):
@@ -1119,56 +1140,71 @@ class Protocol:
         return None
 
     def parse_whole_reply(self, data):
-        """Return True if data is exactly one common reply, and otherwise None."""
-        return None
+        """Return whether data is exactly one common reply."""
+        return False
 
     def rewrite_head(self, head):
         """Return the head of a request as the backend gets it."""
         return head
 
     def connect_error(self, kind, data):
-        """Return the Reply to a client that connects, or None if this kind does not fit now.
+        """Return the Reply to a client that connects.
 
-        data    OPEN, or the bytes that the client has sent
+        data    OPEN, or the first bytes that the client has sent
+
+        Returns None if a server would not send an error of this kind then.
         """
-        return Reply(self.encode_error(kind), True) if kind in self.connect_errors else None
+        if kind not in self.connect_errors:
+            return None
+        return Reply(self.encode_error(kind), closes=True)
 
     def error_reply(self, kind, request):
-        """Return the Reply to a request, or None if a real server would not reply so."""
+        """Return the Reply to a request that fails with an error of this kind.
+
+        Returns None if a server would not reply to the request with this error.
+        """
         if kind in self.connect_errors or not request.replies:
             return None
-        return Reply(self.encode_error(kind), kind in self.fatal_errors)
+        return Reply(self.encode_error(kind), closes=kind in self.fatal_errors)
 
     def finish_reply(self, reply, request):
-        """Return the reply's bytes, when the request, or the reply to its substitute, ends."""
+        """Return the bytes of a reply. Protocols add data that is known only when it is sent."""
         return reply.data
 
     def encode_error(self, kind):
+        """Return the bytes with which a server reports an error."""
         return self.errors[kind].encode() + b"\r\n"
 
-    # The events of a server that fails, in three moments: it refuses a client that connects;
-    # it replies to a request with an error when the request ends; or, if the backend got a
-    # substitute for the request, when the backend's reply to that ends. An event at which a
-    # real server would not fail passes.
+    # A failing server sends an error at one of these moments:
+    #
+    #   - when a client connects
+    #   - when a request begins, if the error closes the connection
+    #   - when a request ends
+    #   - when the backend's reply to the substitute ends, if the request has a substitute
+    #
+    # All events pass unchanged if a server would not fail.
 
     def reply_with_error(self, state, t, to, data, kind):
-        """Yield the events of `error` with a protocol, in place of one event."""
+        """Yield the events that the handler `error` makes of one event."""
         if state.current_request is None:
-            yield from self.fail_connect(state, t, to, data, kind)
+            yield from self.refuse_client(state, t, to, data, kind)
         else:
             if state.current_request not in state.replies:
                 yield from self.begin_error(state, t, kind)
-            yield from self.end_error(state, t, to, data)
+            yield from self.continue_error(state, t, to, data)
 
-    def fail_connect(self, state, t, to, data, kind):
-        """A client connects: refuse it, or pass the event if it is no time to refuse."""
+    def refuse_client(self, state, t, to, data, kind):
+        """Refuse a client that connects. Pass the event if a server would not refuse it now."""
         if to == DOWNSTREAM or data is EOF:
             yield t, to, data
             return
-        if state["refused"]:
+        if state["refused"]:            # drop the further bytes of this client
             return
-        defaults = (self.connect_errors or self.fatal_errors) if self.server_first else ()
-        kinds = [kind] if kind else defaults
+        kinds: tuple = ()
+        if kind:
+            kinds = (kind,)
+        elif self.server_first:         # connecting counts as request 1, and fails like one
+            kinds = self.connect_errors or self.fatal_errors
         reply = None
         if kinds and data is not END_OF_MESSAGE:
             reply = self.connect_error(kinds[state.draw % len(kinds)], data)
@@ -1182,39 +1218,66 @@ class Protocol:
             yield from close_both(t)
 
     def begin_error(self, state, t, kind):
-        """A request begins: choose the reply to it, or None."""
+        """Choose the Reply to a request that begins, or None, and store it in state.replies.
+
+        Sends a Reply that closes the connection, without waiting for the rest of the request.
+        Sends the substitute, if there is one, to the backend.
+        """
         request = state.current_request
         reply = self.error_reply(kind or state.random.choice(self.default_errors), request)
-        state.replies[request] = reply
-        if reply and reply.closes:          # without waiting for the rest of the request
-            state.replies[request] = Reply(b"")
+        if reply and reply.closes:
+            state.replies[request] = NO_REPLY       # drop the rest of the request
             yield t, DOWNSTREAM, reply.data
             yield from close_both(t)
-        elif reply and reply.substitute:
+            return
+        state.replies[request] = reply
+        if reply and reply.substitute:
             yield t, UPSTREAM, reply.substitute
 
-    def end_error(self, state, t, to, data):
-        """Drop the request, or the reply to its substitute, and send the error at its end."""
+    def continue_error(self, state, t, to, data):
+        """Drop an event of a request that fails, or of the reply to its substitute.
+
+        Sends the error at the end of that reply, or of the request if there is no substitute.
+        Passes all events of a request that does not fail.
+        """
         reply = state.replies[state.current_request]
-        if reply is None or data is EOF or data is OPEN or (
-                to == DOWNSTREAM and not reply.substitute):
+        if reply is None or data is EOF or data is OPEN:
             yield t, to, data
-        elif data is END_OF_MESSAGE and reply.data and to == (
-                DOWNSTREAM if reply.substitute else UPSTREAM):
+            return
+        if to == DOWNSTREAM and not reply.substitute:   # not a reply to this request
+            yield t, to, data
+            return
+        last_direction = DOWNSTREAM if reply.substitute else UPSTREAM   # the error comes last
+        if to == last_direction and data is END_OF_MESSAGE and reply.data:
             yield t, DOWNSTREAM, self.finish_reply(reply, state.current_request)
 
 
 def parse_length(text, largest=1 << 60):
-    """Return a length as protocols write it. Raises ProtocolError."""
+    """Return a length that is written in decimal digits. Raises ProtocolError."""
     text = text.strip()
+    # The digits are counted first, because int() is slow for a long text.
     if not text.isdigit() or len(text) > 18 or int(text) > largest:
         raise ProtocolError("%r is not a length" % text[:20])
     return int(text)
 
 
+class HeaderFields(namedtuple("HeaderFields", "text rewritten close keep_alive")):
+    """The header fields of a common HTTP request, kept to recognise them in the next one.
+
+    text                 the head from the line feed of its first line on
+    rewritten            `text` as the backend gets it; the same object if nothing was replaced
+    close, keep_alive    as Http.connection_options returns them
+    """
+
+    __slots__ = ()
+
+
 @protocol
 class Http(Protocol):
-    """HTTP/1.0 and 1.1 (RFC 9112)."""
+    """HTTP/1.0 and 1.1 (RFC 9112).
+
+    Request.info is whether the server closes the connection after its reply.
+    """
 
     errors = OrderedDict((
         ("500", "Internal Server Error"), ("502", "Bad Gateway"), ("503", "Service Unavailable"),
@@ -1231,9 +1294,9 @@ class Http(Protocol):
     EXPECT = re.compile(rb"(?im)^expect[ \t]*:.*100-continue")
     # Most clients repeat a request, or at least its header fields, and get the same reply head.
     # So each connection remembers the last ones of up to CACHED_HEAD_MAX bytes.
-    _last_request: tuple = (None, None)     # bytes, Request
-    _last_fields: tuple = (None, None, False, False)    # bytes, rewritten, connection options
-    _last_reply: tuple = (None, 0)          # head, length of the body
+    _last_request: tuple = (None, None)         # data, its Request
+    _last_fields = HeaderFields(None, None, False, False)
+    _last_reply: tuple = (None, 0)              # head, length of the body
 
     def requests(self):
         while True:
@@ -1243,7 +1306,7 @@ class Http(Protocol):
                 yield END_OF_MESSAGE
                 continue
             yield self.make_request(head, *self.connection_options(head, head.lower()))
-            yield from self.body(head, 0)
+            yield from self.read_body(head, default_length=0)
             yield END_OF_MESSAGE
 
     def make_request(self, head, close, keep_alive):
@@ -1251,42 +1314,56 @@ class Http(Protocol):
         line = self.REQUEST_LINE.match(head)
         if not line:
             raise ProtocolError("no request line of HTTP/1")
-        return Request(head.strip().replace(b"\r\n", b"\n"), line.group(1).decode(),
-                       info=close or (line.group(2) == b"0" and not keep_alive))
+        method, minor_version = line.groups()
+        closes = close or (minor_version == b"0" and not keep_alive)
+        return Request(head.strip().replace(b"\r\n", b"\n"), method.decode(), info=closes)
 
-    def connection_options(self, head, lower):
-        """Return (close, keep_alive) as the Connection and Expect header fields say.
+    def connection_options(self, head, lower_head):
+        """Return (close, keep_alive): the options in the Connection header field.
 
-        lower    the head in lower case, to search in
+        A request with "Expect: 100-continue" counts as one with `close`. Its client sends the
+        body only after a reply, so an error must not wait for the body.
         """
-        if b"\nconnection" not in lower and b"\nexpect" not in lower:
+        if b"\nconnection" not in lower_head and b"\nexpect" not in lower_head:
             return False, False
         return (bool(self.CLOSE.search(head) or self.EXPECT.search(head)),
                 bool(self.KEEP_ALIVE.search(head)))
 
     def parse_whole_request(self, data):
+        """Return the Request if data is exactly one request without a body, and otherwise None.
+
+        A request is parsed only if it differs from the last one, and its header fields only
+        if they differ from the last ones. Raises ProtocolError.
+        """
         last_data, request = self._last_request
         if data != last_data:
             text = data[data.find(b"\n"):]
-            fields = self._last_fields if text == self._last_fields[0] else (
-                self.parse_fields(text))
+            fields = self._last_fields
+            if text != fields.text:
+                fields = self.parse_fields(text)
             if not fields or not data[:1].isalpha():
                 return None
-            request = self.make_request(data, *fields[2:])
+            request = self.make_request(data, fields.close, fields.keep_alive)
             if len(data) <= CACHED_HEAD_MAX:
                 self._last_request, self._last_fields = (data, request), fields
+        # A copy, because the chain changes the Request of each exchange.
         return Request(request.text, request.name, info=request.info)
 
     def parse_fields(self, text):
-        """Return what `_last_fields` keeps of the header fields of a request without a body.
+        """Return the HeaderFields of a request that ends with its head, without a body.
 
-        text    the head from the end of its first line. Returns None for other requests.
+        text    the head from the line feed of its first line on
+
+        Returns None if the text is not one head, or if a body follows.
         """
-        lower = text.lower()
-        if (text[-3:] != b"\n\r\n" or text.find(b"\n\r\n") < len(text) - 3 or b"\n\n" in text
-                or b"\ncontent-length" in lower or b"\ntransfer-encoding" in lower):
+        lower_text = text.lower()
+        is_one_head = (text.endswith(b"\n\r\n") and text.find(b"\n\r\n") == len(text) - 3
+                       and b"\n\n" not in text)
+        has_body = b"\ncontent-length" in lower_text or b"\ntransfer-encoding" in lower_text
+        if not is_one_head or has_body:
             return None
-        return (text, self.rewrite_head(text), *self.connection_options(text, lower))
+        return HeaderFields(text, self.rewrite_head(text),
+                            *self.connection_options(text, lower_text))
 
     def replies(self):
         while True:
@@ -1295,77 +1372,108 @@ class Http(Protocol):
             if not line:
                 raise ProtocolError("no status line of HTTP/1")
             status, request = int(line.group(1)), self.current_request()
-            name = request.name if request else ""
-            if status == 101 or (name == "CONNECT" and 200 <= status < 300):
+            method = request.name if request else ""
+            if status == 101 or (method == "CONNECT" and 200 <= status < 300):
                 raise ProtocolError("another protocol follows")
-            if status >= 200:
-                if name != "HEAD" and status not in (204, 304):
-                    yield from self.body(head, UNLIMITED)
-                yield END_OF_MESSAGE
+            if status < 200:                # an interim reply: the final one follows
+                continue
+            if method != "HEAD" and status not in (204, 304):
+                yield from self.read_body(head, default_length=UNLIMITED)
+            yield END_OF_MESSAGE
 
     def parse_whole_reply(self, data):
-        request, end = self.current_request(), data.find(b"\n\r\n") + 3
+        """Return whether data is exactly one reply with a Content-Length.
+
+        A head is searched only if it, or the size of the body, differs from the last reply.
+        """
+        request = self.current_request()
         if not request or request.name in ("HEAD", "CONNECT"):
-            return None
-        head, length = data[:end], len(data) - end
-        if (head, length) != self._last_reply:
-            lower = head.lower()
-            at = lower.find(b"\ncontent-length")
-            if (at < 0
-                    or not lower.startswith(b": %d\r\n" % length, at + len(b"\ncontent-length"))
-                    or not self.COMMON_STATUS.match(head) or b"\n\n" in lower
-                    or b"\ntransfer-encoding" in lower):
-                return None
-            self._last_reply = (head, length) if end <= CACHED_HEAD_MAX else (None, 0)
+            return False
+        head_size = data.find(b"\n\r\n") + 3
+        head, body_size = data[:head_size], len(data) - head_size
+        if (head, body_size) != self._last_reply:
+            if not self.is_common_reply(head, body_size):
+                return False
+            self._last_reply = (head, body_size) if head_size <= CACHED_HEAD_MAX else (None, 0)
         return True
 
-    def body(self, head, default_length):
-        """Read the body after a head.
+    def is_common_reply(self, head, body_size):
+        """Return whether this is the head of a common reply with a body of this size.
 
-        default_length    its length if the head has neither Content-Length nor chunks
+        The head must have a Content-Length in the usual spelling.
         """
-        lower = head.lower()
-        if b"\ntransfer-encoding" in lower and self.CHUNKED.search(head):
-            size = 1
-            while size:
-                line = yield LINE
-                match = self.CHUNK_SIZE.match(line)
-                if not match:
-                    raise ProtocolError("%r is not a chunk" % line[:20])
-                size = int(match.group(1), 16)
-                if size:
-                    yield size + 2
-            while (yield LINE).strip():     # trailers
-                pass
-        else:
-            length = b"\ncontent-length" in lower and self.LENGTH.search(head)
-            yield parse_length(length.group(1)) if length else default_length
+        lower_head, field = head.lower(), b"\ncontent-length"
+        length_offset = lower_head.find(field)      # the first one counts, as in read_body
+        if length_offset < 0 or not self.COMMON_STATUS.match(head):
+            return False
+        return (lower_head.startswith(b"%s: %d\r\n" % (field, body_size), length_offset)
+                and b"\n\n" not in lower_head and b"\ntransfer-encoding" not in lower_head)
+
+    def read_body(self, head, default_length):
+        """Read the body that follows a head.
+
+        default_length    used if the head has no Content-Length and the body is not chunked
+        """
+        lower_head = head.lower()
+        if b"\ntransfer-encoding" in lower_head and self.CHUNKED.search(head):
+            yield from self.read_chunked_body()
+            return
+        match = b"\ncontent-length" in lower_head and self.LENGTH.search(head)
+        yield parse_length(match.group(1)) if match else default_length
+
+    def read_chunked_body(self):
+        """Read a body in the chunked transfer coding, with its trailer fields."""
+        while True:
+            line = yield LINE
+            match = self.CHUNK_SIZE.match(line)
+            if not match:
+                raise ProtocolError("%r is not a chunk" % line[:20])
+            size = int(match.group(1), 16)
+            if not size:
+                break
+            yield size + len(b"\r\n")
+        while (yield LINE).strip():         # trailer fields, up to an empty line
+            pass
 
     def rewrite_head(self, head):
-        """Replace the value of the Host header field, if there is one to replace."""
-        start = head.find(b"\n")
-        fields, rewritten = self._last_fields[:2]
-        if head[start:] == fields:
-            return head if rewritten is fields else head[:start] + rewritten
-        at = head.lower().find(b"\nhost:") + len(b"\nhost:") if self.host else 0
-        value = head[at:head.find(b"\n", at)].strip(b" \t\r")
-        if at < len(b"\nhost:") or value.lower() == self.host:
+        """Return the head with the value of its Host header field replaced by `host`.
+
+        Returns the head itself if it has no such value, or if `host` is empty.
+        """
+        fields_offset, last = head.find(b"\n"), self._last_fields
+        # Most heads have the same fields as the last one.
+        if head[fields_offset:] == last.text:
+            return head if last.rewritten is last.text else head[:fields_offset] + last.rewritten
+        field_offset = head.lower().find(b"\nhost:") if self.host else -1
+        if field_offset < 0:
             return head
-        return head[:at] + head[at:].replace(value, self.host, 1) if value else head
+        start = field_offset + len(b"\nhost:")
+        value = head[start:head.find(b"\n", start)].strip(b" \t\r")
+        if not value or value.lower() == self.host:
+            return head
+        return head[:start] + head[start:].replace(value, self.host, 1)
 
     def error_reply(self, kind, request):
-        status = "%s %s" % (kind, self.errors[kind])
-        body = "" if request.name == "HEAD" else status + "\n"
-        head = ["HTTP/1.1 " + status, "Content-Type: text/plain",
-                "Content-Length: %d" % (len(status) + 1)]
-        head += ["Retry-After: 5"] * (kind in ("429", "503"))
-        head += ["Connection: close"] * request.info
-        return Reply(("\r\n".join(head) + "\r\n\r\n" + body).encode(), request.info)
+        """Return the Reply to a request: any request can fail with any error."""
+        status, closes = "%s %s" % (kind, self.errors[kind]), request.info
+        body = status + "\n"
+        lines = ["HTTP/1.1 " + status, "Content-Type: text/plain",
+                 "Content-Length: %d" % len(body)]
+        if kind in ("429", "503"):
+            lines.append("Retry-After: 5")
+        if closes:
+            lines.append("Connection: close")
+        head = "\r\n".join(lines) + "\r\n\r\n"
+        reply = head if request.name == "HEAD" else head + body
+        return Reply(reply.encode(), closes=closes)
 
 
 @protocol
 class Redis(Protocol):
-    """RESP2, RESP3 and inline commands (redis.io, protocol specification)."""
+    """RESP2, RESP3 and inline commands (redis.io, protocol specification).
+
+    Request.info is whether the command is in a transaction.
+    """
 
     errors = OrderedDict((
         ("LOADING", "Redis is loading the dataset in memory"),
@@ -1390,99 +1498,117 @@ class Redis(Protocol):
     # After these commands the server sends data without a request.
     SERVER_PUSH = {"SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE", "MONITOR", "SYNC", "PSYNC",
                    "REPLCONF"}
+    VALUES_PER_ITEM = {b"*": 1, b"~": 1, b"%": 2}       # of an array, a set and a map
+    UNKNOWN_COMMAND = b"*1\r\n$7\r\nvaurien\r\n"
 
     def __init__(self, host=b""):
-        self.in_multi = False       # between MULTI and EXEC
+        self.in_multi = False       # in a transaction: after MULTI, and before EXEC or DISCARD
         super().__init__(host)
 
     def requests(self):
         while True:
             line = yield LINE
             if line[:1] == b"*":
-                yield from self.array(line)
-            else:
+                yield from self.read_array(line)
+            else:                           # an inline command
                 yield self.make_request(line.split())
             yield END_OF_MESSAGE
 
-    def array(self, line):
-        """Read a command sent as an array of bulk strings; `line` is its first line."""
-        args, room, yielded = [], MATCH_WINDOW, False
-        count = 0 if line[1:2] == b"-" else parse_length(line[1:], 1 << 20)
+    def read_array(self, line):
+        """Read a command that is an array of bulk strings. `line` is its first line.
+
+        Yields the Request as soon as MATCH_WINDOW bytes of the arguments are known.
+        """
+        args, window_left, request_yielded = [], MATCH_WINDOW, False
+        count = 0 if line[1:2] == b"-" else parse_length(line[1:], largest=1 << 20)
         for _ in range(count):
             line = yield LINE
             if line[:1] != b"$":
                 raise ProtocolError("%r in a command" % line[:20])
             size = parse_length(line[1:])
-            if size <= room:
-                args.append((yield NeedBytes(size + 2))[:size])
-                room -= size
+            if size <= window_left:
+                args.append((yield NeedBytes(size + len(b"\r\n")))[:size])
+                window_left -= size
                 continue
-            args.append((yield NeedBytes(room)))
-            if not yielded:         # enough of it is known to match
-                yielded = True
+            args.append((yield NeedBytes(window_left)))
+            if not request_yielded:
+                request_yielded = True
                 yield self.make_request(args)
-            yield size - room + 2
-            room = 0
-        if not yielded:
+            yield size - window_left + len(b"\r\n")
+            window_left = 0
+        if not request_yielded:
             yield self.make_request(args)
 
     def parse_whole_request(self, data):
-        parts = data.split(b"\r\n")     # *2, $3, GET, $5, hello and an empty string
-        args = parts[2:-1:2]
-        if not args or parts[-1] or parts[0] != b"*%d" % len(args) or parts[1:-1:2] != [
-                b"$%d" % len(arg) for arg in args]:
+        """Return the Request if data is exactly one array of bulk strings, and otherwise None."""
+        # The lines of b"*2\r\n$3\r\nGET\r\n$1\r\na\r\n": *2, $3, GET, $1, a and an empty one.
+        lines = data.split(b"\r\n")
+        args = lines[2:-1:2]
+        if not args or lines[-1] or lines[0] != b"*%d" % len(args):
+            return None
+        if lines[1:-1:2] != [b"$%d" % len(arg) for arg in args]:
             return None
         return self.make_request(args)
 
     def make_request(self, args):
+        """Return the Request of a command, and note whether a transaction begins or ends.
+
+        Raises ProtocolError at a command after which the server sends data without a request.
+        """
         name = args[0].upper().decode("latin-1") if args else ""
         if name in self.SERVER_PUSH or (name == "CLIENT" and args[1:2]
                                         and args[1].upper() in (b"REPLY", b"TRACKING")):
             raise ProtocolError("%s starts server push" % name)
-        request = Request(b" ".join(args), name, bool(args), self.in_multi)
+        request = Request(b" ".join(args), name, replies=bool(args), info=self.in_multi)
         if name in ("MULTI", "EXEC", "DISCARD", "RESET"):
             self.in_multi = name == "MULTI"
         return request
 
     def replies(self):
         while True:
-            values_left = 1
+            values_left = 1                 # of the reply, including nested values
             while values_left:
                 line = yield LINE
                 type_, values_left = line[:1], values_left - 1
-                if type_ in (b"$", b"=", b"!"):
-                    if line[1:2] not in (b"-", b"?"):
-                        yield parse_length(line[1:]) + 2
-                elif type_ in (b"*", b"~", b"%"):
-                    if line[1:2] != b"-":
-                        values_left += parse_length(line[1:]) * (1 + (type_ == b"%"))
-                elif type_ == b"|":         # attributes, then the value that has them
+                if type_ in (b"$", b"=", b"!"):         # a string
+                    if line[1:2] not in (b"-", b"?"):   # null and streamed: no length
+                        yield parse_length(line[1:]) + len(b"\r\n")
+                elif type_ in self.VALUES_PER_ITEM:
+                    if line[1:2] != b"-":               # null: no values
+                        values_left += parse_length(line[1:]) * self.VALUES_PER_ITEM[type_]
+                elif type_ == b"|":         # a map of attributes, then the value that has them
                     values_left += 2 * parse_length(line[1:]) + 1
-                elif type_ not in (b"+", b"-", b":", b"_", b"#", b",", b"("):
+                elif type_ not in (b"+", b"-", b":", b"_", b"#", b",", b"("):   # one line
                     raise ProtocolError("%r is not a reply" % line[:20])
             yield END_OF_MESSAGE
 
     def parse_whole_reply(self, data):
-        end, type_ = data.find(b"\n") + 1, data[:1]
-        if not (type_ in (b"+", b"-", b":") and 0 < end == len(data)):
-            size = data[1:end - 2]
-            if type_ != b"$" or data[end - 2:end] != b"\r\n" or not size.isdigit() or (
-                    end + int(size[:9]) + 2 != len(data)):
-                return None
-        return True
+        """Return whether data is exactly one line or one bulk string."""
+        type_, line_end = data[:1], data.find(b"\n") + 1
+        if type_ in (b"+", b"-", b":"):
+            return line_end == len(data)
+        size = data[1:line_end - 2]
+        if type_ != b"$" or data[line_end - 2:line_end] != b"\r\n" or not size.isdigit():
+            return False
+        # Nine digits are enough for data of COPY_MAX bytes, and int() is slow for a long text.
+        return line_end + int(size[:9]) + len(b"\r\n") == len(data)
 
     def encode_error(self, kind):
-        name = "ERR" if kind == "MAXCLIENTS" else kind
-        return ("-%s %s\r\n" % (name, self.errors[kind])).encode()
+        code = "ERR" if kind == "MAXCLIENTS" else kind      # Redis has no code for that error
+        return ("-%s %s\r\n" % (code, self.errors[kind])).encode()
 
     def error_reply(self, kind, request):
-        # A failing server refuses the commands queued in a transaction; EXEC then reports it.
+        """Return the Reply to a command.
+
+        In a transaction the backend gets an unknown command, so that EXEC fails. Returns None
+        for the commands that begin or end a transaction or the connection.
+        """
         if request.name in ("QUIT", "RESET", "MULTI", "EXEC", "DISCARD"):
             return None
-        # A refused command aborts its transaction, so the backend gets one that it refuses.
-        reply = super().error_reply(kind, request)
-        return reply and reply._replace(
-            substitute=b"*1\r\n$7\r\nvaurien\r\n" if request.info else b"")
+        reply, in_multi = super().error_reply(kind, request), request.info
+        if reply and in_multi:
+            return reply._replace(substitute=self.UNKNOWN_COMMAND)
+        return reply
 
 
 @protocol
@@ -1511,48 +1637,62 @@ class Memcache(Protocol):
             name = parts[0].decode("latin-1") if parts else ""
             if name in ("watch", "lru_crawler"):
                 raise ProtocolError("%s starts server push" % name)
-            size_at = 4 if name in self.STORE else 2
-            body = 0
+            body_size = 0
             if name in self.STORE or name == "ms":
-                if len(parts) <= size_at:
-                    name = ""               # the backend replies with an error
+                size_index = 2 if name == "ms" else 4
+                if len(parts) <= size_index:
+                    name = ""               # no body: the backend replies with an error
                 else:
-                    body = parse_length(parts[size_at]) + 2
+                    body_size = parse_length(parts[size_index]) + len(b"\r\n")
             # A quiet meta command may or may not get a reply. Clients send `mn` afterwards,
             # which always gets one, to know that they have received all replies.
-            quiet = name in self.META and b"q" in [part[:1] for part in parts[2:]]
-            noreply = parts[-1:] == [b"noreply"] and name not in self.GET
-            replies = not (noreply or quiet or name == "quit")
-            yield Request(line.strip(), name, replies, quiet)
-            yield body
+            is_quiet = name in self.META and b"q" in [part[:1] for part in parts[2:]]
+            is_noreply = parts[-1:] == [b"noreply"] and name not in self.GET
+            yield Request(line.strip(), name,
+                          replies=not (is_quiet or is_noreply or name == "quit"))
+            yield body_size
             yield END_OF_MESSAGE
 
     def replies(self):
         while True:
             line = yield LINE
             parts = line.split() or [b""]
-            request = self.current_request()
+            type_, request = parts[0], self.current_request()
             name = request.name if request else ""
-            if parts[0] == b"VALUE" and len(parts) > 3:
-                yield parse_length(parts[3]) + 2
-            elif parts[0] == b"VA" and len(parts) > 1:
-                yield parse_length(parts[1]) + 2
-                if name != "mn":            # otherwise it answers a quiet command before
+            if type_ == b"VALUE" and len(parts) > 3:
+                yield parse_length(parts[3]) + len(b"\r\n")    # the reply ends with an END line
+            elif type_ == b"VA" and len(parts) > 1:
+                yield parse_length(parts[1]) + len(b"\r\n")
+                if name != "mn":            # before MN: the reply to an earlier quiet command
                     yield END_OF_MESSAGE
-            elif name == "mn" and parts[0] != b"MN":
-                continue                    # it answers a quiet command before
-            elif not (parts[0] in (b"STAT", b"ITEM", b"PREFIX") and name not in self.GET):
+            elif name == "mn" and type_ != b"MN":
+                continue                    # also the reply to an earlier quiet command
+            elif type_ in (b"STAT", b"ITEM", b"PREFIX") and name not in self.GET:
+                continue                    # a line of statistics: more lines follow
+            else:
                 yield END_OF_MESSAGE
 
     def error_reply(self, kind, request):
-        if request.name == "mn":            # it confirms all commands before
+        """Return the Reply to a command, or None for `mn`, which never fails."""
+        if request.name == "mn":
             return None
         return super().error_reply(kind, request)
 
 
+def mysql_packet(sequence, body):
+    """Return a packet of MySQL's protocol."""
+    return len(body).to_bytes(3, "little") + bytes([sequence]) + body
+
+
 @protocol
 class Mysql(Protocol):
-    """The client/server protocol of MySQL and MariaDB."""
+    """The client/server protocol of MySQL and MariaDB.
+
+    A packet has a header of 4 bytes: the size of the body (3 bytes, little-endian), and the
+    sequence number. The body of a command is one byte for the command, and its arguments.
+
+    Request.info is the id of the statement that the command executes, or the command's text.
+    """
 
     errors = OrderedDict((
         ("1205", ("HY000", "Lock wait timeout exceeded; try restarting transaction")),
@@ -1576,99 +1716,142 @@ class Mysql(Protocol):
     connect_errors = ("1040", "1129")
     fatal_errors = ("1053", "1927", "4031")
     server_first = True
-    QUERY, PREPARE, EXECUTE, CLOSE = 3, 0x16, 0x17, 0x19
-    SILENT = {0x01, 0x18, CLOSE}            # QUIT and STMT_SEND_LONG_DATA get no reply either
+    # Commands
+    QUIT, QUERY, PREPARE, EXECUTE, SEND_LONG_DATA, CLOSE, RESET = (
+        0x01, 0x03, 0x16, 0x17, 0x18, 0x19, 0x1a)
+    WITHOUT_REPLY = {QUIT, SEND_LONG_DATA, CLOSE}
+    # First bytes of replies
+    OK, LOCAL_INFILE = b"\x00", b"\xfb"
+    # Capability flags of the login
     CLIENT_SSL, CLIENT_COMPRESS = 0x800, 0x20
+    DEADLOCK = "1213"
+    LAST_PREPARED = b"\xff\xff\xff\xff"     # id of the statement that was prepared last
+    PACKET_MAX = 0xFFFFFF                   # size of a body that the next packet continues
 
     def __init__(self, host=b""):
         self.statements = {}                # {id: text} of prepared statements
         self.prepared = b""                 # the text of the last PREPARE
         self.loading = False                # the client sends the data of LOCAL INFILE
         self.sequence = 0                   # sequence number of the client's last packet
+        self.capabilities_known = False     # the client has sent its first login packet
         super().__init__(host)
 
     def requests(self):
-        capabilities_known = False
         while True:
             header = yield NeedBytes(4)
-            size = int.from_bytes(header[:3], "little")
-            if header[3] or not size or self.loading:
-                self.loading = self.loading and size > 0
-                yield CONTINUATION          # of the login, or of LOCAL INFILE
-                if header[3] and not capabilities_known:
-                    flags = yield NeedBytes(min(4, size))
-                    capabilities_known = True
-                    self.check_capabilities(int.from_bytes(flags, "little"), size)
-                    size -= len(flags)
-                yield size
-                yield END_OF_MESSAGE
+            size, sequence = int.from_bytes(header[:3], "little"), header[3]
+            if sequence or not size or self.loading:    # not the first packet of a command
+                yield from self.read_continuation(size, sequence)
                 continue
-            first = yield NeedBytes(min(size, MATCH_WINDOW))
-            yield self.make_request(first)
-            yield size - len(first)
+            body = yield NeedBytes(min(size, MATCH_WINDOW))
+            yield self.make_request(body)
+            yield size - len(body)
             self.sequence = 0
-            while size == 0xFFFFFF:         # the largest packet: another one continues it
+            while size == self.PACKET_MAX:
                 header = yield NeedBytes(4)
                 size, self.sequence = int.from_bytes(header[:3], "little"), header[3]
                 yield size
             yield END_OF_MESSAGE
 
+    def read_continuation(self, size, sequence):
+        """Read the body of a packet of the login, or of the data of LOCAL INFILE."""
+        if not size:
+            self.loading = False            # an empty packet ends the data
+        yield CONTINUATION
+        if sequence and not self.capabilities_known:
+            flags = yield NeedBytes(min(4, size))
+            self.capabilities_known = True
+            self.check_capabilities(int.from_bytes(flags, "little"), size)
+            size -= len(flags)
+        yield size
+        yield END_OF_MESSAGE
+
     def check_capabilities(self, flags, size):
-        if size == 32 and flags & self.CLIENT_SSL:
+        """Raise ProtocolError if TLS or compression follows the login packet of this size."""
+        is_ssl_request = size == 32         # the login packet without the user's name
+        if is_ssl_request and flags & self.CLIENT_SSL:
             raise ProtocolError("TLS follows")
         if flags & self.CLIENT_COMPRESS:
             raise ProtocolError("compression follows")
 
-    def make_request(self, first):
-        command, text = first[0], b""
-        if command in (self.QUERY, self.PREPARE):
-            text = first[1:]
-            if command == self.PREPARE:
-                self.prepared = text
-        elif command == self.EXECUTE:           # -1 is the last prepared statement
-            text = (self.prepared if first[1:5] == b"\xff\xff\xff\xff" else
-                    self.statements.get(first[1:5], b""))
-        elif command == self.CLOSE:
-            self.statements.pop(first[1:5], None)
-        # The client has one request at a time, so all earlier replies are complete.
+    def make_request(self, body):
+        """Return the Request of a command, and end the replies to all earlier commands."""
+        self.end_earlier_replies()
+        command, text = body[0], self.note_statement(body)
+        return Request(text, command, replies=command not in self.WITHOUT_REPLY,
+                       info=body[1:5] if command == self.EXECUTE else text)
+
+    def note_statement(self, body):
+        """Return the statement of a command: its own, or the prepared one that it executes.
+
+        Keeps the text of PREPARE, and drops the statement of CLOSE.
+        """
+        command, statement_id = body[0], body[1:5]
+        if command == self.QUERY:
+            return body[1:]
+        if command == self.PREPARE:
+            self.prepared = body[1:]
+            return self.prepared
+        if command == self.EXECUTE:
+            if statement_id == self.LAST_PREPARED:
+                return self.prepared
+            return self.statements.get(statement_id, b"")
+        if command == self.CLOSE:
+            self.statements.pop(statement_id, None)
+        return b""
+
+    def end_earlier_replies(self):
+        """Expect no further reply to earlier requests.
+
+        The client has one request at a time, so it has received all of them.
+        """
         self.reply_framer.restart(self.replies())
         for exchange in self.awaited():
             if exchange.request:
                 exchange.request.replies = False
-        return Request(text, command, command not in self.SILENT,
-                       first[1:5] if command == self.EXECUTE else text)
 
     def replies(self):
-        """Read the first packet of a reply. The rest ends when the next request comes."""
+        """Read the first packet of a reply, and skip all further packets.
+
+        The reply counts as complete after its first packet, because the number of its packets
+        is not parsed. The next request restarts this reader.
+        """
         header = yield NeedBytes(4)
         size = int.from_bytes(header[:3], "little")
-        first = yield NeedBytes(min(size, 5))
+        body = yield NeedBytes(min(size, 5))
+        type_, statement_id = body[:1], body[1:5]
         request = self.current_request()
-        if request and request.name == self.PREPARE and first[:1] == b"\0":
-            self.statements[first[1:5]] = request.info
-        self.loading = bool(request and request.name == self.QUERY and first[:1] == b"\xfb")
-        yield size - len(first)
+        if request and request.name == self.PREPARE and type_ == self.OK:
+            self.statements[statement_id] = request.info
+        self.loading = bool(
+            request and request.name == self.QUERY and type_ == self.LOCAL_INFILE)
+        yield size - len(body)
         yield END_OF_MESSAGE
         yield UNLIMITED
 
     def encode_error(self, kind):
+        """Return an ERR packet."""
         sqlstate, text = self.errors[kind]
-        body = b"\xff" + int(kind).to_bytes(2, "little")
-        sequence = int(kind not in self.connect_errors)     # before the greeting: no SQLSTATE
-        body += (("#" + sqlstate) * sequence + text).encode()
-        return len(body).to_bytes(3, "little") + bytes([sequence]) + body
+        code = b"\xff" + int(kind).to_bytes(2, "little")
+        if kind in self.connect_errors:     # it replaces the greeting and has no SQLSTATE
+            return mysql_packet(0, code + text.encode())
+        return mysql_packet(1, code + ("#" + sqlstate + text).encode())
 
     def error_reply(self, kind, request):
-        # A deadlock rolls the whole transaction back, so the backend must do so too.
-        undo = b"\x09\0\0\0\x03ROLLBACK" if kind == "1213" else b""
-        if request.name == self.EXECUTE and not undo and request.info != b"\xff\xff\xff\xff":
-            undo = b"\5\0\0\0\x1a" + request.info       # forget long data, as EXECUTE does
+        """Return the Reply, with a substitute if the backend has state to drop, or None."""
+        substitute = b""
+        if kind == self.DEADLOCK:           # it rolls back the whole transaction
+            substitute = mysql_packet(0, bytes([self.QUERY]) + b"ROLLBACK")
+        elif request.name == self.EXECUTE and request.info != self.LAST_PREPARED:
+            # Like EXECUTE, RESET makes the backend forget the data of SEND_LONG_DATA.
+            substitute = mysql_packet(0, bytes([self.RESET]) + request.info)
         reply = super().error_reply(kind, request)
-        return reply and reply._replace(substitute=undo)
+        return reply._replace(substitute=substitute) if reply else None
 
     def finish_reply(self, reply, request):
-        """Set the sequence number that follows the client's last packet."""
-        return reply.data[:3] + bytes([(self.sequence + 1) % 256]) + reply.data[4:]
+        """Return the reply's packet with the sequence number after the client's last packet."""
+        size, body = reply.data[:3], reply.data[4:]
+        return size + bytes([(self.sequence + 1) % 256]) + body
 
 
 def pg_message(type_, body):
@@ -1680,10 +1863,15 @@ def pg_message(type_, body):
 class Postgres(Protocol):
     """The frontend/backend protocol 3 of PostgreSQL.
 
+    A message is one byte for its type, a size of 4 bytes that includes itself, and a body.
+
     A simple query is one Query message. An extended query is a batch: Parse, Bind, Describe,
-    and Execute or Sync at its end. An Execute is a request of its own, to which the backend
-    replies with CommandComplete or an error; Sync is one with ReadyForQuery as its reply.
-    After an error the backend skips all messages up to the next Sync.
+    and Execute or Sync at its end. After an error the backend skips all messages up to the
+    next Sync. Request.name tells the requests apart:
+
+    QUERY      a Query or FunctionCall; its reply ends with ReadyForQuery
+    EXECUTE    the messages up to an Execute; its reply ends with CommandComplete or an error
+    SYNC       the messages up to a Sync, without an Execute; its reply ends with ReadyForQuery
     """
 
     errors = OrderedDict((
@@ -1701,166 +1889,211 @@ class Postgres(Protocol):
     connect_errors = ("57P03", "53300")
     fatal_errors = ("57P01", "25P03", "57P05")
     server_first = True
-    TLS, GSS, CANCEL = 80877103, 80877104, 80877102
+    TLS, GSS, CANCEL = 80877103, 80877104, 80877102     # codes in the place of a version
+    # Types of the client's messages
+    QUERY, PARSE, BIND, EXECUTE, SYNC, CLOSE = b"Q", b"P", b"B", b"E", b"S", b"C"
+    REQUEST_ENDS = b"QFSE"          # Query, FunctionCall, Sync, Execute
+    CONTINUATIONS = b"dcfpHX"       # CopyData, CopyDone, CopyFail, password, Flush, Terminate
+    COPY_ENDS = b"cf"               # CopyDone, CopyFail
+    # Types of the backend's messages
+    READY, ERROR = b"Z", b"E"       # ReadyForQuery, ErrorResponse
+    COPY_RESPONSES = b"GW"          # CopyInResponse, CopyBothResponse
+    EXECUTE_ENDS = b"CIsE"          # CommandComplete, EmptyQuery, PortalSuspended, ErrorResponse
+    # Status of a transaction, besides T for one in progress
+    IDLE, FAILED = b"I", b"E"
+    # Statements that end a transaction
     ROLLBACK = re.compile(rb"(?i)\s*(rollback|abort)\b")
     COMMIT = re.compile(rb"(?i)\s*(commit|end)\b")
+    # Substitutes for a simple query, and for a batch up to Execute. The zero bytes are empty
+    # names of the statement and the portal, and counts of 0.
+    INVALID_QUERY = pg_message(QUERY, b"vaurien\0")
+    INVALID_PARSE = pg_message(PARSE, b"vaurien\0" + b"vaurien\0" + bytes(2))
+    ROLLBACK_QUERY = pg_message(QUERY, b"ROLLBACK\0")
+    ROLLBACK_BATCH = (pg_message(PARSE, b"\0" + b"ROLLBACK\0" + bytes(2))
+                      + pg_message(BIND, bytes(8)) + pg_message(EXECUTE, bytes(5)))
 
     def __init__(self, host=b""):
-        self.statements, self.portals = {}, {}      # {name: text}
-        self.encryption_requested = False       # TLS or GSS: the reply is one byte
-        self.status = b"I"          # of the transaction: idle, in progress (T) or failed (E)
+        self.statements = {}        # {name: text} of prepared statements
+        self.portals = {}           # {name: text of the statement}
+        self.encryption_requested = False       # by TLS or GSS: the next reply is one byte
+        self.status = self.IDLE     # of the transaction
         self.skipping = False       # the backend skips all messages up to the next Sync
-        self.executed = False       # an Execute came since the last Sync
+        self.executed = False       # the last request was an EXECUTE
         self.copying = False        # the backend reads COPY data, and ignores Sync
         super().__init__(host)
 
     def requests(self):
+        yield from self.read_startup()
+        while True:
+            yield from self.read_request()
+
+    def read_startup(self):
+        """Read the messages up to the startup message, and that message."""
         while True:
             size, code = struct.unpack(">II", (yield NeedBytes(8)))
-            if code not in (self.TLS, self.GSS, self.CANCEL) and code >> 16 != 3:
+            is_startup = code >> 16 == 3        # a version 3.x
+            asks_for_encryption = code in (self.TLS, self.GSS)
+            if not (is_startup or asks_for_encryption or code == self.CANCEL):
                 raise ProtocolError("no startup message")
-            if code in (self.TLS, self.GSS):
+            if asks_for_encryption:
                 self.encryption_requested = True
                 self.reply_framer.restart(self.replies())   # the backend has sent nothing yet
             yield CONTINUATION
             yield max(0, size - 8)
             yield END_OF_MESSAGE
-            if code >> 16 == 3:
-                break
-        while True:
-            yield from self.batch()
+            if is_startup:
+                return
 
-    def batch(self):
-        """Read the messages up to one that the backend replies to."""
+    def read_request(self):
+        """Read the messages of one request, or one message that continues the last request."""
         request = None
         while True:
-            type_, size = struct.unpack(">cI", (yield NeedBytes(5)))
-            size -= 4
+            type_, message_size = struct.unpack(">cI", (yield NeedBytes(5)))
+            size = message_size - 4             # of the body
             if not type_.isalpha() or size < 0:
                 raise ProtocolError("%r is not a message" % type_)
-            if type_ in b"dcfpHX" and not request:      # COPY data, password, Flush, Terminate
-                self.copying = self.copying and type_ not in b"cf"
+            if type_ in self.CONTINUATIONS and not request:
+                self.copying = self.copying and type_ not in self.COPY_ENDS
                 yield CONTINUATION
                 yield size
                 yield END_OF_MESSAGE
                 return
             body = yield NeedBytes(min(size, MATCH_WINDOW))
             self.note_names(type_, body)
-            if not request and self.begins_request(type_, body):
+            if not request and self.completes_head(type_, body):
                 request = self.make_request(type_, body)
                 yield request
             yield size - len(body)
-            if type_ in b"QFSE":
-                self.executed = type_ == b"E"
-                if type_ == b"S":
+            if type_ in self.REQUEST_ENDS:
+                self.executed = type_ == self.EXECUTE
+                if type_ == self.SYNC:      # the request may have begun with Bind, as EXECUTE
                     self.skipping = False
                     request.name, request.replies = "SYNC", not self.copying
                 yield END_OF_MESSAGE
                 return
 
     def note_names(self, type_, body):
-        """Keep the texts of prepared statements (Parse, Close) and of portals (Bind)."""
-        if type_ == b"P":
-            name, query = [*body.split(b"\0", 2), b""][:2]
-            self.statements[name] = query
-        elif type_ == b"C":
+        """Keep the texts of the prepared statements and portals that a message makes.
+
+        Drops the text of a statement or portal that the message closes.
+        """
+        if type_ == self.PARSE:
+            name, _, query = body.partition(b"\0")
+            self.statements[name] = query.partition(b"\0")[0]
+        elif type_ == self.CLOSE:       # S or P, the name and a zero byte
             texts = self.statements if body[:1] == b"S" else self.portals
             texts.pop(body[1:-1], None)
-        elif type_ == b"B" and body.count(b"\0") > 1:
+        elif type_ == self.BIND and body.count(b"\0") > 1:
             portal, name = body.split(b"\0")[:2]
             self.portals[portal] = self.statements.get(name, b"")
 
-    def begins_request(self, type_, body):
-        return type_ in b"QFSE" or (type_ == b"B" and body.count(b"\0") > 1)
+    def completes_head(self, type_, body):
+        """Return whether the head of a request is complete with this message.
+
+        A Bind completes it if both of its names have arrived. So does any message that ends a
+        request.
+        """
+        return type_ in self.REQUEST_ENDS or (type_ == self.BIND and body.count(b"\0") > 1)
 
     def make_request(self, type_, body):
-        """Return the Request that begins with Query, FunctionCall, Sync, Execute or Bind."""
-        if type_ in b"BE":
-            text = self.portals.get(body.split(b"\0")[0], b"")
-            return Request(text.rstrip(b"\0") if type_ == b"E" else text, "EXECUTE",
-                           not self.skipping)
-        if type_ == b"S":
-            return Request(b"", "SYNC", not self.copying, independent=not self.executed)
-        return Request(body.rstrip(b"\0") if type_ == b"Q" else b"", "QUERY")
+        """Return the Request whose head a message has completed."""
+        if type_ in (self.BIND, self.EXECUTE):
+            portal = body.split(b"\0")[0]
+            return Request(self.portals.get(portal, b""), "EXECUTE", replies=not self.skipping)
+        if type_ == self.SYNC:      # rules that were drawn for an Execute act on its Sync too
+            return Request(b"", "SYNC", replies=not self.copying,
+                           independent=not self.executed)
+        return Request(body.rstrip(b"\0") if type_ == self.QUERY else b"", "QUERY")
 
     def replies(self):
         while True:
             if self.encryption_requested:
-                yield from self.encryption_reply()
+                yield from self.read_encryption_reply()
                 continue
-            type_, size = struct.unpack(">cI", (yield NeedBytes(5)))
+            type_, message_size = struct.unpack(">cI", (yield NeedBytes(5)))
             if not type_.isalnum():
                 raise ProtocolError("%r is not a message" % type_)
-            if type_ == b"Z":
+            bytes_left = message_size - 4       # of the body
+            if type_ == self.READY:
                 self.status = yield NeedBytes(1)
-                size -= 1
-            yield max(0, size - 4)
+                bytes_left -= 1
+            yield max(0, bytes_left)
             request = self.current_request()
-            executing = request and request.name == "EXECUTE"
-            if type_ == b"Z":
+            is_execute = request and request.name == "EXECUTE"
+            if type_ == self.READY:
                 yield END_OF_MESSAGE
-            elif executing and type_ in b"GW":
+            elif is_execute and type_ in self.COPY_RESPONSES:
                 self.copying = True
                 for exchange in self.awaited()[1:]:     # a Sync, which the backend ignores
                     exchange.request.replies = False
-            elif executing and type_ in b"CIsE":
+            elif is_execute and type_ in self.EXECUTE_ENDS:
                 yield END_OF_MESSAGE
-                if type_ == b"E":
-                    self.skip()
+                if type_ == self.ERROR:
+                    self.skip_to_sync()
 
-    def encryption_reply(self):
+    def read_encryption_reply(self):
         """Read the one byte that accepts (S, G) or refuses encryption."""
         self.encryption_requested = False
         if (yield NeedBytes(1)) in b"SG":
             raise ProtocolError("encryption follows")
 
-    def skip(self):
-        """After an error, no request up to the next Sync gets a reply."""
+    def skip_to_sync(self):
+        """After an error, expect no reply to the requests before the next Sync."""
         for exchange in self.awaited():
             if exchange.request is None or exchange.request.name == "SYNC":
-                return
+                return              # the client has sent that Sync already
             exchange.request.replies = False
-        self.skipping = True
+        self.skipping = True        # also for the requests that the client sends next
 
     def finish_reply(self, reply, request):
         """Add ReadyForQuery to the error of a simple query, with the backend's own status."""
-        ready = b"Z\0\0\0\5" + self.status if request.name == "QUERY" else b""
-        return reply.data + ready
+        if request.name != "QUERY":
+            return reply.data
+        return reply.data + pg_message(self.READY, self.status)
 
     def encode_error(self, kind):
-        severity = "FATAL" if kind in self.fatal_errors or kind in self.connect_errors else (
-            "ERROR")
-        body = ("S%s\0V%s\0C%s\0M%s\0\0" % (severity, severity, kind, self.errors[kind])).encode()
-        return pg_message(b"E", body)
+        """Return an ErrorResponse: the severity (twice), the SQLSTATE and the message."""
+        is_fatal = kind in self.fatal_errors or kind in self.connect_errors
+        severity = "FATAL" if is_fatal else "ERROR"
+        fields = [("S", severity), ("V", severity), ("C", kind), ("M", self.errors[kind])]
+        body = "".join("%s%s\0" % field for field in fields) + "\0"
+        return pg_message(self.ERROR, body.encode())
 
     def connect_error(self, kind, data):
         """Refuse the client after its startup message, and refuse encryption before."""
         if kind not in self.connect_errors:
             return None
-        if not data:
-            return Reply(b"")
-        encryption = data[4:8] in (struct.pack(">I", self.TLS), struct.pack(">I", self.GSS))
-        return Reply(b"N") if encryption else Reply(self.encode_error(kind), True)
+        if not data:                # OPEN: wait for the client's first message
+            return NO_REPLY
+        code = int.from_bytes(data[4:8], "big")
+        if code in (self.TLS, self.GSS):
+            return Reply(b"N")      # no encryption: the startup message follows
+        return Reply(self.encode_error(kind), closes=True)
 
     def error_reply(self, kind, request):
+        """Return the Reply to a statement, with a substitute for the backend.
+
+        The substitute puts the backend's transaction into the state that the client expects
+        after the error. Returns None in these cases:
+
+        - The error is one for clients that connect.
+        - The request is a Sync.
+        - The request is a ROLLBACK, or its transaction has failed already. Only an error that
+          closes the connection is sent then.
+        """
         if kind in self.connect_errors or request.name == "SYNC":
             return None
+        message = self.encode_error(kind)
         if kind in self.fatal_errors:
-            return Reply(self.encode_error(kind), True)
-        if self.status == b"E" or self.ROLLBACK.match(request.text):
-            return None             # a failed transaction can only be left
-        simple = request.name == "QUERY"
-        if self.COMMIT.match(request.text):     # a COMMIT that fails has rolled back
-            substitute = pg_message(b"Q", b"ROLLBACK\0") if simple else (
-                pg_message(b"P", b"\0ROLLBACK\0\0\0") + pg_message(b"B", b"\0\0\0\0\0\0\0\0")
-                + pg_message(b"E", b"\0\0\0\0\0"))
-        else:
-            # The backend must fail as well, so that it is in the state that the client
-            # expects: a failed transaction, or skipping up to the next Sync. Its own error
-            # is replaced.
-            substitute = (pg_message(b"Q", b"vaurien\0") if simple else
-                          pg_message(b"P", b"vaurien\0vaurien\0\0\0"))
-        return Reply(self.encode_error(kind), False, substitute)
+            return Reply(message, closes=True)
+        if self.status == self.FAILED or self.ROLLBACK.match(request.text):
+            return None
+        is_simple = request.name == "QUERY"
+        if self.COMMIT.match(request.text):     # a COMMIT that fails rolls back
+            substitute = self.ROLLBACK_QUERY if is_simple else self.ROLLBACK_BATCH
+        else:       # the backend fails too, and the proxy drops the backend's error
+            substitute = self.INVALID_QUERY if is_simple else self.INVALID_PARSE
+        return Reply(message, substitute=substitute)
 
 
 @protocol
@@ -1880,15 +2113,8 @@ class Smtp(Protocol):
     server_first = True
     auth_continues = False          # the backend waits for the next line of AUTH
 
-    def requests(self, message=False):
+    def requests(self):
         while True:
-            if message:                     # the backend has replied 354 to DATA
-                first = yield NeedBytes(1)
-                yield Request(b"", "MESSAGE")
-                yield SkipUntil(b"\r\n.\r\n", b"\r\n" + first)
-                message = False
-                yield END_OF_MESSAGE
-                continue
             line = yield LINE
             if self.auth_continues:
                 self.auth_continues = False
@@ -1902,36 +2128,56 @@ class Smtp(Protocol):
                 yield parse_length(parts[1].encode())
             yield END_OF_MESSAGE
 
+    def read_message(self):
+        """Read the message after DATA, and then the client's further requests."""
+        first = yield NeedBytes(1)
+        yield Request(b"", "MESSAGE")
+        # The final dot may be the first line of the message. So the search begins with the
+        # line end of DATA.
+        yield SkipUntil(b"\r\n.\r\n", tail=b"\r\n" + first)
+        yield END_OF_MESSAGE
+        yield from self.requests()
+
     def replies(self):
         while True:
             line = yield LINE
-            if not line[:3].isdigit():
+            code, separator = line[:3], line[3:4]
+            if not code.isdigit():
                 raise ProtocolError("%r is not a reply" % line[:20])
-            if line[3:4] == b"-":
+            if separator == b"-":           # more lines of the reply follow
                 continue
-            if line[:3] == b"334":
+            if code == b"334":
                 self.auth_continues = True
                 continue
             request = self.current_request()
             name = request.name if request else ""
-            if name == "STARTTLS" and line[:3] == b"220":
+            if name == "STARTTLS" and code == b"220":
                 raise ProtocolError("TLS follows")
-            if name == "DATA" and line[:3] == b"354":
-                # The client has sent nothing of the message yet.
-                self.request_framer.restart(self.requests(message=True))
+            if name == "DATA" and code == b"354":
+                # The client waits for this reply, and has sent nothing of the message yet.
+                self.request_framer.restart(self.read_message())
             yield END_OF_MESSAGE
 
     def encode_error(self, kind):
         return ("%s %s\r\n" % (kind, self.errors[kind])).encode()
 
     def connect_error(self, kind, data):
-        return Reply(self.encode_error(kind), True) if kind in self.fatal_errors else None
+        """Return the Reply that replaces the greeting, or None if this kind cannot do so."""
+        if kind not in self.fatal_errors:
+            return None
+        return Reply(self.encode_error(kind), closes=True)
 
     def error_reply(self, kind, request):
+        """Return the Reply to a command. If it begins a message, the backend gets RSET.
+
+        Returns None for QUIT, and for a message: its DATA gets the error instead.
+        """
         if request.name in ("QUIT", "MESSAGE"):
-            return None             # the backend waits for the message, so DATA fails instead
-        undo = b"RSET\r\n" if request.name in ("DATA", "BDAT") else b""
-        return super().error_reply(kind, request)._replace(substitute=undo)
+            return None
+        reply = super().error_reply(kind, request)
+        if reply and request.name in ("DATA", "BDAT"):
+            return reply._replace(substitute=b"RSET\r\n")
+        return reply
 
 
 check_protocol = choice_check(*PROTOCOLS)
