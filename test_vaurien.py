@@ -2427,7 +2427,8 @@ class TestRules(unittest.TestCase):
         rule_set.installed[0].draw_max = 100.0
         chain.rules_changed([], rule_set.installed)
         chain.begin_request()
-        self.assertEqual([active_rule.rule for active_rule in chain.active_rules], rule_set.installed)
+        self.assertEqual([active_rule.rule for active_rule in chain.active_rules],
+                         rule_set.installed)
 
     def test_another_seed_and_another_proxy_give_other_draws(self):
         handlers = self.draw_requests(self.rule_set("20:delay"))
@@ -5858,7 +5859,8 @@ class TestDefects(ToxiproxyTestCase):
         def affected_connections():
             """Return the keys of the connections that the toxic applies to."""
             return proxy.loop.run_sync(lambda: {
-                key for key, connection in proxy.connections.items() if connection.chain.active_rules})
+                key for key, connection in proxy.connections.items()
+                if connection.chain.active_rules})
 
         path = "/proxies/p/toxics/hang_upstream"
         before = affected_connections()
@@ -6243,7 +6245,10 @@ class TestStartProxy(TempDirTestCase):
     def test_the_proxy_ends_when_its_parent_is_killed_but_a_fork_lives_on(self):
         port = unused_port()
         program = textwrap.dedent("""
-            import os, sys
+            import os, sys, warnings
+            # Python 3.12 warns of fork() while threads run. The thread that has read the
+            # proxy's output may just be ending.
+            warnings.simplefilter("ignore", DeprecationWarning)
             sys.path.insert(0, %r)
             import vaurien
             vaurien.start_proxy(proxy_port=%d, http=False, log_output='v.log', warmup=%d)
