@@ -4418,8 +4418,9 @@ class Connection:
         passed = chain.pass_through(link.to, data)
         if passed is data and target is not None:
             return data
+        now = self.loop.clock()
         if passed is None:
-            now, chain.modified = self.loop.clock(), False
+            chain.modified = False
             events = chain.process_bytes(now, link.to, bytes(data))
             if not chain.modified and all(to == link.to and made for _, to, made, _ in events):
                 passed = b"".join([made for _, _, made, _ in events])
@@ -4427,7 +4428,6 @@ class Connection:
             self.on_protocol_error()
         if passed is None or target is None:
             link.buffered_in += size
-            now = self.loop.clock()
             self.enqueue(now, events if passed is None else [(now, link.to, bytes(passed), ())])
             return None
         link.buffered_in += size - len(passed)
