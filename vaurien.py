@@ -7903,6 +7903,26 @@ def program_description():
     return (__doc__ or "").partition("\n\n    ")[0]
 
 
+def print_error(message, status, attached=False):
+    """Print an error in one line on stderr. Returns the status.
+
+    attached    whether to print the error on stdout too, which the supervisor reads
+    """
+    text = escape_control_chars(" ".join(str(message).split()))
+    print_safe("vaurien: %s" % text, sys.stderr)
+    if attached:
+        print_safe(text, sys.stdout)
+    return status
+
+
+def print_safe(text, file):
+    """Print a text. Characters that the file's encoding lacks are escaped."""
+    if file is None:                    # the stream was closed when Python started
+        return
+    encoding = getattr(file, "encoding", None) or "ascii"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+
+
 # -- Demo ---------------------------------------------------------------------
 #
 # `vaurien demo`: a backend, a proxy and clients in one process. Each client makes one request
@@ -8331,26 +8351,6 @@ def open_standard_fds():
     while fd <= 2:          # open returns the lowest free descriptor: 0, 1 or 2 if it is closed
         fd = os.open(os.devnull, os.O_RDWR)
     os.close(fd)
-
-
-def print_error(message, status, attached=False):
-    """Print an error in one line on stderr. Returns the status.
-
-    attached    whether to print the error on stdout too, which the supervisor reads
-    """
-    text = escape_control_chars(" ".join(str(message).split()))
-    print_safe("vaurien: %s" % text, sys.stderr)
-    if attached:
-        print_safe(text, sys.stdout)
-    return status
-
-
-def print_safe(text, file):
-    """Print a text. Characters that the file's encoding lacks are escaped."""
-    if file is None:                    # the stream was closed when Python started
-        return
-    encoding = getattr(file, "encoding", None) or "ascii"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
 
 
 def main_ctl():
