@@ -2306,6 +2306,64 @@ class TestProtocols(unittest.TestCase):
 # -- Rules and chain ------------------------------------------------------------
 
 
+def stall(state, t, to, data, *, after=1, match="x"):
+    """A handler with options that have the names of rule fields.
+
+    after    a number
+    match    a text
+    """
+    yield t + after, to, data
+
+
+class TestRuleFields(TempDirTestCase):
+    """Every rule has the fields of RULE_FIELDS, unless its handler has an option of that name."""
+
+    def test_an_option_of_the_handler_wins_over_a_field_of_the_same_name(self):
+        with registered(stall):
+            rule, = vaurien.read_rules([{"name": "stall", "after": 7, "match": "(", "times": 2}])
+            self.assertEqual((rule.options, rule.after, rule.match, rule.times),
+                             ({"after": 7, "match": "("}, 0, None, 2))
+            self.assertEqual(vaurien.read_rules([rule.to_json()])[0].to_json(), rule.to_json())
+            toxic = vaurien.make_toxic("stall", "s", {"after": 3}, {"after": 4})
+            self.assertEqual((toxic.rule.after, toxic.rule.options["after"]), (3, 4))
+            with vaurien.Proxy("127.0.0.1:9") as proxy, proxy.handler("stall", after=5):
+                self.assertEqual(proxy.rules.installed[0].options["after"], 5)
+
+    def test_an_option_of_the_handler_wins_on_the_command_line_and_in_a_file(self):
+        with registered(stall):
+            arguments = ["--behavior", "100:stall", "--handlers.stall.after", "2"]
+            file = self.write("v.ini", "[vaurien]\nbehavior = 100:stall\n"
+                                       "[handler:stall]\nafter = 2\n"
+                                       "[toxic:t]\ntype = stall\nafter = 2\ntimes = 1\n")
+            for argv, count in (arguments, 1), (["--config", file], 2):
+                with self.subTest(argv[0]):
+                    config = vaurien.read_arguments(argv, vaurien.SETTINGS)
+                    proxy = vaurien.make_proxies(config)["vaurien"]
+                    self.assertEqual([(rule.options["after"], rule.after)
+                                      for rule in proxy.rules.installed], [(2, 0)] * count)
+
+    def test_a_new_field_needs_one_line(self):
+        field = vaurien.Field(vaurien.check_count, 5, "a number of nothing")
+        with mock.patch.dict(vaurien.RULE_FIELDS, nothing=field):
+            rule_class = type("Rule", (vaurien.Rule,), {"__slots__": ("nothing",)})
+            with mock.patch.object(vaurien, "Rule", rule_class):
+                default, = vaurien.read_rules([{"name": "delay"}])
+                rule, = vaurien.read_rules([{"name": "delay", "nothing": "7"}])
+                self.assertEqual((default.nothing, rule.nothing, rule.to_json()["nothing"]),
+                                 (5, 7, 7))
+                toxics = [vaurien.make_toxic("latency", "l", fields, {})
+                          for fields in ({}, {"nothing": 5}, {"nothing": 7})]
+                self.assertTrue(toxics[0].same_rule(toxics[1]))
+                self.assertFalse(toxics[0].same_rule(toxics[2]))
+                self.assertEqual(toxics[2].own_fields(), {"nothing": 7})
+                config = vaurien.read_arguments(
+                    ["--behavior", "5:delay", "--handlers.delay.nothing", "3"], vaurien.SETTINGS)
+                rule, = vaurien.make_proxies(config)["vaurien"].rules.installed
+                self.assertEqual(rule.nothing, 3)
+                with self.assertRaisesRegex(ValueError, "nothing must be a whole number"):
+                    vaurien.read_rules([{"name": "delay", "nothing": "x"}])
+
+
 class TestRules(unittest.TestCase):
     """The requests on which rules act."""
 
