@@ -1879,6 +1879,7 @@ class TestProtocolChain(unittest.TestCase):
         play.client(pg_query(b"SELECT 2")).assert_passes()
 
     def test_copy_by_an_extended_query_ignores_sync(self):
+        """The Sync during COPY gets no reply. So the reply at the end belongs to `bad`."""
         play = self.play_postgres(error_rule("40001", match=b"bad"))
         play.client(pg_parse(b"", b"COPY t FROM STDIN") + pg_bind(b"") + PG_EXECUTE + PG_SYNC)
         play.backend(PG_PARSE_COMPLETE + PG_BIND_COMPLETE + pg_message(b"G", b"\0\0\0"))
@@ -6980,7 +6981,8 @@ class TestProcess(TempDirTestCase):
                 "[proxy:b]\nlocal=127.0.0.1:0\ndistant=127.0.0.1:%d\n")
                 % (backend_port, silent_port))
             process = self.start("--config", "v.ini")
-            (port_a,), (port_b,) = (self.read_listening_ports(process) for _ in "ab")
+            port_a, = self.read_listening_ports(process)        # its client hangs
+            port_b, = self.read_listening_ports(process)        # its client waits for a connect()
             socks = [connect(port_a), connect(port_b)]
             for sock in socks:
                 sock.sendall(b"question")

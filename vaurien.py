@@ -649,14 +649,9 @@ def random_bytes(rng, size):
 
 # -- Options ------------------------------------------------------------------
 #
-# This section reads the declarations of handlers, and contains:
-#
-#   - blocking handlers: the base class
-#   - the options of a handler, with types, defaults and help
-#   - the fields that every rule has beside its handler's options
-#   - the import of a user's handler by its dotted path
-#
-# A parameter `function` is a handler: a generator function, or a subclass of BaseHandler.
+# The base class of blocking handlers; the options of a handler, read from its declaration; the
+# fields that every rule has beside them; and the import of users' handlers. A parameter
+# `function` is a handler: a generator function, or a subclass of BaseHandler.
 
 class BaseHandler:
     """A blocking handler: it receives the sockets and may block, in a thread of its own.
@@ -1918,7 +1913,7 @@ class Postgres(Protocol):
         self.encryption_requested = False       # by TLS or GSS: the next reply is one byte
         self.status = self.IDLE     # of the transaction
         self.skipping = False       # the backend skips all messages up to the next Sync
-        self.executed = False       # the last request was an EXECUTE
+        self.follows_execute = False    # the last request was an EXECUTE
         self.copying = False        # the backend reads COPY data, and ignores Sync
         super().__init__(host)
 
@@ -1965,8 +1960,8 @@ class Postgres(Protocol):
                 yield request
             yield size - len(body)
             if type_ in self.REQUEST_ENDS:
-                self.executed = type_ == self.EXECUTE
-                if type_ == self.SYNC:      # the request may have begun with Bind, as EXECUTE
+                self.follows_execute = type_ == self.EXECUTE
+                if type_ == self.SYNC:      # also if the request began with a Bind
                     self.skipping = False
                     request.name, request.replies = "SYNC", not self.copying
                 yield END_OF_MESSAGE
@@ -1996,13 +1991,17 @@ class Postgres(Protocol):
         return type_ in self.REQUEST_ENDS or (type_ == self.BIND and body.count(b"\0") > 1)
 
     def make_request(self, type_, body):
-        """Return the Request whose head a message has completed."""
+        """Return the Request whose head a message has completed.
+
+        A Bind is named EXECUTE, because an Execute follows it. An Execute gets no reply while
+        the backend skips to the next Sync, and a Sync gets none during COPY.
+        """
         if type_ in (self.BIND, self.EXECUTE):
             portal = body.split(b"\0")[0]
             return Request(self.portals.get(portal, b""), "EXECUTE", replies=not self.skipping)
         if type_ == self.SYNC:      # rules that were drawn for an Execute act on its Sync too
             return Request(b"", "SYNC", replies=not self.copying,
-                           independent=not self.executed)
+                           independent=not self.follows_execute)
         return Request(body.rstrip(b"\0") if type_ == self.QUERY else b"", "QUERY")
 
     def replies(self):
@@ -2309,7 +2308,7 @@ class ActiveRule(Counter):
         self.acts = acts
 
     def may_act(self):
-        """Return whether `times` of the rule permits this request, or permitted it before."""
+        """Return whether the rule has acted already, or `times` permits one more request."""
         return self.has_acted or not 0 < self.rule.times <= self.rule.acted_count
 
     def mark_acted(self):
@@ -2607,7 +2606,8 @@ class Chain:
     def direction_changed(self, to):
         """Note the direction of the next bytes, which differs from that of the last bytes.
 
-        This may begin a request.
+        Bytes of the client after bytes of the backend begin a request. Before the first bytes
+        of the connection, the rules that were installed since its start are drawn.
         """
         last, self.last_direction = self.last_direction, to
         if last is DOWNSTREAM:
@@ -2618,7 +2618,7 @@ class Chain:
     # Drawing
 
     def draw_block(self, block):
-        """Draw the rules for the 8 requests of a block, if each rule is drawn for them alone."""
+        """Draw all rules for the 8 requests of a block at once. Only used if rules.draw_ahead."""
         self.block, self.block_hits = block, [[] for _ in range(8)]
         for rule in self.rules.installed:
             draws = self.rules.draw_block(rule.draw_key, self.connection, block)
@@ -2726,7 +2726,7 @@ class Chain:
         """Run an event through the active rules.
 
         Returns [(t, to, data, delays)]. `delays` has (rule, seconds, from_open) for each rule
-        that has delayed the event. `from_open` tells whether that rule has made it of OPEN.
+        that has delayed the event. `from_open`: the rule produced the event in answer to OPEN.
         """
         return self.run_chain(self.active_rules, t, to, [(t, to, data, ())])
 
@@ -2921,11 +2921,12 @@ class ProtocolChain(Chain):
         super().rules_changed(new, changed)
         last, self.last_affected = self.exchanges[-1], None
         for exchange in self.exchanges:
-            exchange.active_rules = [active for active in exchange.active_rules
-                               if self.still_acts(active, exchange)]
+            kept = [active for active in exchange.active_rules
+                    if self.still_acts(active, exchange)]
             if exchange is last:
-                exchange.active_rules += [active for active in self.active_rules
-                                    if not any(active is other for other in exchange.active_rules)]
+                kept += [active for active in self.active_rules
+                         if not any(active is other for other in kept)]
+            exchange.active_rules = kept
             if exchange.active_rules or exchange.queued_events:
                 self.last_affected = exchange
         if last.forwarded:
@@ -3221,18 +3222,19 @@ class ProtocolChain(Chain):
 class Budget:
     """The bytes that all delay queues of a loop may hold together: a hard bound.
 
-    Each queue may hold an eighth of the bytes that are left, and at least HELD_MIN, which is
-    reserved for each queue.
+    Each queue may hold 1 / SHARES of the bytes that are left, and at least HELD_MIN.
     """
 
     __slots__ = ("total", "held", "queues", "fast_path_limit")
+    SHARES = 8
 
     def __init__(self, total=HELD_TOTAL):
         self.total = total
         self.held = 0
         self.queues = 0
-        # While at most this many bytes are held, a read of the fast path needs no check.
-        self.fast_path_limit = total - 8 * max(HELD_MAX_IDLE, KERNEL_PIPE_SIZE)
+        # While at most this many bytes are held, each queue may hold the largest single read.
+        # So the fast path need not ask for its allowance.
+        self.fast_path_limit = total - self.SHARES * max(HELD_MAX_IDLE, KERNEL_PIPE_SIZE)
 
     def add_queue(self):
         """Reserve HELD_MIN bytes for one more queue."""
@@ -3247,7 +3249,7 @@ class Budget:
     def allowance(self, bound):
         """Return how many bytes one queue may hold now, `bound` at most."""
         rest = self.total - self.held - self.queues * HELD_MIN
-        return max(HELD_MIN, min(bound, rest // 8))
+        return max(HELD_MIN, min(bound, rest // self.SHARES))
 
 
 class DelayQueue:
@@ -3344,9 +3346,10 @@ class DelayQueue:
         return self.queue[0][0] if self.queue else NEVER
 
     def resume_reading_at(self, now):
-        """Return when the rate limits permit to read again. NEVER: they permit it already."""
+        """Return when reading resumes, if a rate limit has paused it. Otherwise return NEVER."""
         resume = self.rate_limited_until - RATE_BACKLOG
-        return resume if self.queue and now < resume else NEVER
+        paused = self.queue and now < resume
+        return resume if paused else NEVER
 
     def consume(self, size):
         """Remove the first `size` bytes of send_buffer's first chunk, which have been sent."""
@@ -4172,12 +4175,6 @@ def socket_strerror(error):
 # A client's socket, a backend's socket, and the two links between them. All of it runs in the
 # loop's thread, but for blocking handlers, which get duplicates of the sockets in a thread.
 #
-# Of its two sockets a Connection uses recv, recv_into, send, shutdown, close, fileno,
-# getpeername, getsockopt, setsockopt and setblocking, with the exceptions of non-blocking
-# sockets. Of its Proxy it uses rules, protocol, host_header(), has_blocking, timeout,
-# addresses, backend, resolve_backend(), log_prefix, record_fault(), on_connect_failed() and
-# on_connection_closed().
-#
 # The phase of a connection:
 #
 #     WAITING -> CONNECTING -> CONNECTED <-> HANDED_OFF        and from each phase -> CLOSED
@@ -4621,7 +4618,7 @@ class Connection:
         while link.send_buffer and target is not None and self.phase is not CLOSED:
             data = link.send_buffer[0]
             try:
-                if link.write_closed:
+                if link.write_closed:       # drop what is behind the EOF
                     link.send_buffer.popleft()
                     link.credit(len(data) + CHUNK_OVERHEAD)
                 elif data is EOF:
@@ -4629,7 +4626,7 @@ class Connection:
                     self.close_write(link, target)
                 elif isinstance(data, KernelPipe):
                     link.consume(data.splice_to(target))
-                    if not data:
+                    if not data.held:       # consume() has subtracted the bytes
                         self.release_pipe(data)
                 else:
                     link.consume(target.send(data))
@@ -5546,17 +5543,8 @@ class Statsd:
 
 # -- Control ------------------------------------------------------------------
 #
-# The HTTP control server. Tests use it to change proxies while they run. This section contains
-# the handling of a request, the routes of Vaurien, and the server with its access check.
-#
-# handle_request handles a request in these steps:
-#
-#   1. find the routes of the path
-#   2. check access
-#   3. read the body
-#   4. choose the route for the method
-#   5. call the route's function
-#   6. render the function's result or its error
+# The HTTP control server. Tests use it to change proxies while they run. handle_request shows
+# the steps from a request to its response.
 #
 # Each route has a dialect, which decides the format of results and errors. If a path has no
 # route, the prefix of the path decides the format of the error.
@@ -7155,16 +7143,12 @@ def stop_started_proxies():
 # with the end of a sentence ("must be ..."). SourcedText begins the sentence with the source of
 # the text, like "--local".
 #
-# To add a setting, add a line to SETTINGS. The scope of a setting determines where it is set, and
-# what one value applies to:
+# To add a setting, add a line to SETTINGS. Its scope is one of:
 #
-#   proxy         It is set on the command line, in [proxy:NAME] or in [vaurien]. The value is
-#                 passed to one Proxy, under the setting's name.
-#   shared        It is set in the same places, but [vaurien] sets the default of all proxies.
-#                 ProxyTable gets this default too, for the proxies that the API creates.
-#   process       It is set on the command line or in [vaurien], for the process. `prepare`
-#                 applies the value.
-#   command line  It is set on the command line only, for the process.
+#   proxy         a value for each proxy, passed to Proxy under the setting's name
+#   shared        the same, but [vaurien] has the default of all proxies, and of ProxyTable
+#   process       one value, which `prepare` applies
+#   command line  one value that the file cannot set
 
 # flags      the flags on the command line. Without the leading dashes, they are the keys of the
 #            ini file
@@ -7212,8 +7196,8 @@ def import_handler(name):
     if name not in HANDLERS and "." in name:
         load_handler(name, name)
     if name not in HANDLERS:
-        raise ValueError("names the unknown handler %r: there are %s (your own: path.to.callable)"
-                         % (name, ", ".join(sorted(HANDLERS))))
+        raise ValueError("names the unknown handler %r: there are %s, or the path.to.callable "
+                         "of your own" % (name, ", ".join(sorted(HANDLERS))))
 
 
 def check_behavior(text):
