@@ -1878,6 +1878,28 @@ class TestProtocolChain(unittest.TestCase):
         # The transaction has failed already, so the backend itself replies with an error.
         play.client(pg_query(b"SELECT 2")).assert_passes()
 
+    def test_requests_after_a_failed_execute_get_no_reply_up_to_sync(self):
+        """After an error of a pipelined batch, each later reply belongs to its own request."""
+        begin, query = (pg_parse(b"", text) + pg_bind(b"") + PG_EXECUTE
+                        for text in (b"BEGIN", b"SELECT 7"))
+        error = error_bytes("postgres", "57014")
+        with self.subTest("two errors of a rule"):
+            play = self.play_postgres(error_rule("57014"))
+            play.client(begin + query + PG_SYNC)
+            play.backend(PG_ERROR + PG_READY).assert_becomes(error + PG_READY)
+            play.client(pg_query(b"SELECT 1"))
+            play.backend(PG_ERROR + PG_READY).assert_becomes(error + PG_READY)
+        with self.subTest("an error of the backend, then one of a rule"):
+            play = self.play_postgres(error_rule("57014", match=b"SELECT 7"))
+            play.client(begin + query + PG_SYNC)
+            play.backend(PG_ERROR + PG_READY).assert_passes()
+            play.client(pg_query(b"SELECT 1"))
+            play.backend(PG_SELECTED_1 + PG_READY).assert_passes()
+            play.client(pg_query(b"SELECT 7"))
+            play.backend(PG_ERROR + PG_READY).assert_becomes(error + PG_READY)
+            play.client(pg_query(b"SELECT 8"))
+            play.backend(PG_SELECTED_1 + PG_READY).assert_passes()
+
     def test_copy_by_an_extended_query_ignores_sync(self):
         """The Sync during COPY gets no reply. So the reply at the end belongs to `bad`."""
         play = self.play_postgres(error_rule("40001", match=b"bad"))

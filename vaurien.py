@@ -880,6 +880,7 @@ def check_handler(path, function):
 
 PROTOCOLS = OrderedDict((("tcp", None),))       # {name: subclass of Protocol, or None}
 END_OF_MESSAGE = Signal("END_OF_MESSAGE")       # also an event for handlers; it is never sent
+END = END_OF_MESSAGE            # its older name, for handlers that use it
 CONTINUATION = Signal("CONTINUATION")
 LINE = re.compile(rb"\n")
 HEADERS = re.compile(rb"\n\r?\n")
@@ -2026,9 +2027,9 @@ class Postgres(Protocol):
                 for exchange in self.awaited()[1:]:     # a Sync, which the backend ignores
                     exchange.request.replies = False
             elif is_execute and type_ in self.EXECUTE_ENDS:
-                yield END_OF_MESSAGE
                 if type_ == self.ERROR:
-                    self.skip_to_sync()
+                    self.skip_to_sync()     # before the boundary releases the next exchanges
+                yield END_OF_MESSAGE
 
     def read_encryption_reply(self):
         """Read the one byte that accepts (S, G) or refuses encryption."""
@@ -2038,8 +2039,8 @@ class Postgres(Protocol):
 
     def skip_to_sync(self):
         """After an error, expect no reply to the requests before the next Sync."""
-        for exchange in self.awaited():
-            if exchange.request is None or exchange.request.name == "SYNC":
+        for exchange in self.awaited()[1:]:
+            if exchange.request.name == "SYNC":
                 return              # the client has sent that Sync already
             exchange.request.replies = False
         self.skipping = True        # also for the requests that the client sends next
