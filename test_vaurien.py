@@ -1932,7 +1932,7 @@ class TestProtocolChain(unittest.TestCase):
         play.client(mysql_execute(b"\7\0\0\0")).assert_becomes(
             mysql_packet(0, b"\x1a" b"\7\0\0\0"))
 
-    def test_mysql_commands_that_were_not_awaited_do_not_hold_up_later_ones(self):
+    def test_mysql_statements_prepared_and_executed_without_waiting_leave_the_queue(self):
         play = self.play("mysql", error_rule("1205", match=b"bad"))
         play.client(MYSQL_LOGIN + mysql_prepare(b"SELECT 1") + mysql_execute(MYSQL_LAST_PREPARED))
         play.backend(mysql_packet(1, b"\0" b"\1\0\0\0" b"\0\0\0\0\0\0\0") + MYSQL_OK)
@@ -3301,7 +3301,7 @@ class DownloadMixin:
 class TestFastPath(DownloadMixin, unittest.TestCase):
     """Bytes that no fault changes are sent in the callback that received them."""
 
-    def test_fast_path_reads_no_clock_and_changes_no_interest(self):
+    def test_fast_path_reads_no_clock_and_leaves_the_selector_alone(self):
         calls = Counter()
 
         def counted(name, function):
@@ -4043,7 +4043,7 @@ class TestInProcess(unittest.TestCase):
                     errors.append(is_error)
             self.assertEqual(errors, [False] * 3 + [True] * 2 + [False] * 3)
 
-    def test_a_silent_connection_counts_neither_for_times_nor_for_after(self):
+    def test_a_connection_that_sends_nothing_uses_up_neither_times_nor_after(self):
         with running_proxy(echo) as proxy, contextlib.ExitStack() as stack:
             silent, first, second = (stack.enter_context(connected_client(proxy))
                                      for _ in range(3))
@@ -7578,7 +7578,7 @@ class TestDescriptors(TempDirTestCase):
             wait_until(lambda: "trying again" in read_text(log_path))
             accepted = self.wait_for_replies(socks)
             waiting = [sock for sock in socks if sock not in accepted]
-            # The accepted connections work while the rest of them wait.
+            # Accepted connections work, although others are still waiting.
             for sock in accepted:
                 self.assertEqual(read_exactly(sock, 8), b"question")
                 send_and_read(sock, b"again")

@@ -1380,7 +1380,7 @@ class Http(Protocol):
     def parse_whole_reply(self, data):
         """Return whether data is exactly one reply with a Content-Length.
 
-        A head is searched only if it, or the size of the body, differs from the last reply.
+        The head is parsed only if the head or the size of the body differs from the last reply's.
         """
         request = self.current_request()
         if not request or request.name in ("HEAD", "CONNECT"):
@@ -1763,7 +1763,7 @@ class Mysql(Protocol):
         yield END_OF_MESSAGE
 
     def check_capabilities(self, flags, size):
-        """Raise ProtocolError if TLS or compression follows the login packet of this size."""
+        """Raise ProtocolError if a login packet of this size asks for TLS or compression."""
         is_ssl_request = size == 32         # the login packet without the user's name
         if is_ssl_request and flags & self.CLIENT_SSL:
             raise ProtocolError("TLS follows")
@@ -1895,7 +1895,7 @@ class Postgres(Protocol):
     READY, ERROR = b"Z", b"E"       # ReadyForQuery, ErrorResponse
     COPY_RESPONSES = b"GW"          # CopyInResponse, CopyBothResponse
     EXECUTE_ENDS = b"CIsE"          # CommandComplete, EmptyQuery, PortalSuspended, ErrorResponse
-    # Status of a transaction, besides T for one in progress
+    # States of a transaction in ReadyForQuery. The third is T: a transaction is in progress.
     IDLE, FAILED = b"I", b"E"
     # Statements that end a transaction
     ROLLBACK = re.compile(rb"(?i)\s*(rollback|abort)\b")
@@ -2168,9 +2168,9 @@ class Smtp(Protocol):
         return Reply(self.encode_error(kind), closes=True)
 
     def error_reply(self, kind, request):
-        """Return the Reply to a command. If it begins a message, the backend gets RSET.
+        """Return the Reply to a command. If the command is DATA or BDAT, the backend gets RSET.
 
-        Returns None for QUIT, and for a message: its DATA gets the error instead.
+        Returns None for QUIT, and for the text of a message: the error replies to its DATA.
         """
         if request.name in ("QUIT", "MESSAGE"):
             return None
@@ -2381,9 +2381,10 @@ class Toxic:
         """Set the toxicity and these attributes, and change the rule accordingly."""
         self.toxicity = toxicity
         self.attributes.update(attributes)
-        self.rule.set_options({option: value if isinstance(value, str) else
-                               max(value, type(value)())
-                               for option, value in self.attributes.items()})
+        # Toxiproxy accepts negative numbers, and treats them like 0.
+        self.rule.set_options(
+            {option: value if isinstance(value, str) else type(value)(max(value, 0))
+             for option, value in self.attributes.items()})
         self.rule.draw_max = 100.0 * toxicity
 
     def own_fields(self):
@@ -2700,7 +2701,7 @@ class Chain:
         self.active_rules = self.collect(current.get)
 
     def reset_rate_limits(self, to, latest):
-        """Adapt rate-limited rules after a release: their last chunk is due at `latest`."""
+        """Let rate-limited rules go on from the time `latest`, to which a release moved chunks."""
         for active in self.active_rules:
             if active.rule.rate_limited and active.acts:
                 active[to] = min(active[to], latest)
@@ -3002,7 +3003,7 @@ class ProtocolChain(Chain):
         self.TRANSITIONS[to, kind](self, boundary)
 
     def pop_done(self):
-        """Remove the first exchange if it is done and not the last. Returns whether it was."""
+        """Remove the first exchange if it is done and not the last. Return whether it did so."""
         if len(self.exchanges) == 1 or not self.exchanges[0].is_done():
             return False
         first = self.exchanges.popleft()
@@ -4082,8 +4083,8 @@ def first_address(local):
 HAVE_SPLICE = hasattr(os, "splice")     # Linux, with Python 3.10 or newer
 F_SETPIPE_SZ = 1031                     # of linux/fcntl.h; in the module fcntl since Python 3.10
 SOCK_NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)
-# The base class of socket.socket: it has all methods that a proxy needs, and takes half the
-# time to create and close.
+# The base class of socket.socket. It has all methods that a proxy needs, and creating and closing
+# one takes half the time.
 RawSocket = socket.SocketType
 FD_EXHAUSTED = {errno.EMFILE, errno.ENFILE}
 # Errors of splice after which recv is used instead: there is no data, or this system or this
@@ -4328,8 +4329,8 @@ class Connection:
         events    EVENT_READ, or others that prepare_read handles
 
         There is one recv for each event of the selector, so that a fast sender does not delay
-        other connections. The fast path reads no clock, and makes no events unless a rule is
-        active: the bytes are sent at once.
+        other connections. The fast path sends the bytes at once. It reads no clock, and without
+        an active rule it makes no event objects.
         """
         target, loop, chain = link.fast_target, self.loop, self.chain
         limit = CHUNK
@@ -6661,6 +6662,7 @@ def read_attributes(type_, value, strict=False):
     strict    whether to return unknown options too, so that make_toxic refuses them
     """
     defaults = handler_options(HANDLERS[type_])
+    # Without strict, read_object returns keys in lower case.
     options = {option if strict else option.lower(): option for option in defaults}
     attributes = {}
     for key, item in read_object(value, "attributes", strict).items():
