@@ -359,6 +359,8 @@ def backend_server(serve):
     listener, results, threads = listening_socket(), [], []
 
     def start_thread(function, *args):
+        # Python 3.13 keeps the stack of a thread that has ended as long as its Thread exists.
+        threads[:] = [thread for thread in threads if thread.is_alive()]
         threads.append(threading.Thread(target=function, args=args, daemon=True))
         threads[-1].start()
 
@@ -8139,7 +8141,9 @@ PRESERVING_TOXICS = {
     "slicer": {"average_size": 2000, "size_variation": 1000, "delay": 50},
     "slow_close": {"delay": 20},
 }
-# Toxics that may end a connection early: {type: {attribute: mean value}}
+# Toxics that may end a connection early: {type: {attribute: mean value}}. Their `per` is
+# "connection": for one request they would drop bytes in the middle, if another toxic delays the
+# end of the connection and the next request passes meanwhile.
 CUTTING_TOXICS = {
     "blackout": {},
     "abort": {},
@@ -8330,7 +8334,8 @@ class Soak:
         return vaurien.Toxic(type_, "%s %d" % (type_, index),
                              toxicity=rng.choice([0.2, 1.0]), attributes=attributes,
                              stream="both" if type_ in BOTH_STREAMS else stream,
-                             per=rng.choice(["connection", "request"]),
+                             per="connection" if mean_values is CUTTING_TOXICS else
+                             rng.choice(["connection", "request"]),
                              after=rng.choice([0, 0, 3]),
                              times=rng.choice([0, 0, 5]))
 
