@@ -7580,7 +7580,7 @@ class TestDescriptors(TempDirTestCase):
             wait_until(lambda: "trying again" in read_text(log_path))
             accepted = self.wait_for_replies(socks)
             waiting = [sock for sock in socks if sock not in accepted]
-            # Accepted connections work, although others are still waiting.
+            # The proxy serves these connections while it cannot accept the others.
             for sock in accepted:
                 self.assertEqual(read_exactly(sock, 8), b"question")
                 send_and_read(sock, b"again")

@@ -2493,8 +2493,8 @@ def make_toxic(type_, name, fields, attributes, toxiproxy=False):
 
     fields       {field: value}; the fields are toxicity, and all RULE_FIELDS
     attributes   {option: value}
-    toxiproxy    True: accept any toxicity, a stream in upper case, and negative numbers for
-                 the attributes in MAY_BE_NEGATIVE, as Toxiproxy's server does
+    toxiproxy    True: accept any toxicity, and negative numbers for the attributes in
+                 MAY_BE_NEGATIVE, as Toxiproxy's server does
 
     Raises InputError: one (field or option, sentence) for each error.
     """
@@ -2503,8 +2503,7 @@ def make_toxic(type_, name, fields, attributes, toxiproxy=False):
     checked, values, errors = {}, {}, []
     for key, value in fields.items():
         if key in checks:
-            lower = toxiproxy and key == "stream"
-            check_into(checked, errors, key, checks[key], value.lower() if lower else value)
+            check_into(checked, errors, key, checks[key], value)
         else:
             errors.append((key, "%s is not a field of a toxic: there are %s"
                            % (key, ", ".join(["name", "type", "attributes", *checks]))))
@@ -2519,7 +2518,6 @@ def make_toxic(type_, name, fields, attributes, toxiproxy=False):
     if errors:
         raise InputError(errors)
     toxicity = checked.pop("toxicity", checked.pop("percent", 100.0) / 100)
-    checked["stream"] = fields.get("stream", DOWNSTREAM)        # as the user wrote it
     return Toxic(type_, name, toxicity, values, **checked)
 
 
@@ -4749,9 +4747,7 @@ class Connection:
                 share = (self.deadline - now) / (1 + len(self.addresses))
                 self.set_deadline(now + share, self.on_connect_timeout)
             else:
-                self.phase = CONNECTED
-                if self.deadline_timer:
-                    self.loop.cancel(self.deadline_timer)
+                self.set_connected()
             return
         self.connect_failed(getattr(error, "strerror", None) or error or "no address found")
 
@@ -4775,9 +4771,13 @@ class Connection:
             self.close_backend()
             self.connect_next(OSError(error, socket_strerror(error)))
         else:
-            self.phase = CONNECTED
-            self.loop.cancel(self.deadline_timer)
+            self.set_connected()
         self.pump()
+
+    def set_connected(self):
+        """The backend is connected: the time for it no longer runs."""
+        self.phase = CONNECTED
+        self.loop.cancel(self.deadline_timer)
 
     def on_connect_timeout(self):
         self.close_backend()
@@ -6819,11 +6819,12 @@ def copy_toxic(toxic, value):
     rule_fields = read_rule_fields(json_object, fields)
     if "toxicity" not in rule_fields and "percent" not in rule_fields:
         rule_fields["toxicity"] = toxic.toxicity
-    rule_fields["stream"] = toxic.stream        # a stream in the JSON object is ignored
+    rule_fields["stream"] = toxic.rule.stream       # a stream in the JSON object is ignored
     changed_attributes = read_attributes(toxic.rule.name, fields.get("attributes", {}))
     changed = make_toxic(toxic.rule.name, toxic.name,
                          dict(own_fields_to_json(toxic), **rule_fields), changed_attributes,
                          toxiproxy=True)
+    changed.stream = toxic.stream
     before, after = toxic.own_fields(), changed.own_fields()
     for name in RULE_FIELDS:
         if before.get(name) != after.get(name):
