@@ -3053,7 +3053,7 @@ class TestAddresses(unittest.TestCase):
                 vaurien.parse_address(url)
 
     def test_arguments_of_proxy_are_checked_like_options(self):
-        with self.assertRaisesRegex(ValueError, "unknown handler 'nope': there are abort"):
+        with self.assertRaisesRegex(ValueError, "unknown handler 'nope'"):
             vaurien.Proxy("localhost:9", behavior="20:nope")
         with self.assertRaisesRegex(ValueError, "must be a number, 0 or more, not 'x'"):
             vaurien.Proxy("localhost:9", behavior="20:delay", options={"delay": {"sleep": "x"}})
@@ -4497,7 +4497,7 @@ class TestRoutes(unittest.TestCase):
     def test_errors_in_the_name_of_a_handler(self):
         self.check_errors(
             ("POST", "/handler", b"nope",
-             "body", "name", "unknown handler 'nope': there are"),
+             "body", "name", "unknown handler 'nope'"),
             ("POST", "/handler", b"",
              "body", "name", "unknown handler ''"),
             ("PUT", "/behavior", b'{"sleep": 2}',
@@ -5539,12 +5539,12 @@ class TestToxiproxyApi(ToxiproxyTestCase):
             ([{"type": "noop", "nope": 1}], 400,
              "nope is not a field of a toxic: there are name, type"),
             ([{"type": "latency", "attributes": {"latence": 1}}], 400,
-             "latence is not an option of latency: it has jitter, latency"),
+             "latence is not an option of latency (did you mean latency?): it has jitter"),
             ({}, 400, "cannot unmarshal object"),
             ([5], 400, "cannot unmarshal number"),
             ("[] x", 400, "bad request body"),
             ([{"type": "noop"}, {"type": "nope"}], 400,
-             "invalid toxic type: 'nope': there are dummy, delay"),
+             "invalid toxic type: unknown handler 'nope'"),
             ([{"type": "noop", "toxicity": 7}], 400,
              "toxicity must be a number from 0 to 1, not 7"),
             ([{"TYPE": "noop"}], 400, "invalid toxic type"),
@@ -6213,7 +6213,7 @@ class TestClient(unittest.TestCase):
 
     def test_a_refused_request_raises_value_error_with_the_text_of_the_server(self):
         with proxy_with_control() as (_, client):
-            with self.assertRaisesRegex(ValueError, "unknown handler 'nope': there are abort"):
+            with self.assertRaisesRegex(ValueError, "unknown handler 'nope'"):
                 client.set_handler("nope")
             with self.assertRaisesRegex(ValueError, "sleep must be a number, 0 or more, not 'x'"):
                 client.set_handler("delay", sleep="x")
@@ -6556,6 +6556,12 @@ class TestSettings(TempDirTestCase):
         with self.assertRaisesRegex(ValueError, "kind must be one of LOADING"):
             self.proxy(*argv, "1213")
 
+    def test_a_protocol_has_the_names_of_its_servers_too(self):
+        for alias, class_ in (("memcached", vaurien.Memcache), ("postgresql", vaurien.Postgres),
+                              ("mariadb", vaurien.Mysql)):
+            with self.subTest(alias):
+                self.assertIs(self.proxy("--protocol", alias).protocol, class_)
+
     def test_fields_of_a_rule_are_set_beside_the_options_of_its_handler(self):
         path = self.write("v.ini", (
             "[vaurien]\n"
@@ -6576,7 +6582,7 @@ class TestSettings(TempDirTestCase):
                     ValueError, "^--handlers.error.(match|times|per) must be"):
                 self.proxy("--behavior", "1:error", *argv)
         with self.assertRaisesRegex(
-                ValueError, "unrecognized arguments: --handlers.error.percent"):
+                ValueError, "--handlers.error.percent is set in the behavior, like 20:error"):
             self.proxy("--handlers.error.percent", "5")
 
     def test_toxics_in_a_file(self):
@@ -6735,7 +6741,7 @@ class TestBadInput(TempDirTestCase):
             (["--behavior", "60:delay,60:error"],
              "--behavior must add up to 100 percent at most"),
             (["--behavior", "20:nope"],
-             "--behavior names the unknown handler 'nope': there are abort"),
+             "--behavior names the unknown handler 'nope'"),
             (["--behavior", "20"],
              "--behavior must be PERCENT:HANDLER"),
             (["--behavior", "20:no.such.thing"],
@@ -6764,9 +6770,13 @@ class TestBadInput(TempDirTestCase):
             (["--handlers.error.warmup", "1.5"],
              "must be a whole number, 0 or more, not '1.5'"),
             (["--handlers.delay.dely", "1"],
-             "unrecognized arguments: --handlers.delay.dely"),
-            (["--handlers.nope.sleep", "1"],
-             "unrecognized arguments"))
+             "--handlers.delay.dely is not an option of delay: it has before, sleep"),
+            (["--behavior-latency-sleep=1"],
+             "--behavior-latency-sleep is not an option of latency: it has jitter, latency"),
+            (["--handlers.delay.tims", "1"],
+             "--handlers.delay.tims is not an option of delay (did you mean times?)"),
+            (["--handlers.latncy.latency", "1"],
+             "--handlers.latncy.latency names the unknown handler 'latncy' (did you mean "))
 
     def test_other_settings_in_arguments(self):
         self.check_arguments(
@@ -6787,16 +6797,44 @@ class TestBadInput(TempDirTestCase):
 
     def test_unknown_arguments(self):
         self.check_arguments(
-            (["a\nb"],
-             "unrecognized arguments: a b"),
+            (["--a\nb"],
+             "unrecognized arguments: --a b"),
             (["--nope"],
              "unrecognized arguments: --nope"),
             (["nope"],
-             "unrecognized arguments"),
+             "unknown command 'nope': there are serve, demo, ctl"),
             (["--loc", "localhost:1"],
              "unrecognized arguments"),
             (["--local"],
              "argument --local/--proxy: expected one argument"))
+
+    def test_an_unknown_name_that_resembles_a_known_one(self):
+        """The error for a name with a typing error suggests the name that was meant."""
+        self.check_arguments(
+            (["--behavior", "20:dealy"],
+             "unknown handler 'dealy' (did you mean delay?): there are abort"),
+            (["--protocol", "Redsi"],
+             "not 'Redsi' (did you mean redis?)"),
+            (["--protocol", "redis", "--behavior", "1:error", "--handlers.error.kind", "loadin"],
+             "not 'loadin' (did you mean LOADING?)"),
+            (["--log-lvel", "debug"],
+             "unrecognized arguments: --log-lvel debug (did you mean --log-level?)"),
+            (["server"],
+             "unknown command 'server' (did you mean serve?)"))
+        self.check_files(
+            ("[vaurien]\nbehaviour = 1:delay\n",
+             "[vaurien] behaviour is not a setting (did you mean behavior?): there are"),
+            ("[toxics:a]\n",
+             "[toxics:a] is not a section (did you mean toxic?): there are"),
+            ("[toxic:a]\ntype = latncy\n",
+             "unknown handler 'latncy' (did you mean latency?)"),
+            ("[toxic:a]\ntype = noop\nproxy = vaurin\n",
+             "must be one of vaurien, not 'vaurin' (did you mean vaurien?)"))
+
+    def test_faults_that_shall_act_together_in_one_behavior(self):
+        self.check_arguments(
+            (["--behavior", "100:latency,100:bandwidth"],
+             "at most one handler acts on a request; to combine faults, use toxics"))
 
     def test_arguments_of_the_demo(self):
         self.check_arguments(
@@ -6874,7 +6912,7 @@ class TestBadInput(TempDirTestCase):
     def test_toxics_in_a_file(self):
         self.check_files(
             ("[toxic:a]\n",
-             "v.ini: [toxic:a] type names the unknown handler ''"),
+             "v.ini: [toxic:a] needs type = HANDLER: there are abort"),
             ("[toxic:a]\ntype = noop\n[toxic: a]\ntype = noop\n",
              "[toxic: a] is set twice"),
             ("[toxic:a]\ntype = latency\nlatence = 1\n",
@@ -6897,7 +6935,12 @@ class TestBadInput(TempDirTestCase):
             ("[{",
              "cannot read v.ini: unexpected EOF"),
             ("{}",
-             "cannot read v.ini: json: cannot unmarshal object"),
+             "cannot read v.ini: it must be a list of proxies, not object"),
+            ('[{"name": "a", "upstream": "x:1", "enabled": "yes"}]',
+             "cannot read v.ini: enabled must be true or false, not string"),
+            ('[{"name": "a", "upstream": "x:1", "toxics": [{"type": "latency", '
+             '"attributes": {"latency": 1.5}}]}]',
+             "latency must be a whole number, not number 1.5 (toxic 1 of proxy a)"),
             ('[{"name": "a"}]',
              "cannot read v.ini: missing required field: upstream at proxy 1"),
             ('[{"name": "a", "upstream": "x:1", "listen": "x"}]',
@@ -7050,7 +7093,19 @@ class TestProcess(TempDirTestCase):
             status, _, err = self.run_to_end("--config", "v.ini")
         self.assertEqual(status, 1)
         self.assertRegex(
-            err, "^vaurien: cannot listen on 127.0.0.1:%d: Address[^\n]*\n$" % port)
+            err, r"^vaurien: cannot listen on 127.0.0.1:%d: Address[^\n]* \(proxy b\)\n$" % port)
+
+    def test_a_port_in_use_names_the_option_that_set_it(self):
+        with contextlib.closing(listening_socket()) as listener:
+            port = listener.getsockname()[1]
+            for option, argv in (
+                    ("--local", ["--local", "127.0.0.1:%d" % port]),
+                    ("--http-port", ["--local", "127.0.0.1:0", "--http",
+                                     "--http-host", "127.0.0.1", "--http-port", str(port)])):
+                with self.subTest(option):
+                    status, _, err = self.run_to_end(*argv)
+                    self.assertEqual(status, 1)
+                    self.assertRegex(err, r"\(%s\)\n$" % option)
 
     def test_log_output_names_the_file_of_the_log(self):
         process = self.start("--local", "127.0.0.1:0", "--log-output", "v.log",

@@ -107,8 +107,9 @@ class LazyModule:
         return getattr(importlib.import_module(self.name), attribute)
 
 
-configparser, hashlib, hmac, inspect, json, subprocess, urls = map(LazyModule, [
-    "configparser", "hashlib", "hmac", "inspect", "json", "subprocess", "urllib.parse"])
+configparser, difflib, hashlib, hmac, inspect, json, subprocess, urls = map(LazyModule, [
+    "configparser", "difflib", "hashlib", "hmac", "inspect", "json", "subprocess",
+    "urllib.parse"])
 
 __version__ = "3.0.0"
 
@@ -270,11 +271,22 @@ def number_check(type_, expected, valid=not_negative):
     return lambda value: check_number(value, type_, expected, valid)
 
 
+def did_you_mean(word, choices):
+    """Return " (did you mean X?)" if one of the choices resembles an unknown word, or "".
+
+    Every error about an unknown name has this text after the name.
+    """
+    similar = {choice.lower(): choice for choice in choices}
+    found = isinstance(word, str) and difflib.get_close_matches(word.lower(), similar, 1, 0.7)
+    return " (did you mean %s?)" % similar[found[0]] if found else ""
+
+
 def choice_check(*choices):
     """Return a function check(value) that accepts only these texts."""
     def check(value):
         if value not in choices:
-            raise ValueError("must be one of %s, not %r" % (", ".join(choices), value))
+            raise ValueError("must be one of %s, not %r%s" % (
+                ", ".join(choices), value, did_you_mean(value, choices)))
         return value
     return check
 
@@ -730,8 +742,14 @@ def get_handler(name):
     """Return the handler of that name. Raises ValueError if there is none."""
     if isinstance(name, str) and name in HANDLERS:
         return HANDLERS[name]
+    raise ValueError(unknown_handler(name))
+
+
+def unknown_handler(name):
+    """Return the error for a name that no handler has."""
     shown = name[:50] if isinstance(name, str) else name
-    raise ValueError("unknown handler %r: there are %s" % (shown, ", ".join(sorted(HANDLERS))))
+    return "unknown handler %r%s: there are %s" % (
+        shown, did_you_mean(shown, HANDLERS), ", ".join(sorted(HANDLERS)))
 
 
 def check_option(name, option, value):
@@ -744,8 +762,9 @@ def check_option(name, option, value):
     """
     defaults = handler_options(get_handler(name))
     if option not in defaults:
-        raise ValueError("is not an option of %s: it has %s"
-                         % (name, ", ".join(sorted(defaults)) or "none"))
+        raise ValueError("is not an option of %s%s: it has %s" % (
+            name, did_you_mean(option, [*defaults, *RULE_FIELDS]),
+            ", ".join(sorted(defaults)) or "none"))
     type_ = type(defaults[option])
     if type_ is str:
         return check_text(value)
@@ -2180,7 +2199,14 @@ class Smtp(Protocol):
         return reply
 
 
-check_protocol = choice_check(*PROTOCOLS)
+# Other names of protocols: those of the servers
+PROTOCOL_ALIASES = {"memcached": "memcache", "postgresql": "postgres", "mariadb": "mysql"}
+
+
+def check_protocol(text):
+    """Return the name of a protocol, in place of an alias."""
+    name = PROTOCOL_ALIASES.get(text, text) if isinstance(text, str) else text
+    return choice_check(*PROTOCOLS)(name)
 
 
 # -- Rules --------------------------------------------------------------------
@@ -2425,7 +2451,9 @@ def parse_behavior(text):
                              % part.strip()) from None
     total = sum(percent for percent, _ in shares)
     if total > PERCENT_SUM_MAX:
-        raise ValueError("must add up to 100 percent at most, not %g: %r" % (total, text))
+        raise ValueError("must add up to 100 percent at most, not %g: %r: at most one "
+                         "handler acts on a request; to combine faults, use toxics"
+                         % (total, text))
     return shares
 
 
@@ -2505,8 +2533,9 @@ def make_toxic(type_, name, fields, attributes, toxiproxy=False):
         if key in checks:
             check_into(checked, errors, key, checks[key], value)
         else:
-            errors.append((key, "%s is not a field of a toxic: there are %s"
-                           % (key, ", ".join(["name", "type", "attributes", *checks]))))
+            known = ["name", "type", "attributes", *checks]
+            errors.append((key, "%s is not a field of a toxic%s: there are %s"
+                           % (key, did_you_mean(key, known), ", ".join(known))))
     for option, value in attributes.items():
         if toxiproxy and type(value) is int and value < 0 and option in MAY_BE_NEGATIVE:
             values[option] = value
@@ -3900,12 +3929,25 @@ class CannotListen(OSError):
 
     address    the address, as text
     reason     the system's error message
+    setting    where the user has set the address, if that is known: "--http-port"
     """
+
+    setting = ""
 
     def __init__(self, error, address):
         self.address = format_address(address)
         self.reason = error.strerror or str(error)
         super().__init__(error.errno, "cannot listen on %s: %s" % (self.address, self.reason))
+
+    @classmethod
+    @contextlib.contextmanager
+    def naming(cls, setting):
+        """Set the setting of each CannotListen that is raised in a with block."""
+        try:
+            yield
+        except cls as error:
+            error.setting = setting
+            raise
 
 
 class Listener:
@@ -5253,8 +5295,9 @@ class Proxy:
             raise InputError([("kind", "kind needs --protocol: tcp has no error kinds, not %r"
                                % kind)])
         if kind and kind not in self.protocol.errors:
-            raise InputError([("kind", "kind must be one of %s, the errors of %s, not %r" % (
-                ", ".join(self.protocol.errors), self.protocol_name(), kind))])
+            raise InputError([("kind", "kind must be one of %s, the errors of %s, not %r%s" % (
+                ", ".join(self.protocol.errors), self.protocol_name(), kind,
+                did_you_mean(kind, self.protocol.errors)))])
         replies = self.protocol and not rule.options["inject"]      # instead of the backend
         if replies and rule.stream != "both":
             raise InputError([("stream", "stream must be both for %s, because it replies instead "
@@ -5339,8 +5382,10 @@ class ProxyTable(OrderedDict):
     def bind(self):
         """Bind the ports of the enabled proxies. Raises OSError, whose message has the address."""
         for proxy in self.values():
+            setting = "--local" if proxy.name == "vaurien" else "proxy " + proxy.name
             if proxy.enabled:
-                proxy.bind()
+                with CannotListen.naming(setting):
+                    proxy.bind()
 
     def open(self, loop):
         """Open the proxies in this loop."""
@@ -5747,8 +5792,9 @@ def read_request(control, chosen_route, path, names, query_text, body, headers):
     proxy = control.proxies.get(proxy_name)
     if proxy is None and chosen_route.needs_proxy:
         raise ApiError(404 if "PROXY" in names else 400, [(
-            "querystring", "proxy", "there is no proxy %r: there are %s"
-            % (proxy_name[:200], ", ".join(control.proxies) or "none yet"))])
+            "querystring", "proxy", "there is no proxy %r%s: there are %s"
+            % (proxy_name[:200], did_you_mean(proxy_name[:200], control.proxies),
+               ", ".join(control.proxies) or "none yet"))])
     allowed = chosen_route.query
     for key in sorted(query):
         if allowed is not None and key not in allowed:
@@ -5958,7 +6004,8 @@ class Control:
 
     def bind(self):
         """Listen. Raises CannotListen."""
-        self.listener = Listener(self.local, self.on_accept)
+        with CannotListen.naming("--http-port"):
+            self.listener = Listener(self.local, self.on_accept)
         port = self.listener.sockets[0].getsockname()[1]
         self.url = "http://%s" % format_address((self.local[0] or "localhost", port))
 
@@ -6345,6 +6392,12 @@ STREAM_ERROR = "stream was invalid, can be either upstream or downstream"
 GO_TYPES = {str: "string", bool: "bool", int: "int64", float: "float64", list: "[]", dict: "{}"}
 JSON_TYPES = {str: "string", bool: "bool", int: "number", float: "number", list: "array",
               dict: "object", type(None): "null"}
+GO_TYPE_ERROR = "json: cannot unmarshal %s into Go %s of type %s"
+# The types of these errors, for readers who do not know Go: see in_plain_words.
+PLAIN_TYPES = {"string": "text", "bool": "true or false", "int64": "a whole number",
+               "float64": "a number", "[]": "a list", "{}": "an object",
+               "[]toxiproxy.Proxy": "a list of proxies", "toxiproxy.Proxy": "an object",
+               "toxics.ToxicWrapper": "an object", "attributes": "an object"}
 TOXIPROXY_TYPES = {"noop", "latency", "bandwidth", "slicer", "slow_close", "timeout", "reset_peer",
                    "limit_data"}
 # {field: type}
@@ -6505,8 +6558,7 @@ def read_value(value, type_, field_path):
         received = JSON_TYPES[type(value)]
         if received == "number" and type_ in (int, float):
             received = "number %s" % str(value)[:50]
-        raise bad_body("json: cannot unmarshal %s into Go struct field %s of type %s"
-                       % (received, field_path, GO_TYPES[type_]))
+        raise bad_body(GO_TYPE_ERROR % (received, "struct field " + field_path, GO_TYPES[type_]))
     return float(value) if type_ is float else value
 
 
@@ -6521,8 +6573,7 @@ def read_object(value, struct, strict=False):
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise bad_body("json: cannot unmarshal %s into Go value of type %s"
-                       % (JSON_TYPES[type(value)], struct))
+        raise bad_body(GO_TYPE_ERROR % (JSON_TYPES[type(value)], "value", struct))
     return {key if strict else key.lower(): item
             for key, item in value.items() if item is not None}
 
@@ -6554,8 +6605,7 @@ def read_proxies(text, proxies):
     if values is None:
         values = []
     if not isinstance(values, list):
-        raise bad_body("json: cannot unmarshal %s into Go value of type []toxiproxy.Proxy"
-                       % JSON_TYPES[type(values)])
+        raise bad_body(GO_TYPE_ERROR % (JSON_TYPES[type(values)], "value", "[]toxiproxy.Proxy"))
     # There are three checks, each for the whole array. So if there are several errors, a wrong
     # type is reported first, as by Go's decoder, then a wrong value, then a duplicate name.
     all_fields = [read_proxy_fields(value) for value in values]
@@ -6631,7 +6681,7 @@ def read_toxic(value, strict=False):
     if stream.lower() not in ("both", UPSTREAM, DOWNSTREAM):
         raise toxiproxy_error(400, STREAM_ERROR)
     if type_ not in HANDLERS:
-        details = ": %r: there are %s" % (type_, ", ".join(HANDLERS)) if strict else ""
+        details = ": " + unknown_handler(type_) if strict else ""
         raise toxiproxy_error(400, "invalid toxic type" + details)
     name = fields.get("name") or "%s_%s" % (type_, stream)
     check_field("name", check_name, name)
@@ -6673,6 +6723,13 @@ def read_attributes(type_, value, strict=False):
         elif strict:
             attributes[key] = item
     return attributes
+
+
+def in_plain_words(message):
+    """Return the message of an error with GO_TYPE_ERROR replaced: "enabled must be a number"."""
+    pattern = GO_TYPE_ERROR % (r"(.+?)", r"(?:value|struct field \S*?(\w+))", r"(\S+)")
+    return re.sub(pattern, lambda match: "%s must be %s, not %s" % (
+        match.group(2) or "it", PLAIN_TYPES[match.group(3)], match.group(1)), message)
 
 
 # Writing
@@ -6757,8 +6814,9 @@ def change_proxy(proxies, proxy, fields, enabled):
     if fields.get("upstream"):
         backend = check_field("upstream", parse_address, fields["upstream"])
     check_field("upstream", check_backend, backend, [local])
-    # For an unknown name, `get` returns "", which is not the protocol of any proxy.
-    if "protocol" in fields and PROTOCOLS.get(fields["protocol"], "") is not proxy.protocol:
+    protocol = check_field("protocol", check_protocol,
+                           fields.get("protocol", proxy.protocol_name()))
+    if protocol != proxy.protocol_name():
         raise bad_body("protocol cannot be changed: delete the proxy and create it again")
     proxies.change(proxy, local, backend, enabled)
 
@@ -7200,8 +7258,8 @@ def import_handler(name):
     if name not in HANDLERS and "." in name:
         load_handler(name, name)
     if name not in HANDLERS:
-        raise ValueError("names the unknown handler %r: there are %s, or the path.to.callable "
-                         "of your own" % (name, ", ".join(sorted(HANDLERS))))
+        raise ValueError("names the %s, or the path.to.callable of your own"
+                         % unknown_handler(name))
 
 
 def check_behavior(text):
@@ -7327,6 +7385,7 @@ class Parser(argparse.ArgumentParser):
                          conflict_handler="resolve",
                          formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
         self.add_argument("--version", action="version", version="vaurien " + __version__)
+        self.flags = [flag for setting in settings.values() for flag in setting.flags]
         for name, setting in settings.items():
             if setting.metavar:
                 self.add_argument(*setting.flags, dest=name, metavar=setting.metavar,
@@ -7337,6 +7396,25 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise ValueError("%s (see %s --help)" % (message, self.prog))
+
+    def parse_all(self, argv):
+        """Return the values of a command line: {name: text}. Raises ValueError."""
+        values, unknown = self.parse_known_args(argv)
+        if unknown:
+            self.refuse(unknown)
+        return vars(values)
+
+    def refuse(self, unknown):
+        """Raise ValueError for unknown arguments. It says what the first of them may mean."""
+        flag, _, _ = unknown[0].partition("=")
+        match = HANDLER_FLAG.match(flag)
+        if match:
+            name, option = match.group(1) or match.group(2), match.group(3).replace("-", "_")
+            # One of these raises ValueError, because the option is unknown.
+            SourcedText(flag, name).parse(import_handler)
+            SourcedText(flag, "").parse(check_handler_option, name, option)
+        self.error("unrecognized arguments: %s%s" % (
+            " ".join(unknown), did_you_mean(flag, self.flags)))
 
     def add_handler_options(self, with_help):
         """Add the flags of all handlers: their options, and the rule fields.
@@ -7399,8 +7477,14 @@ def option_flags(handler_name, option):
     return list(OrderedDict.fromkeys(flags))        # without duplicates
 
 
+# A flag like those of option_flags: the handler's name is group 1 or 2, the option group 3
+HANDLER_FLAG = re.compile(r"--(?:handlers\.(.+)\.|behavior-([^-]+)-)([^.]+)$")
+
+
 def check_handler_option(handler_name, option, text):
     """Check the text of a handler's option or rule field. Raises ValueError."""
+    if option == "percent" and is_rule_field(HANDLERS[handler_name], option):
+        raise ValueError("is set in the behavior, like 20:%s" % handler_name)
     if option in settable_fields(HANDLERS[handler_name]):
         RULE_FIELDS[option].check(text)
     else:
@@ -7443,7 +7527,7 @@ def read_arguments(argv, settings, description=None, **kwargs):
     parser = Parser(settings, usage="%(prog)s [OPTION ...]",
                     description=description() if with_help and description else None, **kwargs)
     parser.add_handler_options(with_help)
-    for name, text in vars(parser.parse_args(argv)).items():
+    for name, text in parser.parse_all(argv).items():
         # The name is a setting, or HANDLER.OPTION. HANDLER may be a dotted path.
         handler_name, dot, option = name.rpartition(".")
         if dot:
@@ -7491,8 +7575,9 @@ def read_ini(path, text):
         elif kind == "toxic" and name:
             set_once(toxic_sections, name, source, texts)
         else:
-            raise ValueError("%s is not a section: there are [vaurien], [proxy:NAME], "
-                             "[handler:NAME] and [toxic:NAME]" % source)
+            raise ValueError("%s is not a section%s: there are [vaurien], [proxy:NAME], "
+                             "[handler:NAME] and [toxic:NAME]" % (source, did_you_mean(
+                                 kind, ["vaurien", "proxy", "handler", "toxic"])))
     # A toxic may use a handler that a later section imports, so toxics are read last.
     toxics = [read_ini_toxic(name, "%s: [toxic:%s]" % (path, name), texts)
               for name, texts in toxic_sections.items()]
@@ -7539,7 +7624,10 @@ def read_ini_toxic(name, source, texts):
     The proxy name is a SourcedText, or None if the section has none.
     """
     proxy_name = texts.pop("proxy", None)
-    type_ = texts.pop("type", SourcedText(source + " type", ""))
+    if "type" not in texts:
+        raise ValueError("%s needs type = HANDLER: there are %s"
+                         % (source, ", ".join(sorted(HANDLERS))))
+    type_ = texts.pop("type")
     type_.parse(import_handler)
     handler = HANDLERS[type_.text]
     fields, attributes = {}, {}
@@ -7579,7 +7667,8 @@ def settings_by_name(texts, settings):
     for key, text in texts.items():
         flag = key.replace("_", "-")
         if flag not in names:
-            raise ValueError("%s is not a setting: there are %s" % (text.source, ", ".join(names)))
+            raise ValueError("%s is not a setting%s: there are %s" % (
+                text.source, did_you_mean(flag, names), ", ".join(names)))
         set_once(named_texts, names[flag], text.source, text)
     return named_texts
 
@@ -7674,7 +7763,7 @@ def read_json_proxies(json_text, proxies):
         for proxy, _ in read_proxies(json_text.text, proxies):
             set_once(proxies, proxy.name, "%s %s" % (json_text.source, proxy.name), proxy)
     except (ApiError, InputError) as error:
-        raise ValueError("%s %s" % (json_text.source, error)) from None
+        raise ValueError("%s %s" % (json_text.source, in_plain_words(str(error)))) from None
 
 
 def attach_toxics(proxies, toxics):
@@ -8314,9 +8403,8 @@ def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     attached = "--attached" in argv
     try:
-        command = COMMANDS[argv.pop(0)] if argv and argv[0] in COMMANDS else proxy_command
         try:
-            run = command(argv)
+            run = choose_command(argv)(argv)
         except ValueError as error:
             return print_error(error, 2, attached)
         return run()
@@ -8327,7 +8415,20 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        return print_error(error.strerror or error, 1, attached)
+        setting = getattr(error, "setting", "")
+        return print_error("%s%s" % (error.strerror or error, setting and " (%s)" % setting), 1,
+                           attached)
+
+
+def choose_command(argv):
+    """Return the function of a command, and remove its name from argv. Raises ValueError."""
+    if not argv or argv[0].startswith("-"):
+        return proxy_command
+    name = argv.pop(0)
+    if name not in COMMANDS:
+        raise ValueError("unknown command %r%s: there are %s (see vaurien --help)" % (
+            name, did_you_mean(name, COMMANDS), ", ".join(COMMANDS)))
+    return COMMANDS[name]
 
 
 def open_standard_fds():
