@@ -1370,7 +1370,8 @@ class TestFraming(unittest.TestCase):
                 ("memcache", UPSTREAM, b"\x80\n"),
                 ("memcache", UPSTREAM, b"set a 0 0 x\r\n"),
                 ("mysql", UPSTREAM, mysql_login(0xAA85, b"")),          # TLS
-                ("mysql", UPSTREAM, mysql_login(0xA2A5, b"")),          # compression
+                ("mysql", UPSTREAM, mysql_login(0xA2A5, b"")),          # zlib compression
+                ("mysql", UPSTREAM, mysql_login(0xA285 | 1 << 26, b"root\0\0")),     # zstd
                 ("postgres", UPSTREAM, TLS_HELLO + bytes(5)),
                 ("postgres", UPSTREAM, struct.pack(">II", 16, 80877107)),   # unknown request code
                 ("smtp", DOWNSTREAM, b"hello\r\n")]:
@@ -1920,6 +1921,13 @@ class TestProtocolChain(unittest.TestCase):
         output = play.client(mysql_packet(1, b"x" * 5))
         sequence_number = output.to_client[3]       # bytes 0 to 2 are the length
         self.assertEqual(sequence_number, 2)
+
+    def test_the_backend_gets_the_substitute_of_a_long_mysql_statement_when_it_ends(self):
+        """Its reply came before the last packet, so the error had a wrong sequence number."""
+        play = self.play("mysql", error_rule("1213"))
+        play.client(mysql_query(bytes(0xFFFFFE))).assert_held()
+        play.client(mysql_packet(1, b"x" * 5)).assert_becomes(mysql_query(b"ROLLBACK"))
+        self.assertEqual(play.backend(MYSQL_OK).to_client[3], 2)
 
     def test_mysql_statements_that_fail(self):
         play = self.play("mysql", error_rule("1205", match=b"^SELECT"))

@@ -1194,8 +1194,8 @@ class Protocol:
     #
     #   - when a client connects
     #   - when a request begins, if the error closes the connection
-    #   - when a request ends
-    #   - when the backend's reply to the substitute ends, if the request has a substitute
+    #   - when a request ends. If the request has a substitute, the backend gets it then, and
+    #     the error is sent when the backend's reply to the substitute ends
     #
     # All events pass unchanged if a server would not fail.
 
@@ -1236,7 +1236,6 @@ class Protocol:
         """Choose the Reply to a request that begins, or None, and store it in state.replies.
 
         Sends a Reply that closes the connection, without waiting for the rest of the request.
-        Sends the substitute, if there is one, to the backend.
         """
         request = state.current_request
         reply = self.error_reply(kind or state.random.choice(self.default_errors), request)
@@ -1246,13 +1245,12 @@ class Protocol:
             yield from close_both(t)
             return
         state.replies[request] = reply
-        if reply and reply.substitute:
-            yield t, UPSTREAM, reply.substitute
 
     def continue_error(self, state, t, to, data):
         """Drop an event of a request that fails, or of the reply to its substitute.
 
-        Sends the error at the end of that reply, or of the request if there is no substitute.
+        Sends the substitute at the end of the request, and the error at the end of the reply to
+        it. Without a substitute, sends the error at the end of the request.
         Passes all events of a request that does not fail.
         """
         reply = state.replies[state.current_request]
@@ -1262,8 +1260,11 @@ class Protocol:
         if to == DOWNSTREAM and not reply.substitute:   # not a reply to this request
             yield t, to, data
             return
-        last_direction = DOWNSTREAM if reply.substitute else UPSTREAM   # the error comes last
-        if to == last_direction and data is END_OF_MESSAGE and reply.data:
+        if data is not END_OF_MESSAGE:
+            return
+        if to == UPSTREAM and reply.substitute:
+            yield t, UPSTREAM, reply.substitute
+        elif reply.data:
             yield t, DOWNSTREAM, self.finish_reply(reply, state.current_request)
 
 
@@ -1738,7 +1739,8 @@ class Mysql(Protocol):
     # First bytes of replies
     OK, LOCAL_INFILE = b"\x00", b"\xfb"
     # Capability flags of the login
-    CLIENT_SSL, CLIENT_COMPRESS = 0x800, 0x20
+    CLIENT_SSL = 0x800
+    CLIENT_COMPRESS = 0x20 | 1 << 26        # zlib, zstd
     DEADLOCK = "1213"
     LAST_PREPARED = b"\xff\xff\xff\xff"     # id of the statement that was prepared last
     PACKET_MAX = 0xFFFFFF                   # size of a body that the next packet continues
