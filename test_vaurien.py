@@ -2210,6 +2210,22 @@ class TestProtocols(unittest.TestCase):
                 time.sleep(0.02)
             self.assertEqual(proxy.faults, {"error": 1})
 
+    def test_a_kind_that_is_drawn_is_in_the_log_and_in_the_fault_record(self):
+        with running_proxy(echo, "100:error", protocol="redis") as proxy, \
+                self.assertLogs("vaurien", "INFO") as logged, connected_client(proxy) as sock:
+            sock.sendall(b"PING\r\n")
+            reply = sock.makefile("rb").readline()
+            kind = proxy.wait_for("error").options["kind"]
+            self.assertEqual(reply, vaurien.Redis().encode_error(kind))
+        self.assertIn(": error warmup=0 kind=%s (client " % kind, logged.output[0])
+
+    def test_a_kind_that_is_drawn_for_a_client_that_connects(self):
+        with running_proxy(echo, "100:error", protocol="smtp") as proxy, \
+                connected_client(proxy) as sock:
+            reply = sock.makefile("rb").readline()
+            kind = proxy.wait_for("error").options["kind"]
+            self.assertEqual(reply[:3], kind.encode()[:3])
+
     def test_errors_need_both_streams(self):
         with self.assertRaisesRegex(ValueError, "stream must be both"):
             vaurien.Proxy("x:1", protocol="redis", toxics=[vaurien.Toxic("error", "e")])
@@ -2388,7 +2404,7 @@ class TestRuleFields(TempDirTestCase):
                           for fields in ({}, {"nothing": 5}, {"nothing": 7})]
                 self.assertTrue(toxics[0].same_rule(toxics[1]))
                 self.assertFalse(toxics[0].same_rule(toxics[2]))
-                self.assertEqual(toxics[2].own_fields(), {"nothing": 7})
+                self.assertEqual(toxics[2].rule.own_fields(), {"nothing": 7})
                 config = vaurien.read_arguments(
                     ["--behavior", "5:delay", "--handlers.delay.nothing", "3"], vaurien.SETTINGS)
                 rule, = vaurien.make_proxies(config)["vaurien"].rules.installed
@@ -2672,7 +2688,7 @@ class TestChain(unittest.TestCase):
         chain.begin_request()
         for event in (0, UPSTREAM, b"q"), (0, DOWNSTREAM, b"a"), (0, DOWNSTREAM, b"b"):
             chain.process(*event)
-        self.assertEqual([(rule.name, request) for rule, request in chain.newly_acted],
+        self.assertEqual([(active.rule.name, request) for active, request in chain.newly_acted],
                          [("error", 2)])
 
     def test_a_bug_in_a_handler_resets_the_connection_and_is_logged_with_its_name(self):
@@ -4004,9 +4020,33 @@ class TestProxyLifecycle(unittest.TestCase):
                     client = "127.0.0.1:%d" % sock.getsockname()[1]
                 wait_until(lambda: not proxy.connections)
         fault_line, end_line = logged.output
-        self.assertIn("client %s, request 1: delay sleep=0.001" % client, fault_line)
+        self.assertIn("connection 1, request 1: delay sleep=0.001 (client %s)" % client,
+                      fault_line)
         self.assertRegex(end_line, "client %s: closed after [0-9.]+ s, 8 bytes up, "
                                    "8 bytes down, requests: 1" % client)
+
+    def test_the_log_shows_all_that_determines_a_fault(self):
+        """Two toxics of one type look alike without their names, streams and rule fields."""
+        toxics = [vaurien.Toxic("latency", "up", 1.0, {"latency": 1}, "upstream", times=5),
+                  vaurien.Toxic("latency", "down", 0.5, {"latency": 1})]
+        with running_proxy(echo, toxics=toxics[:1]) as proxy:
+            with self.assertLogs("vaurien", "INFO") as logged:
+                proxy.loop.run_sync(proxy.set_toxics, toxics)
+                with proxy.handler("delay", sleep=0.001, match="^q u", after=1, times=3), \
+                        connected_client(proxy) as sock:
+                    send_and_read(sock, b"q u")
+                    send_and_read(sock, b"q u")
+        up = "toxic up (100:upstream latency latency=1 jitter=0 times=5)"
+        down = "toxic down (50:downstream latency latency=1 jitter=0)"
+        delay = "delay sleep=0.001 match='^q u' after=1 times=3"
+        for text in ("rules: 100:dummy, %s, %s" % (up, down),
+                     "rules: 100:%s, %s, %s" % (delay, up, down),
+                     "connection 1, request 1: " + up,
+                     "connection 1, request 2: " + delay):
+            with self.subTest(text):
+                self.assertIn("INFO:vaurien:" + text,
+                              [line.partition(" (client ")[0] for line in logged.output])
+        self.assertLessEqual({"up", None}, {record.toxic for record in proxy.events})
 
     def test_the_log_names_the_fault_that_ended_a_connection(self):
         with running_proxy(echo, "100:blackout") as proxy:
@@ -4025,7 +4065,7 @@ class TestInProcess(unittest.TestCase):
         with running_proxy(echo, "5:hang") as proxy:
             rules_before = list(proxy.rules.installed)
             with proxy.handler("delay", sleep=2, percent=20, per="connection"):
-                self.assertEqual(proxy.describe(), "20:delay sleep=2.0, 80:dummy")
+                self.assertEqual(proxy.describe(), "20:delay sleep=2.0 per=connection, 80:dummy")
             self.assertEqual(proxy.rules.installed, rules_before)
             with self.assertRaises(KeyError), proxy.handler("error"):
                 raise KeyError
@@ -4490,6 +4530,24 @@ class TestRoutes(unittest.TestCase):
             draws = [(rule.draw_min, rule.draw_max) for rule in proxy.rules.installed]
             self.assertEqual(draws, [(0, 20), (50, 55)])    # from 20 to 50: dummy
 
+    def test_the_seed_and_the_changes_of_the_rules_repeat_a_run(self):
+        self.assertEqual(self.request("GET", "/rules")["seed"], self.one.seed)
+        toxic = vaurien.Toxic("latency", "slow", 0.5, {"latency": 1})
+        self.one.loop.run_sync(self.one.set_toxics, [toxic])
+        self.request("PUT", "/behavior", b'{"name": "delay", "sleep": 2, "match": "^a"}')
+        response = self.request("GET", "/changes")
+        self.assertEqual(response["seed"], self.one.seed)
+        changes = response["changes"]
+        self.assertEqual([[(rule["name"], rule["percent"], rule.get("toxic"))
+                           for rule in change["rules"]] for change in changes],
+                         [[("delay", 20, None), ("hang", 5, None)],
+                          [("delay", 20, None), ("hang", 5, None), ("latency", 50, "slow")],
+                          [("delay", 100, None), ("latency", 50, "slow")]])
+        self.assertEqual((changes[2]["rules"][0]["match"], changes[2]["rules"][0]["sleep"]),
+                         ("^a", 2))
+        self.assertEqual([(change["after"], change["connection"]) for change in changes],
+                         [(0, 0)] * 3)
+
     def test_the_query_selects_one_of_several_proxies(self):
         self.request("POST", "/handler?proxy=two", b"blackout")
         self.assertEqual(self.request("GET", "/handler?proxy=two"), "blackout")
@@ -4500,7 +4558,8 @@ class TestRoutes(unittest.TestCase):
         for path in vaurien.ROUTES:
             with self.subTest(path):
                 self.assertIn("http://localhost:8080" + path, text)
-        self.assertIn("one, two", text)
+        self.assertIn("Proxies: one (seed %s), two (seed %s);" % (self.one.seed, self.two.seed),
+                      text)
 
     def test_errors_in_the_name_of_a_handler(self):
         self.check_errors(
@@ -6611,7 +6670,7 @@ class TestSettings(TempDirTestCase):
         self.assertEqual(proxy.describe(), (
             "100:dummy, "
             "toxic slow (50:upstream latency latency=200 jitter=0), "
-            "toxic lost (20:downstream hang)"))
+            "toxic lost (20:downstream hang per=request match='^SELECT .* FROM carts' times=3)"))
         _, lost = proxy.rules.installed
         self.assertEqual((lost.per, lost.times, lost.match.pattern),
                          ("request", 3, b"^SELECT .* FROM carts"))
@@ -7040,7 +7099,7 @@ class TestProcess(TempDirTestCase):
                 self.assertEqual(read_until_close(sock).size, 0)
             out, err = process.communicate(timeout=TIMEOUT)
             self.assertEqual((process.returncode, out), (0, ""))
-            self.assertIn("request 1: delay sleep=0.01\n", err)
+            self.assertIn("connection 1, request 1: delay sleep=0.01 (client ", err)
             self.assertRegex(err, "stopped: connections: 1, requests: 1, faults: 1 delay\n$")
             self.assertNotIn("Traceback", err)
 

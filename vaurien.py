@@ -151,6 +151,7 @@ SPARE_FDS = 8                   # descriptors that must be free to accept again 
                                 #   out: a connection may need two sockets, a resolver, two
                                 #   pipes ...
 FAULT_RECORDS_KEPT = 10000      # newest fault records that each proxy keeps
+RULE_CHANGES_KEPT = 1000        # newest changes of the rules that each proxy keeps
 
 # Times, in seconds
 LINGER_TIMEOUT = 5.0            # seconds that a client has to close after an error reply (as
@@ -355,6 +356,8 @@ def format_value(value):
 #                                protocol, and while the client connects
 #              draw              the number that decided that the rule acts
 #              replies           {Request: Reply or None}: the error replies of `error`
+#              drawn_options     {option: value} for the fault record: values that the handler has
+#                                drawn, because the user has given none
 #   t        when the event happens. If the handler yields an earlier time, t is used
 #   to       UPSTREAM or DOWNSTREAM. To reply to the peer, yield the opposite direction
 #   data     bytes or a signal:
@@ -1222,10 +1225,12 @@ class Protocol:
             kinds = self.connect_errors or self.fatal_errors
         reply = None
         if kinds and data is not END_OF_MESSAGE:
-            reply = self.connect_error(kinds[state.draw % len(kinds)], data)
+            kind = kinds[state.draw % len(kinds)]
+            reply = self.connect_error(kind, data)
         if reply is None:
             yield t, to, data
             return
+        state.drawn_options = {"kind": kind}
         if reply.data:
             yield t, DOWNSTREAM, reply.data
         if reply.closes:
@@ -1238,7 +1243,9 @@ class Protocol:
         Sends a Reply that closes the connection, without waiting for the rest of the request.
         """
         request = state.current_request
-        reply = self.error_reply(kind or state.random.choice(self.default_errors), request)
+        kind = kind or state.random.choice(self.default_errors)
+        reply = self.error_reply(kind, request)
+        state.drawn_options = {"kind": kind}
         if reply and reply.closes:
             state.replies[request] = NO_REPLY       # drop the rest of the request
             yield t, DOWNSTREAM, reply.data
@@ -2236,7 +2243,7 @@ class Rule:
 
     __slots__ = ("name", "handler", "options", "draw_min", "draw_max", "draw_key", "direction",
                  "rate_limited", "blocking", "drawn_count", "acted_count", "shared",
-                 "error_logged", "instance",
+                 "error_logged", "instance", "toxic",
                  *(field for field in RULE_FIELDS if field != "percent"))
 
     per: str
@@ -2263,6 +2270,7 @@ class Rule:
         self.shared = Counter()     # state.shared of the handler, for all connections
         self.error_logged = False   # the log has a traceback of the handler already
         self.instance = None        # the object to call, if the handler is blocking
+        self.toxic = None           # the name of the Toxic that the rule belongs to
 
     def set_options(self, options):
         """Replace the options. They may determine the direction of the handler's events."""
@@ -2274,14 +2282,37 @@ class Rule:
         """Return whether the rule acts if this number is drawn."""
         return self.draw_min <= number * DRAW_TO_PERCENT < self.draw_max
 
-    def __str__(self):
-        """Return the handler and its options. Booleans and texts with default values are omitted.
+    def own_fields(self):
+        """Return {field: value} of the rule fields that differ from their defaults.
+
+        The percentage is not included, nor the stream of a toxic: each text and each API has a
+        place of its own for them.
+        """
+        defaults = {field: default for field, (_, default, _) in RULE_FIELDS.items()
+                    if field != "percent"}
+        if self.toxic:
+            defaults.update(Toxic.DEFAULTS, stream=self.stream)
+        return OrderedDict((field, getattr(self, field)) for field, default in defaults.items()
+                           if getattr(self, field) != default)
+
+    def describe(self, drawn_options=None):
+        """Return the handler, its options, and the rule fields that differ from their defaults.
+
+        drawn_options    {option: value} in place of options: see ActiveRule
+
+        Booleans and texts with default values are omitted.
         """
         defaults = handler_options(self.handler)
         shown = ["%s=%s" % (option, format_value(value))
-                 for option, value in self.options.items()
+                 for option, value in dict(self.options, **drawn_options or {}).items()
                  if value != defaults[option] or not isinstance(value, (bool, str))]
-        return " ".join([self.name] + shown)
+        shown += ["%s=%r" % (field, value.pattern.decode()) if field == "match" else
+                  "%s=%s" % (field, value) for field, value in self.own_fields().items()]
+        text = " ".join([self.name] + shown)
+        return "toxic %s (%g:%s %s)" % (
+            self.toxic, self.draw_max - self.draw_min, self.stream, text) if self.toxic else text
+
+    __str__ = describe
 
     def to_json(self):
         """Return options and fields as one flat dict, in the form that `read_rules` accepts."""
@@ -2290,6 +2321,8 @@ class Rule:
             value = table.get(field, getattr(self, field, None))
             if value is not None:       # only `match` is a compiled expression
                 table[field] = value.pattern.decode() if hasattr(value, "pattern") else value
+        if self.toxic:
+            table["toxic"] = self.toxic
         return table
 
 
@@ -2304,6 +2337,7 @@ class ActiveRule(Counter):
     request_number = 0
     protocol = current_request = generator = None
     protocol_lost = False
+    drawn_options: dict = {}            # a handler that draws an option sets it
 
     def __init__(self, rule, request, draw=0, acts=True, match_buffer=None):
         # Counter.__init__ is not called, because it only costs time.
@@ -2402,6 +2436,7 @@ class Toxic:
         self.stream = stream        # as the user wrote it
         fields = dict(self.DEFAULTS, **fields)
         self.rule = Rule(type_, draw_key="toxic " + name, **dict(fields, stream=stream.lower()))
+        self.rule.toxic = name
         self.attributes = dict(self.rule.options)
         self.update(toxicity, attributes or {})
 
@@ -2415,23 +2450,13 @@ class Toxic:
              for option, value in self.attributes.items()})
         self.rule.draw_max = 100.0 * toxicity
 
-    def own_fields(self):
-        """Return {field: value} of the rule fields that differ from their defaults.
-
-        The toxicity and the stream are not included: Toxiproxy has fields of its own for them.
-        """
-        defaults = {name: self.DEFAULTS.get(name, field.default)
-                    for name, field in RULE_FIELDS.items() if name not in ("percent", "stream")}
-        return OrderedDict((name, getattr(self.rule, name)) for name in defaults
-                           if getattr(self.rule, name) != defaults[name])
-
     def same_rule(self, other):
         """Return whether another toxic differs only in its toxicity and attributes."""
-        return (self.stream, self.rule.name, self.own_fields()) == (
-            other.stream, other.rule.name, other.own_fields())
+        return (self.stream, self.rule.name, self.rule.own_fields()) == (
+            other.stream, other.rule.name, other.rule.own_fields())
 
     def __str__(self):
-        return "%s (%g:%s %s)" % (self.name, 100 * self.toxicity, self.rule.stream, self.rule)
+        return str(self.rule)
 
 
 def parse_behavior(text):
@@ -2598,7 +2623,7 @@ class Chain:
         self.per_connection = {}        # {rule: ActiveRule or None} of the connection
         self.block = -1                 # index of a block of 8 requests: see draw_block
         self.block_hits = NO_HITS       # [(rule, number)] for each request of this block
-        self.newly_acted = []           # (rule, request number) of faults to be recorded
+        self.newly_acted = []           # (ActiveRule, request number) of faults to record
         self.modified = False           # a rule has changed an event (the caller resets this)
         self.answered_early = False     # a rule has replied in the backend's place
         self.protocol = None            # the Protocol, of a ProtocolChain
@@ -2835,7 +2860,7 @@ class Chain:
                 self.answered_early = self.answered_early or to == UPSTREAM
         if not opening or any(data is not OPEN for _, _, data in events):
             if active.mark_acted():
-                self.newly_acted.append((active.rule, self.number))
+                self.newly_acted.append((active, self.number))
 
     def matches(self, active, to, data):
         """Add bytes of the client to the search for `match`, and draw the rule if it matches.
@@ -4570,7 +4595,7 @@ class Connection:
                 return True
             self.phase = HANDED_OFF
             if active.mark_acted():
-                self.proxy.record_fault(self, active.rule, self.chain.request)
+                self.proxy.record_fault(self, active, self.chain.request)
             handoff.start()
         self.update_interest()
         return True
@@ -4604,8 +4629,8 @@ class Connection:
         for t, to, data, delays in events:
             (self.up if to == UPSTREAM else self.down).put(t, data, now, delays)
         newly_acted, self.chain.newly_acted = self.chain.newly_acted, []
-        for rule, request in newly_acted:
-            self.proxy.record_fault(self, rule, request)
+        for active, request in newly_acted:
+            self.proxy.record_fault(self, active, request)
         self.pump()
 
     def rules_changed(self, new, removed, changed):
@@ -4951,8 +4976,18 @@ class Connection:
 # methods below a comment "In the loop's thread" run only in that thread. The methods above the
 # comment are for all other threads.
 
+# A rule has acted on a request. `options` has the options of its handler, and the values that the
+# handler has drawn. `toxic` is the name of the toxic that the rule belongs to, if any.
 FaultRecord = namedtuple("FaultRecord",
-                         "number time proxy connection client request handler options")
+                         "number time proxy connection client request handler options toxic")
+FaultRecord.__new__.__defaults__ = (None,)
+
+# The rules of a proxy have changed, or the proxy has started.
+#
+# after         the number of the last fault record before the change
+# connection    the number of the last client that had connected
+# rules         the new rules, in the form of Rule.to_json
+RuleChange = namedtuple("RuleChange", "after time proxy connection rules")
 
 
 class Proxy:
@@ -5013,6 +5048,7 @@ class Proxy:
         self.closed_bytes = [0, 0, 0, 0]    # of closed connections: see Connection.add_bytes
         self.events = deque(maxlen=FAULT_RECORDS_KEPT)      # FaultRecords
         self.fault_count = 0                # the number of the last FaultRecord
+        self.rule_changes = deque(maxlen=RULE_CHANGES_KEPT)     # RuleChanges
         self.fault_recorded = threading.Condition()
         self.lookups = {}                   # {backend: callbacks that wait for its addresses}
 
@@ -5086,6 +5122,7 @@ class Proxy:
     def open(self, loop):
         """Set the loop. If the port is bound, begin to accept clients."""
         self.loop = loop
+        self.record_rule_change()
         if self.listener:
             self.listener.open(loop)
             log.info("%slistening on %s for %s: %s; seed %s", self.log_prefix, self.listener,
@@ -5206,7 +5243,7 @@ class Proxy:
         rest = 100 - sum(percents)
         if rest > 0.000001:             # more than a rounding error
             parts.append("%g:dummy" % rest)
-        return ", ".join(parts + ["toxic %s" % toxic for toxic in self.toxics])
+        return ", ".join(parts + [str(toxic) for toxic in self.toxics])
 
     def handler_names(self):
         """Return the names of the behavior's handlers, joined by commas."""
@@ -5264,6 +5301,7 @@ class Proxy:
         after = self.rules.installed
         removed = [rule for rule in before if rule not in after]
         new = [rule for rule in after if rule not in before]
+        self.record_rule_change()
         log.info("%srules: %s", self.log_prefix, self.describe())
         for connection in list(self.connections.values()):
             connection.rules_changed(new, removed, changed)
@@ -5307,25 +5345,33 @@ class Proxy:
 
     # In the loop's thread: called by its connections
 
-    def record_fault(self, connection, rule, request):
-        """Count, record and log that a rule has acted on a request."""
+    def record_rule_change(self):
+        """Record the rules. With the seed, the changes and the same traffic repeat the faults."""
+        self.rule_changes.append(RuleChange(
+            self.fault_count, time.time(), self.name, self.accepted,
+            [rule.to_json() for rule in self.rules.installed]))
+
+    def record_fault(self, connection, active, request):
+        """Count, record and log that an ActiveRule has acted on a request."""
+        rule = active.rule
         self.fault_count += 1
         self.faults[rule.name] += 1
         connection.faults = [*(connection.faults or []), rule.name][-100:]     # the last 100
         with self.fault_recorded:
             self.events.append(FaultRecord(
                 self.fault_count, time.time(), self.name, connection.number, connection.name,
-                request, rule.name, dict(rule.options)))
+                request, rule.name, dict(rule.options, **active.drawn_options), rule.toxic))
             self.fault_recorded.notify_all()
-        log.info("%sconnection %d, client %s, request %d: %s", self.log_prefix,
-                 connection.number, connection.name, request, rule)
+        log.info("%sconnection %d, request %d: %s (client %s)", self.log_prefix,
+                 connection.number, request, rule.describe(active.drawn_options),
+                 connection.name)
 
     def on_connect_failed(self, connection, reason):
         """Count and log that the backend cannot be reached."""
         self.failures += 1
-        log.warning("%sconnection %d, client %s: cannot connect to backend %s: %s",
-                    self.log_prefix, connection.number, connection.name,
-                    format_address(self.backend), reason)
+        log.warning("%sconnection %d: cannot connect to backend %s: %s (client %s)",
+                    self.log_prefix, connection.number, format_address(self.backend), reason,
+                    connection.name)
 
     def on_connection_closed(self, connection, reason):
         """Remove and log a closed connection, but keep its byte counts."""
@@ -5848,8 +5894,9 @@ def index(request):
             lines.append("     curl " + curl_arguments(
                 request.control.url, method, path, listed_route.example))
     lines += ["", "Handlers: %s." % ", ".join(HANDLERS),
-              "Proxies: %s; ?proxy=NAME picks one, default: the first."
-              % (", ".join(request.control.proxies) or "none yet")]
+              "Proxies: %s; ?proxy=NAME picks one, default: the first." % (
+                  ", ".join("%s (seed %s)" % (proxy.name, proxy.seed)
+                            for proxy in request.control.proxies.values()) or "none yet")]
     return "\n".join(lines) + "\n"
 
 
@@ -5906,7 +5953,7 @@ def list_behaviors(request):
 
 @route("GET", "/rules")
 def get_rules(request):
-    """Return the rules of the behavior, with all options and fields."""
+    """Return the rules of the behavior with all options and fields, and the proxy's seed."""
     rules_in_effect = request.proxy.behaviors[-1]
     rule_dicts, previous_max = [], 0.0
     for rule in rules_in_effect:
@@ -5916,7 +5963,7 @@ def get_rules(request):
             rule_dicts.append({"name": "dummy", "percent": rule.draw_min - previous_max})
         rule_dicts.append(rule.to_json())
         previous_max = rule.draw_max
-    return {"rules": rule_dicts}
+    return {"rules": rule_dicts, "seed": request.proxy.seed}
 
 
 @route("PUT", "/rules",
@@ -5924,6 +5971,7 @@ def get_rules(request):
 def put_rules(request):
     """Replace all rules. They share one draw: at most one of them acts on a request."""
     body = parse_json_object(request.body)
+    body.pop("seed", None)      # the body may be the result of `GET /rules`; the seed stays
     rule_dicts = body.pop("rules", None)
     is_list = isinstance(rule_dicts, list) and all(isinstance(rule, dict) for rule in rule_dicts)
     has_other_keys = bool(body)
@@ -5979,6 +6027,13 @@ def list_events(request):
         raise ApiError(400, [("querystring", "since", "since %s" % error)]) from None
     records = request.proxy.loop.run_sync(lambda: list(request.proxy.events))
     return {"events": [record._asdict() for record in records if record.number > since]}
+
+
+@route("GET", "/changes /proxies/PROXY/changes")
+def list_changes(request):
+    """Return the rules at the start, and all later ones: with the seed, they repeat a run."""
+    changes = request.proxy.loop.run_sync(lambda: list(request.proxy.rule_changes))
+    return {"seed": request.proxy.seed, "changes": [change._asdict() for change in changes]}
 
 
 # The server
@@ -6747,7 +6802,7 @@ def toxic_to_json(toxic):
 def own_fields_to_json(toxic):
     """Return the rule fields of a toxic that differ from their defaults: {name: JSON value}."""
     fields = toxic.rule.to_json()
-    return OrderedDict((name, fields[name]) for name in toxic.own_fields())
+    return OrderedDict((name, fields[name]) for name in toxic.rule.own_fields())
 
 
 def toxics_to_json(proxy):
@@ -6885,7 +6940,7 @@ def copy_toxic(toxic, value):
                          dict(own_fields_to_json(toxic), **rule_fields), changed_attributes,
                          toxiproxy=True)
     changed.stream = toxic.stream
-    before, after = toxic.own_fields(), changed.own_fields()
+    before, after = toxic.rule.own_fields(), changed.rule.own_fields()
     for name in RULE_FIELDS:
         if before.get(name) != after.get(name):
             raise bad_body("%s cannot be changed: remove the toxic and add it again" % name)
