@@ -349,6 +349,15 @@ def echo(sock):
             sock.sendall(data)
 
 
+def greet_urgently(sock):
+    """Send a greeting with an urgent byte, then echo, with the urgent bytes of the client."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+    sock.sendall(b"hello")
+    sock.send(b"!", socket.MSG_OOB)
+    sock.sendall(b"?")
+    echo(sock)
+
+
 @contextlib.contextmanager
 def backend_server(serve):
     """Run a backend that calls serve(sock) in a separate thread for each connection.
@@ -3760,6 +3769,34 @@ class TestProxyConnects(unittest.TestCase):
         self.assertIn("Connection refused", logged.output[0])
         self.assertEqual(proxy.failures, 1)
 
+    def test_a_socket_that_connects_to_itself_counts_as_refused(self):
+        """Without a backend on a local port, a socket may get this port and connect to itself."""
+        class SelfConnecting(socket.SocketType):
+            reports_success = True      # whether connect_ex() returns 0
+
+            def connect_ex(self, address):
+                with contextlib.suppress(OSError):      # it is bound already
+                    self.bind(address)
+                error = super().connect_ex(address)
+                return error if self.reports_success else errno.EINPROGRESS
+
+        for reports_success in True, False:
+            with self.subTest(reports_success=reports_success), \
+                    mock.patch.object(SelfConnecting, "reports_success", reports_success), \
+                    mock.patch.object(vaurien, "RawSocket", SelfConnecting), \
+                    vaurien.Proxy("127.0.0.1:%d" % unused_port(), "127.0.0.1:0") as proxy, \
+                    self.assertLogs("vaurien", "WARNING") as logged, \
+                    connected_client(proxy) as sock:
+                sock.sendall(b"question")
+                self.assertEqual(read_until_close(sock).size, 0)
+                wait_until(lambda: not proxy.connections)
+                self.assertIn("Connection refused", *logged.output)
+                # The backend can listen on its port.
+                _, port = proxy.backend
+                with contextlib.closing(socket.socket()) as backend:
+                    backend.bind(("127.0.0.1", port))
+                    backend.listen(1)
+
     def test_every_address_of_the_backend_is_tried(self):
         with backend_server(echo) as (port, _), silent_address() as silent:
             with vaurien.Proxy("127.0.0.1:%d" % port, "127.0.0.1:0", timeout=0.6) as proxy:
@@ -3874,6 +3911,15 @@ class TestProxyListener(unittest.TestCase):
                 with self.subTest(side):
                     side_socket = getattr(connection, side)
                     self.assertTrue(side_socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    def test_urgent_bytes_keep_their_place_in_the_stream(self):
+        with running_proxy(greet_urgently) as proxy, connected_client(proxy) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+            self.assertEqual(read_exactly(sock, 7), b"hello!?")
+            sock.sendall(b"abc")
+            sock.send(b"!", socket.MSG_OOB)
+            sock.sendall(b"def")
+            self.assertEqual(read_exactly(sock, 7), b"abc!def")
 
     def test_accepting_pauses_while_no_descriptor_is_free(self):
         with running_proxy(echo) as proxy, connected_client(proxy) as open_before:

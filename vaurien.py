@@ -4113,6 +4113,22 @@ def try_listen(local):
     return sockets, error
 
 
+def set_stream_options(sock):
+    """Let a TCP socket send small chunks at once, and keep urgent bytes in the stream.
+
+    Without SO_OOBINLINE, recv() skips a byte that the peer has sent with MSG_OOB (man 7 tcp).
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+
+
+def reset_on_close(sock):
+    """Let close() send RST instead of FIN: SO_LINGER with a time of 0 (man 7 socket)."""
+    linger = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
+    with contextlib.suppress(OSError):      # the socket has failed already
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+
 def bind_listener(family, address):
     """Return a socket that listens on one address. Raises OSError."""
     sock = RawSocket(family, socket.SOCK_STREAM)
@@ -4121,8 +4137,8 @@ def bind_listener(family, address):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        if LINUX:                       # accepted sockets inherit the option
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if LINUX:                       # accepted sockets inherit the options
+            set_stream_options(sock)
         sock.setblocking(False)
         sock.bind(address)
         sock.listen(BACKLOG)
@@ -4216,11 +4232,12 @@ def start_connect(family, address):
     try:
         if not SOCK_NONBLOCK:
             sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        set_stream_options(sock)
         error = sock.connect_ex(address)
         if error == errno.EINPROGRESS and LINUX:
             # A backend on this machine has accepted already. The second call returns 0 then.
             error = sock.connect_ex(address)
+        error = error or connect_error(sock)
     except OSError:
         sock.close()
         raise
@@ -4229,6 +4246,23 @@ def start_connect(family, address):
         raise OSError(error, socket_strerror(error))
     pending = error != 0
     return sock, pending
+
+
+def connect_error(sock):
+    """Return the error number of a connect() that is no longer pending. 0 means success.
+
+    A socket that is connected to itself counts as refused. If no backend listens on a port of
+    this machine, the kernel may pick the same port for the socket that connects. The two SYNs
+    are then a simultaneous open (RFC 9293, 3.5). RST makes the port free for the backend.
+    """
+    error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    try:
+        if error or sock.getsockname() != sock.getpeername():
+            return error
+    except OSError:             # the backend has reset the connection: recv() reports it
+        return 0
+    reset_on_close(sock)
+    return errno.ECONNREFUSED
 
 
 def socket_strerror(error):
@@ -4835,7 +4869,7 @@ class Connection:
 
     def on_connected(self):
         """A pending connect() has succeeded or failed."""
-        error = self.backend.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        error = connect_error(self.backend)
         if error:
             self.close_backend()
             self.connect_next(OSError(error, socket_strerror(error)))
@@ -4924,12 +4958,10 @@ class Connection:
             self.down.watched = 0
 
     def reset(self, reason):
-        """Close both sockets with RST: SO_LINGER with a time of 0 (man 7 socket)."""
-        linger = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
+        """Close both sockets with RST."""
         for sock in (self.client, self.backend):
             if sock is not None:
-                with contextlib.suppress(OSError):      # the socket has failed already
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                reset_on_close(sock)
         self.close(reason)
 
     def close(self, reason):
@@ -5143,8 +5175,8 @@ class Proxy:
     def on_accept(self, client, peer):
         """Start a connection for a new client. `client` is its socket, `peer` its address."""
         client.setblocking(False)
-        if not LINUX:                   # on Linux, it inherits the option from the listener
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if not LINUX:                   # on Linux, it inherits the options from the listener
+            set_stream_options(client)
         self.accepted += 1
         connection = Connection(self, self.accepted, client, peer)
         self.connections[self.accepted] = connection
