@@ -1332,7 +1332,7 @@ class TestFraming(unittest.TestCase):
                 ("memcache", b"set a 0 0 1000000000\r\n"),
                 ("redis", b"*2\r\n$3\r\nSET\r\n$1000000000\r\n"),
                 ("postgres", PG_STARTUP + b"Q\x7f\0\0\0SELECT 1"),
-                ("mysql", b"\xff\xff\xff\0\x03SELECT 1")]:
+                ("mysql", MYSQL_LOGIN + b"\xff\xff\xff\0\x03SELECT 1")]:
             with self.subTest(protocol):
                 reader = ProtocolReader(protocol)
                 for data in [head] + [block] * 10:
@@ -1387,6 +1387,30 @@ class TestFraming(unittest.TestCase):
             with self.subTest(protocol, to=to, data=data[:40]):
                 *_, error = self.read_boundaries(protocol, data, [len(data)], to)
                 self.assertIsInstance(error, str)
+
+    def test_the_beginning_of_other_bytes_is_recognized_at_once(self):
+        """Readers waited for the end of a line or a head that never came."""
+        for protocol, to, data in [
+                *((name, UPSTREAM, TLS_HELLO) for name in ("http", "redis", "memcache", "smtp")),
+                ("http", UPSTREAM, b"hello"),
+                ("http", UPSTREAM, b"GET /" + b"x" * 300 + b" HTTP/2"),
+                ("http", UPSTREAM, b"GET /\r\n"),                   # HTTP/0.9
+                ("http", UPSTREAM, b"GET / HTTP/1.1\rHost: x\r\r"),
+                ("http", UPSTREAM, bytes(1)),
+                ("http", DOWNSTREAM, b"\x15"),                      # an alert of TLS
+                ("http", DOWNSTREAM, b"<html>"),
+                ("http", DOWNSTREAM, b"HTTP/1.1 2x"),
+                ("redis", UPSTREAM, b"get \0"),
+                ("redis", DOWNSTREAM, b"hello"),
+                ("memcache", UPSTREAM, b"\x80\x0b"),                # the binary protocol
+                ("memcache", UPSTREAM, b"get \x7f"),
+                ("memcache", DOWNSTREAM, b"\x81\x0b"),
+                ("smtp", UPSTREAM, b"EHLO \x01"),
+                ("smtp", DOWNSTREAM, b"25x")]:
+            with self.subTest(protocol, to=to, data=data):
+                for sizes in [len(data)], [1] * len(data):
+                    self.assertIsInstance(
+                        self.read_boundaries(protocol, data, sizes, to)[-1], str)
 
     def test_encryption_that_the_backend_accepts_ends_the_protocol(self):
         reader = ProtocolReader("postgres")
@@ -1604,6 +1628,14 @@ class Playbook:
             elif passed:
                 events.append((0, to, passed, ()))
         return self.output(to, data, events, fast)
+
+    def wait(self, seconds):
+        """Let time pass after data that came at 0; return the Output of the chain's timer."""
+        events = []
+        if not self.tcp and self.chain.head_deadline <= seconds:
+            events = self.chain.give_up_head(seconds)
+            self.follow_successor()
+        return self.output(UPSTREAM, b"", events)
 
     def fall_back(self):
         """Make the connection fall back to tcp; return the resulting events."""
@@ -1925,6 +1957,7 @@ class TestProtocolChain(unittest.TestCase):
 
     def test_a_mysql_error_has_the_sequence_number_after_the_last_packet(self):
         play = self.play("mysql", error_rule("1205"))
+        play.client(MYSQL_LOGIN)
         # A request continues in a second packet if the first one has the maximum length.
         play.client(mysql_query(bytes(0xFFFFFE))).assert_held()
         output = play.client(mysql_packet(1, b"x" * 5))
@@ -1934,6 +1967,7 @@ class TestProtocolChain(unittest.TestCase):
     def test_the_backend_gets_the_substitute_of_a_long_mysql_statement_when_it_ends(self):
         """Its reply came before the last packet, so the error had a wrong sequence number."""
         play = self.play("mysql", error_rule("1213"))
+        play.client(MYSQL_LOGIN)
         play.client(mysql_query(bytes(0xFFFFFE))).assert_held()
         play.client(mysql_packet(1, b"x" * 5)).assert_becomes(mysql_query(b"ROLLBACK"))
         self.assertEqual(play.backend(MYSQL_OK).to_client[3], 2)
@@ -2076,6 +2110,44 @@ class TestProtocolChain(unittest.TestCase):
         self.assertLessEqual(len(play.replies_of(rule)), 1)
 
     # Connections that fall back to tcp.
+
+    def test_a_head_that_is_not_recognized_is_not_held_for_long(self):
+        for protocol, data in [("http", b"GET"), ("http", b"\r\nGET / HTTP/1.1\r"),
+                               ("redis", b"hello there"), ("redis", b"*"), ("memcache", b"get a"),
+                               ("postgres", b"\0\0"), ("smtp", b"EHLO"), ("mysql", b"hi\n")]:
+            for pieces in [len(data)], [1] * len(data):
+                with self.subTest(protocol, data=data, pieces=len(pieces)):
+                    play = self.play(protocol, vaurien.Rule("delay", {"sleep": 1.0}))
+                    play.client(data, pieces).assert_held()
+                    play.wait(0.9 * vaurien.UNRECOGNIZED_MAX).assert_held()
+                    output = play.wait(vaurien.UNRECOGNIZED_MAX)
+                    self.assertEqual(output.to_backend, data)
+                    self.assertIn("first 0.3 s", play.chain.protocol_error)
+                    self.assertEqual(len(set(output.times())), 1)
+                    self.assertGreaterEqual(output.times()[0], 1.0)     # the rule acts on it
+
+    def test_a_head_that_is_recognized_is_held_without_a_limit(self):
+        """A client may type the header fields of a request, or pause within a later request."""
+        for protocol, before, head, rest in [
+                ("http", b"", b"GET / HTTP/1.1\r\nHo", b"st: x\r\n\r\n"),
+                ("http", HTTP_GET, b"GE", b"T / HTTP/1.1\r\n\r\n"),
+                ("redis", b"", b"*1\r\n", b"$4\r\nPING\r\n"),
+                ("redis", PING, b"PI", b"NG\r\n"),
+                ("mysql", MYSQL_LOGIN, b"\5", b"\0\0\0\x03quit"),
+                ("postgres", PG_STARTUP, b"Q\0", b"\0\0\x0aquit\0\0")]:
+            with self.subTest(protocol, head=head):
+                play = self.play(protocol, vaurien.Rule("delay", {"sleep": 0.0}))
+                play.client(before).assert_passes()
+                play.client(head).assert_held()
+                play.wait(3600).assert_held()
+                play.client(rest).assert_becomes(head + rest)
+                self.assertIsNone(play.tcp)
+
+    def test_no_byte_is_held_without_a_rule(self):
+        for protocol, data in [("http", b"GET /"), ("redis", b"hello"), ("memcache", b"get"),
+                               ("smtp", b"EHLO"), ("mysql", b"\1"), ("postgres", b"\0")]:
+            with self.subTest(protocol):
+                self.play(protocol).client(data).assert_passes()
 
     def test_an_error_does_not_act_on_a_connection_that_is_encrypted(self):
         play = self.play("postgres", vaurien.Rule("error", stream="both"))
@@ -2321,6 +2393,27 @@ class TestProtocols(unittest.TestCase):
                         connected_client(proxy) as sock:
                     received = send_and_read_all(sock, b"\n\n" * 5 + data)
                     self.assertEqual(received.size, 10 + len(data))
+
+    def test_tls_passes_although_a_protocol_is_expected(self):
+        """With a rule, and with http also without one, the handshake hung."""
+        hello = TLS_HELLO + bytes(100)
+        for protocol in PARSED_PROTOCOLS:
+            for behavior in "100:dummy", "0:delay", "0:error":
+                with self.subTest(protocol, behavior=behavior), \
+                        running_proxy(echo, behavior, protocol=protocol) as proxy, \
+                        connected_client(proxy) as sock:
+                    self.assertEqual(send_and_read(sock, hello), hello)
+
+    def test_a_client_that_sends_no_whole_line_is_served_as_tcp(self):
+        for protocol, behavior in ("http", "100:dummy"), ("redis", "0:delay"), ("smtp", "0:error"):
+            with self.subTest(protocol), self.assertLogs("vaurien", "INFO") as logs, \
+                    running_proxy(echo, behavior, protocol=protocol) as proxy, \
+                    connected_client(proxy) as sock:
+                began = time.monotonic()
+                self.assertEqual(send_and_read(sock, b"HELLO"), b"HELLO")
+                self.assertGreaterEqual(time.monotonic() - began, vaurien.UNRECOGNIZED_MAX)
+                self.assertEqual(send_and_read(sock, b"THERE"), b"THERE")
+                self.assertIn("continuing as tcp: no whole line", "\n".join(logs.output))
 
     def test_a_backend_that_sends_first(self):
         greeting = b"220 hello\r\n"

@@ -163,6 +163,8 @@ PRECISE_WAIT = 0.005            # seconds before a timer is due at which the loo
 SELECT_OVERSHOOT = 0.00015      # seconds by which select() returns later than requested
 MAX_WAIT = 3600.0               # seconds of the longest wait; epoll accepts 24 days at most (a
                                 #   C int of milliseconds)
+UNRECOGNIZED_MAX = 0.3          # seconds for which the first bytes of a client are held while it
+                                #   is unclear whether they are of the protocol
 RATE_BACKLOG = 0.1              # seconds of data that may wait for a rate limit; with more, a
                                 #   delay queue holds HELD_MAX_IDLE at most
 STATSD_INTERVAL = 1.0           # seconds between two reports to the StatsD server
@@ -870,6 +872,7 @@ def check_handler(path, function):
 #   NeedBytes(count)    receive this many bytes, as the value of the yield
 #   SkipUntil(marker)   skip all bytes up to the end of the marker
 #   a pattern           receive the bytes up to the end of its first match, HEAD_MAX at most
+#   a Head              the same, but raise ProtocolError as soon as they cannot be a head
 #   a Request           the bytes since the last END_OF_MESSAGE are the head of this request
 #   CONTINUATION        the bytes since the last END_OF_MESSAGE belong to the previous request
 #   END_OF_MESSAGE      a request or a reply ends here
@@ -907,6 +910,7 @@ CONTINUATION = Signal("CONTINUATION")
 LINE = re.compile(rb"\n")
 HEADERS = re.compile(rb"\n\r?\n")
 PATTERN = type(LINE)
+TLS_HANDSHAKE = b"\x16"         # the first byte of a TLS connection
 UNLIMITED = 1 << 62             # skip all further bytes
 
 
@@ -932,8 +936,44 @@ class SkipUntil:
         self.marker, self.tail = marker, tail
 
 
+class Head:
+    """A reader yields this to receive the bytes up to the end of a pattern's first match.
+
+    search    the method of the pattern
+    start     a pattern that matches complete and incomplete heads. If it has a group, only
+              bytes of the protocol match the group
+    error     the text of the ProtocolError for bytes that `start` does not match
+    """
+
+    __slots__ = ("search", "start", "error")
+
+    def __init__(self, end, start, error):
+        self.search, self.start, self.error = end.search, start, error
+
+    def check(self, head):
+        """Raise ProtocolError if these bytes cannot begin a head."""
+        if not self.start.match(head):
+            raise ProtocolError("TLS" if head[:1] == TLS_HANDSHAKE else self.error)
+
+
+def beginning_with(*parts):
+    """Return the pattern of all bytes that begin with these parts, or that end within them.
+
+    The last part becomes a group.
+    """
+    expression = b"(%s)" % parts[-1]
+    for part in reversed(parts[:-1]):
+        expression = b"%s(?:\\Z|%s)" % (part, expression)
+    return re.compile(b"\\Z|" + expression)
+
+
 class ProtocolError(Exception):
     """The bytes are not of the protocol. The log shows the text."""
+
+
+# Only the first 256 bytes are checked for control characters, to save time.
+TEXT = re.compile(b"(?:%s{256}|%s{0,255}\\Z)" % ((rb"[^\0-\x08\x0b\x0c\x0e-\x1f\x7f]",) * 2))
+COMMAND_LINE = Head(LINE, TEXT, "a control character in a command")
 
 
 class Request:
@@ -1000,6 +1040,17 @@ class Framer:
         """
         return type(self.awaiting) is int and self.awaiting > size
 
+    def recognizes(self, head):
+        """Return whether an incomplete head can only be of the protocol.
+
+        Then the first item that the reader needs is complete, or the first part of that item,
+        such as the request line of HTTP.
+        """
+        if len(self.buffered) < len(head):
+            return True
+        match = self.awaiting.start.match(self.buffered) if type(self.awaiting) is Head else None
+        return bool(match and match.lastindex)
+
     def whole_message(self, data):
         """Return the boundaries if data is exactly one common message, and otherwise None.
 
@@ -1050,7 +1101,9 @@ class Framer:
     def receive_match(self, pattern, data, offset, size):
         """Receive the bytes up to the end of the first match of a pattern.
 
-        Raises ProtocolError if they are more than HEAD_MAX.
+        pattern    a pattern or a Head
+
+        Raises ProtocolError if they are more than HEAD_MAX, or cannot be a head.
         """
         if self.buffered:
             head = self.buffered + data[offset:size]
@@ -1064,6 +1117,8 @@ class Framer:
             head = data[offset:end]
         if len(head) > HEAD_MAX:
             raise ProtocolError("a head of more than %d bytes" % HEAD_MAX)
+        if type(pattern) is Head:
+            pattern.check(head)
         self.buffered = b"" if match else bytes(head)
         return end, bytes(head) if match else None
 
@@ -1093,7 +1148,8 @@ class Framer:
         return size, None
 
     # {type of the yielded value: consumer}
-    CONSUMERS = {PATTERN: receive_match, NeedBytes: receive_count, SkipUntil: skip_until}
+    CONSUMERS = {PATTERN: receive_match, Head: receive_match, NeedBytes: receive_count,
+                 SkipUntil: skip_until}
 
 
 def read_opaque():
@@ -1307,6 +1363,12 @@ class Http(Protocol):
         ("504", "Gateway Timeout"), ("429", "Too Many Requests")))
     default_errors = ("500", "502", "503", "504")
     REQUEST_LINE = re.compile(rb"\s*([A-Z]+) [^ \r\n]+ HTTP/1\.([01])\r?\n")
+    REQUEST_HEAD = Head(HEADERS, beginning_with(
+        rb"\s*", rb"[A-Z]+", rb" ", rb"[^ \r\n]+", rb" ", *rb"H T T P / 1 \. [01] \r? \n".split()),
+        "no request line of HTTP/1")
+    REPLY_HEAD = Head(HEADERS, beginning_with(
+        *rb"H T T P / 1 \. [01]".split(), rb" ", rb"\d", rb"\d", rb"\d"),
+        "no status line of HTTP/1")
     STATUS_LINE = re.compile(rb"HTTP/1\.[01] (\d\d\d)")
     COMMON_STATUS = re.compile(rb"HTTP/1\.[01] (200|[45]\d\d)")
     LENGTH = re.compile(rb"(?im)^content-length[ \t]*:[ \t]*(\d+)[ \t]*\r?$")
@@ -1323,7 +1385,7 @@ class Http(Protocol):
 
     def requests(self):
         while True:
-            head = yield HEADERS
+            head = yield self.REQUEST_HEAD
             if not head.strip():            # empty lines before a request are ignored
                 yield CONTINUATION
                 yield END_OF_MESSAGE
@@ -1336,7 +1398,7 @@ class Http(Protocol):
         """Return the Request of a head with these connection options. Raises ProtocolError."""
         line = self.REQUEST_LINE.match(head)
         if not line:
-            raise ProtocolError("no request line of HTTP/1")
+            raise ProtocolError(self.REQUEST_HEAD.error)
         method, minor_version = line.groups()
         closes = close or (minor_version == b"0" and not keep_alive)
         return Request(head.strip().replace(b"\r\n", b"\n"), method.decode(), info=closes)
@@ -1390,11 +1452,9 @@ class Http(Protocol):
 
     def replies(self):
         while True:
-            head = yield HEADERS
-            line = self.STATUS_LINE.match(head)
-            if not line:
-                raise ProtocolError("no status line of HTTP/1")
-            status, request = int(line.group(1)), self.current_request()
+            head = yield self.REPLY_HEAD
+            status = int(self.STATUS_LINE.match(head).group(1))
+            request = self.current_request()
             method = request.name if request else ""
             if status == 101 or (method == "CONNECT" and 200 <= status < 300):
                 raise ProtocolError("another protocol follows")
@@ -1523,6 +1583,7 @@ class Redis(Protocol):
                    "REPLCONF"}
     VALUES_PER_ITEM = {b"*": 1, b"~": 1, b"%": 2}       # of an array, a set and a map
     UNKNOWN_COMMAND = b"*1\r\n$7\r\nvaurien\r\n"
+    REPLY_LINE = Head(LINE, beginning_with(rb"[$=!*~%|+:_#,(-]"), "no type of a reply")
 
     def __init__(self, host=b""):
         self.in_multi = False       # in a transaction: after MULTI, and before EXEC or DISCARD
@@ -1530,7 +1591,7 @@ class Redis(Protocol):
 
     def requests(self):
         while True:
-            line = yield LINE
+            line = yield COMMAND_LINE
             if line[:1] == b"*":
                 yield from self.read_array(line)
             else:                           # an inline command
@@ -1591,7 +1652,7 @@ class Redis(Protocol):
         while True:
             values_left = 1                 # of the reply, including nested values
             while values_left:
-                line = yield LINE
+                line = yield self.REPLY_LINE
                 type_, values_left = line[:1], values_left - 1
                 if type_ in (b"$", b"=", b"!"):         # a string
                     if line[1:2] not in (b"-", b"?"):   # null and streamed: no length
@@ -1601,8 +1662,6 @@ class Redis(Protocol):
                         values_left += parse_length(line[1:]) * self.VALUES_PER_ITEM[type_]
                 elif type_ == b"|":         # a map of attributes, then the value that has them
                     values_left += 2 * parse_length(line[1:]) + 1
-                elif type_ not in (b"+", b"-", b":", b"_", b"#", b",", b"("):   # one line
-                    raise ProtocolError("%r is not a reply" % line[:20])
             yield END_OF_MESSAGE
 
     def parse_whole_reply(self, data):
@@ -1650,12 +1709,13 @@ class Memcache(Protocol):
     STORE = {"set", "add", "replace", "append", "prepend", "cas"}
     GET = {"get", "gets", "gat", "gats"}
     META = {"mg", "ms", "md", "ma", "me", "mn"}
+    COMMAND_LINE = Head(LINE, re.compile(rb"(?!\x80)" + TEXT.pattern),
+                        "the binary protocol, or a control character in a command")
+    REPLY_LINE = Head(LINE, beginning_with(rb"[0-9A-Za-z]"), "no line of a reply")
 
     def requests(self):
         while True:
-            line = yield LINE
-            if line[:1] == b"\x80":
-                raise ProtocolError("the binary protocol")
+            line = yield self.COMMAND_LINE
             parts = line.split()
             name = parts[0].decode("latin-1") if parts else ""
             if name in ("watch", "lru_crawler"):
@@ -1678,8 +1738,8 @@ class Memcache(Protocol):
 
     def replies(self):
         while True:
-            line = yield LINE
-            parts = line.split() or [b""]
+            line = yield self.REPLY_LINE
+            parts = line.split()
             type_, request = parts[0], self.current_request()
             name = request.name if request else ""
             if type_ == b"VALUE" and len(parts) > 3:
@@ -1764,6 +1824,8 @@ class Mysql(Protocol):
         while True:
             header = yield NeedBytes(4)
             size, sequence = int.from_bytes(header[:3], "little"), header[3]
+            if size > HEAD_MAX and not self.capabilities_known:     # perhaps TLS
+                raise ProtocolError("no packet of a login")
             if sequence or not size or self.loading:    # not the first packet of a command
                 yield from self.read_continuation(size, sequence)
                 continue
@@ -2139,11 +2201,12 @@ class Smtp(Protocol):
     default_errors = ("450", "451", "452")
     fatal_errors = ("421",)
     server_first = True
+    REPLY_LINE = Head(LINE, beginning_with(rb"\d", rb"\d", rb"\d", rb"[ \r\n-]"), "no reply code")
     auth_continues = False          # the backend waits for the next line of AUTH
 
     def requests(self):
         while True:
-            line = yield LINE
+            line = yield COMMAND_LINE
             if self.auth_continues:
                 self.auth_continues = False
                 yield CONTINUATION
@@ -2168,10 +2231,8 @@ class Smtp(Protocol):
 
     def replies(self):
         while True:
-            line = yield LINE
+            line = yield self.REPLY_LINE
             code, separator = line[:3], line[3:4]
-            if not code.isdigit():
-                raise ProtocolError("%r is not a reply" % line[:20])
             if separator == b"-":           # more lines of the reply follow
                 continue
             if code == b"334":
@@ -2595,6 +2656,7 @@ MAY_BE_NEGATIVE = {"latency", "jitter", "delay", "timeout", "bytes"}
 #   process_bytes(now, to, data)   slow path: returns the events that the rules make of bytes
 #   process(now, to, signal)       returns the events that the rules make of a signal
 #   rules_changed(new, changed)    when the installed rules have changed
+#   give_up_head(now)              at the time `head_deadline`, only if it is not NEVER
 
 NO_HITS: list = []      # shared by all chains, most of which never draw
 
@@ -2610,7 +2672,7 @@ class Chain:
     __slots__ = ("rules", "connection", "request", "last_direction", "active_rules", "undrawn",
                  "per_connection", "newly_acted", "number", "protocol_lost", "protocol",
                  "current_request", "answered_early", "modified", "block", "block_hits",
-                 "protocol_error", "successor")
+                 "protocol_error", "successor", "head_deadline")
 
     def __init__(self, rules, connection):
         self.rules = rules              # the proxy's RuleSet
@@ -2631,6 +2693,7 @@ class Chain:
         self.current_request = None     # the Request whose event is being processed
         self.protocol_error = ""        # why the protocol was lost; the connection logs it
         self.successor = None           # the Chain that replaces this one, after a fall back
+        self.head_deadline = NEVER      # when to call give_up_head
 
     def start(self):
         """Begin the first request, because a client has connected."""
@@ -2777,6 +2840,10 @@ class Chain:
     def process_bytes(self, now, to, data):
         """Slow path: return the events that the rules make of bytes, as `process` does."""
         return self.process(now, to, data)
+
+    def give_up_head(self, now):
+        """Return the events of a held head. Without a protocol, no head is held."""
+        return []
 
     def process(self, t, to, data):
         """Run an event through the active rules.
@@ -2929,7 +2996,10 @@ class ProtocolChain(Chain):
     that the next exchange has queued are released.
 
     While any rule is installed, the head of a request is held until the head is complete. So
-    a rule can act on the whole request.
+    a rule can act on the whole request. A client that has sent no request yet may speak another
+    protocol: its bytes are held for UNRECOGNIZED_MAX at most, unless they are recognized as
+    a head. Later heads are held without a limit, because a pause of the client, or of the
+    network, must not end the parsing.
 
     Invariants:
     1. A request gets one reply, from the backend or from a rule.
@@ -2937,7 +3007,8 @@ class ProtocolChain(Chain):
     3. A request that a rule has replied to does not reach the backend.
     """
 
-    __slots__ = ("exchanges", "head", "in_request", "head_forwarded", "last_affected", "closing")
+    __slots__ = ("exchanges", "head", "in_request", "head_forwarded", "last_affected", "closing",
+                 "recognized")
 
     def __init__(self, rules, connection, protocol):
         super().__init__(rules, connection)
@@ -2947,6 +3018,7 @@ class ProtocolChain(Chain):
         self.in_request = False     # the next bytes of the client continue a request
         self.head_forwarded = False     # bytes of an incomplete head have been forwarded
         self.closing = False        # a rule's EOF for the backend is queued in an exchange
+        self.recognized = False     # the client has sent bytes that can only be of the protocol
         self.last_affected = None   # at the last change of the rules: the last exchange that
                                     #   had active rules or queued events
 
@@ -3010,6 +3082,8 @@ class ProtocolChain(Chain):
         """Draw the rules for a request whose head is complete, and queue an exchange for it."""
         last = self.exchanges[-1]
         self.in_request = True
+        if not self.recognized:
+            self.recognize()
         self.current_request = request
         connecting = last.request is None and not last.handshake
         if not connecting:
@@ -3033,6 +3107,12 @@ class ProtocolChain(Chain):
 
     def continue_request(self, boundary):
         self.in_request = True
+        if not self.recognized:
+            self.recognize()
+
+    def recognize(self):
+        """Hold heads without a time limit from now on."""
+        self.recognized, self.head_deadline = True, NEVER
 
     def end_request(self, boundary):
         last = self.exchanges[-1]
@@ -3189,9 +3269,26 @@ class ProtocolChain(Chain):
     def process_part(self, now, to, data):
         """Process bytes without a boundary. Bytes of an incomplete head are held."""
         if to is UPSTREAM and not self.in_request:
-            self.head += data
+            if data:
+                self.hold(now, data)
             return []
         return self.process_in_exchange(now, to, data) if data else []
+
+    def hold(self, now, data):
+        """Hold bytes of an incomplete head."""
+        self.head += data
+        if self.recognized:
+            return
+        if self.protocol.request_framer.recognizes(self.head):
+            self.recognize()
+            return
+        self.head_deadline = min(self.head_deadline, now + UNRECOGNIZED_MAX)
+        self.modified = True            # so that the caller sets a timer
+
+    def give_up_head(self, now):
+        """Continue as tcp, because a held head is not recognized. Returns its events."""
+        return self.fall_back(now, UPSTREAM, ProtocolError(
+            "no whole line or message in the first %g s" % UNRECOGNIZED_MAX))
 
     def process_boundary(self, now, to, boundary):
         """Apply a boundary. Returns the events of the rules, and those that are released."""
@@ -3239,6 +3336,7 @@ class ProtocolChain(Chain):
     def flush_head(self, t):
         """Return the event that forwards the bytes of a held head unchanged, if there is one."""
         head, self.head = self.head, b""
+        self.head_deadline = NEVER
         return [(t, UPSTREAM, head, ())] if head else []
 
     def fall_back(self, now, to, error):
@@ -4681,7 +4779,13 @@ class Connection:
 
     def on_timer(self):
         self.timer = None
-        self.pump()
+        now = self.loop.clock()
+        if self.chain.head_deadline > now:
+            self.pump()
+            return
+        events = self.chain.give_up_head(now)
+        self.on_protocol_error()
+        self.enqueue(now, events)
 
     def pump(self):
         """Send all data that is due. Then wait for the next event, or end the connection.
@@ -4704,7 +4808,7 @@ class Connection:
             self.finish()
         else:
             self.update_interest()
-            if up.queue or down.queue or self.timer:
+            if up.queue or down.queue or self.timer or self.chain.head_deadline < NEVER:
                 self.set_timer(now)
 
     def end_waiting(self, now, signals):
@@ -4799,7 +4903,7 @@ class Connection:
 
     def set_timer(self, now):
         """Set the timer for the next event that is due, if there is one."""
-        due = min(self.up.next_due(), self.down.next_due(),
+        due = min(self.up.next_due(), self.down.next_due(), self.chain.head_deadline,
                   self.up.resume_reading_at(now), self.down.resume_reading_at(now))
         if self.timer and self.timer[DUE] != due:
             self.loop.cancel(self.timer)
