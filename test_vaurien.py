@@ -7243,7 +7243,7 @@ class TestProcess(TempDirTestCase):
             self.assertNotIn("Traceback", err)
 
     def test_a_request_is_delayed_and_a_signal_stops_the_proxy(self):
-        for signum in signal.SIGTERM, signal.SIGINT:
+        for signum in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
             with self.subTest(signum.name):
                 self.check_one_request_and_stop(signum)
 
@@ -7312,6 +7312,37 @@ class TestProcess(TempDirTestCase):
                     status, _, err = self.run_to_end(*argv)
                     self.assertEqual(status, 1)
                     self.assertRegex(err, r"\(%s\)\n$" % option)
+
+    def test_sighup_stays_ignored_under_nohup(self):
+        self.addCleanup(signal.signal, signal.SIGHUP,
+                        signal.signal(signal.SIGHUP, signal.SIG_IGN))   # the process inherits it
+        process = self.start("--local", "127.0.0.1:0", "--http", "--http-port", "0")
+        port, = self.read_listening_ports(process)
+        process.send_signal(signal.SIGHUP)
+        # The control server replies after the signal has been delivered.
+        control_port = int(re.search(r":(\d+)\n", process.stderr.readline()).group(1))
+        client = vaurien.Client("localhost", control_port)
+        for _ in range(10):
+            self.assertEqual(client.get_handler(), "dummy")
+        connect(port).close()
+        process.terminate()
+        process.communicate(timeout=TIMEOUT)
+        self.assertEqual(process.returncode, 0)
+
+    def test_a_log_that_is_not_read_does_not_block_the_proxy(self):
+        """stderr was a pipe that was full: everything stopped, and SIGTERM had no effect."""
+        with backend_server(echo) as (backend_port, _):
+            process = self.start("--local", "127.0.0.1:0",
+                                 "--distant", "127.0.0.1:%d" % backend_port,
+                                 "--behavior", "100:slicer",
+                                 "--handlers.slicer.average_size", "30")
+            port, = self.read_listening_ports(process)
+            pipe_size = 64 * 1024
+            with contextlib.closing(connect(port)) as sock:
+                for _ in range(2 * pipe_size // 100):
+                    send_and_read(sock, b"q" * 60)
+        process.terminate()
+        self.assertEqual(process.wait(TIMEOUT), 0)
 
     def test_log_output_names_the_file_of_the_log(self):
         process = self.start("--local", "127.0.0.1:0", "--log-output", "v.log",
@@ -7404,6 +7435,55 @@ class TestProcess(TempDirTestCase):
         record = vaurien.FaultRecord(number=1, time=12.5, proxy="p", connection=2, client="a:1",
                                      request=1, handler="delay", options={})
         self.assertEqual(vaurien.match_faults([first, second], [record]), {second: "delay"})
+
+
+class TestLogThread(unittest.TestCase):
+    """The thread that writes the log."""
+
+    def setUp(self):
+        read_fd, self.write_fd = os.pipe()
+        self.file = os.fdopen(read_fd, encoding="utf-8")
+        self.addCleanup(self.file.close)
+        self.log_thread = vaurien.LogThread(self.write_fd)
+        self.log_thread.setFormatter(vaurien.Formatter("%(levelname)s %(message)s"))
+
+    def log(self, *messages):
+        for message in messages:
+            self.log_thread.handle(vaurien.log.makeRecord(
+                "vaurien", logging.INFO, "", 0, message, (), None))
+
+    def close(self):
+        """Close the log thread and the pipe. Returns the lines that are left in the pipe."""
+        self.log_thread.close()
+        os.close(self.write_fd)
+        return self.file.read().splitlines()
+
+    def test_all_lines_are_written_in_order_before_the_exit(self):
+        messages = ["line %d \u00fc" % number for number in range(1000)]
+        self.log(*messages)
+        self.assertEqual(self.close(), ["INFO " + message for message in messages])
+
+    def test_lines_beyond_the_limit_are_dropped_and_counted(self):
+        with mock.patch.object(vaurien, "LOG_LINES_MAX", 5):
+            self.log("x" * (1 << 20))           # larger than a pipe: the thread blocks
+            wait_until(lambda: not self.log_thread.lines)
+            self.log(*"abcdefgh")
+            self.assertEqual(self.file.readline(), "INFO %s\n" % ("x" * (1 << 20)))
+        self.assertEqual(self.close(), ["INFO a", "INFO b", "INFO c", "INFO d", "INFO e",
+                                        "WARNING 3 log lines were dropped here, because the log "
+                                        "could not be written fast enough"])
+
+    def test_a_pipe_that_another_process_has_made_non_blocking(self):
+        os.set_blocking(self.write_fd, False)
+        self.log("x" * (1 << 20), "y")
+        self.assertEqual(len(self.file.readline()), len("INFO \n") + (1 << 20))
+        self.assertEqual(self.close(), ["INFO y"])
+
+    def test_a_closed_pipe_is_no_error(self):
+        self.file.close()
+        self.log("a", "b")
+        self.log_thread.close()
+        os.close(self.write_fd)
 
 
 class TestCtl(unittest.TestCase):

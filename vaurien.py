@@ -151,6 +151,7 @@ SPARE_FDS = 8                   # descriptors that must be free to accept again 
                                 #   out: a connection may need two sockets, a resolver, two
                                 #   pipes ...
 FAULT_RECORDS_KEPT = 10000      # newest fault records that each proxy keeps
+LOG_LINES_MAX = 10000           # lines of the log that wait to be written, at most
 RULE_CHANGES_KEPT = 1000        # newest changes of the rules that each proxy keeps
 
 # Times, in seconds
@@ -167,6 +168,7 @@ UNRECOGNIZED_MAX = 0.3          # seconds for which the first bytes of a client 
                                 #   is unclear whether they are of the protocol
 RATE_BACKLOG = 0.1              # seconds of data that may wait for a rate limit; with more, a
                                 #   delay queue holds HELD_MAX_IDLE at most
+LOG_CLOSE_TIMEOUT = 1.0         # seconds at exit to write the last lines of the log
 STATSD_INTERVAL = 1.0           # seconds between two reports to the StatsD server
 
 
@@ -8003,16 +8005,85 @@ def escape_control_chars(text):
     return "".join(char if char.isprintable() else ascii(char).strip("'") for char in text)
 
 
+class LogThread(logging.Handler):
+    """A log handler that writes the lines in a thread of its own, to a file descriptor.
+
+    A write to a pipe blocks while nothing reads it, and a write to a file blocks while its disk
+    does. The loop must not wait for this. To make stderr non-blocking would be no remedy: the
+    other processes that share its open file would find it non-blocking too. So `emit` only
+    appends to `lines`, LOG_LINES_MAX at most. Further lines are dropped and counted.
+
+    logging calls `close` when Python exits. It waits LOG_CLOSE_TIMEOUT at most.
+    """
+
+    def __init__(self, fd):
+        super().__init__()
+        self.fd = fd
+        self.lines = deque()            # that are not written yet
+        self.dropped = 0                # number of lines dropped since the last write
+        self.closing = False
+        self.changed = threading.Condition()    # of these attributes
+        self.thread = threading.Thread(target=self.write_lines, name="log", daemon=True)
+
+    def emit(self, record):
+        try:
+            line = self.format(record)
+            if not self.closing and not self.thread.is_alive():
+                self.thread.start()
+        except Exception:
+            self.handleError(record)
+            return
+        with self.changed:
+            if len(self.lines) < LOG_LINES_MAX:
+                self.lines.append(line)
+            else:
+                self.dropped += 1
+            self.changed.notify()
+
+    def close(self):
+        with self.changed:
+            self.closing = True
+            self.changed.notify()
+        if self.thread.is_alive():
+            self.thread.join(LOG_CLOSE_TIMEOUT)
+        super().close()
+
+    def write_lines(self):
+        """Write all lines, in order, until `close` is called. Runs in the thread."""
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.lines or self.closing)
+                if not self.lines:
+                    return
+                lines, self.lines = self.lines, deque()
+                dropped, self.dropped = self.dropped, 0
+            if dropped:
+                lines.append(self.format(log.makeRecord(
+                    log.name, logging.WARNING, "", 0, "%d log lines were dropped here, because "
+                    "the log could not be written fast enough", (dropped,), None)))
+            text = "\n".join(lines) + "\n"
+            with contextlib.suppress(OSError):      # the disk is full, or the pipe is closed
+                self.write(text.encode("utf-8", "backslashreplace"))
+
+    def write(self, data):
+        """Write all data. Raises OSError."""
+        while data:
+            try:
+                data = data[os.write(self.fd, data):]
+            except BlockingIOError:     # another process has made the open file non-blocking
+                select.select([], [self.fd], [])
+
+
 def start_log(level, output):
     """Log to the file `output`, or to stderr if it is "-". Raises ValueError."""
+    stderr_fd = 2
     try:
-        log_handler = (logging.StreamHandler() if output == "-" else
-                       logging.FileHandler(output, encoding="utf-8"))
+        log_handler = LogThread(stderr_fd if output == "-" else os.open(
+            output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666))
     except OSError as error:
         raise ValueError("cannot log to %s: %s" % (output, error.strerror)) from None
     log_handler.setFormatter(Formatter("%(asctime)s %(levelname)s %(message)s"))
-    # If a message cannot be written, for example on a full disk, print no traceback on stderr.
-    logging.raiseExceptions = False
+    logging.raiseExceptions = False     # print no traceback if a line cannot be formatted
     log.addHandler(log_handler)
     log.setLevel(level)
     log.propagate = False
@@ -8024,7 +8095,10 @@ def is_main_thread():
 
 
 def serve(services, attached):
-    """Run services (proxies, the control server ...) until SIGTERM or Ctrl-C. Returns 0.
+    """Run services (proxies, the control server ...) until an OS signal stops them. Returns 0.
+
+    The signals are SIGTERM, SIGINT (Ctrl-C) and SIGHUP, which the kernel sends when the terminal
+    closes. A SIGHUP that is ignored, for example because of nohup, stays ignored.
 
     attached    whether to print "ready" when all services listen, and to stop also when stdin
                 closes or the parent process ends
@@ -8036,7 +8110,10 @@ def serve(services, attached):
     loop = Loop()
     handles_signals = is_main_thread()
     if handles_signals:
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        signums = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signums.append(signal.SIGHUP)
+        for signum in signums:
             signal.signal(signum, lambda *_: loop.stop())
         # On Windows a signal does not interrupt select().
         signal.set_wakeup_fd(loop.wakeup_send.fileno())
