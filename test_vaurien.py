@@ -4841,6 +4841,7 @@ class TestControl(unittest.TestCase):
 
     def test_idle_clients_get_a_408_and_do_not_delay_other_clients(self):
         with mock.patch.object(vaurien, "IDLE_TIMEOUT", 0.2), \
+                mock.patch.object(vaurien, "READ_TIMEOUT", 0.2), \
                 proxy_with_control() as (_, client), \
                 contextlib.closing(connect(client.port)) as silent, \
                 contextlib.closing(connect(client.port)) as partial:
@@ -4850,7 +4851,48 @@ class TestControl(unittest.TestCase):
                 with self.subTest(name):
                     self.assertEqual(http_status(sock.recv(1000)), 408)
 
-    def test_the_oldest_idle_clients_are_closed_if_there_are_too_many(self):
+    def test_a_client_may_be_idle_longer_than_a_request_may_pause(self):
+        with mock.patch.object(vaurien, "READ_TIMEOUT", 0.1), \
+                proxy_with_control() as (_, client):
+            idle = http.client.HTTPConnection("127.0.0.1", client.port, timeout=TIMEOUT)
+            with contextlib.closing(idle):
+                idle.request("GET", "/handler")
+                self.assertEqual(idle.getresponse().read(), b"dummy")
+                # This response comes after READ_TIMEOUT, in which the other client is idle.
+                partial = send_raw(
+                    client, b"POST /handler HTTP/1.1\r\nContent-Length: 5\r\n\r\nde")
+                self.assertEqual(http_status(partial), 408)
+                with mock.patch.object(idle, "auto_open", 0):       # do not reconnect
+                    idle.request("GET", "/handler")
+                    self.assertEqual(idle.getresponse().read(), b"dummy")
+
+    def test_the_client_that_is_idle_longest_is_closed_if_there_are_too_many(self):
+        control = vaurien.Control(("localhost", 0), proxy_table())
+        control.loop = mock.Mock()
+        sessions = {name: vaurien.Session(control, mock.Mock())
+                    for name in ["used", "first request", "second request", "idle", "newest"]}
+        control.clients.update((session.client, session) for session in sessions.values())
+        for name, t in ("first request", 30), ("second request", 31), ("used", 32), ("used", None):
+            sessions[name].set_timer(t)
+        for name in "idle", "newest", "used", "first request", "second request":
+            with self.subTest(name):
+                control.disconnect_least_used()
+                sessions[name].client.shutdown.assert_called_once_with(socket.SHUT_RDWR)
+        self.assertEqual(len(control.clients), 0)
+
+    def test_many_clients_reconnect_after_each_response_instead_of_being_closed(self):
+        with mock.patch.object(vaurien, "CLIENTS_MAX", 4), \
+                proxy_with_control() as (_, client), contextlib.ExitStack() as stack:
+            for expected in None, None, "close":
+                connection = http.client.HTTPConnection("127.0.0.1", client.port,
+                                                        timeout=TIMEOUT)
+                stack.enter_context(contextlib.closing(connection))
+                connection.request("GET", "/handler")
+                response = connection.getresponse()
+                self.assertEqual(response.read(), b"dummy")
+                self.assertEqual(response.getheader("Connection"), expected)
+
+    def test_silent_clients_do_not_keep_others_out(self):
         with mock.patch.object(vaurien, "CLIENTS_MAX", 4), \
                 proxy_with_control() as (_, client), contextlib.ExitStack() as stack:
             silent_socks = [stack.enter_context(contextlib.closing(connect(client.port)))
@@ -5052,17 +5094,33 @@ class TestAccess(TempDirTestCase):
             (":8080", 403),
             ("[", 403),
             ("1.2.3", 200),         # a short form of the address 1.2.0.3
+            # Names that an attacker cannot register: docker compose and Kubernetes use them.
+            ("toxiproxy:8474", 200),
+            ("Chaos_1.:8474", 200),
+            ("toxiproxy.localhost", 200),
+            ("host.docker.internal:8474", 200),
+            ("toxiproxy.default.svc", 200),
+            ("toxiproxy.default.svc.cluster.local:8474", 200),
+            ("build-1.test", 200),
+            ("printer.home.arpa", 200),
+            ("toxiproxy.default", 403),
+            ("local.evil.example", 403),
+            ("evil.notlocal", 403),
+            ("evil.example/.local", 403),
+            ("..local", 403),
             ("a" * 10000, 403),
+            ("a" * 300 + ".local", 403),
+            ("a b", 403),
             ("\0", 403),
-            ("xn--", 403),
-            ("voil\xe0", 403),
+            ("voil\xe0", 200),      # xn--voil-0qa
         ])
         with self.subTest("no Host header"):        # HTTP/1.0, which no browser sends
             self.assertEqual(self.request_status({}), 200)
         for local, host, names, expected in [
                 ("chaos", "chaos:1", (), 200),
-                ("", "chaos:1", (), 403),
-                ("", "Chaos:1", ["x", "chaos"], 200)]:
+                ("chaos.example", "chaos.example:1", (), 200),
+                ("", "chaos.example:1", (), 403),
+                ("", "Chaos.Example:1", ["x", "chaos.example"], 200)]:
             with self.subTest(local=local, host=host, names=names):
                 status = self.request_status({"Host": host}, local=local, names=names)
                 self.assertEqual(status, expected)
@@ -5183,7 +5241,7 @@ class TestAccess(TempDirTestCase):
                 ("/nope", "errors")]:
             with self.subTest(path):
                 response = vaurien.handle_request(control, "GET", path, no_body,
-                                                  {"Host": "toxiproxy:8474"})
+                                                  {"Host": "toxiproxy.example:8474"})
                 self.assertEqual(response.status, 403)
                 self.assertIn(key, json.loads(response.text))
                 self.assertIn("--http-name", response.text)
@@ -5289,7 +5347,8 @@ class ToxiproxyTestCase(unittest.TestCase):
         thread = threading.Thread(target=self.loop.run, daemon=True)
         thread.start()
         self.proxies = vaurien.ProxyTable(seed=1)
-        self.control = vaurien.Control(("127.0.0.1", 0), self.proxies)
+        self.control = vaurien.Control(("127.0.0.1", 0), self.proxies,
+                                       dialect=vaurien.TOXIPROXY)
         self.control.bind()
         self.port = self.control.listener.sockets[0].getsockname()[1]
         self.loop.run_sync(self.proxies.open, self.loop)
@@ -5486,7 +5545,9 @@ class TestToxiproxyApi(ToxiproxyTestCase):
         for path in ["/proxies/", "/proxies/p/", "/proxies/p/toxics/", "/nope",
                      "/proxies/p/toxics/t/u"]:
             with self.subTest(path=path):
-                self.request("GET", path, status=404)
+                self.assertEqual(self.request("GET", path, status=404), "404 page not found\n")
+                self.assertEqual(self.headers["Content-Type"], "text/plain; charset=utf-8")
+        self.assertEqual(list(self.request("GET", "//proxies")), ["p"])
 
     def test_the_version_is_one_that_clients_accept(self):
         self.assertEqual(self.request("GET", "/version"), {"version": vaurien.__version__})
@@ -5521,12 +5582,18 @@ class TestToxiproxyApi(ToxiproxyTestCase):
         self.add_toxic("latency", attributes={"latency": 1})
         sock = self.connect(port)
         send_and_read(sock, b"question")
-        proxy = self.request("POST", "/proxies/p", {"enabled": False})
+        with self.assertLogs("vaurien", "INFO") as logged:
+            proxy = self.request("POST", "/proxies/p", {"enabled": False})
+            self.request("POST", "/proxies/p", {"enabled": False})
+        self.assertEqual([record.getMessage() for record in logged.records],
+                         ["proxy p: disabled by the control"])
         self.assertEqual((proxy["enabled"], proxy["listen"]), (False, "127.0.0.1:%d" % port))
         self.assertEqual(read_until_close(sock), EMPTY_EOF)
         with self.assertRaises(ConnectionRefusedError):
             connect(port)
-        proxy = self.request("PATCH", "/proxies/p", {"enabled": True})
+        with self.assertLogs("vaurien", "INFO") as logged:
+            proxy = self.request("PATCH", "/proxies/p", {"enabled": True})
+        self.assertIn("proxy p: enabled by the control", logged.records[-1].getMessage())
         self.assertEqual((proxy["listen"], len(proxy["toxics"])), ("127.0.0.1:%d" % port, 1))
         send_and_read(self.connect(port), b"question")
 
@@ -6844,8 +6911,7 @@ class TestSettings(TempDirTestCase):
                 self.assertEqual(self.proxies("--config", path), [])
 
     def test_serve_needs_no_proxy(self):
-        settings = vaurien.read_arguments(["-host=127.0.0.1", "-port", "0", "-seed=5"],
-                                          vaurien.SERVE_SETTINGS)
+        settings = vaurien.read_arguments(["--seed=5"], vaurien.SERVE_SETTINGS)
         self.assertEqual(len(vaurien.make_proxies(settings, needs_one=False)), 0)
         path = self.write("v.ini", (
             "[vaurien]\n"
@@ -6856,6 +6922,23 @@ class TestSettings(TempDirTestCase):
         settings = vaurien.read_arguments(["--config", path], vaurien.SERVE_SETTINGS)
         proxies = vaurien.make_proxies(settings, needs_one=False)
         self.assertEqual((list(proxies), proxies.shared["seed"], proxies["a"].seed), (["a"], 3, 3))
+
+    def test_the_flags_of_toxiproxys_server(self):
+        with mock.patch.object(vaurien, "start_log"), \
+                mock.patch.object(vaurien, "serve") as serve:
+            for argv in (["-host=0.0.0.0", "-port=1", "-seed", "5", "-proxy-metrics"],
+                         ["--host", "0.0.0.0", "--port", "1", "-seed=5", "-runtime-metrics=true"]):
+                with self.subTest(argv):
+                    self.assertEqual(vaurien.main(["serve", *argv]), serve.return_value)
+                    (proxies, control), _ = serve.call_args[0]
+                    self.assertEqual((control.local, proxies.shared["seed"]), (("0.0.0.0", 1), 5))
+        for flag, text in ("-version", "vaurien 3"), ("-help", "usage: vaurien serve"):
+            output = io.StringIO()
+            with self.subTest(flag), contextlib.redirect_stdout(output):
+                with self.assertRaises(SystemExit) as exited:
+                    vaurien.main(["serve", flag])
+                self.assertFalse(exited.exception.code)
+                self.assertIn(text, output.getvalue())
 
     def test_arguments_override_the_only_proxy_of_a_file(self):
         path = self.write("v.ini", (

@@ -5302,12 +5302,15 @@ class Proxy:
         elif backend != self.backend:
             self.drop_connections(reason)
         self.set_backend_address(backend)
-        self.enabled = enabled
+        was_enabled, self.enabled = self.enabled, enabled
         if listener:
             self.set_listener(local, listener)
             self.open(self.loop)
         elif not enabled and local != self.local:
             self.local, self.listen = local, format_address(local)
+        if was_enabled != enabled:
+            log.info("proxy %s: %s by the control", self.name,
+                     "enabled" if enabled else "disabled")
 
     def close(self):
         """Close the listener and every connection."""
@@ -5790,14 +5793,23 @@ class Statsd:
 # `GET /` lists the route with the first line of the function's docstring.
 
 ROUTES = OrderedDict()          # {path: {method: Route}}; a segment in capitals matches any name
-DIALECTS = []                   # [(prefix, Dialect)] for paths without a route, by precedence
+DIALECTS = []                   # [(prefix, Dialect)] for paths without a route; for all other
+                                #   paths, the control server has a dialect of its own
 REQUEST_BODY_MAX = 1 << 20      # bytes of a request's body
 REQUEST_HEAD_MAX = 1 << 16      # bytes of a request's headers
 INT_DIGITS_MAX = 400            # digits of an integer in a body; the largest float has 309
-CLIENTS_MAX = 256               # clients connected at a time
-IDLE_TIMEOUT = 10.0             # seconds to wait for the next bytes from a client
+CLIENTS_MAX = 512               # clients connected at a time
+KEEP_ALIVE_SHARE = 0.5          # part of the clients up to which a connection stays open after a
+                                #   response; with more clients, responses say Connection: close
+IDLE_TIMEOUT = 60.0             # seconds to wait for the next request, as in Toxiproxy
+READ_TIMEOUT = 10.0             # seconds to wait for the next bytes of a request
 REQUEST_TIMEOUT = 30.0          # seconds from the first byte of a request to the last byte of
                                 #   its response
+
+# Domains in which an attacker from the Internet can register no name: RFC 6761 and RFC 6762, the
+# names of ICANN and RFC 8375 for private networks, and the services of Kubernetes. So no name
+# under them can be used for DNS rebinding, and neither can a name without a dot.
+UNREBINDABLE = (".localhost", ".local", ".internal", ".test", ".home.arpa", ".svc")
 
 # The argument of a route's function.
 #
@@ -5858,7 +5870,6 @@ class Dialect:
 
 
 VAURIEN_1 = Dialect()
-DIALECTS.append(("", VAURIEN_1))
 
 
 def route(methods, paths, example="", query=(), needs_proxy=True, dialect=VAURIEN_1, status=200):
@@ -5895,7 +5906,8 @@ def handle_request(control, method, target, read_body, headers=None):
     """
     without_fragment, _, _ = target.partition("#")
     path, _, query = without_fragment.partition("?")
-    routes, names, dialect = find_routes(path)
+    path = re.sub("^//+", "/", path)    # a client may append "/proxies" to "http://host/"
+    routes, names, dialect = find_routes(path, control.dialect)
     try:
         control.check_access(headers or {})
         body = read_body()
@@ -5919,10 +5931,11 @@ def log_internal_error(exc, method, target):
     return ApiError(500, [("server", "", format_exception(exc))])
 
 
-def find_routes(path):
+def find_routes(path, default_dialect):
     """Return ({method: Route}, {segment in capitals: name}, Dialect) for a path.
 
-    Both dicts are empty if the path has no route.
+    Both dicts are empty if the path has no route. The Dialect is then that of the path's prefix
+    in DIALECTS, or default_dialect.
     """
     segments = path.split("/")
     for pattern, routes in ROUTES.items():
@@ -5930,7 +5943,8 @@ def find_routes(path):
         if names is not None:
             any_route = next(iter(routes.values()))     # all routes of a path have one dialect
             return routes, names, any_route.dialect
-    return {}, {}, next(dialect for prefix, dialect in DIALECTS if path.startswith(prefix))
+    return {}, {}, next((dialect for prefix, dialect in DIALECTS if path.startswith(prefix)),
+                        default_dialect)
 
 
 def match_segments(pattern, segments):
@@ -6182,17 +6196,19 @@ class Control:
     local      the (host, port) to listen on
     proxies    the ProxyTable that the routes show and change
     token      the bearer token that clients must send; None if they need none
-    names      Host names to accept, beside addresses, localhost and the host of `local`
+    names      Host names to accept, beside those that is_own_host accepts
+    dialect    the Dialect of errors about paths without a route
     """
 
-    def __init__(self, local, proxies, token=None, names=()):
+    def __init__(self, local, proxies, token=None, names=(), dialect=VAURIEN_1):
         self.local = local
         self.proxies = proxies
+        self.dialect = dialect
         self.token = token
-        self.names = {"localhost", *map(normalize_host, [local[0], *names])} - {""}
+        self.names = set(map(normalize_host, [local[0], *names])) - {""}
         self.listener = None
         self.url = ""
-        self.clients = OrderedDict()        # {socket: Session}, the oldest first
+        self.clients = OrderedDict()        # {socket: Session}, in the order of their last use
         self.max_clients = CLIENTS_MAX
         self.last_refusal_log = 0.0         # when a refused request was last logged
         self.loop = None
@@ -6220,8 +6236,10 @@ class Control:
         log.info("control on %s", self.listener)
         only_loopback = all(is_loopback(sock.getsockname()) for sock in self.listener.sockets)
         if not self.token and not only_loopback:
-            log.warning("control: the control server on %s is open to everyone: set --http-token",
-                        self.listener)
+            log.warning(
+                "control: the control server on %s is open to everyone: a client that reaches it "
+                "can create proxies to all addresses that this machine reaches, internal ones "
+                "too; to require a token, set --http-token", self.listener)
 
     def close(self):
         if self.loop:
@@ -6270,8 +6288,10 @@ class Control:
         host = headers.get("Host", "localhost")
         if not self.is_own_host(host):
             raise ApiError(403, [(
-                "header", "Host", "Host must be an address, %s or another --http-name, not %r"
-                % (", ".join(sorted(self.names)), host[:200]))])
+                "header", "Host", "Host must be an address, a name without a dot, a name under "
+                "%s, or an --http-name%s, not %r" % (
+                    ", ".join(UNREBINDABLE),
+                    "".join(" (%s)" % name for name in sorted(self.names)), host[:200]))])
         own_origins = "http://" + host.lower(), "https://" + host.lower()
         origin = headers.get("Origin")
         if origin is not None and origin.lower() not in own_origins:
@@ -6281,9 +6301,15 @@ class Control:
             raise ApiError(403, [("header", "Sec-Fetch-Site", "cross-site request refused")])
 
     def is_own_host(self, host):
-        """Return whether a Host header has an IP address or one of the accepted names."""
+        """Return whether a Host header can come from a page or a client of this server.
+
+        That is: it has an IP address, one of the accepted names, a name without a dot, or a name
+        under a domain in UNREBINDABLE.
+        """
         name = normalize_host(re.sub(r":\d*$", "", host.strip()))       # without the port
-        if name in self.names:
+        if name in self.names or re.fullmatch(r"[a-z0-9_-]{1,63}", name):
+            return True
+        if name.endswith(UNREBINDABLE) and is_valid_host(name):
             return True
         is_bracketed = name.startswith("[") and name.endswith("]")      # an IPv6 address
         address = name[1:-1] if is_bracketed else name
@@ -6294,16 +6320,32 @@ class Control:
     # Clients
 
     def on_accept(self, raw_socket, peer):
-        """Start a client thread. If there are too many clients, disconnect the oldest."""
+        """Start a client thread. If there are too many clients, disconnect one of them."""
         while len(self.clients) >= self.max_clients:
-            _, oldest = self.clients.popitem(last=False)
-            oldest.disconnect()
+            self.disconnect_least_used()
         # The client thread needs the methods of socket.socket, such as makefile.
         client = socket.socket(raw_socket.family, socket.SOCK_STREAM, 0, raw_socket.detach())
-        client.settimeout(IDLE_TIMEOUT)
+        client.settimeout(READ_TIMEOUT)
         session = self.clients[client] = Session(self, client)
         self.loop.run_in_thread(lambda: self.serve(session, peer),
                                 lambda _, error: self.on_client_done(session, error))
+
+    def disconnect_least_used(self):
+        """Disconnect the client that has been idle longest.
+
+        If all clients are within a request, disconnect the one whose request began first.
+        """
+        session = next((session for session in self.clients.values() if not session.timer),
+                       next(iter(self.clients.values())))
+        del self.clients[session.client]
+        session.disconnect()
+
+    def is_crowded(self):
+        """Return whether connections are closed after a response, to make room for others.
+
+        Called in a client's thread.
+        """
+        return len(self.clients) > KEEP_ALIVE_SHARE * self.max_clients
 
     def serve(self, session, peer):
         """Respond to the requests of a client, then close its connection.
@@ -6355,11 +6397,14 @@ class Session:
     def set_timer(self, t):
         """Disconnect the client at t, or never if t is None. Replaces the previous timer.
 
-        Called in the loop's thread.
+        The timer is set at the beginning and at the end of each request, so this also makes the
+        client the last one in `clients`. Called in the loop's thread.
         """
         loop = self.control.loop
         loop.cancel(self.timer)
         self.timer = None if t is None else loop.call_at(t, self.disconnect)
+        if self.client in self.control.clients:
+            self.control.clients.move_to_end(self.client)
 
     def disconnect(self):
         """Shut the connection down. A client thread that waits for the client then ends.
@@ -6401,9 +6446,10 @@ class RequestHandler:
 
     A mixin for http.server.BaseHTTPRequestHandler. The attribute `server` is the Session.
 
-    Time limits: each read and write has the socket's timeout. From the first byte of a request
-    to the end of its response, the session's deadline applies too. Without the deadline, a
-    client could keep its thread busy with one byte every few seconds.
+    Time limits: the first byte of a request must come within IDLE_TIMEOUT, and each further
+    read and write has READ_TIMEOUT. From the first byte of a request to the end of its response,
+    the session's deadline applies too. Without the deadline, a client could keep its thread busy
+    with one byte every few seconds.
     """
 
     protocol_version = "HTTP/1.1"
@@ -6450,13 +6496,15 @@ class RequestHandler:
     def wait_for_request(self):
         """Wait for the first byte of a request, or for the end of the stream.
 
-        Returns False after the socket's timeout.
+        Returns False after IDLE_TIMEOUT.
         """
+        self.connection.settimeout(IDLE_TIMEOUT)
         try:
             self.rfile.peek(1)
-            return True
         except socket.timeout:
             return False
+        self.connection.settimeout(READ_TIMEOUT)
+        return True
 
     def parse_request(self):
         """Read the headers, up to REQUEST_HEAD_MAX. Returns False if the request is invalid."""
@@ -6471,16 +6519,18 @@ class RequestHandler:
         If the body has not been read, close the connection: an unread body would be parsed as
         the next request.
         """
-        close_requested = self.close_connection
+        close_after = self.close_connection or self.server.control.is_crowded()
         self.close_connection = True
 
         def read_body():
             body = self.read_body()
-            self.close_connection = close_requested
+            self.close_connection = close_after
             return body
 
+        # Not self.path: in newer versions of Python it has only one of several leading slashes.
+        _, target, *_ = self.requestline.split()
         self.send_api_response(handle_request(
-            self.server.control, self.command, self.path, read_body, self.headers))
+            self.server.control, self.command, target, read_body, self.headers))
 
     def read_body(self):
         """Return the body. Raises ApiError, or ConnectionError if the client disconnects."""
@@ -6631,7 +6681,7 @@ class ToxiproxyDialect(Dialect):
 
 
 TOXIPROXY = ToxiproxyDialect()
-DIALECTS.insert(0, ("/proxies/", TOXIPROXY))
+DIALECTS.append(("/proxies/", TOXIPROXY))
 
 
 def toxiproxy_error(status, message):
@@ -7499,8 +7549,9 @@ SETTINGS = OrderedDict((
                            "Bearer TOKEN; to hide the token from other users, set it in $%s "
                            "instead" % TOKEN_VARIABLE, "process")),
     ("http-name", Setting(("--http-name",), None, check_names, "NAME,...",
-                          "names to accept in the Host header, besides addresses, localhost and "
-                          "--http-host", "process")),
+                          "names to accept in the Host header, besides addresses, --http-host, "
+                          "names without a dot, and names under %s"
+                          % ", ".join(UNREBINDABLE), "process")),
     ("statsd", Setting(("--statsd",), None, parse_address, "HOST:PORT",
                        "StatsD server that gets all counts, by UDP, each second", "process")),
     ("log-level", Setting(("--log-level",), "info", check_log_level, "LEVEL",
@@ -7531,10 +7582,8 @@ SHARED_SETTINGS = derive_settings(("shared",))
 FILE_SETTINGS = derive_settings(("proxy", "shared", "process"))
 # The flags and the port are Toxiproxy's. The control server always runs, so --http is left out.
 SERVE_SETTINGS = derive_settings(("shared", "process", "command line"), changes={
-    "config": {"flags": ("--config", "-config")},
-    "seed": {"flags": ("--seed", "-seed")},
-    "http-host": {"flags": ("--http-host", "--host", "-host")},
-    "http-port": {"flags": ("--http-port", "--port", "-port"), "default": "8474"},
+    "http-host": {"flags": ("--http-host", "--host")},
+    "http-port": {"flags": ("--http-port", "--port"), "default": "8474"},
 }, without=["http"])
 ADDRESS_SETTINGS = {"local", "distant"}
 
@@ -8182,7 +8231,8 @@ SERVE_DESCRIPTION = """\
 Run a server for Toxiproxy's clients, which create and remove proxies through its API.
 
 --config may define proxies that exist from the start, in Toxiproxy's JSON or in an
-ini file."""
+ini file. The flags of Toxiproxy's server work too, for example -host=0.0.0.0.
+-proxy-metrics and -runtime-metrics change nothing: GET /metrics is always enabled."""
 
 
 def proxy_command(argv):
@@ -8206,11 +8256,22 @@ def proxy_command(argv):
 
 def serve_command(argv):
     """Return a function that runs `vaurien serve`: the control server, and the file's proxies."""
-    config = read_arguments(argv, SERVE_SETTINGS, prog="vaurien serve",
+    config = read_arguments(from_go_spelling(argv), SERVE_SETTINGS, prog="vaurien serve",
                             description=lambda: SERVE_DESCRIPTION)
     values = resolve_process_settings(config, SERVE_SETTINGS)
     values["http"] = True
-    return prepare(make_proxies(config, needs_one=False), values, "attached" in config.arguments)
+    return prepare(make_proxies(config, needs_one=False), values, "attached" in config.arguments,
+                   TOXIPROXY)
+
+
+def from_go_spelling(argv):
+    """Return the arguments of Toxiproxy's server as arguments of `vaurien serve`.
+
+    Go's flags may begin with one dash: "-host=0.0.0.0". The flags that enable metrics are left
+    out, because GET /metrics is always enabled.
+    """
+    return [re.sub("^-(?=[a-z]{2})", "--", text) for text in argv
+            if not re.fullmatch("--?(proxy|runtime)-metrics(=.*)?", text)]
 
 
 def resolve_process_settings(config, settings):
@@ -8219,16 +8280,18 @@ def resolve_process_settings(config, settings):
         name: setting for name, setting in settings.items() if setting.scope == "process"})
 
 
-def prepare(proxies, values, attached):
+def prepare(proxies, values, attached, dialect=VAURIEN_1):
     """Create the services, start the log, and return a function that runs the services.
 
     values      values of the settings that apply to the process: {name: value}
     attached    see `serve`
+    dialect     see Control
     """
     services = [proxies]
     if values["http"]:
         services.append(Control((values["http-host"], values["http-port"]), proxies,
-                                get_token(values["http-token"]), values["http-name"] or ()))
+                                get_token(values["http-token"]), values["http-name"] or (),
+                                dialect))
     if values["statsd"]:
         services.append(Statsd(values["statsd"], proxies))
     start_log(values["log-level"], values["log-output"])
