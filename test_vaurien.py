@@ -7427,6 +7427,23 @@ class TestProcess(TempDirTestCase):
         process.terminate()
         self.assertEqual(process.wait(TIMEOUT), 0)
 
+    @unittest.skipUnless(hasattr(signal, "setitimer"), "no interval timers on this system")
+    def test_an_expression_that_takes_for_ever_does_not_stop_the_proxy(self):
+        """Only SIGKILL ended a proxy that searched for (a+)+b."""
+        for protocol in "tcp", "redis":
+            with self.subTest(protocol), backend_server(echo) as (backend_port, _):
+                process = self.start("--local", "127.0.0.1:0", "--protocol", protocol,
+                                     "--distant", "127.0.0.1:%d" % backend_port,
+                                     "--behavior", "100:delay", "--handlers.delay.match", "(a+)+b")
+                port, = self.read_listening_ports(process)
+                with contextlib.closing(connect(port)) as sock:
+                    for _ in range(2):
+                        send_and_read(sock, b"GET " + 60 * b"a" + b"\r\n")
+                process.terminate()
+                _, err = process.communicate(timeout=TIMEOUT)
+                self.assertEqual(process.returncode, 0)
+                self.assertEqual(err.count("it acts on no more requests"), 1)
+
     def test_log_output_names_the_file_of_the_log(self):
         process = self.start("--local", "127.0.0.1:0", "--log-output", "v.log",
                              "--log-level", "DEBUG")

@@ -162,6 +162,7 @@ RETRY_DELAY = 1.0               # seconds until the next accept or connect after
 PRECISE_WAIT = 0.005            # seconds before a timer is due at which the loop changes to a
                                 #   wait of higher precision
 SELECT_OVERSHOOT = 0.00015      # seconds by which select() returns later than requested
+MATCH_TIMEOUT = 0.1             # seconds of CPU time of the longest search for `match`
 MAX_WAIT = 3600.0               # seconds of the longest wait; epoll accepts 24 days at most (a
                                 #   C int of milliseconds)
 UNRECOGNIZED_MAX = 0.3          # seconds for which the first bytes of a client are held while it
@@ -2293,6 +2294,50 @@ DRAW_TO_PERCENT = 100 / 2 ** 64     # percent for each unit: a drawn number has 
 DRAW_BLOCK = struct.Struct(">8Q")   # the 8 numbers in one blake2b hash
 
 
+class SearchTimeout(Exception):
+    """A search for `match` has used more than MATCH_TIMEOUT seconds of CPU time."""
+
+
+class SearchLimit:
+    """A time limit for the searches of a with block. It works in the main thread only.
+
+    An expression like (a+)+b takes a time that doubles with each character. The engine of `re`
+    holds Python's lock during a search, so no other thread could run or end it. But the engine
+    handles OS signals, in the main thread, and an exception of a signal handler ends the search.
+    So an interval timer of the kernel limits each search, whatever its expression is. To refuse
+    expressions instead would be no remedy: there are harmless ones among those with nested
+    repeats, and slow ones among the others, like a*a*a*a*b.
+
+    The timer counts CPU time, so a busy machine ends no search. Other threads have no limit: a
+    proxy in the process of a test may stop in a search.
+    """
+
+    active = False          # the main thread handles signals: `serve` sets this
+    searching = False
+
+    def enable(self):
+        if hasattr(signal, "setitimer"):        # Windows has none
+            signal.signal(signal.SIGVTALRM, self.on_signal)
+            self.active = True
+
+    def on_signal(self, *_):
+        if self.searching:
+            raise SearchTimeout
+
+    def __enter__(self):
+        if self.active:
+            self.searching = True
+            signal.setitimer(signal.ITIMER_VIRTUAL, MATCH_TIMEOUT)
+
+    def __exit__(self, *exception):
+        if self.active:
+            self.searching = False
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+SEARCH_LIMIT = SearchLimit()
+
+
 class Rule:
     """A handler with its options, and when it acts.
 
@@ -2306,7 +2351,7 @@ class Rule:
 
     __slots__ = ("name", "handler", "options", "draw_min", "draw_max", "draw_key", "direction",
                  "rate_limited", "blocking", "drawn_count", "acted_count", "shared",
-                 "error_logged", "instance", "toxic",
+                 "error_logged", "instance", "toxic", "match_failed",
                  *(field for field in RULE_FIELDS if field != "percent"))
 
     per: str
@@ -2333,6 +2378,7 @@ class Rule:
         self.shared = Counter()     # state.shared of the handler, for all connections
         self.error_logged = False   # the log has a traceback of the handler already
         self.instance = None        # the object to call, if the handler is blocking
+        self.match_failed = False   # a search has taken too long: see `matches`
         self.toxic = None           # the name of the Toxic that the rule belongs to
 
     def set_options(self, options):
@@ -2340,6 +2386,22 @@ class Rule:
         self.options = options
         choose = getattr(self.handler, "choose_direction", None)
         self.direction = choose(options) if choose and self.stream == "both" else self.stream
+
+    def matches(self, text):
+        """Return whether `match` is found in a text, which is the beginning of a request.
+
+        After a search that took too long, the rule matches no more requests.
+        """
+        if self.match_failed:
+            return False
+        try:
+            with SEARCH_LIMIT:
+                return self.match.search(text) is not None
+        except SearchTimeout:
+            self.match_failed = True
+            log.error("rule %s: it acts on no more requests, because the search for match took "
+                      "more than %g s of CPU time in %d bytes", self, MATCH_TIMEOUT, len(text))
+            return False
 
     def includes(self, number):
         """Return whether the rule acts if this number is drawn."""
@@ -2939,7 +3001,7 @@ class Chain:
         buffered = active.match_buffer
         if to == UPSTREAM and data and buffered is not None and len(buffered) < MATCH_WINDOW:
             active.match_buffer = buffered + data[:MATCH_WINDOW - len(buffered)]
-            if active.rule.match.search(active.match_buffer):
+            if active.rule.matches(active.match_buffer):
                 active.draw, active.acts = self.draw_number(active.rule)
                 active.match_buffer, active.request = None, active.rule.drawn_count
         return active.acts
@@ -3038,7 +3100,7 @@ class ProtocolChain(Chain):
 
         The text of the Request decides at once whether `match` matches.
         """
-        if rule.match and not (self.current_request and rule.match.search(
+        if rule.match and not (self.current_request and rule.matches(
                 self.current_request.text[:MATCH_WINDOW])):
             return None
         draw, acts = self.draw_number(rule)
@@ -8164,6 +8226,7 @@ def serve(services, attached):
             signums.append(signal.SIGHUP)
         for signum in signums:
             signal.signal(signum, lambda *_: loop.stop())
+        SEARCH_LIMIT.enable()
         # On Windows a signal does not interrupt select().
         signal.set_wakeup_fd(loop.wakeup_send.fileno())
     try:
