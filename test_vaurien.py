@@ -5656,18 +5656,81 @@ class TestToxiproxyApi(ToxiproxyTestCase):
         toxic = self.request("POST", "/proxies/p/toxics", {"type": "latency"})
         self.assertEqual(json.dumps(toxic), json.dumps({
             "attributes": {"latency": 0, "jitter": 0}, "name": "latency_downstream",
-            "type": "latency", "stream": "downstream", "toxicity": 1.0}))
+            "type": "latency", "stream": "downstream", "toxicity": 1}))
         toxic = self.request("POST", "/proxies/p/toxics", {
             "type": "latency", "stream": "UPSTREAM", "toxicity": 5,
             "attributes": {"LATENCY": -5, "jitter": None, "x": 1}})
         self.assertEqual(
             (toxic["name"], toxic["stream"], toxic["toxicity"], toxic["attributes"]),
             ("latency_UPSTREAM", "UPSTREAM", 5, {"latency": -5, "jitter": 0}))
-        self.add_toxic("noop", stream="both")
+        # PHP encodes an empty array of attributes as [].
+        self.request("POST", "/proxies/p/toxics", '{"type": "noop", "attributes": []}')
+        self.request("PATCH", "/proxies/p/toxics/latency_UPSTREAM", '{"attributes": []}')
         toxics = self.request("GET", "/proxies/p/toxics")
         self.assertEqual([toxic["name"] for toxic in toxics],
-                         ["latency_UPSTREAM", "latency_downstream", "noop_both"])
+                         ["latency_UPSTREAM", "latency_downstream", "noop_downstream"])
         self.assertEqual(self.request("GET", "/proxies/p")["toxics"], toxics)
+
+    def test_listings_have_only_toxics_that_typed_clients_know(self):
+        """A client with a type for each toxic fails if a listing has another one."""
+        self.create_proxy()
+        known = [self.add_toxic(type_) for type_ in sorted(vaurien.TOXIPROXY_TYPES)]
+        known.insert(0, self.add_toxic("latency", stream="UPSTREAM"))
+        others = [self.add_toxic("hang"),
+                  self.add_toxic("noop", name="matching", match="x"),
+                  self.add_toxic("latency", stream="both")]
+        fields = self.request("GET", "/proxies/p?all=1")
+        self.assertEqual(fields["toxics"], known + others)
+        self.assertNotIn("rules", fields)
+        for response in (
+                self.request("GET", "/proxies/p"),
+                self.request("GET", "/proxies")["p"],
+                self.request("PATCH", "/proxies/p", {}),
+                self.request("POST", "/populate", [fields], 201)["proxies"][0]):
+            self.assertEqual((response["toxics"], response["rules"]), (known, others))
+        self.assertEqual(self.request("GET", "/proxies/p/toxics"), known)
+        self.assertEqual(self.request("GET", "/proxies/p/toxics?all=1"), known + others)
+        self.assertEqual(self.request("GET", "/proxies?all=1"), {"p": fields})
+        self.assertEqual(self.request("GET", "/proxies/p/toxics/matching"), others[1])
+        # A listing that is sent back restores all toxics.
+        self.request("DELETE", "/proxies/p", status=204)
+        self.assertEqual(self.request("POST", "/proxies", response, 201), response)
+        for toxic in others:
+            self.request("DELETE", "/proxies/p/toxics/" + toxic["name"], status=204)
+        self.assertNotIn("rules", self.request("GET", "/proxies/p"))
+
+    def test_input_that_has_no_effect_is_logged(self):
+        upstream = "127.0.0.1:9"
+        for method, path, body, expected in [
+                ("POST", "/proxies",
+                 {"name": "p", "upstream": upstream, "toxic": [], "Logger": {},
+                  "toxics": [{"type": "latency", "attributes": {"Latncy": 3, "JITTER": 1}}]},
+                 ["proxy p: the unknown key 'toxic' (did you mean toxics?) is ignored: there are "
+                  "name, listen",
+                  "proxy p: it has no listen, so it accepts clients from all machines",
+                  "proxy p, toxic latency, attributes: the unknown key 'latncy' (did you mean "
+                  "latency?) is ignored: there are latency, jitter"]),
+                ("POST", "/populate",
+                 [{"name": "q", "upstream": upstream, "listen": "127.0.0.1:0", "x": 1},
+                  {"name": "r", "upstream": upstream, "listen": ""}],
+                 ["proxy q: the unknown key 'x' is ignored",
+                  "proxy r: it has no listen"]),
+                ("POST", "/proxies/p", {"enable": True},
+                 ["proxy p: the unknown key 'enable' (did you mean enabled?) is ignored"]),
+                ("POST", "/proxies/p/toxics",
+                 {"type": "noop", "name": "n", "toxicity": 20, "attribute": {}, "match": "x"},
+                 ["proxy p, toxic n: the unknown key 'attribute' (did you mean attributes?)",
+                  "proxy p, toxic n: toxicity is a probability from 0 to 1, not 20"]),
+                ("PATCH", "/proxies/p/toxics/latency_downstream",
+                 {"name": "x", "toxicity": -1, "attributes": {"rate": 1}},
+                 ["proxy p, toxic x, attributes: the unknown key 'rate' is ignored",
+                  "proxy p, toxic x: toxicity is a probability from 0 to 1, not -1"])]:
+            with self.subTest(body=body), self.assertLogs("vaurien", "WARNING") as logged:
+                self.request(method, path, body, 201 if path in ("/proxies", "/populate") else 200)
+                messages = [record.getMessage() for record in logged.records]
+                self.assertEqual(len(messages), len(expected), messages)
+                for message, text in zip(messages, expected):
+                    self.assertIn(text, message)
 
     def test_every_handler_is_a_toxic(self):
         self.create_proxy()
@@ -5728,7 +5791,7 @@ class TestToxiproxyApi(ToxiproxyTestCase):
             ({"type": "slicer", "match": "("}, 400, "match must be a regular expression, not '('"),
             ({"type": "slicer", "times": -1}, 400,
              "times must be a whole number, 0 or more, not -1"),
-            ({"type": "slicer", "attributes": []}, 400, "cannot unmarshal array")])
+            ({"type": "slicer", "attributes": [1]}, 400, "cannot unmarshal array")])
         self.assertEqual(len(self.request("GET", "/proxies/p/toxics")), 1)
 
     def test_invalid_attributes_are_refused(self):
@@ -5824,7 +5887,7 @@ class TestToxiproxyApi(ToxiproxyTestCase):
             ([{"type": "latency", "attributes": {"latency": -5}}], 400,
              "latency must be a whole number, 0 or more, not -5")])
         self.request_error("PUT", "/proxies/p/toxics", [{"type": "noop"}, {"type": "noop"}], 409)
-        self.assertEqual(self.request("GET", "/proxies/p/toxics"), toxics)
+        self.assertEqual(self.request("GET", "/proxies/p/toxics?all=1"), toxics)
         self.assertEqual(self.request("PUT", "/proxies/p/toxics", []), [])
         self.request_error("PUT", "/proxies/q/toxics", [], 404)
 
@@ -6903,6 +6966,17 @@ class TestSettings(TempDirTestCase):
             "toxic latency_downstream (100:downstream latency latency=5 jitter=0)")))
         proxies = self.proxies("--config", path, "--local", "localhost:1")
         self.assertEqual([proxy.name for proxy in proxies], ["vaurien", "redis", "sql"])
+
+    def test_keys_of_a_toxiproxy_json_file_that_have_no_effect_are_logged(self):
+        path = self.write("t.json", json.dumps([
+            {"name": "p", "listen": "localhost:0", "upstream": "localhost:1", "toxic": []}]))
+        settings = vaurien.read_arguments(["--config", path], vaurien.SERVE_SETTINGS)
+        proxies = vaurien.make_proxies(settings, needs_one=False)
+        loop = vaurien.Loop()
+        self.addCleanup(loop.close)
+        with self.assertLogs("vaurien", "WARNING") as logged:
+            proxies.open(loop)
+        self.assertIn("the unknown key 'toxic' (did you mean toxics?)", logged.output[0])
 
     def test_toxiproxy_json_file_without_proxies(self):
         for text in " [ ] ", "[]":

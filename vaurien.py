@@ -5627,6 +5627,7 @@ class ProxyTable(OrderedDict):
         self.shared = shared
         if shared.get("seed") is None:
             shared["seed"] = random.SystemRandom().getrandbits(32)
+        self.warnings = []              # about the --config file; `open` logs them
         self.loop = None
         self.lock = threading.RLock()
 
@@ -5643,6 +5644,8 @@ class ProxyTable(OrderedDict):
         self.loop = loop
         if not self:
             log.info("no proxy yet: POST /proxies creates one; seed %s", self.shared["seed"])
+        for text in self.warnings:
+            log.warning("%s", text)
         for proxy in self.values():
             proxy.open(loop)
 
@@ -5855,8 +5858,8 @@ class Statsd:
 # `GET /` lists the route with the first line of the function's docstring.
 
 ROUTES = OrderedDict()          # {path: {method: Route}}; a segment in capitals matches any name
-DIALECTS = []                   # [(prefix, Dialect)] for paths without a route; for all other
-                                #   paths, the control server has a dialect of its own
+DIALECTS = []                   # [(prefix, Dialect)] of paths without a route; a path without
+                                #   such a prefix has the dialect of the control server
 REQUEST_BODY_MAX = 1 << 20      # bytes of a request's body
 REQUEST_HEAD_MAX = 1 << 16      # bytes of a request's headers
 INT_DIGITS_MAX = 400            # digits of an integer in a body; the largest float has 309
@@ -6403,7 +6406,9 @@ class Control:
         session.disconnect()
 
     def is_crowded(self):
-        """Return whether connections are closed after a response, to make room for others.
+        """Return whether the server closes each connection after a response.
+
+        It does so if there are many clients, because each new client needs a place.
 
         Called in a client's thread.
         """
@@ -6691,6 +6696,18 @@ def http_error(status, description):
 # Threads: client threads call the functions of routes. A request that changes something holds
 # `proxies.lock`, so that two requests cannot change the same proxies at once.
 #
+# Listings: typed clients (Java, .NET, Rust ...) fail if a listing has a toxic that they do not
+# know. Therefore a listing has only the toxics that Toxiproxy could have, see is_toxiproxys:
+#
+#   request                                         toxics of Vaurien are listed
+#   GET /proxies, GET /proxies/PROXY,               under the key `rules` of the proxy, beside
+#   POST and PATCH of a proxy, POST /populate       `toxics`; no such key if there are none
+#   GET /proxies/PROXY/toxics                       not at all
+#   any of these with the query ?all=1              among the others; no key `rules`
+#   requests about one toxic, PUT .../toxics        as they are: the client has named them
+#
+# Requests that create a proxy accept `rules` too, so that a listing may be sent back.
+#
 # To add a route: write a function, and decorate it with @toxiproxy_route. A new rule field needs
 # no change in this section.
 
@@ -6709,7 +6726,9 @@ TOXIPROXY_TYPES = {"noop", "latency", "bandwidth", "slicer", "slow_close", "time
                    "limit_data"}
 # {field: type}
 PROXY_FIELDS = OrderedDict((("name", str), ("listen", str), ("upstream", str),
-                            ("enabled", bool), ("toxics", list), ("protocol", str)))
+                            ("enabled", bool), ("toxics", list), ("rules", list),
+                            ("protocol", str)))
+PROXY_KEYS = [*PROXY_FIELDS, "logger"]      # Toxiproxy's listings have the key Logger
 TOXIC_FIELDS = OrderedDict((("name", str), ("type", str), ("stream", str), ("toxicity", float),
                             ("attributes", dict)))
 
@@ -6904,7 +6923,7 @@ def read_proxy_fields(value):
 
 
 def read_proxies(text, proxies):
-    """Return the proxies of a JSON array, which are not open yet: [(Proxy, fields)].
+    """Return the proxies of a JSON array, which are not open yet: [(Proxy, fields, JSON object)].
 
     Raises InputError or ApiError.
     """
@@ -6924,7 +6943,7 @@ def read_proxies(text, proxies):
         if proxy.name in names:
             raise bad_body("duplicate proxy name %r at proxy %d" % (proxy.name, index))
         names.add(proxy.name)
-    return list(zip(new_proxies, all_fields))
+    return list(zip(new_proxies, all_fields, values))
 
 
 def make_proxy(fields, proxies):
@@ -6937,7 +6956,7 @@ def make_proxy(fields, proxies):
             raise toxiproxy_error(400, "missing required field: %s" % name)
     check_field("name", check_name, fields["name"])
     toxics = []
-    for index, value in enumerate(fields.get("toxics", ()), 1):
+    for index, value in enumerate([*fields.get("toxics", ()), *fields.get("rules", ())], 1):
         with error_suffix(" (toxic %d of proxy %s)" % (index, fields["name"])):
             toxics.append(read_toxic(value))
     check_unique_names(toxics)
@@ -6973,13 +6992,21 @@ def read_listen(text, prefix=""):
         raise InputError([("listen", "listen %s" % error)]) from None
 
 
+def read_toxic_object(value, strict=False):
+    """Return the fields of a JSON object for a toxic. Raises InputError. See read_object."""
+    json_object = read_object(value, "toxics.ToxicWrapper", strict)
+    if json_object.get("attributes") == []:     # PHP encodes an empty array like this
+        json_object["attributes"] = {}
+    return json_object
+
+
 def read_toxic(value, strict=False):
     """Return the Toxic that a JSON object describes. Raises InputError or ApiError.
 
     strict    whether to refuse input that Toxiproxy accepts: unknown keys, any toxicity,
               negative numbers
     """
-    json_object = read_object(value, "toxics.ToxicWrapper", strict)
+    json_object = read_toxic_object(value, strict)
     fields = read_fields(json_object, TOXIC_FIELDS, "ToxicWrapper")
     type_ = fields.get("type", "")
     # Toxiproxy's own types act downstream by default, other handlers in both directions.
@@ -7039,12 +7066,59 @@ def in_plain_words(message):
         match.group(2) or "it", PLAIN_TYPES[match.group(3)], match.group(1)), message)
 
 
+# Warnings about input that Toxiproxy accepts. Each function takes a JSON object that has been
+# read without an error, and yields texts.
+
+def log_warnings(texts):
+    for text in texts:
+        log.warning("%s", text)
+
+
+def proxy_warnings(value):
+    """Yield the warnings about a JSON object that creates a proxy."""
+    fields = read_object(value, "")
+    source = "proxy %s" % fields["name"]
+    yield from unknown_key_warnings(fields, PROXY_KEYS, source)
+    if not fields.get("listen"):
+        yield ("%s: it has no listen, so it accepts clients from all machines; localhost:0 would "
+               "accept only clients of this machine" % source)
+    for toxic in [*fields.get("toxics", ()), *fields.get("rules", ())]:
+        yield from toxic_warnings(toxic, source)
+
+
+def toxic_warnings(value, source, type_=None):
+    """Yield the warnings about a JSON object for a toxic.
+
+    source    the name of the toxic's proxy, for the texts
+    type_     the toxic's type if the object does not define it
+    """
+    fields = read_toxic_object(value)
+    type_ = type_ or fields["type"]
+    source = "%s, toxic %s" % (source, fields.get("name") or type_)
+    yield from unknown_key_warnings(fields, {**TOXIC_FIELDS, **RULE_FIELDS}, source)
+    yield from unknown_key_warnings(read_object(fields.get("attributes"), ""),
+                                    handler_options(HANDLERS[type_]), source + ", attributes")
+    if not 0 <= fields.get("toxicity", 1) <= 1:
+        yield "%s: toxicity is a probability from 0 to 1, not %g" % (source, fields["toxicity"])
+
+
+def unknown_key_warnings(json_object, known, source):
+    """Yield a warning for each key of a JSON object that is ignored, because it is unknown."""
+    known = [key.lower() for key in known]      # read_object returns keys in lower case
+    for key in json_object:
+        if key not in known:
+            yield "%s: the unknown key %r%s is ignored: there are %s" % (
+                source, key[:50], did_you_mean(key, known), ", ".join(known) or "none")
+
+
 # Writing
 
 def toxic_to_json(toxic):
+    # Toxiproxy writes 1, and not 1.0.
+    toxicity = int(toxic.toxicity) if toxic.toxicity == int(toxic.toxicity) else toxic.toxicity
     fields = OrderedDict((("attributes", toxic.attributes), ("name", toxic.name),
                           ("type", toxic.rule.name), ("stream", toxic.stream),
-                          ("toxicity", toxic.toxicity)))
+                          ("toxicity", toxicity)))
     fields.update(own_fields_to_json(toxic))
     return fields
 
@@ -7055,32 +7129,55 @@ def own_fields_to_json(toxic):
     return OrderedDict((name, fields[name]) for name in toxic.rule.own_fields())
 
 
-def toxics_to_json(proxy):
-    """Return the toxics of a proxy as JSON values.
+def is_toxiproxys(toxic):
+    """Return whether Toxiproxy could have this toxic: its type, its stream and no rule fields."""
+    return (toxic.rule.name in TOXIPROXY_TYPES and toxic.rule.stream != "both"
+            and not toxic.rule.own_fields())
+
+
+def toxics_to_json(proxy, included=lambda toxic: True):
+    """Return the toxics of a proxy that included(toxic) accepts, as JSON values.
 
     They are sorted by direction: upstream, downstream, both. The toxics of one direction are in
     the order of their creation.
     """
     order = [UPSTREAM, DOWNSTREAM, "both"]
     return [toxic_to_json(toxic)
-            for toxic in sorted(proxy.toxics, key=lambda toxic: order.index(toxic.rule.stream))]
+            for toxic in sorted(proxy.toxics, key=lambda toxic: order.index(toxic.rule.stream))
+            if included(toxic)]
 
 
-def proxy_to_json(proxy):
-    protocol = [("protocol", proxy.protocol_name())] if proxy.protocol else []
-    return proxy.loop.run_sync(lambda: OrderedDict([
-        ("name", proxy.name), ("listen", proxy.listen),
-        ("upstream", format_address(proxy.backend)), ("enabled", proxy.enabled),
-        ("toxics", toxics_to_json(proxy)), *protocol]))
+def list_all(request):
+    """Return whether a listing has all toxics, because the query is ?all=1."""
+    return request.query.get("all") == "1"
+
+
+def proxy_to_json(proxy, request):
+    """Return a proxy as a JSON value. `request` decides which toxics it lists."""
+    def to_json():
+        fields = OrderedDict((
+            ("name", proxy.name), ("listen", proxy.listen),
+            ("upstream", format_address(proxy.backend)), ("enabled", proxy.enabled)))
+        if list_all(request):
+            fields["toxics"] = toxics_to_json(proxy)
+        else:
+            fields["toxics"] = toxics_to_json(proxy, is_toxiproxys)
+            rules = toxics_to_json(proxy, lambda toxic: not is_toxiproxys(toxic))
+            if rules:
+                fields["rules"] = rules
+        if proxy.protocol:
+            fields["protocol"] = proxy.protocol_name()
+        return fields
+    return proxy.loop.run_sync(to_json)
 
 
 # The routes
 
 @toxiproxy_route("GET", "/proxies")
 def list_proxies(request):
-    """Return all proxies with their toxics."""
+    """Return all proxies with their toxics; ?all=1 lists toxics that Toxiproxy lacks, too."""
     proxies = dict(request.control.proxies)
-    return OrderedDict((name, proxy_to_json(proxies[name])) for name in sorted(proxies))
+    return OrderedDict((name, proxy_to_json(proxies[name], request)) for name in sorted(proxies))
 
 
 @toxiproxy_route("POST", "/proxies", '{"name": "redis", "listen": "localhost:26379", '
@@ -7088,24 +7185,28 @@ def list_proxies(request):
 def create_proxy(request):
     """Create a proxy. Its `toxics` act from the first connection on."""
     proxies = request.control.proxies
-    proxy = make_proxy(read_proxy_fields(read_json(request.body)), proxies)
+    value = read_json(request.body)
+    proxy = make_proxy(read_proxy_fields(value), proxies)
     if not proxies.add(proxy):
         raise toxiproxy_error(409, "proxy already exists")
-    return proxy_to_json(proxy)
+    log_warnings(proxy_warnings(value))
+    return proxy_to_json(proxy, request)
 
 
 @toxiproxy_route("GET", "/proxies/PROXY")
 def get_proxy(request, proxy):
     """Return a proxy with its toxics."""
-    return proxy_to_json(proxy)
+    return proxy_to_json(proxy, request)
 
 
 @toxiproxy_route("POST PATCH", "/proxies/PROXY", '{"enabled": false}')
 def update_proxy(request, proxy):
     """Change listen, upstream or enabled of a proxy. Its toxics stay."""
-    fields = read_proxy_fields(read_json(request.body))
+    value = read_json(request.body)
+    fields = read_proxy_fields(value)
     change_proxy(request.control.proxies, proxy, fields, fields.get("enabled", proxy.enabled))
-    return proxy_to_json(proxy)
+    log_warnings(unknown_key_warnings(read_object(value, ""), PROXY_KEYS, "proxy " + proxy.name))
+    return proxy_to_json(proxy, request)
 
 
 def change_proxy(proxies, proxy, fields, enabled):
@@ -7136,18 +7237,21 @@ def delete_proxy(request, proxy):
 
 @toxiproxy_route("GET", "/proxies/PROXY/toxics")
 def list_toxics(request, proxy):
-    """Return the toxics of a proxy."""
-    return proxy.loop.run_sync(toxics_to_json, proxy)
+    """Return the toxics of a proxy; ?all=1 lists toxics that Toxiproxy lacks, too."""
+    included = (lambda toxic: True) if list_all(request) else is_toxiproxys
+    return proxy.loop.run_sync(toxics_to_json, proxy, included)
 
 
 @toxiproxy_route("POST", "/proxies/PROXY/toxics",
                  '{"type": "latency", "attributes": {"latency": 200}}')
 def create_toxic(request, proxy):
     """Add a toxic. It acts on open connections too."""
-    toxic = read_toxic(read_json(request.body))
+    value = read_json(request.body)
+    toxic = read_toxic(value)
     toxics = [*proxy.toxics, toxic]
     check_unique_names(toxics)
     proxy.loop.run_sync(proxy.set_toxics, toxics)
+    log_warnings(toxic_warnings(value, "proxy " + proxy.name))
     return toxic_to_json(toxic)
 
 
@@ -7171,15 +7275,17 @@ def get_toxic(request, proxy, toxic):
 @toxiproxy_route("POST PATCH", "/proxies/PROXY/toxics/TOXIC", '{"attributes": {"latency": 100}}')
 def update_toxic(request, proxy, toxic):
     """Change the toxicity or some of the attributes of a toxic."""
-    changed = copy_toxic(toxic, read_json(request.body))
+    value = read_json(request.body)
+    changed = copy_toxic(toxic, value)
     proxy.loop.run_sync(proxy.set_toxics, [changed if other is toxic else other
                                            for other in proxy.toxics])
+    log_warnings(toxic_warnings(value, "proxy " + proxy.name, toxic.rule.name))
     return toxic_to_json(changed)
 
 
 def copy_toxic(toxic, value):
     """Return a copy of a toxic with the changes from a JSON object. Raises InputError."""
-    json_object = read_object(value, "toxics.ToxicWrapper")
+    json_object = read_toxic_object(value)
     fields = read_fields(json_object, {"toxicity": float, "attributes": dict}, "")
     rule_fields = read_rule_fields(json_object, fields)
     if "toxicity" not in rule_fields and "percent" not in rule_fields:
@@ -7212,12 +7318,13 @@ def populate(request):
     """Create or change these proxies. If one is invalid, nothing is changed."""
     proxies, populated, result = request.control.proxies, [], OrderedDict()
     try:
-        for proxy, fields in read_proxies(request.body, proxies):
+        for proxy, fields, value in read_proxies(request.body, proxies):
             populated.append(add_or_update_proxy(proxies, proxy, fields))
+            log_warnings(proxy_warnings(value))
     except (InputError, ApiError, CannotListen) as exc:
         result = error_to_json(TOXIPROXY.to_api_error(exc))
     # If a proxy cannot listen, earlier proxies have changed: list them beside the error.
-    result["proxies"] = [proxy_to_json(proxy) for proxy in populated] or None
+    result["proxies"] = [proxy_to_json(proxy, request) for proxy in populated] or None
     return json_response(result.get("status", 201), result)
 
 
@@ -7228,7 +7335,7 @@ def add_or_update_proxy(proxies, proxy, fields):
 
     If the existing proxy has other addresses or another protocol, it gets the addresses, the
     protocol and the toxics of `proxy`, and its rules are removed. Otherwise only its toxics
-    are replaced, if `fields` includes toxics.
+    are replaced, if `fields` includes toxics or rules.
 
     Returns the proxy that is in use. Raises CannotListen.
     """
@@ -7243,7 +7350,7 @@ def add_or_update_proxy(proxies, proxy, fields):
         existing.loop.run_sync(existing.set_rules, [])
         existing.loop.run_sync(functools.partial(existing.set_protocol, proxy.protocol,
                                                  overwrite_host_header=True))
-    if not same or "toxics" in fields:
+    if not same or "toxics" in fields or "rules" in fields:
         existing.loop.run_sync(existing.set_toxics, proxy.toxics)
     return existing
 
@@ -8066,8 +8173,9 @@ def make_proxies(config, needs_one=True):
 def read_json_proxies(json_text, proxies):
     """Add the proxies of a file with Toxiproxy's JSON to the ProxyTable. Raises ValueError."""
     try:
-        for proxy, _ in read_proxies(json_text.text, proxies):
+        for proxy, _, value in read_proxies(json_text.text, proxies):
             set_once(proxies, proxy.name, "%s %s" % (json_text.source, proxy.name), proxy)
+            proxies.warnings += proxy_warnings(value)
     except (ApiError, InputError) as error:
         raise ValueError("%s %s" % (json_text.source, in_plain_words(str(error)))) from None
 
