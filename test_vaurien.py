@@ -2819,6 +2819,40 @@ class TestChain(unittest.TestCase):
                     self.assertEqual(chain.process(3, UPSTREAM, b"q"), [(3, UPSTREAM, RESET, ())])
                 self.assertIn("handler %s failed" % name, logged.output[0])
 
+    def test_the_error_for_a_handler_says_what_it_must_yield(self):
+        def returns_none(state, t, to, data):
+            return None
+
+        def yields_two(state, t, to, data):
+            yield to, data
+
+        def yields_no_time(state, t, to, data):
+            yield "soon", to, data
+
+        for function, text in (
+                (returns_none, "it returned None"),
+                (yields_two, "a handler must yield (t, to, data), not ('upstream', b'q')"),
+                (yields_no_time, "must yield (t, to, data), not ('soon', 'upstream', b'q')")):
+            with self.subTest(function.__name__), registered(function), \
+                    self.assertLogs("vaurien", "ERROR") as logged:
+                chain_of(vaurien.Rule(function.__name__)).process(3, UPSTREAM, b"q")
+            self.assertIn("TypeError: a handler must yield (t, to, data)", logged.output[0])
+            self.assertIn(text, logged.output[0])
+
+    def test_a_handler_that_blocks_the_loop_is_logged_once(self):
+        def sleeps(state, t, to, data):
+            clock.return_value += 0.7           # as with time.sleep(0.7)
+            yield t, to, data
+
+        with registered(sleeps), mock.patch.object(vaurien.time, "perf_counter") as clock, \
+                self.assertLogs("vaurien", "WARNING") as logged:
+            clock.return_value = 0.0
+            chain = chain_of(vaurien.Rule("sleeps"))
+            chain.process(3, UPSTREAM, b"q")
+            chain.process(3, UPSTREAM, b"q")
+        line, = logged.output
+        self.assertIn("handler sleeps took 0.7 s for one event", line)
+
     def test_a_handler_may_return_a_list_and_an_earlier_time_means_now(self):
         def early(state, t, to, data):
             return [(t - 5, to, data), (math.nan, to, b"x")]        # NaN means now, too
@@ -4532,6 +4566,21 @@ class TestBlockingHandlers(unittest.TestCase):
                 time.sleep(0.005)       # the proxy receives the reply, and may delay it
                 self.assertEqual(send_and_read_pending(sock, second, len(first)), first + second)
             self.assertEqual(set(proxy.faults), {"Passes", "delay"})
+
+    def test_an_option_that_a_handler_does_not_have(self):
+        class Slow(vaurien.BaseHandler):
+            options = {"sleep": ("Delay in seconds", float, 1)}
+
+        self.assertEqual(Slow({"sleep": "2"}).option("sleep"), 2.0)
+        with self.assertRaisesRegex(ValueError, r"unknown option 'slep' \(did you mean sleep\?\)"):
+            Slow().option("slep")
+
+    def test_an_option_that_is_not_keyword_only_is_refused(self):
+        def mine(state, t, to, data, sleep=1):
+            yield t + sleep, to, data
+
+        with self.assertRaisesRegex(ValueError, "'sleep' is no option, because it comes before"):
+            vaurien.check_handler("mine", mine)
 
     def test_an_option_with_the_name_of_a_rule_field_is_refused(self):
         class Taken(vaurien.BaseHandler):
@@ -7140,6 +7189,22 @@ class TestBadInput(TempDirTestCase):
              "--handlers.delay.tims is not an option of delay (did you mean times?)"),
             (["--handlers.latncy.latency", "1"],
              "--handlers.latncy.latency names the unknown handler 'latncy' (did you mean "))
+
+    def test_options_of_a_handler_that_no_behavior_has(self):
+        """The proxy started, and never showed the fault that the user had described."""
+        text = "--handlers.latency.latency has no effect: add latency to the behavior"
+        for argv in (["--behavior", "20:delay"], ["serve"], ["demo"]):
+            with self.subTest(argv):
+                self.assertIn(text, self.run_refused(*argv, "--handlers.latency.latency", "3"))
+        # A file may have options for the behaviors of several command lines.
+        path = self.write("v.ini", "[vaurien]\nbehavior=20:delay\n[handler:hang]\nafter=3\n"
+                                   "[handler:delay]\nsleep=3\n")
+        with mock.patch.object(vaurien, "start_log"), mock.patch.object(vaurien, "serve"), \
+                self.assertLogs("vaurien", "WARNING") as logged:
+            self.assertIsNot(vaurien.main(["--config", path]), 2)
+        self.assertEqual(logged.output, [
+            "WARNING:vaurien:%s: [handler:hang] after has no effect: no behavior has this handler"
+            % path])
 
     def test_other_settings_in_arguments(self):
         self.check_arguments(

@@ -170,6 +170,7 @@ UNRECOGNIZED_MAX = 0.3          # seconds for which the first bytes of a client 
 RATE_BACKLOG = 0.1              # seconds of data that may wait for a rate limit; with more, a
                                 #   delay queue holds HELD_MAX_IDLE at most
 LOG_CLOSE_TIMEOUT = 1.0         # seconds at exit to write the last lines of the log
+SLOW_CALL = 0.5                 # seconds of a handler's call from which the log warns
 STATSD_INTERVAL = 1.0           # seconds between two reports to the StatsD server
 
 
@@ -707,7 +708,10 @@ class BaseHandler:
         self.settings.update(settings)
 
     def option(self, name):
-        """Return an option's value, converted to its declared type."""
+        """Return an option's value, converted to its declared type. Raises ValueError."""
+        if name not in self.options:
+            raise ValueError("unknown option %r%s: there are %s" % (
+                name, did_you_mean(name, self.options), ", ".join(sorted(self.options)) or "none"))
         _, type_, default = self.options[name]
         value = self.settings.get(name, default)
         return check_yes_no(value) if type_ is bool else type_(value)
@@ -850,7 +854,12 @@ def check_handler(path, function):
         if not is_blocking_handler(function):
             if isinstance(function, type):
                 raise TypeError("it is a class that does not inherit from BaseHandler")
-            inspect.signature(function).bind(None, None, None, None)
+            signature = inspect.signature(function)
+            signature.bind(None, None, None, None)
+            for parameter in list(signature.parameters.values())[4:]:
+                if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+                    raise TypeError("%r is no option, because it comes before the *"
+                                    % parameter.name)
         options = handler_options(function)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError("%r is not a handler: %s: %s" % (path, error, expected)) from None
@@ -2352,6 +2361,7 @@ class Rule:
     __slots__ = ("name", "handler", "options", "draw_min", "draw_max", "draw_key", "direction",
                  "rate_limited", "blocking", "drawn_count", "acted_count", "shared",
                  "error_logged", "instance", "toxic", "match_failed",
+                 "slow_logged",
                  *(field for field in RULE_FIELDS if field != "percent"))
 
     per: str
@@ -2376,6 +2386,7 @@ class Rule:
         self.drawn_count = 0        # number of requests (or connections) it was drawn for
         self.acted_count = 0        # number of these that it has acted on
         self.shared = Counter()     # state.shared of the handler, for all connections
+        self.slow_logged = False    # the log has a warning that the handler is slow already
         self.error_logged = False   # the log has a traceback of the handler already
         self.instance = None        # the object to call, if the handler is blocking
         self.match_failed = False   # a search has taken too long: see `matches`
@@ -2969,14 +2980,36 @@ class Chain:
             return [event]
         active.request_number, active.current_request = self.number, self.current_request
         active.protocol, active.protocol_lost = self.protocol, self.protocol_lost
-        events = [(due if due > t else t, direction, made) for due, direction, made
-                  in rule.handler(active, t, to, data, **rule.options)]
+        events = self.call_handler(active, t, to, data)
         if events == [(t, to, data)]:
             return [event]
         self.note_changes(active, to, events, opening)
         return [(due, direction, made, delays if due == t else
                  delays + ((rule, due - t, data is OPEN and made is not OPEN),))
                 for due, direction, made in events]
+
+    def call_handler(self, active, t, to, data):
+        """Return the events that a handler makes of one event, none earlier than t.
+
+        Warns, once for each rule, if the call was slow. Raises TypeError if the handler does
+        not yield events.
+        """
+        rule, began = active.rule, time.perf_counter()
+        made = rule.handler(active, t, to, data, **rule.options)
+        if made is None:
+            raise TypeError("a handler must yield (t, to, data); it returned None")
+        made = list(made)
+        seconds = time.perf_counter() - began
+        if seconds > SLOW_CALL and not rule.slow_logged:
+            rule.slow_logged = True
+            log.warning("handler %s took %.1f s for one event, while all connections waited: a "
+                        "handler must not block, it yields a later time instead", rule.name,
+                        seconds)
+        try:
+            return [(due if due > t else t, direction, item) for due, direction, item in made]
+        except (TypeError, ValueError):
+            raise TypeError("a handler must yield (t, to, data), not %s"
+                            % ", ".join(map(repr, made))[:200]) from None
 
     def note_changes(self, active, to, events, opening):
         """Record that a rule has changed an event into these. Raises TypeError if one is invalid.
@@ -7910,7 +7943,7 @@ def check_handler_option(handler_name, option, text):
 #   arguments    settings of the command line: {setting: SourcedText}
 #   main         settings of the section [vaurien]: {setting: SourcedText}
 #   sections     settings of the sections [proxy:NAME]: {proxy name: {setting: SourcedText}}
-#   options      options and rule fields of the handlers: {handler name: {option: text}}
+#   options      options and rule fields of the handlers: {handler name: {option: SourcedText}}
 #   toxics       toxics of the sections [toxic:NAME]: [(Toxic, proxy name)]. The proxy name is a
 #                SourcedText, or None if the section has none.
 #   json         SourcedText of the whole file if it is JSON, not checked yet, otherwise None
@@ -7944,9 +7977,9 @@ def read_arguments(argv, settings, description=None, **kwargs):
         # The name is a setting, or HANDLER.OPTION. HANDLER may be a dotted path.
         handler_name, dot, option = name.rpartition(".")
         if dot:
-            flag = option_flags(handler_name, option)[0]
-            SourcedText(flag, text).parse(check_handler_option, handler_name, option)
-            config.options.setdefault(handler_name, {})[option] = text
+            sourced = SourcedText(option_flags(handler_name, option)[0], text)
+            sourced.parse(check_handler_option, handler_name, option)
+            config.options.setdefault(handler_name, {})[option] = sourced
     return config
 
 
@@ -8028,7 +8061,7 @@ def read_ini_handler(name, source, texts, options):
     SourcedText(source, name).parse(import_handler)
     for option, text in texts.items():
         text.parse(check_handler_option, name, option)
-        set_once(options.setdefault(name, {}), option, text.source, text.text)
+        set_once(options.setdefault(name, {}), option, text.source, text)
 
 
 def read_ini_toxic(name, source, texts):
@@ -8160,7 +8193,7 @@ def make_proxies(config, needs_one=True):
         if values["seed"] is None:
             values["seed"] = proxies.shared["seed"]     # which ProxyTable has drawn
         try:
-            proxies[name] = Proxy(name=name, options=config.options, **values)
+            proxies[name] = Proxy(name=name, options=option_texts(config), **values)
         except ValueError as error:
             section = "" if name == "vaurien" else "[proxy:%s] " % name
             raise ValueError("%s%s" % (section, error)) from None
@@ -8168,6 +8201,30 @@ def make_proxies(config, needs_one=True):
         read_json_proxies(config.json, proxies)
     attach_toxics(proxies, config.toxics)
     return proxies
+
+
+def option_texts(config):
+    """Return the options of the handlers, without their sources: {handler: {option: text}}."""
+    return {name: {option: sourced.text for option, sourced in options.items()}
+            for name, options in config.options.items()}
+
+
+def unused_options(config, used):
+    """Return the sources of options in the file that have no effect.
+
+    used    names of the handlers of all behaviors. An option of another handler has no effect
+
+    Raises ValueError if an option of the command line has no effect. In a file, which may serve
+    several command lines, it deserves only a warning.
+    """
+    sources = []
+    for name, options in config.options.items():
+        for sourced in options.values() if name not in used else ():
+            if sourced.source.startswith("--"):
+                raise ValueError("%s has no effect: add %s to the behavior, like --behavior 20:%s"
+                                 % (sourced.source, name, name))
+            sources.append(sourced.source)
+    return sources
 
 
 def read_json_proxies(json_text, proxies):
@@ -8422,7 +8479,7 @@ def proxy_command(argv):
     if not proxies and not values["http"]:      # the file is an empty JSON list
         raise ValueError("%s defines no proxy: add one, or set --http to create them through "
                          "the API" % config.arguments["config"].text)
-    return prepare(proxies, values, "attached" in config.arguments)
+    return prepare(config, proxies, values)
 
 
 def serve_command(argv):
@@ -8431,8 +8488,7 @@ def serve_command(argv):
                             description=lambda: SERVE_DESCRIPTION)
     values = resolve_process_settings(config, SERVE_SETTINGS)
     values["http"] = True
-    return prepare(make_proxies(config, needs_one=False), values, "attached" in config.arguments,
-                   TOXIPROXY)
+    return prepare(config, make_proxies(config, needs_one=False), values, TOXIPROXY)
 
 
 def from_go_spelling(argv):
@@ -8451,13 +8507,14 @@ def resolve_process_settings(config, settings):
         name: setting for name, setting in settings.items() if setting.scope == "process"})
 
 
-def prepare(proxies, values, attached, dialect=VAURIEN_1):
+def prepare(config, proxies, values, dialect=VAURIEN_1):
     """Create the services, start the log, and return a function that runs the services.
 
     values      values of the settings that apply to the process: {name: value}
-    attached    see `serve`
     dialect     see Control
     """
+    used = {rule.name for proxy in proxies.values() for rule in proxy.behaviors[-1]}
+    unused = unused_options(config, used)
     services = [proxies]
     if values["http"]:
         services.append(Control((values["http-host"], values["http-port"]), proxies,
@@ -8466,7 +8523,9 @@ def prepare(proxies, values, attached, dialect=VAURIEN_1):
     if values["statsd"]:
         services.append(Statsd(values["statsd"], proxies))
     start_log(values["log-level"], values["log-output"])
-    return lambda: serve(services, attached)
+    for source in unused:
+        log.warning("%s has no effect: no behavior has this handler", source)
+    return lambda: serve(services, "attached" in config.arguments)
 
 
 def get_token(option_text):
@@ -8548,8 +8607,9 @@ def demo_command(argv):
     config = read_arguments(argv, DEMO_SETTINGS, prog="vaurien demo",
                             description=lambda: DEMO_DESCRIPTION)
     values = resolve_settings(config.arguments, DEMO_SETTINGS)
+    unused_options(config, {name for _, name in values["behavior"]})
     return lambda: run_demo(values["requests"], behavior=values["behavior"], seed=values["seed"],
-                            options=config.options)
+                            options=option_texts(config))
 
 
 def run_demo(count, **proxy_arguments):
