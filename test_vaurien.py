@@ -1955,6 +1955,68 @@ class TestProtocolChain(unittest.TestCase):
         play.backend(PG_ERROR + PG_READY).assert_becomes(
             error_bytes("postgres", "40001") + PG_READY)
 
+    def test_each_ready_for_query_belongs_to_its_sync(self):
+        """A reply that belongs to no statement, or a statement without a reply, shifts nothing."""
+        parse, bind = pg_parse(b"", b"SELECT 7"), pg_bind(b"")
+        describe, flush = pg_message(b"D", b"P\0"), pg_message(b"H")
+        parsed, suspended = PG_PARSE_COMPLETE + PG_BIND_COMPLETE, pg_message(b"s")
+        copy_in, copy_data = pg_message(b"G", b"\0\0\0"), pg_message(b"d", b"1\n")
+        for case, parts in [
+                ("a Parse fails before its Bind arrives",
+                 [(parse, PG_ERROR), (bind + PG_EXECUTE + PG_SYNC, PG_READY)]),
+                ("a Parse fails after Flush",
+                 [(parse + flush, PG_ERROR), (bind + PG_EXECUTE + PG_SYNC, PG_READY)]),
+                ("a Parse fails before Sync", [(parse + PG_SYNC, PG_ERROR + PG_READY)]),
+                ("a Bind fails before its Execute arrives",
+                 [(parse + bind, PG_ERROR), (describe + PG_EXECUTE + PG_SYNC, PG_READY)]),
+                ("a Bind without an Execute fails before its Sync arrives",
+                 [(parse + bind, PG_ERROR), (describe + PG_SYNC, PG_READY)]),
+                ("a Bind has no Execute", [(parse + bind + PG_SYNC, parsed + PG_READY)]),
+                ("the Execute comes after Sync",
+                 [(parse + bind + PG_SYNC, parsed + PG_READY),
+                  (PG_EXECUTE + PG_SYNC, PG_SELECTED_1 + PG_READY)]),
+                ("a portal is executed in two parts",
+                 [(parse + bind + PG_EXECUTE + PG_EXECUTE + PG_SYNC,
+                   parsed + suspended + PG_SELECTED_1 + PG_READY)]),
+                ("COPY fails before the client ends it",
+                 [(parse + bind + PG_EXECUTE + PG_SYNC, parsed + copy_in),
+                  (copy_data, PG_ERROR), (PG_SYNC, PG_READY)])]:
+            for rules in [], [error_rule("57014", match=b"bad")]:
+                with self.subTest(case, rules=len(rules)):
+                    play = self.play_postgres(*rules)
+                    for client_data, backend_data in parts:
+                        play.client(client_data)
+                        play.backend(backend_data).assert_passes()
+                    play.replace_rules(error_rule("57014", match=b"bad"))
+                    play.client(pg_query(b"good") + pg_query(b"bad")).assert_becomes(
+                        pg_query(b"good") + pg_query(b"vaurien"))
+                    play.backend(PG_SELECTED_1 + PG_READY).assert_passes()
+                    play.backend(PG_ERROR + PG_READY).assert_becomes(
+                        error_bytes("postgres", "57014") + PG_READY)
+
+    def test_a_refused_commit_makes_the_backend_skip_the_rest_of_the_batch(self):
+        """The ROLLBACK in its place succeeds. Without an error after it, the rest would run."""
+        play = self.play_postgres(error_rule("57014", match=b"^COMMIT"))
+        begin, commit, insert = (pg_parse(b"", text) + pg_bind(b"") + PG_EXECUTE
+                                 for text in (b"BEGIN", b"COMMIT", b"INSERT"))
+        rollback = pg_parse(b"", b"ROLLBACK") + pg_bind(b"") + PG_EXECUTE
+        error = pg_parse(b"vaurien", b"vaurien")
+        play.client(begin + commit + insert + PG_SYNC).assert_becomes(
+            begin + rollback + error + PG_EXECUTE + insert + PG_SYNC)
+        done = PG_PARSE_COMPLETE + PG_BIND_COMPLETE + PG_SELECTED_1
+        play.backend(done + done + PG_ERROR + PG_READY).assert_becomes(
+            done + error_bytes("postgres", "57014") + PG_READY)
+        play.client(begin + PG_SYNC).assert_passes()
+        play.backend(done + PG_READY).assert_passes()
+
+    def test_the_sync_of_a_refused_bind_reaches_the_backend(self):
+        play = self.play_postgres(error_rule("57014"))
+        describe = pg_message(b"D", b"P\0")
+        play.client(pg_parse(b"", b"SELECT 1") + pg_bind(b"") + describe + PG_SYNC
+                    ).assert_becomes(pg_parse(b"vaurien", b"vaurien") + describe + PG_SYNC)
+        play.backend(PG_ERROR + PG_READY).assert_becomes(
+            error_bytes("postgres", "57014") + PG_READY)
+
     def test_a_mysql_error_has_the_sequence_number_after_the_last_packet(self):
         play = self.play("mysql", error_rule("1205"))
         play.client(MYSQL_LOGIN)
@@ -9645,6 +9707,35 @@ class TestPostgreSQL(RealServerTests, unittest.TestCase):
                 else:
                     self.assertEqual(result, [[value]])
         self.assertEqual(len(proxy.events), len(failed))
+
+    def test_a_refused_commit_skips_the_rest_of_a_pipeline(self):
+        proxy = self.start_proxy(protocol="postgres")
+        client = self.client_with_empty_table(proxy)
+        if not hasattr(self.driver, "Pipeline") or not self.driver.Pipeline.is_supported():
+            self.check_refused_commit_of_a_batch(proxy, client)
+            return
+        with proxy.handler("error", kind="57014", match="^COMMIT"):
+            with self.assertRaises(self.driver.errors.QueryCanceled), client.pipeline():
+                for query in ("BEGIN", "INSERT INTO t VALUES (1)", "COMMIT",
+                              "INSERT INTO t VALUES (2)"):
+                    client.execute(query)
+        self.assertEqual(client.execute("SELECT i FROM t").fetchall(), [])
+
+    def check_refused_commit_of_a_batch(self, proxy, client):
+        """Check the same without a driver that has pipelines."""
+        batch = b"".join(
+            pg_parse(b"", text) + pg_bind(b"") + PG_EXECUTE
+            for text in (b"BEGIN", b"INSERT INTO t VALUES (1)", b"COMMIT",
+                         b"INSERT INTO t VALUES (2)"))
+        startup = struct.pack(">I", 196608) + b"user\0postgres\0\0"
+        with connect(proxy.port) as raw, proxy.handler("error", kind="57014", match="^COMMIT"):
+            for data in struct.pack(">I", 4 + len(startup)) + startup, batch + PG_SYNC:
+                raw.sendall(data)
+                received = b""
+                while PG_READY not in received:
+                    received += raw.recv(65536)
+        self.assertIn(error_bytes("postgres", "57014"), received)
+        self.assertEqual(client.execute("SELECT i FROM t").fetchall(), [])
 
     def test_pg8000_raises_its_own_error(self):
         import pg8000.exceptions

@@ -1964,12 +1964,17 @@ class Postgres(Protocol):
     A message is one byte for its type, a size of 4 bytes that includes itself, and a body.
 
     A simple query is one Query message. An extended query is a batch: Parse, Bind, Describe,
-    and Execute or Sync at its end. After an error the backend skips all messages up to the
-    next Sync. Request.name tells the requests apart:
+    Execute, and Sync at its end. After an error the backend skips all messages up to the next
+    Sync. Request.name tells the requests apart:
 
     QUERY      a Query or FunctionCall; its reply ends with ReadyForQuery
-    EXECUTE    the messages up to an Execute; its reply ends with CommandComplete or an error
-    SYNC       the messages up to a Sync, without an Execute; its reply ends with ReadyForQuery
+    EXECUTE    the messages up to a Bind; the Execute of its portal continues it. Also the
+               messages up to a later Execute of that portal. The reply ends with
+               CommandComplete or an error
+    SYNC       the other messages up to a Sync; its reply ends with ReadyForQuery
+
+    Request.info is whether only an error ends the reply, because the request has a substitute
+    of two statements.
     """
 
     errors = OrderedDict((
@@ -1990,7 +1995,8 @@ class Postgres(Protocol):
     TLS, GSS, CANCEL = 80877103, 80877104, 80877102     # codes in the place of a version
     # Types of the client's messages
     QUERY, PARSE, BIND, EXECUTE, SYNC, CLOSE = b"Q", b"P", b"B", b"E", b"S", b"C"
-    REQUEST_ENDS = b"QFSE"          # Query, FunctionCall, Sync, Execute
+    WITH_TEXT = b"QPBEC"            # messages of which the names or texts are read
+    REQUESTS = b"QFSBE"             # Query, FunctionCall, Sync, Bind, Execute
     CONTINUATIONS = b"dcfpHX"       # CopyData, CopyDone, CopyFail, password, Flush, Terminate
     COPY_ENDS = b"cf"               # CopyDone, CopyFail
     # Types of the backend's messages
@@ -2007,16 +2013,19 @@ class Postgres(Protocol):
     INVALID_QUERY = pg_message(QUERY, b"vaurien\0")
     INVALID_PARSE = pg_message(PARSE, b"vaurien\0" + b"vaurien\0" + bytes(2))
     ROLLBACK_QUERY = pg_message(QUERY, b"ROLLBACK\0")
+    # The error makes the backend skip the rest of the batch.
     ROLLBACK_BATCH = (pg_message(PARSE, b"\0" + b"ROLLBACK\0" + bytes(2))
-                      + pg_message(BIND, bytes(8)) + pg_message(EXECUTE, bytes(5)))
+                      + pg_message(BIND, bytes(8)) + pg_message(EXECUTE, bytes(5))
+                      + INVALID_PARSE)
 
     def __init__(self, host=b""):
         self.statements = {}        # {name: text} of prepared statements
         self.portals = {}           # {name: text of the statement}
+        self.unexecuted = set()     # names of the portals since the last Sync without an Execute
         self.encryption_requested = False       # by TLS or GSS: the next reply is one byte
         self.status = self.IDLE     # of the transaction
         self.skipping = False       # the backend skips all messages up to the next Sync
-        self.follows_execute = False    # the last request was an EXECUTE
+        self.follows_execute = False    # the last request is an EXECUTE
         self.copying = False        # the backend reads COPY data, and ignores Sync
         super().__init__(host)
 
@@ -2043,32 +2052,35 @@ class Postgres(Protocol):
                 return
 
     def read_request(self):
-        """Read the messages of one request, or one message that continues the last request."""
-        request = None
-        while True:
+        """Read the messages up to one that makes a request, or that continues the last one."""
+        boundary = None
+        while boundary is None:
             type_, message_size = struct.unpack(">cI", (yield NeedBytes(5)))
-            size = message_size - 4             # of the body
+            size, body = message_size - 4, b""
             if not type_.isalpha() or size < 0:
                 raise ProtocolError("%r is not a message" % type_)
-            if type_ in self.CONTINUATIONS and not request:
-                self.copying = self.copying and type_ not in self.COPY_ENDS
-                yield CONTINUATION
-                yield size
-                yield END_OF_MESSAGE
-                return
-            body = yield NeedBytes(min(size, MATCH_WINDOW))
-            self.note_names(type_, body)
-            if not request and self.completes_head(type_, body):
-                request = self.make_request(type_, body)
-                yield request
+            if type_ in self.WITH_TEXT:
+                body = yield NeedBytes(min(size, MATCH_WINDOW))
+            boundary = self.make_boundary(type_, body)
+            if boundary is not None:
+                yield boundary
             yield size - len(body)
-            if type_ in self.REQUEST_ENDS:
-                self.follows_execute = type_ == self.EXECUTE
-                if type_ == self.SYNC:      # also if the request began with a Bind
-                    self.skipping = False
-                    request.name, request.replies = "SYNC", not self.copying
-                yield END_OF_MESSAGE
-                return
+        yield END_OF_MESSAGE
+
+    def make_boundary(self, type_, body):
+        """Return the Request that a message makes, or CONTINUATION, or None.
+
+        None means that the message belongs to the next request.
+        """
+        if type_ in self.CONTINUATIONS:
+            self.copying = self.copying and type_ not in self.COPY_ENDS
+            return CONTINUATION
+        self.note_names(type_, body)
+        portal = body.partition(b"\0")[0]
+        if type_ == self.EXECUTE and portal in self.unexecuted:
+            self.unexecuted.remove(portal)      # the Bind has made the request
+            return CONTINUATION
+        return self.make_request(type_, body, portal) if type_ in self.REQUESTS else None
 
     def note_names(self, type_, body):
         """Keep the texts of the prepared statements and portals that a message makes.
@@ -2081,31 +2093,26 @@ class Postgres(Protocol):
         elif type_ == self.CLOSE:       # S or P, the name and a zero byte
             texts = self.statements if body[:1] == b"S" else self.portals
             texts.pop(body[1:-1], None)
-        elif type_ == self.BIND and body.count(b"\0") > 1:
-            portal, name = body.split(b"\0")[:2]
-            self.portals[portal] = self.statements.get(name, b"")
+        elif type_ == self.BIND:
+            portal, _, names = body.partition(b"\0")
+            self.portals[portal] = self.statements.get(names.partition(b"\0")[0], b"")
+            self.unexecuted.add(portal)
 
-    def completes_head(self, type_, body):
-        """Return whether the head of a request is complete with this message.
+    def make_request(self, type_, body, portal):
+        """Return the Request that a message makes.
 
-        A Bind completes it if both of its names have arrived. So does any message that ends a
-        request.
+        It gets no reply while the backend skips to the next Sync. A Sync gets none during COPY.
         """
-        return type_ in self.REQUEST_ENDS or (type_ == self.BIND and body.count(b"\0") > 1)
-
-    def make_request(self, type_, body):
-        """Return the Request whose head a message has completed.
-
-        A Bind is named EXECUTE, because an Execute follows it. An Execute gets no reply while
-        the backend skips to the next Sync, and a Sync gets none during COPY.
-        """
+        follows_execute, self.follows_execute = self.follows_execute, False
         if type_ in (self.BIND, self.EXECUTE):
-            portal = body.split(b"\0")[0]
+            self.follows_execute = True
             return Request(self.portals.get(portal, b""), "EXECUTE", replies=not self.skipping)
         if type_ == self.SYNC:      # rules that were drawn for an Execute act on its Sync too
-            return Request(b"", "SYNC", replies=not self.copying,
-                           independent=not self.follows_execute)
-        return Request(body.rstrip(b"\0") if type_ == self.QUERY else b"", "QUERY")
+            self.skipping = False
+            self.unexecuted.clear()
+            return Request(b"", "SYNC", replies=not self.copying, independent=not follows_execute)
+        return Request(body.rstrip(b"\0") if type_ == self.QUERY else b"", "QUERY",
+                       replies=not self.skipping)
 
     def replies(self):
         while True:
@@ -2120,18 +2127,32 @@ class Postgres(Protocol):
                 self.status = yield NeedBytes(1)
                 bytes_left -= 1
             yield max(0, bytes_left)
-            request = self.current_request()
-            is_execute = request and request.name == "EXECUTE"
-            if type_ == self.READY:
+            yield from self.end_replies(type_)
+
+    def end_replies(self, type_):
+        """Yield END_OF_MESSAGE for each reply that ends with a message of this type."""
+        executes = self.executes()
+        if type_ == self.READY:
+            while self.executes():          # a Bind without an Execute has no reply
                 yield END_OF_MESSAGE
-            elif is_execute and type_ in self.COPY_RESPONSES:
-                self.copying = True
-                for exchange in self.awaited()[1:]:     # a Sync, which the backend ignores
-                    exchange.request.replies = False
-            elif is_execute and type_ in self.EXECUTE_ENDS:
-                if type_ == self.ERROR:
-                    self.skip_to_sync()     # before the boundary releases the next exchanges
+            yield END_OF_MESSAGE
+        elif type_ == self.ERROR and not self.awaited():
+            self.skip_to_sync()             # the error is that of a Parse before a Bind
+        elif executes and type_ in self.COPY_RESPONSES:
+            self.copying = True
+            for exchange in self.awaited()[1:]:     # a Sync, which the backend ignores
+                exchange.request.replies = False
+        elif executes and type_ in self.EXECUTE_ENDS:
+            only_error_ends = self.current_request().info
+            if type_ == self.ERROR:
+                self.skip_to_sync()         # before the boundary releases the next exchanges
+            if type_ == self.ERROR or not only_error_ends:
                 yield END_OF_MESSAGE
+
+    def executes(self):
+        """Return whether the reply to an EXECUTE comes next."""
+        request = self.current_request()
+        return request is not None and request.name == "EXECUTE"
 
     def read_encryption_reply(self):
         """Read the one byte that accepts (S, G) or refuses encryption."""
@@ -2141,6 +2162,7 @@ class Postgres(Protocol):
 
     def skip_to_sync(self):
         """After an error, expect no reply to the requests before the next Sync."""
+        self.copying = False
         for exchange in self.awaited()[1:]:
             if exchange.request.name == "SYNC":
                 return              # the client has sent that Sync already
@@ -2179,11 +2201,11 @@ class Postgres(Protocol):
         after the error. Returns None in these cases:
 
         - The error is one for clients that connect.
-        - The request is a Sync.
+        - The request is a Sync, or gets no reply.
         - The request is a ROLLBACK, or its transaction has failed already. Only an error that
           closes the connection is sent then.
         """
-        if kind in self.connect_errors or request.name == "SYNC":
+        if kind in self.connect_errors or request.name == "SYNC" or not request.replies:
             return None
         message = self.encode_error(kind)
         if kind in self.fatal_errors:
@@ -2193,6 +2215,7 @@ class Postgres(Protocol):
         is_simple = request.name == "QUERY"
         if self.COMMIT.match(request.text):     # a COMMIT that fails rolls back
             substitute = self.ROLLBACK_QUERY if is_simple else self.ROLLBACK_BATCH
+            request.info = not is_simple
         else:       # the backend fails too, and the proxy drops the backend's error
             substitute = self.INVALID_QUERY if is_simple else self.INVALID_PARSE
         return Reply(message, substitute=substitute)
@@ -3407,8 +3430,9 @@ class ProtocolChain(Chain):
         """
         exchange = self.exchanges[-1 if to is UPSTREAM else 0]
         self.current_request, self.number = exchange.request, exchange.number
-        # Bytes that continue a complete request (COPY data, a password) are exempt.
-        exempt = to is UPSTREAM and exchange.complete and data
+        # Bytes that continue a complete request (COPY data, a password), and the end of these
+        # bytes, are exempt.
+        exempt = to is UPSTREAM and exchange.complete and (data or data is END_OF_MESSAGE)
         events = []
         for event in self.run_chain([] if exempt else exchange.active_rules, now, to,
                                     [(now, to, data, ())]):
