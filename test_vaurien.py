@@ -3282,11 +3282,16 @@ class TestAddresses(unittest.TestCase):
 
     def test_a_proxy_that_would_connect_to_itself_is_refused(self):
         for local, distant in [("localhost:8000", "127.0.0.1:8000"), (":8000", "localhost:8000"),
-                               ("127.0.0.1:8000", ":8000")]:
+                               ("127.0.0.1:8000", ":8000"), ("0.0.0.0:8000", "[::1]:8000"),
+                               ("[::]:8000", "127.0.0.2:8000"), ("[::1]:8000", "[::]:8000"),
+                               ("127.0.0.1:8000", "0.0.0.0:8000"), ("[::]:8000", "0.0.0.0:8000"),
+                               ("127.0.0.1:8000", "[::ffff:7f00:1]:8000"),
+                               (":8000", "[::ffff:127.0.0.1]:8000")]:
             with self.subTest(local=local, distant=distant):
                 with self.assertRaisesRegex(ValueError, "is the proxy's own address"):
                     vaurien.Proxy(distant, local)
         vaurien.Proxy("127.0.0.1:8000", "127.0.0.2:8000")       # another address
+        vaurien.Proxy("10.0.0.1:8000", "0.0.0.0:8000")          # perhaps another machine
         vaurien.Proxy("localhost:8000", "localhost:0")          # another port
 
 
@@ -5627,6 +5632,12 @@ class TestToxiproxyApi(ToxiproxyTestCase):
                  "listen tcp: address local373: missing port in address"),
                 ({"name": "x", "upstream": "localhost:1", "listen": "localhost:99999"}, 500,
                  "listen tcp: address 99999: invalid port"),
+                ({"name": "x", "upstream": "localhost:1", "listen": "localhost:noservice"}, 500,
+                 "listen tcp: lookup tcp/noservice: unknown port"),
+                ({"name": "x", "upstream": "localhost:99999"}, 400,
+                 "bad request body: upstream must have a port from 1 to 65535"),
+                ({"name": "x", "upstream": "local host"}, 400,
+                 "bad request body: upstream must be HOST:PORT"),
                 ({"name": "x", "upstream": "https://example.com/a"}, 400,
                  "bad request body: upstream must be HOST:PORT, without a scheme or a path, "
                  "like example.com:443"),
@@ -5717,6 +5728,60 @@ class TestToxiproxyApi(ToxiproxyTestCase):
         with contextlib.closing(connect(port, "::1")) as sock:
             send_and_read(sock, b"question")
 
+    def test_all_addresses_of_both_families_are_one_listen_address(self):
+        """Toxiproxy's README has "[::]:18080", and clients that connect to 127.0.0.1:18080."""
+        upstream, _ = self.start_backend()
+        hosts = ["127.0.0.1", "::1"] if has_ipv6() else ["127.0.0.1"]
+        for listen in "[::]:0", "0.0.0.0:0", ":0", "", "[0::0]:0":
+            with self.subTest(listen):
+                proxy = self.request("POST", "/proxies", {
+                    "name": "p", "listen": listen, "upstream": upstream}, 201)
+                port = self.port_of(proxy)
+                self.assertEqual(proxy["listen"], "[::]:%d" % port)
+                sock = self.connect(port)
+                send_and_read(sock, b"question")
+                # All spellings are the same address, so the connection survives.
+                for same in proxy["listen"], "0.0.0.0:%d" % port, ":%d" % port:
+                    changed = self.request("POST", "/proxies/p", {"listen": same})
+                    self.assertEqual(changed, proxy)
+                self.request("POST", "/populate", [proxy], 201)
+                send_and_read(sock, b"question")
+                # A listing that is sent back creates the same proxy.
+                self.request("DELETE", "/proxies/p", status=204)
+                self.assertEqual(self.request("POST", "/proxies", proxy, 201), proxy)
+                for host in hosts:
+                    with contextlib.closing(connect(port, host)) as sock:
+                        send_and_read(sock, b"question")
+                self.request("DELETE", "/proxies/p", status=204)
+
+    def test_an_upstream_without_a_port_fails_when_a_client_connects(self):
+        for upstream, reason in [("one.example", "missing port in address"),
+                                 ("localhost:noservice", "")]:
+            with self.subTest(upstream):
+                with self.assertLogs("vaurien", "WARNING") as logged:
+                    proxy = self.request("POST", "/proxies", {
+                        "name": "p", "listen": "127.0.0.1:0", "upstream": upstream}, 201)
+                    self.assertEqual(proxy["upstream"], upstream)
+                    self.assertEqual(read_until_close(self.connect(self.port_of(proxy))).size, 0)
+                    wait_until(lambda: "cannot connect to backend" in logged.output[-1])
+                self.assertIn("to backend %s: %s" % (upstream, reason), logged.output[-1])
+                self.assertEqual("has no port" in logged.output[0], "one" in upstream)
+                upstream, _ = self.start_backend()
+                self.request("POST", "/proxies/p", {"upstream": upstream})
+                send_and_read(self.connect(self.port_of(proxy)), b"question")
+                self.request("DELETE", "/proxies/p", status=204)
+
+    def test_services_have_names(self):
+        upstream, _ = self.start_backend()
+        with mock.patch.object(socket, "getservbyname", return_value=0):
+            proxy = self.request("POST", "/proxies", {
+                "name": "p", "listen": "127.0.0.1:http", "upstream": upstream}, 201)
+        send_and_read(self.connect(self.port_of(proxy)), b"question")
+        proxy = self.request("POST", "/proxies/p", {"upstream": "localhost:http"})
+        self.assertEqual(proxy["upstream"], "localhost:http")
+        self.assertIn(("127.0.0.1", 80), [
+            address for _, address in vaurien.resolve(self.proxies["p"].backend)])
+
     def test_a_new_upstream_closes_the_connections_and_keeps_the_port(self):
         port = self.create_proxy()
         sock = self.connect(port)
@@ -5734,7 +5799,7 @@ class TestToxiproxyApi(ToxiproxyTestCase):
         self.assertIn("address already in use", error)
         for body, status in [({"listen": "bad"}, 500),
                              ({"listen": "127.0.0.1:99999"}, 500),
-                             ({"upstream": "bad"}, 400),
+                             ({"upstream": "bad:99999"}, 400),
                              ({"enabled": 5}, 400),
                              ({"upstream": "127.0.0.1:%d" % port}, 400)]:
             with self.subTest(body):
@@ -5747,9 +5812,8 @@ class TestToxiproxyApi(ToxiproxyTestCase):
 
     def test_a_proxy_moves_to_another_address_with_the_same_port(self):
         port = self.create_proxy()
-        address = "0.0.0.0:%d" % port
-        proxy = self.request("POST", "/proxies/p", {"listen": address})
-        self.assertEqual(proxy["listen"], address)
+        proxy = self.request("POST", "/proxies/p", {"listen": "0.0.0.0:%d" % port})
+        self.assertEqual(proxy["listen"], "[::]:%d" % port)
         send_and_read(self.connect(port), b"question")
         sock = self.connect(port)
         send_and_read(sock, b"question")

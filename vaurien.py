@@ -4105,19 +4105,37 @@ def is_loopback(address):
     return host == "::1" or host.startswith("127.")
 
 
+def is_wildcard(host):
+    """Return whether a listener on this host accepts clients on all addresses of this machine.
+
+    Then it has both address families, as in Toxiproxy: an empty host, 0.0.0.0 and :: are the same.
+    """
+    return not host or any(address[0] in WILDCARD
+                           for _, address in resolve_numeric((host, 0)) or ())
+
+
 def same_endpoint(local, backend):
     """Return whether connecting to the backend would reach a listener at local.
 
     Both are (host, port). Returns False if a resolver would be needed to find out.
     """
-    port = local[1]
-    # (host, port) of the socket addresses, without the other fields of IPv6 addresses
-    listening = {address[:2] for _, address in resolve_numeric(local, WILDCARD) or ()}
-    targets = {address[:2] for _, address in resolve_numeric(backend) or ()}
-    if any((host, port) in listening for host in WILDCARD):
-        # A listener on a wildcard address also accepts connections to loopback addresses.
-        listening.update((host, port) for host in LOOPBACK)
-    return not listening.isdisjoint(targets)
+    targets = reached_addresses(backend)
+    if is_wildcard(local[0]):           # it also accepts connections to loopback addresses
+        return any(port == local[1] and is_loopback((host, port)) for host, port in targets)
+    return not targets.isdisjoint(reached_addresses(local))
+
+
+def reached_addresses(address):
+    """Return the set of (host, port) that connecting to (host, port) may reach.
+
+    A connection to 0.0.0.0 or :: reaches the loopback address. An IPv4 address may be written as
+    an IPv6 address (::ffff:127.0.0.1). Returns an empty set if a resolver would be needed.
+    """
+    reached = set()
+    for _, (host, port, *_) in resolve_numeric(address) or ():
+        host = re.sub("^::ffff:(?=.*[.])", "", host)
+        reached.add((dict(zip(WILDCARD, LOOPBACK)).get(host, host), port))
+    return reached
 
 
 def check_backend(backend, local_addresses):
@@ -4128,9 +4146,13 @@ def check_backend(backend, local_addresses):
 
 
 def format_address(address):
-    """Return (host, port, ...) as text, with an IPv6 host in brackets."""
+    """Return (host, port, ...) as text, with an IPv6 host in brackets.
+
+    The port may also be the name of a service, or "" if it is missing: see parse_upstream.
+    """
     host, port = address[:2]
-    return "[%s]:%d" % (host, port) if ":" in host else "%s:%d" % (host, port)
+    shown_host = "[%s]" % host if ":" in host else host
+    return shown_host if port == "" else "%s:%s" % (shown_host, port)
 
 
 def resolve(address, wildcard=LOOPBACK, flags=0):
@@ -4142,6 +4164,8 @@ def resolve(address, wildcard=LOOPBACK, flags=0):
     Raises OSError.
     """
     host, port = address
+    if port == "":
+        raise OSError(errno.EINVAL, "missing port in address")
     known_hosts = {"localhost": LOOPBACK, "": wildcard}.get(host.lower())
     if known_hosts:
         flags |= socket.AI_NUMERICHOST      # they are numeric, so no resolver is needed
@@ -4316,7 +4340,8 @@ def try_listen(local):
     """
     sockets, error = [], None
     try:
-        for family, address in resolve(local, wildcard=WILDCARD):
+        host, port = local
+        for family, address in resolve(("" if is_wildcard(host) else host, port), WILDCARD):
             if sockets:
                 host, _, *ipv6_fields = address
                 _, first_port, *_ = sockets[0].getsockname()
@@ -4370,10 +4395,10 @@ def bind_listener(family, address):
 def first_address(local):
     """Return the first address of a listener at local as text, in the form of Toxiproxy.
 
-    Toxiproxy writes an empty host as [::]. Raises CannotListen if the host cannot be resolved.
+    Toxiproxy writes all addresses as [::]. Raises CannotListen if the host cannot be resolved.
     """
     host, port = local
-    if not host:
+    if is_wildcard(host):
         return format_address(("::", port))
     try:
         _, address = resolve(local)[0]
@@ -5373,8 +5398,8 @@ class Proxy:
         address = listener.address()
         host, port = local[0], address[1]
         self.local = host, port
-        # Toxiproxy writes an empty host, which means all addresses, as [::].
-        self.listen = format_address(address if host else ("::", port))
+        # Toxiproxy writes all addresses as [::].
+        self.listen = format_address(("::", port) if is_wildcard(host) else address)
 
     def open(self, loop):
         """Set the loop. If the port is bound, begin to accept clients."""
@@ -5490,6 +5515,8 @@ class Proxy:
         if not self.overwrite_host_header or self.protocol is not Http:
             return b""
         host, port = self.backend
+        if isinstance(port, str):       # the name of a service; the header has numbers only
+            return b""
         name = format_address((host or "localhost", port))
         return (name[:-len(":80")] if port == 80 else name).lower().encode("utf-8")
 
@@ -6340,7 +6367,8 @@ class Control:
         with CannotListen.naming("--http-port"):
             self.listener = Listener(self.local, self.on_accept)
         port = self.listener.sockets[0].getsockname()[1]
-        self.url = "http://%s" % format_address((self.local[0] or "localhost", port))
+        host = "localhost" if is_wildcard(self.local[0]) else self.local[0]
+        self.url = "http://%s" % format_address((host, port))
 
     def open(self, proxies_loop):
         """Start to accept clients, in the thread of a new loop.
@@ -7018,7 +7046,7 @@ def make_proxy(fields, proxies):
             toxics.append(read_toxic(value))
     check_unique_names(toxics)
     local = read_listen(fields.get("listen", ":0"), "listen tcp: ")
-    backend = check_field("upstream", parse_address, fields["upstream"])
+    backend = check_field("upstream", parse_upstream, fields["upstream"])
     check_field("upstream", check_backend, backend, [local])
     protocol = check_field("protocol", check_protocol, fields.get("protocol", "tcp"))
     return Proxy(backend, local, name=fields["name"], **proxies.shared,
@@ -7031,14 +7059,34 @@ def check_unique_names(toxics):
         raise toxiproxy_error(409, "toxic already exists")
 
 
-def read_listen(text, prefix=""):
-    """Return the (host, port) of an address to listen on.
+def parse_upstream(text):
+    """Parse the address of a backend into (host, port). Raises ValueError.
 
-    Raises ApiError, with the prefix and the text of Go's net package, for a missing port or
-    one of five digits or more. Raises InputError for other errors.
+    Toxiproxy checks the port only when a client connects. Therefore the port may be missing, and
+    is then "", or be the name of a service, like http. Otherwise it is a number.
     """
     try:
+        return parse_address(text)
+    except ValueError:
+        host, _, port = text.partition(":")
+        if host and is_valid_host(host) and re.fullmatch("([A-Za-z][A-Za-z0-9-]*)?", port):
+            return host, port
+        raise
+
+
+def read_listen(text, prefix=""):
+    """Return the (host, port) of an address to listen on. The port may be the name of a service.
+
+    Raises ApiError, with the prefix and the text of Go's net package, for a missing port, one
+    of five digits or more, or an unknown service. Raises InputError for other errors.
+    """
+    host, _, service = text.rpartition(":")
+    try:
+        if re.fullmatch("[A-Za-z][A-Za-z0-9-]*", service) and ":" in text:
+            text = "%s:%d" % (host, socket.getservbyname(service, "tcp"))
         return parse_listener(text)
+    except OSError:
+        raise toxiproxy_error(500, "%slookup tcp/%s: unknown port" % (prefix, service)) from None
     except ValueError as error:
         if ":" not in text:
             raise toxiproxy_error(500, "%saddress %s: missing port in address"
@@ -7139,6 +7187,9 @@ def proxy_warnings(value):
     if not fields.get("listen"):
         yield ("%s: it has no listen, so it accepts clients from all machines; localhost:0 would "
                "accept only clients of this machine" % source)
+    if ":" not in fields["upstream"]:
+        yield "%s: its upstream %r has no port, so no client can be connected to it" % (
+            source, fields["upstream"])
     for toxic in [*fields.get("toxics", ()), *fields.get("rules", ())]:
         yield from toxic_warnings(toxic, source)
 
@@ -7277,7 +7328,7 @@ def change_proxy(proxies, proxy, fields, enabled):
     if fields.get("listen", proxy.listen) != proxy.listen:
         local = read_listen(fields["listen"])
     if fields.get("upstream"):
-        backend = check_field("upstream", parse_address, fields["upstream"])
+        backend = check_field("upstream", parse_upstream, fields["upstream"])
     check_field("upstream", check_backend, backend, [local])
     protocol = check_field("protocol", check_protocol,
                            fields.get("protocol", proxy.protocol_name()))
