@@ -1604,6 +1604,7 @@ class Playbook:
 
     def run_slow_path(self, to, data):
         """Pass bytes to the slow path; return the events."""
+        self.chain.modified = False
         events = self.chain.process_bytes(0, to, data)
         self.follow_successor()
         return events
@@ -1648,16 +1649,33 @@ class Playbook:
         return self.chain.process_open(0, [UPSTREAM, DOWNSTREAM], [rule])
 
     def replace_rules(self, *rules):
-        """Replace the installed rules while the connection is open."""
-        added = [rule for rule in rules if rule not in self.rules.installed]
+        """Replace the installed rules of the open connection; return the resulting events."""
+        before = self.rules.installed
         self.rules.install(list(rules))
-        self.chain.rules_changed(added)
+        return self.rules_changed([rule for rule in rules if rule not in before],
+                                  [rule for rule in before if rule not in rules])
+
+    def change_rule(self, rule, draw_max=100.0, **options):
+        """Change the percentage and the options of an installed rule; return the events."""
+        rule.draw_max = draw_max
+        rule.set_options(dict(rule.options, **options))
+        return self.rules_changed(changed=[rule])
+
+    def rules_changed(self, added=(), removed=(), changed=()):
+        """Tell the chain that the installed rules have changed, as Connection does."""
+        self.chain.rules_changed(added, changed)
+        self.chain.release(removed, changed)
+        return self.chain.process_open(0, [UPSTREAM, DOWNSTREAM], [*added, *changed])
 
     # The state of the chain.
 
     def set_first_reply_complete(self):
         """Mark the first exchange as complete, which begins when the client connects."""
         self.chain.exchanges[0].reply_done = True
+
+    def has_modified(self):
+        """Return whether the rules have changed or delayed any of the last bytes."""
+        return self.chain.modified
 
     def held_head(self):
         """Return the bytes of an incomplete request's head, which the chain keeps."""
@@ -1677,10 +1695,6 @@ class Playbook:
 
     def last_request_is_forwarded(self):
         return self.chain.exchanges[-1].forwarded
-
-    def replies_of(self, rule):
-        """Return the replies that the active rule of a rule per connection keeps."""
-        return self.chain.per_connection[rule].replies
 
     def drawn_request_count(self):
         """Return the count of requests for which rules were drawn."""
@@ -1852,12 +1866,12 @@ class TestProtocolChain(unittest.TestCase):
                 ("smtp", "421",
                  b"421 4.3.2 Service not available, closing transmission channel\r\n")]:
             with self.subTest(protocol):
-                output = self.play(protocol, error_rule(kind)).open()
+                output = self.play(protocol, error_rule(kind), greeted=False).open()
                 output.assert_replied(reply, closes=True)
                 self.assertEqual(len(output.events), 3)         # the reply and two EOFs
 
     def test_postgres_reports_a_connect_error_after_the_startup_message(self):
-        play = self.play("postgres", error_rule("53300"))
+        play = self.play("postgres", error_rule("53300"), greeted=False)
         play.open().assert_held()
         play.client(PG_SSL_REQUEST).assert_replied(b"N")
         play.client(PG_STARTUP).assert_reply_matches(
@@ -2151,6 +2165,106 @@ class TestProtocolChain(unittest.TestCase):
                 play.backend(reply).assert_passes()
                 play.client(b"get b\r\n").assert_replied(MEMCACHE_NO_MEMORY)
 
+    def test_a_new_rule_does_not_act_on_pipelined_requests_that_were_forwarded(self):
+        """The rule began with the reply to an earlier request. It sent a substitute for it."""
+        rule = vaurien.Rule("latency", {"latency": 1})
+        for protocol, requests, replies, kind in [
+                ("postgres", [pg_query(b"SELECT 1"), pg_query(b"SELECT 2")],
+                 [PG_SELECTED_1 + PG_READY] * 2, "57014"),
+                ("smtp", [b"BDAT 3\r\nabc", b"NOOP\r\n"], [b"250 ok\r\n"] * 2, "451")]:
+            with self.subTest(protocol):
+                play = (self.play_postgres if protocol == "postgres" else
+                        functools.partial(self.play, protocol))(rule)
+                play.client(b"".join(requests)).assert_passes()
+                play.backend(replies[0]).assert_passes()
+                new_rule = error_rule(kind, per="connection")
+                self.assertEqual(play.replace_rules(rule, new_rule), [])
+                play.backend(replies[1]).assert_passes()
+                self.assertEqual(new_rule.acted_count, 0)
+
+    def test_one_of_two_errors_on_a_request_is_sent(self):
+        """The second rule dropped the substitute of the first, or the reply to it."""
+        for protocol, kinds, before, request, forwarded, reply, expected in [
+                ("http", ["503", "500"], b"", HTTP_GET, b"", b"", b"503"),
+                ("memcache", ["ERROR", "SERVER_ERROR"], b"", b"get a\r\n", b"", b"", b"ERROR\r\n"),
+                ("redis", ["OOM", "BUSY"], b"MULTI\r\n", b"SET a 1\r\n",
+                 b"*1\r\n$7\r\nvaurien\r\n", b"-ERR unknown\r\n", REDIS_OOM),
+                ("smtp", ["451", "452"], b"", b"DATA\r\n", b"RSET\r\n", b"250 ok\r\n", b"451 "),
+                ("mysql", ["1213", "1205"], b"", mysql_query(b"SELECT 1"),
+                 mysql_query(b"ROLLBACK"), MYSQL_OK, b"Deadlock"),
+                ("postgres", ["57014", "40001"], b"", pg_query(b"SELECT 1"),
+                 pg_query(b"vaurien"), PG_ERROR + PG_READY, b"57014")]:
+            with self.subTest(protocol):
+                rules = [error_rule(kind) for kind in kinds]
+                play = (self.play_postgres if protocol == "postgres" else
+                        functools.partial(self.play, protocol))(*rules)
+                if before:
+                    play.client(before).assert_passes()
+                    play.backend(b"+OK\r\n")
+                output = play.client(request)
+                self.assertEqual(output.to_backend, forwarded)
+                sent = output.to_client + play.backend(reply).to_client
+                self.assertEqual(sent.count(expected), 1 if protocol != "http" else 2)
+                self.assertEqual([rule.acted_count for rule in rules], [1, 0])
+                self.assertEqual(play.reader.pending_count(), 0)
+
+    def test_a_changed_rule_finishes_the_error_that_it_has_begun(self):
+        """The backend got the rest of the request without its beginning."""
+        head, body = b"POST / HTTP/1.1\r\nContent-Length: 8\r\n\r\nab", b"cdefgh"
+        for change in [{"draw_max": 0}, {"inject": True}, {"warmup": 9}, {"kind": "500"}]:
+            with self.subTest(**change):
+                rule = error_rule("503", per="connection")
+                play = self.play("http", rule)
+                play.client(head).assert_held()
+                self.assertEqual(play.change_rule(rule, **change), [])
+                play.client(body).assert_reply_matches(rb"\AHTTP/1\.1 503")
+
+    def test_a_rule_that_begins_to_act_within_a_request_does_not_refuse_it(self):
+        rule = undrawn_rule("error")
+        rule.per = "connection"
+        play = self.play("memcache", rule)
+        play.client(b"set a 0 0 8\r\nabc").assert_passes()
+        play.change_rule(rule)
+        play.client(b"defgh\r\n").assert_passes()
+        play.backend(b"STORED\r\n").assert_passes()
+        play.client(b"get a\r\n").assert_replied(MEMCACHE_NO_MEMORY)
+
+    def test_an_error_that_waits_for_its_turn_keeps_its_delays(self):
+        """Its time was ignored when the backend had replied to the earlier requests."""
+        play = self.play("redis", error_rule("OOM", match=b"bad"),
+                         vaurien.Rule("latency", {"latency": 1500}, match=re.compile(b"bad")))
+        play.client(b"get a\r\n" b"bad\r\n").assert_becomes(b"get a\r\n")
+        output = play.backend(b"+A\r\n")
+        self.assertEqual(output.to_client, b"+A\r\n" + REDIS_OOM)
+        self.assertEqual(output.times(), [0, 1.5])
+        self.assertTrue(play.has_modified())    # otherwise Connection ignores the times
+
+    def test_a_removed_rule_releases_an_error_that_waits_for_its_turn(self):
+        """The error was never sent, and so no later reply was."""
+        hang, latency = matching_rule("hang", b"bad"), vaurien.Rule("latency", {"latency": 500})
+        error = error_rule("OOM", match=b"bad")
+        for remaining in [error, latency], [error], []:
+            with self.subTest(count=len(remaining)):
+                play = self.play("redis", hang, error, latency)
+                play.client(b"get a\r\n" b"bad\r\n")
+                play.replace_rules(*remaining)
+                output = play.backend(b"+A\r\n")
+                self.assertEqual(output.to_client, b"+A\r\n" + REDIS_OOM)
+                self.assertEqual(output.times()[-1], 0)
+
+    def test_no_request_passes_after_an_error_that_closes(self):
+        """The end of the stream is delayed, but the server reads no further request."""
+        play = self.play("smtp", error_rule("421", match=b"bad"))
+        play.client(b"bad\r\n").assert_reply_matches(b"421", closes=True)
+        play.replace_rules()
+        play.client(b"NOOP\r\n").assert_held()
+
+    def test_empty_lines_after_an_error_are_not_answered(self):
+        play = self.play("http", error_rule("503"))
+        play.client(HTTP_GET).assert_reply_matches(b"503")
+        play.client(b"\r\n\r\n").assert_passes()
+        play.client(HTTP_GET).assert_reply_matches(b"503")
+
     def test_a_rule_per_connection_acts_from_its_first_match_on(self):
         play = self.play("redis", error_rule("OOM", match=b"bad", per="connection"))
         for _ in range(2):
@@ -2166,10 +2280,9 @@ class TestProtocolChain(unittest.TestCase):
         play.tcp.begin_request()
 
     def test_replies_of_complete_requests_are_forgotten(self):
-        rule = error_rule(per="connection")
-        play = self.play("redis", rule)
+        play = self.play("redis", error_rule(per="connection"))
         play.client(PING * 100)
-        self.assertLessEqual(len(play.replies_of(rule)), 1)
+        self.assertEqual(play.exchange_count(), 1)
 
     # Connections that fall back to tcp.
 
@@ -2580,6 +2693,16 @@ class TestRuleFields(TempDirTestCase):
 class TestRules(unittest.TestCase):
     """The requests on which rules act."""
 
+    def test_draws_for_ever_new_toxics_use_a_bounded_memory(self):
+        """Each name that was ever drawn kept its hash: 14 MiB after 20,000 long names."""
+        rule_set = rule_set_of()
+        first = rule_set.draw_block("toxic 0", 1, 0)
+        for index in range(5000):
+            rule_set.draw_block("toxic %d" % index, 1, 0)
+        cache = vaurien.hash_prefix.cache_info()
+        self.assertLessEqual(cache.currsize, 1024)
+        self.assertEqual(rule_set.draw_block("toxic 0", 1, 0), first)
+
     def test_behaviors_are_parsed(self):
         for text, behavior in [
                 ("20:delay", [(20, "delay")]),
@@ -2869,11 +2992,7 @@ class TestChain(unittest.TestCase):
             raise KeyError("x")
             yield
 
-        def exits(state, t, to, data):
-            raise SystemExit(3)
-            yield
-
-        for function in returns_none, yields_no_direction, yields_no_bytes, raises, exits:
+        for function in returns_none, yields_no_direction, yields_no_bytes, raises:
             name = function.__name__
             with self.subTest(name):
                 with registered(function), self.assertLogs("vaurien", "ERROR") as logged:
@@ -2914,6 +3033,29 @@ class TestChain(unittest.TestCase):
             chain.process(3, UPSTREAM, b"q")
         line, = logged.output
         self.assertIn("handler sleeps took 0.7 s for one event", line)
+
+    def test_a_handler_that_raises_any_exception_resets_only_its_connection(self):
+        """An exception that is no Exception ended the loop, and so all connections."""
+        class Odd(BaseException):
+            def __str__(self):
+                raise self
+
+        def fails(state, t, to, data):
+            if data:
+                raise exception
+            yield t, to, data
+
+        # pytest.fail and asyncio.CancelledError derive from BaseException, too.
+        with registered(fails), running_proxy(echo) as proxy, connected_client(proxy) as other:
+            for exception in KeyboardInterrupt(), SystemExit(3), GeneratorExit(), Odd():
+                name = type(exception).__name__
+                with self.subTest(name), connected_client(proxy) as sock:
+                    with self.assertLogs("vaurien", "ERROR") as logged, proxy.handler("fails"):
+                        sock.sendall(b"x")
+                        self.assertEqual(read_until_close(sock).ending, "reset")
+                    self.assertIn("handler fails failed", logged.output[0])
+                    self.assertIn(name, logged.output[0])
+                    send_and_read(other, b"question")
 
     def test_a_handler_may_return_a_list_and_an_earlier_time_means_now(self):
         def early(state, t, to, data):
@@ -3802,6 +3944,18 @@ class TestProxyFaults(unittest.TestCase):
                 self.assertNotIn(b"question", read_exactly(one, ERROR_SIZE))
                 for sock in one, two, one:
                     self.assertEqual(send_and_read(sock, b"question"), b"question")
+
+    def test_a_delay_behind_a_rule_that_held_all_bytes_does_not_hold_them_for_ever(self):
+        """The delay kept the time that the removed rule had given the first bytes."""
+        for type_ in "hang", "bandwidth":
+            toxics = [vaurien.Toxic(type_, "first", stream="both"),
+                      vaurien.Toxic("delay", "second", 1.0, {"sleep": 0.001}, stream="both")]
+            with self.subTest(type_), running_proxy(echo, toxics=toxics) as proxy, \
+                    connected_client(proxy) as sock:
+                sock.sendall(b"abc")
+                wait_until(lambda: proxy.loop.run_sync(proxy.list_connections)[0]["bytes_up"] == 3)
+                proxy.loop.run_sync(proxy.set_toxics, toxics[1:])
+                self.assertEqual(send_and_read_all(sock, b"def").size, 6)
 
     def test_hang_delivers_all_bytes_after_it_is_removed(self):
         data = random_data(3000000)

@@ -248,7 +248,7 @@ def format_exception(exc):
     """Return "Type: message", or only the type if the exception's own __str__ fails."""
     try:
         return "%s: %s" % (type(exc).__name__, exc)
-    except Exception:
+    except BaseException:
         return type(exc).__name__
 
 
@@ -361,7 +361,6 @@ def format_value(value):
 #              current_request   the Request that the event belongs to; None without a
 #                                protocol, and while the client connects
 #              draw              the number that decided that the rule acts
-#              replies           {Request: Reply or None}: the error replies of `error`
 #              drawn_options     {option: value} for the fault record: values that the handler has
 #                                drawn, because the user has given none
 #   t        when the event happens. If the handler yields an earlier time, t is used
@@ -399,15 +398,25 @@ def handler(function):
     return function
 
 
+def keeps_due_time(function):
+    """Mark a handler that keeps in state[to] a time before which no further chunk passes.
+
+    This time may depend on delays of other rules. So Chain.reset_due_times makes it earlier
+    after the release of chunks that they have delayed.
+    """
+    function.keeps_due_time = True
+    return function
+
+
 def rate_limited(function):
     """Mark a handler that delays chunks like a slow link.
 
     The handler keeps in state[to] the time when the link will have sent all chunks so far.
     DelayQueue.read_limit lets less data wait for such a link, so that the source slows down
-    soon. After the release of queued chunks, Chain.reset_rate_limits makes state[to] earlier.
+    soon.
     """
     function.rate_limited = True
-    return function
+    return keeps_due_time(function)
 
 
 def only_direction(choose):
@@ -434,6 +443,7 @@ def dummy(state, t, to, data):
 
 
 @handler
+@keeps_due_time
 @only_direction(lambda options: UPSTREAM if options["before"] else DOWNSTREAM)
 def delay(state, t, to, data, *, sleep=1.0, before=True):
     """A slow backend: each request, or its reply, is delayed.
@@ -443,9 +453,9 @@ def delay(state, t, to, data, *, sleep=1.0, before=True):
     """
     is_first_byte = data and state["delayed_request"] != state.request_number
     if data is OPEN or is_first_byte:
-        state["until"] = t + sleep
+        state[to] = t + sleep
         state["delayed_request"] = state.request_number if is_first_byte else 0     # 0: none yet
-    yield max(t, state["until"]), to, data
+    yield max(t, state[to]), to, data
 
 
 @handler
@@ -1023,6 +1033,8 @@ class Reply(namedtuple("Reply", "data closes substitute")):
 
 NO_REPLY = Reply(b"")       # the event is dropped, and the client gets nothing for it
 
+Refusal = namedtuple("Refusal", "active_rule reply")    # the rule that replies, and its Reply
+
 
 class Framer:
     """Finds the boundaries of requests, or of replies, in the bytes of one direction.
@@ -1191,6 +1203,7 @@ class Protocol:
     def __init__(self, host=b""):
         self.host = host            # value for the Host header field; empty: do not replace it
         self.exchanges: deque = deque()     # the queue of the ProtocolChain; only read here
+        self.refusable = None       # the Exchange that a rule may refuse at this event, or None
         self.request_framer = Framer(self.requests(), self.parse_whole_request)
         self.reply_framer = Framer(self.replies(), self.parse_whole_reply)
 
@@ -1240,7 +1253,7 @@ class Protocol:
 
         Returns None if a server would not send an error of this kind then.
         """
-        if kind not in self.connect_errors:
+        if kind not in self.connect_errors or data is not OPEN:
             return None
         return Reply(self.encode_error(kind), closes=True)
 
@@ -1268,79 +1281,61 @@ class Protocol:
     #   - when a request ends. If the request has a substitute, the backend gets it then, and
     #     the error is sent when the backend's reply to the substitute ends
     #
-    # All events pass unchanged if a server would not fail.
+    # A rule refuses a request when it gets the head of it, or never. The Refusal in the
+    # exchange says which rule did: the ProtocolChain gives that rule's further events to
+    # finish_refusal instead of the handler. All other rules only see a failing server.
 
     def reply_with_error(self, state, t, to, data, kind):
-        """Yield the events that the handler `error` makes of one event."""
-        if state.current_request is None:
-            yield from self.refuse_client(state, t, to, data, kind)
-        else:
-            if state.current_request not in state.replies:
-                yield from self.begin_error(state, t, kind)
-            yield from self.continue_error(state, t, to, data)
+        """Yield the events that the handler `error` makes of one event.
 
-    def refuse_client(self, state, t, to, data, kind):
-        """Refuse a client that connects. Pass the event if a server would not refuse it now."""
-        if to == DOWNSTREAM or data is EOF:
-            yield t, to, data
-            return
-        if state["refused"]:            # drop the further bytes of this client
-            return
-        kinds: tuple = ()
-        if kind:
-            kinds = (kind,)
-        elif self.server_first:         # connecting counts as request 1, and fails like one
-            kinds = self.connect_errors or self.fatal_errors
-        reply = None
-        if kinds and data is not END_OF_MESSAGE:
-            kind = kinds[state.draw % len(kinds)]
-            reply = self.connect_error(kind, data)
+        Refuses the request that begins, or the client that connects. All events pass unchanged
+        if a server would not fail.
+        """
+        exchange = self.refusable if to == UPSTREAM and (data or data is OPEN) else None
+        if exchange is None:
+            reply = None
+        elif exchange.request is None:
+            kind = kind or self.draw_connect_error(state)
+            reply = self.connect_error(kind, data) if kind else None
+        else:
+            kind = kind or state.random.choice(self.default_errors)
+            reply = self.error_reply(kind, exchange.request)
         if reply is None:
             yield t, to, data
             return
         state.drawn_options = {"kind": kind}
-        if reply.data:
-            yield t, DOWNSTREAM, reply.data
-        if reply.closes:
-            state["refused"] = 1
-            yield from close_both(t)
+        if reply.closes or exchange.request:
+            exchange.refusal, self.refusable = Refusal(state, reply), None
+        if reply.closes or exchange.request is None:    # without waiting for the end
+            if reply.data:
+                yield t, DOWNSTREAM, reply.data
+            if reply.closes:
+                yield from close_both(t)
 
-    def begin_error(self, state, t, kind):
-        """Choose the Reply to a request that begins, or None, and store it in state.replies.
+    def draw_connect_error(self, state):
+        """Return the kind of an error for a client that connects, or ""."""
+        kinds = self.connect_errors or self.fatal_errors
+        # With a handshake, connecting counts as request 1, and fails like one.
+        return kinds[state.draw % len(kinds)] if self.server_first and kinds else ""
 
-        Sends a Reply that closes the connection, without waiting for the rest of the request.
+    def finish_refusal(self, exchange, t, to, data):
+        """Yield the events that a rule makes of one event of a request that it has refused.
+
+        Drops the request. At its end, sends the error to the client, or the substitute to the
+        backend. Drops the reply to the substitute, and sends the error at the end of it.
         """
-        request = state.current_request
-        kind = kind or state.random.choice(self.default_errors)
-        reply = self.error_reply(kind, request)
-        state.drawn_options = {"kind": kind}
-        if reply and reply.closes:
-            state.replies[request] = NO_REPLY       # drop the rest of the request
-            yield t, DOWNSTREAM, reply.data
-            yield from close_both(t)
-            return
-        state.replies[request] = reply
-
-    def continue_error(self, state, t, to, data):
-        """Drop an event of a request that fails, or of the reply to its substitute.
-
-        Sends the substitute at the end of the request, and the error at the end of the reply to
-        it. Without a substitute, sends the error at the end of the request.
-        Passes all events of a request that does not fail.
-        """
-        reply = state.replies[state.current_request]
-        if reply is None or data is EOF or data is OPEN:
+        reply = exchange.refusal.reply
+        if to == UPSTREAM:
+            is_dropped = not exchange.complete
+        else:
+            is_dropped = reply.closes or (exchange.forwarded and not exchange.reply_done)
+        if data is EOF or data is OPEN or not is_dropped:
             yield t, to, data
-            return
-        if to == DOWNSTREAM and not reply.substitute:   # not a reply to this request
-            yield t, to, data
-            return
-        if data is not END_OF_MESSAGE:
-            return
-        if to == UPSTREAM and reply.substitute:
-            yield t, UPSTREAM, reply.substitute
-        elif reply.data:
-            yield t, DOWNSTREAM, self.finish_reply(reply, state.current_request)
+        elif data is END_OF_MESSAGE and not reply.closes:
+            if to == UPSTREAM and reply.substitute:
+                yield t, UPSTREAM, reply.substitute
+            else:
+                yield t, DOWNSTREAM, self.finish_reply(reply, exchange.request)
 
 
 def parse_length(text, largest=1 << 60):
@@ -2287,7 +2282,7 @@ class Smtp(Protocol):
 
     def connect_error(self, kind, data):
         """Return the Reply that replaces the greeting, or None if this kind cannot do so."""
-        if kind not in self.fatal_errors:
+        if kind not in self.fatal_errors or data is not OPEN:
             return None
         return Reply(self.encode_error(kind), closes=True)
 
@@ -2382,9 +2377,8 @@ class Rule:
     """
 
     __slots__ = ("name", "handler", "options", "draw_min", "draw_max", "draw_key", "direction",
-                 "rate_limited", "blocking", "drawn_count", "acted_count", "shared",
-                 "error_logged", "instance", "toxic", "match_failed",
-                 "slow_logged",
+                 "keeps_due_time", "rate_limited", "blocking", "drawn_count", "acted_count",
+                 "shared", "error_logged", "instance", "toxic", "match_failed", "slow_logged",
                  *(field for field in RULE_FIELDS if field != "percent"))
 
     per: str
@@ -2404,6 +2398,7 @@ class Rule:
         if fields:
             raise TypeError("a rule has no field %s" % ", ".join(fields))
         self.set_options(dict(handler_options(self.handler), **options or {}))
+        self.keeps_due_time = getattr(self.handler, "keeps_due_time", False)
         self.rate_limited = getattr(self.handler, "rate_limited", False)
         self.blocking = is_blocking_handler(self.handler)   # then chains skip the rule
         self.drawn_count = 0        # number of requests (or connections) it was drawn for
@@ -2508,7 +2503,6 @@ class ActiveRule(Counter):
         self.acts = acts
         self.match_buffer = match_buffer    # bytes searched so far; None after the draw
         self.has_acted = False          # the rule has changed an event of this request
-        self.replies = {}               # {Request: Reply or None} of the handler `error`
 
     @property
     def random(self):
@@ -2526,7 +2520,7 @@ class ActiveRule(Counter):
         """Start or stop to act, because draw_min or draw_max of the rule has changed."""
         if acts != self.acts:
             self.clear()
-            self.generator, self.replies = None, {}
+            self.generator = None
         self.acts = acts
 
     def may_act(self):
@@ -2538,6 +2532,12 @@ class ActiveRule(Counter):
         first, self.has_acted = not self.has_acted, True
         self.rule.acted_count += first
         return first
+
+
+@functools.lru_cache(maxsize=1024, typed=True)      # toxics may get ever new names
+def hash_prefix(seed, proxy_name, draw_key):
+    """Return the hash of what all numbers of a draw key have in common."""
+    return hashlib.blake2b(("%s %s %s " % (seed, proxy_name, draw_key)).encode())
 
 
 class RuleSet:
@@ -2553,7 +2553,6 @@ class RuleSet:
         self.seed, self.proxy_name = seed, proxy_name
         self.install([])
         self.request_count = 0  # requests begun at this proxy
-        self.hash_prefixes = {}     # {draw key: blake2b of the seed, the name and the key}
 
     def install(self, rules):
         """Replace the installed rules, which act in this order."""
@@ -2568,11 +2567,7 @@ class RuleSet:
         block         0 for the connection itself (as request 0) and requests 1 to 7, 1 for
                       requests 8 to 15, and so on
         """
-        prefix = self.hash_prefixes.get(draw_key)
-        if prefix is None:
-            text = "%s %s %s " % (self.seed, self.proxy_name, draw_key)
-            prefix = self.hash_prefixes[draw_key] = hashlib.blake2b(text.encode())
-        block_hash = prefix.copy()
+        block_hash = hash_prefix(self.seed, self.proxy_name, draw_key).copy()
         block_hash.update(b"%d %d" % (connection, block))
         return DRAW_BLOCK.unpack(block_hash.digest())
 
@@ -2915,11 +2910,19 @@ class Chain:
         self.undrawn = [rule for rule in [*self.undrawn, *new] if rule in self.rules.installed]
         self.active_rules = self.collect(current.get)
 
-    def reset_rate_limits(self, to, latest):
-        """Let rate-limited rules go on from the time `latest`, to which a release moved chunks."""
-        for active in self.active_rules:
-            if active.rule.rate_limited and active.acts:
+    def release(self, removed, changed):
+        """Undo the delays of rules that were removed or changed, as DelayQueue.release does."""
+        return False
+
+    def reset_due_times(self, to, latest):
+        """Let rules go on from the time `latest`, to which a release moved the last chunk."""
+        for active in self.all_active_rules():
+            if active.rule.keeps_due_time and active.acts:
                 active[to] = min(active[to], latest)
+
+    def all_active_rules(self):
+        """Return the active rules of all requests whose events may still come."""
+        return self.active_rules
 
     def blocking_rule(self):
         """Return the first active rule with a blocking handler, or None."""
@@ -2976,7 +2979,7 @@ class Chain:
         t, to      of the event that they were made of
         opening    whether that event is an OPEN that only one rule gets: see process_open
 
-        If a handler raises an exception, the result is one RESET.
+        If a handler raises any exception, the result is one RESET.
         """
         for active in active_rules:
             if active.rule.blocking:     # it gets the sockets: see Connection.hand_off
@@ -2985,7 +2988,7 @@ class Chain:
                 events = (self.run_rule(active, events[0], opening) if len(events) == 1 else
                           [made for event in events
                            for made in self.run_rule(active, event, opening)])
-            except (Exception, SystemExit) as exc:
+            except BaseException as exc:    # of the handler: Ctrl-C only calls Loop.stop
                 log.error("connection %d, request %d: handler %s failed and the connection is "
                           "reset: %s", self.connection, self.number, active.rule.name,
                           format_exception(exc), exc_info=not active.rule.error_logged)
@@ -3071,17 +3074,18 @@ class Exchange:
     """
 
     __slots__ = ("number", "active_rules", "request", "handshake", "queued_events", "forwarded",
-                 "complete", "reply_done")
+                 "complete", "reply_done", "refusal")
 
     def __init__(self, number, active_rules, request, handshake=False):
         self.number = number            # of the request in the connection
         self.active_rules = active_rules
         self.request = request          # a Request; None while the client connects
         self.handshake = handshake      # the server's greeting counts as the reply
-        self.queued_events = []         # in the form of Chain.process
+        self.queued_events = []         # [(start, to, data, delays)], as in DelayQueue.put
         self.forwarded = False          # the backend gets some bytes of the request
         self.complete = False           # the request has ended
         self.reply_done = False         # the reply has ended
+        self.refusal = None             # the Refusal, if a rule replies
 
     def is_done(self):
         """Return whether the exchange has ended. Without a reply it ends with its request."""
@@ -3121,23 +3125,34 @@ class ProtocolChain(Chain):
     a head. Later heads are held without a limit, because a pause of the client, or of the
     network, must not end the parsing.
 
-    Invariants:
-    1. A request gets one reply, from the backend or from a rule.
+    A rule may refuse a request when it gets the head. Exchange.refusal is set then.
+
+    Invariants, whenever rules are added, removed or changed:
+    1. Each request gets one reply: from the backend if `refusal` is None, otherwise from the
+       rule of the refusal. A request without a reply gets none.
     2. Replies leave in the order of their requests.
-    3. A request that a rule has replied to does not reach the backend.
+    3. The backend gets the requests that were not refused, whole and in order, and the
+       substitute of a refused one in its place.
+    4. Only the first event of a request can refuse it, and only if the backend has got none of
+       its bytes. So a second rule cannot refuse it, nor a rule that begins to act later.
+    5. A rule that has refused a request finishes that, also if it is removed or changed.
+    6. Nothing waits for a rule that is not installed: neither in a delay queue nor in an
+       exchange, and no active rule keeps the time that another rule has given its events.
+    7. After a refusal that closes the connection, the backend gets no further bytes.
     """
 
-    __slots__ = ("exchanges", "head", "in_request", "head_forwarded", "last_affected", "closing",
-                 "recognized")
+    __slots__ = ("exchanges", "exchange", "head", "in_request", "head_forwarded",
+                 "last_affected", "closing", "recognized")
 
     def __init__(self, rules, connection, protocol):
         super().__init__(rules, connection)
         self.protocol = protocol
         self.exchanges = protocol.exchanges
+        self.exchange = None        # the one whose event is being processed
         self.head = b""             # bytes of a head that is not complete yet
         self.in_request = False     # the next bytes of the client continue a request
         self.head_forwarded = False     # bytes of an incomplete head have been forwarded
-        self.closing = False        # a rule's EOF for the backend is queued in an exchange
+        self.closing = False        # a rule closes the connection: see invariant 7
         self.recognized = False     # the client has sent bytes that can only be of the protocol
         self.last_affected = None   # at the last change of the rules: the last exchange that
                                     #   had active rules or queued events
@@ -3145,8 +3160,9 @@ class ProtocolChain(Chain):
     def start(self):
         """Begin the first exchange, because a client has connected. It has no Request yet."""
         self.begin_request()
-        self.exchanges.append(Exchange(self.request, self.active_rules, None,
-                                       self.protocol.server_first))
+        self.exchange = Exchange(self.request, self.active_rules, None,
+                                 self.protocol.server_first)
+        self.exchanges.append(self.exchange)
 
     def direction_changed(self, to):
         self.last_direction = to        # requests begin where the protocol finds them
@@ -3166,35 +3182,54 @@ class ProtocolChain(Chain):
         return rule.match and self.per_connection[rule] is None
 
     def rules_changed(self, new, changed=()):
+        # The new rules begin with the last exchange.
+        last = self.exchanges[-1]
+        self.set_exchange(last, is_first=last.request is None and self.last_direction is None)
         super().rules_changed(new, changed)
-        last, self.last_affected = self.exchanges[-1], None
+        self.last_affected = None
         for exchange in self.exchanges:
-            kept = [active for active in exchange.active_rules
-                    if self.still_acts(active, exchange)]
-            if exchange is last:
-                kept += [active for active in self.active_rules
-                         if not any(active is other for other in kept)]
-            exchange.active_rules = kept
+            exchange.active_rules = self.remaining_rules(exchange)
             if exchange.active_rules or exchange.queued_events:
                 self.last_affected = exchange
-        if last.forwarded:
-            self.exempt(last)
 
-    def still_acts(self, active, exchange):
-        """Return whether a rule stays active in an exchange after the rules have changed.
+    def remaining_rules(self, exchange):
+        """Return the active rules of an exchange after the installed rules have changed.
 
-        A rule that has chosen an error reply stays, to finish it. Other rules stay if they are
-        still installed, and if the exchange is not the last, which gets the current rules.
+        The last exchange gets the current rules, and each other one keeps those that are still
+        installed. The rule of the refusal stays in any case, to finish it.
         """
-        if active.acts and active.replies.get(exchange.request):
-            return True
-        return active.rule in self.rules.installed and exchange is not self.exchanges[-1]
+        if exchange is self.exchanges[-1]:
+            rules = self.active_rules
+        else:
+            rules = [active for active in exchange.active_rules
+                     if active.rule in self.rules.installed]
+        refusing = [exchange.refusal.active_rule] if exchange.refusal else []
+        return [active for active in refusing if not any(active is rule for rule in rules)] + rules
 
-    def exempt(self, exchange):
-        """Keep rules from replying to a request of which some bytes have been forwarded."""
-        for active in exchange.active_rules:
-            if active.acts:
-                active.replies.setdefault(exchange.request, None)
+    def set_exchange(self, exchange, is_first=False):
+        """Note the exchange that the next event belongs to.
+
+        is_first    whether a rule may refuse the request, or the client, at this event
+        """
+        self.exchange = exchange
+        self.current_request, self.number = exchange.request, exchange.number
+        self.protocol.refusable = exchange if is_first and not exchange.refusal else None
+
+    def release(self, removed, changed):
+        """Undo the delays of rules that were removed or changed, as DelayQueue.release does.
+
+        Here the events are those that wait for their turn in an exchange.
+        """
+        rules, released = [*removed, *changed], False
+        for exchange in self.exchanges:
+            for index, (start, to, data, delays) in enumerate(exchange.queued_events):
+                kept = tuple(delay for delay in delays if delay[0] not in rules)
+                exchange.queued_events[index] = start, to, data, kept
+                released = released or kept != delays
+        return released
+
+    def all_active_rules(self):
+        return [active for exchange in self.exchanges for active in exchange.active_rules]
 
     # Boundaries
 
@@ -3222,8 +3257,6 @@ class ProtocolChain(Chain):
         else:
             last = Exchange(self.request, self.active_rules, request)
             self.exchanges.append(last)
-        if self.head_forwarded:
-            self.exempt(last)
 
     def continue_request(self, boundary):
         self.in_request = True
@@ -3260,10 +3293,7 @@ class ProtocolChain(Chain):
         """Remove the first exchange if it is done and not the last. Return whether it did so."""
         if len(self.exchanges) == 1 or not self.exchanges[0].is_done():
             return False
-        first = self.exchanges.popleft()
-        for active in first.active_rules:
-            active.replies.pop(first.request, None)
-        if first is self.last_affected:
+        if self.exchanges.popleft() is self.last_affected:
             self.last_affected = None
         return True
 
@@ -3271,11 +3301,15 @@ class ProtocolChain(Chain):
         """Remove exchanges that are done. Returns the events that are released by that."""
         events = []
         while self.pop_done():
-            first = self.exchanges[0]
-            events += [(max(t, now), to, data, delays)
-                       for t, to, data, delays in first.queued_events]
-            first.queued_events = []
+            events += self.take_queued(self.exchanges[0], now)
         return events
+
+    def take_queued(self, exchange, now):
+        """Remove and return the events that an exchange has queued, in the form of `process`."""
+        queued, exchange.queued_events = exchange.queued_events, []
+        self.modified = self.modified or bool(queued)
+        return [(max(now, start + sum(seconds for _, seconds, _ in delays)), to, data, delays)
+                for start, to, data, delays in queued]
 
     # Bytes
 
@@ -3419,35 +3453,57 @@ class ProtocolChain(Chain):
         self.apply(to, boundary)
         events = self.release_done(now)
         head, self.head = self.head, b""
+        is_first = boundary is not CONTINUATION and not self.head_forwarded
         if boundary is not CONTINUATION:
             head = self.protocol.rewrite_head(head)
-        return events + (self.process_in_exchange(now, to, head) if head else [])
+        return events + (self.process_in_exchange(now, to, head, is_first) if head else [])
 
-    def process_in_exchange(self, now, to, data):
+    def process_in_exchange(self, now, to, data, is_first=False):
         """Run bytes or a signal through the rules of the exchange that they belong to.
+
+        is_first    whether the data is the whole head of a request
 
         Returns the events that may leave now. Replies of later exchanges are queued in them.
         """
         exchange = self.exchanges[-1 if to is UPSTREAM else 0]
-        self.current_request, self.number = exchange.request, exchange.number
+        is_connecting = to is UPSTREAM and exchange.request is None and not exchange.reply_done
+        self.set_exchange(exchange, is_first or is_connecting)
         # Bytes that continue a complete request (COPY data, a password), and the end of these
         # bytes, are exempt.
         exempt = to is UPSTREAM and exchange.complete and (data or data is END_OF_MESSAGE)
         events = []
         for event in self.run_chain([] if exempt else exchange.active_rules, now, to,
                                     [(now, to, data, ())]):
-            _, direction, made, _ = event
-            if direction == UPSTREAM and made:
+            _, direction, made, delays = event
+            if direction == UPSTREAM and made and not exempt:
                 exchange.forwarded = True
             if made is END_OF_MESSAGE:
                 continue
             if exchange is not self.exchanges[0] and (
                     direction == DOWNSTREAM or not (made or made is data)):
-                exchange.queued_events.append(event)
+                exchange.queued_events.append((now, direction, made, delays))
                 self.closing = self.closing or (direction == UPSTREAM and made is EOF)
             else:
                 events.append(event)
         return events
+
+    def run_rule(self, active, event, opening):
+        """Return the events that one active rule makes of one event.
+
+        The rule of a refusal finishes the refusal, instead of calling its handler.
+        """
+        exchange = self.exchange
+        if exchange.refusal is None or exchange.refusal.active_rule is not active:
+            events = super().run_rule(active, event, opening)
+            if exchange.refusal and exchange.refusal.reply.closes:
+                self.closing = True
+            return events
+        t, to, data, delays = event
+        events = list(self.protocol.finish_refusal(exchange, t, to, data))
+        if events == [(t, to, data)]:
+            return [event]
+        self.note_changes(active, to, events, opening)
+        return [(due, direction, made, delays) for due, direction, made in events]
 
     def process(self, t, to, data):
         """Run a signal through the active rules. The bytes of a held head come before it."""
@@ -3464,12 +3520,15 @@ class ProtocolChain(Chain):
         """Stop parsing, because bytes were not of the protocol. Continue as tcp.
 
         Sets `protocol_error`, and `successor` to the Chain that replaces this one. But if the
-        client's bytes are wrong while error replies are queued, this chain stays, and passes
-        the client's further bytes. Returns the events of all that was held.
+        client's bytes are wrong while error replies are still to be sent, this chain stays, and
+        passes the client's further bytes. Returns the events of all that was held.
         """
         self.protocol_error = str(error)
         self.modified = True
-        if to is UPSTREAM and any(exchange.queued_events for exchange in self.exchanges):
+        if to is UPSTREAM and any(
+                exchange.queued_events or (exchange.refusal and exchange.complete
+                                           and not exchange.is_done())
+                for exchange in self.exchanges):
             self.protocol.request_framer.restart(read_opaque())
             self.in_request = True
             return self.flush_head(now)
@@ -3480,7 +3539,8 @@ class ProtocolChain(Chain):
                                 if active is not None}
         chain.active_rules, chain.newly_acted = self.active_rules, self.newly_acted
         chain.answered_early = self.answered_early
-        events = [event for exchange in self.exchanges for event in exchange.queued_events]
+        events = [event for exchange in self.exchanges
+                  for event in self.take_queued(exchange, now)]
         if self.head:
             if self.exchanges[-1].request or self.protocol.server_first:
                 chain.begin_request()       # for a request that is not of the protocol
@@ -4918,9 +4978,10 @@ class Connection:
         """
         now = self.loop.clock()
         self.chain.rules_changed(new, changed)
+        released = self.chain.release(removed, changed)
         for link in self.up, self.down:
-            if link.release(removed, changed):
-                self.chain.reset_rate_limits(link.to, link.latest)
+            if link.release(removed, changed) or released:
+                self.chain.reset_due_times(link.to, max(now, link.latest))
         self.enqueue(now, self.chain.process_open(now, [UPSTREAM, DOWNSTREAM], [*new, *changed]))
 
     def on_timer(self):
@@ -6067,7 +6128,7 @@ def handle_request(control, method, target, read_body, headers=None):
                 else dialect.render(result, chosen_route.status))
     except ConnectionError:
         raise
-    except Exception as exc:
+    except BaseException as exc:        # of a user's class, too: Ctrl-C only calls Loop.stop
         # No local variable refers to the ApiError: its traceback refers to this frame, so they
         # would form a reference cycle.
         return dialect.render_error(dialect.to_api_error(exc)
