@@ -3101,6 +3101,21 @@ class TestDelayQueue(unittest.TestCase):
         while queue.read_limit(clock) > 0:
             queue.put(due, bytes(queue.read_limit(clock)), 0)
 
+    def test_a_queue_is_read_into_again_once_there_is_room_for_more_than_a_few_bytes(self):
+        """Otherwise each small read becomes a piece of the slicer: half of average_size."""
+        for total in vaurien.HELD_TOTAL, 0:         # also while only HELD_MIN is allowed
+            with self.subTest(total=total):
+                queue = vaurien.DelayQueue(UPSTREAM, vaurien.Budget(total))
+                self.fill(queue, NEVER)
+                read_sizes = []
+                while queue.held > 100:
+                    queue.credit(100)
+                    read_sizes.append(queue.read_limit(lambda: 0))
+                self.assertEqual(read_sizes[0], 0)
+                smallest = min(size for size in read_sizes if size)
+                allowance = queue.budget.allowance(vaurien.HELD_MAX_IDLE)
+                self.assertGreaterEqual(smallest, min(vaurien.READ_MIN, allowance / 4))
+
     def test_bytes_keep_their_order_whatever_their_due_times(self):
         for due, data in (5, b"a"), (2, b"b"), (9, b"c"), (3, EOF):
             self.queue.put(due, data, 0)
@@ -3198,7 +3213,7 @@ class TestRateLimits(unittest.TestCase):
         chain = chain_of(vaurien.Rule("bandwidth", {"rate": 1000}))
         for t, _, data, delays in chain.process(0, DOWNSTREAM, bytes(500000)):
             queue.put(t, data, 0, delays)
-        self.assertLess(queue.read_limit(lambda: 0), 0)
+        self.assertEqual(queue.read_limit(lambda: 0), 0)
         self.assertAlmostEqual(queue.resume_reading_at(0), 0.4)
         self.assertGreater(queue.read_limit(lambda: 0.41), 0)
         self.assertEqual(queue.resume_reading_at(0.41), NEVER)

@@ -127,6 +127,8 @@ HELD_MAX_IDLE = 256 * 1024      # bytes that a delay queue holds at most in othe
 HELD_TOTAL = 512 * 1024 * 1024  # bytes that all delay queues of a loop hold at most, together
 HELD_MIN = 4 * 1024             # bytes reserved for each delay queue, even if the others use up
                                 #   the budget
+READ_MIN = 16 * 1024            # bytes of the smallest recv into a delay queue, as long as the
+                                #   queue may hold four times as many
 CHUNK_OVERHEAD = 400            # bytes of memory for a queued chunk besides its data, measured:
                                 #   398 on Python 3.6, 336 on 3.13
 MATCH_WINDOW = 64 * 1024        # bytes at the start of a request in which `match` searches
@@ -3716,17 +3718,22 @@ class DelayQueue:
         return True
 
     def read_limit(self, clock):
-        """Return how many bytes may be read into this queue now. 0 or less: the queue is full.
+        """Return how many bytes may be read into this queue now. 0: the queue is full.
 
         A source that is not read slows its sender down (backpressure). The bound is high while
         bytes flow. The bound is low if the first event is never due, or if a rate limit delays
         the queue: then the sender must slow down soon. An empty queue reads no clock.
+
+        A nearly full queue counts as full. Otherwise each read would only take the place of the
+        few bytes sent last, and rules that cut chunks, such as `slicer`, would cut small ones.
         """
         bound = HELD_MAX_IDLE
         if self.queue and self.queue[0][0] < NEVER and (
                 self.rate_limited_until - RATE_BACKLOG <= clock()):
             bound = HELD_MAX
-        return min(CHUNK, self.budget.allowance(bound) - self.held - CHUNK_OVERHEAD)
+        allowance = self.budget.allowance(bound)
+        room = allowance - self.held - CHUNK_OVERHEAD
+        return min(CHUNK, room) if room >= min(READ_MIN, allowance / 4) else 0
 
     def discard(self):
         """Drop all bytes and signals that are held."""
