@@ -951,6 +951,20 @@ MYSQL_CLOSE_1 = mysql_packet(0, b"\x19" b"\1\0\0\0")        # COM_STMT_CLOSE, st
 MYSQL_LAST_PREPARED = b"\xff\xff\xff\xff"       # MariaDB: the id of the last prepared statement
 MYSQL_OK_BODY = b"\0\0\0\2\0\0\0"
 MYSQL_OK = mysql_packet(1, MYSQL_OK_BODY)
+MYSQL_OK_MORE = mysql_packet(1, b"\0\0\0" b"\x0a\0\0\0")      # another result follows
+MYSQL_ERR = mysql_packet(1, b"\xff\x28\x04#42000no")
+MYSQL_EOF = mysql_packet(1, b"\xfe\0\0\2\0")
+MYSQL_EOF_MORE = mysql_packet(1, b"\xfe\0\0\x0a\0")
+MYSQL_EOF_CURSOR = mysql_packet(1, b"\xfe\0\0\x42\0")
+MYSQL_ROWS_END = mysql_packet(1, b"\xfe\0\0\2\0\0\0")      # an OK in the place of an EOF
+MYSQL_COLUMN = mysql_packet(1, b"\3def" + bytes(20))
+MYSQL_ROW = mysql_packet(1, b"\1a")
+
+
+def mysql_result(*values):
+    """Return the reply to a query: a result of one column."""
+    rows = b"".join(mysql_packet(1, bytes([len(value)]) + value) for value in values)
+    return mysql_packet(1, b"\1") + MYSQL_COLUMN + MYSQL_EOF + rows + MYSQL_EOF
 
 
 def pg_message(type_byte, body=b""):
@@ -1158,6 +1172,37 @@ class TestFraming(unittest.TestCase):
             ("ms", b"HD\r\n"),
             ("mg", b"VA 3 x\r\nabc\r\n"),
             ("mn", b"MN\r\n")]),
+        ("mysql", [
+            (3, MYSQL_OK),
+            (3, MYSQL_ERR),
+            (3, mysql_result(b"a", b"", b"\xfe\xff")),
+            (3, mysql_result()),
+            # Without the first EOF, and with an OK in the place of the last one
+            (3, mysql_packet(1, b"\2") + MYSQL_COLUMN * 2 + MYSQL_ROW * 3 + MYSQL_ROWS_END),
+            (3, mysql_packet(1, b"\1") + MYSQL_COLUMN + MYSQL_ROWS_END),
+            (3, mysql_packet(1, b"\xfc\3\0") + MYSQL_COLUMN * 3 + MYSQL_ROW + MYSQL_ERR),
+            # Several results; a null value begins a row
+            (3, MYSQL_OK_MORE + mysql_packet(1, b"\1") + MYSQL_COLUMN + MYSQL_EOF
+             + mysql_packet(1, b"\xfb") + MYSQL_EOF_MORE + MYSQL_OK),
+            # A progress report, and then an OK
+            (3, mysql_packet(1, b"\xff\xff\xff\1\1\2\0\0\0") + MYSQL_OK),
+            # The reply after a local file
+            (3, mysql_packet(1, b"\xfbname") + MYSQL_OK),
+            (9, mysql_packet(1, b"Uptime: 1")),
+            (14, MYSQL_OK),
+            # PREPARE with two parameters and one column
+            (0x16, mysql_packet(1, b"\0" b"\1\0\0\0" b"\1\0\2\0\0\0\0")
+             + MYSQL_COLUMN * 2 + MYSQL_EOF + MYSQL_COLUMN + MYSQL_EOF),
+            (0x16, mysql_packet(1, b"\0" b"\1\0\0\0" b"\0\0\0\0\0\0\0")),
+            # EXECUTE with binary rows, without known columns, and with a cursor; FETCH
+            (0x17, mysql_packet(1, b"\1") + MYSQL_COLUMN + MYSQL_EOF
+             + mysql_packet(1, b"\0\0\1a") + MYSQL_EOF),
+            (0x17, mysql_packet(1, b"\1\0") + MYSQL_ROW + MYSQL_ROWS_END),
+            (0x17, mysql_packet(1, b"\1") + MYSQL_COLUMN + MYSQL_EOF_CURSOR),
+            (0x1c, mysql_packet(1, b"\0\0\1a") * 2 + MYSQL_EOF),
+            (0x1c, MYSQL_EOF),
+            # CHANGE_USER with another round of the login
+            (0x11, mysql_packet(1, b"\xfeplugin\0nonce") + MYSQL_OK)]),
         ("postgres", [
             ("QUERY", pg_message(b"T", b"x") + pg_message(b"D", b"Z") + PG_SELECTED_1 + PG_READY),
             ("EXECUTE", PG_PARSE_COMPLETE + PG_BIND_COMPLETE + pg_message(b"n")
@@ -1247,7 +1292,8 @@ class TestFraming(unittest.TestCase):
     def test_boundaries_of_replies(self):
         for protocol, rows in self.REPLIES:
             with self.subTest(protocol):
-                pending = [vaurien.Request(b"", name) for name, _ in rows]
+                info = vaurien.MysqlCommand(b"") if protocol == "mysql" else None
+                pending = [vaurien.Request(b"", name, info=info) for name, _ in rows]
                 data, boundaries = b"", []
                 for _, reply in rows:
                     data += reply
@@ -1256,6 +1302,20 @@ class TestFraming(unittest.TestCase):
                     self.read_boundaries(protocol, data, [len(data)], DOWNSTREAM, pending),
                     boundaries)
                 self.check_splits("replies", boundaries, protocol, data, DOWNSTREAM, pending)
+
+    def test_the_rows_of_mysql_may_be_larger_than_a_packet(self):
+        """The second packet of a row may begin like an EOF, and may be empty."""
+        largest = mysql_packet(1, b"\xfe" + bytes(0xFFFFFE))
+        first = mysql_packet(1, b"\1") + MYSQL_COLUMN + MYSQL_EOF
+        for rest in mysql_packet(2, b"\xfe\0"), mysql_packet(2, b""):
+            with self.subTest(rest=rest):
+                data = first + MYSQL_ROW + largest + rest + MYSQL_ROW + MYSQL_EOF
+                cut = len(first + MYSQL_ROW + largest)
+                for sizes in [len(data)], [cut - 1, 2, 3, len(data)], [cut + 4, len(data)]:
+                    request = vaurien.Request(b"", 3, info=vaurien.MysqlCommand(b""))
+                    self.assertEqual(
+                        self.read_boundaries("mysql", data, sizes, DOWNSTREAM, [request]),
+                        [(len(data), vaurien.END_OF_MESSAGE)])
 
     def random_messages(self, rng, samples):
         """Return [(name of a request, bytes)]. The bytes are joined, changed and cut samples."""
@@ -2049,9 +2109,10 @@ class TestProtocolChain(unittest.TestCase):
         self.assertEqual(play.backend(MYSQL_OK).to_client[3], 2)
 
     def test_mysql_statements_that_fail(self):
+        # An EXECUTE of the last statement that follows must not execute an earlier one.
         play = self.play("mysql", error_rule("1205", match=b"^SELECT"))
-        play.client(mysql_prepare(b"SELECT ?"))
-        self.assertFalse(play.last_request_is_forwarded())
+        play.client(mysql_prepare(b"SELECT ?")).assert_becomes(mysql_prepare(b"vaurien"))
+        play.backend(MYSQL_ERR).assert_reply_matches(b"Lock wait")
         play = self.play("mysql", error_rule("1205", match=b"nothing"))
         play.client(mysql_prepare(b"SELECT ?"))
         request = play.reader.feed_request(mysql_execute(MYSQL_LAST_PREPARED))
@@ -2060,6 +2121,48 @@ class TestProtocolChain(unittest.TestCase):
         play = self.play("mysql", error_rule("1205"))
         play.client(mysql_execute(b"\7\0\0\0")).assert_becomes(
             mysql_packet(0, b"\x1a" b"\7\0\0\0"))
+
+    def test_each_mysql_reply_belongs_to_its_pipelined_statement(self):
+        for kind in "1205", "1213":
+            with self.subTest(kind):
+                play = self.play("mysql", error_rule(kind, match=b"bad"))
+                rollback = mysql_query(b"ROLLBACK") if kind == "1213" else b""
+                error = error_bytes("mysql", kind)
+                play.client(mysql_query(b"one") + mysql_query(b"bad") + mysql_query(b"two")
+                            + MYSQL_CLOSE_1 + mysql_query(b"bad")).assert_becomes(
+                    mysql_query(b"one") + rollback + mysql_query(b"two") + MYSQL_CLOSE_1
+                    + rollback)
+                substitute = MYSQL_OK if rollback else b""
+                play.backend(mysql_result(b"1")[:-3]).assert_passes()
+                play.backend(mysql_result(b"1")[-3:] + substitute).assert_becomes(
+                    mysql_result(b"1")[-3:] + error)
+                play.backend(mysql_result(b"2", b"3") + substitute).assert_becomes(
+                    mysql_result(b"2", b"3") + error)
+                play.client(mysql_query(b"three")).assert_passes()
+                self.assertEqual(play.exchange_count(), 1)
+
+    def test_a_mysql_deadlock_of_a_prepared_statement_has_two_substitutes(self):
+        play = self.play("mysql", error_rule("1213"))
+        play.client(mysql_execute(b"\7\0\0\0") + mysql_prepare(b"SELECT ?")).assert_becomes(
+            mysql_packet(0, b"\x1a" b"\7\0\0\0") + mysql_query(b"ROLLBACK")
+            + mysql_prepare(b"vaurien") + mysql_query(b"ROLLBACK"))
+        error = error_bytes("mysql", "1213")
+        play.backend(MYSQL_OK).assert_held()
+        play.backend(MYSQL_OK).assert_becomes(error)
+        play.backend(MYSQL_ERR + MYSQL_OK).assert_becomes(error)
+
+    def test_a_mysql_error_has_the_sequence_number_of_its_own_request(self):
+        play = self.play("mysql", error_rule("1205", match=b"bad"))
+        play.client(MYSQL_LOGIN)
+        play.client(mysql_query(b"one") + mysql_query(b"bad" + bytes(0xFFFFFB))
+                    + mysql_packet(1, b"x") + mysql_query(b"two"))
+        output = play.backend(MYSQL_OK)
+        self.assertEqual(output.to_client[len(MYSQL_OK) + 3], 2)
+
+    def test_mysql_replication_continues_as_tcp(self):
+        play = self.play("mysql", error_rule("1205"))
+        play.client(mysql_packet(0, b"\x12" + bytes(10))).assert_passes()
+        self.assertEqual(play.chain.protocol_error, "replication follows")
 
     def test_mysql_statements_prepared_and_executed_without_waiting_leave_the_queue(self):
         play = self.play("mysql", error_rule("1205", match=b"bad"))
@@ -10070,6 +10173,46 @@ class TestMariaDB(RealServerTests, unittest.TestCase):
                     cursor.execute("COMMIT")
                     cursor.execute("SELECT i FROM d.t ORDER BY i")
                     self.assertEqual(list(cursor.fetchall()), rows)
+
+    NODE_SCRIPT = textwrap.dedent("""\
+        const mariadb = require("mariadb");
+
+        async function run() {
+            const client = await mariadb.createConnection(
+                {host: "127.0.0.1", port: +process.argv[2], user: "root"});
+            // The statements are sent without waiting. Some are prepared in the same way.
+            const outcome = (reply) => reply.then(
+                (rows) => String(Object.values(rows[0])[0]), (error) => "error:" + error.errno);
+            const replies = [];
+            for (let value = 0; value < 10; value++) {
+                replies.push(outcome(client.query(`SELECT ${value} /* q${value} */`)));
+                replies.push(outcome(client.execute(`SELECT ${value} + ? /* p${value} */`, [10])));
+            }
+            console.log((await Promise.all(replies)).join(" "));
+            client.destroy();
+        }
+        run();
+        """)
+
+    def test_node_gets_the_reply_to_each_pipelined_statement(self):
+        """mariadb, from npm, in a folder of NODE_PATH or in the current folder."""
+        node = shutil.which("node")
+        if not node or subprocess.call([node, "-e", "require('mariadb')"],
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+            raise unittest.SkipTest("no mariadb for Node")
+        for kind in "1205", "1213":
+            for match, failed in ("q3", {6}), ("[qp]3", {6, 7}), ("p[49]", {9, 19}):
+                with self.subTest(kind, match=match):
+                    proxy = self.start_proxy("100:error", "mysql",
+                                             error={"kind": kind, "match": match})
+                    output = subprocess.check_output(
+                        [node, "-", str(proxy.port)], input=self.NODE_SCRIPT,
+                        universal_newlines=True, timeout=TIMEOUT, stderr=subprocess.STDOUT)
+                    values = [str(value) for pair in zip(range(10), range(10, 20))
+                              for value in pair]
+                    self.assertEqual(output.split(), [
+                        "error:" + kind if index in failed else value
+                        for index, value in enumerate(values)])
 
     def test_a_prepared_statement_of_mysql_connector_fails(self):
         import mysql.connector

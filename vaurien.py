@@ -895,6 +895,7 @@ def check_handler(path, function):
 #   an int              skip this many bytes
 #   NeedBytes(count)    receive this many bytes, as the value of the yield
 #   SkipUntil(marker)   skip all bytes up to the end of the marker
+#   SkipRows()          skip the rows of MySQL, and receive the header of the packet after them
 #   a pattern           receive the bytes up to the end of its first match, HEAD_MAX at most
 #   a Head              the same, but raise ProtocolError as soon as they cannot be a head
 #   a Request           the bytes since the last END_OF_MESSAGE are the head of this request
@@ -1038,6 +1039,26 @@ NO_REPLY = Reply(b"")       # the event is dropped, and the client gets nothing 
 Refusal = namedtuple("Refusal", "active_rule reply")    # the rule that replies, and its Reply
 
 
+class SkipRows:
+    """A reader yields this to skip packets of MySQL that are rows, up to the packet after them.
+
+    It receives the header and the first byte of that packet. This is one loop over the data,
+    because a reader of each single row would be slow.
+
+    left         bytes of the current row that have not arrived
+    continues    whether the next packet continues the current row
+    """
+
+    __slots__ = ("left", "continues")
+
+    HEADER = struct.Struct("<IB")       # size (3 bytes), sequence number, type
+    PACKET_MAX = 0xFFFFFF               # size of a packet's body that the next packet continues
+    EOF = 0xFE                          # the type that ends rows. ERR, which is 0xFF, does too
+
+    def __init__(self):
+        self.left, self.continues = 0, False
+
+
 class Framer:
     """Finds the boundaries of requests, or of replies, in the bytes of one direction.
 
@@ -1173,9 +1194,35 @@ class Framer:
         until.tail = (tail + data[max(offset, size - overlap):size])[-overlap:]
         return size, None
 
+    def skip_rows(self, rows, data, offset, size):
+        """Skip rows of MySQL. Receive the header and the first byte of the packet after them."""
+        offset += rows.left
+        while True:
+            if not (rows.continues or self.buffered):   # common rows, whose header is complete
+                while offset + 5 <= size:
+                    word, type_ = rows.HEADER.unpack_from(data, offset)
+                    body_size = word & rows.PACKET_MAX
+                    if type_ >= rows.EOF or body_size == rows.PACKET_MAX:
+                        break
+                    offset += 4 + body_size
+            rows.left = max(0, offset - size)
+            if rows.left:
+                return size, None
+            end = min(size, offset + (4 if rows.continues else 5) - len(self.buffered))
+            header, offset = self.buffered + bytes(data[offset:end]), end
+            if len(header) < (4 if rows.continues else 5):
+                self.buffered = header
+                return size, None
+            self.buffered = b""
+            body_size = int.from_bytes(header[:3], "little")
+            if header[4:] >= b"\xfe" and body_size < rows.PACKET_MAX:
+                return offset, header
+            rows.continues = body_size == rows.PACKET_MAX
+            offset += body_size - len(header[4:])
+
     # {type of the yielded value: consumer}
     CONSUMERS = {PATTERN: receive_match, Head: receive_match, NeedBytes: receive_count,
-                 SkipUntil: skip_until}
+                 SkipUntil: skip_until, SkipRows: skip_rows}
 
 
 def read_opaque():
@@ -1776,6 +1823,27 @@ def mysql_packet(sequence, body):
     return len(body).to_bytes(3, "little") + bytes([sequence]) + body
 
 
+def mysql_integer(data, offset):
+    """Return (number, offset of the next byte) of a length-encoded integer, or (0, offset)."""
+    size = {0xfc: 2, 0xfd: 3, 0xfe: 8}.get(data[offset], 0) if offset < len(data) else 0
+    end = offset + 1 + size
+    return int.from_bytes(data[offset + (size > 0):end], "little"), end
+
+
+class MysqlCommand:
+    """The data that Mysql keeps of a command until its reply ends.
+
+    statement      the text of a PREPARE, or the id of the statement that the command executes
+    sequence       the sequence number of its last packet
+    substitutes    the number of commands that the backend gets in its place
+    """
+
+    __slots__ = ("statement", "sequence", "substitutes")
+
+    def __init__(self, statement):
+        self.statement, self.sequence, self.substitutes = statement, 0, 0
+
+
 @protocol
 class Mysql(Protocol):
     """The client/server protocol of MySQL and MariaDB.
@@ -1783,7 +1851,17 @@ class Mysql(Protocol):
     A packet has a header of 4 bytes: the size of the body (3 bytes, little-endian), and the
     sequence number. The body of a command is one byte for the command, and its arguments.
 
-    Request.info is the id of the statement that the command executes, or the command's text.
+    Clients may send commands without waiting for the replies. So each reply is parsed up to its
+    end. It is one packet, or it has rows, and several results may follow one another:
+
+        OK, ERR, EOF                            one packet; the status of an OK tells whether
+                                                another result follows
+        count, columns, [EOF], rows, EOF        a result; the last EOF may be an OK. After the
+                                                first EOF no row follows if a cursor is open
+        LOCAL INFILE, OK                        the client sends a file in between
+        OK, parameters, [EOF], columns, [EOF]   the reply to PREPARE
+
+    Request.info is a MysqlCommand.
     """
 
     errors = OrderedDict((
@@ -1809,23 +1887,35 @@ class Mysql(Protocol):
     fatal_errors = ("1053", "1927", "4031")
     server_first = True
     # Commands
-    QUIT, QUERY, PREPARE, EXECUTE, SEND_LONG_DATA, CLOSE, RESET = (
-        0x01, 0x03, 0x16, 0x17, 0x18, 0x19, 0x1a)
+    QUIT, QUERY, FIELD_LIST, STATISTICS, PROCESS_INFO, CHANGE_USER = (
+        0x01, 0x03, 0x04, 0x09, 0x0a, 0x11)
+    PREPARE, EXECUTE, SEND_LONG_DATA, CLOSE, RESET, FETCH, BULK_EXECUTE = (
+        0x16, 0x17, 0x18, 0x19, 0x1a, 0x1c, 0xfa)
     WITHOUT_REPLY = {QUIT, SEND_LONG_DATA, CLOSE}
-    # First bytes of replies
-    OK, LOCAL_INFILE = b"\x00", b"\xfb"
+    WITH_RESULTS = {QUERY, PROCESS_INFO, EXECUTE, BULK_EXECUTE}
+    # BINLOG_DUMP, TABLE_DUMP, BINLOG_DUMP_GTID, CLONE, SUBSCRIBE_GROUP_REPLICATION_STREAM
+    SERVER_PUSH = {0x12, 0x13, 0x1e, 0x20, 0x21}
+    # First bytes of packets of the backend
+    OK, LOCAL_INFILE, EOF, ERR = b"\x00", b"\xfb", b"\xfe", b"\xff"
+    PROGRESS_REPORT = b"\xff\xff\xff"      # MariaDB: an ERR before the reply
+    EOF_SIZE = 5                            # an OK in the place of an EOF is longer
+    # Flags of a status
+    MORE_RESULTS, CURSOR_EXISTS = 0x08, 0x40
     # Capability flags of the login
     CLIENT_SSL = 0x800
     CLIENT_COMPRESS = 0x20 | 1 << 26        # zlib, zstd
+    CLIENT_DEPRECATE_EOF, CLIENT_QUERY_ATTRIBUTES = 1 << 24, 1 << 27
     DEADLOCK = "1213"
     LAST_PREPARED = b"\xff\xff\xff\xff"     # id of the statement that was prepared last
-    PACKET_MAX = 0xFFFFFF                   # size of a body that the next packet continues
+    PACKET_MAX = SkipRows.PACKET_MAX        # size of a body that the next packet continues
+    HEAD_SIZE = 256                         # bytes of a packet of the backend that are parsed
 
     def __init__(self, host=b""):
         self.statements = {}                # {id: text} of prepared statements
         self.prepared = b""                 # the text of the last PREPARE
         self.loading = False                # the client sends the data of LOCAL INFILE
-        self.sequence = 0                   # sequence number of the client's last packet
+        self.server_flags = 0xFFFFFFFF      # capability flags of the backend
+        self.flags = 0                      # those that the client has too
         self.capabilities_known = False     # the client has sent its first login packet
         super().__init__(host)
 
@@ -1839,12 +1929,12 @@ class Mysql(Protocol):
                 yield from self.read_continuation(size, sequence)
                 continue
             body = yield NeedBytes(min(size, MATCH_WINDOW))
-            yield self.make_request(body)
+            request = self.make_request(body)
+            yield request
             yield size - len(body)
-            self.sequence = 0
             while size == self.PACKET_MAX:
                 header = yield NeedBytes(4)
-                size, self.sequence = int.from_bytes(header[:3], "little"), header[3]
+                size, request.info.sequence = int.from_bytes(header[:3], "little"), header[3]
                 yield size
             yield END_OF_MESSAGE
 
@@ -1866,15 +1956,18 @@ class Mysql(Protocol):
         is_ssl_request = size == 32         # the login packet without the user's name
         if is_ssl_request and flags & self.CLIENT_SSL:
             raise ProtocolError("TLS follows")
+        self.flags = flags & self.server_flags
         if flags & self.CLIENT_COMPRESS:
             raise ProtocolError("compression follows")
 
     def make_request(self, body):
-        """Return the Request of a command, and end the replies to all earlier commands."""
-        self.end_earlier_replies()
+        """Return the Request of a command. Raises ProtocolError if replication follows."""
         command, text = body[0], self.note_statement(body)
+        if command in self.SERVER_PUSH:
+            raise ProtocolError("replication follows")
+        has_id = command in (self.EXECUTE, self.BULK_EXECUTE)
         return Request(text, command, replies=command not in self.WITHOUT_REPLY,
-                       info=body[1:5] if command == self.EXECUTE else text)
+                       info=MysqlCommand(body[1:5] if has_id else text))
 
     def note_statement(self, body):
         """Return the statement of a command: its own, or the prepared one that it executes.
@@ -1883,11 +1976,13 @@ class Mysql(Protocol):
         """
         command, statement_id = body[0], body[1:5]
         if command == self.QUERY:
-            return body[1:]
+            # Without attributes, the text begins after their number and the number of their sets.
+            has_counts = self.flags & self.CLIENT_QUERY_ATTRIBUTES and body[1:3] == b"\0\1"
+            return body[3 if has_counts else 1:]
         if command == self.PREPARE:
             self.prepared = body[1:]
             return self.prepared
-        if command == self.EXECUTE:
+        if command in (self.EXECUTE, self.BULK_EXECUTE):
             if statement_id == self.LAST_PREPARED:
                 return self.prepared
             return self.statements.get(statement_id, b"")
@@ -1895,34 +1990,125 @@ class Mysql(Protocol):
             self.statements.pop(statement_id, None)
         return b""
 
-    def end_earlier_replies(self):
-        """Expect no further reply to earlier requests.
-
-        The client has one request at a time, so it has received all of them.
-        """
-        self.reply_framer.restart(self.replies())
-        for exchange in self.awaited():
-            if exchange.request:
-                exchange.request.replies = False
-
     def replies(self):
-        """Read the first packet of a reply, and skip all further packets.
+        while True:
+            size, head = yield from self.read_packet()
+            request = self.current_request()
+            if request:
+                yield from self.read_reply(request, size, head)
+                yield END_OF_MESSAGE
+            elif self.awaited():
+                self.note_greeting(head)
+                yield END_OF_MESSAGE
+                yield from self.read_login()
 
-        The reply counts as complete after its first packet, because the number of its packets
-        is not parsed. The next request restarts this reader.
+    def note_greeting(self, head):
+        """Keep the capability flags in the greeting, whose version ends with a zero byte."""
+        offset = head.find(b"\0") + 14      # id of the connection, 8 bytes of a nonce, filler
+        self.server_flags = int.from_bytes(head[offset:offset + 2] + head[offset + 5:offset + 7],
+                                           "little")
+
+    def read_login(self):
+        """Read the packets of a login, up to an OK or ERR."""
+        head = b""
+        while head[:1] not in (self.OK, self.ERR):
+            _, head = yield from self.read_packet()
+
+    def read_packet(self):
+        """Read a packet, or several that continue each other. Skips progress reports.
+
+        Returns (size of the first one, its first bytes, HEAD_SIZE at most).
         """
-        header = yield NeedBytes(4)
-        size = int.from_bytes(header[:3], "little")
-        body = yield NeedBytes(min(size, 5))
-        type_, statement_id = body[:1], body[1:5]
-        request = self.current_request()
-        if request and request.name == self.PREPARE and type_ == self.OK:
-            self.statements[statement_id] = request.info
-        self.loading = bool(
-            request and request.name == self.QUERY and type_ == self.LOCAL_INFILE)
-        yield size - len(body)
-        yield END_OF_MESSAGE
-        yield UNLIMITED
+        while True:
+            header = yield NeedBytes(4)
+            size = rest = int.from_bytes(header[:3], "little")
+            head = yield NeedBytes(min(size, self.HEAD_SIZE))
+            yield size - len(head)
+            while rest == self.PACKET_MAX:
+                rest = int.from_bytes((yield NeedBytes(4))[:3], "little")
+                yield rest
+            if not head.startswith(self.PROGRESS_REPORT):
+                return size, head
+
+    def read_reply(self, request, size, head):
+        """Read the rest of a reply, after its first packet."""
+        command, type_ = request.name, head[:1]
+        if request.info.substitutes:        # each has a reply of one packet
+            for _ in range(request.info.substitutes - 1):
+                yield from self.read_packet()
+        elif type_ == self.ERR or command == self.STATISTICS:
+            pass
+        elif command in self.WITH_RESULTS:
+            yield from self.read_results(size, head)
+        elif command == self.PREPARE:
+            yield from self.read_prepared(request, head)
+        elif command in (self.FIELD_LIST, self.FETCH):
+            yield from self.read_rows(size, head)
+        elif command == self.CHANGE_USER and type_ != self.OK:
+            yield from self.read_login()
+        elif type_ not in (self.OK, self.EOF):
+            raise ProtocolError("an unknown reply to command %d" % command)
+
+    def read_results(self, size, head):
+        """Read results, of which the first packet of the first one has been read."""
+        while True:
+            self.loading = head[:1] == self.LOCAL_INFILE
+            if head[:1] in (self.OK, self.ERR):
+                status = self.status(size, head)
+            elif self.loading:
+                status = self.MORE_RESULTS      # an OK or ERR follows
+            else:
+                status = yield from self.read_result(size, head)
+            if not status & self.MORE_RESULTS:
+                return
+            size, head = yield from self.read_packet()
+
+    def read_result(self, size, head):
+        """Read a result with rows, after its first packet. Returns its status.
+
+        MariaDB leaves the columns out if the client knows them. Then the first packet is the
+        number of columns and a zero byte.
+        """
+        count, end = mysql_integer(head, 0)
+        if not (size == end + 1 and head[end] == 0):
+            for _ in range(count):
+                yield from self.read_packet()
+        size, head = yield from self.read_packet()
+        if head[:1] == self.EOF and size == self.EOF_SIZE:
+            status = self.status(size, head)
+            if status & self.CURSOR_EXISTS:     # the client fetches the rows
+                return status
+            size, head = yield from self.read_packet()
+        return (yield from self.read_rows(size, head))
+
+    def read_rows(self, size, head):
+        """Read rows, of which the first packet has been read. Returns the status after them."""
+        if head[:1] not in (self.EOF, self.ERR) or size == self.PACKET_MAX:
+            header = yield SkipRows()
+            size = int.from_bytes(header[:3], "little")
+            rest = yield NeedBytes(min(size - 1, self.HEAD_SIZE))
+            yield size - 1 - len(rest)
+            head = header[4:] + rest
+        return self.status(size, head)
+
+    def read_prepared(self, request, head):
+        """Read the reply to PREPARE, after its first packet: the parameters and the columns."""
+        self.statements[head[1:5]] = request.info.statement
+        eof_count = not self.flags & self.CLIENT_DEPRECATE_EOF
+        for count in head[7:9], head[5:7]:
+            number = int.from_bytes(count, "little")
+            for _ in range(number + eof_count if number else 0):
+                yield from self.read_packet()
+
+    def status(self, size, head):
+        """Return the status flags in an OK or EOF; 0 for an ERR."""
+        offset = 3                              # after the number of warnings
+        if head[:1] == self.ERR:
+            return 0
+        if size != self.EOF_SIZE:               # an OK: after two integers
+            _, offset = mysql_integer(head, 1)
+            _, offset = mysql_integer(head, offset)
+        return int.from_bytes(head[offset:offset + 2], "little")
 
     def encode_error(self, kind):
         """Return an ERR packet."""
@@ -1933,20 +2119,26 @@ class Mysql(Protocol):
         return mysql_packet(1, code + ("#" + sqlstate + text).encode())
 
     def error_reply(self, kind, request):
-        """Return the Reply, with a substitute if the backend has state to drop, or None."""
-        substitute = b""
-        if kind == self.DEADLOCK:           # it rolls back the whole transaction
-            substitute = mysql_packet(0, bytes([self.QUERY]) + b"ROLLBACK")
-        elif request.name == self.EXECUTE and request.info != self.LAST_PREPARED:
-            # Like EXECUTE, RESET makes the backend forget the data of SEND_LONG_DATA.
-            substitute = mysql_packet(0, bytes([self.RESET]) + request.info)
+        """Return the Reply, with substitutes if the backend has state to drop, or None."""
         reply = super().error_reply(kind, request)
-        return reply._replace(substitute=substitute) if reply else None
+        if reply is None or reply.closes:
+            return reply
+        commands, statement = [], request.info.statement
+        if request.name == self.PREPARE:
+            # It fails, so the backend does not execute an earlier statement as the last one.
+            commands.append(bytes([self.PREPARE]) + b"vaurien")
+        elif request.name in (self.EXECUTE, self.BULK_EXECUTE) and statement != self.LAST_PREPARED:
+            # Like EXECUTE, RESET makes the backend forget the data of SEND_LONG_DATA.
+            commands.append(bytes([self.RESET]) + statement)
+        if kind == self.DEADLOCK:           # it rolls back the whole transaction
+            commands.append(bytes([self.QUERY]) + b"ROLLBACK")
+        request.info.substitutes = len(commands)
+        return reply._replace(substitute=b"".join(mysql_packet(0, body) for body in commands))
 
     def finish_reply(self, reply, request):
-        """Return the reply's packet with the sequence number after the client's last packet."""
+        """Return the reply's packet with the sequence number after the request's last packet."""
         size, body = reply.data[:3], reply.data[4:]
-        return size + bytes([(self.sequence + 1) % 256]) + body
+        return size + bytes([(request.info.sequence + 1) % 256]) + body
 
 
 def pg_message(type_, body):
