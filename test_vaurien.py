@@ -3534,6 +3534,15 @@ class TestAddresses(unittest.TestCase):
                     ValueError, "like %s, not the URL" % re.escape(address)):
                 vaurien.parse_address(url)
 
+    def test_no_error_shows_a_password(self):
+        for text in ["http://user:secret@host:81/x", "http://user:secret/secret@host",
+                     "http://user:secret@secret@host", "redis://:secret://secret@[::1]:6379/0",
+                     "user:secret@host:80", "user:secret@host:99999", "user:secret/x@host:1"]:
+            with self.subTest(text), self.assertRaises(ValueError) as raised:
+                vaurien.parse_address(text)
+            self.assertNotIn("secret", str(raised.exception))
+            self.assertIn("@", str(raised.exception))
+
     def test_arguments_of_proxy_are_checked_like_options(self):
         with self.assertRaisesRegex(ValueError, "unknown handler 'nope'"):
             vaurien.Proxy("localhost:9", behavior="20:nope")
@@ -4492,6 +4501,43 @@ class TestProxyLifecycle(unittest.TestCase):
                 connect(port)
         self.assertFalse(proxy.thread.is_alive())
 
+    def test_a_proxy_that_cannot_be_added_leaves_no_port_open(self):
+        table = vaurien.ProxyTable(seed=1)
+        table.loop = vaurien.Loop()
+        table.loop.stop()
+        table.loop.run()
+        table.loop.close()
+        proxy = vaurien.Proxy("127.0.0.1:9", "127.0.0.1:0")
+        with self.assertRaisesRegex(RuntimeError, "the loop has ended"):
+            table.add(proxy)
+        self.assertEqual((proxy.listener.sockets, dict(table)), ([], {}))
+
+    def test_a_proxy_that_loses_its_port_during_a_change_is_disabled(self):
+        """The old listener is closed first, and another program takes its port meanwhile."""
+        with running_proxy(echo) as proxy, connected_client(proxy) as sock, \
+                contextlib.ExitStack() as stack:
+            send_and_read(sock, b"question")
+            table, port, taken = proxy_table(proxy), proxy.port, []
+
+            def bind_listener(family, address):
+                if not taken:
+                    taken.append(stack.enter_context(
+                        contextlib.closing(listening_socket(port=port))))
+                raise OSError(errno.EADDRINUSE, "Address already in use")
+
+            with self.assertLogs("vaurien", "WARNING") as logged, \
+                    mock.patch.object(vaurien, "bind_listener", bind_listener), \
+                    self.assertRaisesRegex(vaurien.CannotListen, "Address already in use"):
+                table.change(proxy, ("", port), proxy.backend, enabled=True)
+            self.assertIn("disabled: cannot listen on 127.0.0.1:%d" % port, logged.output[0])
+            self.assertEqual((proxy.enabled, proxy.listener), (False, None))
+            self.assertEqual(read_until_close(sock).size, 0)
+            stack.close()
+            table.change(proxy, proxy.local, proxy.backend, enabled=True)
+            self.assertEqual(proxy.port, port)
+            with connected_client(proxy) as sock:
+                send_and_read(sock, b"question")
+
     def test_leaving_the_block_closes_everything_even_after_a_crash(self):
         def crash():
             raise SystemExit
@@ -4642,6 +4688,52 @@ class TestInProcess(unittest.TestCase):
         for options in {"dlay": {"sleep": 1}}, {"delay": {"slep": 1}}, {"delay": {"sleep": "x"}}:
             with self.subTest(options), self.assertRaises(ValueError):
                 vaurien.Proxy("localhost:9", options=options)
+
+    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
+    def test_a_forked_process_that_leaves_the_block_does_not_affect_the_proxy(self):
+        """The fork shares the selector: if it unregistered sockets, the proxy would be deaf."""
+        program = textwrap.dedent("""
+            import os, socket, sys, warnings
+            warnings.simplefilter("ignore", DeprecationWarning)     # of fork() while threads run
+            sys.path.insert(0, %r)
+            import vaurien
+
+            def ask(sock):
+                sock.settimeout(%d)
+                sock.sendall(b"question")
+                print(sock.recv(100).decode(), flush=True)
+
+            with vaurien.Proxy("127.0.0.1:%d", "127.0.0.1:0") as proxy:
+                with proxy.handler("delay", sleep=0.001):
+                    open_before = socket.create_connection(("127.0.0.1", proxy.port))
+                    ask(open_before)
+                    child_pid = os.fork()
+                    if child_pid == 0:
+                        for method, argument in [(proxy.wait_for, "delay"),
+                                                 (proxy.handler("hang").__enter__, None)]:
+                            try:
+                                method(*[argument] if argument else [])
+                            except RuntimeError as error:
+                                print(error, flush=True)
+                        ask(socket.create_connection(("127.0.0.1", proxy.port)))
+                        sys.exit(3)
+                    _, status = os.waitpid(child_pid, 0)
+                    print(os.WEXITSTATUS(status))
+                    ask(open_before)
+                    ask(socket.create_connection(("127.0.0.1", proxy.port)))
+                print(proxy.describe())
+            print(proxy.thread.is_alive())
+            """)
+        with backend_server(echo) as (port, _):
+            output = subprocess.check_output(
+                [sys.executable, "-c", program % (HERE, TIMEOUT, port)], timeout=TIMEOUT,
+                universal_newlines=True)
+        lines = output.splitlines()
+        for line in lines[1:3]:
+            self.assertRegex(line, r"^the proxy runs in process \d+: a fork of it can only ")
+        del lines[1:3]
+        self.assertEqual(lines, ["question", "question", "3", "question", "question",
+                                 "100:dummy", "False"])
 
     def test_wait_for_a_fault(self):
         with running_proxy(echo) as proxy, connected_client(proxy) as sock:
@@ -5910,6 +6002,8 @@ class TestToxiproxyApi(ToxiproxyTestCase):
                  "bad request body: upstream must have a port from 1 to 65535"),
                 ({"name": "x", "upstream": "local host"}, 400,
                  "bad request body: upstream must be HOST:PORT"),
+                ({"name": "x", "upstream": "localhost:1", "listen": "no host:12345"}, 400,
+                 "listen must be HOST:PORT"),
                 ({"name": "x", "upstream": "https://example.com/a"}, 400,
                  "bad request body: upstream must be HOST:PORT, without a scheme or a path, "
                  "like example.com:443"),
@@ -6473,6 +6567,63 @@ class TestToxiproxyApi(ToxiproxyTestCase):
         self.assertIn("address already in use", response["error"])
         self.assertEqual([proxy["name"] for proxy in response["proxies"]], ["a"])
         self.assertEqual(list(self.request("GET", "/proxies")), ["a"])
+
+    def test_a_slow_lookup_of_a_name_to_listen_on_delays_no_other_change(self):
+        self.create_proxy()
+        gate, waiting, responses = threading.Event(), threading.Event(), []
+        self.stack.callback(gate.set)
+        real_resolve = vaurien.resolve
+
+        def resolve(address, *args, **kwargs):
+            host, port = address
+            if host == "slow.example":
+                waiting.set()
+                gate.wait(TIMEOUT)
+            return real_resolve(("127.0.0.1", port), *args, **kwargs)
+
+        def run(*args):
+            responses.append(self.request(*args))
+
+        slow = {"name": "s", "listen": "slow.example:0", "upstream": "127.0.0.1:1"}
+        self.create_proxy(name="q")
+        with mock.patch.object(vaurien, "resolve", resolve):
+            for method, path, body, status in [
+                    ("POST", "/proxies", slow, 201),
+                    ("POST", "/proxies/q", {"listen": "slow.example:0"}, 200),
+                    ("POST", "/populate", [dict(slow, name="t")], 201)]:
+                with self.subTest(path):
+                    gate.clear()
+                    waiting.clear()
+                    thread = threading.Thread(target=run, args=(method, path, body, status))
+                    thread.start()
+                    self.assertTrue(waiting.wait(TIMEOUT))
+                    self.add_toxic("noop")
+                    self.request("DELETE", "/proxies/p/toxics/noop_downstream", status=204)
+                    self.request("POST", "/proxies/p", {"enabled": False})
+                    self.request("POST", "/proxies/p", {"enabled": True})
+                    self.assertTrue(thread.is_alive())
+                    gate.set()
+                    thread.join(TIMEOUT)
+            self.assertEqual(len(responses), 3)
+        self.assertEqual(set(self.request("GET", "/proxies")), {"p", "q", "s", "t"})
+
+    def test_of_two_proxies_with_one_name_created_at_once_one_is_refused(self):
+        """The second request passes the check of the name before the first one has added it."""
+        real_bind, added = vaurien.Proxy.bind, []
+
+        def bind(proxy):
+            if not added:
+                added.append(proxy)
+                self.create_proxy(name=proxy.name)
+            real_bind(proxy)
+
+        fields = {"name": "p", "listen": "127.0.0.1:0", "upstream": "127.0.0.1:1"}
+        with mock.patch.object(vaurien.Proxy, "bind", bind):
+            self.assertEqual(self.request_error("POST", "/proxies", fields, 409),
+                             "proxy already exists")
+        refused, = added
+        self.assertEqual(refused.listener.sockets, [])
+        self.assertIsNot(self.proxies["p"], refused)
 
     def test_populate_keeps_the_connections_of_an_unchanged_proxy(self):
         port = self.create_proxy()

@@ -4108,6 +4108,7 @@ class Loop:
         self.order = 0                      # of the last timer
         self.cancelled_count = 0            # number of cancelled timers in the heap
         self.calls = deque()                # (function, args) queued by other threads
+        self.pid = os.getpid()              # the process in which `run` may run
         self.running = True
         self.ended = False                  # whether `run` has returned
         # Shared by the connections of this loop
@@ -4245,8 +4246,9 @@ class Loop:
         """Run a function in the loop's thread, and return its result.
 
         Only other threads may call this: the loop's thread would wait for itself. Raises the
-        function's exception, or RuntimeError if the loop has ended.
+        function's exception, or RuntimeError if the loop has ended or runs in another process.
         """
+        self.check_process()
         done, outcome = threading.Event(), []
 
         def run():
@@ -4256,12 +4258,26 @@ class Loop:
         self.call_soon_threadsafe(run)
         # The loop may end before it runs the call, so check that every second.
         while not done.wait(0 if self.ended else 1):
-            if self.ended:
+            if self.ended and not done.is_set():
                 raise RuntimeError("the loop has ended")
         result, exc = outcome
         if exc:
             raise exc
         return result
+
+    def is_forked(self):
+        """Return whether this process is a fork of the one that has created the loop.
+
+        A fork has no thread of the loop. But it shares the selector: if it stopped watching a
+        socket, the loop would not watch the socket either.
+        """
+        return self.pid != os.getpid()
+
+    def check_process(self):
+        """Raise RuntimeError in a fork."""
+        if self.is_forked():
+            raise RuntimeError("the proxy runs in process %d: a fork of it can only connect to "
+                               "the proxy" % self.pid)
 
     def run_in_thread(self, function, on_done):
         """Run a function in a new thread, then call on_done(result, exc) in the loop's thread.
@@ -4299,7 +4315,8 @@ WILDCARD = ("0.0.0.0", "::")        # all addresses of this machine
 
 def parse_address(text, min_port=1):
     """Parse HOST:PORT, [::1]:8000 or :8000 into (host, port). Raises ValueError."""
-    message = "must be HOST:PORT, like localhost:8000, [::1]:8000 or :8000, not %r" % text
+    shown = hide_password(text)
+    message = "must be HOST:PORT, like localhost:8000, [::1]:8000 or :8000, not %r" % shown
     if "://" in text:
         raise ValueError(url_error(text))
     if "/" in text:
@@ -4309,23 +4326,31 @@ def parse_address(text, min_port=1):
         host = host[1:-1]
     elif ":" in host or "[" in host or "]" in host:
         raise ValueError("must be [HOST]:PORT where the host is an IPv6 address, like "
-                         "[::1]:8000, not %r" % text)
+                         "[::1]:8000, not %r" % shown)
     if not colon or not re.fullmatch("[0-9]{1,5}", port):
         raise ValueError(message)
     if not min_port <= int(port) <= 65535:
-        raise ValueError("must have a port from %d to 65535, not %r" % (min_port, text))
+        raise ValueError("must have a port from %d to 65535, not %r" % (min_port, shown))
     if not is_valid_host(host):
         raise ValueError(message)
     return host, int(port)
 
 
 def url_error(text):
-    """Return the error message for a URL in place of HOST:PORT. It hides the URL's password."""
+    """Return the error message for a URL in place of HOST:PORT."""
     scheme, host, port = re.match(
-        r"(.*?)://(?:[^/@]*@)?(\[[^]]*\]|[^/:?#]*)(?::(\d+))?", text, re.DOTALL).groups()
+        r"(.*?)://(?:.*@)?(\[[^]]*\]|[^/:?#]*)(?::(\d+))?", text, re.DOTALL).groups()
     default_port = {"http": "80", "https": "443"}.get(scheme.lower(), "PORT")
     return ("must be HOST:PORT, without a scheme or a path, like %s:%s, not the URL %r"
-            % (host or "localhost", port or default_port, re.sub("//[^/@]*@", "//...@", text)))
+            % (host or "localhost", port or default_port, hide_password(text)))
+
+
+def hide_password(text):
+    """Replace the user and the password of a URL, if it has them, by three dots.
+
+    A password may contain "/" and "@", so everything up to the last "@" is replaced.
+    """
+    return re.sub(r"\A([^:/@]*://)?.*@", r"\1...@", text, flags=re.DOTALL)
 
 
 def parse_listener(text):
@@ -4993,21 +5018,7 @@ class Connection:
         if limit <= 0 or self.phase is HANDED_OFF:      # the event is older than this state
             self.update_interest()
             return 0
-        if self.phase is LINGERING:
-            return self.discard_input(link)
         return 0 if self.proxy.has_blocking and self.hand_off(link) else limit
-
-    def discard_input(self, link):
-        """Receive bytes of a client that has got its last reply, and drop them. Returns 0."""
-        try:
-            size = link.source.recv_into(self.loop.buffer)
-        except OSError as error:
-            self.on_recv_error(link, error)
-        else:
-            link.buffered_in += size
-            if not size:
-                self.on_eof(link)
-        return 0
 
     def filter(self, link, target, data):
         """Run received bytes through the chain. Returns the bytes to send immediately.
@@ -5015,9 +5026,13 @@ class Connection:
         target    None if the fast path is closed: then bytes are queued in any case
 
         Bytes that a rule has changed or delayed are queued, too, and None is returned. Bytes
-        that are not returned are counted here, and all others in on_ready.
+        that are not returned are counted here, and all others in on_ready. Bytes of a client
+        that has got its last reply are dropped.
         """
         chain, size = self.chain, len(data)
+        if self.phase is LINGERING:
+            link.buffered_in += size
+            return None
         passed = chain.pass_through(link.to, data)
         if passed is data and target is not None:
             return data
@@ -5554,7 +5569,8 @@ class Proxy:
     enabled    whether a ProxyTable opens its port
 
     Raises ValueError for invalid arguments, and OSError if it cannot listen. As a context
-    manager it runs in a new thread, and closes everything at the end of the block.
+    manager it runs in a new thread, and closes everything at the end of the block. A forked
+    process may leave the block: this has no effect. Other methods raise RuntimeError there.
     """
 
     def __init__(self, distant, local="localhost:0", behavior="100:dummy", options=None,
@@ -5593,6 +5609,7 @@ class Proxy:
         self.rule_changes = deque(maxlen=RULE_CHANGES_KEPT)     # RuleChanges
         self.fault_recorded = threading.Condition()
         self.lookups = {}                   # {backend: callbacks that wait for its addresses}
+        self.lock = threading.RLock()       # held during changes that take several steps
 
     def __enter__(self):
         self.bind()
@@ -5603,6 +5620,8 @@ class Proxy:
         return self
 
     def __exit__(self, *exception):
+        if self.loop.is_forked():
+            return
         self.loop.stop()
         self.thread.join()
         self.close()                    # the loop's thread has ended: this thread may do it
@@ -5627,7 +5646,8 @@ class Proxy:
         try:
             yield self
         finally:
-            self.loop.run_sync(self.pop_rules, rules)
+            if not self.loop.is_forked():
+                self.loop.run_sync(self.pop_rules, rules)
 
     def wait_for(self, name, timeout=5, since=0):
         """Wait until a handler has acted, and return its first FaultRecord.
@@ -5640,6 +5660,7 @@ class Proxy:
             return next((record for record in list(self.events)
                          if record.number > since and record.handler == name), None)
         get_handler(name)               # raises ValueError for an unknown handler
+        self.loop.check_process()       # a fork has a copy of the lock, which may be locked
         with self.fault_recorded:
             record = self.fault_recorded.wait_for(find_record, timeout)
         if not record:
@@ -5963,7 +5984,7 @@ class ProxyTable(OrderedDict):
               None draws one
 
     Every change to a proxy runs in the loop's thread, which never waits for a peer. If a change
-    takes several steps, the thread that makes it holds `lock` during all of them.
+    takes several steps, the thread that makes it holds the proxy's `lock` during all of them.
     """
 
     def __init__(self, proxies=(), **shared):
@@ -5973,7 +5994,6 @@ class ProxyTable(OrderedDict):
             shared["seed"] = random.SystemRandom().getrandbits(32)
         self.warnings = []              # about the --config file; `open` logs them
         self.loop = None
-        self.lock = threading.RLock()
 
     def bind(self):
         """Bind the ports of the enabled proxies. Raises OSError, whose message has the address."""
@@ -5997,27 +6017,35 @@ class ProxyTable(OrderedDict):
         for proxy in self.values():
             proxy.close()
 
-    # For other threads, which hold `lock`
+    # For other threads, which hold the proxy's `lock`. `add` needs no lock
 
     def add(self, proxy):
         """Add a proxy, and open it if it is enabled. Returns False if the name is taken.
 
-        Raises OSError.
+        Raises OSError, or RuntimeError if the loop has ended.
         """
         if proxy.name in self:
             return False
         reason = self.loop.capacity_error()
         if reason:
             raise CannotListen(OSError(errno.EMFILE, reason), proxy.local)
-        if proxy.enabled:
-            proxy.bind()
-        self.loop.run_sync(self.open_proxy, proxy)
-        return True
+        added = False
+        try:
+            if proxy.enabled:
+                proxy.bind()
+            added = self.loop.run_sync(self.open_proxy, proxy)
+        finally:
+            if not added and proxy.listener:
+                proxy.listener.close()
+        return added
 
     def open_proxy(self, proxy):
-        """Open and add a proxy, in the loop's thread."""
+        """Add and open a proxy, in the loop's thread. Returns False if the name is taken."""
+        if proxy.name in self:
+            return False
         proxy.open(self.loop)
         self[proxy.name] = proxy
+        return True
 
     def remove(self, proxy):
         """Remove and close a proxy."""
@@ -6041,7 +6069,8 @@ class ProxyTable(OrderedDict):
         """Return a new listener at local. Raises CannotListen.
 
         An old listener on the same port could prevent the new one. Therefore it is closed
-        first, and opened again if the new one fails.
+        first, and opened again if the new one fails. If another process has taken the port
+        meanwhile, the proxy is disabled.
         """
         old = proxy.listener if local[1] == proxy.local[1] else None
         if old:
@@ -6050,9 +6079,18 @@ class ProxyTable(OrderedDict):
             return Listener(local, proxy.on_accept)
         except CannotListen:
             if old:
-                old.bind()
-                proxy.loop.run_sync(old.open, proxy.loop)
+                self.take_back(proxy, old)
             raise
+
+    def take_back(self, proxy, listener):
+        """Bind a listener of a proxy again. If this fails, disable the proxy."""
+        try:
+            listener.bind()
+        except CannotListen as error:
+            log.warning("%sdisabled: %s", proxy.log_prefix, error.strerror)
+            proxy.loop.run_sync(proxy.apply_change, proxy.local, proxy.backend, False, None)
+        else:
+            proxy.loop.run_sync(listener.open, proxy.loop)
 
 
 # -- Metrics ------------------------------------------------------------------
@@ -7038,8 +7076,9 @@ def http_error(status, description):
 # The functions that read bodies raise InputError for errors that begin with "bad request body",
 # and ApiError for errors with another text or status.
 #
-# Threads: client threads call the functions of routes. A request that changes something holds
-# `proxies.lock`, so that two requests cannot change the same proxies at once.
+# Threads: client threads call the functions of routes. A request that changes a proxy holds
+# its lock, so that two requests cannot change the same proxy at once. A change may take long,
+# because the name to listen on must be resolved. Other proxies do not wait for it.
 #
 # Listings: typed clients (Java, .NET, Rust ...) fail if a listing has a toxic that they do not
 # know. Therefore a listing has only the toxics that Toxiproxy could have, see is_toxiproxys:
@@ -7137,7 +7176,7 @@ def toxiproxy_route(methods, path, example="", status=200):
 
     The function is called with the ApiRequest, and with the Proxy and the Toxic that the path
     names. It returns a JSON value, None for status 204, or an ApiResponse. During the call,
-    `proxies.lock` is held, unless the method is GET.
+    the lock of this proxy is held, unless the method is GET.
     """
     def register(function):
         @functools.wraps(function)
@@ -7146,8 +7185,8 @@ def toxiproxy_route(methods, path, example="", status=200):
             if request.headers.get("User-Agent", "").startswith("Mozilla/"):
                 return text_response(403, "User agent not allowed\n")
             with contextlib.ExitStack() as stack:
-                if methods != "GET":
-                    stack.enter_context(request.control.proxies.lock)
+                if methods != "GET" and "PROXY" in request.names and request.proxy:
+                    stack.enter_context(request.proxy.lock)
                 return function(request, *find_path_objects(request))
 
         # find_path_objects raises Toxiproxy's own error if the proxy does not exist.
@@ -7351,9 +7390,8 @@ def read_listen(text, prefix=""):
         if ":" not in text:
             raise toxiproxy_error(500, "%saddress %s: missing port in address"
                                   % (prefix, text)) from None
-        if re.fullmatch(r"[^:]*:\d{5,}", text):
-            _, _, port = text.rpartition(":")
-            raise toxiproxy_error(500, "%saddress %s: invalid port" % (prefix, port)) from None
+        if re.fullmatch(r"\d{5,}", service) and ":" not in host and is_valid_host(host):
+            raise toxiproxy_error(500, "%saddress %s: invalid port" % (prefix, service)) from None
         raise InputError([("listen", "listen %s" % error)]) from None
 
 
@@ -7707,20 +7745,28 @@ def add_or_update_proxy(proxies, proxy, fields):
 
     Returns the proxy that is in use. Raises CannotListen.
     """
-    existing = proxies.get(proxy.name)
-    if existing is None:
-        proxies.add(proxy)
-        return proxy
-    same = (existing.backend == proxy.backend and existing.protocol is proxy.protocol
-            and existing.listen in (proxy.listen, first_address(proxy.local)))
-    if not same:
-        proxies.change(existing, proxy.local, proxy.backend, proxy.enabled)
-        existing.loop.run_sync(existing.set_rules, [])
-        existing.loop.run_sync(functools.partial(existing.set_protocol, proxy.protocol,
-                                                 overwrite_host_header=True))
-    if not same or "toxics" in fields or "rules" in fields:
-        existing.loop.run_sync(existing.set_toxics, proxy.toxics)
-    return existing
+    while not proxies.add(proxy):
+        existing = proxies.get(proxy.name)
+        if existing and update_existing(proxies, existing, proxy, fields):
+            return existing
+    return proxy
+
+
+def update_existing(proxies, existing, proxy, fields):
+    """Update a proxy for add_or_update_proxy. Returns False if it has been removed meanwhile."""
+    with existing.lock:
+        if proxies.get(proxy.name) is not existing:
+            return False
+        same = (existing.backend == proxy.backend and existing.protocol is proxy.protocol
+                and existing.listen in (proxy.listen, first_address(proxy.local)))
+        if not same:
+            proxies.change(existing, proxy.local, proxy.backend, proxy.enabled)
+            existing.loop.run_sync(existing.set_rules, [])
+            existing.loop.run_sync(functools.partial(existing.set_protocol, proxy.protocol,
+                                                     overwrite_host_header=True))
+        if not same or "toxics" in fields or "rules" in fields:
+            existing.loop.run_sync(existing.set_toxics, proxy.toxics)
+        return True
 
 
 @toxiproxy_route("POST", "/reset")
@@ -7728,8 +7774,10 @@ def reset(request):
     """Enable all proxies and remove all toxics. Connections stay open."""
     proxies = request.control.proxies
     for proxy in list(proxies.values()):
-        change_proxy(proxies, proxy, fields={}, enabled=True)
-        proxy.loop.run_sync(proxy.set_toxics, [])
+        with proxy.lock:
+            if proxies.get(proxy.name) is proxy:        # it has not been removed meanwhile
+                change_proxy(proxies, proxy, fields={}, enabled=True)
+                proxy.loop.run_sync(proxy.set_toxics, [])
 
 
 @toxiproxy_route("GET", "/version")
