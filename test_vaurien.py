@@ -1125,10 +1125,8 @@ class TestFraming(unittest.TestCase):
             (b"set voil\xc3\xa0x 0 0 5\r\n" b"hello\r\n", (b"set voil\xc3\xa0x 0 0 5", "set")),
             (b"get noreply\r\n", (b"get noreply", "get"))]),
         ("http", "empty lines between requests", [
-            (b"\r\n\r\n", None),
-            (b"GET / HTTP/1.1\r\n\r\n", (b"GET / HTTP/1.1", "GET")),
-            (b"\r\n", None),
-            (b"GET /b HTTP/1.1\r\n\r\n", (b"GET /b HTTP/1.1", "GET"))]),
+            (b"\r\n\r\n" b"GET / HTTP/1.1\r\n\r\n", (b"GET / HTTP/1.1", "GET")),
+            (b"\r\n" b"GET /b HTTP/1.1\r\n\r\n", (b"GET /b HTTP/1.1", "GET"))]),
         ("mysql", "login and statements", [
             (MYSQL_LOGIN, None),
             (mysql_query(b"SELECT 1"), (b"SELECT 1", 3)),
@@ -1863,6 +1861,17 @@ class TestProtocolChain(unittest.TestCase):
                     ).assert_reply_matches(rb"\AHTTP/1\.1 503", closes=True)
         play.client(b"12345").assert_held()
 
+    def test_empty_lines_before_an_http_request_get_no_reply(self):
+        bad = HTTP_GET.replace(b"/", b"/bad", 1)
+        for empty_lines in b"\r\n", b"\r\n\r\n", b"\r\n" * 5:
+            with self.subTest(empty_lines):
+                play = self.play("http", error_rule("503", match=b"/bad"))
+                for _ in range(3):
+                    play.client(empty_lines)
+                    play.client(bad).assert_reply_matches(rb"\AHTTP/1\.1 503")
+                play.client(empty_lines + HTTP_GET).assert_passes()
+                play.backend(HTTP_OK).assert_passes()
+
     def test_rules_act_on_each_request(self):
         play = self.play("redis", matching_rule("hang", b"^get"))
         self.assertEqual(play.client(b"ping\r\n" b"get a\r\n").times(), [0, NEVER])
@@ -2365,7 +2374,7 @@ class TestProtocolChain(unittest.TestCase):
     def test_empty_lines_after_an_error_are_not_answered(self):
         play = self.play("http", error_rule("503"))
         play.client(HTTP_GET).assert_reply_matches(b"503")
-        play.client(b"\r\n\r\n").assert_passes()
+        play.client(b"\r\n\r\n").assert_held()
         play.client(HTTP_GET).assert_reply_matches(b"503")
 
     def test_a_rule_per_connection_acts_from_its_first_match_on(self):

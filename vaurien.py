@@ -1440,12 +1440,15 @@ class Http(Protocol):
     _last_reply: tuple = (None, 0)              # head, length of the body
 
     def requests(self):
+        empty_size = 0
         while True:
             head = yield self.REQUEST_HEAD
-            if not head.strip():            # empty lines before a request are ignored
-                yield CONTINUATION
-                yield END_OF_MESSAGE
+            if not head.strip():            # empty lines belong to the next request
+                empty_size += len(head)
+                if empty_size > HEAD_MAX:
+                    raise ProtocolError("empty lines of more than %d bytes" % HEAD_MAX)
                 continue
+            empty_size = 0
             yield self.make_request(head, *self.connection_options(head, head.lower()))
             yield from self.read_body(head, default_length=0)
             yield END_OF_MESSAGE
