@@ -8154,19 +8154,54 @@ class TestProcess(TempDirTestCase):
             with self.subTest(argv):
                 self.assertEqual(self.run_to_end(*argv), (0, "vaurien 3.0.0\n", ""))
 
-    def test_help_lists_all_handlers_and_their_options(self):
-        for argv in ["--help"], ["demo", "--help"]:
-            status, out, err = self.run_to_end(*argv)
+    def run_help(self, *argv):
+        """Run vaurien with these arguments, which print a help. Returns its lines."""
+        status, out, err = self.run_to_end(*argv)
+        self.assertEqual((status, err), (0, ""))
+        return out.splitlines()
+
+    def test_help_fits_two_screens_and_has_one_line_for_each_handler(self):
+        for argv, settings in ((["--help"], vaurien.SETTINGS), (["-h"], vaurien.SETTINGS),
+                               (["demo", "--help"], vaurien.DEMO_SETTINGS),
+                               (["serve", "--help"], vaurien.SERVE_SETTINGS)):
+            lines = self.run_help(*argv)
             with self.subTest(argv):
-                self.assertEqual((status, err), (0, ""))
-            for name, function in HANDLERS.items():
+                self.assertLessEqual(len(lines), 80)
+                self.assertLessEqual(max(map(len, lines)), 99)
+                for setting in settings.values():
+                    self.assertIn("  " + ", ".join(setting.flags), "\n".join(lines))
+            for name, function in HANDLERS.items() if "behavior" in settings else ():
                 with self.subTest(argv, handler=name):
-                    self.assertIn("\n%s:\n" % name, out)
-                    for option in vaurien.handler_options(function):
-                        self.assertIn("--handlers.%s.%s" % (name, option), out)
+                    self.assertIn("  %-12s%s" % (name, vaurien.summary(function)), lines)
+
+    def test_help_of_a_handler_has_its_options(self):
+        for name, function in HANDLERS.items():
+            text = vaurien.topic_help(name)
+            for option in [*vaurien.handler_options(function), "times"]:
+                with self.subTest(name, option=option):
+                    self.assertIn("  --handlers.%s.%s" % (name, option), text)
+        self.assertIn("  --handlers.delay.sleep NUMBER", self.run_help("--help", "delay"))
+        module = "helped_%d" % os.getpid()
+        self.write(module + ".py", "def mine(state, t, to, data, *, speed=3):\n    yield\n")
+        self.assertTrue(any("mine.speed N" in line
+                            for line in self.run_help("--help", module + ".mine")))
+
+    def test_help_of_a_protocol_has_its_errors(self):
+        for name, class_ in vaurien.PROTOCOLS.items():
+            for kind in class_.errors if class_ else ():
+                with self.subTest(name, kind=kind):
+                    self.assertIn(kind, vaurien.topic_help(name))
+
+    def test_help_of_an_unknown_topic(self):
+        for argv, text in ((["--help", "dely"], "handler 'dely' (did you mean delay?)"),
+                           (["delay", "--help"], "see vaurien --help delay")):
+            status, _, err = self.run_to_end(*argv)
+            with self.subTest(argv):
+                self.assertEqual(status, 2)
+                self.assertIn(text, err)
 
     def test_help_without_docstrings(self):
-        process = subprocess.Popen([sys.executable, "-OO", FILE, "--help"],
+        process = subprocess.Popen([sys.executable, "-OO", FILE, "--help", "delay"],
                                    stdout=subprocess.PIPE)
         out, _ = process.communicate(timeout=TIMEOUT)
         self.assertIn(b"--handlers.delay.sleep", out)
@@ -8205,6 +8240,8 @@ class TestProcess(TempDirTestCase):
                 self.assertEqual((process.returncode, err), (0, ""))
                 self.assertLessEqual(max(map(len, out.splitlines())), 80)
         output_with_delays, output_with_failures = outputs
+        for out in outputs:
+            self.assertTrue(out.endswith(vaurien.DEMO_NEXT_STEP + "\n"), out)
         self.check_output_with_delays(output_with_delays)
         self.check_output_with_failures(output_with_failures)
 

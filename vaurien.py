@@ -107,9 +107,9 @@ class LazyModule:
         return getattr(importlib.import_module(self.name), attribute)
 
 
-configparser, difflib, hashlib, hmac, inspect, json, subprocess, urls = map(LazyModule, [
-    "configparser", "difflib", "hashlib", "hmac", "inspect", "json", "subprocess",
-    "urllib.parse"])
+configparser, difflib, hashlib, hmac, inspect, json, subprocess, textwrap, urls = map(
+    LazyModule, ["configparser", "difflib", "hashlib", "hmac", "inspect", "json", "subprocess",
+                 "textwrap", "urllib.parse"])
 
 __version__ = "3.0.0"
 
@@ -8133,9 +8133,8 @@ SETTINGS = OrderedDict((
     ("http-port", Setting(("--http-port",), "8080", check_port, "PORT",
                           "port of the control server; 0 picks a free one", "process")),
     ("http-token", Setting(("--http-token",), None, check_token, "TOKEN",
-                           "clients of the control server must send the header Authorization: "
-                           "Bearer TOKEN; to hide the token from other users, set it in $%s "
-                           "instead" % TOKEN_VARIABLE, "process")),
+                           "clients must send the header Authorization: Bearer TOKEN; other "
+                           "users cannot see the token in $%s" % TOKEN_VARIABLE, "process")),
     ("http-name", Setting(("--http-name",), None, check_names, "NAME,...",
                           "names to accept in the Host header, besides addresses, --http-host, "
                           "names without a dot, and names under %s"
@@ -8177,18 +8176,23 @@ ADDRESS_SETTINGS = {"local", "distant"}
 
 # The metavar of a handler's option, by the option's type
 METAVARS = {bool: "YES|NO", int: "N", float: "NUMBER", str: "TEXT"}
-EXAMPLES = """\
-examples:
-  vaurien --local localhost:8000 --distant google.com:80 --behavior 20:delay
-  vaurien --local localhost:8000 --distant google.com:80 \\
-          --behavior 20:delay,5:error --handlers.delay.sleep 2
-  vaurien --config vaurien.ini
+PROXY_INTRODUCTION = """\
+Vaurien is a chaos TCP proxy. It sits between an application and a backend, and misbehaves
+on purpose: requests are delayed, fail, hang or get lost.
 
-other commands:
+examples:
+  vaurien demo                                      see it at work
+  vaurien --distant localhost:6379 --local localhost:6380 --behavior 20:delay
+  vaurien --distant localhost:6379 --local localhost:6380 \\
+          --behavior 20:delay,5:error --handlers.delay.sleep 2 --protocol redis
+  vaurien --config vaurien.ini --http               change it with curl or vaurienctl
+
+other commands, each with --help:
   vaurien serve    run a server for Toxiproxy's clients, which create the proxies
   vaurien demo     run a backend, a proxy and clients, and print the response times
-  vaurien ctl      control a proxy that was started with --http; the same as vaurienctl
-  Each command has --help."""
+  vaurien ctl      control a proxy that was started with --http; the same as vaurienctl"""
+HELP_WIDTH = 80             # columns of the help
+HELP_COLUMN = 31            # the column where the second column of the help begins
 
 
 class SourcedText:
@@ -8220,11 +8224,9 @@ class Parser(argparse.ArgumentParser):
         self.flags = [flag for setting in settings.values() for flag in setting.flags]
         for name, setting in settings.items():
             if setting.metavar:
-                self.add_argument(*setting.flags, dest=name, metavar=setting.metavar,
-                                  help=argument_help(setting.help, setting.default))
+                self.add_argument(*setting.flags, dest=name, metavar=setting.metavar)
             else:
-                self.add_argument(*setting.flags, dest=name, help=setting.help,
-                                  action="store_const", const="yes")
+                self.add_argument(*setting.flags, dest=name, action="store_const", const="yes")
 
     def error(self, message):
         raise ValueError("%s (see %s --help)" % (message, self.prog))
@@ -8248,44 +8250,96 @@ class Parser(argparse.ArgumentParser):
         self.error("unrecognized arguments: %s%s" % (
             " ".join(unknown), did_you_mean(flag, self.flags)))
 
-    def add_handler_options(self, with_help):
-        """Add the flags of all handlers: their options, and the rule fields.
-
-        with_help    whether to read the help from the handlers' docstrings, which takes time
-        """
-        if with_help:
-            self.add_argument_group("handlers", handlers_help())
+    def add_handler_options(self):
+        """Add the flags of all handlers: their options, and the rule fields."""
         for name, function in HANDLERS.items():
-            help_texts = option_help(function) if with_help else {}
-            group = self.add_argument_group(name, summary(function) if with_help else None)
-            for option, default in handler_options(function).items():
-                flag, *aliases = option_flags(name, option)
-                group.add_argument(
-                    flag, dest="%s.%s" % (name, option), metavar=METAVARS[type(default)],
-                    help=argument_help(help_texts.get(option, ""), format_value(default)))
-                self.add_hidden(name, option, aliases)
-            for field in settable_fields(function):
-                self.add_hidden(name, field, option_flags(name, field))
-
-    def add_hidden(self, handler_name, option, flags):
-        """Add flags of a handler's option or rule field without listing them in the help."""
-        self.add_argument(*flags, dest="%s.%s" % (handler_name, option), help=argparse.SUPPRESS)
+            for option in [*handler_options(function), *settable_fields(function)]:
+                self.add_argument(*option_flags(name, option), dest="%s.%s" % (name, option))
 
 
-def argument_help(text, default):
-    """Return the help of an argument with its default, if it has one, in argparse's format."""
-    if default not in (None, ""):
-        text = "%s (default: %s)" % (text, default)
-    return text.replace("%", "%%")
+# Help. argparse would list every option of every handler; this help has them by topic.
+
+def command_help(prog, introduction, settings):
+    """Return the help of a command: its introduction, its settings in groups, the handlers."""
+    groups = OrderedDict((title, []) for title in ("proxy", "control server", "process"))
+    for name, setting in settings.items():
+        flags = ", ".join(setting.flags)
+        groups[help_group(name, setting)].append(
+            ("%s %s" % (flags, setting.metavar), text_with_default(setting.help, setting.default))
+            if setting.metavar else (flags, setting.help))
+    lines = ["usage: %s [OPTION ...]" % prog, "", introduction]
+    for title, rows in groups.items():
+        lines += ["", title + ":", *format_rows(rows)] if rows else []
+    if "behavior" in settings:
+        lines += ["", "handlers, for --behavior PERCENT:HANDLER,...:"]
+        lines += ["  %-12s%s" % (name, summary(function)) for name, function in HANDLERS.items()]
+    lines += ["", "vaurien --help NAME shows the options of a handler, or the errors of a "
+                  "protocol."]
+    return "\n".join(lines)
 
 
-def handlers_help():
-    """Return the part of the help that introduces the list of handlers."""
-    # `dummy` has no options, so it has all fields.
-    fields = ["    %-8s%s" % (field, RULE_FIELDS[field].help) for field in settable_fields(dummy)]
-    return ("Each handler is listed below, with its options. --behavior-NAME-OPTION means the\n"
-            "same as --handlers.NAME.OPTION. Each handler also has these options, for example\n"
-            "--handlers.error.match '^SELECT':\n\n" + "\n".join(fields))
+def help_group(name, setting):
+    """Return the title of a setting's group in the help."""
+    if name.startswith("http"):
+        return "control server"
+    return "proxy" if setting.scope in ("proxy", "shared") else "process"
+
+
+def topic_help(name):
+    """Return the help of a handler or a protocol. Raises ValueError for an unknown name."""
+    protocol_class = PROTOCOLS.get(PROTOCOL_ALIASES.get(name, name))
+    if protocol_class:
+        return protocol_help(protocol_class)
+    import_handler(name)
+    function, help_texts = HANDLERS[name], option_help(HANDLERS[name])
+    lines = ["%s: %s" % (name, summary(function)), "",
+             "usage: vaurien --behavior PERCENT:%s [OPTION ...]" % name]
+    options = [("--handlers.%s.%s %s" % (name, option, METAVARS[type(default)]),
+                text_with_default(help_texts.get(option, ""), format_value(default)))
+               for option, default in handler_options(function).items()]
+    if options:
+        lines += ["", "options:", *format_rows(options)]
+    fields = [("--handlers.%s.%s" % (name, field),
+               text_with_default(RULE_FIELDS[field].help, RULE_FIELDS[field].default))
+              for field in settable_fields(function)]
+    lines += ["", "options of every handler:", *format_rows(fields), "",
+              "In a file, write them without --handlers.%s. in a section [handler:%s]." % (
+                  name, name)]
+    return "\n".join(lines)
+
+
+def protocol_help(class_):
+    """Return the help of a protocol."""
+    closing = [kind for kind in class_.errors
+               if kind in class_.fatal_errors or kind in class_.connect_errors]
+    rows = [("errors", ", ".join(class_.errors)),
+            ("drawn without a kind", ", ".join(class_.default_errors))]
+    if closing:
+        rows.append(("those that close", ", ".join(closing)))
+    name = class_.__name__.lower()
+    return "\n".join(["%s: %s" % (name, summary(class_)), "",
+                      "usage: vaurien --protocol %s --behavior PERCENT:error "
+                      "--handlers.error.kind KIND" % name, "", *format_rows(rows)])
+
+
+def text_with_default(text, default):
+    """Return the help of an option, with its default if it has one."""
+    return text if default in (None, "") else "%s (default: %s)" % (text, default)
+
+
+def format_rows(rows):
+    """Return the lines of a table with two columns: an option, and its help."""
+    lines = []
+    for left, right in rows:
+        wrapped = textwrap.wrap(right, HELP_WIDTH - HELP_COLUMN)
+        left = "  %s" % left
+        if len(left) > HELP_COLUMN - 2:         # too long for the first column
+            lines.append(left)
+            left = ""
+        for text in wrapped or [""]:
+            lines.append(("%-*s%s" % (HELP_COLUMN, left, text)).rstrip())
+            left = ""
+    return lines
 
 
 def settable_fields(function):
@@ -8336,29 +8390,32 @@ def check_handler_option(handler_name, option, text):
 ParsedConfig = namedtuple("ParsedConfig", "arguments main sections options toxics json")
 
 
-def read_arguments(argv, settings, description=None, **kwargs):
+def read_arguments(argv, settings, prog="vaurien", introduction=""):
     """Return the ParsedConfig of a command line and of its --config file. Raises ValueError.
 
-    settings       settings of the command line: {name: Setting}
-    description    function that returns the description for the help
-    kwargs         further arguments for the Parser
+    settings        settings of the command line: {name: Setting}
+    introduction    the beginning of the help
 
     The command line is parsed twice. The first pass finds --config and --behavior, and their
-    checks import the user's handlers. The second pass knows the options of these handlers.
+    checks import the user's handlers. The second pass knows the options of these handlers. If
+    the command line asks for help, this prints the help and raises SystemExit.
     """
-    parser = Parser(settings, add_help=False, prog=kwargs.get("prog"))
-    known, _ = parser.parse_known_args(argv)
+    parser = Parser(settings, add_help=False, prog=prog)
+    parser.add_argument("-h", "--help", nargs="?", const="")
+    known = vars(parser.parse_known_args(argv)[0])
+    help_topic = known.pop("help", None)
     arguments = {name: SourcedText(settings[name].flags[0], text)
-                 for name, text in vars(known).items()}
+                 for name, text in known.items()}
     if "config" in arguments:
         config = read_config(arguments["config"].parse(check_file))._replace(arguments=arguments)
     else:
         config = ParsedConfig(arguments, main={}, sections={}, options={}, toxics=[], json=None)
     check_settings(config, ChainMap(settings, SETTINGS))
-    with_help = "-h" in argv or "--help" in argv
-    parser = Parser(settings, usage="%(prog)s [OPTION ...]",
-                    description=description() if with_help and description else None, **kwargs)
-    parser.add_handler_options(with_help)
+    if help_topic is not None:
+        print_safe(SourcedText("--help", help_topic).parse(topic_help) if help_topic else
+                   command_help(prog, introduction, settings), sys.stdout)
+        raise SystemExit(0)
+    parser.add_handler_options()
     for name, text in parser.parse_all(argv).items():
         # The name is a setting, or HANDLER.OPTION. HANDLER may be a dotted path.
         handler_name, dot, option = name.rpartition(".")
@@ -8841,7 +8898,7 @@ def wait_for_stdin_end():
 # raises ValueError for bad input. It returns a function without parameters, which does the work
 # and returns the exit status.
 
-SERVE_DESCRIPTION = """\
+SERVE_INTRODUCTION = """\
 Run a server for Toxiproxy's clients, which create and remove proxies through its API.
 
 --config may define proxies that exist from the start, in Toxiproxy's JSON or in an
@@ -8854,8 +8911,7 @@ def proxy_command(argv):
 
     This is the command without a name: `vaurien [OPTION ...]`.
     """
-    config = read_arguments(argv, SETTINGS, prog="vaurien", epilog=EXAMPLES,
-                            description=program_description)
+    config = read_arguments(argv, SETTINGS, "vaurien", PROXY_INTRODUCTION)
     values = resolve_process_settings(config, SETTINGS)
     if not values["http"]:
         for name, text in ChainMap(config.arguments, config.main).items():
@@ -8870,8 +8926,8 @@ def proxy_command(argv):
 
 def serve_command(argv):
     """Return a function that runs `vaurien serve`: the control server, and the file's proxies."""
-    config = read_arguments(from_go_spelling(argv), SERVE_SETTINGS, prog="vaurien serve",
-                            description=lambda: SERVE_DESCRIPTION)
+    config = read_arguments(from_go_spelling(argv), SERVE_SETTINGS, "vaurien serve",
+                            SERVE_INTRODUCTION)
     values = resolve_process_settings(config, SERVE_SETTINGS)
     values["http"] = True
     return prepare(config, make_proxies(config, needs_one=False), values, TOXIPROXY)
@@ -8924,11 +8980,6 @@ def get_token(option_text):
     return token.parse(check_token) if token.text else None
 
 
-def program_description():
-    """Return the module's docstring up to its first indented block. Empty under -OO."""
-    return (__doc__ or "").partition("\n\n    ")[0]
-
-
 def print_error(message, status, attached=False):
     """Print an error in one line on stderr. Returns the status.
 
@@ -8958,10 +9009,13 @@ def print_safe(text, file):
 DEMO_BODY = b"Hello from the backend of the demo.\n" * 8
 DEMO_SECONDS = 1.5                  # the requests start at even intervals over this time
 DEMO_TIMEOUT = 3.0                  # seconds a client waits for a response
-DEMO_DESCRIPTION = """\
+DEMO_INTRODUCTION = """\
 Run a backend, a proxy and clients in one process. Each client makes one request through
 the proxy, and the handlers act on some of the requests. A histogram shows the response
 times."""
+DEMO_NEXT_STEP = """\
+Next: try --behavior 20:error, or put vaurien in front of a backend of your own:
+vaurien --local localhost:8000 --distant HOST:PORT --behavior 20:delay"""
 DEMO_SETTINGS = derive_settings(scopes=(), changes={
     "behavior": {"default": "20:delay"},
     "seed": {"default": "2", "help": "the same seed gives the same faults"},
@@ -8990,8 +9044,7 @@ Outcome = namedtuple("Outcome", "client began seconds failure")
 
 def demo_command(argv):
     """Return a function that runs `vaurien demo`."""
-    config = read_arguments(argv, DEMO_SETTINGS, prog="vaurien demo",
-                            description=lambda: DEMO_DESCRIPTION)
+    config = read_arguments(argv, DEMO_SETTINGS, "vaurien demo", DEMO_INTRODUCTION)
     values = resolve_settings(config.arguments, DEMO_SETTINGS)
     unused_options(config, {name for _, name in values["behavior"]})
     return lambda: run_demo(values["requests"], behavior=values["behavior"], seed=values["seed"],
@@ -9017,7 +9070,8 @@ def run_demo(count, **proxy_arguments):
     finally:
         backend.shutdown()
         backend.server_close()
-    print("\n".join([*format_histogram(outcomes), "", *summarize(outcomes, faults)]))
+    print("\n".join([*format_histogram(outcomes), "", *summarize(outcomes, faults), "",
+                     DEMO_NEXT_STEP]))
     return 0
 
 
@@ -9375,6 +9429,8 @@ def choose_command(argv):
     if not argv or argv[0].startswith("-"):
         return proxy_command
     name = argv.pop(0)
+    if name in HANDLERS or PROTOCOLS.get(name):
+        raise ValueError("%s is not a command: see vaurien --help %s" % (name, name))
     if name not in COMMANDS:
         raise ValueError("unknown command %r%s: there are %s (see vaurien --help)" % (
             name, did_you_mean(name, COMMANDS), ", ".join(COMMANDS)))
