@@ -9000,7 +9000,7 @@ class TestUnusualInput(TempDirTestCase):
                  "[handler:error]\nkind=abc\n",
                  r"\[proxy:p\] kind must be one of LOADING"),
                 ("address in the second proxy",
-                 '[{"name": "a", "upstream": "x:1"}, {"name": "b", "upstream": "x"}]',
+                 '[{"name": "a", "upstream": "x:1"}, {"name": "b", "upstream": "x:y z"}]',
                  "at proxy 2")]:
             with self.subTest(case):
                 status, line = self.run_main("--config", self.write("v.ini", text))
