@@ -14,6 +14,7 @@ if its server or its library is not installed.
 
 The soak test, the load test and the benchmark in the folder .ci use the helpers below.
 """
+import asyncio
 import contextlib
 import errno
 import functools
@@ -21,6 +22,7 @@ import glob
 import hashlib
 import http.client
 import importlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -100,6 +102,7 @@ INJECTED_SIZE = 100     # random bytes that `error` with inject=yes inserts into
 #   registered(function)         a context manager: the function is a handler in its block
 #   backend_server(serve)        a context manager: a backend that calls serve(sock) in threads
 #   running_proxy(serve, ...)    a context manager: a proxy in front of such a backend
+#   OpenProxy                    the class of this proxy: a Proxy with the internals
 #   proxy_with_control(...)      a context manager: the same with a control server and a Client
 #   connect(port)                a client socket
 #   connected_client(proxy)      a context manager: a client socket
@@ -395,6 +398,19 @@ def backend_server(serve):
             thread.join(TIMEOUT)
 
 
+class OpenProxy(vaurien.Proxy):
+    """A Proxy with the attributes of its ProxyServer, for tests of the internals.
+
+    `connections` has the Connections themselves: {number: Connection}.
+    """
+
+    connections = property(lambda self: self._server.connections)
+    thread = property(lambda self: self._thread)
+
+    def __getattr__(self, name):
+        return getattr(self._server, name)
+
+
 @contextlib.contextmanager
 def running_proxy(serve, behavior="100:dummy", loop_class=None, **arguments):
     """Run a proxy in front of a backend_server(serve).
@@ -407,7 +423,7 @@ def running_proxy(serve, behavior="100:dummy", loop_class=None, **arguments):
     with backend_server(serve) as (port, results), contextlib.ExitStack() as stack:
         if loop_class:
             stack.enter_context(mock.patch.object(vaurien, "Loop", loop_class))
-        proxy = stack.enter_context(vaurien.Proxy("127.0.0.1:%d" % port, "127.0.0.1:0",
+        proxy = stack.enter_context(OpenProxy("127.0.0.1:%d" % port, "127.0.0.1:0",
                                                   behavior, **arguments))
         proxy.backend_results = results
         yield proxy
@@ -429,7 +445,7 @@ class StandardLoop(vaurien.Loop):
 
 def proxy_table(*proxies):
     """Return a ProxyTable, for a control server, of proxies that run in the same loop."""
-    table = vaurien.ProxyTable(proxies)
+    table = vaurien.ProxyTable([proxy._server for proxy in proxies])
     table.loop = proxies[0].loop if proxies else None
     return table
 
@@ -2239,8 +2255,8 @@ class TestProtocolChain(unittest.TestCase):
                               (("", 81), b"localhost:81")]:
             with self.subTest(backend=backend):
                 self.assertEqual(
-                    vaurien.Proxy(backend, ("", 9), protocol="http").host_header(), host)
-        proxy = vaurien.Proxy(("x", 1), ("", 9), protocol="http", overwrite_host_header=False)
+                    OpenProxy(backend, ("", 9), protocol="http").host_header(), host)
+        proxy = OpenProxy(("x", 1), ("", 9), protocol="http", overwrite_host_header=False)
         self.assertEqual(proxy.host_header(), b"")
 
     # Rules that are added or removed while a connection is open.
@@ -2596,26 +2612,26 @@ class TestProtocols(unittest.TestCase):
 
     def test_errors_need_both_streams(self):
         with self.assertRaisesRegex(ValueError, "stream must be both"):
-            vaurien.Proxy("x:1", protocol="redis", toxics=[vaurien.Toxic("error", "e")])
-        vaurien.Proxy("x:1", protocol="redis", toxics=[vaurien.Toxic("error", "e", stream="both")])
+            OpenProxy("x:1", protocol="redis", toxics=[vaurien.Toxic("error", "e")])
+        OpenProxy("x:1", protocol="redis", toxics=[vaurien.Toxic("error", "e", stream="both")])
 
     def test_kinds_that_a_protocol_does_not_have_are_rejected(self):
         for protocol, message in [
                 ("redis", "kind must be one of LOADING, BUSY"),
                 ("tcp", "kind needs --protocol: tcp has no error kinds")]:
             with self.subTest(protocol), self.assertRaisesRegex(ValueError, message):
-                vaurien.Proxy("x:1", protocol=protocol, behavior="1:error",
+                OpenProxy("x:1", protocol=protocol, behavior="1:error",
                               options={"error": {"kind": "503"}})
 
     def test_protocols_that_do_not_exist_are_rejected(self):
         message = "must be one of tcp, http, redis, memcache, mysql, postgres, smtp, not 'nope'"
         with self.assertRaisesRegex(ValueError, message):
-            vaurien.Proxy("x:1", protocol="nope")
+            OpenProxy("x:1", protocol="nope")
 
     def test_blocking_handlers_need_tcp(self):
         with registered(Passes), self.assertRaisesRegex(
                 ValueError, "it works with --protocol tcp only"):
-            vaurien.Proxy("x:1", protocol="redis", behavior="1:Passes")
+            OpenProxy("x:1", protocol="redis", behavior="1:Passes")
 
     def test_http_with_keep_alive(self):
         def echo_bodies(sock):
@@ -2764,7 +2780,7 @@ class TestRuleFields(TempDirTestCase):
             self.assertEqual(vaurien.read_rules([rule.to_json()])[0].to_json(), rule.to_json())
             toxic = vaurien.make_toxic("stall", "s", {"after": 3}, {"after": 4})
             self.assertEqual((toxic.rule.after, toxic.rule.options["after"]), (3, 4))
-            with vaurien.Proxy("127.0.0.1:9") as proxy, proxy.handler("stall", after=5):
+            with OpenProxy("127.0.0.1:9") as proxy, proxy.handler("stall", after=5):
                 self.assertEqual(proxy.rules.installed[0].options["after"], 5)
 
     def test_an_option_of_the_handler_wins_on_the_command_line_and_in_a_file(self):
@@ -3554,9 +3570,9 @@ class TestAddresses(unittest.TestCase):
 
     def test_arguments_of_proxy_are_checked_like_options(self):
         with self.assertRaisesRegex(ValueError, "unknown handler 'nope'"):
-            vaurien.Proxy("localhost:9", behavior="20:nope")
+            OpenProxy("localhost:9", behavior="20:nope")
         with self.assertRaisesRegex(ValueError, "must be a number, 0 or more, not 'x'"):
-            vaurien.Proxy("localhost:9", behavior="20:delay", options={"delay": {"sleep": "x"}})
+            OpenProxy("localhost:9", behavior="20:delay", options={"delay": {"sleep": "x"}})
 
     def test_a_proxy_that_would_connect_to_itself_is_refused(self):
         for local, distant in [("localhost:8000", "127.0.0.1:8000"), (":8000", "localhost:8000"),
@@ -3567,10 +3583,10 @@ class TestAddresses(unittest.TestCase):
                                (":8000", "[::ffff:127.0.0.1]:8000")]:
             with self.subTest(local=local, distant=distant):
                 with self.assertRaisesRegex(ValueError, "is the proxy's own address"):
-                    vaurien.Proxy(distant, local)
-        vaurien.Proxy("127.0.0.1:8000", "127.0.0.2:8000")       # another address
-        vaurien.Proxy("10.0.0.1:8000", "0.0.0.0:8000")          # perhaps another machine
-        vaurien.Proxy("localhost:8000", "localhost:0")          # another port
+                    OpenProxy(distant, local)
+        OpenProxy("127.0.0.1:8000", "127.0.0.2:8000")       # another address
+        OpenProxy("10.0.0.1:8000", "0.0.0.0:8000")          # perhaps another machine
+        OpenProxy("localhost:8000", "localhost:0")          # another port
 
 
 # -- Connection ---------------------------------------------------------------
@@ -3994,7 +4010,7 @@ class TestProxyFaults(unittest.TestCase):
                     send_and_read(sock, b"question")
                     if time.monotonic() - start >= 0.05:
                         late_requests.add(request)
-            drawn_requests = {record.request for record in proxy.events}
+            drawn_requests = {record.request for record in proxy.events()}
             self.assertTrue(5 < len(drawn_requests) < 25)
             self.assertLessEqual(drawn_requests, late_requests)         # is a subset
 
@@ -4007,7 +4023,7 @@ class TestProxyFaults(unittest.TestCase):
                     with connected_client(proxy) as sock:
                         for _ in range(10):
                             send_and_read(sock, b"question")
-                runs.append([(record.connection, record.request) for record in proxy.events])
+                runs.append([(record.connection, record.request) for record in proxy.events()])
         first_run, second_run = runs
         self.assertEqual(first_run, second_run)
         self.assertTrue(20 < len(first_run) < 70, len(first_run))
@@ -4244,7 +4260,7 @@ class TestProxyConnects(unittest.TestCase):
             send_and_read(sock, b"question")
 
     def test_a_refused_connection_closes_the_client_and_logs_one_line(self):
-        with vaurien.Proxy("127.0.0.1:%d" % unused_port(), "127.0.0.1:0") as proxy:
+        with OpenProxy("127.0.0.1:%d" % unused_port(), "127.0.0.1:0") as proxy:
             with self.assertLogs("vaurien", "WARNING") as logged, connected_client(proxy) as sock:
                 self.assertEqual(read_until_close(sock).size, 0)
                 wait_until(lambda: not proxy.connections)
@@ -4268,7 +4284,7 @@ class TestProxyConnects(unittest.TestCase):
             with self.subTest(reports_success=reports_success), \
                     mock.patch.object(SelfConnecting, "reports_success", reports_success), \
                     mock.patch.object(vaurien, "RawSocket", SelfConnecting), \
-                    vaurien.Proxy("127.0.0.1:%d" % unused_port(), "127.0.0.1:0") as proxy, \
+                    OpenProxy("127.0.0.1:%d" % unused_port(), "127.0.0.1:0") as proxy, \
                     self.assertLogs("vaurien", "WARNING") as logged, \
                     connected_client(proxy) as sock:
                 sock.sendall(b"question")
@@ -4283,7 +4299,7 @@ class TestProxyConnects(unittest.TestCase):
 
     def test_every_address_of_the_backend_is_tried(self):
         with backend_server(echo) as (port, _), silent_address() as silent:
-            with vaurien.Proxy("127.0.0.1:%d" % port, "127.0.0.1:0", timeout=0.6) as proxy:
+            with OpenProxy("127.0.0.1:%d" % port, "127.0.0.1:0", timeout=0.6) as proxy:
                 addresses = [(socket.AF_INET, ("127.0.0.1", unused_port())),
                              (socket.AF_INET, ("127.0.0.1", silent)),
                              (socket.AF_INET, ("127.0.0.1", port))]
@@ -4293,11 +4309,11 @@ class TestProxyConnects(unittest.TestCase):
 
     def test_a_silent_backend_times_out_and_does_not_block_other_connections(self):
         with silent_address() as silent, backend_server(echo) as (port, _):
-            with vaurien.Proxy("127.0.0.1:%d" % silent, "127.0.0.1:0", timeout=0.3) as proxy:
+            with OpenProxy("127.0.0.1:%d" % silent, "127.0.0.1:0", timeout=0.3) as proxy:
                 start = time.monotonic()
                 with self.assertLogs("vaurien", "WARNING") as logged, \
                         connected_client(proxy) as waiting:
-                    proxy.loop.run_sync(proxy.set_backend, ("127.0.0.1", port))
+                    proxy.set_backend(("127.0.0.1", port))
                     with connected_client(proxy) as sock:
                         self.assertEqual(send_and_read(sock, b"question"), b"question")
                     read_until_close(waiting)
@@ -4314,7 +4330,7 @@ class TestProxyConnects(unittest.TestCase):
             return [(socket.AF_INET, ("127.0.0.1", port))]
 
         with backend_server(echo) as (port, _), \
-                vaurien.Proxy("name.invalid:%d" % port, "127.0.0.1:0") as proxy, \
+                OpenProxy("name.invalid:%d" % port, "127.0.0.1:0") as proxy, \
                 mock.patch.object(vaurien, "resolve_numeric", lambda *_: None), \
                 mock.patch.object(vaurien, "resolve", resolve), \
                 contextlib.ExitStack() as stack:
@@ -4332,7 +4348,7 @@ class TestProxyConnects(unittest.TestCase):
         def resolve(*_, **__):
             raise socket.gaierror(-2, "Name or service not known")
 
-        with vaurien.Proxy("name.invalid:80", "127.0.0.1:0") as proxy:
+        with OpenProxy("name.invalid:80", "127.0.0.1:0") as proxy:
             with mock.patch.object(vaurien, "resolve_numeric", lambda *_: None), \
                     mock.patch.object(vaurien, "resolve", resolve), \
                     self.assertLogs("vaurien", "WARNING") as logged, \
@@ -4356,7 +4372,7 @@ class TestProxyListener(unittest.TestCase):
     """Listening sockets, and the clients they accept."""
 
     def test_localhost_listens_on_one_port_in_both_address_families(self):
-        with backend_server(echo) as (port, _), vaurien.Proxy("localhost:%d" % port) as proxy:
+        with backend_server(echo) as (port, _), OpenProxy("localhost:%d" % port) as proxy:
             families = [listener.family for listener in proxy.listener.sockets]
             for listener in proxy.listener.sockets:
                 host, port, *_ = listener.getsockname()
@@ -4376,7 +4392,7 @@ class TestProxyListener(unittest.TestCase):
             return real_bind_listener(family, address)
 
         with mock.patch.object(vaurien, "bind_listener", bind_listener):
-            with vaurien.Proxy("127.0.0.1:9") as proxy:
+            with OpenProxy("127.0.0.1:9") as proxy:
                 self.assertEqual(len(proxy.listener.sockets), 1)
 
     def test_a_port_in_use_is_an_error_that_names_it_and_leaves_nothing_open(self):
@@ -4385,7 +4401,7 @@ class TestProxyListener(unittest.TestCase):
             taken.listen(1)
             port = taken.getsockname()[1]
             with self.assertRaisesRegex(OSError, "cannot listen on 127.0.0.1:%d: Address" % port):
-                vaurien.Proxy("127.0.0.1:9", "localhost:%d" % port).__enter__()
+                OpenProxy("127.0.0.1:9", "localhost:%d" % port).__enter__()
 
     def test_tcp_nodelay_is_set_on_both_sides(self):
         with running_proxy(echo) as proxy, connected_client(proxy) as sock:
@@ -4461,9 +4477,9 @@ class TestProxyListener(unittest.TestCase):
     def test_a_request_sent_before_the_accept_is_forwarded_in_the_same_iteration(self):
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(contextlib.closing(listening_socket()))
-            proxy = vaurien.Proxy("127.0.0.1:%d" % listener.getsockname()[1], "127.0.0.1:0")
+            proxy = OpenProxy("127.0.0.1:%d" % listener.getsockname()[1], "127.0.0.1:0")
             proxy.bind()
-            client = stack.enter_context(contextlib.closing(connect(proxy.port)))
+            client = stack.enter_context(contextlib.closing(connect(proxy.local[1])))
             client.sendall(b"question")
             loop = vaurien.Loop()
             stack.callback(loop.close)
@@ -4500,15 +4516,15 @@ class TestProxyLifecycle(unittest.TestCase):
 
     def test_leaving_the_block_closes_everything(self):
         with backend_server(echo) as (backend_port, results):
-            with vaurien.Proxy("127.0.0.1:%d" % backend_port, "127.0.0.1:0") as proxy:
-                port, sock = proxy.port, connect(proxy.port)
+            with OpenProxy("127.0.0.1:%d" % backend_port, "127.0.0.1:0") as proxy:
+                port, thread, sock = proxy.port, proxy.thread, connect(proxy.port)
                 send_and_read(sock, b"question")
             self.assertEqual(read_until_close(sock).size, 0)
             sock.close()
             wait_until(lambda: results)
             with self.assertRaises(OSError):
                 connect(port)
-        self.assertFalse(proxy.thread.is_alive())
+        self.assertFalse(thread.is_alive())
 
     def test_a_proxy_that_cannot_be_added_leaves_no_port_open(self):
         table = vaurien.ProxyTable(seed=1)
@@ -4516,7 +4532,7 @@ class TestProxyLifecycle(unittest.TestCase):
         table.loop.stop()
         table.loop.run()
         table.loop.close()
-        proxy = vaurien.Proxy("127.0.0.1:9", "127.0.0.1:0")
+        proxy = vaurien.ProxyServer(("127.0.0.1", 9), ("127.0.0.1", 0))
         with self.assertRaisesRegex(RuntimeError, "the loop has ended"):
             table.add(proxy)
         self.assertEqual((proxy.listener.sockets, dict(table)), ([], {}))
@@ -4537,12 +4553,12 @@ class TestProxyLifecycle(unittest.TestCase):
             with self.assertLogs("vaurien", "WARNING") as logged, \
                     mock.patch.object(vaurien, "bind_listener", bind_listener), \
                     self.assertRaisesRegex(vaurien.CannotListen, "Address already in use"):
-                table.change(proxy, ("", port), proxy.backend, enabled=True)
+                table.change(proxy._server, ("", port), proxy.backend, enabled=True)
             self.assertIn("disabled: cannot listen on 127.0.0.1:%d" % port, logged.output[0])
             self.assertEqual((proxy.enabled, proxy.listener), (False, None))
             self.assertEqual(read_until_close(sock).size, 0)
             stack.close()
-            table.change(proxy, proxy.local, proxy.backend, enabled=True)
+            table.change(proxy._server, proxy.local, proxy.backend, enabled=True)
             self.assertEqual(proxy.port, port)
             with connected_client(proxy) as sock:
                 send_and_read(sock, b"question")
@@ -4613,7 +4629,7 @@ class TestProxyLifecycle(unittest.TestCase):
             with self.subTest(text):
                 self.assertIn("INFO:vaurien:" + text,
                               [line.partition(" (client ")[0] for line in logged.output])
-        self.assertLessEqual({"up", None}, {record.toxic for record in proxy.events})
+        self.assertLessEqual({"up", None}, {record.toxic for record in proxy.events()})
 
     def test_the_log_names_the_fault_that_ended_a_connection(self):
         with running_proxy(echo, "100:blackout") as proxy:
@@ -4696,7 +4712,7 @@ class TestInProcess(unittest.TestCase):
     def test_invalid_options_are_refused(self):
         for options in {"dlay": {"sleep": 1}}, {"delay": {"slep": 1}}, {"delay": {"sleep": "x"}}:
             with self.subTest(options), self.assertRaises(ValueError):
-                vaurien.Proxy("localhost:9", options=options)
+                OpenProxy("localhost:9", options=options)
 
     @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
     def test_a_forked_process_that_leaves_the_block_does_not_affect_the_proxy(self):
@@ -4731,7 +4747,8 @@ class TestInProcess(unittest.TestCase):
                     ask(open_before)
                     ask(socket.create_connection(("127.0.0.1", proxy.port)))
                 print(proxy.describe())
-            print(proxy.thread.is_alive())
+                thread = proxy._thread
+            print(thread.is_alive())
             """)
         with backend_server(echo) as (port, _):
             output = subprocess.check_output(
@@ -4762,7 +4779,7 @@ class TestInProcess(unittest.TestCase):
 
     def test_ten_proxies_are_independent(self):
         with backend_server(echo) as (port, _), contextlib.ExitStack() as stack:
-            proxies = [stack.enter_context(vaurien.Proxy("127.0.0.1:%d" % port, "127.0.0.1:0"))
+            proxies = [stack.enter_context(OpenProxy("127.0.0.1:%d" % port, "127.0.0.1:0"))
                        for _ in range(10)]
             self.assertEqual(len({proxy.port for proxy in proxies}), 10)
             with proxies[0].handler("blackout"):
@@ -4935,7 +4952,7 @@ class TestBlockingHandlers(unittest.TestCase):
             return [(socket.AF_INET, ("127.0.0.1", port))]
 
         with backend_server(echo) as (port, _), registered(Waits), \
-                vaurien.Proxy("slow.invalid:%d" % port, "127.0.0.1:0") as proxy, \
+                OpenProxy("slow.invalid:%d" % port, "127.0.0.1:0") as proxy, \
                 mock.patch.object(vaurien, "resolve_numeric", lambda *_: None), \
                 mock.patch.object(vaurien, "resolve", resolve), connected_client(proxy) as sock:
             wait_until(lambda: proxy.lookups)
@@ -5064,9 +5081,9 @@ class TestRoutes(unittest.TestCase):
         stack = contextlib.ExitStack()
         self.addCleanup(stack.close)
         # No test connects to the backends.
-        self.one = stack.enter_context(vaurien.Proxy(
+        self.one = stack.enter_context(OpenProxy(
             "127.0.0.1:9", "127.0.0.1:0", "20:delay,5:hang", {"delay": {"sleep": 2}}, "one"))
-        self.two = stack.enter_context(vaurien.Proxy("127.0.0.1:9", "127.0.0.1:0", name="two"))
+        self.two = stack.enter_context(OpenProxy("127.0.0.1:9", "127.0.0.1:0", name="two"))
         self.control = vaurien.Control(("localhost", 0), proxy_table(self.one, self.two))
         self.control.url = "http://localhost:8080"
 
@@ -5151,7 +5168,7 @@ class TestRoutes(unittest.TestCase):
 
     def test_put_of_the_result_of_get_restores_the_position_of_dummy(self):
         behavior = [(20, "delay"), (30, "dummy"), (5, "error")]
-        with vaurien.Proxy("127.0.0.1:9", "127.0.0.1:0", behavior) as proxy:
+        with OpenProxy("127.0.0.1:9", "127.0.0.1:0", behavior) as proxy:
             self.control.proxies = proxy_table(proxy)
             rules = self.request("GET", "/rules")
             self.request("PUT", "/rules", json.dumps(rules).encode())
@@ -5446,12 +5463,12 @@ class TestControl(unittest.TestCase):
 
         with backend_server(serve_with(b"old")) as (old_port, _), \
                 backend_server(serve_with(b"new")) as (new_port, _), \
-                vaurien.Proxy("slow.invalid:%d" % old_port, "127.0.0.1:0") as proxy, \
+                OpenProxy("slow.invalid:%d" % old_port, "127.0.0.1:0") as proxy, \
                 mock.patch.object(vaurien, "resolve", resolve), \
                 mock.patch.object(vaurien, "resolve_numeric", resolve_numeric), \
                 connected_client(proxy) as first_client:
             wait_until(lambda: proxy.lookups)
-            proxy.loop.run_sync(proxy.set_backend, ("127.0.0.1", new_port))
+            proxy.set_backend(("127.0.0.1", new_port))
             with connected_client(proxy) as second_client:
                 self.assertEqual(read_exactly(second_client, 3), b"new")
             lookup_may_end.set()
@@ -5521,8 +5538,8 @@ class TestControl(unittest.TestCase):
                     send_and_read(sock, b"question")
             records = client.events()
             self.assertEqual(
-                [(record["number"], record["connection"], record["request"],
-                  record["handler"], record["options"]) for record in records],
+                [(record.number, record.connection, record.request, record.handler,
+                  record.options) for record in records],
                 [(index, 1, index, "delay", options) for index in (1, 2, 3)])
             self.assertEqual(client.events(since=2), records[2:])
 
@@ -6399,7 +6416,7 @@ class TestToxiproxyApi(ToxiproxyTestCase):
         unchanged = self.request("PATCH", "/proxies/p", {"protocol": "redis"})
         # /populate replaces the proxy. The new one has protocol tcp, which is the default.
         new, = self.request("POST", "/populate", [{
-            "name": "p", "listen": "127.0.0.1:%d" % self.proxies["p"].port,
+            "name": "p", "listen": "127.0.0.1:%d" % self.proxies["p"].local[1],
             "upstream": unchanged["upstream"]}], 201)["proxies"]
         self.assertNotIn("protocol", new)
         self.assertEqual(read_until_close(sock).size, 0)
@@ -6452,7 +6469,7 @@ class TestToxiproxyApi(ToxiproxyTestCase):
         upstream = self.request("GET", "/proxies/p")["upstream"]
         self.request("PUT", "/proxies/p/toxics", toxics + [{"type": "noop"}])
         self.request("POST", "/populate", [{
-            "name": "p", "listen": "127.0.0.1:%d" % proxy.port, "upstream": upstream,
+            "name": "p", "listen": "127.0.0.1:%d" % proxy.local[1], "upstream": upstream,
             "toxics": toxics}], 201)
         self.request("PATCH", "/proxies/p/toxics/latency_downstream", {})
         self.assertEqual(proxy.loop.run_sync(connection.down.next_due), due)
@@ -6618,7 +6635,7 @@ class TestToxiproxyApi(ToxiproxyTestCase):
 
     def test_of_two_proxies_with_one_name_created_at_once_one_is_refused(self):
         """The second request passes the check of the name before the first one has added it."""
-        real_bind, added = vaurien.Proxy.bind, []
+        real_bind, added = vaurien.ProxyServer.bind, []
 
         def bind(proxy):
             if not added:
@@ -6627,7 +6644,7 @@ class TestToxiproxyApi(ToxiproxyTestCase):
             real_bind(proxy)
 
         fields = {"name": "p", "listen": "127.0.0.1:0", "upstream": "127.0.0.1:1"}
-        with mock.patch.object(vaurien.Proxy, "bind", bind):
+        with mock.patch.object(vaurien.ProxyServer, "bind", bind):
             self.assertEqual(self.request_error("POST", "/proxies", fields, 409),
                              "proxy already exists")
         refused, = added
@@ -7173,6 +7190,258 @@ class TestClient(unittest.TestCase):
                 vaurien.Client("127.0.0.1", port).get_handler()
 
 
+class TestInterface(TempDirTestCase):
+    """The methods of Proxy and Client. Most tests run against both of them."""
+
+    def each(self, **arguments):
+        """Yield (interface, proxy) in a subTest: a Proxy, and a Client of another proxy.
+
+        proxy    the Proxy that runs in this process
+        """
+        for class_name in "Proxy", "Client":
+            with self.subTest(class_name), proxy_with_control(**arguments) as (proxy, client):
+                yield (client if class_name == "Client" else proxy), proxy
+
+    @staticmethod
+    def ask(interface):
+        """Connect, send a request, and return whether the reply is the backend's."""
+        host, port = interface.address()
+        with contextlib.closing(connect(port, host)) as sock:
+            try:
+                return send_and_read(sock, b"question") == b"question"
+            except (OSError, EOFError):
+                return False
+
+    def test_one_scenario_for_proxy_and_client(self):
+        for interface, proxy in self.each(behavior={"hang": 5}, seed=1):
+            before = interface.describe()
+            with interface.handler("delay", sleep=0.001) as fault:
+                self.assertTrue(self.ask(interface))
+                self.assertEqual(fault.wait(TIMEOUT), interface.wait_for("delay", TIMEOUT))
+                self.assertEqual(interface.get_handler(), "delay")
+            self.assertTrue(interface.describe() == before != "100:dummy")
+            interface.set_behavior({"abort": 100})
+            self.assertFalse(self.ask(interface))
+            self.assertEqual([record.handler for record in interface.events(fault.count)],
+                             ["abort"])
+            self.assertEqual([record.handler for record in fault.events()], ["delay"])
+            interface.reset()
+            self.assertEqual(interface.describe(), "100:dummy")
+            with interface.toxic("latency", latency=1) as fault:
+                self.assertTrue(self.ask(interface))
+                self.assertEqual(fault.wait(TIMEOUT).toxic, "latency_downstream")
+            name = interface.add_toxic("abort", "cut", toxicity=1)
+            self.assertFalse(self.ask(interface))
+            interface.remove_toxic(name)
+            self.assertTrue(self.ask(interface))
+            with self.assertRaisesRegex(ValueError, "not found|no toxic 'cut'"):
+                interface.remove_toxic("cut")
+            with interface.down():
+                with self.assertRaises(OSError):
+                    connect(interface.address()[1])
+            self.assertTrue(self.ask(interface))
+            wait_until(lambda: not proxy.connections)
+            with contextlib.closing(connect(interface.address()[1])) as sock:
+                send_and_read(sock, b"question")
+                connections = vaurien.Proxy.connections(proxy) if interface is proxy else \
+                    interface.connections()
+                self.assertEqual([item["requests"] for item in connections], [1])
+            interface.set_backend(("127.0.0.1", 9))
+            self.assertEqual(interface.get_backend(), "127.0.0.1:9")
+
+    def test_wait_for_in_a_block_means_this_block(self):
+        for interface, _ in self.each():
+            with interface.handler("delay", sleep=0.001):
+                self.ask(interface)
+                interface.wait_for("delay", TIMEOUT)
+            self.assertEqual(interface.wait_for("delay").number, 1)
+            with interface.handler("delay", sleep=0.001) as fault:
+                for wait in fault.wait, functools.partial(interface.wait_for, "delay"):
+                    with self.assertRaisesRegex(TimeoutError, "delay has not acted"):
+                        wait(timeout=0)
+                self.ask(interface)
+                self.assertEqual(interface.wait_for("delay", TIMEOUT).number, 2)
+            self.assertEqual(fault.count, 1)
+            interface.reset()
+            with self.assertRaises(TimeoutError):
+                interface.wait_for("delay", timeout=0)
+
+    def test_blocks_add_up_except_dummy_and_with_handler(self):
+        for interface, _ in self.each():
+            with interface.handler("delay", sleep=0.3), interface.handler("hang", percent=20):
+                self.assertEqual(interface.describe(),
+                                 "100:delay sleep=0.3; 20:hang, 80:dummy")
+                with interface.handler("dummy"):
+                    self.assertEqual(interface.describe(), "100:dummy")
+                with interface.with_handler("abort"):
+                    self.assertEqual(interface.get_handler(), "abort")
+                self.assertEqual(interface.get_handler(), "delay,hang")
+            self.assertEqual(interface.get_handler(), "dummy")
+
+    def test_both_handlers_of_nested_blocks_act(self):
+        with running_proxy(echo) as proxy:
+            with proxy.handler("delay", sleep=0.001) as outer, \
+                    proxy.handler("latency", latency=1) as inner:
+                self.assertTrue(self.ask(proxy))
+                self.assertEqual((outer.wait(TIMEOUT).handler, inner.wait(TIMEOUT).handler),
+                                 ("delay", "latency"))
+
+    def test_a_proxy_that_does_not_run_says_so(self):
+        proxy = vaurien.Proxy("127.0.0.1:9")
+        for name, use in (
+                ("port", lambda: proxy.port), ("handler", lambda: proxy.handler("delay")),
+                ("toxic", lambda: proxy.toxic("latency")), ("reset", proxy.reset),
+                ("set_backend", lambda: proxy.set_backend("127.0.0.1:10")),
+                ("connections", proxy.connections), ("down", proxy.down().__enter__)):
+            with self.subTest(name), self.assertRaisesRegex(
+                    RuntimeError, r'not running; use "with" or start\(\)'):
+                use()
+        self.assertEqual(proxy.events(), [])
+        self.assertIn("<Proxy vaurien not running -> 127.0.0.1:9: 100:dummy>", repr(proxy))
+        proxy.stop()
+
+    def test_start_and_stop(self):
+        proxy = vaurien.Proxy("127.0.0.1:9", "127.0.0.1:0", enabled=False)
+        for _ in range(2):
+            self.assertIs(proxy.start(), proxy)
+            with self.assertRaisesRegex(RuntimeError, "running already"):
+                proxy.start()
+            proxy.enable()
+            self.assertIn(":%d ->" % proxy.port, repr(proxy))
+            connect(proxy.port).close()
+            port = proxy.port
+            proxy.stop()
+            with self.assertRaises(OSError):
+                connect(port)
+
+    def test_a_proxy_that_is_not_enabled_does_not_listen(self):
+        with vaurien.Proxy("127.0.0.1:9", enabled=False) as proxy:
+            self.assertIsNone(proxy._server.listener)
+            with self.assertRaisesRegex(RuntimeError, "no port before it is enabled"):
+                proxy.address()
+
+    def test_invalid_arguments_are_named(self):
+        for arguments, message in (
+                ({"distant": 6379}, "distant must be HOST:PORT or .host, port., .* not 6379"),
+                ({"local": 8000}, "local must be HOST:PORT or"),
+                ({"distant": "x"}, "distant must be HOST:PORT"),
+                ({"behavior": 20}, "behavior must be PERCENT:HANDLER"),
+                ({"behavior": [("delay", 20)]}, "behavior must be .* or .*percent, handler"),
+                ({"behavior": {"dealy": 20}}, "behavior unknown handler 'dealy'"),
+                ({"seed": "abc"}, "seed must be a whole number"),
+                ({"timeout": 0}, "timeout must be a number of seconds"),
+                ({"protocol": "nope"}, "protocol must be one of"),
+                ({"options": {"delay": 1}}, "options must be {handler"),
+                ({"toxics": ["latency"]}, "a toxic must be a dict like"),
+                ({"toxics": [{"type": "latency", "latncy": 1}]}, "latncy is not an option"),
+                ({"toxics": [{"type": "latency", "latency": "x"}]}, "latency must be a")):
+            with self.subTest(arguments), self.assertRaisesRegex(ValueError, message):
+                vaurien.Proxy(**dict({"distant": "127.0.0.1:9"}, **arguments))
+
+    def test_forms_of_arguments(self):
+        proxy = vaurien.Proxy(("127.0.0.1", "16379"), behavior={"delay": 20, "hang": 5},
+                              toxics=[{"type": "latency", "attributes": {"latency": 200}},
+                                      {"type": "abort", "toxicity": 0.5, "name": "cut"}])
+        self.assertEqual(proxy.get_backend(), "127.0.0.1:16379")
+        self.assertRegex(proxy.describe(), "^20:delay sleep=1.0, 5:hang, 75:dummy, "
+                                           "toxic latency_downstream .*latency=200.*toxic cut ")
+
+    def test_handlers_as_functions_and_dotted_paths(self):
+        def stutter_function(state, t, to, data):
+            yield t, to, data
+
+        self.write("mine_api.py", "def stutter(state, t, to, data):\n    yield t, to, data\n")
+        self.addCleanup(HANDLERS.pop, "stutter_function")
+        self.addCleanup(HANDLERS.pop, "mine_api.stutter")
+        with vaurien.Proxy("127.0.0.1:9", behavior="100:mine_api.stutter") as proxy:
+            self.assertEqual(proxy.get_handler(), "mine_api.stutter")
+            with proxy.handler(stutter_function):
+                self.assertEqual(proxy.get_handler(), "stutter_function")
+            proxy.set_behavior([(20, stutter_function)])
+            self.assertEqual(proxy.describe(), "20:stutter_function, 80:dummy")
+            with self.assertRaisesRegex(ValueError, "is not a handler"):
+                proxy.handler(20)
+
+            def delay(state, t, to, data):
+                yield t, to, data
+            with self.assertRaisesRegex(ValueError, "give your handler another name"):
+                proxy.handler(delay)
+
+    def test_asyncio(self):
+        async def scenario(port):
+            async with vaurien.Proxy(("127.0.0.1", port), "127.0.0.1:0") as proxy:
+                with proxy.handler("abort") as fault:
+                    _, writer = await asyncio.open_connection(*proxy.address())
+                    writer.write(b"question")
+                    record = await proxy.wait_for_async("abort", TIMEOUT)
+                    self.assertEqual(await fault.wait_async(TIMEOUT), record)
+                    writer.close()
+
+        loop = asyncio.new_event_loop()
+        with backend_server(echo) as (port, _), contextlib.closing(loop):
+            loop.run_until_complete(scenario(port))
+
+    def test_events_is_a_copy(self):
+        for interface, _ in self.each(behavior="100:abort"):
+            self.ask(interface)
+            interface.events().clear()
+            self.assertEqual(len(interface.events()), 1)
+
+    def test_public_names(self):
+        self.assertLess(len(vaurien.__all__), 30)
+        for name in vaurien.__all__:
+            with self.subTest(name):
+                self.assertTrue(hasattr(vaurien, name))
+        for cls in vaurien.Proxy, vaurien.Client, vaurien.Fault:
+            for name in dir(cls):
+                if not name.startswith("_") and callable(getattr(cls, name)):
+                    with self.subTest("%s.%s" % (cls.__name__, name)):
+                        self.assertTrue(inspect.getdoc(getattr(cls, name)))
+                        self.assertIn("return", getattr(cls, name).__annotations__)
+
+    TYPED = """
+        import asyncio
+        from typing import Any, Dict, List
+        import vaurien
+
+        @vaurien.handler
+        def lose(state: Any, t: float, to: str, data: bytes) -> Any:
+            yield t, to, data
+
+        def scenario(proxy: vaurien.Proxy, client: vaurien.Client) -> int:
+            with proxy.handler("delay", sleep=2) as fault, client.toxic("latency", latency=2):
+                record: vaurien.FaultRecord = fault.wait(1)
+                client.set_behavior({"delay": 20})
+                number: int = record.number
+            with proxy.down(), proxy.handler(lose):
+                records: List[vaurien.FaultRecord] = proxy.events(since=number)
+                connections: List[Dict[str, Any]] = client.connections()
+            return len(records) + len(connections) + proxy.port
+
+        async def main() -> None:
+            async with vaurien.Proxy(("localhost", 6379), behavior=[(20, "delay")]) as proxy:
+                await proxy.wait_for_async("delay", timeout=1)
+
+        with vaurien.Proxy("localhost:6379", toxics=[{"type": "latency"}]) as proxy:
+            scenario(proxy, vaurien.Client(proxy="a"))
+        pid = vaurien.start_proxy(proxy_port=0)
+        print(pid.port)
+        vaurien.stop_proxy(pid)
+    """
+
+    def check_with_mypy(self):
+        """Check that `mypy --strict` accepts a test with public names. `.ci/run` calls this."""
+        import mypy.api
+        self.write("typed.py", textwrap.dedent(self.TYPED))
+        shutil.copy(FILE, "vaurien.py")
+        output, errors, status = mypy.api.run(
+            ["--strict", "--follow-imports=silent", "--no-incremental", "typed.py"])
+        self.assertEqual((status, errors), (0, ""), output)
+
+    if importlib.util.find_spec("mypy"):
+        test_mypy_strict_accepts_a_test_with_public_names = check_with_mypy
+
+
 class TestStartProxy(TempDirTestCase):
     """start_proxy() and stop_proxy(): a proxy in a process of its own."""
 
@@ -7223,6 +7492,15 @@ class TestStartProxy(TempDirTestCase):
             vaurien.stop_proxy(pid)
             with self.assertRaises(OSError):
                 connect(proxy_port)
+
+    def test_ports_that_were_picked_are_told(self):
+        with backend_server(echo) as (port, _):
+            pid = vaurien.start_proxy(port=port, proxy_port=0, http_port=0, log_output="v.log",
+                                      warmup=TIMEOUT)
+            self.addCleanup(vaurien.stop_proxy, pid)
+            self.assertEqual(vaurien.Client(port=pid.http_port).address()[1], pid.port)
+            with contextlib.closing(connect(pid.port)) as sock:
+                send_and_read(sock, b"question")
 
     def test_backend_host_and_port_are_synonyms_and_options_are_arguments(self):
         with backend_server(echo) as (port, _):
@@ -8711,7 +8989,7 @@ class TestFloods(unittest.TestCase):
 
     def test_a_client_may_leave_while_the_proxy_connects_to_the_backend(self):
         with silent_address() as port, \
-                vaurien.Proxy("127.0.0.1:%d" % port, "127.0.0.1:0") as proxy:
+                OpenProxy("127.0.0.1:%d" % port, "127.0.0.1:0") as proxy:
             def phases():
                 return [connection.phase for connection in list(proxy.connections.values())]
 
@@ -8804,7 +9082,7 @@ class TestDescriptors(TempDirTestCase):
     def test_the_timer_of_a_connect_that_waited_for_a_descriptor_is_cancelled(self):
         self.addCleanup(setattr, vaurien.Loop, "fds_exhausted", False)
         with backend_server(echo) as (port, _), \
-                vaurien.Proxy("some.example:1", "127.0.0.1:0", timeout=0.3) as proxy:
+                OpenProxy("some.example:1", "127.0.0.1:0", timeout=0.3) as proxy:
             addresses = [(socket.AF_INET, ("127.0.0.1", port))]
             with mock.patch.object(vaurien, "RETRY_DELAY", 0.02), \
                     self.no_descriptor_for_connects(1), \
@@ -9067,7 +9345,7 @@ class TestEnvironmentChanges(unittest.TestCase):
 
     def test_a_backend_may_restart(self):
         port = unused_port()
-        with vaurien.Proxy("127.0.0.1:%d" % port, "127.0.0.1:0") as proxy:
+        with OpenProxy("127.0.0.1:%d" % port, "127.0.0.1:0") as proxy:
             for _ in range(3):
                 with connected_client(proxy) as sock:       # the backend refuses the connection
                     self.assertEqual(read_until_close(sock).size, 0)
@@ -9086,7 +9364,7 @@ class TestEnvironmentChanges(unittest.TestCase):
         """The name of the backend is resolved for each client."""
         with backend_server(lambda sock: sock.sendall(b"one")) as (port_one, _), \
                 backend_server(lambda sock: sock.sendall(b"two")) as (port_two, _), \
-                vaurien.Proxy("moves.example:1", "127.0.0.1:0") as proxy:
+                OpenProxy("moves.example:1", "127.0.0.1:0") as proxy:
             for port, reply in (port_one, b"one"), (port_two, b"two"), (port_one, b"one"):
                 addresses = [(socket.AF_INET, ("127.0.0.1", port))]
                 with mock.patch.object(vaurien, "resolve", lambda *args, **kwargs: addresses), \
@@ -9102,7 +9380,7 @@ class TestEnvironmentChanges(unittest.TestCase):
                     start = time.monotonic()
                     send_and_read(sock, b"question")
                     self.assertGreaterEqual(time.monotonic() - start, 0.02)
-            self.assertEqual([event.time for event in proxy.events][1:], [0.0, 4e9, -1e9])
+            self.assertEqual([event.time for event in proxy.events()][1:], [0.0, 4e9, -1e9])
 
 
 class TestHypothesis(unittest.TestCase):
@@ -9334,16 +9612,19 @@ SOAK_DATA_MAX = 1 << 21             # bytes of one direction of a conversation
 SoakPlan = namedtuple("SoakPlan", "data resets rng")
 
 
-class SoakProxy(vaurien.Proxy):
+class SoakProxy(OpenProxy):
     """A proxy that keeps for each closed connection its faults and why it was closed."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.closed = {}            # {client's address: (names of handlers, reason)}
+        on_connection_closed = self._server.on_connection_closed
 
-    def on_connection_closed(self, connection, reason):
-        super().on_connection_closed(connection, reason)
-        self.closed[connection.name] = set(connection.faults or ()), reason
+        def record_closed(connection, reason):
+            on_connection_closed(connection, reason)
+            self.closed[connection.name] = set(connection.faults or ()), reason
+
+        self._server.on_connection_closed = record_closed
 
 
 class SoakPeer:
@@ -9795,7 +10076,7 @@ class RealServerTests:
 
         options    {handler: {option: value}}
         """
-        proxy = vaurien.Proxy("127.0.0.1:%d" % self.port, "127.0.0.1:0", behavior, options,
+        proxy = OpenProxy("127.0.0.1:%d" % self.port, "127.0.0.1:0", behavior, options,
                               protocol=protocol, seed=1)
         proxy.__enter__()
         self.addCleanup(proxy.__exit__)
@@ -10045,8 +10326,8 @@ class TestRedis(RealServerTests, unittest.TestCase):
             results = pipeline.execute(raise_on_error=False)
         failed = [index for index, result in enumerate(results) if isinstance(result, Exception)]
         # Other commands precede the pipeline. This is the number of its first command.
-        first_request = min(event.request for event in proxy.events) - failed[0]
-        self.assertEqual([event.request - first_request for event in proxy.events], failed)
+        first_request = min(event.request for event in proxy.events()) - failed[0]
+        self.assertEqual([event.request - first_request for event in proxy.events()], failed)
         self.assertTrue(5 < len(failed) < 40)
         missing = [index for index in range(100) if client.get("n%d" % index) is None]
         self.assertEqual(missing, failed)
@@ -10222,8 +10503,8 @@ class TestPostgreSQL(RealServerTests, unittest.TestCase):
                 except self.driver.errors.SerializationFailure:
                     failed.append(value)
         inserted = {value for value, in client.execute("SELECT i FROM t").fetchall()}
-        self.assertEqual(len(proxy.events), 40 - len(inserted))
-        self.assertTrue(2 < len(proxy.events) < 20)
+        self.assertEqual(len(proxy.events()), 40 - len(inserted))
+        self.assertTrue(2 < len(proxy.events()) < 20)
         self.assertTrue(failed)
 
     def check_drawn_queries_of_pg8000(self, proxy):
@@ -10239,7 +10520,7 @@ class TestPostgreSQL(RealServerTests, unittest.TestCase):
                     failed.append(value)
                 else:
                     self.assertEqual(result, [[value]])
-        self.assertEqual(len(proxy.events), len(failed))
+        self.assertEqual(len(proxy.events()), len(failed))
 
     def test_a_refused_commit_skips_the_rest_of_a_pipeline(self):
         proxy = self.start_proxy(protocol="postgres")
@@ -10449,7 +10730,7 @@ class TestSmtp(unittest.TestCase):
                                          data_size_limit=1 << 28)
         controller.start()
         self.addCleanup(controller.stop)
-        self.proxy = vaurien.Proxy("127.0.0.1:%d" % port, "127.0.0.1:0", protocol="smtp", seed=1)
+        self.proxy = OpenProxy("127.0.0.1:%d" % port, "127.0.0.1:0", protocol="smtp", seed=1)
         self.proxy.__enter__()
         self.addCleanup(self.proxy.__exit__)
 
@@ -10516,7 +10797,7 @@ class TestRequests(unittest.TestCase):
         self.addCleanup(backend.server_close)
         self.addCleanup(backend.shutdown)
         backend.RequestHandlerClass.protocol_version = "HTTP/1.1"
-        with vaurien.Proxy(backend.server_address, "127.0.0.1:0", protocol="http") as proxy, \
+        with OpenProxy(backend.server_address, "127.0.0.1:0", protocol="http") as proxy, \
                 requests.Session() as session:
             url = "http://127.0.0.1:%d/" % proxy.port
             self.assertEqual(session.get(url).content, vaurien.DEMO_BODY)

@@ -30,7 +30,7 @@ Each section uses only the sections above it. `grep -n '^# -- ' vaurien.py` list
     vocabulary    Events, Checks
     extend here   Handlers, Options, Protocols
     engine        Rules, Chain, Delay queue, Loop, Sockets, Connection
-    service       Proxy, Metrics, Control, Toxiproxy, Client
+    service       Proxy, Metrics, Control, Toxiproxy, Interface
     programs      Command line, Demo, vaurienctl, Main
 
 Glossary:
@@ -91,6 +91,30 @@ import warnings
 from collections import ChainMap, Counter, OrderedDict, deque, namedtuple
 from selectors import EVENT_READ, EVENT_WRITE
 
+MYPY = False                    # True for type checkers only: importing `typing` takes time
+if MYPY:
+    from typing import (
+        Any,
+        Callable,
+        Dict,
+        Iterable,
+        Iterator,
+        List,
+        NamedTuple,
+        Optional,
+        Sequence,
+        Tuple,
+        TypeVar,
+        Union,
+    )
+    from typing import Counter as CounterOf
+    Function = TypeVar("Function", bound=Callable[..., Any])
+    Handler = Union[str, Callable[..., Any]]
+    OptionValue = Union[bool, int, float, str]
+    Address = Union[str, Tuple[str, int]]
+    Behavior = Union[str, Dict[Handler, float], Sequence[Tuple[float, Handler]],
+                     Sequence[Dict[str, Any]]]
+
 try:
     import fcntl
 except ImportError:             # Windows has none
@@ -107,11 +131,19 @@ class LazyModule:
         return getattr(importlib.import_module(self.name), attribute)
 
 
-configparser, difflib, hashlib, hmac, inspect, json, subprocess, textwrap, urls = map(
-    LazyModule, ["configparser", "difflib", "hashlib", "hmac", "inspect", "json", "subprocess",
-                 "textwrap", "urllib.parse"])
+asyncio, configparser, difflib, hashlib, hmac, inspect, json, subprocess, textwrap, urls = map(
+    LazyModule, ["asyncio", "configparser", "difflib", "hashlib", "hmac", "inspect", "json",
+                 "subprocess", "textwrap", "urllib.parse"])
 
 __version__ = "3.0.0"
+
+# The public names. All other names may change in any version.
+__all__ = [     # noqa: RUF022
+    "Proxy", "Client", "Fault", "FaultRecord", "start_proxy", "stop_proxy",     # tests
+    "handler", "BaseHandler", "rate_limited", "only_direction", "changes_replies",  # handlers
+    "UPSTREAM", "DOWNSTREAM", "NEVER", "OPEN", "EOF", "RESET", "END_OF_MESSAGE", "Signal",
+    "main", "main_ctl",
+]
 
 log = logging.getLogger("vaurien")
 
@@ -394,34 +426,35 @@ def format_value(value):
 HANDLERS = OrderedDict()        # {name: handler}
 
 
-def handler(function):
+def handler(function: "Function") -> "Function":
     """Register a handler under its own name. Returns the function unchanged."""
     HANDLERS[function.__name__] = function
     return function
 
 
-def keeps_due_time(function):
+def keeps_due_time(function: "Function") -> "Function":
     """Mark a handler that keeps in state[to] a time before which no further chunk passes.
 
     This time may depend on delays of other rules. So Chain.reset_due_times makes it earlier
     after the release of chunks that they have delayed.
     """
-    function.keeps_due_time = True
+    function.keeps_due_time = True  # type: ignore
     return function
 
 
-def rate_limited(function):
+def rate_limited(function: "Function") -> "Function":
     """Mark a handler that delays chunks like a slow link.
 
     The handler keeps in state[to] the time when the link will have sent all chunks so far.
     DelayQueue.read_limit lets less data wait for such a link, so that the source slows down
     soon.
     """
-    function.rate_limited = True
+    function.rate_limited = True  # type: ignore
     return keeps_due_time(function)
 
 
-def only_direction(choose):
+def only_direction(
+        choose: "Callable[[Dict[str, Any]], str]") -> "Callable[[Function], Function]":
     """Return a decorator for a handler that needs events of one direction only.
 
     choose(options)    returns this direction. A `stream` in the rule takes precedence
@@ -432,9 +465,9 @@ def only_direction(choose):
     return mark
 
 
-def changes_replies(function):
+def changes_replies(function: "Function") -> "Function":
     """Mark a handler that changes replies only. Its rule cannot have the stream "upstream"."""
-    function.changes_replies = True
+    function.changes_replies = True  # type: ignore
     return function
 
 
@@ -700,13 +733,15 @@ class BaseHandler:
     blocking = True     # for is_blocking_handler. The base class may be from another copy of
                         #   this file, which issubclass would not recognise
 
-    def __init__(self, settings=None, proxy=None):
+    def __init__(self, settings: "Optional[Dict[str, OptionValue]]" = None,
+                 proxy: "Any" = None) -> None:
         """Create the object for a proxy. `settings` is {option: value}."""
         self.settings = dict(settings or {})
         self.proxy = proxy
         self.logger = log
 
-    def __call__(self, client_sock, backend_sock, to_backend):
+    def __call__(self, client_sock: "socket.socket", backend_sock: "socket.socket",
+                 to_backend: bool) -> None:
         """Forward the readable data: from the client if to_backend, else from the backend.
 
         The source has data to read. If the handler leaves some data unread, it is called again
@@ -715,11 +750,11 @@ class BaseHandler:
         """
         raise NotImplementedError
 
-    def update_settings(self, settings):
+    def update_settings(self, settings: "Dict[str, OptionValue]") -> None:
         """Change the values of some options. `settings` is {option: value}."""
         self.settings.update(settings)
 
-    def option(self, name):
+    def option(self, name: str) -> "Any":
         """Return an option's value, converted to its declared type. Raises ValueError."""
         if name not in self.options:
             raise ValueError("unknown option %r%s: there are %s" % (
@@ -728,9 +763,11 @@ class BaseHandler:
         value = self.settings.get(name, default)
         return check_yes_no(value) if type_ is bool else type_(value)
 
-    def _get_data(self, client_sock, backend_sock=None, to_backend=True, buffer=CHUNK):
+    def _get_data(self, client_sock: "socket.socket",
+                  backend_sock: "Optional[socket.socket]" = None, to_backend: bool = True,
+                  buffer: int = CHUNK) -> bytes:
         """Receive from the source. Returns b"" at the end of the stream or after an error."""
-        source = client_sock if to_backend else backend_sock
+        source = client_sock if to_backend or backend_sock is None else backend_sock
         try:
             return source.recv(buffer)
         except OSError:
@@ -853,6 +890,28 @@ def load_handler(name, path):
     HANDLERS[name] = function
     if is_blocking_handler(function) and function.name:
         HANDLERS.setdefault(function.name, function)    # never replaces another handler
+
+
+def local_handler(handler):
+    """Return the name of a handler of this process, and register it if necessary.
+
+    handler    a name, a dotted path, or the handler itself
+
+    Raises ValueError.
+    """
+    if isinstance(handler, str):
+        if handler not in HANDLERS and "." in handler:
+            load_handler(handler, handler)
+        get_handler(handler)            # raises ValueError for an unknown handler
+        return handler
+    name = getattr(handler, "name", "") or getattr(handler, "__name__", repr(handler))
+    existing = HANDLERS.get(name)
+    if existing is not handler:
+        check_handler(name, handler)
+        if existing is not None and existing.__module__ == __name__:
+            raise ValueError("%r is a handler of Vaurien: give your handler another name" % name)
+        HANDLERS[name] = handler
+    return name
 
 
 def check_handler(path, function):
@@ -2575,7 +2634,8 @@ class Rule:
 
     __slots__ = ("name", "handler", "options", "draw_min", "draw_max", "draw_key", "direction",
                  "keeps_due_time", "rate_limited", "blocking", "drawn_count", "acted_count",
-                 "shared", "error_logged", "instance", "toxic", "match_failed", "slow_logged",
+                 "shared", "error_logged", "instance", "toxic", "block", "match_failed",
+                 "slow_logged",
                  *(field for field in RULE_FIELDS if field != "percent"))
 
     per: str
@@ -2606,6 +2666,7 @@ class Rule:
         self.instance = None        # the object to call, if the handler is blocking
         self.match_failed = False   # a search has taken too long: see `matches`
         self.toxic = None           # the name of the Toxic that the rule belongs to
+        self.block = None           # the number of the Block that the rule belongs to
 
     def set_options(self, options):
         """Replace the options. They may determine the direction of the handler's events."""
@@ -2833,6 +2894,37 @@ def parse_behavior(text):
                          "handler acts on a request; to combine faults, use toxics"
                          % (total, text))
     return shares
+
+
+def behavior_tables(behavior, options=None, resolve=lambda name: name):
+    """Return the tables of a behavior, for `read_rules`.
+
+    behavior    "PERCENT:HANDLER,...", {handler: percent}, [(percent, handler)], or the tables
+                themselves
+    options     {handler: {option: value}}
+    resolve     a function that returns the name of a handler in the behavior. It may raise
+                ValueError
+
+    Raises ValueError with the end of a sentence.
+    """
+    expected = ValueError("must be PERCENT:HANDLER[,PERCENT:HANDLER ...], like 20:delay,5:error, "
+                          "{handler: percent} or [(percent, handler)], not %r" % (behavior,))
+    if isinstance(behavior, str):
+        behavior = parse_behavior(behavior)
+    elif isinstance(behavior, dict):
+        behavior = [(percent, handler) for handler, percent in behavior.items()]
+    if not isinstance(behavior, (list, tuple)):
+        raise expected
+    tables = []
+    for item in behavior:
+        if isinstance(item, dict) and "name" in item:
+            tables.append(dict(item, name=resolve(item["name"])))
+        elif isinstance(item, (list, tuple)) and len(item) == 2 and not isinstance(item[0], str):
+            percent, name = item[0], resolve(item[1])
+            tables.append(dict((options or {}).get(name, {}), name=name, percent=percent))
+        else:
+            raise expected
+    return tables
 
 
 def check_fields(name, function, fields):
@@ -5537,10 +5629,24 @@ class Connection:
 # comment are for all other threads.
 
 # A rule has acted on a request. `options` has the options of its handler, and the values that the
-# handler has drawn. `toxic` is the name of the toxic that the rule belongs to, if any.
-FaultRecord = namedtuple("FaultRecord",
-                         "number time proxy connection client request handler options toxic")
-FaultRecord.__new__.__defaults__ = (None,)
+# handler has drawn. `toxic` is the name of the toxic, and `block` the number of the Block, that
+# the rule belongs to, if any.
+if MYPY:
+    class FaultRecord(NamedTuple):
+        number: int
+        time: float
+        proxy: str
+        connection: int
+        client: str
+        request: int
+        handler: str
+        options: "Dict[str, OptionValue]"
+        toxic: "Optional[str]" = None
+        block: "Optional[int]" = None
+else:
+    FaultRecord = namedtuple("FaultRecord", "number time proxy connection client request handler "
+                                            "options toxic block")
+    FaultRecord.__new__.__defaults__ = (None, None)
 
 # The rules of a proxy have changed, or the proxy has started.
 #
@@ -5549,56 +5655,46 @@ FaultRecord.__new__.__defaults__ = (None,)
 # rules         the new rules, in the form of Rule.to_json
 RuleChange = namedtuple("RuleChange", "after time proxy connection rules")
 
+# The rules that act while a `with` block of a test is open.
+#
+# rules    the list of rules; they share one draw
+# only     whether no other rules of the behavior, and of blocks that were open before, act
+Block = namedtuple("Block", "rules only")
 
-class Proxy:
-    """A chaos proxy in front of one backend.
 
-        with Proxy("localhost:6379") as proxy:
-            redis = Redis(port=proxy.port)
-            with proxy.handler("delay", sleep=2):
-                ...
+class ProxyServer:
+    """A proxy in a loop: the listener, the rules, the counts, and the fault records.
 
-    distant    the backend, "HOST:PORT" or (host, port); the proxy connects to it for each client
-    local      the address to listen on, in the same form; port 0 picks a free one
-    behavior   "PERCENT:HANDLER,..." of the requests, or [(percent, handler)]
-    options    {handler: {option: value}}
-    name       for the log and the draws
-    seed       a whole number: the same seed gives the same faults; None draws one
-    timeout    seconds to connect to the backend, all its addresses together
-    protocol   the application protocol: tcp, http, redis, memcache, mysql, postgres or smtp
-    overwrite_host_header
-               http: whether to replace the Host header with the backend's
+    distant    the backend, (host, port); the proxy connects to it for each client
+    local      the (host, port) to listen on; port 0 picks a free one
+    behavior   in the form of behavior_tables
     toxics     rules beside the behavior: [Toxic]
     enabled    whether a ProxyTable opens its port
 
-    Raises ValueError for invalid arguments, and OSError if it cannot listen. As a context
-    manager it runs in a new thread, and closes everything at the end of the block. A forked
-    process may leave the block: this has no effect. Other methods raise RuntimeError there.
+    The other arguments are those of Proxy. Raises ValueError.
     """
 
-    def __init__(self, distant, local="localhost:0", behavior="100:dummy", options=None,
+    def __init__(self, distant, local=("localhost", 0), behavior="100:dummy", options=None,
                  name="vaurien", seed=None, timeout=30.0, protocol="tcp",
                  overwrite_host_header=True, toxics=(), enabled=True):
         self.name = name
         self.log_prefix = "" if name == "vaurien" else name + ": "
         self.protocol = PROTOCOLS[check_protocol(protocol)]
         self.overwrite_host_header = overwrite_host_header
-        self.local = parse_listener(local) if isinstance(local, str) else local
-        self.listen = format_address(self.local)    # once bound, the bound address
+        self.local = local
+        self.listen = format_address(local)         # once bound, the bound address
         self.enabled = enabled
-        shares = parse_behavior(behavior) if isinstance(behavior, str) else behavior
-        self.timeout = check_timeout(timeout)
+        self.timeout = timeout
         self.seed = random.SystemRandom().getrandbits(32) if seed is None else seed
         self.rules = RuleSet(self.seed, name)
         options = options or {}
         # Check all options, because the behavior may not name all of these handlers.
         read_rules([dict(values, name=handler, percent=0) for handler, values in options.items()])
-        # A stack: the rules of the behavior, then those of each open `with proxy.handler(...)`
-        # block. Only the rules at the end of the list act.
-        self.behaviors = [read_rules([dict(options.get(handler, {}), name=handler,
-                                           percent=percent) for percent, handler in shares])]
-        self.toxics = list(toxics)          # in the order in which they act
-        self.install_rules(self.behaviors, self.toxics)
+        self.blocks_begun = 0               # the number of the last Block
+        # The rules of the behavior, {number: Block} of the open blocks in the order of their
+        # beginning, and the toxics in the order in which they act.
+        self.install_rules(read_rules(behavior_tables(behavior, options)), OrderedDict(),
+                           list(toxics))
         self.loop = None                    # set by `open`
         self.listener = None                # None while disabled
         self.set_backend(distant)
@@ -5614,61 +5710,14 @@ class Proxy:
         self.lookups = {}                   # {backend: callbacks that wait for its addresses}
         self.lock = threading.RLock()       # held during changes that take several steps
 
-    def __enter__(self):
-        self.bind()
-        loop = Loop()
-        self.open(loop)
-        self.thread = threading.Thread(target=loop.run, name=self.name, daemon=True)
-        self.thread.start()
-        return self
+    # In any thread
 
-    def __exit__(self, *exception):
-        if self.loop.is_forked():
-            return
-        self.loop.stop()
-        self.thread.join()
-        self.close()                    # the loop's thread has ended: this thread may do it
-        self.loop.close()
-
-    @property
-    def port(self):
-        """The port on which the proxy listens."""
-        return self.listener.address()[1]
-
-    @contextlib.contextmanager
-    def handler(self, name, **fields):
-        """Use a handler as the behavior during a `with` block.
-
-        fields    its options, and the rule fields percent, per, stream, match, after, times
-
-        At the end of the block, the previous behavior acts again. Raises ValueError for invalid
-        fields.
-        """
-        rules = read_rules([dict(fields, name=name)])
-        self.loop.run_sync(self.push_rules, rules)
-        try:
-            yield self
-        finally:
-            if not self.loop.is_forked():
-                self.loop.run_sync(self.pop_rules, rules)
-
-    def wait_for(self, name, timeout=5, since=0):
-        """Wait until a handler has acted, and return its first FaultRecord.
-
-        since    the number of a fault record: only later ones count
-
-        Raises TimeoutError after `timeout` seconds.
-        """
-        def find_record():
-            return next((record for record in list(self.events)
-                         if record.number > since and record.handler == name), None)
-        get_handler(name)               # raises ValueError for an unknown handler
-        self.loop.check_process()       # a fork has a copy of the lock, which may be locked
+    def records_since(self, since):
+        """Return the FaultRecords with a number greater than `since`, the oldest first."""
         with self.fault_recorded:
-            record = self.fault_recorded.wait_for(find_record, timeout)
-        if not record:
-            raise TimeoutError("%s has not acted in %g seconds" % (name, timeout))
-        return record
+            newest_first = list(itertools.takewhile(lambda record: record.number > since,
+                                                    reversed(self.events)))
+        return newest_first[::-1]
 
     # In the loop's thread: listening
 
@@ -5755,13 +5804,12 @@ class Proxy:
     # In the loop's thread: the backend
 
     def set_backend(self, distant):
-        """Connect new clients to "HOST:PORT" or (host, port). Raises ValueError."""
-        backend = parse_address(distant) if isinstance(distant, str) else distant
+        """Connect new clients to (host, port). Raises ValueError."""
         local_addresses = [self.local]
         if self.listener:
             local_addresses += [sock.getsockname()[:2] for sock in self.listener.sockets]
-        check_backend(backend, local_addresses)
-        self.set_backend_address(backend)
+        check_backend(distant, local_addresses)
+        self.set_backend_address(distant)
 
     def set_backend_address(self, backend):
         self.backend = backend
@@ -5806,35 +5854,57 @@ class Proxy:
 
     # In the loop's thread: rules
 
+    def acting_rules(self):
+        """Return the lists of rules that act now: that of the behavior, or those of open blocks.
+
+        The rules of one list share one draw.
+        """
+        acting = []
+        for block in self.blocks.values():
+            acting = [block.rules] if block.only else [*acting, block.rules]
+        return acting or [self.behavior]
+
     def describe(self):
         """Return the behavior and the toxics as text: "20:delay sleep=1.0, 80:dummy"."""
-        rules = self.behaviors[-1]
-        percents = [rule.draw_max - rule.draw_min for rule in rules]
-        parts = ["%g:%s" % (percent, rule) for percent, rule in zip(percents, rules)]
-        rest = 100 - sum(percents)
-        if rest > 0.000001:             # more than a rounding error
-            parts.append("%g:dummy" % rest)
-        return ", ".join(parts + [str(toxic) for toxic in self.toxics])
+        acting = self.acting_rules()
+        parts = [describe_shares(rules) for rules in acting if rules or len(acting) == 1]
+        return ", ".join(["; ".join(parts), *map(str, self.toxics)])
 
     def handler_names(self):
         """Return the names of the behavior's handlers, joined by commas."""
-        return ",".join(rule.name for rule in self.behaviors[-1]) or "dummy"
+        return ",".join(rule.name for rules in self.acting_rules() for rule in rules) or "dummy"
 
     def set_rules(self, rules):
-        """Use these rules as the behavior, also after open `with proxy.handler(...)` blocks."""
-        self.replace_rules([rules], self.toxics)
+        """Use these rules as the behavior, and end the open blocks."""
+        self.replace_rules(rules, OrderedDict(), self.toxics)
 
-    def push_rules(self, rules):
-        """Use the rules of a `with proxy.handler(...)` block that begins."""
-        self.replace_rules([*self.behaviors, rules], self.toxics)
+    def begin_block(self, rules, only):
+        """Let the rules of a block act. Returns the number of the block.
 
-    def pop_rules(self, rules):
-        """Remove the rules of a `with proxy.handler(...)` block that ends.
-
-        Blocks may end in any order. The last of the remaining behaviors acts now.
+        The draws of a block depend on the number of blocks that are open. So the same blocks
+        with the same seed have the same faults, whatever other tests have run before.
         """
-        remaining = [behavior for behavior in self.behaviors if behavior is not rules]
-        self.replace_rules(remaining, self.toxics)
+        number = self.blocks_begun + 1
+        depth = next(depth for depth in itertools.count()
+                     if not any(rule.draw_key == block_key(depth)
+                                for block in self.blocks.values() for rule in block.rules))
+        for rule in rules:
+            rule.block, rule.draw_key = number, block_key(depth)
+        blocks = OrderedDict(self.blocks)
+        blocks[number] = Block(rules, only)
+        self.replace_rules(self.behavior, blocks, self.toxics)
+        self.blocks_begun = number
+        return number
+
+    def end_block(self, number):
+        """Remove the rules of a block. Blocks may end in any order.
+
+        Does nothing if `set_rules` has ended the block.
+        """
+        if number in self.blocks:
+            blocks = OrderedDict(self.blocks)
+            del blocks[number]
+            self.replace_rules(self.behavior, blocks, self.toxics)
 
     def set_toxics(self, toxics):
         """Replace the toxics.
@@ -5855,10 +5925,10 @@ class Proxy:
                 changed_rules.append(old.rule)
                 if old.rule.instance:
                     old.rule.instance.update_settings(old.rule.options)
-        self.replace_rules(self.behaviors, installed, changed_rules)
+        self.replace_rules(self.behavior, self.blocks, installed, changed_rules)
 
-    def replace_rules(self, behaviors, toxics, changed=()):
-        """Install the rules of the last behavior and of the toxics, also on open connections.
+    def replace_rules(self, behavior, blocks, toxics, changed=()):
+        """Install the rules of the behavior, blocks and toxics, also on open connections.
 
         changed    installed rules whose options have changed
 
@@ -5867,8 +5937,7 @@ class Proxy:
         rules begin on open connections. Raises InputError.
         """
         before = self.rules.installed
-        self.install_rules(behaviors, toxics)
-        self.behaviors, self.toxics = behaviors, toxics
+        self.install_rules(behavior, blocks, toxics)
         after = self.rules.installed
         removed = [rule for rule in before if rule not in after]
         new = [rule for rule in after if rule not in before]
@@ -5877,22 +5946,30 @@ class Proxy:
         for connection in list(self.connections.values()):
             connection.rules_changed(new, removed, changed)
 
-    def install_rules(self, behaviors, toxics):
-        """Set the installed rules: those of the last behavior and of the toxics.
+    def install_rules(self, behavior, blocks, toxics):
+        """Set the behavior, the open blocks and the toxics, and install those rules that act.
 
-        Creates the objects of blocking handlers. Raises InputError.
+        Creates the objects of blocking handlers. Raises InputError, and changes nothing then.
         """
-        rules = behaviors[-1] + [toxic.rule for toxic in toxics]
-        for rule in rules:
-            self.check_rule(rule)
-            if rule.blocking and rule.instance is None:
-                try:
-                    rule.instance = rule.handler(rule.options, self)
-                except Exception as exc:        # the user's class may raise anything
-                    raise InputError([("name", "%s cannot be created: %s" % (
-                        rule.name, format_exception(exc)))]) from None
+        for rules in [behavior, *(block.rules for block in blocks.values()),
+                      [toxic.rule for toxic in toxics]]:
+            for rule in rules:
+                self.check_rule(rule)
+                self.create_instance(rule)
+        self.behavior, self.blocks, self.toxics = behavior, blocks, toxics
+        rules = [*itertools.chain(*self.acting_rules()), *(toxic.rule for toxic in toxics)]
         self.rules.install(rules)
         self.has_blocking = any(rule.blocking for rule in rules)
+
+    def create_instance(self, rule):
+        """Create the object of a rule with a blocking handler, if it has none. Raises InputError.
+        """
+        if rule.blocking and rule.instance is None:
+            try:
+                rule.instance = rule.handler(rule.options, self)
+            except Exception as exc:            # the user's class may raise anything
+                raise InputError([("name", "%s cannot be created: %s" % (
+                    rule.name, format_exception(exc)))]) from None
 
     def check_rule(self, rule):
         """Raise InputError if a rule does not fit the proxy's protocol."""
@@ -5931,7 +6008,8 @@ class Proxy:
         with self.fault_recorded:
             self.events.append(FaultRecord(
                 self.fault_count, time.time(), self.name, connection.number, connection.name,
-                request, rule.name, dict(rule.options, **active.drawn_options), rule.toxic))
+                request, rule.name, dict(rule.options, **active.drawn_options), rule.toxic,
+                rule.block))
             self.fault_recorded.notify_all()
         log.info("%sconnection %d, request %d: %s (client %s)", self.log_prefix,
                  connection.number, request, rule.describe(active.drawn_options),
@@ -5980,8 +6058,23 @@ class Proxy:
         return dict(zip(keys, totals))
 
 
+def block_key(depth):
+    """Return the draw key of a block, while `depth` other blocks are open."""
+    return "block %d" % depth if depth else "behavior"
+
+
+def describe_shares(rules):
+    """Return rules that share one draw as text: "20:delay sleep=1.0, 80:dummy"."""
+    percents = [rule.draw_max - rule.draw_min for rule in rules]
+    parts = ["%g:%s" % (percent, rule) for percent, rule in zip(percents, rules)]
+    rest = 100 - sum(percents)
+    if rest > 0.000001:             # more than a rounding error
+        parts.append("%g:dummy" % rest)
+    return ", ".join(parts)
+
+
 class ProxyTable(OrderedDict):
-    """The proxies of one process, in one loop: {name: Proxy}.
+    """The proxies of one process, in one loop: {name: ProxyServer}.
 
     shared    the settings of proxies that are created while it runs: seed, timeout. A seed of
               None draws one
@@ -6067,6 +6160,16 @@ class ProxyTable(OrderedDict):
         if enabled and (moved or not proxy.enabled):
             listener = self.rebind(proxy, local)
         proxy.loop.run_sync(proxy.apply_change, local, backend, enabled, listener)
+
+    def enable(self, proxy, enabled):
+        """Enable or disable a proxy. Raises OSError."""
+        self.change(proxy, proxy.local, proxy.backend, enabled)
+
+    def reset(self, proxy):
+        """Enable a proxy, end all blocks, and remove all its rules. Raises OSError."""
+        self.enable(proxy, True)
+        proxy.loop.run_sync(proxy.set_rules, [])
+        proxy.loop.run_sync(proxy.set_toxics, [])
 
     def rebind(self, proxy, local):
         """Return a new listener at local. Raises CannotListen.
@@ -6556,10 +6659,10 @@ def list_behaviors(request):
 @route("GET", "/rules")
 def get_rules(request):
     """Return the rules of the behavior with all options and fields, and the proxy's seed."""
-    rules_in_effect = request.proxy.behaviors[-1]
+    acting = request.proxy.acting_rules()
     rule_dicts, previous_max = [], 0.0
-    for rule in rules_in_effect:
-        if rule.draw_min > previous_max:
+    for rule in itertools.chain(*acting):
+        if rule.draw_min > previous_max and len(acting) == 1:
             # No rule acts on requests with a draw in this gap. A dummy of the same size lets
             # `PUT /rules` restore the gap from this result.
             rule_dicts.append({"name": "dummy", "percent": rule.draw_min - previous_max})
@@ -6587,6 +6690,42 @@ def put_rules(request):
 def set_rules(request, rule_dicts):
     """Replace the rules of the request's proxy. Raises InputError."""
     request.proxy.loop.run_sync(request.proxy.set_rules, read_rules(rule_dicts))
+
+
+@route("POST", "/blocks", '{"name": "delay", "sleep": 2}', query=["only"], status=201)
+def begin_block(request):
+    """Begin a block: a rule beside the rules of other open blocks, or with ?only=yes alone."""
+    rules = read_rules([parse_json_object(request.body)])
+    only = check_field("only", check_yes_no, request.query.get("only", "no"))
+    return {"block": request.proxy.loop.run_sync(request.proxy.begin_block, rules, only)}
+
+
+@route("DELETE", "/blocks/BLOCK")
+def end_block(request):
+    """End a block. After the last one, the behavior acts again."""
+    number = check_field("block", check_count, request.names["BLOCK"])
+    request.proxy.loop.run_sync(request.proxy.end_block, number)
+    return {"status": "ok"}
+
+
+@route("GET", "/proxy")
+def get_status(request):
+    """Return the addresses and the state of a proxy."""
+    proxy = request.proxy
+    return proxy.loop.run_sync(lambda: OrderedDict([
+        ("name", proxy.name), ("listen", proxy.listen), ("backend", format_address(proxy.backend)),
+        ("enabled", proxy.enabled), ("rules", proxy.describe()), ("faults", proxy.fault_count)]))
+
+
+@route("POST", "/proxy/reset")
+def reset_proxy(request):
+    """Enable a proxy, and remove its rules and toxics. Connections stay open."""
+    try:
+        with request.proxy.lock:
+            request.control.proxies.reset(request.proxy)
+    except CannotListen as error:
+        raise ApiError(500, [("server", "", error.strerror)]) from None
+    return {"status": "ok"}
 
 
 @route("GET", "/backend")
@@ -6627,8 +6766,7 @@ def list_events(request):
         since = check_count(request.query.get("since", "0"))
     except ValueError as error:
         raise ApiError(400, [("querystring", "since", "since %s" % error)]) from None
-    records = request.proxy.loop.run_sync(lambda: list(request.proxy.events))
-    return {"events": [record._asdict() for record in records if record.number > since]}
+    return {"events": [record._asdict() for record in request.proxy.records_since(since)]}
 
 
 @route("GET", "/changes /proxies/PROXY/changes")
@@ -7351,8 +7489,8 @@ def make_proxy(fields, proxies):
     backend = check_field("upstream", parse_upstream, fields["upstream"])
     check_field("upstream", check_backend, backend, [local])
     protocol = check_field("protocol", check_protocol, fields.get("protocol", "tcp"))
-    return Proxy(backend, local, name=fields["name"], **proxies.shared,
-                 protocol=protocol, toxics=toxics, enabled=fields.get("enabled", True))
+    return ProxyServer(backend, local, name=fields["name"], **proxies.shared, protocol=protocol,
+                       toxics=toxics, enabled=fields.get("enabled", True))
 
 
 def check_unique_names(toxics):
@@ -7811,37 +7949,682 @@ def format_labels(labels):
                     for name, value in sorted(labels.items()))
 
 
-# -- Client -------------------------------------------------------------------
+# -- Interface ----------------------------------------------------------------
 #
-# Client sends requests to the control server, for tests in another process or on another host.
-# start_proxy and stop_proxy start and stop a proxy in a process of its own.
+# Proxy and Client are for tests. A Proxy runs in the process of the test. A Client sends requests
+# to the control server of a proxy in another process, or on another host. Both have the methods
+# of Interface, so a test can use either of them. start_proxy and stop_proxy start and stop a
+# proxy in a process of its own.
 #
-# Threads: a Client opens a connection for each request, so several threads may share a Client.
+# Threads: several threads may share a Proxy or a Client. A Proxy has a loop in a thread of its
+# own. A Client opens a connection for each request.
 #
-# To add a request: add a method to Client that calls `request`.
+# To add a method: add it to Interface. If it needs the proxy itself, implement it in Proxy, with
+# a function that runs in the loop's thread, and in Client, with a request to a route.
 
-class Client:
-    """A client of the control server of a proxy that was started with --http.
+class Fault:
+    """A handler that acts during a `with` block of a test, and the faults that it has made there.
 
-    proxy    the name of the proxy to control; by default the server's first proxy
-    token    the server's --http-token, if it has one
+        with proxy.handler("delay", sleep=2) as fault:
+            ...
+            fault.wait()                # until the handler has acted
+        assert fault.count == 1
 
-    If the server refuses a request, methods raise ValueError with the server's text. If there
-    is no server, they raise OSError.
+    Proxy.handler, Proxy.with_handler and Proxy.toxic return a Fault, and Client's methods too.
+
+    name    the handler's name
     """
 
-    def __init__(self, host="localhost", port=8080, scheme="http", proxy=None, token=None):
+    def __init__(self, interface, name, begin, end):
+        self.name: str = name
+        self._interface = interface
+        self._begin = begin         # a function that returns {field: value} of the FaultRecords
+        self._end = end             # a function that takes this dict
+        self._fields = {}
+        self._since = 0             # the number of the last FaultRecord before the block
+        self._until = math.inf      # that of the last FaultRecord in the block
+
+    def __enter__(self) -> "Fault":
+        self._since, self._until = self._interface._last_record(), math.inf
+        self._fields = self._begin()
+        self._interface._faults.append(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._interface._faults.remove(self)
+        self._end(self._fields)
+        self._until = self._interface._last_record()
+
+    def __repr__(self):
+        return "<Fault %s: %d>" % (self.name, self.count)
+
+    def events(self) -> "List[FaultRecord]":
+        """Return the fault records of this block, the oldest first."""
+        return [record for record in self._interface.events(self._since) if self._owns(record)]
+
+    @property
+    def count(self) -> int:
+        """The number of requests, or of connections, that the handler has acted on."""
+        return len(self.events())
+
+    def wait(self, timeout: float = 5, count: int = 1) -> FaultRecord:
+        """Wait until the handler has acted in this block.
+
+        timeout    seconds to wait at most
+        count      how often it must have acted
+
+        Returns the FaultRecord of the last of these faults. Raises TimeoutError.
+        """
+        return self._interface._wait(self.name, self._since, self._owns, timeout, count)
+
+    async def wait_async(self, timeout: float = 5, count: int = 1) -> FaultRecord:
+        """Wait as `wait` does, without blocking the event loop of asyncio."""
+        return await run_in_executor(self.wait, timeout, count)
+
+    def _owns(self, record):
+        """Return whether a FaultRecord belongs to this block."""
+        return self._since < record.number <= self._until and all(
+            getattr(record, field) == value for field, value in self._fields.items())
+
+
+async def run_in_executor(function, *args):
+    """Run a function that blocks in a thread of asyncio's executor. Returns its result."""
+    return await asyncio.get_event_loop().run_in_executor(None, function, *args)
+
+
+class Interface:
+    """The methods that Proxy and Client share.
+
+    A handler is given by its name, like "delay", or as the function or class itself. Its options
+    and the rule fields (percent, per, stream, match, after, times) are keyword arguments.
+
+    Invalid arguments raise ValueError.
+    """
+
+    def __init__(self):
+        self._faults = []       # the open blocks, the last one began last
+        self._reset_record = 0  # the number of the last FaultRecord before the last reset
+
+    # Faults during a `with` block
+
+    def handler(self, name: "Handler", **fields: "OptionValue") -> Fault:
+        """Return a block in which a handler acts instead of the behavior.
+
+            with proxy.handler("error", percent=20, times=3) as fault:
+                ...
+
+        Blocks add up: in a block within a block, both handlers act, and each has its own draw. In
+        a block of `dummy` nothing acts. Blocks may end in any order. After the last one, the
+        behavior acts again. Toxics act all the time.
+
+        Returns a Fault. Raises RuntimeError if the proxy is not running.
+        """
+        name = self._handler_name(name)
+        return self._block(dict(fields, name=name), only=name == "dummy")
+
+    def with_handler(self, name: "Handler", **fields: "OptionValue") -> Fault:
+        """Return a block in which only this handler acts, as in Vaurien 1.x.
+
+        This differs from `handler` in a block within a block: the handlers of the outer blocks do
+        not act until the inner block ends.
+        """
+        return self._block(dict(fields, name=self._handler_name(name)), only=True)
+
+    def toxic(self, type: "Handler", name: "Optional[str]" = None, **fields: "Any") -> Fault:
+        """Return a block with a toxic, which acts beside the behavior and other toxics.
+
+            with proxy.toxic("latency", latency=200, jitter=50):
+                ...
+
+        The arguments are those of add_toxic. Returns a Fault.
+        """
+        def begin():
+            return {"toxic": self.add_toxic(type, name, **fields)}
+
+        self._check_running()
+        return Fault(self, self._handler_name(type), begin,
+                     lambda record_fields: self._discard_toxic(record_fields["toxic"]))
+
+    @contextlib.contextmanager
+    def down(self) -> "Iterator[None]":
+        """Refuse all clients during a `with` block.
+
+        Open connections are closed, and the port refuses new ones, as Toxiproxy does for a proxy
+        that is not enabled. After the block, the proxy listens on the same port again.
+        """
+        self.disable()
+        try:
+            yield
+        finally:
+            self.enable()
+
+    # Faults until the next change
+
+    def set_behavior(self, behavior: "Union[Behavior, Handler]",
+                     options: "Optional[Dict[str, Dict[str, OptionValue]]]" = None,
+                     **fields: "OptionValue") -> None:
+        """Replace the behavior.
+
+        behavior    "20:delay,5:error", {"delay": 20, "error": 5}, [(20, "delay"), (5, "error")],
+                    or a handler, which then acts on all requests
+        options     {handler: {option: value}}
+        fields      options and rule fields of a single handler
+
+        Open blocks end: their handlers act no more.
+        """
+        is_text = isinstance(behavior, str)
+        if callable(behavior) or (is_text and ":" not in behavior):
+            name = self._handler_name(behavior)
+            tables = [dict((options or {}).get(name, {}), **dict(fields, name=name))]
+        else:
+            tables = check_field("behavior", behavior_tables, behavior, options,
+                                 self._handler_name)
+            if fields:
+                raise ValueError("%s needs a single handler: use options={handler: {option: "
+                                 "value}}" % ", ".join(fields))
+        self._set_rules(tables)
+
+    def set_handler(self, name: "Handler", **fields: "OptionValue") -> None:
+        """Replace the behavior by one handler, as in Vaurien 1.x."""
+        self._set_rules([dict(fields, name=self._handler_name(name))])
+
+    def add_toxic(self, type: "Handler", name: "Optional[str]" = None, **fields: "Any") -> str:
+        """Add a toxic: a rule with a name, which acts beside the behavior and other toxics.
+
+        type      the handler, like "latency"
+        name      by default the type and the stream, like "latency_downstream"
+        fields    options of the handler, and the rule fields. Instead of `percent` there may be
+                  a `toxicity` from 0 to 1. By default, a type of Toxiproxy acts downstream, any
+                  other handler acts in both directions, and a toxic is drawn for each connection
+
+        Returns the name. Raises ValueError if the name is taken.
+        """
+        type = self._handler_name(type)
+        table = toxic_table(dict(fields, type=type, name=name))
+        return self._add_toxic(table)
+
+    def remove_toxic(self, name: str) -> None:
+        """Remove a toxic. The data that it delays is sent at once.
+
+        Raises ValueError if there is none.
+        """
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Let everything pass: enable the proxy, remove all rules and toxics, and end all blocks.
+
+        Connections, the backend and the fault records stay. `wait_for` no longer counts faults
+        from before.
+        """
+        raise NotImplementedError
+
+    def enable(self) -> None:
+        """Listen again after `disable`. Raises OSError if that fails."""
+        raise NotImplementedError
+
+    def disable(self) -> None:
+        """Close the port and all connections, until `enable` is called."""
+        raise NotImplementedError
+
+    def set_backend(self, backend: "Address") -> None:
+        """Connect new clients to another backend: "HOST:PORT" or (host, port)."""
+        raise NotImplementedError
+
+    # Observing
+
+    def wait_for(self, name: "Handler", timeout: float = 5,
+                 since: "Optional[int]" = None) -> FaultRecord:
+        """Wait until a handler has acted, and return the first FaultRecord of it.
+
+        name       the handler
+        timeout    seconds to wait at most
+        since      the number of a fault record: only later ones count. By default, faults count
+                   from the begin of the innermost open block with this handler. If there is none,
+                   they count from the begin of the innermost open block, or from the last reset
+
+        Raises TimeoutError.
+        """
+        name = self._handler_name(name)
+        if name not in self.list_handlers():
+            raise ValueError(unknown_handler(name))
+        if since is None:
+            faults = [fault for fault in self._faults if fault.name == name] or self._faults
+            since = faults[-1]._since if faults else self._reset_record
+        return self._wait(name, since, lambda record: record.handler == name, timeout, 1)
+
+    async def wait_for_async(self, name: "Handler", timeout: float = 5,
+                             since: "Optional[int]" = None) -> FaultRecord:
+        """Wait as `wait_for` does, without blocking the event loop of asyncio."""
+        return await run_in_executor(self.wait_for, name, timeout, since)
+
+    def events(self, since: int = 0) -> "List[FaultRecord]":
+        """Return the fault records with a number greater than `since`, the oldest first.
+
+        The proxy keeps the last 10,000 records. The list is a copy.
+        """
+        raise NotImplementedError
+
+    def connections(self) -> "List[Dict[str, Any]]":
+        """Return one dict for each open connection, as `GET /connections` does."""
+        raise NotImplementedError
+
+    def address(self) -> "Tuple[str, int]":
+        """Return the (host, port) that clients connect to."""
+        raise NotImplementedError
+
+    def get_backend(self) -> str:
+        """Return the backend of new connections, as HOST:PORT."""
+        raise NotImplementedError
+
+    def get_handler(self) -> str:
+        """Return the names of the handlers that act, joined by commas."""
+        raise NotImplementedError
+
+    def list_handlers(self) -> "List[str]":
+        """Return the names of all handlers."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """Return the rules as text, like "20:delay sleep=1.0, 80:dummy"."""
+        raise NotImplementedError
+
+    # The names of Vaurien 1.9
+
+    def get_behavior(self) -> str:
+        """Return the names of the handlers that act, as `get_handler` does."""
+        return self.get_handler()
+
+    def list_behaviors(self) -> "List[str]":
+        """Return the names of all handlers, as `list_handlers` does."""
+        return self.list_handlers()
+
+    def with_behavior(self, name: "Handler", **fields: "OptionValue") -> Fault:
+        """Return a block in which only this handler acts, as `with_handler` does."""
+        return self.with_handler(name, **fields)
+
+    # For Fault and for subclasses, which implement the methods without a body
+
+    def _handler_name(self, handler: "Any") -> str:
+        """Return the name of a handler, which may be given as an object."""
+        raise NotImplementedError
+
+    def _set_rules(self, tables: "Any") -> None:
+        raise NotImplementedError
+
+    def _add_toxic(self, table: "Any") -> str:
+        raise NotImplementedError
+
+    def _begin_block(self, table: "Any", only: bool) -> int:
+        raise NotImplementedError
+
+    def _end_block(self, number: int) -> None:
+        raise NotImplementedError
+
+    def _last_record(self) -> int:
+        """Return the number of the last FaultRecord."""
+        raise NotImplementedError
+
+    def _wait(self, name: str, since: int, matches: "Callable[[FaultRecord], bool]",
+              timeout: float, count: int) -> FaultRecord:
+        """Wait until `count` records since `since` match. Returns the last of them."""
+        raise NotImplementedError
+
+    def _block(self, table, only):
+        self._check_running()
+        return Fault(self, table["name"], lambda: {"block": self._begin_block(table, only)},
+                     lambda record_fields: self._end_block(record_fields["block"]))
+
+    def _discard_toxic(self, name):
+        """Remove a toxic, if there is one of that name."""
+        with contextlib.suppress(ValueError):       # reset() has removed it already
+            self.remove_toxic(name)
+
+    def _check_running(self):
+        """Raise RuntimeError if the proxy is not running."""
+
+
+def toxic_table(fields):
+    """Return a toxic in the JSON form of Toxiproxy's API.
+
+    fields    its type, name, stream, toxicity, rule fields, attributes, and options, which are
+              attributes too
+    """
+    table, attributes = {}, dict(fields.get("attributes") or {})
+    function = HANDLERS.get(fields.get("type"))
+    for key, value in fields.items():
+        if key in TOXIC_FIELDS or is_rule_field(function, key):
+            table[key] = value
+        else:
+            attributes[key] = value
+    if table.get("name") is None:
+        table.pop("name", None)
+    return dict(table, attributes=attributes)
+
+
+def make_local_toxic(toxic):
+    """Return the Toxic of a dict in the form of toxic_table. Raises ValueError."""
+    if isinstance(toxic, Toxic):
+        return toxic
+    if not isinstance(toxic, dict) or not toxic.get("type"):
+        raise ValueError("a toxic must be a dict like {'type': 'latency', 'latency': 200}, not %r"
+                         % (toxic,))
+    table = toxic_table(dict(toxic, type=local_handler(toxic["type"])))
+    try:
+        return read_toxic(json.loads(json.dumps(table)), strict=True)
+    except TypeError as error:          # json cannot encode a value
+        raise ValueError("toxic %r: %s" % (table["type"], error)) from None
+    except (InputError, ApiError) as error:
+        raise ValueError("toxic %r: %s" % (table["type"], in_plain_words(str(error)))) from None
+
+
+def parse_endpoint(address, parse=parse_address):
+    """Parse "HOST:PORT" or (host, port). Returns (host, port). Raises ValueError."""
+    if isinstance(address, (tuple, list)) and len(address) in (2, 4):   # 4: a socket's, of IPv6
+        host, port = address[:2]
+        if isinstance(host, str) and isinstance(port, (int, str)):
+            address = ("[%s]:%s" if ":" in host else "%s:%s") % (host, port)
+    if not isinstance(address, str):
+        raise ValueError("must be HOST:PORT or (host, port), like localhost:6379, not %r"
+                         % (address,))
+    return parse(address)
+
+
+def check_handler_options(options):
+    """Check that options are {handler: {option: value}}. Raises ValueError."""
+    if not isinstance(options, dict) or not all(isinstance(o, dict) for o in options.values()):
+        raise ValueError("must be {handler: {option: value}}, not %r" % (options,))
+    return {local_handler(handler): values for handler, values in options.items()}
+
+
+class Proxy(Interface):
+    """A chaos proxy in front of one backend, in a thread of this process.
+
+        with Proxy("localhost:6379") as proxy:
+            redis = Redis(port=proxy.port)
+            with proxy.handler("delay", sleep=2) as fault:
+                ...
+            assert fault.count == 1
+
+    It runs from `start` to `stop`, or during a `with` or an `async with` block. It can be started
+    again. A forked process may leave the block: this has no effect. Other methods raise
+    RuntimeError there.
+
+    Args:
+        distant     the backend, "HOST:PORT" or (host, port); the proxy connects to it for each
+                    client
+        local       the address to listen on, in the same form; port 0 picks a free one
+        behavior    "PERCENT:HANDLER,..." of the requests, {handler: percent}, or
+                    [(percent, handler)]. A handler is a name, a dotted path like "mine.stutter",
+                    or, in a dict or a list, the function itself
+        options     {handler: {option: value}}
+        name        for the log and the draws
+        seed        a whole number: the same seed gives the same faults; None draws one
+        timeout     seconds to connect to the backend, all its addresses together
+        protocol    the application protocol: tcp, http, redis, memcache, mysql, postgres or smtp
+        overwrite_host_header
+                    http: whether to replace the Host header with the backend's
+        toxics      rules beside the behavior: [{"type": "latency", "latency": 200}]. The keys are
+                    the arguments of add_toxic; `attributes` may have the options, as in Toxiproxy
+        enabled     False: do not listen until `enable` is called
+
+    Raises:
+        ValueError      an argument is invalid; the message names it
+        OSError         `start` or `enable` cannot listen
+        RuntimeError    the proxy is not running, or `start` is called while it runs
+        TimeoutError    `wait_for` has waited too long
+    """
+
+    def __init__(self, distant: "Address", local: "Address" = "localhost:0",
+                 behavior: "Behavior" = "100:dummy",
+                 options: "Optional[Dict[str, Dict[str, OptionValue]]]" = None,
+                 name: str = "vaurien", seed: "Optional[int]" = None, timeout: float = 30.0,
+                 protocol: str = "tcp", overwrite_host_header: bool = True,
+                 toxics: "Iterable[Dict[str, Any]]" = (), enabled: bool = True) -> None:
+        super().__init__()
+        options = check_field("options", check_handler_options, options or {})
+        self._server = ProxyServer(
+            check_field("distant", parse_endpoint, distant),
+            check_field("local", parse_endpoint, local, parse_listener),
+            check_field("behavior", behavior_tables, behavior, options, local_handler), options,
+            check_field("name", check_name, check_field("name", check_text, name)),
+            None if seed is None else check_field("seed", check_count, seed),
+            check_field("timeout", check_timeout, timeout),
+            check_field("protocol", check_protocol, protocol),
+            check_field("overwrite_host_header", check_yes_no, overwrite_host_header),
+            [make_local_toxic(toxic) for toxic in toxics],
+            check_field("enabled", check_yes_no, enabled))
+        self._proxies = ProxyTable([self._server])
+        self._thread: "Optional[threading.Thread]" = None
+
+    # Start and stop
+
+    def start(self) -> "Proxy":
+        """Listen, in a new thread. Returns the proxy itself.
+
+        Raises OSError if it cannot listen, and RuntimeError if it runs already.
+        """
+        if self._thread:
+            raise RuntimeError("the proxy is running already")
+        self._proxies.bind()
+        loop = Loop()
+        self._proxies.open(loop)
+        self._thread = threading.Thread(target=loop.run, name=self.name, daemon=True)
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Close everything, and wait until the thread has ended. Does nothing if not running."""
+        if self._thread and not self._server.loop.is_forked():
+            loop = self._server.loop
+            loop.stop()
+            self._thread.join()
+            self._thread = None
+            self._proxies.close()           # the loop's thread has ended: this thread may do it
+            loop.close()
+
+    def __enter__(self) -> "Proxy":
+        return self.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    async def __aenter__(self) -> "Proxy":
+        return self.start()                 # waits for no peer
+
+    async def __aexit__(self, *exception: object) -> None:
+        await run_in_executor(self.stop)
+
+    def __repr__(self):
+        local = self._server.listener or ("disabled" if self._thread else "not running")
+        return "<Proxy %s %s -> %s: %s>" % (self.name, local, self.get_backend(), self.describe())
+
+    # Values
+
+    @property
+    def port(self) -> int:
+        """The port on which the proxy listens. Raises RuntimeError if it is not running."""
+        return self.address()[1]
+
+    @property
+    def name(self) -> str:
+        """The name of the proxy."""
+        return self._server.name
+
+    @property
+    def seed(self) -> int:
+        """The seed of the draws."""
+        return self._server.seed
+
+    @property
+    def accepted(self) -> int:
+        """The number of clients that have connected."""
+        return self._server.accepted
+
+    @property
+    def failures(self) -> int:
+        """The number of connections for which no backend was reached."""
+        return self._server.failures
+
+    @property
+    def faults(self) -> "CounterOf[str]":
+        """{handler: number of requests or connections that it has acted on}."""
+        return Counter(self._server.faults)
+
+    def address(self) -> "Tuple[str, int]":
+        self._check_running()
+        host, port = self._server.local
+        if not port:
+            raise RuntimeError("the proxy has no port before it is enabled")
+        if self._server.listener:
+            host = self._server.listener.address()[0]
+        return "localhost" if host in ("", *WILDCARD) else host, port
+
+    def get_backend(self) -> str:
+        return format_address(self._server.backend)
+
+    def get_handler(self) -> str:
+        return self._server.handler_names()
+
+    def list_handlers(self) -> "List[str]":
+        return list(HANDLERS)
+
+    def describe(self) -> str:
+        return self._server.describe()
+
+    def events(self, since: int = 0) -> "List[FaultRecord]":
+        return self._server.records_since(since)
+
+    def connections(self) -> "List[Dict[str, Any]]":
+        return self._call(self._server.list_connections)
+
+    # Changes
+
+    def set_backend(self, backend: "Address") -> None:
+        address = check_field("backend", parse_endpoint, backend)
+        check_field("backend", self._call, self._server.set_backend, address)
+
+    def remove_toxic(self, name: str) -> None:
+        def remove():
+            toxics = [toxic for toxic in self._server.toxics if toxic.name != name]
+            if len(toxics) == len(self._server.toxics):
+                raise ValueError("there is no toxic %r: there are %s" % (
+                    name, ", ".join(toxic.name for toxic in toxics) or "none"))
+            self._server.set_toxics(toxics)
+        self._call(remove)
+
+    def reset(self) -> None:
+        self._check_running()
+        with self._server.lock:
+            self._proxies.reset(self._server)
+        self._reset_record = self._last_record()
+
+    def enable(self) -> None:
+        self._set_enabled(True)
+
+    def disable(self) -> None:
+        self._set_enabled(False)
+
+    # For Interface
+
+    def _set_enabled(self, enabled):
+        self._check_running()
+        with self._server.lock:
+            self._proxies.enable(self._server, enabled)
+
+    def _check_running(self):
+        if not self._thread:
+            raise RuntimeError('the proxy is not running; use "with" or start()')
+        if self._thread is threading.current_thread():      # it would wait for itself
+            raise RuntimeError("a handler cannot call a method of its proxy")
+
+    def _call(self, function, *args):
+        """Call a function in the loop's thread. Returns its result."""
+        self._check_running()
+        return self._server.loop.run_sync(function, *args)
+
+    def _handler_name(self, handler):
+        return local_handler(handler)
+
+    def _set_rules(self, tables):
+        self._call(self._server.set_rules, read_rules(tables))
+
+    def _add_toxic(self, table):
+        new = make_local_toxic(table)
+
+        def add():
+            if any(toxic.name == new.name for toxic in self._server.toxics):
+                raise ValueError("there is a toxic %r already" % new.name)
+            self._server.set_toxics([*self._server.toxics, new])
+        self._call(add)
+        return new.name
+
+    def _begin_block(self, table, only):
+        return self._call(self._server.begin_block, read_rules([table]), only)
+
+    def _end_block(self, number):
+        # The block may end after the proxy, or in a fork, which has no loop.
+        if self._thread and not self._server.loop.is_forked():
+            self._call(self._server.end_block, number)
+
+    def _last_record(self):
+        return self._server.fault_count
+
+    def _wait(self, name, since, matches, timeout, count):
+        def find_records():
+            return [record for record in self._server.records_since(since) if matches(record)]
+
+        if self._thread:                # a fork has a copy of the lock, which may be locked
+            self._server.loop.check_process()
+        with self._server.fault_recorded:
+            self._server.fault_recorded.wait_for(lambda: len(find_records()) >= count,
+                                                 timeout if self._thread else 0)
+            records = find_records()
+        return nth_record(records, count, name, timeout)
+
+
+def nth_record(records, count, name, timeout):
+    """Return the record with this number, counted from 1. Raises TimeoutError if there is none."""
+    if len(records) < count:
+        raise TimeoutError("%s has not acted%s in %g seconds" % (
+            name, "" if count == 1 else " %d times, but %d," % (count, len(records)), timeout))
+    return records[count - 1]
+
+
+class Client(Interface):
+    """A client of the control server of a proxy that was started with --http.
+
+    Args:
+        host, port    the address of the control server
+        scheme        http or https
+        proxy         the name of the proxy to control; by default the server's first proxy
+        token         the server's --http-token, if it has one
+
+    Raises:
+        ValueError      the server refuses a request; the message is the server's
+        OSError         there is no server, or no control server, at this address
+        TimeoutError    `wait_for` has waited too long
+    """
+
+    POLL_INTERVAL = 0.02    # seconds between two requests while it waits for a fault
+
+    def __init__(self, host: str = "localhost", port: int = 8080, scheme: str = "http",
+                 proxy: "Optional[str]" = None, token: "Optional[str]" = None) -> None:
+        super().__init__()
         self.host, self.port, self.scheme = host, int(port), scheme
         self.proxy = proxy
-        try:
-            self.token = token and check_token(token)
-        except ValueError as error:
-            raise ValueError("token %s" % error) from None
+        self.token = token and check_field("token", check_token, token)
 
-    def request(self, method, path, body=None, **query):
+    def __repr__(self):
+        return "<Client %s://%s%s>" % (self.scheme, format_address((self.host, self.port)),
+                                       " proxy %s" % self.proxy if self.proxy else "")
+
+    def request(self, method: str, path: str, body: "Any" = None, **query: "Any") -> "Any":
         """Send a request. Returns the JSON value, or the text, of the response.
 
-        body    a value that is sent as JSON; None for no body
+        body     a value that is sent as JSON; None for no body
+        query    the keys and values of the query
+
+        Raises ValueError if the server refuses the request, and OSError if there is no server.
         """
         if self.proxy is not None:
             query["proxy"] = self.proxy
@@ -7854,9 +8637,7 @@ class Client:
         except (ValueError, RecursionError):
             raise OSError("not a vaurien control server") from None
         if response.status >= 400:
-            errors = value.get("errors") if isinstance(value, dict) else None
-            raise ValueError("; ".join(error["description"] for error in errors) if errors
-                             else "HTTP %d: %s" % (response.status, value))
+            raise ValueError(error_text(value) or "HTTP %d: %s" % (response.status, value))
         return value
 
     ask = request       # the method's name in earlier versions
@@ -7880,46 +8661,95 @@ class Client:
         finally:
             connection.close()
 
-    def set_handler(self, name, **options):
-        """Set a handler. The options may include `percent` and other rule fields."""
-        self.request("PUT", "/behavior", dict(options, name=name))
+    # Values
 
-    def get_handler(self):
-        """Return the name of the active handler."""
-        return self.request("GET", "/behavior")["behavior"]
+    def address(self) -> "Tuple[str, int]":
+        host, port = parse_listener(self._status()["listen"])
+        return self.host if host in ("", *WILDCARD) else host, port
 
-    def list_handlers(self):
-        """Return the names of all handlers."""
-        return self.request("GET", "/handlers")["handlers"]
-
-    @contextlib.contextmanager
-    def with_handler(self, name, **options):
-        """Set a handler for the duration of a with block, then restore the previous rules."""
-        before = self.request("GET", "/rules")
-        self.set_handler(name, **options)
-        try:
-            yield
-        finally:
-            self.request("PUT", "/rules", before)
-
-    set_behavior, get_behavior = set_handler, get_handler
-    list_behaviors, with_behavior = list_handlers, with_handler
-
-    def get_backend(self):
-        """Return the backend of new connections, as HOST:PORT."""
+    def get_backend(self) -> str:
         return self.request("GET", "/backend")["backend"]
 
-    def set_backend(self, backend):
-        """Set the backend of new connections: HOST:PORT."""
-        self.request("PUT", "/backend", {"backend": backend})
+    def get_handler(self) -> str:
+        return self.request("GET", "/behavior")["behavior"]
 
-    def events(self, since=0):
-        """Return the fault records with a number greater than `since`, as a list of dicts."""
-        return self.request("GET", "/events", since=since)["events"]
+    def list_handlers(self) -> "List[str]":
+        return self.request("GET", "/handlers")["handlers"]
 
-    def connections(self):
-        """Return the open connections, as a list of dicts."""
+    def describe(self) -> str:
+        return self._status()["rules"]
+
+    def events(self, since: int = 0) -> "List[FaultRecord]":
+        return [FaultRecord(**record)
+                for record in self.request("GET", "/events", since=since)["events"]]
+
+    def connections(self) -> "List[Dict[str, Any]]":
         return self.request("GET", "/connections")["connections"]
+
+    # Changes
+
+    def set_backend(self, backend: "Address") -> None:
+        address = check_field("backend", parse_endpoint, backend)
+        self.request("PUT", "/backend", {"backend": format_address(address)})
+
+    def remove_toxic(self, name: str) -> None:
+        self.request("DELETE", "%s/toxics/%s" % (self._proxy_path(), urls.quote(name, safe="")))
+
+    def reset(self) -> None:
+        self.request("POST", "/proxy/reset")
+        self._reset_record = self._last_record()
+
+    def enable(self) -> None:
+        self.request("POST", self._proxy_path(), {"enabled": True})
+
+    def disable(self) -> None:
+        self.request("POST", self._proxy_path(), {"enabled": False})
+
+    # For Interface
+
+    def _status(self):
+        return self.request("GET", "/proxy")
+
+    def _proxy_path(self):
+        """Return the path of the proxy in Toxiproxy's API."""
+        return "/proxies/" + urls.quote(self._status()["name"], safe="")
+
+    def _handler_name(self, handler):
+        if isinstance(handler, str):
+            return handler
+        return getattr(handler, "name", "") or getattr(handler, "__name__", repr(handler))
+
+    def _set_rules(self, tables):
+        self.request("PUT", "/rules", {"rules": tables})
+
+    def _add_toxic(self, table):
+        return self.request("POST", self._proxy_path() + "/toxics", table)["name"]
+
+    def _begin_block(self, table, only):
+        return self.request("POST", "/blocks", table, only="yes" if only else "no")["block"]
+
+    def _end_block(self, number):
+        self.request("DELETE", "/blocks/%d" % number)
+
+    def _last_record(self):
+        return self._status()["faults"]
+
+    def _wait(self, name, since, matches, timeout, count):
+        deadline = time.monotonic() + timeout
+        while True:
+            records = [record for record in self.events(since) if matches(record)]
+            if len(records) >= count or time.monotonic() >= deadline:
+                return nth_record(records, count, name, timeout)
+            time.sleep(self.POLL_INTERVAL)
+
+
+def error_text(value):
+    """Return the text of a JSON error of the control server, or "" for any other value."""
+    if not isinstance(value, dict):
+        return ""
+    if "errors" in value:               # the format of Vaurien's own routes
+        return "; ".join(error["description"] for error in value["errors"])
+    return str(value.get("error", ""))
 
 
 # The program of the process that start_proxy starts. Its first two arguments are the name that
@@ -7938,11 +8768,26 @@ sys.exit(module.main())
 STARTED_PROCESSES = {}      # {pid: (Popen, pid of the process that called start_proxy)}
 
 
-def start_proxy(host="localhost", port=8888, http=True, warmup=2, *, proxy_host="localhost",
-                proxy_port=8000, backend_host=None, backend_port=None, protocol="tcp",
-                http_host="localhost", http_port=8080, http_token=None, options=None,
-                log_level="info", log_output="-"):
-    """Start a proxy in a process of its own, and wait until it listens. Returns its pid.
+class ProxyProcess(int):
+    """The pid of a proxy that start_proxy has started.
+
+    port         the port on which the proxy listens
+    http_port    the port of its control server; 0 if it has none
+    """
+
+    port = http_port = 0
+
+
+def start_proxy(host: str = "localhost", port: int = 8888, http: bool = True, warmup: float = 2,
+                *, proxy_host: str = "localhost", proxy_port: int = 8000,
+                backend_host: "Optional[str]" = None, backend_port: "Optional[int]" = None,
+                protocol: str = "tcp", http_host: str = "localhost", http_port: int = 8080,
+                http_token: "Optional[str]" = None, options: "Optional[Sequence[Any]]" = None,
+                log_level: str = "info", log_output: str = "-") -> "ProxyProcess":
+    """Start a proxy in a process of its own, and wait until it listens.
+
+    Returns its pid, a ProxyProcess: an int whose attributes `port` and `http_port` are the ports
+    in use, also if proxy_port or http_port is 0, which picks a free port.
 
     host, port       the backend (backend_host and backend_port mean the same)
     http             whether to start its control server, on http_host and http_port
@@ -7969,17 +8814,21 @@ def start_proxy(host="localhost", port=8888, http=True, warmup=2, *, proxy_host=
                                stdout=subprocess.PIPE, universal_newlines=True, env=environment)
     STARTED_PROCESSES[process.pid] = process, os.getpid()
     try:
-        wait_until_ready(process, warmup)
+        addresses = wait_until_ready(process, warmup)
     except BaseException:
         stop_proxy(process.pid)
         raise
-    return process.pid
+    pid = ProxyProcess(process.pid)
+    _, pid.port = parse_address(next(iter(addresses["proxies"].values())))
+    if addresses["control"]:
+        _, pid.http_port = parse_address(addresses["control"])
+    return pid
 
 
 def wait_until_ready(process, seconds):
-    """Wait until a proxy prints "ready".
+    """Wait until a proxy prints "ready" and its addresses. Returns those: see announce_ready.
 
-    Raises RuntimeError, with the last line of the output, if the proxy does not print it in
+    Raises RuntimeError, with the last line of the output, if the proxy does not print them in
     time.
     """
     lines = ["no output within %s seconds" % seconds]
@@ -7987,18 +8836,18 @@ def wait_until_ready(process, seconds):
     def read_stdout():
         for line in process.stdout:
             lines.append(line.strip())
-            if line == "ready\n":
+            if lines[-2] == "ready":
                 break
 
     reader = threading.Thread(target=read_stdout, daemon=True)
     reader.start()
     reader.join(seconds)
-    last_line = lines[-1]
-    if last_line != "ready":
-        raise RuntimeError("the proxy did not start: %s" % last_line)
+    if lines[-2:-1] != ["ready"]:
+        raise RuntimeError("the proxy did not start: %s" % lines[-1])
+    return json.loads(lines[-1])
 
 
-def stop_proxy(pid):
+def stop_proxy(pid: int) -> None:
     """Stop a proxy that `start_proxy` has started, and wait until its process has ended.
 
     Raises ValueError for any other pid.
@@ -8040,7 +8889,7 @@ def stop_started_proxies():
 #
 # To add a setting, add a line to SETTINGS. Its scope is one of:
 #
-#   proxy         a value for each proxy, passed to Proxy under the setting's name
+#   proxy         a value for each proxy, passed to ProxyServer under the setting's name
 #   shared        the same, but [vaurien] has the default of all proxies, and of ProxyTable
 #   process       one value, which `prepare` applies
 #   command line  one value that the file cannot set
@@ -8636,7 +9485,7 @@ def make_proxies(config, needs_one=True):
         if values["seed"] is None:
             values["seed"] = proxies.shared["seed"]     # which ProxyTable has drawn
         try:
-            proxies[name] = Proxy(name=name, options=option_texts(config), **values)
+            proxies[name] = ProxyServer(name=name, options=option_texts(config), **values)
         except ValueError as error:
             section = "" if name == "vaurien" else "[proxy:%s] " % name
             raise ValueError("%s%s" % (section, error)) from None
@@ -8697,7 +9546,7 @@ def attach_toxics(proxies, toxics):
                              % (toxic.name, ", ".join(proxies)))
         proxy.toxics.append(toxic)
         try:
-            proxy.install_rules(proxy.behaviors, proxy.toxics)
+            proxy.install_rules(proxy.behavior, proxy.blocks, proxy.toxics)
         except ValueError as error:
             raise ValueError("[toxic:%s] %s" % (toxic.name, error)) from None
 
@@ -8846,7 +9695,7 @@ def serve(services, attached):
         if hasattr(gc, "freeze"):       # later collections then skip the objects made so far
             gc.freeze()
         if attached:
-            announce_ready()
+            announce_ready(services)
             loop.run_in_thread(wait_for_stdin_end, lambda *_: loop.stop())
             watch_parent(loop, parent_pid)
         loop.run()
@@ -8859,13 +9708,21 @@ def serve(services, attached):
     return 0
 
 
-def announce_ready():
-    """Print "ready" for the parent process, then redirect stdout to stderr.
+def announce_ready(services):
+    """Print "ready" and the addresses for the parent process, then redirect stdout to stderr.
 
-    The parent reads stdout only until "ready". If handlers printed to this pipe afterwards, it
+    The second line is JSON: {"proxies": {name: "HOST:PORT"}, "control": "HOST:PORT" or null}.
+
+    The parent reads stdout only until these lines. If handlers printed to this pipe afterwards, it
     would fill up, and `print` would block the proxy.
     """
-    print("ready", flush=True)
+    addresses = {"proxies": {}, "control": None}
+    for service in services:
+        if isinstance(service, ProxyTable):
+            addresses["proxies"] = {proxy.name: proxy.listen for proxy in service.values()}
+        elif isinstance(service, Control):
+            addresses["control"] = format_address(service.listener.address())
+    print("ready\n" + json.dumps(addresses), flush=True)
     stdout_fd, stderr_fd = 1, 2
     with contextlib.suppress(OSError):      # stderr may be closed
         os.dup2(stderr_fd, stdout_fd)
@@ -8955,7 +9812,7 @@ def prepare(config, proxies, values, dialect=VAURIEN_1):
     values      values of the settings that apply to the process: {name: value}
     dialect     see Control
     """
-    used = {rule.name for proxy in proxies.values() for rule in proxy.behaviors[-1]}
+    used = {rule.name for proxy in proxies.values() for rule in proxy.behavior}
     unused = unused_options(config, used)
     services = [proxies]
     if values["http"]:
@@ -9066,7 +9923,7 @@ def run_demo(count, **proxy_arguments):
                   % (format_address(backend.server_address), proxy.port, proxy.describe(),
                      proxy.seed, count), flush=True)
             outcomes = make_requests(proxy.port, count)
-            faults = match_faults(outcomes, proxy.events)
+            faults = match_faults(outcomes, proxy.events())
     finally:
         backend.shutdown()
         backend.server_close()
@@ -9316,7 +10173,8 @@ CTL_ACTIONS = OrderedDict((
     ("list-behaviors", lambda client: ", ".join(client.list_behaviors())),
     ("get-behavior", Client.get_behavior),
     ("set-behavior", ctl_set_handler),
-    ("events", lambda client: "\n".join(map(json.dumps, client.events()))),
+    ("events", lambda client: "\n".join(
+        json.dumps(record._asdict()) for record in client.events())),
     ("connections", lambda client: "\n".join(map(json.dumps, client.connections()))),
     ("backend", ctl_backend),
 ))
@@ -9401,7 +10259,7 @@ def parse_host(text):
 COMMANDS = {"serve": serve_command, "demo": demo_command, "ctl": ctl_command}
 
 
-def main(argv=None):
+def main(argv: "Optional[Sequence[str]]" = None) -> int:
     """Run a command line. Returns the exit status: 0, 1 for a network error, 2 for bad input."""
     open_standard_fds()
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -9448,7 +10306,7 @@ def open_standard_fds():
     os.close(fd)
 
 
-def main_ctl():
+def main_ctl() -> int:
     """Run the command vaurienctl. Returns the exit status."""
     return main(["ctl", *sys.argv[1:]])
 
