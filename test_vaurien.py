@@ -8872,6 +8872,75 @@ class TestFloods(unittest.TestCase):
                 with self.subTest(name):
                     self.check_flood(name)
 
+    def test_requests_and_replies_of_rules_have_a_limit(self):
+        """A client that pipelined and did not read made the proxy hold 150 bytes for each byte."""
+        limit, flood = 4 << 20, 64 << 20
+
+        def read_silently(sock):
+            while sock.recv(65536) and not stopped.is_set():
+                pass
+
+        for case, behavior, after in [("replies that the client does not read", "100:error", 0),
+                                      ("replies behind an open request", "100:error", 1),
+                                      ("requests without a reply", "100:dummy", 0)]:
+            for protocol, request in ("redis", PING), ("http", HTTP_GET):
+                stopped = threading.Event()
+                with self.subTest(case, protocol=protocol), \
+                        mock.patch.object(vaurien, "HELD_MAX", limit), \
+                        running_proxy(read_silently, behavior, protocol=protocol,
+                                      options={"error": {"after": after}}) as proxy, \
+                        connected_client(proxy) as sock:
+                    budget, sent, held_peak = proxy.loop.budget, 0, 0
+                    sock.setblocking(False)
+                    while sent < flood and select.select([], [sock], [], 0.5)[1]:
+                        sent += sock.send(request * 1000)
+                        held_peak = max(held_peak, budget.held)
+                    self.assertLess(sent, flood)        # the client is not read any more
+                    self.assertGreater(held_peak, vaurien.HELD_MAX_IDLE // 2)
+                    self.assertLess(held_peak, limit + vaurien.PARSED_CHUNK * vaurien.EXPANSION)
+                    proxy.loop.run_sync(proxy.drop_connections, "the test ends")
+                    self.assertEqual((budget.held, budget.queues), (0, 0))
+                    stopped.set()
+
+    def test_reading_continues_when_the_client_reads_and_the_backend_replies(self):
+        def reply(sock):
+            size = 0
+            for chunk in iter(lambda: sock.recv(65536), b""):
+                count = (size + len(chunk)) // len(PING) - size // len(PING)
+                size += len(chunk)
+                sock.sendall(PONG * count)
+
+        for behavior, answer in ("100:error", error_bytes("redis", "OOM")), ("100:dummy", PONG):
+            with self.subTest(behavior), mock.patch.object(vaurien, "HELD_MAX", 1 << 18), \
+                    running_proxy(reply, behavior, protocol="redis",
+                                  options={"error": {"kind": "OOM"}}) as proxy, \
+                    connected_client(proxy) as sock:
+                received = send_and_read_all(sock, PING * 20000)
+                self.assertEqual(received.size, 20000 * len(answer))
+
+    def test_a_pipeline_is_parsed_in_small_pieces_and_a_body_is_not(self):
+        """40,000 requests in one recv kept all other connections waiting for a second."""
+        body_size = 4 << 20
+        upload = b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % body_size + bytes(body_size)
+        for protocol, data, is_small in ("redis", PING * 20000, True), ("http", upload, False):
+            for behavior in "100:dummy", "0:delay":
+                sizes = []
+
+                class RecordingChain(vaurien.ProtocolChain):
+                    def pass_through(self, to, data, sizes=sizes):
+                        sizes.append(len(data))
+                        return super().pass_through(to, data)
+
+                with self.subTest(protocol, behavior=behavior), \
+                        mock.patch.object(vaurien, "ProtocolChain", RecordingChain), \
+                        running_proxy(read_until_close, behavior, protocol=protocol) as proxy:
+                    with connected_client(proxy) as sock:
+                        sock.sendall(data)
+                        sock.shutdown(socket.SHUT_WR)
+                        read_until_close(sock)
+                    self.assertEqual(sum(sizes), len(data))
+                    self.assertEqual(max(sizes) <= vaurien.PARSED_CHUNK, is_small)
+
     def test_the_limit_of_all_connections_holds(self):
         """Ten connections share the budget; each of them receives all its bytes."""
         total = 2 << 20

@@ -151,6 +151,9 @@ LINUX = sys.platform.startswith("linux")
 
 # Sizes, in bytes. A chunk is the data of one recv.
 CHUNK = 256 * 1024              # bytes of the largest recv; larger ones were not faster
+PARSED_CHUNK = 8 * 1024         # bytes of the largest recv while a protocol is parsed, unless
+                                #   more are skipped: parsing takes up to 50 ms for these, and
+                                #   the loop serves no other connection in the meantime
 HELD_MAX = 16 * 1024 * 1024     # bytes that a delay queue holds at most while a rule delays
                                 #   them: 1 GB/s for 16 ms. With a lower limit, latency would
                                 #   limit the bandwidth
@@ -163,6 +166,12 @@ READ_MIN = 16 * 1024            # bytes of the smallest recv into a delay queue,
                                 #   queue may hold four times as many
 CHUNK_OVERHEAD = 400            # bytes of memory for a queued chunk besides its data, measured:
                                 #   398 on Python 3.6, 336 on 3.13
+EXCHANGE_OVERHEAD = 450         # bytes of memory for an exchange that waits, measured: 433 on
+                                #   Python 3.6, 363 on 3.13
+ACTIVE_RULE_OVERHEAD = 4000     # bytes of memory for an active rule of such an exchange: 960 on
+                                #   Python 3.6, and 2,600 more if it uses random numbers
+EXPANSION = 1000                # bytes of memory for each byte of the shortest requests, such as
+                                #   b"PING\r\n", with an active rule
 MATCH_WINDOW = 64 * 1024        # bytes at the start of a request in which `match` searches
 HEAD_MAX = 64 * 1024            # bytes of the longest head of a request or reply (nginx: 32 KiB)
 CACHED_HEAD_MAX = 1024          # bytes of the longest HTTP head that a connection remembers, to
@@ -3054,7 +3063,7 @@ class Chain:
     __slots__ = ("rules", "connection", "request", "last_direction", "active_rules", "undrawn",
                  "per_connection", "newly_acted", "number", "protocol_lost", "protocol",
                  "current_request", "answered_early", "modified", "block", "block_hits",
-                 "protocol_error", "successor", "head_deadline")
+                 "protocol_error", "successor", "head_deadline", "kept")
 
     def __init__(self, rules, connection):
         self.rules = rules              # the proxy's RuleSet
@@ -3076,6 +3085,8 @@ class Chain:
         self.protocol_error = ""        # why the protocol was lost; the connection logs it
         self.successor = None           # the Chain that replaces this one, after a fall back
         self.head_deadline = NEVER      # when to call give_up_head
+        self.kept = 0                   # bytes of memory for requests that wait for a reply, and
+                                        #   for replies and heads that wait
 
     def start(self):
         """Begin the first request, because a client has connected."""
@@ -3227,6 +3238,10 @@ class Chain:
                 return None
         return data
 
+    def recv_size(self, to):
+        """Return how many bytes to receive at once."""
+        return CHUNK
+
     def process_bytes(self, now, to, data):
         """Slow path: return the events that the rules make of bytes, as `process` does."""
         return self.process(now, to, data)
@@ -3363,7 +3378,7 @@ class Exchange:
     """
 
     __slots__ = ("number", "active_rules", "request", "handshake", "queued_events", "forwarded",
-                 "complete", "reply_done", "refusal")
+                 "complete", "reply_done", "refusal", "kept")
 
     def __init__(self, number, active_rules, request, handshake=False):
         self.number = number            # of the request in the connection
@@ -3375,6 +3390,7 @@ class Exchange:
         self.complete = False           # the request has ended
         self.reply_done = False         # the reply has ended
         self.refusal = None             # the Refusal, if a rule replies
+        self.kept = 0                   # its share of ProtocolChain.kept
 
     def is_done(self):
         """Return whether the exchange has ended. Without a reply it ends with its request."""
@@ -3542,10 +3558,12 @@ class ProtocolChain(Chain):
         if connecting:
             last.request, last.active_rules, last.reply_done = request, self.active_rules, False
         elif len(self.exchanges) == 1 and last.is_reusable():
+            self.kept -= last.kept
             last.__init__(self.request, self.active_rules, request)
         else:
             last = Exchange(self.request, self.active_rules, request)
             self.exchanges.append(last)
+            self.keep(last, EXCHANGE_OVERHEAD + ACTIVE_RULE_OVERHEAD * len(self.active_rules))
 
     def continue_request(self, boundary):
         self.in_request = True
@@ -3582,9 +3600,16 @@ class ProtocolChain(Chain):
         """Remove the first exchange if it is done and not the last. Return whether it did so."""
         if len(self.exchanges) == 1 or not self.exchanges[0].is_done():
             return False
-        if self.exchanges.popleft() is self.last_affected:
+        first = self.exchanges.popleft()
+        self.kept -= first.kept
+        if first is self.last_affected:
             self.last_affected = None
         return True
+
+    def keep(self, exchange, size):
+        """Count bytes of memory that are freed with an exchange."""
+        exchange.kept += size
+        self.kept += size
 
     def release_done(self, now):
         """Remove exchanges that are done. Returns the events that are released by that."""
@@ -3604,6 +3629,12 @@ class ProtocolChain(Chain):
 
     def framer(self, to):
         return self.protocol.request_framer if to is UPSTREAM else self.protocol.reply_framer
+
+    def recv_size(self, to):
+        """Return how many bytes to receive at once: few, unless the framer skips most of them."""
+        awaiting = self.framer(to).awaiting
+        skipped = awaiting if type(awaiting) is int else 0
+        return min(CHUNK, PARSED_CHUNK + skipped)
 
     def is_idle(self):
         """Return whether no rule can act on any bytes, and no bytes are held in the chain."""
@@ -3718,8 +3749,9 @@ class ProtocolChain(Chain):
         return self.process_in_exchange(now, to, data) if data else []
 
     def hold(self, now, data):
-        """Hold bytes of an incomplete head."""
+        """Hold bytes of an incomplete head. The framer has a copy of them."""
         self.head += data
+        self.kept += 2 * len(data)
         if self.recognized:
             return
         if self.protocol.request_framer.recognizes(self.head):
@@ -3727,6 +3759,12 @@ class ProtocolChain(Chain):
             return
         self.head_deadline = min(self.head_deadline, now + UNRECOGNIZED_MAX)
         self.modified = True            # so that the caller sets a timer
+
+    def take_head(self):
+        """Return the bytes of the held head, and hold them no longer."""
+        head, self.head, self.head_deadline = self.head, b"", NEVER
+        self.kept -= 2 * len(head)
+        return head
 
     def give_up_head(self, now):
         """Continue as tcp, because a held head is not recognized. Returns its events."""
@@ -3741,7 +3779,7 @@ class ProtocolChain(Chain):
             return events + self.release_done(now)
         self.apply(to, boundary)
         events = self.release_done(now)
-        head, self.head = self.head, b""
+        head = self.take_head()
         is_first = boundary is not CONTINUATION and not self.head_forwarded
         if boundary is not CONTINUATION:
             head = self.protocol.rewrite_head(head)
@@ -3771,6 +3809,7 @@ class ProtocolChain(Chain):
             if exchange is not self.exchanges[0] and (
                     direction == DOWNSTREAM or not (made or made is data)):
                 exchange.queued_events.append((now, direction, made, delays))
+                self.keep(exchange, len(made) + CHUNK_OVERHEAD)
                 self.closing = self.closing or (direction == UPSTREAM and made is EOF)
             else:
                 events.append(event)
@@ -3801,8 +3840,7 @@ class ProtocolChain(Chain):
 
     def flush_head(self, t):
         """Return the event that forwards the bytes of a held head unchanged, if there is one."""
-        head, self.head = self.head, b""
-        self.head_deadline = NEVER
+        head = self.take_head()
         return [(t, UPSTREAM, head, ())] if head else []
 
     def fall_back(self, now, to, error):
@@ -3884,7 +3922,8 @@ class DelayQueue:
     """
 
     __slots__ = ("to", "budget", "queue", "order", "latest", "rate_limited_until", "send_buffer",
-                 "held", "forwarded", "buffered_in", "buffered_out", "eof", "write_closed")
+                 "held", "kept", "has_replies", "forwarded", "buffered_in", "buffered_out", "eof",
+                 "write_closed")
     send_buffer: deque
 
     def __init__(self, to, budget):
@@ -3896,6 +3935,8 @@ class DelayQueue:
         self.rate_limited_until = 0.0   # when the rate limits let the last byte pass
         self.send_buffer = ()  # type: ignore   # chunks and EOF; a deque once there are any
         self.held = 0           # bytes in queue and send_buffer, with CHUNK_OVERHEAD for each
+        self.kept = 0           # bytes that the chain keeps for requests from this source
+        self.has_replies = False        # some of `held` are from rules, not from the source
         self.forwarded = 0      # total bytes that went from source to target on the fast path
         self.buffered_in = 0    # total of all other bytes from the source
         self.buffered_out = 0   # total of all other bytes to the target
@@ -3945,6 +3986,12 @@ class DelayQueue:
         """Count this many bytes as no longer held."""
         self.held -= size
         self.budget.held -= size
+        self.has_replies = self.has_replies and self.held > 0
+
+    def keep(self, size):
+        """Count this many bytes as kept by the chain, in place of those counted before."""
+        self.budget.held += size - self.kept
+        self.kept = size
 
     def append_due(self, data):
         """Append a chunk or EOF to send_buffer."""
@@ -4020,6 +4067,8 @@ class DelayQueue:
             bound = HELD_MAX
         allowance = self.budget.allowance(bound)
         room = allowance - self.held - CHUNK_OVERHEAD
+        if self.kept:       # it shrinks as the backend replies, so the high bound is right
+            room = min(room, self.budget.allowance(HELD_MAX) - self.held - self.kept)
         return min(CHUNK, room) if room >= min(READ_MIN, allowance / 4) else 0
 
     def discard(self):
@@ -4030,6 +4079,7 @@ class DelayQueue:
     def close(self):
         if self.held:
             self.discard()
+        self.keep(0)
         self.budget.remove_queue()
 
 
@@ -4933,10 +4983,11 @@ HANDED_OFF, LINGERING, CLOSED = "handed off", "lingering", "closed"
 class Link(DelayQueue):
     """One direction of a connection: its source socket and its delay queue."""
 
-    __slots__ = ("source", "watched", "fast_target", "bulk_reads")
+    __slots__ = ("source", "watched", "fast_target", "bulk_reads", "recv_size")
 
-    def __init__(self, to, budget):
+    def __init__(self, to, budget, recv_size):
         super().__init__(to, budget)
+        self.recv_size = recv_size      # bytes of the largest recv, at the moment
         self.source = None      # a socket
         self.watched = 0        # the events that the source is watched for, of both links
         self.fast_target = None     # the target socket while the fast path is open
@@ -5014,8 +5065,9 @@ class Connection:
         self.peer = peer                # the client's address
         self.chain = (ProtocolChain(proxy.rules, number, proxy.protocol(proxy.host_header()))
                       if proxy.protocol else Chain(proxy.rules, number))
-        self.up = Link(UPSTREAM, self.loop.budget)
-        self.down = Link(DOWNSTREAM, self.loop.budget)
+        recv_size = PARSED_CHUNK if proxy.protocol else CHUNK
+        self.up = Link(UPSTREAM, self.loop.budget, recv_size)
+        self.down = Link(DOWNSTREAM, self.loop.budget, recv_size)
         self.client = self.up.source = client       # a socket; None when closed
         self.backend = None             # a socket, the source of `down`; None before connect()
         self.phase = WAITING
@@ -5057,7 +5109,7 @@ class Connection:
         an active rule it makes no event objects.
         """
         target, loop, chain = link.fast_target, self.loop, self.chain
-        limit = CHUNK
+        limit = link.recv_size
         if (events != EVENT_READ or target is None or link.bulk_reads >= SPLICE_AFTER
                 or loop.budget.held > loop.budget.fast_path_limit):
             limit = self.prepare_read(link, events)
@@ -5113,7 +5165,15 @@ class Connection:
         if limit <= 0 or self.phase is HANDED_OFF:      # the event is older than this state
             self.update_interest()
             return 0
-        return 0 if self.proxy.has_blocking and self.hand_off(link) else limit
+        if self.proxy.has_blocking and self.hand_off(link):
+            return 0
+        return min(limit, link.recv_size, self.parse_limit(link))
+
+    def parse_limit(self, link):
+        """Return how many bytes may be read if each of them needs EXPANSION bytes of memory."""
+        if link is self.down or link.recv_size > PARSED_CHUNK:      # they are not all requests
+            return CHUNK
+        return max(1, (link.budget.allowance(HELD_MAX) - link.held - link.kept) // EXPANSION)
 
     def filter(self, link, target, data):
         """Run received bytes through the chain. Returns the bytes to send immediately.
@@ -5129,7 +5189,11 @@ class Connection:
             link.buffered_in += size
             return None
         passed = chain.pass_through(link.to, data)
+        if chain.protocol and (size >= PARSED_CHUNK or link.recv_size > PARSED_CHUNK):
+            link.recv_size = chain.recv_size(link.to)
         if passed is data and target is not None:
+            if chain.kept != self.up.kept:
+                self.note_kept()
             return data
         now = self.loop.clock()
         if passed is None:
@@ -5141,10 +5205,26 @@ class Connection:
             self.on_protocol_error()
         if passed is None or target is None:
             link.buffered_in += size
-            self.enqueue(now, events if passed is None else [(now, link.to, bytes(passed), ())])
+            self.enqueue(now, events if passed is None else [(now, link.to, bytes(passed), ())],
+                         link)
             return None
+        if self.chain.kept != self.up.kept:
+            self.note_kept()
         link.buffered_in += size - len(passed)
         return passed
+
+    def count_kept(self):
+        """Count in the budget what the chain keeps.
+
+        After the backend's EOF no reply comes, so the client must not wait for one to be read.
+        """
+        self.up.keep(0 if self.down.eof else self.chain.kept)
+
+    def note_kept(self):
+        """Count what the chain keeps, and stop or resume reading from the client accordingly."""
+        self.count_kept()
+        if self.wants_read(self.up, self.down) != bool(self.up.watched & EVENT_READ):
+            self.update_interest()
 
     def on_forward_error(self, link, data, error):
         """Handle an error of send() on the fast path. The data was not sent."""
@@ -5166,7 +5246,9 @@ class Connection:
         log.info("%sconnection %d, request %d: protocol parsing stopped, continuing as tcp: %s",
                  self.proxy.log_prefix, self.number, chain.request, chain.protocol_error)
         chain.protocol_error = ""
-        self.chain = chain.successor or chain
+        if chain.successor:
+            self.chain = chain.successor
+            self.up.recv_size = self.down.recv_size = CHUNK
 
     def splice(self, link, target):
         """Forward bulk data through a kernel pipe, without a copy: a kind of fast path.
@@ -5271,10 +5353,16 @@ class Connection:
         now = self.loop.clock()
         self.enqueue(now, self.chain.process(now, to, signal))
 
-    def enqueue(self, now, events):
-        """Put the chain's events into the delay queues, record faults, and send due data."""
+    def enqueue(self, now, events, received_by=None):
+        """Put the chain's events into the delay queues, record faults, and send due data.
+
+        received_by    the link whose bytes the chain has processed, or None
+        """
         for t, to, data, delays in events:
-            (self.up if to == UPSTREAM else self.down).put(t, data, now, delays)
+            link = self.up if to == UPSTREAM else self.down
+            link.put(t, data, now, delays)
+            if received_by is not None and link is not received_by and link.held:
+                link.has_replies = True
         newly_acted, self.chain.newly_acted = self.chain.newly_acted, []
         for active, request in newly_acted:
             self.proxy.record_fault(self, active, request)
@@ -5383,6 +5471,8 @@ class Connection:
         if self.phase is CLOSED:
             return
         up, down = self.up, self.down
+        if up.kept != self.chain.kept:
+            self.count_kept()
         fast = self.phase is CONNECTED and not self.proxy.has_blocking
         for link, back in (up, down), (down, up):
             source = link.source
@@ -5391,7 +5481,7 @@ class Connection:
             if self.phase is CONNECTING and link is down:
                 events = EVENT_WRITE
             else:
-                events = EVENT_READ if self.wants_read(link) else 0
+                events = EVENT_READ if self.wants_read(link, back) else 0
             if back.send_buffer:
                 events |= EVENT_WRITE
             link.fast_target = back.source if fast and not (
@@ -5400,15 +5490,21 @@ class Connection:
                 link.watched = events
                 self.loop.watch(source, events, functools.partial(self.on_ready, link))
 
-    def wants_read(self, link):
-        """Return whether to read from the link's source. Do not read
+    def wants_read(self, link, back):
+        """Return whether to read from the link's source. `back` is the other link. Do not read
 
         1. after its EOF;
-        2. while the link holds as much as it may: that is the backpressure;
-        3. if the other peer has gone, so that the sender stalls as it would without a proxy;
-        4. while a blocking handler has the sockets, or waits until all data is delivered.
+        2. while the link holds as much as it may, or its requests need as much memory as they
+           may: that is the backpressure;
+        3. while its source does not accept the replies of rules, and `back` holds as much as it
+           may;
+        4. if the other peer has gone, so that the sender stalls as it would without a proxy;
+        5. while a blocking handler has the sockets, or waits until all data is delivered.
         """
-        if link.eof or (link.held and link.read_limit(self.loop.clock) <= 0):
+        clock = self.loop.clock
+        if link.eof or ((link.held or link.kept) and link.read_limit(clock) <= 0):
+            return False
+        if back.has_replies and back.read_limit(clock) <= 0:
             return False
         if link.write_closed and self.reset_reason:
             return False
@@ -6044,7 +6140,8 @@ class ProxyServer:
             "age": round(now - connection.began, 3),
             "bytes_up": connection.up.received, "bytes_down": connection.down.received,
             "requests": connection.chain.request,
-            "held_up": connection.up.held, "held_down": connection.down.held,
+            "held_up": connection.up.held + connection.up.kept,
+            "held_down": connection.down.held,
             "faults": connection.faults or [],
         } for connection in self.connections.values()]
 
