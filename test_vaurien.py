@@ -8629,6 +8629,71 @@ class TestCtl(unittest.TestCase):
             self.assertEqual(self.run_ctl(client, "backend", "localhost:9"),
                              (0, "localhost:9", ""))
 
+    def check_actions(self, client, *cases):
+        """Run actions that must succeed. cases: (arguments, output)."""
+        for argv, output in cases:
+            with self.subTest(argv):
+                self.assertEqual(self.run_ctl(client, *argv), (0, output, ""))
+
+    def test_rules_with_options(self):
+        rules = "20:delay sleep=2.0, 5:error warmup=0 match='^GET' times=3, 75:dummy"
+        with proxy_with_control() as (proxy, client):
+            self.check_actions(
+                client,
+                (["set-rules", "20:delay", "sleep=2", "5:error", "match=^GET", "times=3"],
+                 "Rules changed to " + rules),
+                (["rules"], rules),
+                (["get-handler"], "delay,error"),
+                (["reset"], "Reset"),
+                (["rules"], "100:dummy"))
+
+    def test_toxics(self):
+        with proxy_with_control() as (proxy, client):
+            self.check_actions(
+                client,
+                (["toxics"], ""),
+                (["add-toxic", "latency", "name=slow", "latency=200", "stream=upstream",
+                  "toxicity=0.5"], "Toxic added: slow"),
+                (["add-toxic", "hang", "times=3", "percent=20"], "Toxic added: hang_both"),
+                (["rules"], "100:dummy, toxic slow (50:upstream latency latency=200 jitter=0), "
+                            "toxic hang_both (20:both hang times=3)"),
+                (["update-toxic", "slow", "jitter=5", "toxicity=1"], "Toxic changed: slow"),
+                (["remove-toxic", "hang_both"], "Toxic removed: hang_both"),
+                (["rules"], "100:dummy, toxic slow (100:upstream latency latency=200 jitter=5)"))
+            _, out, _ = self.run_ctl(client, "toxics")
+            self.assertEqual(json.loads(out)["attributes"], {"latency": 200, "jitter": 5})
+
+    def test_a_proxy_is_disabled_and_enabled(self):
+        with proxy_with_control() as (proxy, client):
+            backend = vaurien.format_address(proxy.backend)
+            self.check_actions(
+                client,
+                (["disable"], "Disabled"),
+                (["proxies"], "vaurien: disabled for %s: 100:dummy" % backend),
+                (["enable"], "Enabled"),
+                (["proxies"], "vaurien: %s for %s: 100:dummy" % (proxy.listen, backend)))
+
+    def test_an_answer_names_the_proxy_if_there_are_several(self):
+        with proxy_with_control() as (_, client):
+            client.request("POST", "/proxies", {
+                "name": "b", "listen": "127.0.0.1:0", "upstream": "127.0.0.1:9"})
+            self.check_actions(
+                client,
+                (["set-handler", "hang"], 'Handler changed to "hang" on proxy vaurien'),
+                (["set-handler", "delay", "--proxy", "b"],
+                 'Handler changed to "delay" on proxy b'),
+                (["rules", "--proxy", "b"], "100:delay sleep=1.0"),
+                (["add-toxic", "noop", "name=x", "--proxy", "b"], "Toxic added: x on proxy b"))
+            client.request("DELETE", "/proxies/b")
+
+    def test_help_lists_all_actions(self):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), self.assertRaises(SystemExit):
+            vaurien.main(["ctl", "--help"])
+        for name in [*vaurien.CTL_ACTIONS, *vaurien.CTL_ALIASES]:
+            with self.subTest(name):
+                self.assertIn(name, out.getvalue())
+
     def test_errors(self):
         with proxy_with_control() as (_, client):
             for argv, expected_status, text in [
@@ -8645,21 +8710,39 @@ class TestCtl(unittest.TestCase):
                     (["set-handler", "delay", "sleep=1", "sleep=2"],
                      2, "each name once"),
                     (["set-handler", "delay", "name=hang"],
-                     2, "'name=hang' must be"),
+                     2, "'name=' must be left out"),
                     (["set-handler", "delay", "self=1"],
                      1, "self is not an option of delay"),
                     (["get-handler", "--nope"],
                      2, "unrecognized arguments: --nope"),
                     (["get-handler", "x"],
                      2, "get-handler: too many positional arguments"),
-                    (["nope"],
-                     2, "invalid choice: 'nope'"),
+                    (["add-toxc"],
+                     2, "unknown action 'add-toxc' (did you mean add-toxic?): there are rules"),
                     ([],
-                     2, "required: ACTION")]:
+                     2, "unknown action '': there are rules"),
+                    (["get-handler", "--prxy", "a"],
+                     2, "unrecognized arguments: --prxy (did you mean --proxy?)"),
+                    (["get-handler", "--proxy", "nope"],
+                     1, "there is no proxy 'nope': there are vaurien"),
+                    (["set-rules", "delay"],
+                     2, "set-rules: must be PERCENT:HANDLER"),
+                    (["set-rules", "20:delay", "slep=3"],
+                     1, "slep is not an option of delay (did you mean sleep?)"),
+                    (["add-toxic", "latncy"],
+                     1, "unknown handler 'latncy' (did you mean latency?)"),
+                    (["add-toxic", "latency", "latncy=3"],
+                     1, "latncy is not an option of latency (did you mean latency?)"),
+                    (["add-toxic", "latency", "latency=x"],
+                     1, "latency must be a whole number, 0 or more, not 'x'"),
+                    (["add-toxic", "latency", "toxicity=20"],
+                     1, "toxicity must be a number from 0 to 1"),
+                    (["remove-toxic", "slow"],
+                     1, "unknown toxic 'slow': there are none")]:
                 with self.subTest(argv):
                     status, out, err = self.run_ctl(client, *argv)
                     self.assertEqual((status, out), (expected_status, ""))
-                    self.assertRegex(err, "^vaurien: [^\n]*%s[^\n]*$" % re.escape(text))
+                    self.assertRegex(err, "^vaurienctl: [^\n]*%s[^\n]*$" % re.escape(text))
 
     def test_arguments_of_an_action_may_follow_options(self):
         with proxy_with_control() as (proxy, client), contextlib.redirect_stdout(io.StringIO()):
@@ -8671,7 +8754,7 @@ class TestCtl(unittest.TestCase):
     def test_no_server(self):
         status, _, err = self.run_ctl(vaurien.Client(port=unused_port()), "get-handler")
         self.assertEqual(status, 1)
-        self.assertRegex(err, "^vaurien: no response from 127.0.0.1:[0-9]+: Connection refused$")
+        self.assertRegex(err, "^vaurienctl: no response from 127.0.0.1:[0-9]+: Connection refused$")
 
     def test_parse_host(self):
         for text, address in [("http://localhost:8080", ("localhost", 8080, "http")),

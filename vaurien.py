@@ -9934,13 +9934,14 @@ def get_token(option_text):
     return token.parse(check_token) if token.text else None
 
 
-def print_error(message, status, attached=False):
+def print_error(message, status, attached=False, prog="vaurien"):
     """Print an error in one line on stderr. Returns the status.
 
     attached    whether to print the error on stdout too, which the supervisor reads
+    prog        the name of the command, with which the line begins
     """
     text = escape_control_chars(" ".join(str(message).split()))
-    print_safe("vaurien: %s" % text, sys.stderr)
+    print_safe("%s: %s" % (prog, text), sys.stderr)
     if attached:
         print_safe(text, sys.stdout)
     return status
@@ -10217,21 +10218,62 @@ def format_seconds(seconds):
 # The command `vaurienctl`: each action calls a method of Client. If only this file is installed,
 # the command is `vaurien ctl`.
 #
-# To add an action, add its name and a function to CTL_ACTIONS. The function takes a Client and
-# the arguments of the action. It returns the text to print, or None.
+# To add an action, add a line to CTL_ACTIONS.
 
-CTL_EXAMPLES = """\
+CTL_INTRODUCTION = """\
+Control a proxy that was started with --http, or the proxies of `vaurien serve`.
+
 examples:
-  vaurienctl list-handlers               print the names of all handlers
-  vaurienctl get-handler                 print the name of the active handler
-  vaurienctl set-handler blackout        set the active handler
   vaurienctl set-handler delay sleep=2 percent=20
-  vaurienctl events                      print the fault records, as JSON
-  vaurienctl connections                 print the open connections, as JSON
-  vaurienctl backend                     print the address of the backend
-  vaurienctl backend localhost:6379      change the backend of new connections
+  vaurienctl set-rules 20:delay sleep=2 5:error kind=503
+  vaurienctl --proxy redis add-toxic latency name=slow latency=200 stream=upstream
+  vaurienctl --host http://localhost:8474 proxies"""
 
-list-behaviors, get-behavior and set-behavior are other names of the handler actions."""
+# function    takes a Client and the arguments of the action; returns the text to print
+# arguments   the arguments, for the help
+# help        the text for --help
+# check       raises ValueError if the list of arguments is wrong
+Action = namedtuple("Action", "function arguments help check")
+
+
+def parse_assignments(texts):
+    """Return {name: value} of NAME=VALUE texts. Raises ValueError."""
+    fields = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or name in fields:
+            raise ValueError("%r must be NAME=VALUE, each name once" % text)
+        fields[name] = value
+    return fields
+
+
+def check_handler_fields(texts):
+    """Check a name and NAME=VALUE texts. `name` is refused: the handler's name has this key."""
+    if "name" in parse_assignments(texts[1:]):
+        raise ValueError("'name=' must be left out: the first argument is the name")
+
+
+def parse_rule_texts(texts):
+    """Return the rules in texts like "20:delay", each followed by its NAME=VALUE texts.
+
+    The result is in the form that `PUT /rules` takes. Raises ValueError.
+    """
+    rules = []
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if equals and rules and name not in rules[-1]:
+            rules[-1][name] = value
+        else:
+            (percent, name), = parse_behavior(text)
+            rules.append({"name": name, "percent": percent})
+    return rules
+
+
+def changed(client, text):
+    """Return the text about a change. It names the proxy if the server has several."""
+    if len(client.request("GET", "/proxies")) == 1:
+        return text
+    return "%s on proxy %s" % (text, client.request("GET", "/proxy")["name"])
 
 
 def ctl_set_handler(client, name, *fields):
@@ -10239,21 +10281,16 @@ def ctl_set_handler(client, name, *fields):
     # The values stay text, because only the server knows their types. The fields cannot be
     # keyword arguments of client.set_handler, because the user may pass the NAME `self`.
     client.request("PUT", "/behavior", dict(parse_assignments(fields), name=name))
-    return "Handler changed to \"%s\"" % name
+    return changed(client, "Handler changed to \"%s\"" % name)
 
 
-def parse_assignments(texts):
-    """Return {name: value} of NAME=VALUE texts. Raises ValueError.
+def ctl_rules(client):
+    return client.request("GET", "/proxy")["rules"]
 
-    `name` is refused, because the handler's own name is sent under this key.
-    """
-    fields = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or name == "name" or name in fields:
-            raise ValueError("%r must be NAME=VALUE, each name once" % text)
-        fields[name] = value
-    return fields
+
+def ctl_set_rules(client, first, *others):
+    client.request("PUT", "/rules", {"rules": parse_rule_texts([first, *others])})
+    return changed(client, "Rules changed to %s" % ctl_rules(client))
 
 
 def ctl_backend(client, backend=None):
@@ -10263,35 +10300,168 @@ def ctl_backend(client, backend=None):
     return client.get_backend()
 
 
+def ctl_proxies(client):
+    """Return a line for each proxy: its name, its addresses, its rules."""
+    lines = []
+    for name, proxy in client.request("GET", "/proxies").items():
+        one = Client(client.host, client.port, client.scheme, name, client.token)
+        lines.append("%s: %s for %s: %s" % (
+            name, proxy["listen"] if proxy["enabled"] else "disabled", proxy["upstream"],
+            ctl_rules(one)))
+    return "\n".join(lines)
+
+
+def toxics_path(client):
+    return "/proxies/%s/toxics" % urls.quote(client.request("GET", "/proxy")["name"], safe="")
+
+
+def list_toxics_of(client):
+    """Return all toxics of the proxy, as JSON values."""
+    return client.request("GET", toxics_path(client), all=1)
+
+
+def put_toxics_of(client, toxics):
+    """Replace the toxics. `PUT` refuses unknown keys, which Toxiproxy's other routes ignore."""
+    client.request("PUT", toxics_path(client), toxics)
+
+
+def set_toxic_fields(toxic, fields):
+    """Set the fields and attributes of a toxic, a JSON value, to texts."""
+    defaults = handler_options(HANDLERS[toxic["type"]]) if toxic["type"] in HANDLERS else {}
+    for name, text in fields.items():
+        if name == "toxicity":
+            toxic[name] = check_field(name, check_toxicity, text)
+        elif name in ("name", "stream") or (name in RULE_FIELDS and name not in defaults):
+            toxic[name] = text
+        elif name in defaults:
+            toxic["attributes"][name] = check_field(name, check_option, toxic["type"], name, text)
+        else:                           # an unknown option, or the handler is not in this file
+            toxic["attributes"][name] = parse_literal(text)
+
+
+def parse_literal(text):
+    """Return a text as a number or a boolean, if it is one in JSON."""
+    return json.loads(text) if re.fullmatch(r"true|false|\d+(\.\d+)?", text) else text
+
+
+def ctl_add_toxic(client, type_, *fields):
+    toxic = {"type": type_, "attributes": {}}
+    set_toxic_fields(toxic, parse_assignments(fields))
+    toxics = list_toxics_of(client)
+    put_toxics_of(client, [*toxics, toxic])
+    added = {toxic["name"] for toxic in list_toxics_of(client)}
+    added -= {toxic["name"] for toxic in toxics}
+    return changed(client, "Toxic added: %s" % ", ".join(added))
+
+
+def find_toxic(toxics, name):
+    """Return the toxic with this name. Raises ValueError."""
+    names = [toxic["name"] for toxic in toxics]
+    if name not in names:
+        raise ValueError("unknown toxic %r%s: there are %s" % (
+            name, did_you_mean(name, names), ", ".join(names) or "none"))
+    return toxics[names.index(name)]
+
+
+def ctl_update_toxic(client, name, *fields):
+    toxics = list_toxics_of(client)
+    set_toxic_fields(find_toxic(toxics, name), parse_assignments(fields))
+    put_toxics_of(client, toxics)
+    return changed(client, "Toxic changed: %s" % name)
+
+
+def ctl_remove_toxic(client, name):
+    toxics = list_toxics_of(client)
+    toxics.remove(find_toxic(toxics, name))
+    put_toxics_of(client, toxics)
+    return changed(client, "Toxic removed: %s" % name)
+
+
+def ctl_enable(client):
+    client.enable()
+    return changed(client, "Enabled")
+
+
+def ctl_disable(client):
+    client.disable()
+    return changed(client, "Disabled")
+
+
+def ctl_reset(client):
+    client.reset()
+    return changed(client, "Reset")
+
+
+def json_lines(values):
+    return "\n".join(map(json.dumps, values))
+
+
+def ctl_handlers(client):
+    return ", ".join(client.list_handlers())
+
+
+def check_toxic_fields(texts):
+    parse_assignments(texts[1:])
+
+
 CTL_ACTIONS = OrderedDict((
-    ("list-handlers", lambda client: ", ".join(client.list_handlers())),
-    ("get-handler", Client.get_handler),
-    ("set-handler", ctl_set_handler),
-    ("list-behaviors", lambda client: ", ".join(client.list_behaviors())),
-    ("get-behavior", Client.get_behavior),
-    ("set-behavior", ctl_set_handler),
-    ("events", lambda client: "\n".join(
-        json.dumps(record._asdict()) for record in client.events())),
-    ("connections", lambda client: "\n".join(map(json.dumps, client.connections()))),
-    ("backend", ctl_backend),
+    ("rules", Action(ctl_rules, "", "print the rules: behavior and toxics", list)),
+    ("set-handler", Action(ctl_set_handler, "HANDLER [NAME=VALUE ...]",
+                           "set the only rule; NAME is an option or a rule field",
+                           check_handler_fields)),
+    ("set-rules", Action(ctl_set_rules, "PERCENT:HANDLER [NAME=VALUE ...] ...",
+                         "set several rules", parse_rule_texts)),
+    ("get-handler", Action(Client.get_handler, "", "print the name of the active handler", list)),
+    ("list-handlers", Action(ctl_handlers, "", "print the names of all handlers", list)),
+    ("toxics", Action(lambda client: json_lines(list_toxics_of(client)), "",
+                      "print the toxics, as JSON", list)),
+    ("add-toxic", Action(ctl_add_toxic, "TYPE [NAME=VALUE ...]",
+                         "add a toxic; NAME is also name, stream or toxicity",
+                         check_toxic_fields)),
+    ("update-toxic", Action(ctl_update_toxic, "TOXIC NAME=VALUE ...",
+                            "change the toxicity or options of a toxic", check_toxic_fields)),
+    ("remove-toxic", Action(ctl_remove_toxic, "TOXIC", "remove a toxic", list)),
+    ("enable", Action(ctl_enable, "", "listen again", list)),
+    ("disable", Action(ctl_disable, "", "stop to listen, and close all connections", list)),
+    ("reset", Action(ctl_reset, "", "enable the proxy, and remove its rules and toxics", list)),
+    ("proxies", Action(ctl_proxies, "", "print all proxies with their rules", list)),
+    ("backend", Action(ctl_backend, "[HOST:PORT]",
+                       "print, or change, the backend of new connections", list)),
+    ("events", Action(lambda client: json_lines(client.request("GET", "/events")["events"]), "",
+                      "print the fault records, as JSON", list)),
+    ("connections", Action(lambda client: json_lines(client.connections()), "",
+                           "print the open connections, as JSON", list)),
 ))
+# The names of Vaurien 1.x
+CTL_ALIASES = {"get-behavior": "get-handler", "set-behavior": "set-handler",
+               "list-behaviors": "list-handlers"}
+
+
+def ctl_help():
+    """Return the help of vaurienctl."""
+    actions = [("%s %s" % (name, action.arguments), action.help)
+               for name, action in CTL_ACTIONS.items()]
+    options = [("--host URL", "URL of the control server (default: http://localhost:8080)"),
+               ("--proxy NAME", "name of the proxy (default: the first one)"),
+               ("--http-token TOKEN", "token of the control server (default: $%s)"
+                % TOKEN_VARIABLE),
+               ("--version", "print the version")]
+    return "\n".join(["usage: vaurienctl [OPTION ...] ACTION [ARGUMENT ...]", "",
+                      CTL_INTRODUCTION, "", "actions:", *format_rows(actions), "",
+                      "options:", *format_rows(options), "",
+                      "%s are the names of Vaurien 1.x." % ", ".join(CTL_ALIASES)])
 
 
 def ctl_parser():
     """Return the parser of vaurienctl's command line."""
-    parser = Parser({}, prog="vaurienctl", epilog=CTL_EXAMPLES,
-                    description="Control a proxy that was started with --http.")
-    parser.add_argument("action", choices=list(CTL_ACTIONS), metavar="ACTION",
-                        help=", ".join(CTL_ACTIONS))
-    parser.add_argument("args", nargs="*", metavar="ARGUMENT", default=[],
-                        help="set-handler and set-behavior: a handler, and NAME=VALUE for each "
-                             "option or rule field; backend: the new HOST:PORT")
-    parser.add_argument("--host", default="http://localhost:8080", metavar="URL",
-                        help="URL of the control server (default: http://localhost:8080)")
-    parser.add_argument("--http-token", metavar="TOKEN", default=None,
-                        help="token of the control server (default: $%s)" % TOKEN_VARIABLE)
-    parser.add_argument("--proxy", metavar="NAME", default=None,
-                        help="name of the proxy (default: the first one)")
+    parser = Parser({}, prog="vaurienctl", add_help=False)
+    parser.flags = ["--host", "--proxy", "--http-token", "--version", "--help"]
+    parser.add_argument("-h", "--help", action="store_true", default=False)
+    parser.add_argument("action", nargs="?", default="")
+    parser.add_argument("args", nargs="*", default=[])
+    parser.add_argument("--host", default="http://localhost:8080")
+    parser.add_argument("--http-token", default=None)
+    parser.add_argument("--proxy", default=None)
     return parser
 
 
@@ -10300,19 +10470,25 @@ def ctl_command(argv):
     parser = ctl_parser()
     # argparse reports an argument of the action as unknown if it follows an option.
     options, unknown = parser.parse_known_args(argv)
-    for text in unknown:
-        if text.startswith("-"):
-            parser.error("unrecognized arguments: %s" % text)
+    if options.help:
+        print_safe(ctl_help(), sys.stdout)
+        raise SystemExit(0)
+    flags = [text for text in unknown if text.startswith("-")]
+    if flags:
+        parser.refuse(flags)
+    name = CTL_ALIASES.get(options.action, options.action)
+    if name not in CTL_ACTIONS:
+        raise ValueError("unknown action %r%s: there are %s (see vaurienctl --help)" % (
+            name, did_you_mean(name, CTL_ACTIONS), ", ".join(CTL_ACTIONS)))
     host, port, scheme = SourcedText("--host", options.host).parse(parse_host)
     client = Client(host, port, scheme, options.proxy, get_token(options.http_token))
-    function, args = CTL_ACTIONS[options.action], [*options.args, *unknown]
+    action, args = CTL_ACTIONS[name], [*options.args, *unknown]
     try:
-        inspect.signature(function).bind(client, *args)  # type: ignore
-        # Only set-handler and set-behavior accept more than one argument: NAME=VALUE texts.
-        parse_assignments(args[1:])
+        inspect.signature(action.function).bind(client, *args)
+        action.check(args)
     except (TypeError, ValueError) as error:
         raise ValueError("%s: %s (see vaurienctl --help)" % (options.action, error)) from None
-    return lambda: run_action(function, client, args)
+    return lambda: run_action(action.function, client, args)
 
 
 def run_action(function, client, args):
@@ -10324,14 +10500,16 @@ def run_action(function, client, args):
     try:
         text = function(client, *args)
     except ValueError as error:             # the server refuses the request
-        return print_error(error, 1)
-    except (KeyError, TypeError):           # the response is JSON, but not the control API's
-        return print_error("%s is not a vaurien control server" % server, 1)
+        message = str(error)
+    except (AttributeError, KeyError, TypeError):       # JSON, but not of a control server
+        message = "%s is not a vaurien control server" % server
     except OSError as error:
-        return print_error("no response from %s: %s" % (server, error.strerror or error), 1)
-    if text:
-        print_safe(text, sys.stdout)
-    return 0
+        message = "no response from %s: %s" % (server, error.strerror or error)
+    else:
+        if text:
+            print_safe(text, sys.stdout)
+        return 0
+    return print_error(message, 1, prog="vaurienctl")
 
 
 def parse_host(text):
@@ -10361,11 +10539,12 @@ def main(argv: "Optional[Sequence[str]]" = None) -> int:
     open_standard_fds()
     argv = list(sys.argv[1:] if argv is None else argv)
     attached = "--attached" in argv
+    prog = "vaurienctl" if argv[:1] == ["ctl"] else "vaurien"
     try:
         try:
             run = choose_command(argv)(argv)
         except ValueError as error:
-            return print_error(error, 2, attached)
+            return print_error(error, 2, attached, prog)
         return run()
     except KeyboardInterrupt:
         return 0
