@@ -8637,7 +8637,7 @@ class TestCtl(unittest.TestCase):
 
     def test_rules_with_options(self):
         rules = "20:delay sleep=2.0, 5:error warmup=0 match='^GET' times=3, 75:dummy"
-        with proxy_with_control() as (proxy, client):
+        with proxy_with_control() as (_, client):
             self.check_actions(
                 client,
                 (["set-rules", "20:delay", "sleep=2", "5:error", "match=^GET", "times=3"],
@@ -8648,7 +8648,7 @@ class TestCtl(unittest.TestCase):
                 (["rules"], "100:dummy"))
 
     def test_toxics(self):
-        with proxy_with_control() as (proxy, client):
+        with proxy_with_control() as (_, client):
             self.check_actions(
                 client,
                 (["toxics"], ""),
@@ -8754,7 +8754,8 @@ class TestCtl(unittest.TestCase):
     def test_no_server(self):
         status, _, err = self.run_ctl(vaurien.Client(port=unused_port()), "get-handler")
         self.assertEqual(status, 1)
-        self.assertRegex(err, "^vaurienctl: no response from 127.0.0.1:[0-9]+: Connection refused$")
+        self.assertRegex(
+            err, "^vaurienctl: no response from 127.0.0.1:[0-9]+: Connection refused$")
 
     def test_parse_host(self):
         for text, address in [("http://localhost:8080", ("localhost", 8080, "http")),
