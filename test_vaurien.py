@@ -2576,6 +2576,523 @@ class TestProtocolChain(unittest.TestCase):
         self.assertLess(time.monotonic() - began, 1)
 
 
+# Conversations that know what each peer must see, while rules are added, removed and changed
+
+SUBSTITUTE, SKIPPED = "substitute", "skipped"
+
+
+class Talk:
+    """A pipelining client and its backend, without sockets: an oracle for what both must see.
+
+    Each request contains its index, like b"id5.", and the backend's reply repeats it. An error
+    of a rule contains none. The reply to a substitute contains b"LEAK": no client may see it.
+
+    requests    [bytes]; those in `silent` get no reply
+    log         what the backend has got: the index of a request, or SUBSTITUTE
+    outcomes    what the client has got: the index of a request, None for an error, or SKIPPED
+    problems    sentences
+    """
+
+    greeting = login = login_reply = b""
+    prologue = 0            # replies that the client awaits before its first request
+    lock_step = False       # the client sends a request after the reply to the last one
+    first_number = 1        # of the first request, in the fault records
+    INDEX = re.compile(rb"id(\d+)\.")
+    SIZES = [0, 1, 20, 20, 20, 3000, 70000]
+
+    def __init__(self, rng, count):
+        self.rng, self.silent = rng, set()
+        self.requests = [self.make_request(index, b"id%d." % index, b"x" * rng.choice(self.SIZES))
+                         for index in range(count)]
+        self.log, self.outcomes, self.problems = [], [], []
+        self.sent_count = 0
+        self.to_backend, self.to_client = b"", self.greeting        # bytes still to be sent
+        self.unread = {UPSTREAM: b"", DOWNSTREAM: b""}              # incomplete messages
+
+    # The client
+
+    def write_requests(self):
+        """Append to `to_backend` what the client sends now."""
+        if self.prologue:
+            if self.login and self.prologue == 1:
+                self.to_backend, self.login = self.to_backend + self.login, b""
+            return
+        while self.sent_count < len(self.requests) and not (
+                self.lock_step and len(self.outcomes) < self.sent_count):
+            self.to_backend += self.requests[self.sent_count]
+            self.sent_count += 1
+
+    def receive(self, data):
+        """Read bytes that the client has got."""
+        for message in self.messages(DOWNSTREAM, data, self.reply_size):
+            if b"LEAK" in message:
+                self.problems.append("the client got the reply to a substitute")
+            if self.prologue:
+                self.prologue -= self.ends_prologue(message)
+            else:
+                self.note_reply(message)
+
+    def ends_prologue(self, message):
+        return True
+
+    def note_reply(self, message):
+        match = self.INDEX.search(message)
+        self.outcomes.append(int(match.group(1)) if match else None)
+
+    def is_over(self):
+        return len(self.outcomes) >= len(self.requests) - len(self.silent)
+
+    # The backend
+
+    def serve(self, data):
+        """Read bytes that the backend has got, and append its replies to `to_client`."""
+        for message in self.messages(UPSTREAM, data, self.request_size):
+            if self.login_reply:
+                self.to_client, self.login_reply = self.to_client + self.login_reply, b""
+            elif self.is_substitute(message):
+                self.log.append(SUBSTITUTE)
+                self.to_client += self.reply(b"LEAK", message)
+            else:
+                self.serve_request(message)
+
+    def serve_request(self, message):
+        match = self.INDEX.search(message)
+        index = int(match.group(1)) if match else -1
+        if index < 0 or message != self.requests[index]:
+            self.problems.append("the backend got %r" % message[:60])
+            return
+        self.log.append(index)
+        if index not in self.silent:
+            self.to_client += self.reply(match.group(), message)
+
+    def is_substitute(self, message):
+        return False
+
+    # Both
+
+    def messages(self, to, data, size_of):
+        """Yield the whole messages of a direction."""
+        unread, start = self.unread[to] + data, 0
+        while start < len(unread):
+            size = size_of(unread[start:])
+            if not 0 < size <= len(unread) - start:
+                break
+            yield unread[start:start + size]
+            start += size
+        self.unread[to] = unread[start:]
+
+    def check(self, faults):
+        """Append to `problems` what is wrong after the end of the conversation.
+
+        faults    [(whether the rule is one per connection, request number)] of errors
+        """
+        answered = [index for index in range(len(self.requests)) if index not in self.silent]
+        if len(self.outcomes) != len(answered):
+            self.problems.append("%d of %d replies" % (len(self.outcomes), len(answered)))
+        pairs = list(zip(answered, self.outcomes))
+        wrong = [pair for pair in pairs if pair[1] not in (pair[0], None, SKIPPED)]
+        if wrong:
+            self.problems.append("request %d got the reply to %d" % wrong[0])
+        accepted = sorted(self.silent.union(index for index, outcome in pairs if index == outcome))
+        got = [entry for entry in self.log if entry is not SUBSTITUTE]
+        if got != accepted:
+            self.problems.append("the backend got %s, the client has the replies of %s"
+                                 % (got, accepted))
+        if any(self.unread.values()):
+            self.problems.append("incomplete messages: %r" % {
+                to: unread[:60] for to, unread in self.unread.items()})
+        self.check_faults(pairs, faults)
+
+    def check_faults(self, pairs, faults):
+        """Compare the fault records of errors with the errors that the client has seen."""
+        numbers = {outcome: {index + self.first_number for index, seen in pairs if seen is outcome}
+                   for outcome in (None, SKIPPED)}
+        for_request = {number for per_connection, number in faults if not per_connection}
+        begun = min([number for per_connection, number in faults if per_connection],
+                    default=math.inf)
+        unseen = {number for _, number in faults} - numbers[None] - numbers[SKIPPED]
+        unrecorded = {number for number in numbers[None] - for_request if number < begun}
+        if unseen or unrecorded:
+            self.problems.append("fault records without an error: %s, errors without one: %s"
+                                 % (sorted(unseen), sorted(unrecorded)))
+
+
+class HttpTalk(Talk):
+    def make_request(self, index, token, filler):
+        return b"POST /%s HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (token, len(filler), filler)
+
+    def reply(self, token, request):
+        body = token * self.rng.choice([1, 1, 500])
+        return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+
+    def request_size(self, data):
+        head, end, _ = data.partition(b"\r\n\r\n")
+        match = re.search(rb"Content-Length: (\d+)", head)
+        return len(head + end) + int(match.group(1)) if end else 0
+
+    reply_size = request_size
+
+
+class RedisTalk(Talk):
+    SUBSTITUTES = (b"*1\r\n$7\r\nvaurien\r\n",)
+    in_multi = False
+
+    def make_request(self, index, token, filler):
+        if not self.in_multi and self.rng.random() < 0.1:
+            self.in_multi = True
+            return b"MULTI %s\r\n" % token
+        if self.in_multi and self.rng.random() < 0.3:
+            self.in_multi = False
+            return b"EXEC %s\r\n" % token
+        if self.rng.random() < 0.3:
+            return b"GET %s\r\n" % token
+        args = [b"SET", token, filler]
+        return b"*3\r\n" + b"".join(b"$%d\r\n%s\r\n" % (len(arg), arg) for arg in args)
+
+    def reply(self, token, request):
+        body = token * self.rng.choice([1, 500])
+        return self.rng.choice([b"+%s\r\n" % token, b"$%d\r\n%s\r\n" % (len(body), body)])
+
+    def is_substitute(self, message):
+        return message in self.SUBSTITUTES
+
+    def request_size(self, data):
+        if data[:1] != b"*":
+            return data.find(b"\n") + 1
+        if len(data) < 4:
+            return 0
+        offset = 4
+        for _ in range(int(data[1:2])):
+            line_end = data.find(b"\r\n", offset)
+            if line_end < 0:
+                return 0
+            offset = line_end + 2 + int(data[offset + 1:line_end]) + 2
+        return offset
+
+    def reply_size(self, data):
+        line, end, _ = data.partition(b"\r\n")
+        body_size = int(line[1:]) + 2 if end and line[:1] == b"$" else 0
+        return len(line) + 2 + body_size if end else 0
+
+
+class MemcacheTalk(Talk):
+    def make_request(self, index, token, filler):
+        if self.rng.random() < 0.5:
+            return b"get %s\r\n" % token
+        quiet = b" noreply" if self.rng.random() < 0.2 else b""
+        if quiet:
+            self.silent.add(index)
+        return b"set %s 0 0 %d%s\r\n%s\r\n" % (token, len(filler), quiet, filler)
+
+    def reply(self, token, request):
+        if request[:3] == b"set":
+            return b"STORED %s\r\n" % token
+        body = token * self.rng.choice([1, 500])
+        return b"VALUE %s 0 %d\r\n%s\r\nEND\r\n" % (token, len(body), body)
+
+    def request_size(self, data):
+        line, end, _ = data.partition(b"\r\n")
+        body_size = int(line.split()[4]) + 2 if end and line[:3] == b"set" else 0
+        return len(line) + 2 + body_size if end else 0
+
+    def reply_size(self, data):
+        line, end, _ = data.partition(b"\r\n")
+        rest_size = int(line.split()[3]) + 7 if end and line[:5] == b"VALUE" else 0
+        return len(line) + 2 + rest_size if end else 0
+
+
+class SmtpTalk(Talk):
+    greeting, prologue, first_number = b"220 hello\r\n", 1, 2
+
+    def make_request(self, index, token, filler):
+        if self.rng.random() < 0.5:
+            return b"NOOP %s\r\n" % token
+        return b"BDAT %d\r\n%s" % (len(token + filler), token + filler)
+
+    def reply(self, token, request):
+        return self.rng.choice([b"250 %s\r\n", b"250-more\r\n250 %s\r\n"]) % token
+
+    def is_substitute(self, message):
+        return message == b"RSET\r\n"
+
+    def request_size(self, data):
+        line, end, _ = data.partition(b"\r\n")
+        body_size = int(line.split()[1]) if end and line[:4] == b"BDAT" else 0
+        return len(line) + 2 + body_size if end else 0
+
+    def reply_size(self, data):
+        match = re.match(rb"(?:\d+-.*\r\n)*\d+ .*\r\n", data)
+        return match.end() if match else 0
+
+
+class MysqlTalk(Talk):
+    greeting, login = mysql_packet(0, b"\x0a5.5\0" + bytes(40)), MYSQL_LOGIN
+    login_reply = mysql_packet(2, MYSQL_OK_BODY)
+    prologue, lock_step, first_number = 2, True, 2
+
+    def make_request(self, index, token, filler):
+        if self.rng.random() < 0.3:
+            return mysql_packet(0, b"\x17" + struct.pack("<I", index + 1) + token)
+        return mysql_query(b"SELECT " + token + filler)
+
+    def reply(self, token, request):
+        if self.rng.random() < 0.5 or token == b"LEAK":
+            return mysql_packet(1, b"\0" + token)
+        rows = [mysql_packet(2 + row, b"\1x") for row in range(self.rng.randint(0, 20))]
+        return (mysql_packet(1, b"\1" + token) + b"".join(rows)
+                + mysql_packet(2 + len(rows), b"\xfe"))
+
+    def is_substitute(self, message):
+        return message[4:5] == b"\x1a" or message[4:] == b"\x03ROLLBACK"
+
+    def request_size(self, data):
+        return len(data) > 3 and 4 + int.from_bytes(data[:3], "little")
+
+    def reply_size(self, data):
+        size = packet = self.request_size(data)
+        if data[4:5] != b"\1":
+            return size
+        while packet and data[size - packet + 4:][:1] != b"\xfe":
+            packet = self.request_size(data[size:])
+            size += packet
+        return packet and size
+
+
+class PostgresTalk(Talk):
+    login, login_reply = PG_STARTUP, pg_message(b"R", bytes(4)) + PG_READY
+    prologue, first_number = 1, 2
+    batch_left = 0              # requests of the batch that the client is writing
+    skips = failed = False      # the backend skips to Sync; the client has got an error
+    statement = b""             # that the backend has parsed last
+
+    def __init__(self, rng, count):
+        self.batches = []       # index of the last request of each batch or query
+        super().__init__(rng, count)
+        if self.batch_left:     # an unfinished batch
+            self.requests[-1] += PG_SYNC
+            self.batches.append(count - 1)
+
+    def make_request(self, index, token, filler):
+        if not self.batch_left and self.rng.random() < 0.5:
+            self.batches.append(index)
+            return pg_query(b"SELECT " + token + filler)
+        self.batch_left = (self.batch_left or self.rng.randint(1, 4)) - 1
+        request = pg_parse(b"", b"SELECT " + token + filler) + pg_bind(b"") + PG_EXECUTE
+        if not self.batch_left:
+            self.batches.append(index)
+            request += PG_SYNC
+        return request
+
+    def request_size(self, data):
+        start = 0 if self.login_reply else 1        # the startup message has no type
+        return len(data) > 4 and start + int.from_bytes(data[start:start + 4], "big")
+
+    def reply_size(self, data):
+        return len(data) > 4 and 1 + int.from_bytes(data[1:5], "big")
+
+    def is_substitute(self, message):
+        return not self.skips and message[:1] in b"QP" and b"vaurien" in message
+
+    def reply(self, token, request):
+        self.skips = request[:1] == b"P"
+        return pg_message(b"E", b"SLEAK\0\0") + (b"" if self.skips else PG_READY)
+
+    def serve_request(self, message):
+        type_ = message[:1]
+        if type_ == b"S":
+            self.skips = False
+            self.to_client += PG_READY
+        elif self.skips:
+            return
+        elif type_ in b"PB":
+            self.statement = message if type_ == b"P" else self.statement
+            self.to_client += PG_PARSE_COMPLETE if type_ == b"P" else PG_BIND_COMPLETE
+        else:
+            text = message if type_ == b"Q" else self.statement
+            index = int(self.INDEX.search(text).group(1))
+            if text not in self.requests[index]:
+                self.problems.append("the backend got %r" % message[:60])
+            self.log.append(index)
+            self.to_client += pg_message(b"C", b"SELECT id%d.\0" % index) + (
+                PG_READY if type_ == b"Q" else b"")
+
+    def ends_prologue(self, message):
+        return message[:1] == b"Z"
+
+    def is_over(self):
+        return not self.batches
+
+    def note_reply(self, message):
+        if message[:1] in b"CE":
+            super().note_reply(message)
+            self.failed = self.outcomes[-1] is None
+        elif message[:1] == b"Z":
+            count = self.batches.pop(0) + 1
+            if self.failed:
+                self.outcomes += [SKIPPED] * (count - len(self.outcomes))
+            self.failed = False
+            if len(self.outcomes) != count:
+                self.problems.append("%d replies before the end of request %d"
+                                     % (len(self.outcomes), count - 1))
+
+
+TALKS = {"http": HttpTalk, "redis": RedisTalk, "memcache": MemcacheTalk,
+         "smtp": SmtpTalk, "mysql": MysqlTalk, "postgres": PostgresTalk}
+
+
+def random_toxic(rng, protocol, name):
+    """Return a toxic that may delay, cut, or refuse requests, and loses no bytes otherwise."""
+    type_ = rng.choice(["error"] * 4 + ["transient", "delay", "latency", "hang", "bandwidth",
+                                        "slicer"])
+    attributes = {"delay": {"sleep": rng.choice([0.001, 0.01])},
+                  "latency": {"latency": rng.choice([1, 10]), "jitter": rng.choice([0, 1])},
+                  "bandwidth": {"rate": rng.choice([0, 10000])},
+                  "slicer": {"average_size": rng.choice([1000, 10000]), "size_variation": 500,
+                             "delay": rng.choice([0, 10])}}.get(type_, {})
+    if type_ in ("error", "transient"):
+        attributes = {"kind": rng.choice(vaurien.PROTOCOLS[protocol].default_errors)}
+        if type_ == "transient":
+            attributes["agitate"] = rng.randint(1, 5)
+    fields = {"per": rng.choice(["request", "connection"]), "stream": "both",
+              "after": rng.choice([0, 0, 0, 3]), "times": rng.choice([0, 0, 0, 3])}
+    if rng.random() < 0.3:
+        fields["match"] = re.compile(rb"id\d*[02468]\.")
+    return vaurien.Toxic(type_, name, rng.choice([0, 0.3, 0.7, 1, 1]), attributes, **fields)
+
+
+def change_toxics(rng, protocol, toxics):
+    """Return other toxics: one was added, removed or changed, or they changed places."""
+    toxics = list(toxics)
+    action = rng.choice(["add", "remove", "change", "change", "move"])
+    if action == "add" and len(toxics) < 5 or not toxics:
+        toxics.insert(rng.randint(0, len(toxics)),
+                      random_toxic(rng, protocol, "t%d" % rng.getrandbits(32)))
+        return toxics
+    index = rng.randrange(len(toxics))
+    toxic = toxics.pop(index)
+    if action == "change":
+        other = random_toxic(rng, protocol, "")
+        attributes = other.attributes if other.rule.name == toxic.rule.name else toxic.attributes
+        fields = {field: getattr(toxic.rule, field) for field in ("per", "after", "times", "match")}
+        toxics.insert(index, vaurien.Toxic(toxic.rule.name, toxic.name, rng.choice([0, 0.5, 1]),
+                                           attributes, stream="both", **fields))
+    elif action == "move":
+        toxics.insert(rng.randint(0, len(toxics)), toxic)
+    return toxics
+
+class Simulation:
+    """The connections of a proxy with a protocol, one after the other, without sockets.
+
+    It does as Connection does. Its clock only moves when `advance` is called.
+    """
+
+    def __init__(self, protocol, seed):
+        self.rng = random.Random("%s %d" % (protocol, seed))
+        self.protocol, self.now, self.faults = protocol, 0.0, []
+        with mock.patch.object(vaurien.Proxy, "bind"):
+            self.proxy = vaurien.Proxy("127.0.0.1:9", "127.0.0.1:8", protocol=protocol, seed=seed)
+        self.proxy.connections = {1: self}      # whose rules_changed the proxy calls
+        self.talk = TALKS[protocol](self.rng, self.rng.randint(1, 12))
+        self.chain = vaurien.ProtocolChain(self.proxy.rules, 1, vaurien.PROTOCOLS[protocol]())
+        budget = vaurien.Budget()
+        self.up, self.down = (vaurien.DelayQueue(to, budget) for to in (UPSTREAM, DOWNSTREAM))
+        self.chain.start()
+        self.enqueue(self.chain.process(0.0, UPSTREAM, OPEN)
+                     + self.chain.process_open(0.0, [DOWNSTREAM]))
+
+    def enqueue(self, events):
+        for t, to, data, delays in events:
+            (self.up if to == UPSTREAM else self.down).put(t, data, self.now, delays)
+        newly_acted, self.chain.newly_acted = self.chain.newly_acted, []
+        self.faults += [(active.rule.per == "connection", number) for active, number in newly_acted
+                        if active.rule.name in ("error", "transient")]
+
+    def rules_changed(self, new, removed, changed):
+        self.chain.rules_changed(new, changed)
+        released = self.chain.release(removed, changed)
+        for queue in self.up, self.down:
+            if queue.release(removed, changed) or released:
+                self.chain.reset_due_times(queue.to, max(self.now, queue.latest))
+        self.enqueue(self.chain.process_open(self.now, [UPSTREAM, DOWNSTREAM], [*new, *changed]))
+
+    def pass_bytes(self, to, data):
+        """A peer has sent these bytes."""
+        if self.chain.last_direction is not to:
+            self.chain.direction_changed(to)
+        passed = self.chain.pass_through(to, data)
+        self.enqueue(self.chain.process_bytes(self.now, to, data) if passed is None
+                     else [(self.now, to, passed, ())])
+        if self.chain.protocol_error:
+            self.talk.problems.append("protocol error: " + self.chain.protocol_error)
+            self.chain.protocol_error = ""
+
+    def advance(self, seconds):
+        """Let time pass, and give both peers the bytes that are due."""
+        self.now += seconds
+        for queue, read in (self.up, self.talk.serve), (self.down, self.talk.receive):
+            queue.pop_due(self.now)
+            while queue.send_buffer:
+                data = queue.send_buffer[0]
+                queue.consume(len(data))
+                read(bytes(data))
+        self.talk.write_requests()
+
+    def step(self):
+        """Let one thing happen, at random."""
+        talk, size = self.talk, self.rng.choice([1, 10, 100, 1000, 100000])
+        action = self.rng.random()
+        if action < 0.3:
+            data, talk.to_backend = talk.to_backend[:size], talk.to_backend[size:]
+            if data:
+                self.pass_bytes(UPSTREAM, data)
+        elif action < 0.6:
+            data, talk.to_client = talk.to_client[:size], talk.to_client[size:]
+            if data:
+                self.pass_bytes(DOWNSTREAM, data)
+        elif action < 0.8:
+            self.advance(self.rng.choice([0, 0, 0.001, 0.02]))
+        else:
+            self.proxy.set_toxics(change_toxics(self.rng, self.protocol, self.proxy.toxics))
+
+    def run(self):
+        """Hold the conversation. Returns its problems."""
+        for _ in range(self.rng.choice([20, 100, 300])):
+            self.step()
+        self.proxy.set_toxics([])
+        for _ in range(3000):
+            self.step_without_rules()
+            if self.talk.is_over() and not (self.up.queue or self.down.queue
+                                            or self.talk.to_backend or self.talk.to_client):
+                break
+        self.talk.check(self.faults)
+        return self.talk.problems
+
+    def step_without_rules(self):
+        talk = self.talk
+        for to, attribute in (UPSTREAM, "to_backend"), (DOWNSTREAM, "to_client"):
+            data = getattr(talk, attribute)
+            setattr(talk, attribute, b"")
+            if data:
+                self.pass_bytes(to, data)
+        self.advance(0.1)
+
+
+class TestRuleChanges(unittest.TestCase):
+    """Each request is answered once and in order, whenever rules change: see ProtocolChain."""
+
+    def test_random_changes_within_random_conversations(self):
+        outcomes = Counter()
+        for protocol in TALKS:
+            for seed in range(60):
+                simulation = Simulation(protocol, seed)
+                with self.subTest(protocol, seed=seed):
+                    self.assertEqual(simulation.run(), [])
+                for index in simulation.talk.outcomes:
+                    outcomes["error" if index is None else "reply"] += 1
+        self.assertGreater(outcomes["error"], 300)
+        self.assertGreater(outcomes["reply"], 300)
+
+
 class TestProtocols(unittest.TestCase):
     """Protocols on real sockets."""
 
