@@ -870,8 +870,10 @@ RULE_FIELDS = OrderedDict((
     ("stream", Field(choice_check("both", UPSTREAM, DOWNSTREAM), "both",
                      "both, upstream or downstream: which events the handler receives")),
     ("match", Field(check_match, None, "a regular expression that a request must contain")),
-    ("after", Field(check_count, 0, "number of requests to leave alone first")),
-    ("times", Field(check_count, 0, "number of requests to act on at most; 0 is no limit")),
+    ("after", Field(check_count, 0, "number of requests to leave alone first, of all clients"
+                               " together")),
+    ("times", Field(check_count, 0, "number of requests to act on at most, of all clients"
+                               " together; 0 is no limit")),
 ))
 
 
@@ -2814,6 +2816,11 @@ class RuleSet:
     connection and the number of the request in it. Threads and timing have no influence, so
     the same seed gives the same faults on every Python. One hash gives the numbers of 8
     successive requests.
+
+    `after` and `times`, and the options warmup and agitate, count the requests of all
+    connections in their order of arrival. A count for each connection would be useless to
+    clients that connect for each request. So if several clients send at the same time, their
+    timing decides which requests these counts leave out.
     """
 
     def __init__(self, seed, proxy_name):
