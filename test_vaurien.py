@@ -2595,7 +2595,6 @@ class Talk:
 
     greeting = login = login_reply = b""
     prologue = 0            # replies that the client awaits before its first request
-    lock_step = False       # the client sends a request after the reply to the last one
     first_number = 1        # of the first request, in the fault records
     INDEX = re.compile(rb"id(\d+)\.")
     SIZES = [0, 1, 20, 20, 20, 3000, 70000]
@@ -2617,8 +2616,7 @@ class Talk:
             if self.login and self.prologue == 1:
                 self.to_backend, self.login = self.to_backend + self.login, b""
             return
-        while self.sent_count < len(self.requests) and not (
-                self.lock_step and len(self.outcomes) < self.sent_count):
+        while self.sent_count < len(self.requests):
             self.to_backend += self.requests[self.sent_count]
             self.sent_count += 1
 
@@ -2828,7 +2826,7 @@ class SmtpTalk(Talk):
 class MysqlTalk(Talk):
     greeting, login = mysql_packet(0, b"\x0a5.5\0" + bytes(40)), MYSQL_LOGIN
     login_reply = mysql_packet(2, MYSQL_OK_BODY)
-    prologue, lock_step, first_number = 2, True, 2
+    prologue, first_number = 2, 2
 
     def make_request(self, index, token, filler):
         if self.rng.random() < 0.3:
@@ -2837,10 +2835,11 @@ class MysqlTalk(Talk):
 
     def reply(self, token, request):
         if self.rng.random() < 0.5 or token == b"LEAK":
-            return mysql_packet(1, b"\0" + token)
-        rows = [mysql_packet(2 + row, b"\1x") for row in range(self.rng.randint(0, 20))]
-        return (mysql_packet(1, b"\1" + token) + b"".join(rows)
-                + mysql_packet(2 + len(rows), b"\xfe"))
+            return mysql_packet(1, MYSQL_OK_BODY + token)
+        rows = [b"\1x"] * self.rng.randint(0, 20)
+        end = MYSQL_EOF[4:]
+        packets = [b"\1", b"column " + token, end, *rows, end]
+        return b"".join(mysql_packet(number, body) for number, body in enumerate(packets, 1))
 
     def is_substitute(self, message):
         return message[4:5] == b"\x1a" or message[4:] == b"\x03ROLLBACK"
@@ -2850,10 +2849,10 @@ class MysqlTalk(Talk):
 
     def reply_size(self, data):
         size = packet = self.request_size(data)
-        if data[4:5] != b"\1":
-            return size
-        while packet and data[size - packet + 4:][:1] != b"\xfe":
+        eofs_left = 2 if data[4:5] == b"\1" else 0
+        while packet and eofs_left:
             packet = self.request_size(data[size:])
+            eofs_left -= data[size + 4:size + 5] == b"\xfe"
             size += packet
         return packet and size
 
@@ -2980,6 +2979,7 @@ def change_toxics(rng, protocol, toxics):
         toxics.insert(rng.randint(0, len(toxics)), toxic)
     return toxics
 
+
 class Simulation:
     """The connections of a proxy with a protocol, one after the other, without sockets.
 
@@ -2989,8 +2989,8 @@ class Simulation:
     def __init__(self, protocol, seed):
         self.rng = random.Random("%s %d" % (protocol, seed))
         self.protocol, self.now, self.faults = protocol, 0.0, []
-        with mock.patch.object(vaurien.Proxy, "bind"):
-            self.proxy = vaurien.Proxy("127.0.0.1:9", "127.0.0.1:8", protocol=protocol, seed=seed)
+        self.proxy = vaurien.ProxyServer(("127.0.0.1", 9), ("127.0.0.1", 8), protocol=protocol,
+                                         seed=seed)
         self.proxy.connections = {1: self}      # whose rules_changed the proxy calls
         self.talk = TALKS[protocol](self.rng, self.rng.randint(1, 12))
         self.chain = vaurien.ProtocolChain(self.proxy.rules, 1, vaurien.PROTOCOLS[protocol]())
@@ -3089,7 +3089,7 @@ class TestRuleChanges(unittest.TestCase):
                     self.assertEqual(simulation.run(), [])
                 for index in simulation.talk.outcomes:
                     outcomes["error" if index is None else "reply"] += 1
-        self.assertGreater(outcomes["error"], 300)
+        self.assertGreater(outcomes["error"], 200)
         self.assertGreater(outcomes["reply"], 300)
 
 

@@ -62,7 +62,7 @@ class Round:
             self.calm.set()
             for client in clients:
                 client.join()
-            faults = list(proxy.events)
+            faults = proxy.events()
             self.count["rule changes"] += len(proxy.rule_changes)
         for address, talk in self.talks.items():
             self.check(address, talk, [record for record in faults if record.client == address])
