@@ -2963,7 +2963,7 @@ def change_toxics(rng, protocol, toxics):
     """Return other toxics: one was added, removed or changed, or they changed places."""
     toxics = list(toxics)
     action = rng.choice(["add", "remove", "change", "change", "move"])
-    if action == "add" and len(toxics) < 5 or not toxics:
+    if (action == "add" and len(toxics) < 5) or not toxics:
         toxics.insert(rng.randint(0, len(toxics)),
                       random_toxic(rng, protocol, "t%d" % rng.getrandbits(32)))
         return toxics
@@ -2972,7 +2972,8 @@ def change_toxics(rng, protocol, toxics):
     if action == "change":
         other = random_toxic(rng, protocol, "")
         attributes = other.attributes if other.rule.name == toxic.rule.name else toxic.attributes
-        fields = {field: getattr(toxic.rule, field) for field in ("per", "after", "times", "match")}
+        fields = {field: getattr(toxic.rule, field)
+                  for field in ("per", "after", "times", "match")}
         toxics.insert(index, vaurien.Toxic(toxic.rule.name, toxic.name, rng.choice([0, 0.5, 1]),
                                            attributes, stream="both", **fields))
     elif action == "move":

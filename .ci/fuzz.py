@@ -25,8 +25,15 @@ from collections import Counter
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import vaurien
-from test_vaurien import (SUBSTITUTE, TALKS, change_toxics, connect, running_proxy, setUpModule,
-                          wait_until)
+from test_vaurien import (
+    SUBSTITUTE,
+    TALKS,
+    change_toxics,
+    connect,
+    running_proxy,
+    setUpModule,
+    wait_until,
+)
 
 CLIENTS = 6             # at the same time
 TALKS_PER_CLIENT = 4    # one after the other
