@@ -11065,7 +11065,7 @@ class TestMemcached(RealServerTests, unittest.TestCase):
         ("OUT_OF_MEMORY", "exceptions.MemcacheServerError", "storing object"),
         ("CLIENT_ERROR", "exceptions.MemcacheClientError", "bad data chunk")]
     closing_errors = []
-    connect_errors = [("TOO_MANY", "exceptions.MemcacheUnknownCommandError", "")]
+    connect_errors = [("TOO_MANY", "exceptions.MemcacheUnknownCommandError", ".*")]
     timed_out = socket.timeout
 
     @property
