@@ -2232,6 +2232,28 @@ class TestProtocolChain(unittest.TestCase):
         play.backend(b"VA 1\r\n1\r\n" b"NS\r\n" b"MN\r\n").assert_passes()
         play.backend(b"END\r\n").assert_becomes(b"END\r\n" b"ERROR\r\n")
 
+    def test_an_error_comes_after_the_replies_to_quiet_memcache_commands(self):
+        """It came before them, because a quiet command did not wait for its reply."""
+        hits = b"VA 2 ka\r\nAA\r\n" b"HD\r\n"
+        for case, requests, replies in [
+                ("hits", b"", hits),
+                ("no hit", b"", b""),
+                ("a get", b"get b\r\n", hits + b"VALUE b 0 2\r\nMN\r\nEND\r\n"),
+                ("a meta command", b"mg b v\r\n", b"VA 2\r\nMN\r\n"),
+                ("a meta command after hits", b"mg b v\r\n" b"get c\r\n",
+                 hits + b"VA 2\r\nMN\r\n" b"END\r\n")]:
+            quiet, refused = b"mg a v q k\r\n" b"mg c q\r\n" + requests, b"set y 0 0 1\r\n1\r\n"
+            for size in 1, 3, 1000:
+                with self.subTest(case, size=size):
+                    play = self.play("memcache", error_rule(match=b"^set"))
+                    play.client(quiet + refused * 2 + b"mn\r\n").assert_becomes(
+                        quiet + b"mn\r\n" * 2)
+                    data = replies + b"MN\r\n"
+                    play.backend(data, [size] * len(data)).assert_becomes(
+                        replies + MEMCACHE_NO_MEMORY * 2)
+                    play.backend(b"MN\r\n").assert_passes()
+                    self.assertEqual(play.exchange_count(), 1)
+
     def test_the_host_header_names_the_backend(self):
         for request, forwarded in [
                 (b"GET / HTTP/1.1\r\nA: b\r\nhost:  localhost:8000\r\n\r\n",

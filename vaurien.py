@@ -1824,7 +1824,15 @@ class Redis(Protocol):
 
 @protocol
 class Memcache(Protocol):
-    """The text protocol of memcached, with its meta commands (doc/protocol.txt)."""
+    """The text protocol of memcached, with its meta commands (doc/protocol.txt).
+
+    A quiet meta command may or may not get a reply. Clients send `mn` afterwards, which always
+    gets one, to know that they have received all replies. So the backend also gets an `mn` in
+    place of a refused command: the error must not come before the replies to quiet commands.
+
+    Request.info is the end of what has arrived before the reply to that substitute has ended.
+    It is None if there is no substitute.
+    """
 
     errors = OrderedDict((
         ("SERVER_ERROR", "SERVER_ERROR out of memory"),
@@ -1838,9 +1846,11 @@ class Memcache(Protocol):
     STORE = {"set", "add", "replace", "append", "prepend", "cas"}
     GET = {"get", "gets", "gat", "gats"}
     META = {"mg", "ms", "md", "ma", "me", "mn"}
+    FLUSH, FLUSHED = b"mn\r\n", b"MN\r\n"
     COMMAND_LINE = Head(LINE, re.compile(rb"(?!\x80)" + TEXT.pattern),
                         "the binary protocol, or a control character in a command")
     REPLY_LINE = Head(LINE, beginning_with(rb"[0-9A-Za-z]"), "no line of a reply")
+    quiet_sent = False      # a quiet command has been sent, and no `mn` after it
 
     def requests(self):
         while True:
@@ -1856,12 +1866,15 @@ class Memcache(Protocol):
                     name = ""               # no body: the backend replies with an error
                 else:
                     body_size = parse_length(parts[size_index]) + len(b"\r\n")
-            # A quiet meta command may or may not get a reply. Clients send `mn` afterwards,
-            # which always gets one, to know that they have received all replies.
             is_quiet = name in self.META and b"q" in [part[:1] for part in parts[2:]]
             is_noreply = parts[-1:] == [b"noreply"] and name not in self.GET
-            yield Request(line.strip(), name,
-                          replies=not (is_quiet or is_noreply or name == "quit"))
+            request = Request(line.strip(), name,
+                              replies=not (is_quiet or is_noreply or name == "quit"))
+            yield request
+            if is_quiet:
+                self.quiet_sent = True
+            elif self.is_flush(request):
+                self.quiet_sent = False
             yield body_size
             yield END_OF_MESSAGE
 
@@ -1871,24 +1884,51 @@ class Memcache(Protocol):
             parts = line.split()
             type_, request = parts[0], self.current_request()
             name = request.name if request else ""
+            is_flush = request is not None and self.is_flush(request)
             if type_ == b"VALUE" and len(parts) > 3:
                 yield parse_length(parts[3]) + len(b"\r\n")    # the reply ends with an END line
             elif type_ == b"VA" and len(parts) > 1:
                 yield parse_length(parts[1]) + len(b"\r\n")
-                if name != "mn":            # before MN: the reply to an earlier quiet command
+                if not is_flush:            # before MN: the reply to an earlier quiet command
                     yield END_OF_MESSAGE
-            elif name == "mn" and type_ != b"MN":
+            elif is_flush and type_ != b"MN":
                 continue                    # also the reply to an earlier quiet command
             elif type_ in (b"STAT", b"ITEM", b"PREFIX") and name not in self.GET:
                 continue                    # a line of statistics: more lines follow
             else:
                 yield END_OF_MESSAGE
 
+    def is_flush(self, request):
+        """Return whether the backend gets `mn`: from the client, or in place of the request."""
+        return request.name == "mn" or request.info is not None
+
     def error_reply(self, kind, request):
         """Return the Reply to a command, or None for `mn`, which never fails."""
         if request.name == "mn":
             return None
-        return super().error_reply(kind, request)
+        reply = super().error_reply(kind, request)
+        if reply is None or not self.quiet_sent:
+            return reply
+        request.info = b""
+        return reply._replace(substitute=self.FLUSH)
+
+    def finish_refusal(self, exchange, t, to, data):
+        """Let the replies to quiet commands pass. Drop only the reply to the substitute.
+
+        That reply is known when it ends, so the last bytes wait until then.
+        """
+        request = exchange.request
+        awaits_flushed = request and request.info is not None and not exchange.reply_done
+        if not awaits_flushed or to == UPSTREAM or not (data or data is EOF):
+            yield from super().finish_refusal(exchange, t, to, data)
+            return
+        received = request.info + data
+        passed = len(received) if data is EOF else max(0, len(received) - len(self.FLUSHED))
+        request.info = received[passed:]
+        if passed:
+            yield t, to, received[:passed]
+        if data is EOF:
+            yield t, to, data
 
 
 def mysql_packet(sequence, body):
