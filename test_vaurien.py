@@ -9725,15 +9725,17 @@ class TestFloods(unittest.TestCase):
 class TestDescriptors(TempDirTestCase):
     """The proxy waits while the process has no free descriptor."""
 
-    def start_with_descriptors(self, stack, limit, port, backend_port, log_path):
+    def start_with_descriptors(self, stack, limit, port, backend_port, log_path, *arguments):
         """Start a proxy that may open `limit` descriptors, and wait until it listens.
+
+        arguments    further ones of the command line
 
         Returns the process, which ends when `stack` is closed.
         """
         process = subprocess.Popen([
             "sh", "-c", "ulimit -n %d; exec \"$@\"" % limit, "sh", sys.executable, FILE,
             "--local", "127.0.0.1:%d" % port, "--distant", "127.0.0.1:%d" % backend_port,
-            "--log-output", log_path])
+            "--log-output", log_path, *arguments])
         stack.callback(process.wait)
         stack.callback(process.terminate)
         wait_until(lambda: os.path.exists(log_path) and "listening" in read_text(log_path))
@@ -9772,6 +9774,51 @@ class TestDescriptors(TempDirTestCase):
             self.assertNotIn("cannot connect", log)
             self.assertIn("cannot accept on 127.0.0.1:%d: " % port, log)
 
+    @unittest.skipUnless(hasattr(os, "fork"), "no limit of descriptors on this system")
+    def test_the_control_server_has_descriptors_of_its_own(self):
+        """It removes the fault whose connections have used up all others."""
+        log_path, port, http_port = os.path.join(self.folder, "log"), unused_port(), unused_port()
+        with backend_server(echo) as (backend_port, _), contextlib.ExitStack() as stack:
+            self.start_with_descriptors(
+                stack, 80, port, backend_port, log_path, "--behavior", "100:hang", "--http",
+                "--http-port", "%d" % http_port)
+            for _ in range(60):
+                with contextlib.closing(connect(port)) as sock:     # gives up, politely
+                    sock.sendall(b"question")
+            wait_until(lambda: "trying again" in read_text(log_path))
+            client = vaurien.Client(port=http_port)
+            for _ in range(10):
+                self.assertEqual(client.get_handler(), "hang")
+            client.set_handler("dummy")
+            with contextlib.closing(connect(port)) as sock:
+                send_and_read(sock, b"question")
+
+    def test_clients_that_wait_too_long_are_reset(self):
+        """So two proxies that are the backends of each other give back all descriptors."""
+        self.addCleanup(setattr, vaurien.Loop, "fds_exhausted", False)
+        with mock.patch.object(vaurien, "ACCEPT_TIMEOUT", 0.1), \
+                mock.patch.object(vaurien, "RETRY_DELAY", 0.02), \
+                OpenProxy("127.0.0.1:1", "127.0.0.1:0") as first, \
+                OpenProxy("127.0.0.1:%d" % first.port, "127.0.0.1:0") as second:
+            first.set_backend("127.0.0.1:%d" % second.port)
+            fd = os.open(os.devnull, os.O_RDONLY)
+            os.close(fd)
+            first.loop.fd_limit = second.loop.fd_limit = fd + 50
+            with connected_client(first) as sock:
+                sock.sendall(b"question")
+                wait_until(lambda: vaurien.Loop.fds_exhausted)
+            wait_until(lambda: not first.connections and not second.connections)
+            self.assertGreater(first.accepted, 5)
+
+    @unittest.skipUnless(hasattr(os, "fork"), "no limit of descriptors on this system")
+    def test_a_limit_that_is_too_low_is_one_line_and_status_1(self):
+        process = subprocess.run(
+            ["sh", "-c", "ulimit -n 24; exec \"$@\"", "sh", sys.executable, FILE,
+             "--local", "localhost:0"], stderr=subprocess.PIPE, universal_newlines=True)
+        self.assertEqual(process.returncode, 1)
+        self.assertEqual(process.stderr, "vaurien: 24 descriptors are too few: at least 32 are "
+                                         "needed (ulimit -n)\n")
+
     @staticmethod
     def wait_for_replies(socks):
         """Wait for replies until none has arrived for 0.2 s. Returns the sockets with a reply."""
@@ -9788,11 +9835,11 @@ class TestDescriptors(TempDirTestCase):
         """Let the first `count` connects to a backend fail, as if no descriptor were free."""
         real_start_connect, failed = vaurien.start_connect, []
 
-        def start_connect(*address):
+        def start_connect(*args):
             if len(failed) < count:
-                failed.append(address)
+                failed.append(args)
                 raise OSError(errno.EMFILE, "Too many open files")
-            return real_start_connect(*address)
+            return real_start_connect(*args)
 
         with mock.patch.object(vaurien, "start_connect", start_connect):
             yield

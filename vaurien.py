@@ -193,6 +193,8 @@ ACCEPT_BURST = 64               # connections that a listener accepts at most be
 SPARE_FDS = 8                   # descriptors that must be free to accept again after they ran
                                 #   out: a connection may need two sockets, a resolver, two
                                 #   pipes ...
+CONTROL_FDS = 32                # descriptors that the control server has for itself, at most
+FDS_MIN = 32                    # the lowest limit of descriptors with which `serve` starts
 FAULT_RECORDS_KEPT = 10000      # newest fault records that each proxy keeps
 LOG_LINES_MAX = 10000           # lines of the log that wait to be written, at most
 RULE_CHANGES_KEPT = 1000        # newest changes of the rules that each proxy keeps
@@ -202,6 +204,8 @@ LINGER_TIMEOUT = 5.0            # seconds that a client has to close after an er
                                 #   in nginx)
 RETRY_DELAY = 1.0               # seconds until the next accept or connect after descriptors
                                 #   ran out (as in asyncio)
+ACCEPT_TIMEOUT = 30.0           # seconds without a free descriptor after which waiting clients
+                                #   are reset
 PRECISE_WAIT = 0.005            # seconds before a timer is due at which the loop changes to a
                                 #   wait of higher precision
 SELECT_OVERSHOOT = 0.00015      # seconds by which select() returns later than requested
@@ -4261,8 +4265,8 @@ def raise_fd_limit():
     return soft
 
 
-def fds_available():
-    """Return whether SPARE_FDS descriptors are free. Opens and closes that many to find out."""
+def fds_available(limit):
+    """Return whether SPARE_FDS descriptors below a limit are free. Opens them to find out."""
     fds = []
     try:
         while len(fds) < SPARE_FDS:
@@ -4272,7 +4276,7 @@ def fds_available():
     finally:
         for fd in fds:
             os.close(fd)
-    return True
+    return max(fds) < limit
 
 
 # The indexes of a timer. It is a list, because a heap compares lists faster than objects.
@@ -4290,6 +4294,10 @@ class Loop:
 
     # Set once descriptors have run out. Listeners then check for free ones before they accept.
     fds_exhausted = False
+
+    # Accepted sockets and those of backends have descriptors below this one. The others are for
+    # the control server. A new descriptor is the lowest that is free, so one number is enough.
+    fd_limit = math.inf
 
     def __init__(self, clock=time.monotonic, selector=None):
         self.clock = clock
@@ -4342,7 +4350,7 @@ class Loop:
         """Return the reason why one more connection cannot be served, or "" if it can."""
         if len(self.watched) + 2 > self.socket_limit:
             return "select() takes no more sockets"
-        if Loop.fds_exhausted and not fds_available():
+        if Loop.fds_exhausted and not fds_available(self.fd_limit):
             return "too few descriptors are left"
         return ""
 
@@ -4707,6 +4715,7 @@ class Listener:
         self.local = local
         self.on_accept = on_accept
         self.loop = None
+        self.paused_since = None        # when accepting was paused; None if it is not
         self.bind()
 
     def __str__(self):
@@ -4759,6 +4768,9 @@ class Listener:
                     Loop.fds_exhausted = True
                 self.pause(sock, error.strerror)
                 return
+            self.paused_since = None
+            if fd + SPARE_FDS >= self.loop.fd_limit:
+                Loop.fds_exhausted = True
             try:
                 # If the client has closed the connection, macOS returns no peer.
                 self.on_accept(client, peer or client.getpeername())
@@ -4767,8 +4779,16 @@ class Listener:
         self.burst = min(ACCEPT_BURST, 1.25 * burst)
 
     def pause(self, sock, reason):
-        """Stop accepting for RETRY_DELAY. Logs the reason, unless a listener has just done so."""
+        """Stop accepting for RETRY_DELAY. Logs the reason, unless a listener has just done so.
+
+        Resets the clients that wait if accepting has been paused for ACCEPT_TIMEOUT. The open
+        connections may be waiting for them: two proxies may be the backends of each other.
+        """
         now = self.loop.clock()
+        if self.paused_since is None:
+            self.paused_since = now
+        elif now - self.paused_since > ACCEPT_TIMEOUT:
+            self.reset_waiting(sock)
         if now - Listener.last_warning >= RETRY_DELAY:
             Listener.last_warning = now
             log.warning("cannot accept on %s: %s: trying again in %g s", self, reason,
@@ -4780,6 +4800,16 @@ class Listener:
 
         self.loop.watch(sock, 0)
         self.loop.call_at(now + RETRY_DELAY, resume)
+
+    @staticmethod
+    def reset_waiting(sock):
+        """Reset the clients that wait for accept(), ACCEPT_BURST at most."""
+        with contextlib.suppress(OSError):      # no client waits, or no descriptor is left
+            for _ in range(ACCEPT_BURST):
+                fd, _ = sock._accept()
+                client = RawSocket(sock.family, socket.SOCK_STREAM, 0, fd)
+                reset_on_close(client)
+                client.close()
 
     def close(self):
         for sock in self.sockets:
@@ -4905,10 +4935,13 @@ class KernelPipe:
 
     __slots__ = ("read_fd", "write_fd", "held")
 
-    def __init__(self):
-        """Raises OSError if no descriptors are left."""
+    def __init__(self, fd_limit=math.inf):
+        """Raises OSError if no descriptors below fd_limit are left."""
         self.read_fd, self.write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.held = 0
+        if max(self.read_fd, self.write_fd) >= fd_limit:
+            self.close()
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         # This fails if the user's pipes have reached a limit (man 7 pipe). The pipe then keeps
         # its smaller default size.
         with contextlib.suppress(OSError):
@@ -4943,13 +4976,16 @@ class KernelPipe:
         os.close(self.write_fd)
 
 
-def start_connect(family, address):
+def start_connect(family, address, fd_limit):
     """Start to connect, without waiting. Raises OSError.
 
-    Returns (socket, pending). If pending is False, the socket is connected.
+    Returns (socket, pending). If pending is False, the socket is connected. fd_limit is that of
+    the loop.
     """
     sock = RawSocket(family, socket.SOCK_STREAM | SOCK_NONBLOCK)
     try:
+        if sock.fileno() >= fd_limit:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         if not SOCK_NONBLOCK:
             sock.setblocking(False)
         set_stream_options(sock)
@@ -5307,7 +5343,7 @@ class Connection:
         if chain.active_rules or chain.protocol or chain.last_direction is not link.to:
             return False
         try:
-            pipe = pool.pop() if pool else KernelPipe()
+            pipe = pool.pop() if pool else KernelPipe(self.loop.fd_limit)
         except OSError:                 # no descriptors
             link.bulk_reads = 0
             return False
@@ -5595,7 +5631,8 @@ class Connection:
         while self.addresses:
             address = self.addresses.pop(0)
             try:
-                self.backend, pending = start_connect(*address)
+                family, sockaddr = address
+                self.backend, pending = start_connect(family, sockaddr, self.loop.fd_limit)
             except OSError as exc:
                 if exc.errno in FD_EXHAUSTED:
                     Loop.fds_exhausted = True
@@ -6956,12 +6993,14 @@ class Control:
     def open(self, proxies_loop):
         """Start to accept clients, in the thread of a new loop.
 
-        proxies_loop    not used: the control server must respond even while that loop is busy
+        proxies_loop    the loop of the proxies. The control server must respond even while that
+                        loop is busy, or its connections have used up the descriptors
         """
         self.request_handler_class = make_request_handler_class()
         # At most a quarter of the descriptors: the proxies need the others.
         fd_limit = raise_fd_limit() or 4 * CLIENTS_MAX      # 0 if it is unknown
         self.max_clients = max(4, min(CLIENTS_MAX, fd_limit // 4))
+        proxies_loop.fd_limit = fd_limit - min(CONTROL_FDS, fd_limit // 4)
         self.loop = Loop()
         self.listener.open(self.loop)
         self.thread = threading.Thread(target=self.loop.run, name="control", daemon=True)
@@ -7076,11 +7115,12 @@ class Control:
     def is_crowded(self):
         """Return whether the server closes each connection after a response.
 
-        It does so if there are many clients, because each new client needs a place.
+        It does so if there are many clients, or if descriptors have run out, because each new
+        client needs a place.
 
         Called in a client's thread.
         """
-        return len(self.clients) > KEEP_ALIVE_SHARE * self.max_clients
+        return Loop.fds_exhausted or len(self.clients) > KEEP_ALIVE_SHARE * self.max_clients
 
     def serve(self, session, peer):
         """Respond to the requests of a client, then close its connection.
@@ -9809,27 +9849,20 @@ def is_main_thread():
 def serve(services, attached):
     """Run services (proxies, the control server ...) until an OS signal stops them. Returns 0.
 
-    The signals are SIGTERM, SIGINT (Ctrl-C) and SIGHUP, which the kernel sends when the terminal
-    closes. A SIGHUP that is ignored, for example because of nohup, stays ignored.
-
     attached    whether to print "ready" when all services listen, and to stop also when stdin
                 closes or the parent process ends
 
-    Raises OSError if a service cannot listen. In this case no connection has been accepted.
+    Raises OSError if a service cannot listen, or if the system permits too few descriptors. In
+    this case no connection has been accepted.
     """
-    raise_fd_limit()
+    fd_limit = raise_fd_limit()
+    if 0 < fd_limit < FDS_MIN:
+        raise OSError("%d descriptors are too few: at least %d are needed (ulimit -n)"
+                      % (fd_limit, FDS_MIN))
     parent_pid = os.getppid()           # read before "ready", because the parent may exit then
     loop = Loop()
-    handles_signals = is_main_thread()
-    if handles_signals:
-        signums = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            signums.append(signal.SIGHUP)
-        for signum in signums:
-            signal.signal(signum, lambda *_: loop.stop())
-        SEARCH_LIMIT.enable()
-        # On Windows a signal does not interrupt select().
-        signal.set_wakeup_fd(loop.wakeup_send.fileno())
+    if is_main_thread():
+        handle_signals(loop)
     try:
         for service in services:        # all of them, before the first one accepts connections
             service.bind()
@@ -9846,10 +9879,26 @@ def serve(services, attached):
     finally:
         for service in services:
             service.close()
-        if handles_signals:
+        if is_main_thread():
             signal.set_wakeup_fd(-1)
         loop.close()
     return 0
+
+
+def handle_signals(loop):
+    """Let OS signals stop a loop.
+
+    The signals are SIGTERM, SIGINT (Ctrl-C) and SIGHUP, which the kernel sends when the terminal
+    closes. A SIGHUP that is ignored, for example because of nohup, stays ignored.
+    """
+    signums = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signums.append(signal.SIGHUP)
+    for signum in signums:
+        signal.signal(signum, lambda *_: loop.stop())
+    SEARCH_LIMIT.enable()
+    # On Windows a signal does not interrupt select().
+    signal.set_wakeup_fd(loop.wakeup_send.fileno())
 
 
 def announce_ready(services):
