@@ -2043,6 +2043,17 @@ class TestProtocolChain(unittest.TestCase):
             play.client(pg_query(b"SELECT 8"))
             play.backend(PG_SELECTED_1 + PG_READY).assert_passes()
 
+    def test_rules_are_drawn_once_for_an_execute_and_its_sync(self):
+        batch = pg_parse(b"", b"SELECT 1") + pg_bind(b"") + PG_EXECUTE + PG_SYNC
+        for case, messages, count in [("a batch", batch, 1), ("only a Sync", PG_SYNC, 1),
+                                      ("two batches", batch * 2, 2),
+                                      ("a query and a Sync", pg_query(b"SELECT 1") + PG_SYNC, 2)]:
+            with self.subTest(case):
+                play = self.play_postgres(vaurien.Rule("dummy"))
+                connecting = play.chain.request
+                play.client(messages)
+                self.assertEqual(play.chain.request - connecting, count)
+
     def test_copy_by_an_extended_query_ignores_sync(self):
         """The Sync during COPY gets no reply. So the reply at the end belongs to `bad`."""
         play = self.play_postgres(error_rule("40001", match=b"bad"))
@@ -4080,6 +4091,17 @@ class TestAddresses(unittest.TestCase):
                 self.assertEqual(vaurien.parse_address(text), address)
         self.assertEqual(vaurien.parse_listener("localhost:0"), ("localhost", 0))
 
+    def test_the_first_address_of_a_listener(self):
+        for local, address in [(("", 80), "[::]:80"), (("0.0.0.0", 80), "[::]:80"),
+                               (("127.0.0.1", 80), "127.0.0.1:80"),
+                               (("localhost", 80), "127.0.0.1:80")]:
+            with self.subTest(local):
+                self.assertEqual(vaurien.first_address(local), address)
+        error = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        with mock.patch.object(vaurien, "resolve", side_effect=error):
+            self.assertRaisesRegex(vaurien.CannotListen, "cannot listen on some.example:80: Name",
+                                   vaurien.first_address, ("some.example", 80))
+
     def test_bad_addresses_are_refused(self):
         for text in ["", "localhost", "8000", "localhost:", "localhost:x", "localhost:-1",
                      "localhost:65536", "localhost:0", "localhost:99999999999", "::1:8000",
@@ -4846,6 +4868,22 @@ class TestProxyConnects(unittest.TestCase):
                 with mock.patch.object(vaurien, "resolve_numeric", lambda *_: addresses):
                     with connected_client(proxy) as sock:
                         self.assertEqual(send_and_read(sock, b"question"), b"question")
+
+    def test_each_address_of_the_backend_has_its_share_of_the_time(self):
+        with silent_address() as silent, OpenProxy("some.example:1", "127.0.0.1:0",
+                                                   timeout=60) as proxy:
+            addresses = [(socket.AF_INET, ("127.0.0.1", silent))] * 3
+            with mock.patch.object(vaurien, "resolve", lambda *args, **kwargs: addresses):
+                with connected_client(proxy):
+                    before = proxy.loop.clock()
+                    wait_until(lambda: any(connection.backend
+                                           for connection in proxy.connections.values()))
+                    connection, = proxy.connections.values()
+                    due = proxy.loop.run_sync(
+                        lambda: connection.deadline_timer[vaurien.DUE])
+                    self.assertGreaterEqual(due, connection.deadline - 60 + 20)
+                    self.assertLessEqual(due, before + (connection.deadline - before) / 3
+                                         + (proxy.loop.clock() - before))
 
     def test_a_silent_backend_times_out_and_does_not_block_other_connections(self):
         with silent_address() as silent, backend_server(echo) as (port, _):

@@ -5282,7 +5282,7 @@ class Connection:
         if passed is None:
             chain.modified = False
             events = chain.process_bytes(now, link.to, bytes(data))
-            if not chain.modified and all(to == link.to and made for _, to, made, _ in events):
+            if not chain.modified:      # then all events are bytes of this direction
                 passed = b"".join([made for _, _, made, _ in events])
         if chain.protocol_error:
             self.on_protocol_error()
