@@ -9912,6 +9912,48 @@ class TestDescriptors(TempDirTestCase):
                     self.assertGreaterEqual(time.monotonic() - start, seconds_min)
                 self.assertTrue(vaurien.Loop.fds_exhausted)
 
+    @contextlib.contextmanager
+    def full_selector(self, loop, refused):
+        """Refuse to watch the new sockets with these numbers: 1 is the next new socket.
+
+        The kernel does so at a limit for all processes of a user (fs.epoll.max_user_watches).
+        """
+        real_register, numbers = loop.selector.register, itertools.count(1)
+
+        def register(*args):
+            if next(numbers) in refused:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real_register(*args)
+
+        with mock.patch.object(loop.selector, "register", register):
+            yield
+
+    def test_a_socket_that_cannot_be_watched_ends_its_own_connection_only(self):
+        with backend_server(echo) as (port, _), \
+                OpenProxy("some.example:1", "127.0.0.1:0") as proxy, \
+                mock.patch.object(vaurien, "resolve", lambda *args, **kwargs: [
+                    (socket.AF_INET, ("127.0.0.1", port))]), \
+                connected_client(proxy) as open_before:
+            send_and_read(open_before, b"question")
+            for number, case in enumerate(["the client's socket", "the backend's socket"], 1):
+                with self.subTest(case), self.full_selector(proxy.loop, [number]), \
+                        self.assertLogs("vaurien", "WARNING") as logged:
+                    with connected_client(proxy) as sock:
+                        self.assertEqual(read_until_close(sock).ending, "reset")
+                    send_and_read(open_before, b"question")
+                    with connected_client(proxy) as sock:
+                        send_and_read(sock, b"question")
+                    self.assertIn("cannot be watched: No space left", logged.output[0])
+
+    def test_a_listener_that_cannot_be_watched_again_tries_again(self):
+        with running_proxy(echo) as proxy, mock.patch.object(vaurien, "RETRY_DELAY", 0.02):
+            with self.full_selector(proxy.loop, [1, 2]), \
+                    self.assertLogs("vaurien", "WARNING") as logged:
+                proxy.loop.run_sync(proxy.listener.pause, proxy.listener.sockets[0], "a test")
+                with connected_client(proxy) as sock:
+                    send_and_read(sock, b"question")
+            self.assertIn("No space left", logged.output[-1])
+
 
 UnusualSystem = namedtuple("UnusualSystem", "command popen_options closed_fds")
 

@@ -4795,8 +4795,11 @@ class Listener:
                         RETRY_DELAY)
 
         def resume():
-            if sock in self.sockets:
-                self.watch(sock)
+            try:
+                if sock in self.sockets:
+                    self.watch(sock)
+            except OSError as error:    # the selector takes no more sockets
+                self.pause(sock, error.strerror)
 
         self.loop.watch(sock, 0)
         self.loop.call_at(now + RETRY_DELAY, resume)
@@ -5570,8 +5573,20 @@ class Connection:
             link.fast_target = back.source if fast and not (
                 link.held or link.eof or link.write_closed) else None
             if events != link.watched:
-                link.watched = events
-                self.loop.watch(source, events, functools.partial(self.on_ready, link))
+                self.watch(link, events)
+
+    def watch(self, link, events):
+        """Watch a link's source for these events. Reset the connection if that fails.
+
+        The kernel limits the sockets of all selectors of a user (man 7 epoll, max_user_watches).
+        """
+        link.watched = events
+        try:
+            self.loop.watch(link.source, events, functools.partial(self.on_ready, link))
+        except OSError as error:
+            log.warning("%sconnection %d: reset, because its socket cannot be watched: %s",
+                        self.proxy.log_prefix, self.number, error.strerror)
+            self.reset("refused: %s" % error.strerror)
 
     def wants_read(self, link, back):
         """Return whether to read from the link's source. `back` is the other link. Do not read
@@ -5941,12 +5956,9 @@ class ProxyServer:
         if not LINUX:                   # on Linux, it inherits the options from the listener
             set_stream_options(client)
         self.accepted += 1
-        connection = Connection(self, self.accepted, client, peer)
-        self.connections[self.accepted] = connection
-        try:
-            connection.start()
-        except OSError as error:        # the selector takes no more sockets
-            connection.close("refused: %s" % error.strerror)
+        connection = self.connections[self.accepted] = Connection(
+            self, self.accepted, client, peer)
+        connection.start()
 
     def apply_change(self, local, backend, enabled, listener):
         """Change the addresses and `enabled`, and close the connections if necessary.
