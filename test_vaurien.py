@@ -6303,7 +6303,7 @@ class TestAccess(TempDirTestCase):
                 lines = []
                 with mock.patch.object(vaurien.log, "warning",
                                        lambda text, *args: lines.append(text % args)):
-                    control.open(proxies_loop=None)
+                    control.open(proxies_loop=mock.Mock())
                 control.close()
                 self.assertEqual(any("--http-token" in line for line in lines), warns)
 
