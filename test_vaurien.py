@@ -9560,7 +9560,7 @@ class TestFloods(unittest.TestCase):
 
     def test_requests_and_replies_of_rules_have_a_limit(self):
         """A client that pipelined and did not read made the proxy hold 150 bytes for each byte."""
-        limit, flood = 4 << 20, 64 << 20
+        limit, flood = 2 << 20, 64 << 20
 
         def read_silently(sock):
             while sock.recv(65536) and not stopped.is_set():
@@ -9578,7 +9578,7 @@ class TestFloods(unittest.TestCase):
                         connected_client(proxy) as sock:
                     budget, sent, held_peak = proxy.loop.budget, 0, 0
                     sock.setblocking(False)
-                    while sent < flood and select.select([], [sock], [], 0.5)[1]:
+                    while sent < flood and select.select([], [sock], [], 0.2)[1]:
                         sent += sock.send(request * 1000)
                         held_peak = max(held_peak, budget.held)
                     self.assertLess(sent, flood)        # the client is not read any more
@@ -9766,14 +9766,17 @@ class TestDescriptors(TempDirTestCase):
     def start_with_descriptors(self, stack, limit, port, backend_port, log_path, *arguments):
         """Start a proxy that may open `limit` descriptors, and wait until it listens.
 
+        When it has none left, it tries again each 0.1 s.
+
         arguments    further ones of the command line
 
         Returns the process, which ends when `stack` is closed.
         """
         process = subprocess.Popen([
-            "sh", "-c", "ulimit -n %d; exec \"$@\"" % limit, "sh", sys.executable, FILE,
+            "sh", "-c", "ulimit -n %d; exec \"$@\"" % limit, "sh", sys.executable, "-c",
+            "import vaurien; vaurien.RETRY_DELAY = 0.1; vaurien.main()",
             "--local", "127.0.0.1:%d" % port, "--distant", "127.0.0.1:%d" % backend_port,
-            "--log-output", log_path, *arguments])
+            "--log-output", log_path, *arguments], cwd=HERE)
         stack.callback(process.wait)
         stack.callback(process.terminate)
         wait_until(lambda: os.path.exists(log_path) and "listening" in read_text(log_path))
@@ -9807,8 +9810,8 @@ class TestDescriptors(TempDirTestCase):
                 self.assertEqual(read_exactly(sock, 8), b"question")
                 sock.close()
             log = read_text(log_path)
-            # One warning each second
-            self.assertLessEqual(log.count("\n"), time.monotonic() - start + 3, log)
+            # One warning each 0.1 s
+            self.assertLessEqual(log.count("\n"), (time.monotonic() - start) / 0.1 + 3, log)
             self.assertNotIn("cannot connect", log)
             self.assertIn("cannot accept on 127.0.0.1:%d: " % port, log)
 
