@@ -2119,6 +2119,26 @@ class TestProtocolChain(unittest.TestCase):
         play.client(begin + PG_SYNC).assert_passes()
         play.backend(done + PG_READY).assert_passes()
 
+    def test_a_rule_refuses_no_request_after_another_one_of_the_same_batch(self):
+        """The backend skips these requests, so the client gets no reply to them."""
+        play = self.play_postgres(error_rule("57014"))
+        query = pg_parse(b"", b"SELECT 1") + pg_bind(b"") + PG_EXECUTE
+        for _ in range(2):
+            play.client(query + query + query + PG_SYNC)
+            play.backend(PG_ERROR + PG_READY).assert_becomes(
+                error_bytes("postgres", "57014") + PG_READY)
+        self.assertEqual([number for _, number in play.newly_acted()], [2, 5])
+
+    def test_rules_act_on_the_bytes_that_continue_a_request(self):
+        play = self.play_postgres(
+            vaurien.Rule("bandwidth", {"rate": 1}, per="connection", stream="upstream"))
+        play.client(pg_query(b"COPY t FROM STDIN"))
+        play.backend(pg_message(b"G", b"\0\0\0")).assert_passes()
+        copy_data = pg_message(b"d", bytes(1000))
+        output = play.client(copy_data)
+        output.assert_passes()
+        self.assertGreaterEqual(output.times()[-1], len(copy_data) / 1000)
+
     def test_the_sync_of_a_refused_bind_reaches_the_backend(self):
         play = self.play_postgres(error_rule("57014"))
         describe = pg_message(b"D", b"P\0")

@@ -2519,6 +2519,7 @@ class Postgres(Protocol):
         if self.status == self.FAILED or self.ROLLBACK.match(request.text):
             return None
         is_simple = request.name == "QUERY"
+        self.skipping = self.skipping or not is_simple      # the substitute of a batch fails
         if self.COMMIT.match(request.text):     # a COMMIT that fails rolls back
             substitute = self.ROLLBACK_QUERY if is_simple else self.ROLLBACK_BATCH
             request.info = not is_simple
@@ -3468,7 +3469,7 @@ class ProtocolChain(Chain):
         direction   boundary         change
         upstream    Request          a new last exchange begins: rules are drawn for it
         upstream    CONTINUATION     the bytes belong to the last exchange, whose request is
-                                     complete already: its rules do not act on them
+                                     complete already: its rules cannot refuse it any more
         upstream    END_OF_MESSAGE   the request of the last exchange is complete
         downstream  END_OF_MESSAGE   the reply of the first exchange is done
 
@@ -3846,14 +3847,15 @@ class ProtocolChain(Chain):
         exchange = self.exchanges[-1 if to is UPSTREAM else 0]
         is_connecting = to is UPSTREAM and exchange.request is None and not exchange.reply_done
         self.set_exchange(exchange, is_first or is_connecting)
-        # Bytes that continue a complete request (COPY data, a password), and the end of these
-        # bytes, are exempt.
-        exempt = to is UPSTREAM and exchange.complete and (data or data is END_OF_MESSAGE)
+        # A rule cannot refuse a complete request by the bytes that continue it (COPY data, a
+        # password). So the end of these bytes is not the end of the request.
+        continues = to is UPSTREAM and exchange.complete
+        if continues and data is END_OF_MESSAGE:
+            return []
         events = []
-        for event in self.run_chain([] if exempt else exchange.active_rules, now, to,
-                                    [(now, to, data, ())]):
+        for event in self.run_chain(exchange.active_rules, now, to, [(now, to, data, ())]):
             _, direction, made, delays = event
-            if direction == UPSTREAM and made and not exempt:
+            if direction == UPSTREAM and made and not continues:
                 exchange.forwarded = True
             if made is END_OF_MESSAGE:
                 continue
