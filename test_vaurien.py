@@ -5316,7 +5316,7 @@ class TestInProcess(unittest.TestCase):
     def test_a_forked_process_that_leaves_the_block_does_not_affect_the_proxy(self):
         """The fork shares the selector: if it unregistered sockets, the proxy would be deaf."""
         program = textwrap.dedent("""
-            import os, socket, sys, warnings
+            import os, signal, socket, sys, warnings
             warnings.simplefilter("ignore", DeprecationWarning)     # of fork() while threads run
             sys.path.insert(0, %r)
             import vaurien
@@ -5332,6 +5332,7 @@ class TestInProcess(unittest.TestCase):
                     ask(open_before)
                     child_pid = os.fork()
                     if child_pid == 0:
+                        signal.alarm(%d)        # ends the fork, also if this test fails
                         for method, argument in [(proxy.wait_for, "delay"),
                                                  (proxy.handler("hang").__enter__, None)]:
                             try:
@@ -5350,7 +5351,7 @@ class TestInProcess(unittest.TestCase):
             """)
         with backend_server(echo) as (port, _):
             output = subprocess.check_output(
-                [sys.executable, "-c", program % (HERE, TIMEOUT, port)], timeout=TIMEOUT,
+                [sys.executable, "-c", program % (HERE, TIMEOUT, port, TIMEOUT)], timeout=TIMEOUT,
                 universal_newlines=True)
         lines = output.splitlines()
         for line in lines[1:3]:
