@@ -7270,6 +7270,24 @@ class TestToxiproxyApi(ToxiproxyTestCase):
         self.assertEqual((proxy["upstream"], proxy["toxics"]), (upstream, []))
         self.assertEqual(read_until_close(sock).size, 0)
 
+    def test_populate_replaces_only_the_toxics_of_the_keys_that_it_has(self):
+        """A typed client knows only `toxics`: what it sends back would remove the rules."""
+        self.create_proxy()
+        self.add_toxic("noop")
+        self.add_toxic("hang")
+        listing = self.request("GET", "/proxies/p")
+        for keys, toxics, rules in [(["toxics"], [], ["hang"]), (["rules"], ["noop"], []),
+                                    (["toxics", "rules"], [], []), ([], ["noop"], ["hang"])]:
+            with self.subTest(keys=keys):
+                self.request("POST", "/populate", [listing], 201)
+                body = {key: [] if key in ("toxics", "rules") else value
+                        for key, value in listing.items()
+                        if key in keys or key not in ("toxics", "rules")}
+                proxy, = self.request("POST", "/populate", [body], 201)["proxies"]
+                self.assertEqual(
+                    ([toxic["type"] for toxic in proxy["toxics"]],
+                     [toxic["type"] for toxic in proxy.get("rules", [])]), (toxics, rules))
+
     def test_reset_enables_all_proxies_and_removes_all_toxics(self):
         port = self.create_proxy()
         self.create_proxy(name="q")

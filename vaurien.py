@@ -8079,8 +8079,8 @@ def add_or_update_proxy(proxies, proxy, fields):
     fields    the fields that `proxy` was made from
 
     If the existing proxy has other addresses or another protocol, it gets the addresses, the
-    protocol and the toxics of `proxy`, and its rules are removed. Otherwise only its toxics
-    are replaced, if `fields` includes toxics or rules.
+    protocol and the toxics of `proxy`, and its rules are removed. Otherwise `toxics` and `rules`
+    in `fields` each replace the toxics that a listing has under this key.
 
     Returns the proxy that is in use. Raises CannotListen.
     """
@@ -8103,9 +8103,18 @@ def update_existing(proxies, existing, proxy, fields):
             existing.loop.run_sync(existing.set_rules, [])
             existing.loop.run_sync(functools.partial(existing.set_protocol, proxy.protocol,
                                                      overwrite_host_header=True))
-        if not same or "toxics" in fields or "rules" in fields:
-            existing.loop.run_sync(existing.set_toxics, proxy.toxics)
+        toxics = replace_toxics(existing.toxics, proxy.toxics, fields) if same else proxy.toxics
+        if toxics != existing.toxics:
+            existing.loop.run_sync(existing.set_toxics, toxics)
         return True
+
+
+def replace_toxics(current, new, fields):
+    """Return the new toxics, and those of the current ones that `fields` does not replace."""
+    names = {toxic.name for toxic in new}
+    kept = [toxic for toxic in current if toxic.name not in names
+            and ("toxics" if is_toxiproxys(toxic) else "rules") not in fields]
+    return kept + new if "rules" in fields else new + kept
 
 
 @toxiproxy_route("POST", "/reset")
