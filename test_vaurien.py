@@ -4166,6 +4166,13 @@ class TestAddresses(unittest.TestCase):
             with self.subTest(local=local, distant=distant):
                 with self.assertRaisesRegex(ValueError, "is the proxy's own address"):
                     OpenProxy(distant, local)
+        with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
+            with contextlib.suppress(OSError):      # no network: then this is 0.0.0.0
+                sock.connect(("192.0.2.1", 9))      # sends nothing
+            own_address = "%s:8000" % sock.getsockname()[0]
+        with self.assertRaisesRegex(ValueError, "is the proxy's own address"):
+            OpenProxy(own_address, "[::]:8000")
+        OpenProxy("192.0.2.1:8000", ":8000")                # another machine
         OpenProxy("127.0.0.1:8000", "127.0.0.2:8000")       # another address
         OpenProxy("10.0.0.1:8000", "0.0.0.0:8000")          # perhaps another machine
         OpenProxy("localhost:8000", "localhost:0")          # another port

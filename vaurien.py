@@ -4591,6 +4591,17 @@ def is_loopback(address):
     return host == "::1" or host.startswith("127.")
 
 
+def is_own_host(host):
+    """Return whether an IP address is one of this machine's: a socket can be bound to it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as sock:
+            sock.bind((host, 0))
+    except OSError:
+        return is_loopback((host, 0))
+    return True
+
+
 def is_wildcard(host):
     """Return whether a listener on this host accepts clients on all addresses of this machine.
 
@@ -4606,8 +4617,8 @@ def same_endpoint(local, backend):
     Both are (host, port). Returns False if a resolver would be needed to find out.
     """
     targets = reached_addresses(backend)
-    if is_wildcard(local[0]):           # it also accepts connections to loopback addresses
-        return any(port == local[1] and is_loopback((host, port)) for host, port in targets)
+    if is_wildcard(local[0]):
+        return any(port == local[1] and is_own_host(host) for host, port in targets)
     return not targets.isdisjoint(reached_addresses(local))
 
 
