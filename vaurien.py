@@ -5009,7 +5009,8 @@ def start_connect(family, address, fd_limit):
         if error == errno.EINPROGRESS and LINUX:
             # A backend on this machine has accepted already. The second call returns 0 then.
             error = sock.connect_ex(address)
-        error = error or connect_error(sock)
+        if not error and is_connected_to_itself(sock, address):
+            error = errno.ECONNREFUSED
     except OSError:
         sock.close()
         raise
@@ -5021,20 +5022,27 @@ def start_connect(family, address, fd_limit):
 
 
 def connect_error(sock):
-    """Return the error number of a connect() that is no longer pending. 0 means success.
-
-    A socket that is connected to itself counts as refused. If no backend listens on a port of
-    this machine, the kernel may pick the same port for the socket that connects. The two SYNs
-    are then a simultaneous open (RFC 9293, 3.5). RST makes the port free for the backend.
-    """
+    """Return the error number of a connect() that is no longer pending. 0 means success."""
     error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     try:
-        if error or sock.getsockname() != sock.getpeername():
-            return error
+        if not error and is_connected_to_itself(sock, sock.getpeername()):
+            error = errno.ECONNREFUSED
     except OSError:             # the backend has reset the connection: recv() reports it
-        return 0
+        pass
+    return error
+
+
+def is_connected_to_itself(sock, peer):
+    """Return whether a socket that has connected to `peer` is connected to itself.
+
+    This counts as refused. If no backend listens on a port of this machine, the kernel may pick
+    the same port for the socket that connects. The two SYNs are then a simultaneous open (RFC
+    9293, 3.5). The socket is closed with RST, which makes the port free for the backend.
+    """
+    if sock.getsockname() != peer:
+        return False
     reset_on_close(sock)
-    return errno.ECONNREFUSED
+    return True
 
 
 def socket_strerror(error):
