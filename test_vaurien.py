@@ -5116,6 +5116,257 @@ class TestProxyListener(unittest.TestCase):
                 send_and_read(sock, b"question")
 
 
+class TestAccept(unittest.TestCase):
+    """New clients while `accept` is normal, refuse or drop."""
+
+    HOSTS = ["127.0.0.1", "::1"] if has_ipv6() else ["127.0.0.1"]
+
+    @contextlib.contextmanager
+    def proxy(self):
+        """Yield (proxy on localhost, a client that was connected before)."""
+        with backend_server(echo) as (port, _), \
+                OpenProxy("127.0.0.1:%d" % port) as proxy, connected_client(proxy) as sock:
+            send_and_read(sock, b"question")
+            yield proxy, sock
+
+    def assert_refused(self, port):
+        for host in self.HOSTS:
+            with self.subTest(host), self.assertRaises(ConnectionRefusedError):
+                connect(port, host)
+
+    def assert_served(self, port):
+        for host in self.HOSTS:
+            with self.subTest(host), contextlib.closing(connect(port, host)) as sock:
+                self.assertEqual(send_and_read(sock, b"question"), b"question")
+
+    @contextlib.contextmanager
+    def waiting_clients(self, port):
+        """Yield a client for each address; none is connected. Each sends a question."""
+        with contextlib.ExitStack() as stack:
+            socks = []
+            for host in self.HOSTS:
+                family = socket.AF_INET6 if ":" in host else socket.AF_INET
+                sock = stack.enter_context(contextlib.closing(socket.socket(family)))
+                sock.setblocking(False)
+                sock.connect_ex((host, port))
+                socks.append(sock)
+            self.assertEqual(select.select([], socks, socks, 0.05), ([], [], []))
+            yield socks
+
+    def assert_dropped(self, port):
+        with self.waiting_clients(port):
+            pass
+
+    def test_connects_are_refused_or_dropped_and_open_connections_continue(self):
+        checks = {"normal": self.assert_served, "refuse": self.assert_refused,
+                  "drop": self.assert_dropped}
+        with self.proxy() as (proxy, sock):
+            # Each mode follows each other one, and itself.
+            for before, after in itertools.product(checks, repeat=2):
+                with self.subTest("%s, then %s" % (before, after)):
+                    for accept in before, after, after:
+                        proxy.set_accept(accept)
+                    accepted = proxy.accepted
+                    checks[after](proxy.port)
+                    self.assertEqual(proxy.get_accept(), after)
+                    self.assertEqual(proxy.accepted - accepted,
+                                     len(self.HOSTS) if after == "normal" else 0)
+                    self.assertEqual(send_and_read(sock, b"question"), b"question")
+                    self.assertEqual(proxy.loop.run_sync(
+                        lambda: [listener in proxy.loop.watched
+                                 for listener in proxy.listener.sockets]),
+                        [after == "normal"] * len(self.HOSTS))
+
+    def test_a_client_that_waits_is_connected_after_the_block(self):
+        with self.proxy() as (proxy, _):
+            with contextlib.ExitStack() as stack:
+                with proxy.dropping():
+                    socks = stack.enter_context(self.waiting_clients(proxy.port))
+                self.assert_served(proxy.port)          # a new connect does not wait
+                for sock in socks:
+                    sock.setblocking(True)
+                    sock.settimeout(TIMEOUT)
+                    self.assertTrue(select.select([], [sock], [], TIMEOUT)[1])
+                    self.assertEqual(send_and_read(sock, b"question"), b"question")
+
+    def test_clients_in_the_backlog_are_served(self):
+        for accept in "refuse", "drop":
+            with self.subTest(accept), self.proxy() as (proxy, _), \
+                    contextlib.ExitStack() as stack:
+
+                port = proxy.port
+
+                def fill_backlog():
+                    """Connect while the loop cannot accept, because this runs in its thread."""
+                    socks = [stack.enter_context(contextlib.closing(connect(port, host)))
+                             for host in self.HOSTS for _ in range(100)]
+                    proxy._server.set_accept(accept)
+                    return socks
+
+                socks = proxy.loop.run_sync(fill_backlog)
+                for sock in socks:
+                    self.assertEqual(send_and_read(sock, b"question"), b"question")
+                self.assertEqual(proxy.accepted, 1 + len(socks))
+
+    def test_fillers_are_no_clients_and_are_closed(self):
+        with self.proxy() as (proxy, _):
+            with self.assertLogs("vaurien", "DEBUG") as logged:
+                for _ in range(5):
+                    with proxy.dropping():
+                        fillers = dict(proxy.listener.fillers)
+                        self.assertEqual(len(proxy.connections), 1)
+                    self.assertGreaterEqual(len(fillers), len(self.HOSTS))
+                    wait_until(lambda: not proxy.listener.fillers)
+                    self.assertEqual([filler.fileno() for filler in fillers.values()],
+                                     [-1] * len(fillers))
+            self.assertEqual([line.partition("vaurien:")[2] for line in logged.output],
+                             ["accept: drop", "accept: normal"] * 5)
+            self.assertEqual((proxy.accepted, proxy.events()), (1, []))
+
+    def test_a_filler_that_hangs_is_closed_before_it_could_connect(self):
+        with self.proxy() as (proxy, _):
+
+            def drop_and_heal():
+                proxy.set_accept("drop")
+                hanging = [filler for filler in proxy.listener.fillers.values()
+                           if not vaurien.is_connected(filler)]
+                proxy.set_accept("normal")
+                return [filler.fileno() for filler in hanging]
+
+            with mock.patch.object(proxy, "set_accept", proxy._server.set_accept):
+                self.assertEqual(proxy.loop.run_sync(drop_and_heal), [-1] * len(self.HOSTS))
+
+    def test_a_proxy_that_stops_closes_the_fillers(self):
+        with self.proxy() as (proxy, _):
+            proxy.set_accept("drop")
+            fillers = list(proxy.listener.fillers.values())
+        self.assertEqual([filler.fileno() for filler in fillers], [-1] * len(fillers))
+
+    def test_no_other_program_can_take_the_port_of_a_proxy_that_refuses(self):
+        class Unlike(socket.SocketType):
+            """On other systems than Linux, shutdown() of a listening socket fails."""
+            def shutdown(self, how):
+                if how == socket.SHUT_RD:
+                    raise OSError(errno.ENOTCONN, "Socket is not connected")
+                super().shutdown(how)
+
+        for raw_socket in vaurien.RawSocket, Unlike:
+            with self.subTest(raw_socket), \
+                    mock.patch.object(vaurien, "RawSocket", raw_socket), \
+                    self.proxy() as (proxy, sock):
+                port = proxy.port
+                with proxy.refusing():
+                    self.assert_refused(port)
+                    for host in self.HOSTS:
+                        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+                        with contextlib.closing(socket.socket(family)) as other, \
+                                self.assertRaises(OSError) as caught:
+                            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                            other.bind((host, port))
+                        self.assertEqual(caught.exception.errno, errno.EADDRINUSE)
+                self.assertEqual(proxy.port, port)
+                self.assert_served(port)
+                self.assertEqual(send_and_read(sock, b"question"), b"question")
+
+    def test_a_proxy_may_begin_with_each_mode(self):
+        for accept, check in ("refuse", self.assert_refused), ("drop", self.assert_dropped):
+            with self.subTest(accept), backend_server(echo) as (port, _), \
+                    self.assertLogs("vaurien", "INFO") as logged, \
+                    OpenProxy("127.0.0.1:%d" % port, accept=accept) as proxy:
+                self.assertRegex(logged.output[0], "listening on .*; accept %s$" % accept)
+                check(proxy.port)
+                proxy.set_accept("normal")
+                self.assert_served(proxy.port)
+                self.assertEqual(proxy.accepted, len(self.HOSTS))
+
+    def test_a_disabled_proxy_keeps_the_mode_and_a_moved_one_too(self):
+        with self.proxy() as (proxy, _):
+            proxy.set_accept("refuse")
+            with proxy.down():
+                self.assert_refused(proxy.port)
+                proxy.set_accept("drop")
+                self.assert_refused(proxy.port)
+            self.assert_dropped(proxy.port)
+            before = proxy.port
+            proxy._proxies.change(proxy._server, ("localhost", 0), proxy.backend, enabled=True)
+            self.assertNotEqual(proxy.port, before)
+            self.assert_refused(before)
+            self.assert_dropped(proxy.port)
+            proxy.set_accept("normal")
+            self.assert_served(proxy.port)
+
+    def test_blocks_restore_the_mode_from_before_and_reset_ends_it(self):
+        with self.proxy() as (proxy, _):
+            with proxy.refusing():
+                with proxy.dropping():
+                    self.assertEqual(proxy.get_accept(), "drop")
+                self.assertEqual(proxy.get_accept(), "refuse")
+                self.assert_refused(proxy.port)
+            self.assertEqual(proxy.get_accept(), "normal")
+            proxy.set_accept("drop")
+            proxy.reset()
+            self.assertEqual(proxy.get_accept(), "normal")
+            self.assert_served(proxy.port)
+
+    def test_accepting_that_pauses_does_not_begin_again_in_another_mode(self):
+        with mock.patch.object(vaurien, "RETRY_DELAY", 0.02), self.proxy() as (proxy, _):
+            listener, loop = proxy.listener, proxy.loop
+            loop.run_sync(lambda: [listener.pause(sock, "no descriptors")
+                                   for sock in listener.sockets])
+            proxy.set_accept("drop")
+            resumed = threading.Event()
+            loop.run_sync(lambda: loop.call_at(loop.clock() + 0.02, resumed.set))
+            self.assertTrue(resumed.wait(TIMEOUT))
+            self.assertTrue(loop.watched.isdisjoint(listener.sockets))
+            # An event from before the change is too late.
+            loop.run_sync(listener.accept, listener.sockets[0], selectors.EVENT_READ)
+            self.assert_dropped(proxy.port)
+            proxy.set_accept("normal")
+            self.assert_served(proxy.port)
+
+    def test_a_mode_that_is_not_possible_is_an_error_and_changes_nothing(self):
+        no_descriptors = OSError(errno.EMFILE, "Too many open files")
+        for patch, message in (
+                (mock.patch.object(vaurien, "is_connected", return_value=True),
+                 "cannot drop clients: this system accepts clients beyond the backlog"),
+                (mock.patch.object(vaurien.Listener, "add_filler", side_effect=no_descriptors),
+                 "cannot drop clients: Too many open files")):
+            with self.subTest(message), self.proxy() as (proxy, _):
+                with patch, self.assertRaisesRegex(OSError, message):
+                    proxy.set_accept("drop")
+                self.assertEqual(proxy.get_accept(), "normal")
+                self.assert_served(proxy.port)
+                with patch, self.assertRaisesRegex(OSError, message):
+                    OpenProxy("127.0.0.1:9", accept="drop").start()
+
+    def test_drop_is_refused_on_windows(self):
+        with mock.patch.object(os, "name", "nt"):
+            with self.assertRaisesRegex(ValueError, "cannot be drop on Windows"):
+                vaurien.check_accept("drop")
+            self.assertEqual(vaurien.check_accept("refuse"), "refuse")
+
+    def test_the_control_server_and_a_client_change_the_mode(self):
+        with proxy_with_control() as (proxy, client):
+            with client.refusing(), self.assertRaises(ConnectionRefusedError):
+                connect(proxy.port)
+            with connected_client(proxy) as sock:
+                send_and_read(sock, b"question")
+            client.set_accept("drop")
+            self.assertEqual(client.request("GET", "/proxy")["accept"], "drop")
+            self.assertEqual(client.get_accept(), proxy.get_accept())
+            client.reset()
+            self.assertEqual(client.get_accept(), "normal")
+            for body, message in (({"accept": "no"}, "accept must be one of normal, refuse, drop"),
+                                  ({}, "accept must be one of"),
+                                  ({"accept": "drop", "enabled": False}, "enabled is not known")):
+                with self.subTest(body), self.assertRaisesRegex(ValueError, message):
+                    client.request("PUT", "/proxy", body)
+            self.assertEqual(client.get_accept(), "normal")
+            with mock.patch.object(vaurien.Listener, "add_filler", side_effect=OSError("why")), \
+                    self.assertRaisesRegex(ValueError, "cannot drop clients: why"):
+                client.set_accept("drop")
+
+
 class TestProxyLifecycle(unittest.TestCase):
     """The end of a proxy, the end of its connections, and the log."""
 
@@ -6589,6 +6840,47 @@ class TestToxiproxyApi(ToxiproxyTestCase):
         self.assertEqual(self.request_error("GET", "/proxies/b", None, 404), "proxy not found")
         with self.assertRaises(ConnectionRefusedError):
             connect(self.port_of(proxy))
+
+    def test_a_proxy_refuses_new_clients_until_reset(self):
+        """A typed client may not know `accept`, so it is left out while it is normal."""
+        port = self.create_proxy(accept="refuse")
+        with self.assertRaises(ConnectionRefusedError):
+            connect(port)
+        normal = {key: value for key, value in self.request("GET", "/proxies/p").items()
+                  if key != "accept"}
+        for method, path, body, accept in (
+                ("GET", "/proxies/p", None, "refuse"),
+                ("POST", "/proxies/p", {}, "refuse"),
+                ("PATCH", "/proxies/p", {"accept": "normal"}, "normal"),
+                ("POST", "/proxies/p", {"ACCEPT": "drop", "enabled": True}, "drop"),
+                ("POST", "/populate", [normal], "drop"),
+                ("POST", "/populate", [dict(normal, accept="refuse")], "refuse"),
+                ("POST", "/reset", None, "normal"),
+                ("PATCH", "/proxies/p", {"accept": "refuse", "enabled": False}, "refuse"),
+                ("PATCH", "/proxies/p", {"enabled": True}, "refuse"),
+                ("PATCH", "/proxies/p", {"listen": "127.0.0.1:0", "accept": "drop"}, "drop"),
+                # A proxy with another upstream is a new one.
+                ("POST", "/populate", [dict(normal, upstream="127.0.0.1:9")], "normal")):
+            with self.subTest(method=method, path=path, body=body):
+                status = {"/populate": 201, "/reset": 204}.get(path, 200)
+                self.request(method, path, body, status)
+                proxy = self.request("GET", "/proxies/p")
+                self.assertEqual(proxy.get("accept", "normal"), accept)
+                self.assertEqual("accept" in proxy, accept != "normal")
+                if proxy["enabled"]:
+                    self.assertEqual(self.proxies["p"].listener.mode, accept)
+        cases = [({"accept": "no", "enabled": False}, 400, "accept must be one of normal, "
+                                                           "refuse, drop, not 'no'"),
+                 ({"accept": 1}, 400, "cannot unmarshal number into Go struct field "
+                                      "Proxy.accept of type string")]
+        self.check_errors("PATCH", "/proxies/p", cases)
+        self.check_errors("POST", "/populate", [([dict(normal, **body)], status, text)
+                                                for body, status, text in cases])
+        self.assertTrue(self.proxies["p"].enabled)
+        with mock.patch.object(vaurien.Listener, "add_filler", side_effect=OSError("why")):
+            self.check_errors("PATCH", "/proxies/p", [
+                ({"accept": "drop", "upstream": "127.0.0.1:1"}, 500, "cannot drop clients: why")])
+        self.assertEqual(self.request("GET", "/proxies/p")["upstream"], "127.0.0.1:9")
 
     def test_missing_and_null_fields_have_defaults_and_names_ignore_case(self):
         proxy = self.request("POST", "/proxies", {
@@ -8356,6 +8648,15 @@ class TestSettings(TempDirTestCase):
         self.assertEqual((proxy.local, proxy.backend), (("localhost", 8000), ("example.org", 81)))
         self.assertEqual(proxy.describe(), "5:delay sleep=3.0, 95:dummy")
 
+    def test_each_proxy_has_its_own_accept(self):
+        self.assertEqual(self.proxy("--accept", "drop").accept, "drop")
+        path = self.write("v.ini", "[proxy:a]\naccept = refuse\n[proxy:b]\nlocal = localhost:1")
+        self.assertEqual([proxy.accept for proxy in self.proxies("--config", path)],
+                         ["refuse", "normal"])
+        path = self.write("v.json", json.dumps([{"name": "a", "upstream": "b:1",
+                                                 "accept": "refuse"}]))
+        self.assertEqual(self.proxy("--config", path).accept, "refuse")
+
     def test_environment_variables_are_expanded_in_a_file(self):
         path = self.write("v.ini", "[vaurien]\ndistant = ${BACKEND_HOST}:${BACKEND_PORT}\n")
         with mock.patch.dict(os.environ, BACKEND_HOST="example.org", BACKEND_PORT="81"):
@@ -8607,6 +8908,11 @@ class TestBadInput(TempDirTestCase):
              "like db:PORT, not the URL 'postgresql://...@db/x'"),
             (["--local", "localhost:9", "--distant", "127.0.0.1:9"],
              "is the proxy's own address"))
+
+    def test_accept_in_arguments_and_files(self):
+        message = "accept must be one of normal, refuse, drop, not 'reject'"
+        self.check_arguments((["--accept", "reject"], "--" + message))
+        self.check_files(("[proxy:a]\naccept = reject", "[proxy:a] " + message))
 
     def test_behavior_in_arguments(self):
         self.check_arguments(
@@ -9296,6 +9602,21 @@ class TestCtl(unittest.TestCase):
                 (["proxies"], "vaurien: disabled for %s: 100:dummy" % backend),
                 (["enable"], "Enabled"),
                 (["proxies"], "vaurien: %s for %s: 100:dummy" % (proxy.listen, backend)))
+
+    def test_a_proxy_refuses_clients(self):
+        with proxy_with_control() as (proxy, client):
+            backend = vaurien.format_address(proxy.backend)
+            self.check_actions(
+                client,
+                (["accept"], "normal"),
+                (["accept", "refuse"], "Accept changed to refuse"),
+                (["accept"], "refuse"),
+                (["proxies"], "vaurien: %s (accept refuse) for %s: 100:dummy"
+                 % (proxy.listen, backend)),
+                (["reset"], "Reset"),
+                (["accept"], "normal"))
+            self.assertEqual(self.run_ctl(client, "accept", "no"), (
+                1, "", "vaurienctl: accept must be one of normal, refuse, drop, not 'no'"))
 
     def test_an_answer_names_the_proxy_if_there_are_several(self):
         with proxy_with_control() as (_, client):

@@ -96,6 +96,7 @@ if MYPY:
     from typing import (
         Any,
         Callable,
+        ContextManager,
         Dict,
         Iterable,
         Iterator,
@@ -190,6 +191,7 @@ BACKLOG = 4096                  # connections that wait for accept(), at most; t
                                 #   lower this limit (net.core.somaxconn)
 ACCEPT_BURST = 64               # connections that a listener accepts at most before the loop
                                 #   serves other sockets
+FILLERS_MAX = 16                # connections of a listener's own that must fill a backlog of 0
 SPARE_FDS = 8                   # descriptors that must be free to accept again after they ran
                                 #   out: a connection may need two sockets, a resolver, two
                                 #   pipes ...
@@ -200,6 +202,8 @@ LOG_LINES_MAX = 10000           # lines of the log that wait to be written, at m
 RULE_CHANGES_KEPT = 1000        # newest changes of the rules that each proxy keeps
 
 # Times, in seconds
+FILL_TIMEOUT = 0.002            # seconds after which a connect to the own backlog counts as
+                                #   dropped; one that succeeds takes 0.1 ms
 LINGER_TIMEOUT = 5.0            # seconds that a client has to close after an error reply (as
                                 #   in nginx)
 RETRY_DELAY = 1.0               # seconds until the next accept or connect after descriptors
@@ -343,6 +347,14 @@ def choice_check(*choices):
                 ", ".join(choices), value, did_you_mean(value, choices)))
         return value
     return check
+
+
+def check_accept(value):
+    """Return how a proxy accepts clients: see Listener."""
+    if value == "drop" and os.name == "nt":
+        raise ValueError("cannot be drop on Windows, which resets clients that find the backlog "
+                         "full: use refuse")
+    return choice_check("normal", "refuse", "drop")(value)
 
 
 def check_yes_no(value):
@@ -4701,9 +4713,11 @@ class CannotListen(OSError):
 
     setting = ""
 
-    def __init__(self, error, address):
+    def __init__(self, error, address, mode="normal"):
         self.address = format_address(address)
         self.reason = error.strerror or str(error)
+        if mode != "normal":
+            self.reason = "cannot %s clients: %s" % (mode, self.reason)
         super().__init__(error.errno, "cannot listen on %s: %s" % (self.address, self.reason))
 
     @classmethod
@@ -4718,16 +4732,29 @@ class CannotListen(OSError):
 
 
 class Listener:
-    """Accepts connections on all addresses of a host, on one port. Runs in the loop's thread."""
+    """Accepts connections on all addresses of a host, on one port. Runs in the loop's thread.
+
+    The kernel replies to a client's SYN before a program sees the client. So these modes apply
+    to all new clients; open connections continue:
+
+      mode      state of the sockets                                   a new connect
+      normal    they listen, and the loop watches them                 succeeds
+      refuse    they are bound, but do not listen                      gets ECONNREFUSED (RST)
+      drop      they listen, but connections of the listener itself,   gets no reply, and
+                the fillers, keep the backlog full                     succeeds once normal
+
+    In the mode drop a socket is always readable, because a filler waits. So it is not watched.
+    """
 
     last_warning = -RETRY_DELAY     # when any listener last warned that it cannot accept
     burst = 1.0                     # connections to accept in a row: it adapts, see `accept`
 
-    def __init__(self, local, on_accept):
-        """Bind the port. on_accept(client, peer) gets each connection. Raises OSError."""
+    def __init__(self, local, on_accept, mode="normal"):
+        """Bind the port. on_accept(client, peer) gets each connection. Raises CannotListen."""
         self.local = local
         self.on_accept = on_accept
-        self.loop = None
+        self.mode = mode
+        self.fillers = {}               # {address of the socket: socket}
         self.paused_since = None        # when accepting was paused; None if it is not
         self.bind()
 
@@ -4739,10 +4766,17 @@ class Listener:
         return self.sockets[0].getsockname()
 
     def bind(self):
-        """Bind the port. After `close`, this binds the same port again. Raises OSError."""
+        """Bind the port. After `close`, this binds the same port again. Raises CannotListen."""
+        self.loop = None
         self.sockets = listen(self.local)
         host, _ = self.local
         self.local = host, self.address()[1]    # the port that replaces port 0
+        mode, self.mode = self.mode, "normal"
+        try:
+            self.set_mode(mode)
+        except CannotListen:
+            self.close()
+            raise
 
     def open(self, loop):
         """Begin to accept connections."""
@@ -4751,7 +4785,89 @@ class Listener:
             self.watch(sock)
 
     def watch(self, sock):
-        self.loop.watch(sock, EVENT_READ, functools.partial(self.accept, sock))
+        """Call `accept` whenever a client waits. In other modes than normal, do nothing."""
+        if self.mode == "normal":
+            self.loop.watch(sock, EVENT_READ, functools.partial(self.accept, sock))
+
+    def set_mode(self, mode):
+        """Change the mode. Clients that wait in the backlog are accepted first.
+
+        Only if no descriptors are left, they are not: `refuse` resets them, and with `drop` they
+        wait on. If the new mode is not possible, the mode is normal. Raises CannotListen then.
+        """
+        if mode == self.mode:
+            return
+        for address, filler in list(self.fillers.items()):
+            if not is_connected(filler):        # otherwise `accept_one` finds its other end
+                del self.fillers[address]
+                filler.close()
+        for sock in self.sockets:
+            self.listen_again(sock)
+        if mode != "normal":
+            self.leave_normal(mode)
+        self.mode = mode
+        if self.loop:
+            for sock in self.sockets:
+                self.watch(sock)
+
+    def leave_normal(self, mode):
+        """Let the kernel refuse or drop connects. Raises CannotListen, and undoes it then."""
+        self.mode = mode                        # so that `pause` does not watch a socket again
+        for index, sock in enumerate(self.sockets):
+            if self.loop:
+                self.loop.watch(sock, 0)
+                for _ in range(BACKLOG):
+                    if not self.accept_one(sock):
+                        break
+            address = sock.getsockname()
+            try:
+                if mode == "refuse":
+                    self.sockets[index] = refuse_connects(sock)
+                else:
+                    self.fill_backlog(sock)
+            except OSError as error:
+                self.set_mode("normal")
+                raise CannotListen(error, address, mode) from None
+
+    @staticmethod
+    def listen_again(sock):
+        """Let a socket accept connections, whatever the mode was. Raises CannotListen."""
+        try:
+            if os.name == "posix":              # refuse_connects() has changed it
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.listen(BACKLOG)
+        except OSError as error:
+            raise CannotListen(error, sock.getsockname()) from None
+
+    def fill_backlog(self, sock):
+        """Connect to a listening socket until a connect gets no reply. Raises OSError.
+
+        The kernel drops a SYN while the backlog is full (man 2 listen). On Linux, a backlog of 0
+        holds one connection. On macOS, 0 means the largest backlog.
+        """
+        self.add_filler(sock)           # before Linux could send SYN cookies
+        sock.listen(0 if LINUX else 1)
+        for _ in range(FILLERS_MAX):
+            if not is_connected(self.add_filler(sock)):
+                return
+        raise OSError(errno.ENOTSUP, "this system accepts clients beyond the backlog")
+
+    def add_filler(self, sock):
+        """Connect to a listening socket, for FILL_TIMEOUT at most. Returns the filler.
+
+        A connect that gets no reply continues: the kernel may only be slow. Raises OSError.
+        """
+        filler = RawSocket(sock.family, socket.SOCK_STREAM)
+        try:
+            host, *rest = sock.getsockname()
+            filler.settimeout(FILL_TIMEOUT)
+            with contextlib.suppress(socket.timeout):
+                filler.connect((dict(zip(WILDCARD, LOOPBACK)).get(host, host), *rest))
+            self.fillers[filler.getsockname()] = filler
+        except OSError:
+            filler.close()
+            raise
+        return filler
 
     def accept(self, sock, events):
         """Accept the connections that wait, `burst` at most.
@@ -4762,34 +4878,44 @@ class Listener:
         burst = self.burst
         self.burst = max(1.0, burst / 2)            # for the returns within the loop
         for _ in range(int(burst)):
-            if sock not in self.sockets:            # closed by an earlier callback
+            # An earlier callback may have closed the socket, or changed the mode.
+            if (sock not in self.sockets or self.mode != "normal"
+                    or not self.accept_one(sock)):
                 return
-            reason = self.loop.capacity_error()
-            if reason:
-                self.pause(sock, reason)
-                return
-            try:
-                # accept() would create a socket.socket, which is slower than a RawSocket.
-                fd, peer = sock._accept()
-                client = RawSocket(sock.family, socket.SOCK_STREAM, 0, fd)
-            except BlockingIOError:                 # no connection waits
-                return
-            except ConnectionError:                 # the client has closed its connection
-                continue
-            except OSError as error:                # no descriptors or no memory are left
-                if error.errno in FD_EXHAUSTED:
-                    Loop.fds_exhausted = True
-                self.pause(sock, error.strerror)
-                return
-            self.paused_since = None
-            if fd + SPARE_FDS >= self.loop.fd_limit:
-                Loop.fds_exhausted = True
-            try:
-                # If the client has closed the connection, macOS returns no peer.
-                self.on_accept(client, peer or client.getpeername())
-            except OSError:
-                client.close()
         self.burst = min(ACCEPT_BURST, 1.25 * burst)
+
+    def accept_one(self, sock):
+        """Accept a connection. Returns False if none waits, or none can be accepted now."""
+        reason = self.loop.capacity_error()
+        if reason:
+            self.pause(sock, reason)
+            return False
+        try:
+            # accept() would create a socket.socket, which is slower than a RawSocket.
+            fd, peer = sock._accept()
+            client = RawSocket(sock.family, socket.SOCK_STREAM, 0, fd)
+        except BlockingIOError:                 # no connection waits
+            return False
+        except ConnectionError:                 # the client has closed its connection
+            return True
+        except OSError as error:                # no descriptors or no memory are left
+            if error.errno in FD_EXHAUSTED:
+                Loop.fds_exhausted = True
+            self.pause(sock, error.strerror)
+            return False
+        self.paused_since = None
+        if fd + SPARE_FDS >= self.loop.fd_limit:
+            Loop.fds_exhausted = True
+        if self.fillers and peer in self.fillers:   # the other end of a filler
+            self.fillers.pop(peer).close()
+            client.close()
+            return True
+        try:
+            # If the client has closed the connection, macOS returns no peer.
+            self.on_accept(client, peer or client.getpeername())
+        except OSError:
+            client.close()
+        return True
 
     def pause(self, sock, reason):
         """Stop accepting for RETRY_DELAY. Logs the reason, unless a listener has just done so.
@@ -4832,7 +4958,36 @@ class Listener:
             if self.loop:
                 self.loop.watch(sock, 0)
             sock.close()
-        self.sockets = []
+        for filler in self.fillers.values():
+            filler.close()
+        self.sockets, self.fillers = [], {}
+
+
+def refuse_connects(sock):
+    """Let the kernel refuse connects to a listening socket, but keep its port. Raises OSError.
+
+    Returns the socket, or on another system than Linux a new one, which is bound but does not
+    listen. Without SO_REUSEADDR, no other program can bind the port.
+    """
+    family, address = sock.family, sock.getsockname()
+    if os.name == "posix":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    try:
+        sock.shutdown(socket.SHUT_RD)           # on Linux, the opposite of listen()
+    except OSError:
+        sock.close()
+        sock = bind_socket(family, address)
+        if os.name == "posix":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    return sock
+
+
+def is_connected(sock):
+    """Return whether connect() has succeeded."""
+    try:
+        return bool(sock.getpeername())
+    except OSError:
+        return False
 
 
 def listen(local):
@@ -4897,6 +5052,23 @@ def reset_on_close(sock):
 
 def bind_listener(family, address):
     """Return a socket that listens on one address. Raises OSError."""
+    if LINUX and not address[1]:        # shutdown() gives up a port that the kernel has picked
+        with contextlib.closing(bind_socket(family, address)) as sock:
+            address = sock.getsockname()
+    sock = bind_socket(family, address)
+    try:
+        sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def bind_socket(family, address):
+    """Return a socket that is bound to one address, with the options of a listener's sockets.
+
+    Raises OSError.
+    """
     sock = RawSocket(family, socket.SOCK_STREAM)
     try:
         if os.name == "posix":          # on Windows, two processes could listen on one port
@@ -4907,7 +5079,6 @@ def bind_listener(family, address):
             set_stream_options(sock)
         sock.setblocking(False)
         sock.bind(address)
-        sock.listen(BACKLOG)
     except OSError:
         sock.close()
         raise
@@ -5886,13 +6057,14 @@ class ProxyServer:
     behavior   in the form of behavior_tables
     toxics     rules beside the behavior: [Toxic]
     enabled    whether a ProxyTable opens its port
+    accept     how new clients are accepted: a mode of Listener
 
     The other arguments are those of Proxy. Raises ValueError.
     """
 
     def __init__(self, distant, local=("localhost", 0), behavior="100:dummy", options=None,
                  name="vaurien", seed=None, timeout=30.0, protocol="tcp",
-                 overwrite_host_header=True, toxics=(), enabled=True):
+                 overwrite_host_header=True, toxics=(), enabled=True, accept="normal"):
         self.name = name
         self.log_prefix = "" if name == "vaurien" else name + ": "
         self.protocol = PROTOCOLS[check_protocol(protocol)]
@@ -5900,6 +6072,7 @@ class ProxyServer:
         self.local = local
         self.listen = format_address(local)         # once bound, the bound address
         self.enabled = enabled
+        self.accept = accept
         self.timeout = timeout
         self.seed = random.SystemRandom().getrandbits(32) if seed is None else seed
         self.rules = RuleSet(self.seed, name)
@@ -5939,7 +6112,7 @@ class ProxyServer:
 
     def bind(self):
         """Bind the port. Raises OSError, whose message contains the address."""
-        self.set_listener(self.local, Listener(self.local, self.on_accept))
+        self.set_listener(self.local, Listener(self.local, self.on_accept, self.accept))
 
     def set_listener(self, local, listener):
         """Use a listener. If it was created with port 0, the proxy keeps the port it picked."""
@@ -5956,8 +6129,17 @@ class ProxyServer:
         self.record_rule_change()
         if self.listener:
             self.listener.open(loop)
-            log.info("%slistening on %s for %s: %s; seed %s", self.log_prefix, self.listener,
-                     format_address(self.backend), self.describe(), self.seed)
+            log.info("%slistening on %s for %s: %s; seed %s%s", self.log_prefix, self.listener,
+                     format_address(self.backend), self.describe(), self.seed,
+                     "" if self.accept == "normal" else "; accept " + self.accept)
+
+    def set_accept(self, accept):
+        """Accept new clients, or let the kernel refuse or drop them. Raises CannotListen."""
+        if self.listener:
+            self.listener.set_mode(accept)
+        if accept != self.accept:
+            self.accept = accept
+            log.info("%saccept: %s", self.log_prefix, accept)
 
     def stop_listening(self, reason):
         """Close the listener and every connection. The log shows the reason."""
@@ -5981,11 +6163,14 @@ class ProxyServer:
             self, self.accepted, client, peer)
         connection.start()
 
-    def apply_change(self, local, backend, enabled, listener):
-        """Change the addresses and `enabled`, and close the connections if necessary.
+    def apply_change(self, local, backend, enabled, listener, accept):
+        """Change the addresses, `enabled` and `accept`. Close the connections if necessary.
 
         listener    a new Listener at local, or None to keep the old one
+
+        Raises CannotListen, and changes nothing then.
         """
+        self.set_accept(accept)
         reason = "%s by the control" % ("changed" if enabled else "disabled")
         if listener or not enabled:
             self.stop_listening(reason)
@@ -6361,32 +6546,38 @@ class ProxyTable(OrderedDict):
         """Remove and close a proxy."""
         self.loop.run_sync(lambda: self.pop(proxy.name).close())
 
-    def change(self, proxy, local, backend, enabled):
-        """Change the addresses of a proxy, or enable or disable it. Raises OSError.
+    def change(self, proxy, local, backend, enabled, accept=None):
+        """Change the addresses of a proxy or its `accept`, or enable or disable it.
+
+        accept    how new clients are accepted; by default, this does not change
 
         Connections are closed only if an address changes or the proxy is disabled. If the proxy
-        cannot listen on the new address, nothing changes.
+        cannot listen on the new address, nothing changes. Raises OSError.
         """
         moved = local != proxy.local and first_address(local) != proxy.listen
         if not moved:
             local = proxy.local
-        listener = None
+        listener, accept = None, accept or proxy.accept
         if enabled and (moved or not proxy.enabled):
-            listener = self.rebind(proxy, local)
-        proxy.loop.run_sync(proxy.apply_change, local, backend, enabled, listener)
+            listener = self.rebind(proxy, local, accept)
+        proxy.loop.run_sync(proxy.apply_change, local, backend, enabled, listener, accept)
 
     def enable(self, proxy, enabled):
         """Enable or disable a proxy. Raises OSError."""
         self.change(proxy, proxy.local, proxy.backend, enabled)
 
+    def set_accept(self, proxy, accept):
+        """Change how a proxy accepts new clients. Raises OSError."""
+        self.change(proxy, proxy.local, proxy.backend, proxy.enabled, accept)
+
     def reset(self, proxy):
-        """Enable a proxy, end all blocks, and remove all its rules. Raises OSError."""
-        self.enable(proxy, True)
+        """Enable a proxy, accept clients, end all blocks, and remove all rules. Raises OSError."""
+        self.change(proxy, proxy.local, proxy.backend, enabled=True, accept="normal")
         proxy.loop.run_sync(proxy.set_rules, [])
         proxy.loop.run_sync(proxy.set_toxics, [])
 
-    def rebind(self, proxy, local):
-        """Return a new listener at local. Raises CannotListen.
+    def rebind(self, proxy, local, accept):
+        """Return a new listener at local, with this mode. Raises CannotListen.
 
         An old listener on the same port could prevent the new one. Therefore it is closed
         first, and opened again if the new one fails. If another process has taken the port
@@ -6396,7 +6587,7 @@ class ProxyTable(OrderedDict):
         if old:
             proxy.loop.run_sync(old.close)
         try:
-            return Listener(local, proxy.on_accept)
+            return Listener(local, proxy.on_accept, accept)
         except CannotListen:
             if old:
                 self.take_back(proxy, old)
@@ -6408,7 +6599,8 @@ class ProxyTable(OrderedDict):
             listener.bind()
         except CannotListen as error:
             log.warning("%sdisabled: %s", proxy.log_prefix, error.strerror)
-            proxy.loop.run_sync(proxy.apply_change, proxy.local, proxy.backend, False, None)
+            proxy.loop.run_sync(proxy.apply_change, proxy.local, proxy.backend, False, None,
+                                proxy.accept)
         else:
             proxy.loop.run_sync(listener.open, proxy.loop)
 
@@ -6928,15 +7120,36 @@ def get_status(request):
     proxy = request.proxy
     return proxy.loop.run_sync(lambda: OrderedDict([
         ("name", proxy.name), ("listen", proxy.listen), ("backend", format_address(proxy.backend)),
-        ("enabled", proxy.enabled), ("rules", proxy.describe()), ("faults", proxy.fault_count)]))
+        ("enabled", proxy.enabled), ("accept", proxy.accept), ("rules", proxy.describe()),
+        ("faults", proxy.fault_count)]))
+
+
+@route("PUT", "/proxy", '{"accept": "refuse"}')
+def put_status(request):
+    """Accept new clients as normal, refuse them, or drop them."""
+    body = parse_json_object(request.body)
+    errors = [(name, "%s is not known here: the only field is accept" % name)
+              for name in sorted(set(body) - {"accept"})]
+    try:
+        accept = check_field("accept", check_accept, body.get("accept"))
+    except InputError as error:
+        errors += error.errors
+    if errors:
+        raise InputError(errors)
+    return change_proxy_of(request, ProxyTable.set_accept, accept)
 
 
 @route("POST", "/proxy/reset")
 def reset_proxy(request):
-    """Enable a proxy, and remove its rules and toxics. Connections stay open."""
+    """Enable a proxy, accept clients, and remove rules and toxics. Connections stay open."""
+    return change_proxy_of(request, ProxyTable.reset)
+
+
+def change_proxy_of(request, method, *args):
+    """Call a method of ProxyTable for the proxy of a request. Raises ApiError."""
     try:
         with request.proxy.lock:
-            request.control.proxies.reset(request.proxy)
+            method(request.control.proxies, request.proxy, *args)
     except CannotListen as error:
         raise ApiError(500, [("server", "", error.strerror)]) from None
     return {"status": "ok"}
@@ -7469,7 +7682,7 @@ TOXIPROXY_TYPES = {"noop", "latency", "bandwidth", "slicer", "slow_close", "time
 # {field: type}
 PROXY_FIELDS = OrderedDict((("name", str), ("listen", str), ("upstream", str),
                             ("enabled", bool), ("toxics", list), ("rules", list),
-                            ("protocol", str)))
+                            ("protocol", str), ("accept", str)))
 PROXY_KEYS = [*PROXY_FIELDS, "logger"]      # Toxiproxy's listings have the key Logger
 TOXIC_FIELDS = OrderedDict((("name", str), ("type", str), ("stream", str), ("toxicity", float),
                             ("attributes", dict)))
@@ -7706,8 +7919,9 @@ def make_proxy(fields, proxies):
     backend = check_field("upstream", parse_upstream, fields["upstream"])
     check_field("upstream", check_backend, backend, [local])
     protocol = check_field("protocol", check_protocol, fields.get("protocol", "tcp"))
+    accept = check_field("accept", check_accept, fields.get("accept", "normal"))
     return ProxyServer(backend, local, name=fields["name"], **proxies.shared, protocol=protocol,
-                       toxics=toxics, enabled=fields.get("enabled", True))
+                       toxics=toxics, enabled=fields.get("enabled", True), accept=accept)
 
 
 def check_unique_names(toxics):
@@ -7931,6 +8145,8 @@ def proxy_to_json(proxy, request):
                 fields["rules"] = rules
         if proxy.protocol:
             fields["protocol"] = proxy.protocol_name()
+        if proxy.accept != "normal":
+            fields["accept"] = proxy.accept
         return fields
     return proxy.loop.run_sync(to_json)
 
@@ -7965,7 +8181,7 @@ def get_proxy(request, proxy):
 
 @toxiproxy_route("POST PATCH", "/proxies/PROXY", '{"enabled": false}')
 def update_proxy(request, proxy):
-    """Change listen, upstream or enabled of a proxy. Its toxics stay."""
+    """Change listen, upstream, enabled or accept of a proxy. Its toxics stay."""
     value = read_json(request.body)
     fields = read_proxy_fields(value)
     change_proxy(request.control.proxies, proxy, fields, fields.get("enabled", proxy.enabled))
@@ -7974,9 +8190,9 @@ def update_proxy(request, proxy):
 
 
 def change_proxy(proxies, proxy, fields, enabled):
-    """Change the addresses of a proxy, and enable or disable it.
+    """Change the addresses of a proxy and its `accept`, and enable or disable it.
 
-    fields    the result of read_proxy_fields; an address that is absent stays
+    fields    the result of read_proxy_fields; a field that is absent stays
 
     If this raises InputError, ApiError or CannotListen, the proxy has not changed.
     """
@@ -7990,7 +8206,8 @@ def change_proxy(proxies, proxy, fields, enabled):
                            fields.get("protocol", proxy.protocol_name()))
     if protocol != proxy.protocol_name():
         raise bad_body("protocol cannot be changed: delete the proxy and create it again")
-    proxies.change(proxy, local, backend, enabled)
+    accept = check_field("accept", check_accept, fields.get("accept", proxy.accept))
+    proxies.change(proxy, local, backend, enabled, accept)
 
 
 @toxiproxy_route("DELETE", "/proxies/PROXY")
@@ -8118,10 +8335,12 @@ def update_existing(proxies, existing, proxy, fields):
         same = (existing.backend == proxy.backend and existing.protocol is proxy.protocol
                 and existing.listen in (proxy.listen, first_address(proxy.local)))
         if not same:
-            proxies.change(existing, proxy.local, proxy.backend, proxy.enabled)
+            proxies.change(existing, proxy.local, proxy.backend, proxy.enabled, proxy.accept)
             existing.loop.run_sync(existing.set_rules, [])
             existing.loop.run_sync(functools.partial(existing.set_protocol, proxy.protocol,
                                                      overwrite_host_header=True))
+        elif "accept" in fields:
+            proxies.set_accept(existing, proxy.accept)
         toxics = replace_toxics(existing.toxics, proxy.toxics, fields) if same else proxy.toxics
         if toxics != existing.toxics:
             existing.loop.run_sync(existing.set_toxics, toxics)
@@ -8138,12 +8357,12 @@ def replace_toxics(current, new, fields):
 
 @toxiproxy_route("POST", "/reset")
 def reset(request):
-    """Enable all proxies and remove all toxics. Connections stay open."""
+    """Enable all proxies, accept clients, and remove all toxics. Connections stay open."""
     proxies = request.control.proxies
     for proxy in list(proxies.values()):
         with proxy.lock:
             if proxies.get(proxy.name) is proxy:        # it has not been removed meanwhile
-                change_proxy(proxies, proxy, fields={}, enabled=True)
+                change_proxy(proxies, proxy, {"accept": "normal"}, enabled=True)
                 proxy.loop.run_sync(proxy.set_toxics, [])
 
 
@@ -8324,6 +8543,31 @@ class Interface:
         finally:
             self.enable()
 
+    def refusing(self) -> "ContextManager[None]":
+        """Refuse new clients during a `with` block, as if no server listened on the port.
+
+        A new connect fails with ECONNREFUSED at once. Open connections continue.
+        """
+        return self._accepting("refuse")
+
+    def dropping(self) -> "ContextManager[None]":
+        """Let new clients time out during a `with` block, as behind a firewall that drops.
+
+        A new connect gets no reply. If the client still waits after the block, it is connected
+        when it sends its next SYN; the first one is sent again after one second. Open connections
+        continue. Not possible on Windows.
+        """
+        return self._accepting("drop")
+
+    @contextlib.contextmanager
+    def _accepting(self, accept):
+        before = self.get_accept()
+        self.set_accept(accept)
+        try:
+            yield
+        finally:
+            self.set_accept(before)
+
     # Faults until the next change
 
     def set_behavior(self, behavior: "Union[Behavior, Handler]",
@@ -8377,10 +8621,10 @@ class Interface:
         raise NotImplementedError
 
     def reset(self) -> None:
-        """Let everything pass: enable the proxy, remove all rules and toxics, and end all blocks.
+        """Let everything pass: accept clients, remove all rules and toxics, and end all blocks.
 
-        Connections, the backend and the fault records stay. `wait_for` no longer counts faults
-        from before.
+        A proxy that is disabled is enabled. Connections, the backend and the fault records stay.
+        `wait_for` no longer counts faults from before.
         """
         raise NotImplementedError
 
@@ -8390,6 +8634,15 @@ class Interface:
 
     def disable(self) -> None:
         """Close the port and all connections, until `enable` is called."""
+        raise NotImplementedError
+
+    def set_accept(self, accept: str) -> None:
+        """Accept new clients ("normal"), or let their connects fail.
+
+        accept    "normal", "refuse" (see `refusing`) or "drop" (see `dropping`)
+
+        Raises OSError if this system cannot do so.
+        """
         raise NotImplementedError
 
     def set_backend(self, backend: "Address") -> None:
@@ -8440,6 +8693,10 @@ class Interface:
 
     def get_backend(self) -> str:
         """Return the backend of new connections, as HOST:PORT."""
+        raise NotImplementedError
+
+    def get_accept(self) -> str:
+        """Return how new clients are accepted: "normal", "refuse" or "drop"."""
         raise NotImplementedError
 
     def get_handler(self) -> str:
@@ -8592,6 +8849,7 @@ class Proxy(Interface):
         toxics      rules beside the behavior: [{"type": "latency", "latency": 200}]. The keys are
                     the arguments of add_toxic; `attributes` may have the options, as in Toxiproxy
         enabled     False: do not listen until `enable` is called
+        accept      how new clients are accepted, as in set_accept
 
     Raises:
         ValueError      an argument is invalid; the message names it
@@ -8605,7 +8863,8 @@ class Proxy(Interface):
                  options: "Optional[Dict[str, Dict[str, OptionValue]]]" = None,
                  name: str = "vaurien", seed: "Optional[int]" = None, timeout: float = 30.0,
                  protocol: str = "tcp", overwrite_host_header: bool = True,
-                 toxics: "Iterable[Dict[str, Any]]" = (), enabled: bool = True) -> None:
+                 toxics: "Iterable[Dict[str, Any]]" = (), enabled: bool = True,
+                 accept: str = "normal") -> None:
         super().__init__()
         options = check_field("options", check_handler_options, options or {})
         self._server = ProxyServer(
@@ -8618,7 +8877,8 @@ class Proxy(Interface):
             check_field("protocol", check_protocol, protocol),
             check_field("overwrite_host_header", check_yes_no, overwrite_host_header),
             [make_local_toxic(toxic) for toxic in toxics],
-            check_field("enabled", check_yes_no, enabled))
+            check_field("enabled", check_yes_no, enabled),
+            check_field("accept", check_accept, accept))
         self._proxies = ProxyTable([self._server])
         self._thread: "Optional[threading.Thread]" = None
 
@@ -8708,6 +8968,9 @@ class Proxy(Interface):
     def get_backend(self) -> str:
         return format_address(self._server.backend)
 
+    def get_accept(self) -> str:
+        return self._server.accept
+
     def get_handler(self) -> str:
         return self._server.handler_names()
 
@@ -8739,23 +9002,25 @@ class Proxy(Interface):
         self._call(remove)
 
     def reset(self) -> None:
-        self._check_running()
-        with self._server.lock:
-            self._proxies.reset(self._server)
+        self._change(ProxyTable.reset)
         self._reset_record = self._last_record()
 
     def enable(self) -> None:
-        self._set_enabled(True)
+        self._change(ProxyTable.enable, True)
 
     def disable(self) -> None:
-        self._set_enabled(False)
+        self._change(ProxyTable.enable, False)
+
+    def set_accept(self, accept: str) -> None:
+        self._change(ProxyTable.set_accept, check_field("accept", check_accept, accept))
 
     # For Interface
 
-    def _set_enabled(self, enabled):
+    def _change(self, method, *args):
+        """Call a method of ProxyTable for the proxy."""
         self._check_running()
         with self._server.lock:
-            self._proxies.enable(self._server, enabled)
+            method(self._proxies, self._server, *args)
 
     def _check_running(self):
         if not self._thread:
@@ -8896,6 +9161,9 @@ class Client(Interface):
     def get_backend(self) -> str:
         return self.request("GET", "/backend")["backend"]
 
+    def get_accept(self) -> str:
+        return self._status()["accept"]
+
     def get_handler(self) -> str:
         return self.request("GET", "/behavior")["behavior"]
 
@@ -8930,6 +9198,9 @@ class Client(Interface):
 
     def disable(self) -> None:
         self.request("POST", self._proxy_path(), {"enabled": False})
+
+    def set_accept(self, accept: str) -> None:
+        self.request("PUT", "/proxy", {"accept": accept})
 
     # For Interface
 
@@ -9195,6 +9466,9 @@ SETTINGS = OrderedDict((
                                       check_yes_no, "YES|NO",
                                       "with --protocol http: replace the Host header with the "
                                       "backend's address", "proxy")),
+    ("accept", Setting(("--accept",), "normal", check_accept, "MODE",
+                       "how new clients are accepted: normal, refuse (a connect fails at once) or "
+                       "drop (it gets no reply, until the client's own time-out)", "proxy")),
     ("seed", Setting(("--seed",), None, check_count, "N",
                      "the same seed gives the same faults; by default, a seed is drawn and logged",
                      "shared")),
@@ -10438,13 +10712,22 @@ def ctl_backend(client, backend=None):
     return client.get_backend()
 
 
+def ctl_accept(client, accept=None):
+    """Set how new clients are accepted, if that is given. Returns the text to print."""
+    if accept is None:
+        return client.get_accept()
+    client.set_accept(accept)
+    return changed(client, "Accept changed to %s" % client.get_accept())
+
+
 def ctl_proxies(client):
     """Return a line for each proxy: its name, its addresses, its rules."""
     lines = []
     for name, proxy in client.request("GET", "/proxies").items():
         one = Client(client.host, client.port, client.scheme, name, client.token)
-        lines.append("%s: %s for %s: %s" % (
-            name, proxy["listen"] if proxy["enabled"] else "disabled", proxy["upstream"],
+        accept = " (accept %s)" % proxy["accept"] if "accept" in proxy else ""
+        lines.append("%s: %s%s for %s: %s" % (
+            name, proxy["listen"] if proxy["enabled"] else "disabled", accept, proxy["upstream"],
             ctl_rules(one)))
     return "\n".join(lines)
 
@@ -10561,7 +10844,10 @@ CTL_ACTIONS = OrderedDict((
     ("remove-toxic", Action(ctl_remove_toxic, "TOXIC", "remove a toxic", list)),
     ("enable", Action(ctl_enable, "", "listen again", list)),
     ("disable", Action(ctl_disable, "", "stop to listen, and close all connections", list)),
-    ("reset", Action(ctl_reset, "", "enable the proxy, and remove its rules and toxics", list)),
+    ("accept", Action(ctl_accept, "[MODE]",
+                      "print, or change, how clients are accepted: normal, refuse or drop", list)),
+    ("reset", Action(ctl_reset, "",
+                     "enable the proxy, accept clients, and remove its rules and toxics", list)),
     ("proxies", Action(ctl_proxies, "", "print all proxies with their rules", list)),
     ("backend", Action(ctl_backend, "[HOST:PORT]",
                        "print, or change, the backend of new connections", list)),
