@@ -5912,14 +5912,14 @@ class Connection:
         peer = "client" if link is self.up else "backend"
         self.reset_reason = ("reset by %s" % peer if isinstance(error, ConnectionResetError)
                              else "%s lost: %s" % (peer, error.strerror))
-        link.eof = True
         other = self.down if link is self.up else self.up
         other.discard()
         other.write_closed = True
         if link is self.up and (link.latest == NEVER or self.phase is CONNECTING):
+            link.eof = True
             self.reset(self.reset_reason)
         else:
-            self.process_signal(link.to, EOF)
+            self.on_eof(link)
 
     def on_send_error(self, link):
         """send() failed: the target is gone. Its remaining data is read, then both are reset."""
