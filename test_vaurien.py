@@ -39,6 +39,7 @@ import shutil
 import signal
 import smtplib
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -1012,6 +1013,21 @@ PG_READY = pg_message(b"Z", b"I")               # idle
 PG_READY_FAILED = pg_message(b"Z", b"E")        # in a failed transaction
 
 TLS_HELLO = b"\x16\x03\x01"                     # the beginning of a record
+
+
+def tls_hello(*extensions, split=0):
+    """Return a ClientHello with these (type, body), in two records if split is not 0."""
+    body = b"".join(struct.pack(">HH", type_, len(data)) + data for type_, data in extensions)
+    hello = (b"\3\3" + bytes(32) + b"\2id" + b"\0\2\x13\1" + b"\1\0"
+             + struct.pack(">H", len(body)) + body)
+    hello = b"\1" + struct.pack(">I", len(hello))[1:] + hello
+    return b"".join(TLS_HELLO + struct.pack(">H", len(part)) + part
+                    for part in (hello[:split], hello[split:]) if part)
+
+
+TLS_NAME = (0, b"\0\x0d\0\0\x0a" b"db.example")
+TLS_PROTOCOLS = (16, b"\0\x0c\2h2\x08http/1.1")
+TLS_VERSIONS = (43, b"\6\x1a\x1a\3\4\3\3")        # the first one means nothing (RFC 8701)
 SPECIAL_BYTES = b"\r\n\0*$ 019abQZS\xff-"       # bytes that have a meaning to the parsers
 
 
@@ -1162,7 +1178,12 @@ class TestFraming(unittest.TestCase):
             (b"EHLO x\r\n", (b"EHLO x", "EHLO")),
             (b"MAIL FROM:<a@b>\r\n", (b"MAIL FROM:<a@b>", "MAIL")),
             (b"bdat 5 LAST\r\n" b"he\r\nl", (b"bdat 5 LAST", "BDAT")),
-            (b"QUIT\r\n", (b"QUIT", "QUIT"))])]
+            (b"QUIT\r\n", (b"QUIT", "QUIT"))]),
+        ("tls", "a ClientHello", [
+            (tls_hello(TLS_NAME, (99, b"x"), TLS_PROTOCOLS, TLS_VERSIONS),
+             (b"db.example h2,http/1.1 TLSv1.3,TLSv1.2", "CLIENT_HELLO"))]),
+        ("tls", "a ClientHello without extensions, in two records", [
+            (tls_hello(split=9), (b"- - TLSv1.2", "CLIENT_HELLO"))])]
 
     # [(protocol, rows)]. A row is (name of a request, bytes of its reply).
     REPLIES = [
@@ -1457,6 +1478,9 @@ class TestFraming(unittest.TestCase):
                 ("mysql", UPSTREAM, mysql_login(0xA285 | 1 << 26, b"root\0\0")),     # zstd
                 ("postgres", UPSTREAM, TLS_HELLO + bytes(5)),
                 ("postgres", UPSTREAM, struct.pack(">II", 16, 80877107)),   # unknown request code
+                ("tls", UPSTREAM, TLS_HELLO + b"\0\1\2"),                   # a ServerHello
+                ("tls", UPSTREAM, TLS_HELLO + b"\0\4\1\0\0\0"),              # of no bytes
+                ("tls", UPSTREAM, TLS_HELLO + b"\xff\xff"),                  # too long
                 ("smtp", DOWNSTREAM, b"hello\r\n")]:
             with self.subTest(protocol, to=to, data=data[:40]):
                 *_, error = self.read_boundaries(protocol, data, [len(data)], to)
@@ -1480,7 +1504,8 @@ class TestFraming(unittest.TestCase):
                 ("memcache", UPSTREAM, b"get \x7f"),
                 ("memcache", DOWNSTREAM, b"\x81\x0b"),
                 ("smtp", UPSTREAM, b"EHLO \x01"),
-                ("smtp", DOWNSTREAM, b"25x")]:
+                ("smtp", DOWNSTREAM, b"25x"),
+                ("tls", UPSTREAM, b"GET /")]:
             with self.subTest(protocol, to=to, data=data):
                 for sizes in [len(data)], [1] * len(data):
                     self.assertIsInstance(
@@ -3195,7 +3220,8 @@ class TestProtocols(unittest.TestCase):
                               options={"error": {"kind": "503"}})
 
     def test_protocols_that_do_not_exist_are_rejected(self):
-        message = "must be one of tcp, http, redis, memcache, mysql, postgres, smtp, not 'nope'"
+        message = "must be one of tcp, http, redis, memcache, mysql, postgres, smtp, tls, " \
+                  "not 'nope'"
         with self.assertRaisesRegex(ValueError, message):
             OpenProxy("x:1", protocol="nope")
 
@@ -3326,6 +3352,53 @@ class TestProtocols(unittest.TestCase):
                     self.assertEqual(send_and_read_all(sock, request).size, len(request))
                     self.assertLessEqual(proxy.loop.budget.held_max,
                                          4 * vaurien.HELD_MAX_IDLE + 4 * vaurien.CHUNK)
+
+
+class TestTlsHandshake(unittest.TestCase):
+    """--protocol tls: faults of the handshake, seen by the client of Python's ssl."""
+
+    @staticmethod
+    def shake_hands(port, name="db.example"):
+        """Begin TLS. Returns the error, as text."""
+        context = ssl.create_default_context()
+        context.set_alpn_protocols(["h2"])
+        with connect(port) as sock:
+            try:
+                context.wrap_socket(sock, server_hostname=name)
+            except OSError as error:
+                return str(error)
+
+    def test_the_client_names_each_alert(self):
+        for kind in vaurien.Tls.errors:
+            with self.subTest(kind), running_proxy(
+                    echo, "100:error", options={"error": {"kind": kind}}, protocol="tls") as proxy:
+                self.assertIn(kind.replace("_", " "), self.shake_hands(proxy.port))
+
+    def test_match_selects_the_name_the_application_protocol_and_the_version(self):
+        for match, count in ("^db[.]example ", 1), ("^other", 0), (" h2 ", 1), ("TLSv1.3", 1):
+            with self.subTest(match), running_proxy(echo, protocol="tls") as proxy:
+                with proxy.handler("error", kind="unknown_ca", match=match) as fault:
+                    said = self.shake_hands(proxy.port)
+                self.assertEqual(("unknown ca" in said, fault.count), (count == 1, count))
+
+    def test_the_connection_passes_after_the_handshake(self):
+        data = tls_hello(TLS_NAME) + random_data(300000)
+        for behavior, count in ("100:delay", 1), ("100:dummy", 0):
+            with self.subTest(behavior), running_proxy(
+                    echo, behavior, options={"delay": {"sleep": 0.05}},
+                    protocol="tls") as proxy:
+                with connected_client(proxy) as sock:
+                    began = time.monotonic()
+                    self.assertEqual(send_and_read(sock, data[:200]), data[:200])
+                    self.assertGreaterEqual(time.monotonic() - began, count * 0.05)
+                    self.assertEqual(send_and_read_all(sock, data[200:]).size, len(data) - 200)
+                self.assertEqual(sum(proxy.faults.values()), count)
+
+    def test_plain_bytes_pass(self):
+        with running_proxy(echo, "100:error", protocol="tls") as proxy, \
+                self.assertLogs("vaurien", "INFO") as logged, connected_client(proxy) as sock:
+            self.assertEqual(send_and_read(sock, HTTP_GET), HTTP_GET)
+        self.assertIn("continuing as tcp: no ClientHello of TLS", "\n".join(logged.output))
 
 
 # -- Rules and chain ------------------------------------------------------------

@@ -2623,6 +2623,88 @@ class Smtp(Protocol):
         return reply
 
 
+@protocol
+class Tls(Protocol):
+    """The TLS handshake, without a certificate: the ClientHello is the request (RFC 8446).
+
+    Its text for `match` is the name that the client asks for (SNI), the application protocols
+    (ALPN) and the TLS versions, like "db.example h2,http/1.1 TLSv1.3,TLSv1.2". A field that
+    the client does not send is "-". All other bytes pass as they are.
+    """
+
+    # {kind: AlertDescription} of RFC 8446, section 6
+    errors = OrderedDict((
+        ("handshake_failure", 40), ("protocol_version", 70), ("internal_error", 80),
+        ("unrecognized_name", 112), ("bad_certificate", 42), ("certificate_revoked", 44),
+        ("certificate_expired", 45), ("certificate_unknown", 46), ("unknown_ca", 48),
+        ("access_denied", 49), ("insufficient_security", 71), ("certificate_required", 116),
+        ("no_application_protocol", 120)))
+    default_errors = ("handshake_failure", "protocol_version", "internal_error",
+                      "unrecognized_name")
+    fatal_errors = tuple(errors)
+    VERSIONS = {b"\3\1": "TLSv1.0", b"\3\2": "TLSv1.1", b"\3\3": "TLSv1.2", b"\3\4": "TLSv1.3"}
+    SNI, ALPN, SUPPORTED_VERSIONS = 0, 16, 43       # types of extensions
+    CLIENT_HELLO = 1            # a HandshakeType
+    RECORD_MAX = 1 << 14        # bytes of a record, without its header
+
+    def requests(self):
+        hello = b""
+        while len(hello) < 4 or len(hello) < 4 + int.from_bytes(hello[1:4], "big"):
+            header = yield NeedBytes(5)         # of a record
+            size = int.from_bytes(header[3:], "big")
+            if header[:2] != b"\x16\3" or not 1 <= size <= self.RECORD_MAX:
+                raise ProtocolError("no ClientHello of TLS")
+            hello += yield NeedBytes(size)
+            if hello[0] != self.CLIENT_HELLO or len(hello) > HEAD_MAX:
+                raise ProtocolError("no ClientHello of TLS")
+        try:
+            text = self.describe_hello(hello)
+        except IndexError:
+            raise ProtocolError("a malformed ClientHello of TLS") from None
+        yield Request(text, "CLIENT_HELLO")
+        yield END_OF_MESSAGE
+        yield NeedBytes(1)
+        yield CONTINUATION
+        yield UNLIMITED
+
+    def replies(self):
+        return read_opaque()
+
+    def describe_hello(self, hello):
+        """Return the text of a ClientHello. Raises IndexError if it is malformed."""
+        names, protocols, versions = [], [], [hello[4:6]]
+        for type_, body in self.read_extensions(hello):
+            if type_ == self.SNI:
+                names = [body[5:]]              # after the sizes of the list and of the name
+            elif type_ == self.ALPN:
+                position = 2
+                while position < len(body):
+                    end = position + 1 + body[position]
+                    protocols.append(body[position + 1:end])
+                    position = end
+            elif type_ == self.SUPPORTED_VERSIONS:
+                versions = [body[index:index + 2] for index in range(1, len(body), 2)]
+        versions = [self.VERSIONS[version].encode() for version in versions
+                    if version in self.VERSIONS]
+        return b" ".join(b",".join(field) or b"-" for field in (names, protocols, versions))
+
+    def read_extensions(self, hello):
+        """Yield (type, body) for each extension of a ClientHello. Raises IndexError."""
+        position = 4 + 2 + 32                   # the handshake's header, the version, random
+        position += 1 + hello[position]         # the session's id
+        position += 2 + int.from_bytes(hello[position:position + 2], "big")     # cipher suites
+        position += 1 + hello[position]         # compression methods
+        position += 2                           # size of all extensions
+        while position + 4 <= len(hello):
+            type_, size = struct.unpack_from(">HH", hello, position)
+            position += 4 + size
+            yield type_, hello[position - size:position]
+
+    def encode_error(self, kind):
+        """Return an alert record. Clients of all versions accept it before the ServerHello."""
+        return bytes([21, 3, 3, 0, 2, 2, self.errors[kind]])
+
+
 # Other names of protocols: those of the servers
 PROTOCOL_ALIASES = {"memcached": "memcache", "postgresql": "postgres", "mariadb": "mysql"}
 
@@ -8843,7 +8925,8 @@ class Proxy(Interface):
         name        for the log and the draws
         seed        a whole number: the same seed gives the same faults; None draws one
         timeout     seconds to connect to the backend, all its addresses together
-        protocol    the application protocol: tcp, http, redis, memcache, mysql, postgres or smtp
+        protocol    the application protocol: tcp, http, redis, memcache, mysql, postgres, smtp
+                    or tls
         overwrite_host_header
                     http: whether to replace the Host header with the backend's
         toxics      rules beside the behavior: [{"type": "latency", "latency": 200}]. The keys are
