@@ -8219,6 +8219,10 @@ class TestInterface(TempDirTestCase):
             with interface.toxic("latency", latency=1) as fault:
                 self.assertTrue(self.ask(interface))
                 self.assertEqual(fault.wait(TIMEOUT).toxic, "latency_downstream")
+                self.assertEqual(interface.list_toxics(), [
+                    {"name": "latency_downstream", "type": "latency", "stream": "downstream",
+                     "toxicity": 1, "attributes": {"latency": 1, "jitter": 0}}])
+            self.assertEqual(interface.list_toxics(), [])
             name = interface.add_toxic("abort", "cut", toxicity=1)
             self.assertFalse(self.ask(interface))
             interface.remove_toxic(name)

@@ -8793,6 +8793,10 @@ class Interface:
         """Return the rules as text, like "20:delay sleep=1.0, 80:dummy"."""
         raise NotImplementedError
 
+    def list_toxics(self) -> "List[Dict[str, Any]]":
+        """Return the toxics in the JSON form of Toxiproxy's API, one dict for each."""
+        raise NotImplementedError
+
     # The names of Vaurien 1.9
 
     def get_behavior(self) -> str:
@@ -9066,6 +9070,9 @@ class Proxy(Interface):
     def events(self, since: int = 0) -> "List[FaultRecord]":
         return self._server.records_since(since)
 
+    def list_toxics(self) -> "List[Dict[str, Any]]":
+        return self._call(toxics_to_json, self._server)
+
     def connections(self) -> "List[Dict[str, Any]]":
         return self._call(self._server.list_connections)
 
@@ -9259,6 +9266,9 @@ class Client(Interface):
     def events(self, since: int = 0) -> "List[FaultRecord]":
         return [FaultRecord(**record)
                 for record in self.request("GET", "/events", since=since)["events"]]
+
+    def list_toxics(self) -> "List[Dict[str, Any]]":
+        return self.request("GET", self._proxy_path() + "/toxics", all=1)
 
     def connections(self) -> "List[Dict[str, Any]]":
         return self.request("GET", "/connections")["connections"]
@@ -10819,11 +10829,6 @@ def toxics_path(client):
     return "/proxies/%s/toxics" % urls.quote(client.request("GET", "/proxy")["name"], safe="")
 
 
-def list_toxics_of(client):
-    """Return all toxics of the proxy, as JSON values."""
-    return client.request("GET", toxics_path(client), all=1)
-
-
 def put_toxics_of(client, toxics):
     """Replace the toxics. `PUT` refuses unknown keys, which Toxiproxy's other routes ignore."""
     client.request("PUT", toxics_path(client), toxics)
@@ -10851,9 +10856,9 @@ def parse_literal(text):
 def ctl_add_toxic(client, type_, *fields):
     toxic = {"type": type_, "attributes": {}}
     set_toxic_fields(toxic, parse_assignments(fields))
-    toxics = list_toxics_of(client)
+    toxics = client.list_toxics()
     put_toxics_of(client, [*toxics, toxic])
-    added = {toxic["name"] for toxic in list_toxics_of(client)}
+    added = {toxic["name"] for toxic in client.list_toxics()}
     added -= {toxic["name"] for toxic in toxics}
     return changed(client, "Toxic added: %s" % ", ".join(added))
 
@@ -10868,14 +10873,14 @@ def find_toxic(toxics, name):
 
 
 def ctl_update_toxic(client, name, *fields):
-    toxics = list_toxics_of(client)
+    toxics = client.list_toxics()
     set_toxic_fields(find_toxic(toxics, name), parse_assignments(fields))
     put_toxics_of(client, toxics)
     return changed(client, "Toxic changed: %s" % name)
 
 
 def ctl_remove_toxic(client, name):
-    toxics = list_toxics_of(client)
+    toxics = client.list_toxics()
     toxics.remove(find_toxic(toxics, name))
     put_toxics_of(client, toxics)
     return changed(client, "Toxic removed: %s" % name)
@@ -10917,7 +10922,7 @@ CTL_ACTIONS = OrderedDict((
                          "set several rules", parse_rule_texts)),
     ("get-handler", Action(Client.get_handler, "", "print the name of the active handler", list)),
     ("list-handlers", Action(ctl_handlers, "", "print the names of all handlers", list)),
-    ("toxics", Action(lambda client: json_lines(list_toxics_of(client)), "",
+    ("toxics", Action(lambda client: json_lines(client.list_toxics()), "",
                       "print the toxics, as JSON", list)),
     ("add-toxic", Action(ctl_add_toxic, "TYPE [NAME=VALUE ...]",
                          "add a toxic; NAME is also name, stream or toxicity",
