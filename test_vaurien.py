@@ -103,6 +103,7 @@ INJECTED_SIZE = 100     # random bytes that `error` with inject=yes inserts into
 #   registered(function)         a context manager: the function is a handler in its block
 #   backend_server(serve)        a context manager: a backend that calls serve(sock) in threads
 #   running_proxy(serve, ...)    a context manager: a proxy in front of such a backend
+#   SimulatedLoop                the timers of a loop, with a simulated clock
 #   OpenProxy                    the class of this proxy: a Proxy with the internals
 #   proxy_with_control(...)      a context manager: the same with a control server and a Client
 #   connect(port)                a client socket
@@ -435,6 +436,24 @@ class SelectLoop(vaurien.Loop):
 
     def __init__(self):
         super().__init__(selector=selectors.SelectSelector())
+
+
+class SimulatedLoop(vaurien.Loop):
+    """The timers of a loop, with a clock that moves only when `advance` is called."""
+
+    def __init__(self):
+        self.now, self.timers, self.order, self.cancelled_count = 0.0, [], 0, 0
+
+    def clock(self):
+        return self.now
+
+    def advance(self, seconds):
+        """Let time pass, and run each timer at its time."""
+        end = self.now + seconds
+        while self.timers and self.timers[0][0] <= end:
+            self.now = max(self.now, self.timers[0][0])
+            self.run_timers()
+        self.now = end
 
 
 class StandardLoop(vaurien.Loop):
@@ -1756,7 +1775,7 @@ class Playbook:
 
     def change_rule(self, rule, draw_max=100.0, **options):
         """Change the percentage and the options of an installed rule; return the events."""
-        rule.draw_max = draw_max
+        rule.set_draw_max(draw_max)
         rule.set_options(dict(rule.options, **options))
         return self.rules_changed(changed=[rule])
 
@@ -3034,6 +3053,10 @@ def random_toxic(rng, protocol, name):
               "after": rng.choice([0, 0, 0, 3]), "times": rng.choice([0, 0, 0, 3])}
     if rng.random() < 0.3:
         fields["match"] = re.compile(rb"id\d*[02468]\.")
+    if rng.random() < 0.3:
+        fields.update(rng.choice([
+            {"start": 0.02}, {"duration": 0.02}, {"ttl": 0.03}, {"ramp": 0.04},
+            {"start": 0.01, "duration": 0.02, "every": 0.03, "ramp": 0.01}]))
     return vaurien.Toxic(type_, name, rng.choice([0, 0.3, 0.7, 1, 1]), attributes, **fields)
 
 
@@ -3051,7 +3074,7 @@ def change_toxics(rng, protocol, toxics):
         other = random_toxic(rng, protocol, "")
         attributes = other.attributes if other.rule.name == toxic.rule.name else toxic.attributes
         fields = {field: getattr(toxic.rule, field)
-                  for field in ("per", "after", "times", "match")}
+                  for field in ("per", "after", "times", "match", *vaurien.TIME_FIELDS)}
         toxics.insert(index, vaurien.Toxic(toxic.rule.name, toxic.name, rng.choice([0, 0.5, 1]),
                                            attributes, stream="both", **fields))
     elif action == "move":
@@ -3065,11 +3088,14 @@ class Simulation:
     It does as Connection does. Its clock only moves when `advance` is called.
     """
 
+    now = property(lambda self: self.proxy.loop.now)
+
     def __init__(self, protocol, seed):
         self.rng = random.Random("%s %d" % (protocol, seed))
-        self.protocol, self.now, self.faults = protocol, 0.0, []
+        self.protocol, self.faults = protocol, []
         self.proxy = vaurien.ProxyServer(("127.0.0.1", 9), ("127.0.0.1", 8), protocol=protocol,
                                          seed=seed)
+        self.proxy.loop = SimulatedLoop()
         self.proxy.connections = {1: self}      # whose rules_changed the proxy calls
         self.talk = TALKS[protocol](self.rng, self.rng.randint(1, 12))
         self.chain = vaurien.ProtocolChain(self.proxy.rules, 1, vaurien.PROTOCOLS[protocol]())
@@ -3086,13 +3112,14 @@ class Simulation:
         self.faults += [(active.rule.per == "connection", number) for active, number in newly_acted
                         if active.rule.name in ("error", "transient")]
 
-    def rules_changed(self, new, removed, changed):
-        self.chain.rules_changed(new, changed)
+    def rules_changed(self, new, removed, changed, woken=()):
+        begun = self.chain.rules_changed(new, changed, woken)
         released = self.chain.release(removed, changed)
         for queue in self.up, self.down:
             if queue.release(removed, changed) or released:
                 self.chain.reset_due_times(queue.to, max(self.now, queue.latest))
-        self.enqueue(self.chain.process_open(self.now, [UPSTREAM, DOWNSTREAM], [*new, *changed]))
+        self.enqueue(self.chain.process_open(self.now, [UPSTREAM, DOWNSTREAM],
+                                             [*new, *changed, *begun]))
 
     def pass_bytes(self, to, data):
         """A peer has sent these bytes."""
@@ -3107,7 +3134,7 @@ class Simulation:
 
     def advance(self, seconds):
         """Let time pass, and give both peers the bytes that are due."""
-        self.now += seconds
+        self.proxy.loop.advance(seconds)
         for queue, read in (self.up, self.talk.serve), (self.down, self.talk.receive):
             queue.pop_due(self.now)
             while queue.send_buffer:
@@ -3590,7 +3617,7 @@ class TestRules(unittest.TestCase):
         chain = vaurien.Chain(rule_set, 1)
         for _ in range(9):
             chain.begin_request()
-        rule_set.installed[0].draw_max = 100.0
+        rule_set.installed[0].set_draw_max(100.0)
         chain.rules_changed([], rule_set.installed)
         chain.begin_request()
         self.assertEqual([active_rule.rule for active_rule in chain.active_rules],
@@ -3629,6 +3656,329 @@ class TestRules(unittest.TestCase):
         self.assertEqual(str(vaurien.Rule("delay", {"before": False})),
                          "delay sleep=1.0 before=no")
         self.assertEqual(str(vaurien.Rule("hang")), "hang")
+
+
+class FakeConnection:
+    """A connection of a proxy without sockets: a Chain, and the data that its rules hold."""
+
+    def __init__(self, proxy, number=1):
+        self.chain = vaurien.Chain(proxy.rules, number)
+        self.chain.start()
+        self.released, self.opened = [], []     # rules, in the order of the changes
+
+    def rules_changed(self, new, removed, changed, woken=()):
+        self.opened += [*new, *changed, *self.chain.rules_changed(new, changed, woken)]
+        self.released += removed
+
+    def acting(self):
+        """Return the names of the handlers that act on the current request."""
+        return [active.rule.name for active in self.chain.active_rules if active.acts]
+
+    def next_request(self):
+        """Begin a request. Returns the names of the handlers that act on it."""
+        self.chain.direction_changed(DOWNSTREAM)
+        self.chain.direction_changed(UPSTREAM)
+        return self.acting()
+
+    def close(self, reason):
+        pass
+
+
+class TestSchedules(unittest.TestCase):
+    """The fields start, duration, every, ramp, ttl and of. The clock is simulated."""
+
+    def proxy(self, *rules, toxics=(), **arguments):
+        """Return a ProxyServer in a SimulatedLoop, with a behavior of these tables."""
+        proxy = vaurien.ProxyServer(("127.0.0.1", 9), ("127.0.0.1", 8), list(rules), seed=1,
+                                    toxics=list(toxics), **arguments)
+        proxy.open(SimulatedLoop())
+        return proxy
+
+    def connected(self, proxy):
+        """Return a FakeConnection of a proxy."""
+        connection = proxy.connections[1] = FakeConnection(proxy)
+        return connection
+
+    def changes(self, proxy):
+        return [(record.handler, record.change) for record in proxy.events]
+
+    def test_moments_of_a_schedule(self):
+        for fields, moments in [
+                ({}, [(0, True, 1, NEVER, NEVER)]),
+                ({"start": 5}, [(0, False, 0, 5, 5), (4.9, False, 0, 5, 5),
+                                (5, True, 1, NEVER, NEVER)]),
+                ({"duration": 3}, [(0, True, 1, 3, 3), (2.9, True, 1, 3, 3),
+                                   (3, False, 0, NEVER, NEVER)]),
+                ({"start": 5, "duration": 3}, [(4, False, 0, 5, 5), (5, True, 1, 8, 8),
+                                               (8, False, 0, NEVER, NEVER)]),
+                ({"start": 5, "duration": 3, "every": 10},
+                 [(4, False, 0, 5, 5), (7, True, 1, 8, 8), (8, False, 0, 15, 15),
+                  (15, True, 1, 18, 18), (18, False, 0, 25, 25), (1016, True, 1, 1018, 1018)]),
+                ({"duration": 2, "every": 2}, [(0, True, 1, NEVER, NEVER),
+                                               (2, True, 1, NEVER, NEVER)]),
+                ({"ramp": 10}, [(0, True, 0, NEVER, 0.1), (2.5, True, 0.25, NEVER, 2.6),
+                                (9.9, True, 0.99, NEVER, 10), (10, True, 1, NEVER, NEVER)]),
+                ({"start": 5, "duration": 4, "every": 4, "ramp": 4},
+                 [(7, True, 0.5, 9, 7.04), (9, True, 0, 13, 9.04), (11, True, 0.5, 13, 11.04)]),
+                ({"duration": 5, "ramp": 10}, [(4.95, True, 0.49, 5, 5), (5, False, 0, NEVER,
+                                                                         NEVER)]),
+                ({"ramp": 0.03}, [(0, True, 0, NEVER, 0.01), (0.02, True, 2 / 3, NEVER, 0.03)]),
+                ({"ramp": 0.001}, [(0, True, 0, NEVER, 0.001), (0.001, True, 1, NEVER, NEVER)]),
+                ({"ttl": 7}, [(0, True, 1, NEVER, NEVER), (99, True, 1, NEVER, NEVER)])]:
+            for since in 0, 1e6 + 1 / 3:
+                schedule = vaurien.Schedule(**fields)
+                schedule.begin(since)
+                for t, active, *numbers in moments:
+                    with self.subTest(since=since, t=t, **fields):
+                        moment = schedule.at(since + t)
+                        self.assertEqual(moment.active, active)
+                        numbers[1:] = [since + number for number in numbers[1:]]
+                        for found, number in zip(moment[1:], numbers):
+                            self.assertTrue(found == number or abs(found - number) < 1e-6,
+                                            moment)
+
+    def test_the_moment_of_each_change_differs_from_the_moment_before(self):
+        """Otherwise a timer for next_change would be set again and again, for the same time."""
+        rng = random.Random(5)
+        for _ in range(300):
+            every = rng.choice([1 / 3, 0.1, 0.7, 3])
+            schedule = vaurien.Schedule(start=rng.choice([0, 0.1, 1 / 7]), every=every,
+                                        duration=every * rng.choice([0.1, 1 / 3, 0.9, 1]),
+                                        ramp=rng.choice([0, 0, 0.05]))
+            now = rng.random() * 10 ** rng.randint(0, 9)
+            schedule.begin(now)
+            moment = schedule.at(now)
+            for _ in range(50):
+                if moment.next_change == NEVER:
+                    break
+                self.assertGreater(moment.next_change, now)
+                now, before = moment.next_change, moment
+                moment = schedule.at(now)
+                self.assertNotEqual(moment, before)
+
+    def test_times_are_numbers_of_seconds_or_texts_with_a_unit(self):
+        for value, seconds in [(0, 0), (1.5, 1.5), ("2", 2), ("90s", 90), ("5m", 300),
+                               ("1h", 3600), ("500ms", 0.5), ("1.5 m", 90), ("0s", 0),
+                               ("1e3", 1000)]:
+            with self.subTest(value):
+                self.assertEqual(vaurien.check_seconds(value), seconds)
+        for value in [-1, "-1s", "x", "", "s", "5d", "5 min", "nan", "inf", math.inf, math.nan,
+                      True, None, [], {}, "0.5ms", 1e-9, 1e10, 10 ** 400, "1e999h", "5mm",
+                      "5m s"]:
+            with self.subTest(value), self.assertRaisesRegex(
+                    ValueError, "must be 0, or a time from 1ms to 1e9s, like 90, 90s, 5m, 1h or "
+                                "500ms, not "):
+                vaurien.check_seconds(value)
+
+    def test_fields_that_do_not_fit_together_are_refused(self):
+        for fields, sentence in [
+                ({"every": 5}, "every needs duration: the seconds of each window"),
+                ({"every": 5, "duration": 6},
+                 "every must be at least the duration of 6 seconds, not 5"),
+                ({"of": 5}, "of needs times, from 1 to 5: of=5 times=1 acts on one of 5 requests"),
+                ({"of": 5, "times": 6}, "of needs times, from 1 to 5: of=5 times=1 acts on one "
+                                        "of 5 requests"),
+                ({"start": "soon"}, "start must be 0, or a time from 1ms to 1e9s, like 90, 90s, "
+                                    "5m, 1h or 500ms, not 'soon'")]:
+            with self.subTest(**fields):
+                with self.assertRaises(vaurien.InputError) as caught:
+                    vaurien.read_rules([dict(fields, name="delay")])
+                self.assertEqual(str(caught.exception), sentence)
+                with self.assertRaises(vaurien.InputError) as caught:
+                    vaurien.make_toxic("delay", "d", fields, {})
+                self.assertEqual(str(caught.exception), sentence)
+
+    def test_a_rule_acts_in_its_windows_only(self):
+        for per in "request", "connection":
+            with self.subTest(per):
+                proxy = self.proxy({"name": "delay", "per": per, "start": 5, "duration": 3,
+                                    "every": 10})
+                connection, acted = self.connected(proxy), []
+                for second in range(20):
+                    if connection.next_request():
+                        acted.append(second)
+                    proxy.loop.advance(1)
+                self.assertEqual(acted, [5, 6, 7, 15, 16, 17])
+                self.assertEqual(self.changes(proxy), [("delay", "begins"), ("delay", "ends")] * 2)
+                self.assertEqual([record[3:6] for record in proxy.events], [(0, "", 0)] * 4)
+                self.assertEqual(proxy.faults, {})
+
+    def test_the_end_of_a_window_ends_the_fault_of_the_current_request(self):
+        proxy = self.proxy({"name": "hang", "duration": 3}, {"name": "hang", "percent": 0})
+        connection, rule = self.connected(proxy), proxy.behavior[0]
+        self.assertEqual(self.changes(proxy), [("hang", "begins")])
+        self.assertEqual(connection.next_request(), ["hang"])
+        proxy.loop.advance(2.9)
+        self.assertEqual((connection.acting(), connection.released), (["hang"], []))
+        proxy.loop.advance(0.1)
+        self.assertEqual((connection.acting(), connection.released), ([], [rule]))
+
+    def test_a_window_begins_on_open_connections(self):
+        """A rule per connection begins at once. Another one waits for the next request."""
+        for per, last_direction, acting in [("connection", DOWNSTREAM, ["delay"]),
+                                            ("connection", None, ["delay"]),
+                                            ("request", DOWNSTREAM, []),
+                                            ("request", None, ["delay"])]:
+            with self.subTest(per, last_direction=last_direction):
+                proxy = self.proxy({"name": "delay", "per": per, "start": 5})
+                connection = self.connected(proxy)
+                connection.chain.last_direction = last_direction
+                proxy.loop.advance(5)
+                self.assertEqual(connection.acting(), acting)
+                self.assertEqual(connection.opened,
+                                 proxy.behavior if per == "connection" else [])
+                self.assertEqual(proxy.behavior[0].drawn_count, 1)      # not drawn again
+
+    def test_draws_do_not_depend_on_the_schedule(self):
+        fields = {"name": "delay", "percent": 50, "after": 3, "times": 2, "of": 3}
+        for per in "request", "connection":
+            expected, found = [], []
+            for schedule, acted in ({}, expected), ({"start": 40, "duration": 20, "every": 30},
+                                                    found):
+                proxy = self.proxy(dict(fields, per=per, **schedule))
+                for second in range(100):
+                    connection = FakeConnection(proxy, second // 2)
+                    acted += [(second, request) for request in range(5)
+                              if connection.next_request()]
+                    proxy.loop.advance(1)
+            self.assertEqual(found, [act for act in expected if 40 <= act[0] < 60
+                                     or 70 <= act[0] < 90], per)
+            self.assertGreater(len(found), 10)
+
+    def test_a_ramp_lets_the_percentage_rise(self):
+        proxy = self.proxy({"name": "delay", "percent": 80, "ramp": 100}, {"name": "hang",
+                                                                        "percent": 20})
+        acted = []
+        for second in range(101):
+            names = [name for number in range(400)
+                     for name in FakeConnection(proxy, number).acting()]
+            acted.append(names.count("delay"))
+            self.assertLess(abs(names.count("delay") / 400 - 0.8 * second / 100), 0.06)
+            self.assertLess(abs(names.count("hang") / 400 - 0.2), 0.06)
+            proxy.loop.advance(1)
+        self.assertEqual(acted, sorted(acted))
+        self.assertEqual(proxy.loop.timers, [])
+
+    def test_a_ramp_reaches_open_connections(self):
+        """A connection begins to act when the percentage reaches the number drawn for it."""
+        proxy = self.proxy({"name": "delay", "per": "connection", "ramp": 100})
+        connections = [FakeConnection(proxy, number) for number in range(200)]
+        proxy.connections = dict(enumerate(connections))
+        for _ in range(101):
+            self.assertEqual(
+                [connection.acting() for connection in connections],
+                [FakeConnection(proxy, number).acting() for number in range(200)])
+            proxy.loop.advance(1)
+        for connection in connections:
+            self.assertEqual((connection.acting(), connection.opened, connection.released),
+                             (["delay"], proxy.behavior, []))
+
+    def test_times_of_acts_on_the_first_requests_of_each_group(self):
+        proxy = self.proxy({"name": "delay", "after": 1, "times": 3, "of": 5})
+        connection = self.connected(proxy)
+        self.assertEqual([bool(connection.next_request()) for _ in range(12)],
+                         [True, True, True, False, False] * 2 + [True, True])
+
+    def test_a_rule_is_removed_at_the_end_of_its_ttl(self):
+        toxic = vaurien.make_toxic("latency", "slow", {"ttl": 7}, {"latency": 100})
+        proxy = self.proxy({"name": "delay", "percent": 20, "ttl": "5s"},
+                           {"name": "hang", "percent": 30}, toxics=[toxic])
+        connection = self.connected(proxy)
+        proxy.loop.advance(1)
+        number = proxy.begin_block(vaurien.read_rules([{"name": "error", "ttl": 2}]), only=True)
+        proxy.loop.advance(1.9)
+        self.assertEqual(proxy.handler_names(), "error")
+        proxy.loop.advance(0.1)
+        self.assertEqual(proxy.handler_names(), "delay,hang")
+        proxy.end_block(number)                 # has no effect
+        proxy.loop.advance(2)
+        self.assertEqual(proxy.describe(), "30:hang, 70:dummy, " + str(toxic))
+        self.assertEqual((proxy.behavior[0].draw_min, proxy.behavior[0].draw_max), (20, 50))
+        proxy.loop.advance(2)
+        self.assertEqual((proxy.describe(), proxy.loop.timers), ("30:hang, 70:dummy", []))
+        self.assertEqual(self.changes(proxy), [("error", "expires"), ("delay", "expires"),
+                                               ("latency", "expires")])
+        self.assertEqual(connection.released[-1], toxic.rule)
+        self.assertEqual([record.toxic for record in proxy.events], [None, None, "slow"])
+
+    def test_each_update_restarts_the_ttl_but_not_the_windows(self):
+        def toxic(latency):
+            return vaurien.make_toxic("latency", "slow", {"start": 3, "duration": 9, "ttl": 10},
+                                      {"latency": latency})
+
+        proxy, first = self.proxy(toxics=[toxic(1)]), []
+        for latency in 1, 2, 2:
+            proxy.loop.advance(8)
+            first += [proxy.toxics[0].rule.moment.active]
+            proxy.set_toxics([toxic(latency)])
+        proxy.set_toxics([*proxy.toxics, vaurien.make_toxic("noop", "n", {}, {})])     # no update
+        self.assertEqual(first, [True, False, False])
+        proxy.loop.advance(9.9)
+        self.assertEqual(len(proxy.toxics), 2)
+        proxy.loop.advance(0.1)
+        self.assertEqual([toxic.name for toxic in proxy.toxics], ["n"])
+
+    def test_no_timer_is_left_behind(self):
+        fields = {"name": "delay", "start": 5, "duration": 3, "every": 10, "ttl": 1000}
+        toxic = vaurien.make_toxic("latency", "slow", {"ramp": 100, "ttl": 10}, {})
+        for end in (lambda proxy: proxy.replace_rules([], {}, []), lambda proxy: proxy.close()):
+            proxy = self.proxy(fields, toxics=[toxic])
+            proxy.loop.advance(6)
+            self.assertEqual(len(proxy.loop.timers), 1)
+            proxy.set_rules(vaurien.read_rules([fields]))
+            self.assertEqual(len(proxy.loop.timers), 1)
+            end(proxy)
+            self.assertEqual(proxy.loop.timers, [])
+
+    def test_a_sleeping_rule_needs_no_wakeups(self):
+        proxy = self.proxy({"name": "delay", "start": 3600, "duration": 60})
+        with mock.patch.object(proxy, "update_moment", side_effect=proxy.update_moment) as update:
+            for until, count in (3599, 0), (3600, 1), (3659, 1), (3660, 2), (1e6, 2):
+                proxy.loop.advance(until - proxy.loop.now)
+                self.assertEqual(update.call_count, count)
+
+    def test_a_proxy_that_opens_again_begins_all_times_anew(self):
+        proxy = self.proxy({"name": "delay", "start": 5})
+        proxy.loop.advance(6)
+        self.assertEqual(self.connected(proxy).acting(), ["delay"])
+        proxy.close()
+        proxy.open(SimulatedLoop())
+        self.assertEqual(self.connected(proxy).acting(), [])
+        proxy.loop.advance(5)
+        self.assertEqual(self.connected(proxy).acting(), ["delay"])
+
+    def test_held_data_goes_on_at_the_end_of_the_window(self):
+        for protocol, question in ("tcp", b"question"), ("redis", b"+PING\r\n"):
+            for type_ in "handler", "toxic":
+                with self.subTest(protocol, type=type_), \
+                        running_proxy(echo, protocol=protocol) as proxy, \
+                        connected_client(proxy) as sock:
+                    began = time.monotonic()
+                    with getattr(proxy, type_)("hang", duration=0.1) as fault:
+                        self.assertEqual(send_and_read(sock, question), question)
+                        self.assertGreaterEqual(time.monotonic() - began, 0.1)
+                        self.assertEqual(send_and_read(sock, question), question)
+                    self.assertEqual((fault.count, len(proxy.events())), (1, 3))
+                    with self.assertRaises(TimeoutError):       # the other records do not count
+                        proxy.wait_for("hang", timeout=0, since=proxy.events()[1].number)
+
+    def test_a_window_reaches_an_open_connection_that_is_idle(self):
+        with running_proxy(echo) as proxy, connected_client(proxy) as sock:
+            send_and_read(sock, b"question")
+            began = time.monotonic()
+            proxy.add_toxic("timeout", timeout=1, start="200ms")
+            self.assertEqual(read_until_close(sock), EMPTY_EOF)
+            self.assertGreaterEqual(time.monotonic() - began, 0.2)
+
+    def test_a_ttl_of_a_client_heals_the_proxy(self):
+        with proxy_with_control() as (proxy, client), connected_client(proxy) as sock:
+            began = time.monotonic()
+            client.handler("hang", ttl=0.2).__enter__()         # and the test crashes
+            client.add_toxic("hang", ttl="0.2s")
+            self.assertEqual(send_and_read(sock, b"question"), b"question")
+            self.assertGreaterEqual(time.monotonic() - began, 0.2)
+            wait_until(lambda: client.describe() == "100:dummy")
+            self.assertEqual(sum(record.change == "expires" for record in client.events()), 2)
 
 
 class TestMatch(unittest.TestCase):
@@ -6096,6 +6446,35 @@ class TestRoutes(unittest.TestCase):
         self.request("PUT", "/rules", json.dumps(rules).encode())
         self.assertEqual(self.one.describe(), "20:delay sleep=2.0, 5:hang, 75:dummy")
 
+    def test_get_shows_whether_a_rule_is_in_a_window_and_until_when(self):
+        for fields, active, seconds in [({"start": "90s"}, False, 90),
+                                        ({"duration": 60}, True, 60),
+                                        ({"duration": 60, "ttl": "5s"}, True, 5),
+                                        ({"start": 5, "ttl": 2}, False, 2),
+                                        ({"ramp": 10}, True, None)]:
+            with self.subTest(**fields):
+                before = time.time()
+                self.request("PUT", "/behavior", json.dumps(dict(fields, name="delay")).encode())
+                rules = self.request("GET", "/rules")
+                rule, = rules["rules"]
+                self.assertIs(rule["active"], active)
+                if seconds is None:
+                    self.assertIsNone(rule["until"])
+                else:
+                    self.assertGreaterEqual(rule["until"], before + seconds - 0.1)
+                    self.assertLessEqual(rule["until"], time.time() + seconds + 0.1)
+                self.request("PUT", "/rules", json.dumps(rules).encode())
+                self.assertEqual(self.request("GET", "/rules")["rules"][0]["active"], active)
+        set_behavior(self.one, "20:delay,5:hang", delay={"sleep": 2})
+        self.assertNotIn("active", self.request("GET", "/rules")["rules"][0])
+        self.check_errors(
+            ("PUT", "/rules", b'{"rules": [{"name": "delay", "until": 5}]}', "body", "until",
+             "until is not an option of delay"),
+            ("PUT", "/rules", b'{"rules": [{"name": "delay", "active": "yes"}]}', "body",
+             "active", "active is not an option of delay"),
+            ("PUT", "/behavior", b'{"name": "delay", "every": 5}', "body", "every",
+             "every needs duration"))
+
     def test_put_of_the_result_of_get_restores_the_position_of_dummy(self):
         behavior = [(20, "delay"), (30, "dummy"), (5, "error")]
         with OpenProxy("127.0.0.1:9", "127.0.0.1:0", behavior) as proxy:
@@ -7401,6 +7780,30 @@ class TestToxiproxyApi(ToxiproxyTestCase):
         rule, = self.proxies["p"].rules.installed
         self.assertEqual((rule.draw_max, rule.per, rule.after, rule.times, rule.stream),
                          (50, "request", 3, 2, DOWNSTREAM))
+
+    def test_a_toxic_has_a_schedule_and_a_ttl(self):
+        self.create_proxy()
+        before = time.time()
+        toxic = self.add_toxic("latency", start="1h", duration=60, ttl="2h")
+        self.assertEqual([toxic[key] for key in ("start", "duration", "ttl", "active")],
+                         [3600, 60, 7200, False])
+        self.assertGreaterEqual(toxic["until"], before + 3600 - 0.1)
+        self.assertEqual(self.request("GET", "/proxies/p/toxics"), [])      # Toxiproxy's JSON
+        rules = self.request("GET", "/proxies/p")["rules"]
+        self.assertEqual([rule["name"] for rule in rules], ["latency_downstream"])
+        toxics = self.request("PUT", "/proxies/p/toxics", rules)            # sent back
+        self.assertEqual([toxics[0][key] for key in ("start", "ttl", "active")],
+                         [3600, 7200, False])
+        path = "/proxies/p/toxics/latency_downstream"
+        self.assertEqual(self.request("PATCH", path, {"ttl": "5m"})["ttl"], 300)
+        self.assertNotIn("ttl", self.request("PATCH", path, {"ttl": 0}))
+        self.assertEqual(self.request("GET", path)["active"], False)
+        self.check_errors("PATCH", path, [
+            ({"start": 5}, 400, "start cannot be changed"),
+            ({"ttl": "x"}, 400, "ttl must be 0, or a time from 1ms"),
+            ({"every": 5}, 400, "every must be at least the duration of 60 seconds, not 5")])
+        self.assertEqual(set(self.add_toxic("noop")),
+                         {"attributes", "name", "type", "stream", "toxicity"})
 
     def test_all_toxics_are_replaced_in_one_request(self):
         self.create_proxy()
@@ -9669,6 +10072,25 @@ class TestCtl(unittest.TestCase):
                 (["rules"], "100:dummy, toxic slow (100:upstream latency latency=200 jitter=5)"))
             _, out, _ = self.run_ctl(client, "toxics")
             self.assertEqual(json.loads(out)["attributes"], {"latency": 200, "jitter": 5})
+
+    def test_times(self):
+        with proxy_with_control() as (_, client):
+            self.check_actions(
+                client,
+                (["set-rules", "20:delay", "start=5s", "5:error", "times=3", "of=5", "ttl=1h"],
+                 "Rules changed to 20:delay sleep=1.0 start=5.0, 5:error warmup=0 times=3 of=5 "
+                 "ttl=3600.0, 75:dummy"),
+                (["add-toxic", "noop", "name=a", "duration=1h", "every=2h"], "Toxic added: a"),
+                (["add-toxic", "noop", "name=b", "ttl=1h"], "Toxic added: b"),
+                (["update-toxic", "a", "ttl=5m"], "Toxic changed: a"))
+            self.assertEqual([(toxic["name"], toxic["active"], toxic["ttl"]) for toxic in map(
+                json.loads, self.run_ctl(client, "toxics")[1].splitlines())],
+                [("a", True, 300), ("b", True, 3600)])
+            self.assertEqual(json.loads(self.run_ctl(client, "events")[1])["change"], "begins")
+            self.assertEqual(
+                self.run_ctl(client, "add-toxic", "noop", "start=soon"),
+                (1, "", "vaurienctl: bad request body: start must be 0, or a time from 1ms to "
+                        "1e9s, like 90, 90s, 5m, 1h or 500ms, not 'soon'"))
 
     def test_a_proxy_is_disabled_and_enabled(self):
         with proxy_with_control() as (proxy, client):

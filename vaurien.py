@@ -43,6 +43,9 @@ Glossary:
     toxic                  a rule of a proxy with a name and a draw of its own
     toxicity               the probability that a toxic acts, from 0 to 1
     draw                   a random number, fixed by the seed: it decides whether a rule acts
+    window                 a time in which a rule acts, from `start` on and for `duration`
+    ttl                    the time to live: the rule is removed then
+    schedule               the windows of a rule, its ramp and its ttl
     active rule            a rule drawn for one request or connection, with its state
     chain                  the active rules of a connection, in order
     delay queue            the bytes of one direction, each chunk with its due time
@@ -53,7 +56,8 @@ Glossary:
     exchange               a request and its reply
     boundary               a position in a stream where a request or reply begins or ends
     framer                 finds the boundaries in one direction of a connection
-    fault record           an entry of the log and the API: a rule acted on a request
+    fault record           an entry of the log and the API: a rule acted on a request, its window
+                           began or ended, or its ttl expired
 
 To add
 
@@ -279,6 +283,8 @@ RESET = Signal("RESET")     # The proxy drops all data and resets both sockets.
 
 INT64_MAX = 2 ** 63 - 1     # the largest number that Toxiproxy accepts (int64 in Go)
 NAME_MAX = 255              # characters of the longest name of a proxy or toxic
+TIME_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}    # {unit of a time: its seconds}
+SECONDS_MIN, SECONDS_MAX = 0.001, 1e9   # the shortest and the longest time that is not 0
 TOKEN_VARIABLE = "VAURIEN_HTTP_TOKEN"   # the environment variable that replaces --http-token
 
 
@@ -392,6 +398,21 @@ check_percent = number_check(float, "a number from 0 to 100", lambda value: 0 <=
 check_port = number_check(int, "a port from 0 to 65535", lambda value: 0 <= value <= 65535)
 check_toxicity = number_check(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 check_timeout = number_check(float, "a number of seconds, more than 0", lambda value: value > 0)
+
+
+def check_seconds(value):
+    """Convert a number of seconds, or a text like "90s", "5m", "1h" or "500ms", to seconds."""
+    number, unit = value, 1.0
+    if isinstance(value, str):
+        match = re.fullmatch(r"(.*[0-9.])\s*(ms|s|m|h)\s*", value)
+        if match:
+            number, unit = match.group(1), TIME_UNITS[match.group(2)]
+    with contextlib.suppress(ValueError):
+        seconds = check_number(number, float, "") * unit
+        if seconds == 0 or SECONDS_MIN <= seconds <= SECONDS_MAX:
+            return seconds
+    raise ValueError("must be 0, or a time from 1ms to 1e9s, like 90, 90s, 5m, 1h or 500ms, not %r"
+                     % (value,))
 
 
 def format_value(value):
@@ -824,6 +845,20 @@ def option_help(function):
     return {name: text for name, text in lines if name in handler_options(function)}
 
 
+def without_moment(json_object):
+    """Return the JSON object of a rule without the keys of Rule.times_to_json.
+
+    A client may send back the rules that it has got. Input of another form keeps these keys, so
+    that they are refused.
+    """
+    until = json_object.get("until", "")
+    if not (isinstance(json_object.get("active"), bool)
+            and (until is None or type(until) in (int, float))):
+        return json_object
+    return OrderedDict((key, value) for key, value in json_object.items()
+                       if key not in ("active", "until"))
+
+
 def get_handler(name):
     """Return the handler of that name. Raises ValueError if there is none."""
     if isinstance(name, str) and name in HANDLERS:
@@ -890,7 +925,19 @@ RULE_FIELDS = OrderedDict((
                                " together")),
     ("times", Field(check_count, 0, "number of requests to act on at most, of all clients"
                                " together; 0 is no limit")),
+    ("of", Field(check_count, 0, "with times: act on the first `times` of every `of` requests")),
+    ("start", Field(check_seconds, 0.0, "seconds, or 90s, 5m, 1h, 500ms, from the setting of the "
+                                    "rule until it acts")),
+    ("duration", Field(check_seconds, 0.0, "seconds for which it acts then; 0 is no limit")),
+    ("every", Field(check_seconds, 0.0, "seconds after which start repeats; 0 is never")),
+    ("ramp", Field(check_seconds, 0.0, "seconds in which the percentage rises from 0 to its "
+                                   "value")),
+    ("ttl", Field(check_seconds, 0.0, "seconds after which the rule is removed, counted from its "
+                                  "last change; 0 is never")),
 ))
+
+
+TIME_FIELDS = ["start", "duration", "every", "ramp", "ttl"]     # those that a Schedule has
 
 
 def is_rule_field(function, key):
@@ -2727,6 +2774,87 @@ DRAW_TO_PERCENT = 100 / 2 ** 64     # percent for each unit: a drawn number has 
 DRAW_BLOCK = struct.Struct(">8Q")   # the 8 numbers in one blake2b hash
 
 
+# What a Schedule says about one moment.
+#
+# active         whether the moment is in a window
+# share          the part of the percentage that counts: 0 outside of windows, less than 1 during
+#                a ramp, otherwise 1
+# until          the time at which `active` changes next, or NEVER
+# next_change    the time at which `active` or `share` changes next, or NEVER
+Moment = namedtuple("Moment", "active share until next_change")
+
+
+class Schedule:
+    """The times at which a rule, or anything else, acts. The times between are its windows.
+
+        now       start      + duration         start + every
+         |          |            |                   |            |
+         |  sleeps  |  1st window|      sleeps       | 2nd window |
+                     ramp: the share rises from 0 to 1
+
+    start, duration, every, ramp, ttl    seconds, as in RULE_FIELDS; 0 has no effect
+
+    It reads no clock and has no timer. `begin` and `renew` note the time; a caller sets a timer
+    for `next_change`. All times are of one clock, in seconds.
+    """
+
+    __slots__ = ("start", "duration", "every", "ramp", "ttl", "since", "expires")
+    RAMP_STEPS = 100        # a ramp rises in this many steps ...
+    RAMP_STEP_MIN = 0.01    # ... each at least this many seconds long
+
+    def __init__(self, start=0.0, duration=0.0, every=0.0, ramp=0.0, ttl=0.0):
+        self.start, self.duration, self.every, self.ramp = start, duration, every, ramp
+        self.ttl = ttl
+        self.since = None           # the time of `begin`
+        self.expires = NEVER        # the end of the ttl
+
+    def is_trivial(self):
+        """Return whether all times are 0: one window without an end."""
+        return not (self.start or self.duration or self.ramp or self.ttl)
+
+    def has_windows(self):
+        """Return whether windows begin or end at certain times."""
+        return bool(self.start or self.duration)
+
+    def begin(self, now):
+        """Count all times from now on."""
+        self.since = now
+        self.renew(now)
+
+    def renew(self, now):
+        """Count the ttl from now on. The windows stay."""
+        self.expires = now + self.ttl if self.ttl else NEVER
+
+    def at(self, now):
+        """Return the Moment of a time after `begin`."""
+        begin, repetition = self.since + self.start, NEVER
+        if self.every and now >= begin:
+            # The quotient may be off by one, because it is rounded. Windows begin at the sums.
+            count = int((now - begin) // self.every)
+            count += (now >= begin + self.every * (count + 1)) - (now < begin + self.every * count)
+            begin, repetition = (begin + self.every * count, begin + self.every * (count + 1))
+        if now < begin:
+            return Moment(False, 0.0, begin, begin)
+        endless = not self.duration or (self.duration == self.every and not self.ramp)
+        end = NEVER if endless else begin + self.duration
+        if now >= end:
+            return Moment(False, 0.0, repetition, repetition)
+        share, next_step = self.share(now, begin)
+        return Moment(True, share, end, min(end, next_step))
+
+    def share(self, now, begin):
+        """Return (share, time of its next change) in a window that began at `begin`."""
+        steps = max(1, min(self.RAMP_STEPS, int(self.ramp / self.RAMP_STEP_MIN)))
+        step = self.ramp / steps
+        done = int((now - begin) // step) if step else steps
+        done += step > 0 and now >= begin + step * (done + 1)
+        return (1.0, NEVER) if done >= steps else (done / steps, begin + step * (done + 1))
+
+    def next_change(self, now):
+        """Return when to look at the schedule again, or NEVER."""
+        return min(self.at(now).next_change, self.expires)
+
+
 class SearchTimeout(Exception):
     """A search for `match` has used more than MATCH_TIMEOUT seconds of CPU time."""
 
@@ -2776,7 +2904,8 @@ class Rule:
 
     name                the handler's name
     options             {option: value}
-    draw_min, draw_max  percent; the rule acts if draw_min <= the number drawn < draw_max
+    draw_min, draw_max  percent; the rule acts if draw_min <= the number drawn < draw_max, while
+                        its schedule has a window
     draw_key            text that selects the number. Rules with the same key get the same
                         number, so that at most one of them acts
     fields              the RULE_FIELDS except percent; each becomes an attribute of that name
@@ -2785,7 +2914,7 @@ class Rule:
     __slots__ = ("name", "handler", "options", "draw_min", "draw_max", "draw_key", "direction",
                  "keeps_due_time", "rate_limited", "blocking", "drawn_count", "acted_count",
                  "shared", "error_logged", "instance", "toxic", "block", "match_failed",
-                 "slow_logged",
+                 "slow_logged", "schedule", "moment", "acting_max", "limit",
                  *(field for field in RULE_FIELDS if field != "percent"))
 
     per: str
@@ -2793,6 +2922,7 @@ class Rule:
     match: "re.Pattern"
     after: int
     times: int
+    of: int
 
     def __init__(self, name, options=None, draw_min=0.0, draw_max=100.0, draw_key="behavior",
                  **fields):
@@ -2805,6 +2935,10 @@ class Rule:
         if fields:
             raise TypeError("a rule has no field %s" % ", ".join(fields))
         self.set_options(dict(handler_options(self.handler), **options or {}))
+        self.schedule = Schedule(**{field: getattr(self, field) for field in TIME_FIELDS})
+        # A proxy that is open keeps the moment up to date.
+        self.set_moment(Moment(not self.schedule.has_windows(), 1.0, NEVER, NEVER))
+        self.limit = 0 if self.of else self.times       # number of requests to act on at most
         self.keeps_due_time = getattr(self.handler, "keeps_due_time", False)
         self.rate_limited = getattr(self.handler, "rate_limited", False)
         self.blocking = is_blocking_handler(self.handler)   # then chains skip the rule
@@ -2841,8 +2975,44 @@ class Rule:
             return False
 
     def includes(self, number):
-        """Return whether the rule acts if this number is drawn."""
-        return self.draw_min <= number * DRAW_TO_PERCENT < self.draw_max
+        """Return whether the rule acts now if this number is drawn."""
+        return self.draw_min <= number * DRAW_TO_PERCENT < self.acting_max
+
+    def selects(self, count):
+        """Return whether `after`, `times` and `of` let the rule act on a request.
+
+        count    the number of the request: drawn_count at the time of its draw
+        """
+        return count > self.after and not (
+            self.of and (count - self.after - 1) % self.of >= self.times)
+
+    def set_moment(self, moment):
+        """Use a Moment of the schedule. It limits the drawn numbers with which the rule acts."""
+        self.moment = moment
+        self.acting_max = self.draw_max if moment.share == 1 else (
+            self.draw_min + moment.share * (self.draw_max - self.draw_min))
+
+    def set_draw_max(self, draw_max):
+        """Change the percentage."""
+        self.draw_max = draw_max
+        self.set_moment(self.moment)
+
+    def sleeps(self):
+        """Return whether the rule acts on nothing now, whatever is drawn for it."""
+        return not self.moment.share
+
+    def times_to_json(self, to_unix):
+        """Return whether the rule is in a window, and until when: {"active": ..., "until": ...}.
+
+        to_unix    function that converts a time of the loop's clock to seconds since 1970
+
+        The time is that of the next change of `active`, or of the rule's removal. It is None if
+        nothing will change. The result is empty for a rule without times.
+        """
+        if self.schedule.is_trivial():
+            return {}
+        until = min(self.moment.until, self.schedule.expires)
+        return {"active": self.moment.active, "until": to_unix(until) if until < NEVER else None}
 
     def own_fields(self):
         """Return {field: value} of the rule fields that differ from their defaults.
@@ -2925,15 +3095,24 @@ class ActiveRule(Counter):
     chance = property(lambda self: self.draw)
 
     def set_acts(self, acts):
-        """Start or stop to act, because draw_min or draw_max of the rule has changed."""
+        """Start or stop to act, because the percentage or the moment of the rule has changed.
+
+        Returns whether the rule starts to act.
+        """
+        starts = acts and not self.acts
         if acts != self.acts:
             self.clear()
             self.generator = None
         self.acts = acts
+        return starts
 
     def may_act(self):
         """Return whether the rule has acted already, or `times` permits one more request."""
-        return self.has_acted or not 0 < self.rule.times <= self.rule.acted_count
+        return self.has_acted or not 0 < self.rule.limit <= self.rule.acted_count
+
+    def is_over(self):
+        """Return whether the rule has stopped to act on this request, because it sleeps."""
+        return self.acts and self.rule.sleeps()
 
     def mark_acted(self):
         """Record that the rule has changed an event. Returns whether this is the first time."""
@@ -3015,12 +3194,12 @@ class Toxic:
         self.rule.set_options(
             {option: value if isinstance(value, str) else type(value)(max(value, 0))
              for option, value in self.attributes.items()})
-        self.rule.draw_max = 100.0 * toxicity
+        self.rule.set_draw_max(100.0 * toxicity)
 
     def same_rule(self, other):
-        """Return whether another toxic differs only in its toxicity and attributes."""
-        return (self.stream, self.rule.name, self.rule.own_fields()) == (
-            other.stream, other.rule.name, other.rule.own_fields())
+        """Return whether another toxic differs only in its toxicity, attributes and ttl."""
+        return (self.stream, self.rule.name, dict(self.rule.own_fields(), ttl=0)) == (
+            other.stream, other.rule.name, dict(other.rule.own_fields(), ttl=0))
 
     def __str__(self):
         return str(self.rule)
@@ -3096,6 +3275,22 @@ def check_fields(name, function, fields):
         if "match" in fields:
             errors.append(("match", "match is not possible for %s, because it is a blocking "
                                     "handler" % name))
+    return errors + check_times(fields)
+
+
+def check_times(fields):
+    """Return the fields about times and counts that do not fit together: [(field, sentence)]."""
+    errors = []
+    duration, every = fields.get("duration", 0), fields.get("every", 0)
+    times, of = fields.get("times", 0), fields.get("of", 0)
+    if every and not duration:
+        errors.append(("every", "every needs duration: the seconds of each window"))
+    elif every and every < duration:
+        errors.append(("every", "every must be at least the duration of %g seconds, not %g"
+                       % (duration, every)))
+    if of and not 0 < times <= of:
+        errors.append(("of", "of needs times, from 1 to %d: of=%d times=1 acts on one of %d "
+                             "requests" % (of, of, of)))
     return errors
 
 
@@ -3254,7 +3449,9 @@ class Chain:
             hits = self.block_hits[self.request % 8]
             self.active_rules = [ActiveRule(rule, rule.drawn_count, number)
                                  for rule, number in hits
-                                 if rule.drawn_count > rule.after] if hits else []
+                                 if rule.drawn_count > rule.after
+                                 and (not rule.of or rule.selects(rule.drawn_count))
+                                 ] if hits else []
         else:
             for active in self.per_connection.values():
                 if active is not None and active.match_buffer:
@@ -3284,26 +3481,29 @@ class Chain:
                 if rule.includes(number):
                     hits.append((rule, number))
 
-    def draw_number(self, rule):
+    def draw_number(self, rule, count=1):
         """Draw the number that decides whether a rule acts on the current request.
+
+        count    0 if the request is counted already, because the rule was drawn for it while it
+                 was asleep
 
         A rule per connection has one number for all requests, that of request 0. Returns
         (number, whether the rule acts).
         """
-        rule.drawn_count += 1
+        rule.drawn_count += count
         request = self.request if rule.per == "request" else 0
         number = self.rules.draw_block(rule.draw_key, self.connection, request // 8)[request % 8]
-        return number, rule.includes(number) and rule.drawn_count > rule.after
+        return number, rule.includes(number) and rule.selects(rule.drawn_count)
 
-    def draw_rule(self, rule):
+    def draw_rule(self, rule, count=1):
         """Draw a rule for the current request. Returns its ActiveRule, or None if it does not act.
 
         A rule with `match` is drawn later, when the request matches. A rule per connection
-        has an ActiveRule also if it does not act.
+        has an ActiveRule also if it does not act. `count` is that of draw_number.
         """
         if rule.match:
             return ActiveRule(rule, rule.drawn_count, acts=False, match_buffer=b"")
-        number, acts = self.draw_number(rule)
+        number, acts = self.draw_number(rule, count)
         if not acts and rule.per == "request":
             return None
         return ActiveRule(rule, rule.drawn_count, number, acts)
@@ -3338,23 +3538,33 @@ class Chain:
         self.active_rules = self.collect(
             lambda rule: self.draw_rule(rule) if rule in rules else current.get(rule))
 
-    def rules_changed(self, new, changed=()):
+    def rules_changed(self, new, changed=(), woken=()):
         """Apply a change of the installed rules.
 
-        Removed rules stop acting. New rules per connection begin now. New rules per request
-        begin with the next request, or with the current one if it has no bytes yet. A changed
-        rule keeps its state.
+        Removed rules stop acting, and rules that sleep now. New rules per connection begin now.
+        New rules per request begin with the next request, or with the current one if it has no
+        bytes yet. A changed rule keeps its state. Woken rules, whose percentage rises because
+        of their schedule, begin like new ones.
+
+        Returns the changed and woken rules per connection that begin now.
         """
-        current = {active.rule: active for active in self.active_rules}
         self.block = -1
         self.per_connection = {rule: active for rule, active in self.per_connection.items()
                                if rule in self.rules.installed}
-        for rule in changed:
-            active = self.per_connection.get(rule)
-            if active is not None and active.match_buffer is None:
-                active.set_acts(rule.includes(active.draw) and active.request > rule.after)
+        begun = []
+        for rule, active in self.per_connection.items():
+            if active is not None and active.match_buffer is None and (
+                    rule in changed or not rule.schedule.is_trivial()):
+                if active.set_acts(rule.includes(active.draw) and rule.selects(active.request)):
+                    begun.append(rule)
         self.undrawn = [rule for rule in [*self.undrawn, *new] if rule in self.rules.installed]
+        current = {active.rule: active for active in self.active_rules if not active.is_over()}
+        if self.last_direction is None:
+            current.update((rule, self.draw_rule(rule, count=0)) for rule in woken
+                           if rule not in current and rule not in self.undrawn
+                           and rule.per == "request" and not rule.match)
         self.active_rules = self.collect(current.get)
+        return begun
 
     def release(self, removed, changed):
         """Undo the delays of rules that were removed or changed, as DelayQueue.release does."""
@@ -3452,7 +3662,7 @@ class Chain:
         rule = active.rule
         if not active.acts and not self.matches(active, to, data):
             return [event]
-        if rule.direction not in ("both", to) or (rule.times and not active.may_act()):
+        if rule.direction not in ("both", to) or (rule.limit and not active.may_act()):
             return [event]
         active.request_number, active.current_request = self.number, self.current_request
         active.protocol, active.protocol_lost = self.protocol, self.protocol_lost
@@ -3587,8 +3797,8 @@ class ProtocolChain(Chain):
     4. Only the first event of a request can refuse it, and only if the backend has got none of
        its bytes. So a second rule cannot refuse it, nor a rule that begins to act later.
     5. A rule that has refused a request finishes that, also if it is removed or changed.
-    6. Nothing waits for a rule that is not installed: neither in a delay queue nor in an
-       exchange, and no active rule keeps the time that another rule has given its events.
+    6. Nothing waits for a rule that sleeps or is not installed: neither in a delay queue nor in
+       an exchange, and no active rule keeps the time that another rule has given its events.
     7. After a refusal that closes the connection, the backend gets no further bytes.
     """
 
@@ -3618,7 +3828,7 @@ class ProtocolChain(Chain):
     def direction_changed(self, to):
         self.last_direction = to        # requests begin where the protocol finds them
 
-    def draw_rule(self, rule):
+    def draw_rule(self, rule, count=1):
         """Draw a rule for the current request. Returns its ActiveRule, or None if it does not act.
 
         The text of the Request decides at once whether `match` matches.
@@ -3626,22 +3836,23 @@ class ProtocolChain(Chain):
         if rule.match and not (self.current_request and rule.matches(
                 self.current_request.text[:MATCH_WINDOW])):
             return None
-        draw, acts = self.draw_number(rule)
+        draw, acts = self.draw_number(rule, count)
         return ActiveRule(rule, rule.drawn_count, draw, acts)
 
     def awaits_match(self, rule):
         return rule.match and self.per_connection[rule] is None
 
-    def rules_changed(self, new, changed=()):
+    def rules_changed(self, new, changed=(), woken=()):
         # The new rules begin with the last exchange.
         last = self.exchanges[-1]
         self.set_exchange(last, is_first=last.request is None and self.last_direction is None)
-        super().rules_changed(new, changed)
+        begun = super().rules_changed(new, changed, woken)
         self.last_affected = None
         for exchange in self.exchanges:
             exchange.active_rules = self.remaining_rules(exchange)
             if exchange.active_rules or exchange.queued_events:
                 self.last_affected = exchange
+        return begun
 
     def remaining_rules(self, exchange):
         """Return the active rules of an exchange after the installed rules have changed.
@@ -3653,7 +3864,7 @@ class ProtocolChain(Chain):
             rules = self.active_rules
         else:
             rules = [active for active in exchange.active_rules
-                     if active.rule in self.rules.installed]
+                     if active.rule in self.rules.installed and not active.is_over()]
         refusing = [exchange.refusal.active_rule] if exchange.refusal else []
         return [active for active in refusing if not any(active is rule for rule in rules)] + rules
 
@@ -5728,18 +5939,19 @@ class Connection:
             self.proxy.record_fault(self, active, request)
         self.pump()
 
-    def rules_changed(self, new, removed, changed):
+    def rules_changed(self, new, removed, changed, woken=()):
         """Apply a change of the installed rules. Release data that removed or changed ones held.
 
-        new, removed, changed    Rules
+        new, removed, changed, woken    Rules; a rule that falls asleep is a removed one here
         """
         now = self.loop.clock()
-        self.chain.rules_changed(new, changed)
+        begun = self.chain.rules_changed(new, changed, woken)
         released = self.chain.release(removed, changed)
         for link in self.up, self.down:
             if link.release(removed, changed) or released:
                 self.chain.reset_due_times(link.to, max(now, link.latest))
-        self.enqueue(now, self.chain.process_open(now, [UPSTREAM, DOWNSTREAM], [*new, *changed]))
+        self.enqueue(now, self.chain.process_open(now, [UPSTREAM, DOWNSTREAM],
+                                                  [*new, *changed, *begun]))
 
     def on_timer(self):
         self.timer = None
@@ -6099,7 +6311,9 @@ class Connection:
 
 # A rule has acted on a request. `options` has the options of its handler, and the values that the
 # handler has drawn. `toxic` is the name of the toxic, and `block` the number of the Block, that
-# the rule belongs to, if any.
+# the rule belongs to, if any. `change` is None, unless the record is about the rule itself: its
+# window "begins" or "ends", or it "expires" at the end of its ttl. Then connection and request
+# are 0, and client is empty.
 if MYPY:
     class FaultRecord(NamedTuple):
         number: int
@@ -6112,10 +6326,11 @@ if MYPY:
         options: "Dict[str, OptionValue]"
         toxic: "Optional[str]" = None
         block: "Optional[int]" = None
+        change: "Optional[str]" = None
 else:
     FaultRecord = namedtuple("FaultRecord", "number time proxy connection client request handler "
-                                            "options toxic block")
-    FaultRecord.__new__.__defaults__ = (None, None)
+                                            "options toxic block change")
+    FaultRecord.__new__.__defaults__ = (None, None, None)
 
 # The rules of a proxy have changed, or the proxy has started.
 #
@@ -6167,6 +6382,7 @@ class ProxyServer:
         self.install_rules(read_rules(behavior_tables(behavior, options)), OrderedDict(),
                            list(toxics))
         self.loop = None                    # set by `open`
+        self.rule_timer = None              # for the next change of a rule by its schedule
         self.listener = None                # None while disabled
         self.set_backend(distant)
         self.connections = {}               # {number: Connection}, the open ones
@@ -6209,6 +6425,8 @@ class ProxyServer:
         """Set the loop. If the port is bound, begin to accept clients."""
         self.loop = loop
         self.record_rule_change()
+        self.begin_schedules()
+        self.set_rule_timer()
         if self.listener:
             self.listener.open(loop)
             log.info("%slistening on %s for %s: %s; seed %s%s", self.log_prefix, self.listener,
@@ -6276,6 +6494,9 @@ class ProxyServer:
                 self.listener.close()
             return
         self.stop_listening("stopped")
+        self.loop.cancel(self.rule_timer)
+        for rule in self.all_rules():
+            rule.schedule.since = None      # if the proxy opens again, all times begin anew
         log.info("%sstopped: connections: %d, requests: %d, faults: %s", self.log_prefix,
                  self.accepted, self.rules.request_count,
                  ", ".join("%d %s" % (count, name) for name, count in self.faults.items())
@@ -6390,7 +6611,8 @@ class ProxyServer:
         """Replace the toxics.
 
         A toxic that exists already keeps its state. If its toxicity or an attribute changes,
-        the data that it delays is released.
+        the data that it delays is released. Its ttl begins again, unless `toxics` has the very
+        same object.
         """
         current = {toxic.name: toxic for toxic in self.toxics}
         installed, changed_rules = [], []
@@ -6400,6 +6622,9 @@ class ProxyServer:
                 installed.append(toxic)
                 continue
             installed.append(old)
+            if old is not toxic:
+                old.rule.ttl = old.rule.schedule.ttl = toxic.rule.ttl
+                old.rule.schedule.renew(self.loop.clock())
             if (old.toxicity, old.attributes) != (toxic.toxicity, toxic.attributes):
                 old.update(toxic.toxicity, toxic.attributes)
                 changed_rules.append(old.rule)
@@ -6423,8 +6648,70 @@ class ProxyServer:
         new = [rule for rule in after if rule not in before]
         self.record_rule_change()
         log.info("%srules: %s", self.log_prefix, self.describe())
+        self.begin_schedules()
+        self.set_rule_timer()
         for connection in list(self.connections.values()):
             connection.rules_changed(new, removed, changed)
+
+    def all_rules(self):
+        """Return the rules of the behavior, of the open blocks, and of the toxics."""
+        return [*self.behavior, *(rule for block in self.blocks.values() for rule in block.rules),
+                *(toxic.rule for toxic in self.toxics)]
+
+    def scheduled_rules(self):
+        """Return the rules whose schedule changes with time."""
+        return [rule for rule in self.all_rules() if not rule.schedule.is_trivial()]
+
+    def begin_schedules(self):
+        """Let the times of new rules begin now."""
+        now = self.loop.clock()
+        for rule in self.scheduled_rules():
+            if rule.schedule.since is None:
+                rule.schedule.begin(now)
+                rule.set_moment(Moment(not rule.schedule.has_windows(), 1.0, NEVER, NEVER))
+                self.update_moment(rule, now)
+
+    def update_moment(self, rule, now):
+        """Update the moment of a rule. Records whether a window has begun or ended."""
+        before = rule.moment
+        rule.set_moment(rule.schedule.at(now))
+        if rule.moment.active != before.active:
+            self.record_change(rule, "begins" if rule.moment.active else "ends")
+
+    def set_rule_timer(self):
+        """Set the timer for the next change of a rule by its schedule, if there is one."""
+        self.loop.cancel(self.rule_timer)
+        self.rule_timer = None
+        due = min([min(rule.moment.next_change, rule.schedule.expires)
+                   for rule in self.scheduled_rules()], default=NEVER)
+        if due < NEVER:
+            self.rule_timer = self.loop.call_at(due, self.on_rule_timer)
+
+    def on_rule_timer(self):
+        """Let windows begin and end and ramps rise, and remove the rules that have expired."""
+        now = self.loop.clock()
+        shares = {rule: rule.moment.share for rule in self.scheduled_rules()}
+        expired = [rule for rule in shares if rule.schedule.expires <= now]
+        for rule in shares:
+            if rule not in expired:
+                self.update_moment(rule, now)
+        asleep = [rule for rule, share in shares.items() if share and rule.sleeps()]
+        woken = [rule for rule, share in shares.items() if rule.moment.share > share]
+        for connection in list(self.connections.values()) if asleep or woken else ():
+            connection.rules_changed([], asleep, [], woken)
+        if expired:
+            self.remove_expired(expired)
+        self.set_rule_timer()
+
+    def remove_expired(self, rules):
+        """Remove rules at the end of their ttl. A block ends with its rule."""
+        for rule in rules:
+            self.record_change(rule, "expires")
+        self.replace_rules(
+            [rule for rule in self.behavior if rule not in rules],
+            OrderedDict((number, block) for number, block in self.blocks.items()
+                        if not any(rule in rules for rule in block.rules)),
+            [toxic for toxic in self.toxics if toxic.rule not in rules])
 
     def install_rules(self, behavior, blocks, toxics):
         """Set the behavior, the open blocks and the toxics, and install those rules that act.
@@ -6482,18 +6769,32 @@ class ProxyServer:
     def record_fault(self, connection, active, request):
         """Count, record and log that an ActiveRule has acted on a request."""
         rule = active.rule
-        self.fault_count += 1
         self.faults[rule.name] += 1
         connection.faults = [*(connection.faults or []), rule.name][-100:]     # the last 100
-        with self.fault_recorded:
-            self.events.append(FaultRecord(
-                self.fault_count, time.time(), self.name, connection.number, connection.name,
-                request, rule.name, dict(rule.options, **active.drawn_options), rule.toxic,
-                rule.block))
-            self.fault_recorded.notify_all()
+        self.add_record(connection.number, connection.name, request, rule.name,
+                        dict(rule.options, **active.drawn_options), rule.toxic, rule.block)
         log.info("%sconnection %d, request %d: %s (client %s)", self.log_prefix,
                  connection.number, request, rule.describe(active.drawn_options),
                  connection.name)
+
+    def record_change(self, rule, change):
+        """Record and log a change of a rule by its schedule: see FaultRecord."""
+        self.add_record(0, "", 0, rule.name, dict(rule.options), rule.toxic, rule.block, change)
+        log.info("%s%s: %s", self.log_prefix, rule, {
+            "begins": "a window begins", "ends": "the window ends",
+            "expires": "removed, because its ttl has expired"}[change])
+
+    def add_record(self, connection, client, request, *fields):
+        """Add a FaultRecord with these fields, and wake up the threads that wait for one."""
+        self.fault_count += 1
+        with self.fault_recorded:
+            self.events.append(FaultRecord(self.fault_count, time.time(), self.name, connection,
+                                           client, request, *fields))
+            self.fault_recorded.notify_all()
+
+    def to_unix(self, t):
+        """Convert a time of the loop's clock to seconds since 1970, as in a FaultRecord."""
+        return round(t + time.time() - self.loop.clock(), 3)
 
     def on_connect_failed(self, connection, reason):
         """Count and log that the backend cannot be reached."""
@@ -7147,16 +7448,17 @@ def list_behaviors(request):
 @route("GET", "/rules")
 def get_rules(request):
     """Return the rules of the behavior with all options and fields, and the proxy's seed."""
-    acting = request.proxy.acting_rules()
+    proxy = request.proxy
+    acting = proxy.acting_rules()
     rule_dicts, previous_max = [], 0.0
     for rule in itertools.chain(*acting):
         if rule.draw_min > previous_max and len(acting) == 1:
             # No rule acts on requests with a draw in this gap. A dummy of the same size lets
             # `PUT /rules` restore the gap from this result.
             rule_dicts.append({"name": "dummy", "percent": rule.draw_min - previous_max})
-        rule_dicts.append(rule.to_json())
+        rule_dicts.append(dict(rule.to_json(), **rule.times_to_json(proxy.to_unix)))
         previous_max = rule.draw_max
-    return {"rules": rule_dicts, "seed": request.proxy.seed}
+    return {"rules": rule_dicts, "seed": proxy.seed}
 
 
 @route("PUT", "/rules",
@@ -7171,7 +7473,7 @@ def put_rules(request):
     if has_other_keys or not is_list:
         raise InputError([("rules", "the body must be "
                                     "{\"rules\": [{\"name\": ..., \"percent\": ...}, ...]}")])
-    set_rules(request, rule_dicts)
+    set_rules(request, [without_moment(rule) for rule in rule_dicts])
     return {"status": "ok"}
 
 
@@ -8054,7 +8356,7 @@ def read_toxic_object(value, strict=False):
     json_object = read_object(value, "toxics.ToxicWrapper", strict)
     if json_object.get("attributes") == []:     # PHP encodes an empty array like this
         json_object["attributes"] = {}
-    return json_object
+    return without_moment(json_object)
 
 
 def read_toxic(value, strict=False):
@@ -8173,13 +8475,14 @@ def unknown_key_warnings(json_object, known, source):
 
 # Writing
 
-def toxic_to_json(toxic):
+def toxic_to_json(proxy, toxic):
     # Toxiproxy writes 1, and not 1.0.
     toxicity = int(toxic.toxicity) if toxic.toxicity == int(toxic.toxicity) else toxic.toxicity
     fields = OrderedDict((("attributes", toxic.attributes), ("name", toxic.name),
                           ("type", toxic.rule.name), ("stream", toxic.stream),
                           ("toxicity", toxicity)))
     fields.update(own_fields_to_json(toxic))
+    fields.update(toxic.rule.times_to_json(proxy.to_unix))
     return fields
 
 
@@ -8202,7 +8505,7 @@ def toxics_to_json(proxy, included=lambda toxic: True):
     the order of their creation.
     """
     order = [UPSTREAM, DOWNSTREAM, "both"]
-    return [toxic_to_json(toxic)
+    return [toxic_to_json(proxy, toxic)
             for toxic in sorted(proxy.toxics, key=lambda toxic: order.index(toxic.rule.stream))
             if included(toxic)]
 
@@ -8315,7 +8618,7 @@ def create_toxic(request, proxy):
     check_unique_names(toxics)
     proxy.loop.run_sync(proxy.set_toxics, toxics)
     log_warnings(toxic_warnings(value, "proxy " + proxy.name))
-    return toxic_to_json(toxic)
+    return toxic_to_json(proxy, toxic)
 
 
 @toxiproxy_route("PUT", "/proxies/PROXY/toxics",
@@ -8332,7 +8635,7 @@ def put_toxics(request, proxy):
 @toxiproxy_route("GET", "/proxies/PROXY/toxics/TOXIC")
 def get_toxic(request, proxy, toxic):
     """Return a toxic."""
-    return toxic_to_json(toxic)
+    return toxic_to_json(proxy, toxic)
 
 
 @toxiproxy_route("POST PATCH", "/proxies/PROXY/toxics/TOXIC", '{"attributes": {"latency": 100}}')
@@ -8343,7 +8646,7 @@ def update_toxic(request, proxy, toxic):
     proxy.loop.run_sync(proxy.set_toxics, [changed if other is toxic else other
                                            for other in proxy.toxics])
     log_warnings(toxic_warnings(value, "proxy " + proxy.name, toxic.rule.name))
-    return toxic_to_json(changed)
+    return toxic_to_json(proxy, toxic)      # which now has the values of `changed`
 
 
 def copy_toxic(toxic, value):
@@ -8361,7 +8664,7 @@ def copy_toxic(toxic, value):
     changed.stream = toxic.stream
     before, after = toxic.rule.own_fields(), changed.rule.own_fields()
     for name in RULE_FIELDS:
-        if before.get(name) != after.get(name):
+        if before.get(name) != after.get(name) and name != "ttl":
             raise bad_body("%s cannot be changed: remove the toxic and add it again" % name)
     # make_toxic has checked the changed attributes. The other attributes stay.
     changed.update(changed.toxicity, dict(toxic.attributes, **changed_attributes))
@@ -8550,7 +8853,7 @@ class Fault:
 
     def _owns(self, record):
         """Return whether a FaultRecord belongs to this block."""
-        return self._since < record.number <= self._until and all(
+        return self._since < record.number <= self._until and record.change is None and all(
             getattr(record, field) == value for field, value in self._fields.items())
 
 
@@ -8563,7 +8866,8 @@ class Interface:
     """The methods that Proxy and Client share.
 
     A handler is given by its name, like "delay", or as the function or class itself. Its options
-    and the rule fields (percent, per, stream, match, after, times) are keyword arguments.
+    and the rule fields (percent, per, stream, match, after, times, of, start, duration, every,
+    ramp, ttl) are keyword arguments. Times are seconds, or texts like "90s", "5m" or "500ms".
 
     Invalid arguments raise ValueError.
     """
@@ -8751,7 +9055,8 @@ class Interface:
         if since is None:
             faults = [fault for fault in self._faults if fault.name == name] or self._faults
             since = faults[-1]._since if faults else self._reset_record
-        return self._wait(name, since, lambda record: record.handler == name, timeout, 1)
+        return self._wait(name, since, lambda record: (
+            record.handler == name and record.change is None), timeout, 1)
 
     async def wait_for_async(self, name: "Handler", timeout: float = 5,
                              since: "Optional[int]" = None) -> FaultRecord:
@@ -8761,6 +9066,8 @@ class Interface:
     def events(self, since: int = 0) -> "List[FaultRecord]":
         """Return the fault records with a number greater than `since`, the oldest first.
 
+        The field `change` is None in the record of a fault. In other records it is "begins" or
+        "ends" for a window of a rule, or "expires" for a rule that was removed after its ttl.
         The proxy keeps the last 10,000 records. The list is a copy.
         """
         raise NotImplementedError
@@ -9212,7 +9519,8 @@ class Client(Interface):
         if query:
             path += "?" + urls.urlencode(query)
         response, text = self._exchange(method, path, None if body is None else json.dumps(body))
-        is_json = response.getheader("Content-Type", "").startswith("application/json")
+        is_json = response.getheader("Content-Type", "").startswith("application/json") or (
+            response.status >= 400 and text.startswith("{"))    # as Toxiproxy sends errors
         try:
             value = json.loads(text) if is_json else text
         except (ValueError, RecursionError):
@@ -9633,7 +9941,7 @@ other commands, each with --help:
   vaurien serve    run a server for Toxiproxy's clients, which create the proxies
   vaurien demo     run a backend, a proxy and clients, and print the response times
   vaurien ctl      control a proxy that was started with --http; the same as vaurienctl"""
-HELP_WIDTH = 80             # columns of the help
+HELP_WIDTH = 99             # columns of the help
 HELP_COLUMN = 31            # the column where the second column of the help begins
 
 
