@@ -6553,7 +6553,8 @@ class TestRoutes(unittest.TestCase):
              "body", "rules", "the body must be"),
             ("PUT", "/rules",
              b'{"rules": [{"name": "delay", "percent": 60}, {"name": "hang", "percent": 60}]}',
-             "body", "percent", "percent must add up to 100 at most, not 120"))
+             "body", "percent", "percent must add up to 100 at most, not 120: to combine faults, "
+                                "use --fault or toxics"))
 
     def test_errors_in_the_form_of_a_body(self):
         self.check_errors(
@@ -9211,6 +9212,59 @@ class TestSettings(TempDirTestCase):
                 ValueError, "--handlers.error.percent is set in the behavior, like 20:error"):
             self.proxy("--handlers.error.percent", "5")
 
+    def test_faults_with_draws_of_their_own(self):
+        for fault, description in [
+                ("hang", "hang (100:both hang"),
+                ("latency.latency=100", "latency (100:both latency latency=100 jitter=0"),
+                ("latency.latency=100 jitter=5 percent=20",
+                 "latency (20:both latency latency=100 jitter=5"),
+                ("error.percent=20", "error (20:both error warmup=0"),
+                ("hang name=stuck toxicity=0.5", "stuck (50:both hang"),
+                ("hang 'name=a b' \"match=^GET /cart\" stream=downstream times=3 of=5",
+                 "a b (100:downstream hang match='^GET /cart' times=3 of=5"),
+                ("  error   start=5s duration=3 every=1m ramp=1 ttl=1h  ",
+                 "error (100:both error warmup=0 start=5.0 duration=3.0 every=60.0 ramp=1.0 "
+                 "ttl=3600.0"),
+                ("test_vaurien.stall.after=2",
+                 "test_vaurien.stall (100:both test_vaurien.stall after=2")]:
+            with self.subTest(fault), mock.patch.dict(HANDLERS):
+                text = "100:dummy, toxic %s)" % description
+                for argv in ["--fault", fault], [
+                        "--config", self.write("v.ini", "[vaurien]\nfault = %s\n" % fault)]:
+                    rule, = self.proxy(*argv).rules.installed
+                    self.assertEqual(rule.per, "request")
+                    self.assertEqual(self.proxy(*argv).describe().replace(" per=request", ""),
+                                     text)
+
+    def test_faults_add_up(self):
+        file = self.write("v.ini", "[vaurien]\nbehavior = 20:error\n"
+                                   "fault = latency\n    # faster\n\n    bandwidth.rate=100\n")
+        for argv, names in [
+                (["--fault", "latency", "--fault=latency", "--fault", "latency name=x",
+                  "--fault", "hang"], ["latency", "latency_2", "x", "hang"]),
+                (["--config", file], [None, "latency", "bandwidth"]),
+                (["--config", file, "--fault", "hang"], [None, "hang"])]:
+            with self.subTest(argv):
+                rules = self.proxy(*argv).rules.installed
+                self.assertEqual([rule.toxic for rule in rules], names)
+                self.assertEqual(len({rule.draw_key for rule in rules}), len(rules))
+        path = self.write("w.ini", "[vaurien]\nfault = hang\n[proxy:a]\nlocal = :1\n"
+                                   "[proxy:b]\nlocal = :2\nfault = latency\n")
+        for argv, names in ([], [["hang"], ["latency"]]), (["--fault", "error"], [["error"]] * 2):
+            proxies = self.proxies("--config", path, *argv)
+            self.assertEqual([[rule.name for rule in proxy.rules.installed] for proxy in proxies],
+                             names)
+        self.assertIsNot(proxies[0].rules.installed[0], proxies[1].rules.installed[0])
+
+    def test_faults_act_together(self):
+        config = vaurien.read_arguments(["--fault", "latency.latency=100",
+                                         "--fault", "slicer.average_size=1"], vaurien.SETTINGS)
+        chain = vaurien.Chain(vaurien.make_proxies(config)["vaurien"].rules, 1)
+        chain.begin_request()
+        events = chain.process(0, UPSTREAM, b"ab")
+        self.assertEqual([event[:3] for event in events],
+                         [(0.1, UPSTREAM, b"a"), (0.1, UPSTREAM, b"b")])
+
     def test_toxics_in_a_file(self):
         path = self.write("v.ini", textwrap.dedent("""
             [toxic:slow]
@@ -9508,7 +9562,51 @@ class TestBadInput(TempDirTestCase):
     def test_faults_that_shall_act_together_in_one_behavior(self):
         self.check_arguments(
             (["--behavior", "100:latency,100:bandwidth"],
-             "at most one handler acts on a request; to combine faults, use toxics"))
+             "at most one handler acts on a request; to combine faults, use --fault or toxics"))
+
+    def test_faults(self):
+        self.check_arguments(
+            (["--fault", "latenzy"], "--fault 'latenzy': names the unknown handler 'latenzy' (did "
+                                     "you mean latency?)"),
+            (["--fault", "20:latency"], "names the unknown handler '20:latency'"),
+            (["--fault", "hang", "--fault", "latency.foo=1"],
+             "--fault 'latency.foo=1': foo is not an option of latency: it has jitter, latency"),
+            (["--fault", "latency latency=x"],
+             "--fault 'latency latency=x': latency must be a whole number"),
+            (["--fault", "latency.latency=1 latency=2"],
+             "'latency=2' must be NAME=VALUE, each name once"),
+            (["--fault", "hang 5"], "'5' must be NAME=VALUE, each name once"),
+            (["--fault", "latency=5"], "'latency=5' must be HANDLER, or HANDLER.NAME=VALUE"),
+            (["--fault", ".x=5"], "'.x=5' must be HANDLER, or HANDLER.NAME=VALUE"),
+            (["--fault", "hang =5"], "'=5' must be NAME=VALUE"),
+            (["--fault", "hang 'match=x"], "--fault \"hang 'match=x\": No closing quotation"),
+            (["--fault", "hang name=a", "--fault", "error name=a"], "the name a is set twice"),
+            (["--fault", "hang 'name=a\tb'"], "name must be at most 255 printable characters"),
+            (["--fault", "hang percent=5 toxicity=1"], "percent and toxicity mean the same"),
+            (["--fault", "hang percent=101"], "percent must be a number from 0 to 100"),
+            (["--fault", "hang start=soon"], "start must be 0, or a time from 1ms to 1e9s"),
+            (["--fault", "hang every=5"], "every needs duration"),
+            (["--fault", "hang of=5"], "of needs times, from 1 to 5"),
+            (["--fault", "error kind=LOADING"], "kind needs --protocol"),
+            (["--fault", "hang", "--handlers.hang.after", "3"],
+             "or use --fault hang.after=3"),
+            (["--behavior", "5:hang", "--handlers.hang.every", "3"], "every needs duration"),
+            (["--behavior", "5:hang", "--handlers.hang.start", "x"],
+             "--handlers.hang.start must be 0, or a time from 1ms"))
+        self.check_files(
+            ("[vaurien]\nfault = hang\n nope\n", "v.ini: [vaurien] fault 'nope': names the "
+                                                  "unknown handler 'nope'"),
+            ("[vaurien]\nfault = hang\n[toxic:hang]\ntype = noop\n",
+             "[toxic:hang] needs another name, because a fault has it"),
+            ("[handler:hang]\nstart = x\n", "v.ini: [handler:hang] start must be 0, or a time"))
+
+    def test_arguments_that_a_json_file_leaves_without_effect(self):
+        path = self.write("t.json", '[{"name": "p", "listen": "", "upstream": "localhost:1"}]')
+        for argv in ["--fault", "hang"], ["--behavior", "5:hang"], ["--protocol", "http"]:
+            with self.subTest(argv):
+                self.assertEqual(
+                    self.run_refused("--config", path, *argv), argv[0] + " has no effect on the "
+                    "proxies of a JSON file, which have toxics of their own")
 
     def test_arguments_of_the_demo(self):
         self.check_arguments(
@@ -10064,7 +10162,7 @@ class TestCtl(unittest.TestCase):
                 (["toxics"], ""),
                 (["add-toxic", "latency", "name=slow", "latency=200", "stream=upstream",
                   "toxicity=0.5"], "Toxic added: slow"),
-                (["add-toxic", "hang", "times=3", "percent=20"], "Toxic added: hang_both"),
+                (["add-toxic", "hang.times=3", "percent=20"], "Toxic added: hang_both"),
                 (["rules"], "100:dummy, toxic slow (50:upstream latency latency=200 jitter=0), "
                             "toxic hang_both (20:both hang times=3)"),
                 (["update-toxic", "slow", "jitter=5", "toxicity=1"], "Toxic changed: slow"),
@@ -10263,10 +10361,23 @@ class TestReadme(unittest.TestCase):
         self.assertGreater(len(commands), 5)
         for command in commands:
             # mine.py is a file of the reader, and HOST:PORT an address.
-            if not re.search("mine[.]|HOST:PORT|--help|3g.ini", command):
+            if not re.search("mine[.]|HOST:PORT|--help", command):
                 with self.subTest(command):
                     settings = vaurien.read_arguments(shlex.split(command)[1:], vaurien.SETTINGS)
                     self.assertTrue(vaurien.make_proxies(settings), command)
+
+    def test_the_scenario_of_a_restart(self):
+        config = vaurien.read_ini("restart.ini", self.code_block(
+            "[vaurien]\n    local = localhost:6380"))
+        proxy = vaurien.make_proxies(config)["vaurien"]
+        loop, acts = SimulatedLoop(), []
+        proxy.open(loop)
+        for second in range(10):
+            connection = FakeConnection(proxy)
+            acts += [second] if connection.acting() == ["error"] else []
+            loop.advance(1)
+        self.assertEqual(acts, [5, 6, 7])
+        self.assertEqual(loop.timers, [])
 
     def test_the_test_case_of_the_original_documentation(self):
         with backend_server(echo) as (port, _):

@@ -136,9 +136,9 @@ class LazyModule:
         return getattr(importlib.import_module(self.name), attribute)
 
 
-asyncio, configparser, difflib, hashlib, hmac, inspect, json, subprocess, textwrap, urls = map(
-    LazyModule, ["asyncio", "configparser", "difflib", "hashlib", "hmac", "inspect", "json",
-                 "subprocess", "textwrap", "urllib.parse"])
+(asyncio, configparser, difflib, hashlib, hmac, inspect, json, shlex, subprocess, textwrap,
+ urls) = map(LazyModule, ["asyncio", "configparser", "difflib", "hashlib", "hmac", "inspect",
+                          "json", "shlex", "subprocess", "textwrap", "urllib.parse"])
 
 __version__ = "3.0.0"
 
@@ -3225,9 +3225,34 @@ def parse_behavior(text):
     total = sum(percent for percent, _ in shares)
     if total > PERCENT_SUM_MAX:
         raise ValueError("must add up to 100 percent at most, not %g: %r: at most one "
-                         "handler acts on a request; to combine faults, use toxics"
+                         "handler acts on a request; to combine faults, use --fault or toxics"
                          % (total, text))
     return shares
+
+
+def parse_assignments(texts):
+    """Return {name: value} of NAME=VALUE texts. Raises ValueError."""
+    fields = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name or name in fields:
+            raise ValueError("%r must be NAME=VALUE, each name once" % text)
+        fields[name] = value
+    return fields
+
+
+def parse_rule_words(words):
+    """Return (handler, {name: text}) of the words of one rule. Raises ValueError.
+
+    words    HANDLER or HANDLER.NAME=VALUE, and any number of NAME=VALUE
+    """
+    handler_name, equals, value = words[0].partition("=")
+    if not equals:
+        return handler_name, parse_assignments(words[1:])
+    handler_name, dot, name = handler_name.rpartition(".")
+    if not (dot and handler_name):
+        raise ValueError("%r must be HANDLER, or HANDLER.NAME=VALUE" % words[0])
+    return handler_name, parse_assignments([name + "=" + value, *words[1:]])
 
 
 def behavior_tables(behavior, options=None, resolve=lambda name: name):
@@ -3330,7 +3355,8 @@ def read_rules(tables):
             rules.append(Rule(name, options, draw_min, draw_min + percent, **fields))
         draw_min += percent
     if draw_min > PERCENT_SUM_MAX:
-        errors.append(("percent", "percent must add up to 100 at most, not %g" % draw_min))
+        errors.append(("percent", "percent must add up to 100 at most, not %g: to combine faults, "
+                                  "use --fault or toxics" % draw_min))
     if errors:
         raise InputError(errors)
     return rules
@@ -9797,7 +9823,8 @@ def stop_started_proxies():
 # default    the text that is parsed if the setting is not given. None: the value is None
 # check      the function that parses the text
 # metavar    the name of the value in the help. None: the flag takes no value, and the key of the
-#            ini file takes yes or no
+#            ini file takes yes or no. With " ..." at its end, the flag may be given several
+#            times, and the text has a line for each of them
 # help       the text for --help
 # scope      one of the scopes above
 Setting = namedtuple("Setting", "flags default check metavar help scope")
@@ -9850,6 +9877,50 @@ def check_behavior(text):
     return behavior
 
 
+def check_faults(text):
+    """Parse faults, one a line, into Toxics, and import their handlers. Raises ValueError."""
+    toxics = OrderedDict()
+    for line in text.splitlines():
+        try:
+            words = shlex.split(line)
+            if words:
+                toxic = parse_fault(words, toxics)
+                set_once(toxics, toxic.name, "the name %s" % toxic.name, toxic)
+        except ValueError as error:
+            raise ValueError("%r: %s" % (line.strip(), error)) from None
+    return list(toxics.values())
+
+
+def parse_fault(words, taken):
+    """Return the Toxic of the words of a fault. Raises ValueError.
+
+    taken    names of other faults. Without a name, the fault gets that of its handler, and a
+             number if that is taken
+
+    As a rule of a behavior, and unlike other toxics, it is drawn for each request and acts on
+    both streams, unless the words say otherwise.
+    """
+    type_, texts = parse_rule_words(words)
+    import_handler(type_)
+    names = itertools.chain([type_], ("%s_%d" % (type_, n) for n in itertools.count(2)))
+    name = texts.pop("name", None) or next(name for name in names if name not in taken)
+    defaults = {field: RULE_FIELDS[field].default for field in Toxic.DEFAULTS}
+    return make_text_toxic(type_, check_field("name", check_name, name), texts, defaults)
+
+
+def make_text_toxic(type_, name, texts, fields=()):
+    """Return a Toxic. Raises InputError.
+
+    texts     {rule field, toxicity or option: text}
+    fields    {rule field: value} of those that are not in `texts`
+    """
+    fields, attributes = dict(fields), {}
+    for key, text in texts.items():
+        is_field = key == "toxicity" or is_rule_field(HANDLERS[type_], key)
+        (fields if is_field else attributes)[key] = text
+    return make_toxic(type_, name, fields, attributes)
+
+
 # name, Setting(flags, default, check, metavar, help, scope)
 SETTINGS = OrderedDict((
     ("config", Setting(("--config",), None, check_file, "FILE",
@@ -9861,6 +9932,10 @@ SETTINGS = OrderedDict((
                         "address of the backend", "proxy")),
     ("behavior", Setting(("--behavior",), "100:dummy", check_behavior, "PERCENT:HANDLER,...",
                          "handlers, and the percentage of requests that each acts on", "proxy")),
+    ("toxics", Setting(("--fault",), "", check_faults, "HANDLER ...",
+                       "a handler beside the behavior, with options and rule fields, like "
+                       "\"error percent=20 kind=503\"; repeat --fault for faults that add up",
+                       "proxy")),
     ("protocol", Setting(("--protocol",), "tcp", check_protocol, "NAME",
                          "application protocol: " + ", ".join(PROTOCOLS), "proxy")),
     ("overwrite_host_header", Setting(("--protocol-http-overwrite-host-header",), "yes",
@@ -9959,6 +10034,14 @@ class SourcedText:
             raise ValueError("%s %s" % (self.source, error)) from None
 
 
+class AppendLine(argparse.Action):
+    """Collects the texts of a repeated flag, one a line."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        texts = [getattr(namespace, self.dest, ""), values]
+        setattr(namespace, self.dest, "\n".join(filter(None, texts)))
+
+
 class Parser(argparse.ArgumentParser):
     """A parser of the command line. Its values are text. An option not given has no value.
 
@@ -9974,7 +10057,9 @@ class Parser(argparse.ArgumentParser):
         self.flags = [flag for setting in settings.values() for flag in setting.flags]
         for name, setting in settings.items():
             if setting.metavar:
-                self.add_argument(*setting.flags, dest=name, metavar=setting.metavar)
+                self.add_argument(*setting.flags, dest=name, metavar=setting.metavar,
+                                  action=AppendLine if setting.metavar.endswith(" ...") else
+                                  "store")
             else:
                 self.add_argument(*setting.flags, dest=name, action="store_const", const="yes")
 
@@ -10021,7 +10106,7 @@ def command_help(prog, introduction, settings):
     for title, rows in groups.items():
         lines += ["", title + ":", *format_rows(rows)] if rows else []
     if "behavior" in settings:
-        lines += ["", "handlers, for --behavior PERCENT:HANDLER,...:"]
+        lines += ["", "handlers, for --behavior and --fault:"]
         lines += ["  %-12s%s" % (name, summary(function)) for name, function in HANDLERS.items()]
     lines += ["", "vaurien --help NAME shows the options of a handler, or the errors of a "
                   "protocol."]
@@ -10043,7 +10128,8 @@ def topic_help(name):
     import_handler(name)
     function, help_texts = HANDLERS[name], option_help(HANDLERS[name])
     lines = ["%s: %s" % (name, summary(function)), "",
-             "usage: vaurien --behavior PERCENT:%s [OPTION ...]" % name]
+             "usage: vaurien --behavior PERCENT:%s [OPTION ...]" % name,
+             "       vaurien --fault \"%s [NAME=VALUE ...]\"" % name]
     options = [("--handlers.%s.%s %s" % (name, option, METAVARS[type(default)]),
                 text_with_default(help_texts.get(option, ""), format_value(default)))
                for option, default in handler_options(function).items()]
@@ -10268,15 +10354,9 @@ def read_ini_toxic(name, source, texts):
                          % (source, ", ".join(sorted(HANDLERS))))
     type_ = texts.pop("type")
     type_.parse(import_handler)
-    handler = HANDLERS[type_.text]
-    fields, attributes = {}, {}
-    for key, text in texts.items():
-        if key == "toxicity" or is_rule_field(handler, key):
-            fields[key] = text.text
-        else:
-            attributes[key] = text.text
     try:
-        return make_toxic(type_.text, name, fields, attributes), proxy_name
+        return make_text_toxic(type_.text, name, {
+            key: text.text for key, text in texts.items()}), proxy_name
     except InputError as error:
         raise ValueError("%s %s" % (source, error)) from None
 
@@ -10350,7 +10430,7 @@ def proxy_settings(config, needs_one):
     """Return the settings of each proxy: {name: ChainMap of {setting: SourcedText}}.
 
     The command line overrides a section. A section overrides the shared settings of [vaurien].
-    If [vaurien] is not a proxy, its behavior is shared as well.
+    If [vaurien] is not a proxy, its behavior and its faults are shared as well.
 
     --local and --distant apply to [vaurien] if it is a proxy, otherwise to the only
     [proxy:NAME] section. Raises ValueError if there are several such sections.
@@ -10364,7 +10444,7 @@ def proxy_settings(config, needs_one):
     if len(sections) > 1 and not has_main_proxy and ADDRESS_SETTINGS & set(arguments):
         raise ValueError("--local and --distant are ambiguous: the file has the proxies %s"
                          % ", ".join(sections))
-    shared_names = set(SHARED_SETTINGS) if has_main_proxy else {*SHARED_SETTINGS, "behavior"}
+    shared_names = set(SHARED_SETTINGS) | (set() if has_main_proxy else {"behavior", "toxics"})
     shared = {name: text for name, text in main.items() if name in shared_names}
     settings = OrderedDict()
     if has_main_proxy:
@@ -10391,6 +10471,10 @@ def make_proxies(config, needs_one=True):
             section = "" if name == "vaurien" else "[proxy:%s] " % name
             raise ValueError("%s%s" % (section, error)) from None
     if config.json:
+        for name, text in config.arguments.items() if not proxies else ():
+            if SETTINGS[name].scope == "proxy":
+                raise ValueError("%s has no effect on the proxies of a JSON file, which have "
+                                 "toxics of their own" % text.source)
         read_json_proxies(config.json, proxies)
     attach_toxics(proxies, config.toxics)
     return proxies
@@ -10412,10 +10496,11 @@ def unused_options(config, used):
     """
     sources = []
     for name, options in config.options.items():
-        for sourced in options.values() if name not in used else ():
+        for option, sourced in options.items() if name not in used else ():
             if sourced.source.startswith("--"):
-                raise ValueError("%s has no effect: add %s to the behavior, like --behavior 20:%s"
-                                 % (sourced.source, name, name))
+                raise ValueError(
+                    "%s has no effect: add %s to the behavior, like --behavior 20:%s, or use "
+                    "--fault %s.%s=%s" % (sourced.source, name, name, name, option, sourced.text))
             sources.append(sourced.source)
     return sources
 
@@ -10445,6 +10530,8 @@ def attach_toxics(proxies, toxics):
         else:
             raise ValueError("[toxic:%s] needs proxy = one of %s"
                              % (toxic.name, ", ".join(proxies)))
+        if any(other.name == toxic.name for other in proxy.toxics):
+            raise ValueError("[toxic:%s] needs another name, because a fault has it" % toxic.name)
         proxy.toxics.append(toxic)
         try:
             proxy.install_rules(proxy.behavior, proxy.blocks, proxy.toxics)
@@ -11049,20 +11136,9 @@ examples:
 Action = namedtuple("Action", "function arguments help check")
 
 
-def parse_assignments(texts):
-    """Return {name: value} of NAME=VALUE texts. Raises ValueError."""
-    fields = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or name in fields:
-            raise ValueError("%r must be NAME=VALUE, each name once" % text)
-        fields[name] = value
-    return fields
-
-
 def check_handler_fields(texts):
-    """Check a name and NAME=VALUE texts. `name` is refused: the handler's name has this key."""
-    if "name" in parse_assignments(texts[1:]):
+    """Check the words of a rule. `name` is refused: the handler's name has this key."""
+    if "name" in parse_rule_words(texts)[1]:
         raise ValueError("'name=' must be left out: the first argument is the name")
 
 
@@ -11091,9 +11167,10 @@ def changed(client, text):
 
 def ctl_set_handler(client, name, *fields):
     """Set a handler, with options and rule fields as NAME=VALUE. Returns the text to print."""
+    name, texts = parse_rule_words([name, *fields])
     # The values stay text, because only the server knows their types. The fields cannot be
     # keyword arguments of client.set_handler, because the user may pass the NAME `self`.
-    client.request("PUT", "/behavior", dict(parse_assignments(fields), name=name))
+    client.request("PUT", "/behavior", dict(texts, name=name))
     return changed(client, "Handler changed to \"%s\"" % name)
 
 
@@ -11162,8 +11239,9 @@ def parse_literal(text):
 
 
 def ctl_add_toxic(client, type_, *fields):
+    type_, texts = parse_rule_words([type_, *fields])
     toxic = {"type": type_, "attributes": {}}
-    set_toxic_fields(toxic, parse_assignments(fields))
+    set_toxic_fields(toxic, texts)
     toxics = client.list_toxics()
     put_toxics_of(client, [*toxics, toxic])
     added = {toxic["name"] for toxic in client.list_toxics()}
@@ -11234,7 +11312,7 @@ CTL_ACTIONS = OrderedDict((
                       "print the toxics, as JSON", list)),
     ("add-toxic", Action(ctl_add_toxic, "TYPE [NAME=VALUE ...]",
                          "add a toxic; NAME is also name, stream or toxicity",
-                         check_toxic_fields)),
+                         parse_rule_words)),
     ("update-toxic", Action(ctl_update_toxic, "TOXIC NAME=VALUE ...",
                             "change the toxicity or options of a toxic", check_toxic_fields)),
     ("remove-toxic", Action(ctl_remove_toxic, "TOXIC", "remove a toxic", list)),
