@@ -5780,7 +5780,6 @@ class TestAccept(unittest.TestCase):
             client.reset()
             self.assertEqual(client.get_accept(), "normal")
             for body, message in (({"accept": "no"}, "accept must be one of normal, refuse, drop"),
-                                  ({}, "accept must be one of"),
                                   ({"accept": "drop", "enabled": False}, "enabled is not known")):
                 with self.subTest(body), self.assertRaisesRegex(ValueError, message):
                     client.request("PUT", "/proxy", body)
@@ -5788,6 +5787,115 @@ class TestAccept(unittest.TestCase):
             with mock.patch.object(vaurien.Listener, "add_filler", side_effect=OSError("why")), \
                     self.assertRaisesRegex(ValueError, "cannot drop clients: why"):
                 client.set_accept("drop")
+
+
+class TestMaxConnections(unittest.TestCase):
+    """Clients beyond max_connections get the protocol's own error, and are closed."""
+
+    STARTUP = struct.pack(">II", 9, 3 << 16) + b"\0"      # of PostgreSQL's protocol 3
+    UNAVAILABLE = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\n"
+                   b"Content-Length: 24\r\nRetry-After: 5\r\nConnection: close\r\n\r\n")
+    # (protocol, parts that the client sends, bytes that it gets)
+    REFUSALS = [
+        ("tcp", [], b""), ("tls", [], b""),
+        ("redis", [b"PING\r\n"], b"-ERR max number of clients reached\r\n"),
+        ("memcache", [], b"ERROR Too many open connections\r\n"),
+        ("mysql", [], mysql_packet(0, b"\xff\x10\x04Too many connections")),
+        ("smtp", [], b"421 4.3.2 Service not available, closing transmission channel\r\n"),
+        ("postgres", [STARTUP], error_bytes("postgres", "53300")),
+        ("postgres", [b"\0\0\0\x08\x04", b"\xd2\x16\x2f", STARTUP],    # a request for TLS first
+         b"N" + error_bytes("postgres", "53300")),
+        ("http", [b"GET / HTTP/1.1\r\n\r\n"], UNAVAILABLE + b"503 Service Unavailable\n"),
+        ("http", [b"HEAD / HTTP/1.1\r\n\r\n"], UNAVAILABLE)]
+
+    @contextlib.contextmanager
+    def full_proxy(self, protocol="tcp", behavior="100:dummy", **arguments):
+        """Yield (a proxy that serves one client, that client)."""
+        with running_proxy(echo, behavior, protocol=protocol, max_connections=1,
+                           **arguments) as proxy, connected_client(proxy) as first:
+            wait_until(lambda: proxy.connections)
+            yield proxy, first
+
+    def test_every_protocol_has_its_refusal(self):
+        self.assertEqual({protocol for protocol, _, _ in self.REFUSALS}, set(vaurien.PROTOCOLS))
+        for protocol, parts, expected in self.REFUSALS:
+            with self.subTest(protocol, parts=parts), \
+                    self.full_proxy(protocol) as (proxy, _), \
+                    self.assertLogs("vaurien", "DEBUG") as logged, \
+                    connected_client(proxy) as sock:
+                size = 0
+                for part in parts:
+                    sock.sendall(part)
+                    size += len(part)
+                    wait_until(lambda: any(     # the parts arrive one by one
+                        connection.up.received == size
+                        for connection in list(proxy.connections.values())[1:]))
+                received = read_until_close(sock)
+                self.assertEqual((received.size, received.sha1),
+                                 (len(expected), hashlib.sha1(expected).hexdigest()))
+                sock.close()
+                wait_until(lambda: len(proxy.connections) == 1)
+            self.assertEqual((proxy.accepted, proxy.refused, proxy.rules.request_count,
+                              proxy.events()), (2, 1, 1, []))
+            self.assertRegex(logged.output[0],
+                             r"connection 2: refused: max_connections is 1 \(client 127.0")
+            self.assertIn(": refused after", logged.output[1])
+
+    def test_clients_are_served_again_when_one_has_gone(self):
+        """Refused clients that stay do not count."""
+        with self.full_proxy("redis") as (proxy, first), connected_client(proxy) as refused, \
+                connected_client(proxy) as silent:
+            for sock in refused, silent:
+                self.assertTrue(select.select([sock], [], [], TIMEOUT)[0])
+            self.assertEqual(len(proxy.connections), 3)
+            first.close()
+            wait_until(lambda: 1 not in proxy.connections)
+            with connected_client(proxy) as sock:
+                self.assertEqual(send_and_read(sock, b"PING\r\n"), b"PING\r\n")
+            self.assertEqual((proxy.accepted, proxy.refused), (4, 2))
+
+    def test_no_rule_acts_on_a_client_that_is_refused(self):
+        with self.full_proxy("postgres", "100:hang") as (proxy, _), \
+                connected_client(proxy) as sock:
+            wait_until(lambda: 2 in proxy.connections)
+            proxy.add_toxic("reset_peer")
+            with proxy.handler("blackout", per="connection"):
+                sock.sendall(self.STARTUP)
+                self.assertEqual(read_exactly(sock, 9)[:1], b"E")
+                drawn = {rule.name: rule.drawn_count for rule in proxy.rules.installed}
+            self.assertEqual(drawn, {"blackout": 1, "reset_peer": 1})
+            self.assertLessEqual({record.connection for record in proxy.events()}, {1})
+
+    def test_a_refused_client_that_resets_or_sends_nothing_is_closed(self):
+        with self.full_proxy("http", timeout=0.05) as (proxy, _), \
+                connected_client(proxy) as silent, connected_client(proxy) as resetting:
+            wait_until(lambda: proxy.refused == 2)
+            close_with_reset(resetting)
+            self.assertEqual(read_until_close(silent), EMPTY_EOF)
+            wait_until(lambda: len(proxy.connections) == 1)
+            self.assertEqual(proxy.open_refused, set())
+
+    def test_the_limit_is_changed_while_the_proxy_runs(self):
+        with proxy_with_control(max_connections=1) as (proxy, client), \
+                connected_client(proxy) as first:
+            send_and_read(first, b"question")
+            with connected_client(proxy) as sock:
+                self.assertEqual(read_until_close(sock), EMPTY_EOF)
+            self.assertIn('vaurien_refused_connections_total{proxy="vaurien"} 1',
+                          client.request("GET", "/metrics"))
+            for method, path in ("PUT", "/proxy"), ("PATCH", "/proxies/vaurien"):
+                for limit in 2, 0:
+                    client.request(method, path, {"max_connections": limit})
+                    self.assertEqual(client.request("GET", "/proxy")["max_connections"], limit)
+                    self.assertEqual(client.request("GET", "/proxies/vaurien").get(
+                        "max_connections", 0), limit)
+                    with connected_client(proxy) as sock:
+                        send_and_read(sock, b"question")
+                    wait_until(lambda: len(proxy.connections) == 1)
+                for value in -1, 1.5, "no", True:
+                    with self.subTest(path, value=value), self.assertRaises(ValueError):
+                        client.request(method, path, {"max_connections": value})
+            self.assertNotIn("max_connections", client.request("GET", "/proxies/vaurien"))
 
 
 class TestProxyLifecycle(unittest.TestCase):
@@ -9138,6 +9246,16 @@ class TestSettings(TempDirTestCase):
                                                  "accept": "refuse"}]))
         self.assertEqual(self.proxy("--config", path).accept, "refuse")
 
+    def test_each_proxy_has_its_own_max_connections(self):
+        self.assertEqual(self.proxy("--max-connections", "5").max_connections, 5)
+        path = self.write("v.ini", "[proxy:a]\nmax-connections = 2\n"
+                                   "[proxy:b]\nlocal = localhost:1")
+        self.assertEqual([proxy.max_connections for proxy in self.proxies("--config", path)],
+                         [2, 0])
+        path = self.write("v.json", json.dumps([{"name": "a", "upstream": "b:1",
+                                                 "max_connections": 3}]))
+        self.assertEqual(self.proxy("--config", path).max_connections, 3)
+
     def test_environment_variables_are_expanded_in_a_file(self):
         path = self.write("v.ini", "[vaurien]\ndistant = ${BACKEND_HOST}:${BACKEND_PORT}\n")
         with mock.patch.dict(os.environ, BACKEND_HOST="example.org", BACKEND_PORT="81"):
@@ -9447,6 +9565,10 @@ class TestBadInput(TempDirTestCase):
         message = "accept must be one of normal, refuse, drop, not 'reject'"
         self.check_arguments((["--accept", "reject"], "--" + message))
         self.check_files(("[proxy:a]\naccept = reject", "[proxy:a] " + message))
+
+    def test_max_connections_in_arguments(self):
+        self.check_arguments((["--max-connections", "some"],
+                              "--max-connections must be a whole number, 0 or more, not 'some'"))
 
     def test_behavior_in_arguments(self):
         self.check_arguments(
@@ -11991,6 +12113,21 @@ class RealServerTests:
                         self.query(self.connect_client(proxy), 2)
                     self.assertRegex(str(caught.exception), text)
                 self.assertEqual(self.query(self.connect_client(proxy), 3), 3)
+
+    def test_the_driver_raises_its_own_error_beyond_max_connections(self):
+        kind = vaurien.PROTOCOLS[self.protocol].overload_error
+        exception_path, text = {error_kind: rest for error_kind, *rest in
+                                [*self.errors, *self.connect_errors]}[kind]
+        proxy = self.start_proxy(protocol=self.protocol)
+        proxy._server.max_connections = 1
+        with connected_client(proxy):
+            wait_until(lambda: proxy.connections)
+            with self.assertRaises(self.error_class(exception_path)) as caught:
+                self.query(self.connect_client(proxy), 2)
+            self.assertRegex(str(caught.exception), text)
+            self.assertEqual((proxy.refused > 0, proxy.events()), (True, []))
+        wait_until(lambda: len(proxy.connections) == len(proxy.open_refused))
+        self.assertEqual(self.query(self.connect_client(proxy), 3), 3)
 
     def test_a_transient_error_occurs_twice_and_then_the_query_succeeds(self):
         kind, exception_path, _ = self.errors[0]

@@ -1372,6 +1372,8 @@ class Protocol:
     default_errors    the kinds of which one is drawn for a request if the user names none
     connect_errors    the kinds that are sent only to a client that connects
     fatal_errors      the kinds after which a server closes the connection
+    overload_error    the kind for a client that connects while there are too many connections;
+                      "" if a server only closes the connection
     server_first      whether the server sends a greeting, or a handshake comes before the
                       first request. The handshake then counts as request 1
     """
@@ -1380,6 +1382,7 @@ class Protocol:
     default_errors: tuple = ()
     connect_errors: tuple = ()
     fatal_errors: tuple = ()
+    overload_error = ""
     server_first = False
 
     def __init__(self, host=b""):
@@ -1438,6 +1441,17 @@ class Protocol:
         if kind not in self.connect_errors or data is not OPEN:
             return None
         return Reply(self.encode_error(kind), closes=True)
+
+    def refuse_client(self, received):
+        """Return the Reply to a client beyond max_connections.
+
+        received    OPEN, or the bytes that the client has sent since the last Reply
+
+        Returns None if a server would wait for more bytes.
+        """
+        if not self.overload_error:
+            return Reply(b"", closes=True)
+        return self.connect_error(self.overload_error, received)
 
     def error_reply(self, kind, request):
         """Return the Reply to a request that fails with an error of this kind.
@@ -1551,6 +1565,7 @@ class Http(Protocol):
         ("500", "Internal Server Error"), ("502", "Bad Gateway"), ("503", "Service Unavailable"),
         ("504", "Gateway Timeout"), ("429", "Too Many Requests")))
     default_errors = ("500", "502", "503", "504")
+    overload_error = "503"
     REQUEST_LINE = re.compile(rb"\s*([A-Z]+) [^ \r\n]+ HTTP/1\.([01])\r?\n")
     REQUEST_HEAD = Head(HEADERS, beginning_with(
         rb"\s*", rb"[A-Z]+", rb" ", rb"[^ \r\n]+", rb" ", *rb"H T T P / 1 \. [01] \r? \n".split()),
@@ -1728,6 +1743,13 @@ class Http(Protocol):
             return head
         return head[:start] + head[start:].replace(value, self.host, 1)
 
+    def refuse_client(self, received):
+        """Reply to the first bytes: the rest of the request is read while the client closes."""
+        if not received:
+            return None
+        name = "HEAD" if received.startswith(b"HEAD ") else ""
+        return self.error_reply(self.overload_error, Request(received, name, info=True))
+
     def error_reply(self, kind, request):
         """Return the Reply to a request: any request can fail with any error."""
         status, closes = "%s %s" % (kind, self.errors[kind]), request.info
@@ -1770,6 +1792,7 @@ class Redis(Protocol):
         ("MAXCLIENTS", "max number of clients reached")))
     default_errors = ("LOADING", "BUSY", "OOM", "READONLY", "MISCONF", "CLUSTERDOWN")
     connect_errors = ("MAXCLIENTS",)
+    overload_error = "MAXCLIENTS"
     # After these commands the server sends data without a request.
     SERVER_PUSH = {"SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE", "MONITOR", "SYNC", "PSYNC",
                    "REPLCONF"}
@@ -1906,6 +1929,7 @@ class Memcache(Protocol):
         ("TOO_MANY", "ERROR Too many open connections")))
     default_errors = ("SERVER_ERROR",)
     connect_errors = ("TOO_MANY",)
+    overload_error = "TOO_MANY"
     STORE = {"set", "add", "replace", "append", "prepend", "cas"}
     GET = {"get", "gets", "gat", "gats"}
     META = {"mg", "ms", "md", "ma", "me", "mn"}
@@ -2060,6 +2084,7 @@ class Mysql(Protocol):
                            "'mysqladmin flush-hosts'"))))
     default_errors = ("1205", "1213", "1317", "1290")
     connect_errors = ("1040", "1129")
+    overload_error = "1040"
     fatal_errors = ("1053", "1927", "4031")
     server_first = True
     # Commands
@@ -2355,6 +2380,7 @@ class Postgres(Protocol):
         ("53300", "sorry, too many clients already")))
     default_errors = ("57014", "40001", "40P01", "55P03")
     connect_errors = ("57P03", "53300")
+    overload_error = "53300"
     fatal_errors = ("57P01", "25P03", "57P05")
     server_first = True
     TLS, GSS, CANCEL = 80877103, 80877104, 80877102     # codes in the place of a version
@@ -2559,6 +2585,10 @@ class Postgres(Protocol):
             return Reply(b"N")      # no encryption: the startup message follows
         return Reply(self.encode_error(kind), closes=True)
 
+    def refuse_client(self, received):
+        """Wait for the code of the first message, which follows its size."""
+        return super().refuse_client(received) if len(received) >= 8 else None
+
     def error_reply(self, kind, request):
         """Return the Reply to a statement, with a substitute for the backend.
 
@@ -2601,6 +2631,7 @@ class Smtp(Protocol):
         ("554", "5.7.1 Transaction failed")))
     default_errors = ("450", "451", "452")
     fatal_errors = ("421",)
+    overload_error = "421"
     server_first = True
     REPLY_LINE = Head(LINE, beginning_with(rb"\d", rb"\d", rb"\d", rb"[ \r\n-]"), "no reply code")
     auth_continues = False          # the backend waits for the next line of AUTH
@@ -3750,6 +3781,41 @@ class Chain:
                 active.draw, active.acts = self.draw_number(active.rule)
                 active.match_buffer, active.request = None, active.rule.drawn_count
         return active.acts
+
+
+class RefusingChain(Chain):
+    """The chain of a client beyond max_connections: no rule acts, and no backend is connected.
+
+    The client gets the error of a server that has too many connections, and is closed. Without a
+    protocol, it is only closed.
+    """
+
+    __slots__ = ("refusing_protocol", "received")
+
+    def __init__(self, rules, connection, protocol):
+        super().__init__(rules, connection)
+        self.refusing_protocol = protocol   # a Protocol, or None; `protocol` is for parsing
+        self.received = b""             # since the last reply
+
+    def rules_changed(self, new, changed=(), woken=()):
+        return []                       # no rule begins
+
+    def pass_through(self, to, data):
+        return None                     # no byte is for the backend
+
+    def process(self, t, to, data):
+        self.modified = True
+        if data is EOF:
+            return [(t, to, data, ())]
+        self.received += data
+        reply = Reply(b"", closes=True)
+        if self.refusing_protocol:
+            reply = self.refusing_protocol.refuse_client(self.received or OPEN)
+        if not reply:
+            return []
+        self.received, self.answered_early = b"", bool(reply.data)
+        events = [(t, DOWNSTREAM, reply.data)] if reply.data else []
+        return [(*event, ()) for event in [*events, *(close_both(t) if reply.closes else ())]]
 
 
 class Exchange:
@@ -5694,6 +5760,15 @@ class Connection:
             if self.up.fast_target is not None:     # most clients have sent a request by now
                 self.on_ready(self.up, EVENT_READ)
 
+    def refuse(self):
+        """A client has connected, but the proxy has max_connections already.
+
+        A client that sends nothing is closed after the time for connecting.
+        """
+        self.chain = RefusingChain(self.proxy.rules, self.number, self.chain.protocol)
+        self.set_deadline(self.began + self.proxy.timeout, lambda: self.close("refused"))
+        self.process_signal(UPSTREAM, OPEN)
+
     # Reading
 
     def on_ready(self, link, events):
@@ -6381,13 +6456,16 @@ class ProxyServer:
     toxics     rules beside the behavior: [Toxic]
     enabled    whether a ProxyTable opens its port
     accept     how new clients are accepted: a mode of Listener
+    max_connections
+               the most clients that are served at a time; 0 is no limit
 
     The other arguments are those of Proxy. Raises ValueError.
     """
 
     def __init__(self, distant, local=("localhost", 0), behavior="100:dummy", options=None,
                  name="vaurien", seed=None, timeout=30.0, protocol="tcp",
-                 overwrite_host_header=True, toxics=(), enabled=True, accept="normal"):
+                 overwrite_host_header=True, toxics=(), enabled=True, accept="normal",
+                 max_connections=0):
         self.name = name
         self.log_prefix = "" if name == "vaurien" else name + ": "
         self.protocol = PROTOCOLS[check_protocol(protocol)]
@@ -6396,6 +6474,7 @@ class ProxyServer:
         self.listen = format_address(local)         # once bound, the bound address
         self.enabled = enabled
         self.accept = accept
+        self.max_connections = max_connections
         self.timeout = timeout
         self.seed = random.SystemRandom().getrandbits(32) if seed is None else seed
         self.rules = RuleSet(self.seed, name)
@@ -6413,6 +6492,8 @@ class ProxyServer:
         self.set_backend(distant)
         self.connections = {}               # {number: Connection}, the open ones
         self.accepted = 0
+        self.refused = 0                    # of them, clients beyond max_connections
+        self.open_refused = set()           # the numbers of those connections that are open
         self.faults = Counter()             # {handler: requests or connections it acted on}
         self.failures = 0                   # connections for which no backend was reached
         self.closed_bytes = [0, 0, 0, 0]    # of closed connections: see Connection.add_bytes
@@ -6487,7 +6568,15 @@ class ProxyServer:
         self.accepted += 1
         connection = self.connections[self.accepted] = Connection(
             self, self.accepted, client, peer)
-        connection.start()
+        served = len(self.connections) - 1 - len(self.open_refused)
+        if not 0 < self.max_connections <= served:
+            connection.start()
+            return
+        self.refused += 1
+        self.open_refused.add(connection.number)
+        log.info("%sconnection %d: refused: max_connections is %d (client %s)",
+                 self.log_prefix, connection.number, self.max_connections, connection.name)
+        connection.refuse()
 
     def apply_change(self, local, backend, enabled, listener, accept):
         """Change the addresses, `enabled` and `accept`. Close the connections if necessary.
@@ -6832,6 +6921,9 @@ class ProxyServer:
     def on_connection_closed(self, connection, reason):
         """Remove and log a closed connection, but keep its byte counts."""
         del self.connections[connection.number]
+        if connection.number in self.open_refused:
+            self.open_refused.remove(connection.number)
+            reason = "refused"
         connection.add_bytes(self.closed_bytes)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%sconnection %d, client %s: %s after %.3f s, %d bytes up, %d bytes down, "
@@ -6975,8 +7067,8 @@ class ProxyTable(OrderedDict):
         """Enable or disable a proxy. Raises OSError."""
         self.change(proxy, proxy.local, proxy.backend, enabled)
 
-    def set_accept(self, proxy, accept):
-        """Change how a proxy accepts new clients. Raises OSError."""
+    def set_accept(self, proxy, accept=None):
+        """Change how a proxy accepts new clients, unless `accept` is None. Raises OSError."""
         self.change(proxy, proxy.local, proxy.backend, proxy.enabled, accept)
 
     def reset(self, proxy):
@@ -7027,6 +7119,7 @@ METRICS = OrderedDict((
         "counter", "Bytes to the backend (upstream) and to the client (downstream).")),
     ("vaurien_connections_total", ("counter", "Clients accepted.")),
     ("vaurien_connections_open", ("gauge", "Connections that are open.")),
+    ("vaurien_refused_connections_total", ("counter", "Clients refused by max_connections.")),
     ("vaurien_requests_total", ("counter", "Requests begun.")),
     ("vaurien_faults_total", ("counter", "Requests or connections that a handler acted on.")),
     ("vaurien_backend_failures_total", ("counter", "Backends that could not be connected to.")),
@@ -7039,6 +7132,7 @@ def measure(proxy):
     metrics = {
         "vaurien_connections_total": [(labels, proxy.accepted)],
         "vaurien_connections_open": [(labels, len(proxy.connections))],
+        "vaurien_refused_connections_total": [(labels, proxy.refused)],
         "vaurien_requests_total": [(labels, proxy.rules.request_count)],
         "vaurien_faults_total": [(dict(labels, handler=name), count)
                                  for name, count in sorted(proxy.faults.items())],
@@ -7530,23 +7624,25 @@ def get_status(request):
     proxy = request.proxy
     return proxy.loop.run_sync(lambda: OrderedDict([
         ("name", proxy.name), ("listen", proxy.listen), ("backend", format_address(proxy.backend)),
-        ("enabled", proxy.enabled), ("accept", proxy.accept), ("rules", proxy.describe()),
+        ("enabled", proxy.enabled), ("accept", proxy.accept),
+        ("max_connections", proxy.max_connections), ("rules", proxy.describe()),
         ("faults", proxy.fault_count)]))
 
 
 @route("PUT", "/proxy", '{"accept": "refuse"}')
 def put_status(request):
-    """Accept new clients as normal, refuse them, or drop them."""
-    body = parse_json_object(request.body)
-    errors = [(name, "%s is not known here: the only field is accept" % name)
-              for name in sorted(set(body) - {"accept"})]
-    try:
-        accept = check_field("accept", check_accept, body.get("accept"))
-    except InputError as error:
-        errors += error.errors
+    """Change how new clients are accepted, or the most clients that are served at a time."""
+    checks = {"accept": check_accept, "max_connections": check_count}
+    body, values, errors = parse_json_object(request.body), {}, []
+    for name in sorted(body):
+        if name in checks:
+            check_into(values, errors, name, checks[name], body[name])
+        else:
+            errors.append((name, "%s is not known here: there are %s" % (name, ", ".join(checks))))
     if errors:
         raise InputError(errors)
-    return change_proxy_of(request, ProxyTable.set_accept, accept)
+    request.proxy.max_connections = values.pop("max_connections", request.proxy.max_connections)
+    return change_proxy_of(request, ProxyTable.set_accept, **values)
 
 
 @route("POST", "/proxy/reset")
@@ -7555,11 +7651,11 @@ def reset_proxy(request):
     return change_proxy_of(request, ProxyTable.reset)
 
 
-def change_proxy_of(request, method, *args):
+def change_proxy_of(request, method, **arguments):
     """Call a method of ProxyTable for the proxy of a request. Raises ApiError."""
     try:
         with request.proxy.lock:
-            method(request.control.proxies, request.proxy, *args)
+            method(request.control.proxies, request.proxy, **arguments)
     except CannotListen as error:
         raise ApiError(500, [("server", "", error.strerror)]) from None
     return {"status": "ok"}
@@ -8092,7 +8188,7 @@ TOXIPROXY_TYPES = {"noop", "latency", "bandwidth", "slicer", "slow_close", "time
 # {field: type}
 PROXY_FIELDS = OrderedDict((("name", str), ("listen", str), ("upstream", str),
                             ("enabled", bool), ("toxics", list), ("rules", list),
-                            ("protocol", str), ("accept", str)))
+                            ("protocol", str), ("accept", str), ("max_connections", int)))
 PROXY_KEYS = [*PROXY_FIELDS, "logger"]      # Toxiproxy's listings have the key Logger
 TOXIC_FIELDS = OrderedDict((("name", str), ("type", str), ("stream", str), ("toxicity", float),
                             ("attributes", dict)))
@@ -8330,8 +8426,10 @@ def make_proxy(fields, proxies):
     check_field("upstream", check_backend, backend, [local])
     protocol = check_field("protocol", check_protocol, fields.get("protocol", "tcp"))
     accept = check_field("accept", check_accept, fields.get("accept", "normal"))
+    limit = check_field("max_connections", check_count, fields.get("max_connections", 0))
     return ProxyServer(backend, local, name=fields["name"], **proxies.shared, protocol=protocol,
-                       toxics=toxics, enabled=fields.get("enabled", True), accept=accept)
+                       toxics=toxics, enabled=fields.get("enabled", True), accept=accept,
+                       max_connections=limit)
 
 
 def check_unique_names(toxics):
@@ -8558,6 +8656,8 @@ def proxy_to_json(proxy, request):
             fields["protocol"] = proxy.protocol_name()
         if proxy.accept != "normal":
             fields["accept"] = proxy.accept
+        if proxy.max_connections:
+            fields["max_connections"] = proxy.max_connections
         return fields
     return proxy.loop.run_sync(to_json)
 
@@ -8618,7 +8718,10 @@ def change_proxy(proxies, proxy, fields, enabled):
     if protocol != proxy.protocol_name():
         raise bad_body("protocol cannot be changed: delete the proxy and create it again")
     accept = check_field("accept", check_accept, fields.get("accept", proxy.accept))
+    limit = check_field("max_connections", check_count,
+                        fields.get("max_connections", proxy.max_connections))
     proxies.change(proxy, local, backend, enabled, accept)
+    proxy.max_connections = limit
 
 
 @toxiproxy_route("DELETE", "/proxies/PROXY")
@@ -8752,6 +8855,8 @@ def update_existing(proxies, existing, proxy, fields):
                                                      overwrite_host_header=True))
         elif "accept" in fields:
             proxies.set_accept(existing, proxy.accept)
+        if not same or "max_connections" in fields:
+            existing.max_connections = proxy.max_connections
         toxics = replace_toxics(existing.toxics, proxy.toxics, fields) if same else proxy.toxics
         if toxics != existing.toxics:
             existing.loop.run_sync(existing.set_toxics, toxics)
@@ -9270,6 +9375,9 @@ class Proxy(Interface):
                     the arguments of add_toxic; `attributes` may have the options, as in Toxiproxy
         enabled     False: do not listen until `enable` is called
         accept      how new clients are accepted, as in set_accept
+        max_connections
+                    the most clients that are served at a time; further ones get the protocol's
+                    error for too many connections, or are closed; 0 is no limit
 
     Raises:
         ValueError      an argument is invalid; the message names it
@@ -9284,7 +9392,7 @@ class Proxy(Interface):
                  name: str = "vaurien", seed: "Optional[int]" = None, timeout: float = 30.0,
                  protocol: str = "tcp", overwrite_host_header: bool = True,
                  toxics: "Iterable[Dict[str, Any]]" = (), enabled: bool = True,
-                 accept: str = "normal") -> None:
+                 accept: str = "normal", max_connections: int = 0) -> None:
         super().__init__()
         options = check_field("options", check_handler_options, options or {})
         self._server = ProxyServer(
@@ -9298,7 +9406,8 @@ class Proxy(Interface):
             check_field("overwrite_host_header", check_yes_no, overwrite_host_header),
             [make_local_toxic(toxic) for toxic in toxics],
             check_field("enabled", check_yes_no, enabled),
-            check_field("accept", check_accept, accept))
+            check_field("accept", check_accept, accept),
+            check_field("max_connections", check_count, max_connections))
         self._proxies = ProxyTable([self._server])
         self._thread: "Optional[threading.Thread]" = None
 
@@ -9945,6 +10054,10 @@ SETTINGS = OrderedDict((
     ("accept", Setting(("--accept",), "normal", check_accept, "MODE",
                        "how new clients are accepted: normal, refuse (a connect fails at once) or "
                        "drop (it gets no reply, until the client's own time-out)", "proxy")),
+    ("max_connections", Setting(("--max-connections",), "0", check_count, "N",
+                                "clients to serve at a time; further ones get the protocol's "
+                                "error for too many connections, or are closed; 0 is no limit",
+                                "proxy")),
     ("seed", Setting(("--seed",), None, check_count, "N",
                      "the same seed gives the same faults; by default, a seed is drawn and logged",
                      "shared")),
