@@ -754,6 +754,40 @@ class TestToxics(unittest.TestCase):
         self.assertTrue(0.13 < max(around_100_ms) <= 0.15, around_100_ms)
         self.assertEqual(min(delays(10)), 0)
 
+    def test_the_distributions_of_the_latency(self):
+        def delays(distribution, latency=100, jitter=20):
+            """Return 10,000 delays in milliseconds, sorted."""
+            events = [(0, UPSTREAM, b"q")] * 10000
+            return sorted(1000 * t for t, _, _ in self.run_toxic(
+                "latency", *events, latency=latency, jitter=jitter, distribution=distribution))
+
+        # Two medians follow from the formulas: the mean - 0.32 times the jitter (pareto), and
+        # the mean / sqrt(1 + (jitter / mean)^2) (lognormal). One is measured (paretonormal).
+        for distribution, median in [("uniform", 100), ("normal", 100), ("pareto", 93.6),
+                                     ("paretonormal", 96.0), ("lognormal", 98.1)]:
+            with self.subTest(distribution):
+                drawn = delays(distribution)
+                self.assertEqual(drawn, delays(distribution))
+                self.assertAlmostEqual(sum(drawn) / 10000, 100, delta=2)
+                self.assertAlmostEqual(drawn[5000], median, delta=1)
+        spread = [delays(distribution) for distribution in ("normal", "lognormal")]
+        for drawn in spread:
+            variance = sum((delay - 100) ** 2 for delay in drawn) / 10000
+            self.assertAlmostEqual(math.sqrt(variance), 20, delta=0.7)
+        for distribution in vaurien.DISTRIBUTIONS:
+            with self.subTest(distribution, jitter="more than the latency"):
+                self.assertEqual(delays(distribution, latency=1, jitter=50)[0],
+                                 0 if distribution != "lognormal" else mock.ANY)
+                self.assertEqual(delays(distribution, 30, jitter=0), [30] * 10000)
+        self.assertEqual(set(delays("lognormal", latency=0)), {0})
+
+    def test_the_default_distribution_draws_as_random_uniform_does(self):
+        events = [(0, UPSTREAM, b"q")] * 5
+        chain = chain_of(vaurien.Rule("latency", {"latency": 9, "jitter": 5}))
+        rng = random.Random(chain.active_rules[0].draw)
+        self.assertEqual([process_event(chain, *event).t for event in events],
+                         [(9 + rng.uniform(-5, 5)) / 1000 for _ in events])
+
     def test_bandwidth_is_1000_bytes_per_kilobyte_in_each_direction(self):
         events = self.run_toxic("bandwidth", (0, UPSTREAM, bytes(5000)),
                                 (0, DOWNSTREAM, b"a" * 100), (1, UPSTREAM, bytes(1000)), rate=1)
@@ -4340,6 +4374,73 @@ class TestRateLimits(unittest.TestCase):
         self.assertGreater(queue.read_limit(lambda: 0.41), 0)
         self.assertEqual(queue.resume_reading_at(0.41), NEVER)
 
+    def shared_link(self, *before):
+        """Return a function with which connections receive through one link of 1 KB/s.
+
+        before    rules that act before it
+
+        send(connection, now, size, request) lets the client send a request, and the backend
+        reply at `now` with `size` bytes. It returns when the last byte of them arrives.
+        """
+        rule_set = rule_set_of(*before, vaurien.Rule(
+            "bandwidth", {"rate": 1, "shared": True}, per="connection", draw_key="b",
+            stream=DOWNSTREAM))
+        chains = {}
+
+        def send(connection, now, size, request=b"q"):
+            if connection not in chains:
+                chains[connection] = vaurien.Chain(rule_set, connection)
+                chains[connection].begin_request()
+                chains[connection].process_open(now, [DOWNSTREAM])
+            chains[connection].process(now, UPSTREAM, request)
+            return round(chains[connection].process(now, DOWNSTREAM, bytes(size))[-1][0], 6)
+
+        return send
+
+    def test_connections_share_a_link_first_come_first_served(self):
+        send = self.shared_link()
+        self.assertEqual([send(1, 0, 500), send(2, 0, 500), send(1, 0, 1000), send(3, 1.5, 100),
+                          send(2, 10, 100)], [0.5, 1.0, 2.0, 2.1, 10.1])
+
+    def test_chunks_that_other_rules_delay_block_no_other_connection_on_a_shared_link(self):
+        send = self.shared_link(
+            vaurien.Rule("latency", {"latency": 60000}, match=re.compile(b"slow")),
+            vaurien.Rule("hang", match=re.compile(b"stuck"), draw_key="h"))
+        self.assertEqual([send(1, 0, 100, b"slow"), send(2, 0, 100), send(3, 0, 100, b"stuck"),
+                          send(4, 0, 100), send(1, 1, 100, b"slow")],
+                         [60.1, 0.2, NEVER, 0.3, 61.1])
+
+    def test_a_connection_that_closes_gives_its_time_on_a_shared_link_back(self):
+        def serve(sock):
+            while True:
+                size = sock.recv(100)
+                if not size:
+                    return
+                sock.sendall(bytes(int(size)))
+
+        with running_proxy(serve) as proxy:
+            proxy.add_toxic("bandwidth", rate=10, shared=True, stream="downstream")
+            shared = proxy.toxics[0].rule.shared
+            with connected_client(proxy) as closing, connected_client(proxy) as other:
+                closing.sendall(b"100000")
+                wait_until(lambda: shared[DOWNSTREAM] > proxy.loop.clock() + 5)
+                closing.close()
+                wait_until(lambda: len(proxy.connections) == 1)
+                self.assertLess(shared[DOWNSTREAM], proxy.loop.clock() + 1)
+                other.sendall(b"10")
+                self.assertEqual(read_exactly(other, 10), bytes(10))
+
+    def test_a_shared_link_is_idle_after_its_rate_has_changed(self):
+        with running_proxy(echo) as proxy, connected_client(proxy) as sock:
+            for rate in 0, 1000:
+                proxy.loop.run_sync(proxy.set_toxics, [vaurien.Toxic(
+                    "bandwidth", "b", attributes={"rate": rate, "shared": True})])
+                if not rate:
+                    sock.sendall(b"one")
+                    proxy.wait_for("bandwidth")
+            self.assertEqual(read_exactly(sock, 3), b"one")
+            self.assertEqual(send_and_read(sock, b"two"), b"two")
+
     def test_a_rate_limit_behind_a_hang_is_idle_when_the_hang_is_removed(self):
         with running_proxy(echo) as proxy, connected_client(proxy) as sock:
             toxics = [
@@ -7763,8 +7864,26 @@ class TestToxiproxyApi(ToxiproxyTestCase):
         for type_, function in HANDLERS.items():
             with self.subTest(type_):
                 toxic = self.add_toxic(type_)
-                self.assertEqual((toxic["type"], toxic["attributes"]),
-                                 (type_, vaurien.handler_options(function)))
+                expected = dict(vaurien.handler_options(function))
+                for own in {"latency": ["distribution"], "bandwidth": ["shared"]}.get(type_, []):
+                    del expected[own]       # Toxiproxy lacks it, and it has its default
+                self.assertEqual((toxic["type"], toxic["attributes"]), (type_, expected))
+
+    def test_attributes_that_toxiproxy_lacks_are_listed_only_if_they_are_set(self):
+        self.create_proxy()
+        path = "/proxies/p/toxics/latency_downstream"
+        self.add_toxic("latency", attributes={"latency": 5})
+        for attributes, listed in [({"distribution": "pareto"}, []),
+                                   ({"distribution": "uniform"}, [{"latency": 5, "jitter": 0}])]:
+            with self.subTest(attributes):
+                self.request("PATCH", path, {"attributes": attributes})
+                self.assertEqual(self.request("GET", path)["attributes"].get("distribution"),
+                                 "pareto" if attributes["distribution"] == "pareto" else None)
+                toxics = self.request("GET", "/proxies/p/toxics")
+                self.assertEqual([toxic["attributes"] for toxic in toxics], listed)
+        response = self.request("PATCH", path, {"attributes": {"distribution": "paretto"}}, 400)
+        self.assertIn("distribution must be one of uniform, normal, pareto, paretonormal, "
+                      "lognormal, not 'paretto' (did you mean pareto?)", response["error"])
 
     def test_a_toxic_is_changed_and_removed(self):
         self.create_proxy()
@@ -7925,7 +8044,7 @@ class TestToxiproxyApi(ToxiproxyTestCase):
             ([{"type": "noop", "nope": 1}], 400,
              "nope is not a field of a toxic: there are name, type"),
             ([{"type": "latency", "attributes": {"latence": 1}}], 400,
-             "latence is not an option of latency (did you mean latency?): it has jitter"),
+             "latence is not an option of latency (did you mean latency?): it has distribution"),
             ({}, 400, "cannot unmarshal object"),
             ([5], 400, "cannot unmarshal number"),
             ("[] x", 400, "bad request body"),
@@ -9606,7 +9725,8 @@ class TestBadInput(TempDirTestCase):
             (["--handlers.delay.dely", "1"],
              "--handlers.delay.dely is not an option of delay: it has before, sleep"),
             (["--behavior-latency-sleep=1"],
-             "--behavior-latency-sleep is not an option of latency: it has jitter, latency"),
+             "--behavior-latency-sleep is not an option of latency: it has distribution, jitter, "
+             "latency"),
             (["--handlers.delay.tims", "1"],
              "--handlers.delay.tims is not an option of delay (did you mean times?)"),
             (["--handlers.latncy.latency", "1"],

@@ -440,6 +440,8 @@ def format_value(value):
 #              protocol_lost     True after the connection has fallen back to tcp
 #              current_request   the Request that the event belongs to; None without a
 #                                protocol, and while the client connects
+#              received_at       when the proxy has received the event; t is later if other rules
+#                                have delayed it
 #              draw              the number that decided that the rule acts
 #              drawn_options     {option: value} for the fault record: values that the handler has
 #                                drawn, because the user has given none
@@ -491,7 +493,8 @@ def keeps_due_time(function: "Function") -> "Function":
 def rate_limited(function: "Function") -> "Function":
     """Mark a handler that delays chunks like a slow link.
 
-    The handler keeps in state[to] the time when the link will have sent all chunks so far.
+    The handler keeps in state[to] the time when the link will have sent all chunks so far, or in
+    state.shared[to] if all connections share the link.
     DelayQueue.read_limit lets less data wait for such a link, so that the source slows down
     soon.
     """
@@ -515,6 +518,17 @@ def changes_replies(function: "Function") -> "Function":
     """Mark a handler that changes replies only. Its rule cannot have the stream "upstream"."""
     function.changes_replies = True  # type: ignore
     return function
+
+
+def option_checks(**checks: "Callable[[Any], Any]") -> "Callable[[Function], Function]":
+    """Return a decorator for a handler that accepts only some values of its options.
+
+    checks    {option: check}; see the section Checks
+    """
+    def mark(function):
+        function.option_checks = checks
+        return function
+    return mark
 
 
 @handler
@@ -621,36 +635,80 @@ def abort(state, t, to, data):
 HANDLERS["noop"] = dummy
 
 
+# {distribution: a function (rng, mean, jitter) that draws a delay in milliseconds}. The names are
+# those of netem, and so are the formulas of pareto and paretonormal (iproute2, netem/pareto.c
+# and paretonormal.c). The lognormal distribution is the one of WireMock.
+DISTRIBUTIONS = OrderedDict((
+    ("uniform", lambda rng, mean, jitter: mean + rng.uniform(-jitter, jitter)),
+    ("normal", lambda rng, mean, jitter: rng.gauss(mean, jitter)),
+    ("pareto", lambda rng, mean, jitter: mean + jitter * pareto_deviation(rng)),
+    ("paretonormal", lambda rng, mean, jitter: mean + jitter * (
+        rng.gauss(0, 1) / 4 + pareto_deviation(rng) * 3 / 4)),
+    ("lognormal", lambda rng, mean, jitter: draw_lognormal(rng, mean, jitter)),
+))
+
+
+def pareto_deviation(rng):
+    """Return a deviation with the mean 0: Pareto's distribution with the shape 3, as in netem."""
+    return ((1 - rng.random()) ** (-1 / 3) - 1.5) * 4 / 3
+
+
+def draw_lognormal(rng, mean, deviation):
+    """Return a number of the lognormal distribution with this mean and standard deviation."""
+    if not mean:
+        return 0
+    variance = math.log1p((deviation / mean) ** 2)      # of the logarithm
+    return mean * math.exp(rng.gauss(0, 1) * math.sqrt(variance) - variance / 2)
+
+
 @handler
-def latency(state, t, to, data, *, latency=0, jitter=0):
+@option_checks(distribution=choice_check(*DISTRIBUTIONS))
+def latency(state, t, to, data, *, latency=0, jitter=0, distribution="uniform"):
     """A longer link: every chunk arrives later, and the delays do not add up.
 
-    latency  milliseconds added to each chunk
-    jitter   milliseconds added or subtracted at most, drawn for each chunk
+    latency       milliseconds added to each chunk
+    jitter        milliseconds, drawn for each chunk; uniform: added or subtracted at most; other
+                  distributions: the standard deviation
+    distribution  uniform, normal, pareto, paretonormal (as in netem) or lognormal
     """
     if data:
-        deviation = state.random.uniform(-jitter, jitter) if jitter else 0
-        t += max(0, latency + deviation) / 1000
+        draw = DISTRIBUTIONS[distribution]
+        t += max(0, draw(state.random, latency, jitter) if jitter else latency) / 1000
     yield t, to, data
 
 
 @handler
 @rate_limited
-def bandwidth(state, t, to, data, *, rate=0):
+def bandwidth(state, t, to, data, *, rate=0, shared=False):
     """A slower link: the data rate is limited, separately in each direction.
 
     rate     kilobytes (1000 bytes) per second; 0 lets nothing through
+    shared   yes: one link for all connections of the proxy, first come, first served
     """
-    # state[to] is the time when the link will have sent all chunks so far.
+    # state[to] is the time when the link will have sent all chunks of this connection so far, and
+    # state.shared[to] that for all connections. A chunk takes its turn on a shared link when it
+    # is received, so that chunks that other rules delay block no others. The price: chunks that
+    # other rules delay until the same time may exceed the rate for a moment.
     if data is OPEN:
         state[to] = t
     piece_size = rate * 10      # bytes: 10 ms of data
     for piece in split_chunk(data, piece_size, piece_size):
-        if piece and rate > 0:
-            state[to] = max(t, state[to]) + len(piece) / (rate * 1000)
-        elif piece:
-            state[to] = NEVER
+        if piece:
+            seconds = len(piece) / (rate * 1000) if rate > 0 else NEVER
+            state[to] = max(t, state[to]) + seconds
+            if shared and t < NEVER:
+                state.shared[to] = max(state.received_at, state.shared[to]) + seconds
+                state[to] = max(state[to], state.shared[to])
         yield max(t, state[to]), to, piece
+
+
+def cancel_transfer(rule, to, size):
+    """Give back the time that a shared link has reserved for bytes that are now dropped."""
+    if rule.options["shared"] and rule.options["rate"]:
+        rule.shared[to] -= size / (rule.options["rate"] * 1000)
+
+
+bandwidth.on_dropped = cancel_transfer  # type: ignore
 
 
 @handler
@@ -886,6 +944,9 @@ def check_option(name, option, value):
         raise ValueError("is not an option of %s%s: it has %s" % (
             name, did_you_mean(option, [*defaults, *RULE_FIELDS]),
             ", ".join(sorted(defaults)) or "none"))
+    checks = getattr(get_handler(name), "option_checks", {})
+    if option in checks:
+        return checks[option](value)
     type_ = type(defaults[option])
     if type_ is str:
         return check_text(value)
@@ -2943,9 +3004,9 @@ class Rule:
     """
 
     __slots__ = ("name", "handler", "options", "draw_min", "draw_max", "draw_key", "direction",
-                 "keeps_due_time", "rate_limited", "blocking", "drawn_count", "acted_count",
-                 "shared", "error_logged", "instance", "toxic", "block", "match_failed",
-                 "slow_logged", "schedule", "moment", "acting_max", "limit",
+                 "keeps_due_time", "rate_limited", "on_dropped", "blocking", "drawn_count",
+                 "acted_count", "shared", "error_logged", "instance", "toxic", "block",
+                 "match_failed", "slow_logged", "schedule", "moment", "acting_max", "limit",
                  *(field for field in RULE_FIELDS if field != "percent"))
 
     per: str
@@ -2972,6 +3033,7 @@ class Rule:
         self.limit = 0 if self.of else self.times       # number of requests to act on at most
         self.keeps_due_time = getattr(self.handler, "keeps_due_time", False)
         self.rate_limited = getattr(self.handler, "rate_limited", False)
+        self.on_dropped = getattr(self.handler, "on_dropped", None)
         self.blocking = is_blocking_handler(self.handler)   # then chains skip the rule
         self.drawn_count = 0        # number of requests (or connections) it was drawn for
         self.acted_count = 0        # number of these that it has acted on
@@ -3098,6 +3160,7 @@ class ActiveRule(Counter):
     """
 
     request_number = 0
+    received_at = 0.0
     protocol = current_request = generator = None
     protocol_lost = False
     drawn_options: dict = {}            # a handler that draws an option sets it
@@ -3699,6 +3762,7 @@ class Chain:
         If a handler raises any exception, the result is one RESET.
         """
         for active in active_rules:
+            active.received_at = t
             if active.rule.blocking:     # it gets the sockets: see Connection.hand_off
                 continue
             try:
@@ -4414,6 +4478,7 @@ class DelayQueue:
         if not data and not isinstance(data, Signal):
             return
         if self.write_closed and (data or data is EOF):
+            self.tell_dropped(data, delays)
             return
         if data is not RESET:
             t = max(t, self.latest)
@@ -4521,8 +4586,16 @@ class DelayQueue:
             room = min(room, self.budget.allowance(HELD_MAX) - self.held - self.kept)
         return min(CHUNK, room) if room >= min(READ_MIN, allowance / 4) else 0
 
+    def tell_dropped(self, data, delays):
+        """Tell the rules that have delayed a chunk that it is dropped."""
+        for rule, _, _ in delays:
+            if rule.on_dropped:
+                rule.on_dropped(rule, self.to, len(data))
+
     def discard(self):
         """Drop all bytes and signals that are held."""
+        for _, _, data, _, delays in self.queue:
+            self.tell_dropped(data, delays)
         self.queue, self.send_buffer = [], ()  # type: ignore
         self.credit(self.held)
 
@@ -6765,8 +6838,15 @@ class ProxyServer:
         log.info("%srules: %s", self.log_prefix, self.describe())
         self.begin_schedules()
         self.set_rule_timer()
+        self.change_connections(new, removed, changed)
+
+    def change_connections(self, new, removed, changed, woken=()):
+        """Apply a change of the rules to the open connections: see Connection.rules_changed."""
+        for rule in [*removed, *changed]:   # what it delays is released: a shared link is idle
+            rule.shared.pop(UPSTREAM, None)
+            rule.shared.pop(DOWNSTREAM, None)
         for connection in list(self.connections.values()):
-            connection.rules_changed(new, removed, changed)
+            connection.rules_changed(new, removed, changed, woken)
 
     def all_rules(self):
         """Return the rules of the behavior, of the open blocks, and of the toxics."""
@@ -6812,8 +6892,8 @@ class ProxyServer:
                 self.update_moment(rule, now)
         asleep = [rule for rule, share in shares.items() if share and rule.sleeps()]
         woken = [rule for rule, share in shares.items() if rule.moment.share > share]
-        for connection in list(self.connections.values()) if asleep or woken else ():
-            connection.rules_changed([], asleep, [], woken)
+        if asleep or woken:
+            self.change_connections([], asleep, [], woken)
         if expired:
             self.remove_expired(expired)
         self.set_rule_timer()
@@ -8183,8 +8263,11 @@ PLAIN_TYPES = {"string": "text", "bool": "true or false", "int64": "a whole numb
                "float64": "a number", "[]": "a list", "{}": "an object",
                "[]toxiproxy.Proxy": "a list of proxies", "toxiproxy.Proxy": "an object",
                "toxics.ToxicWrapper": "an object", "attributes": "an object"}
-TOXIPROXY_TYPES = {"noop", "latency", "bandwidth", "slicer", "slow_close", "timeout", "reset_peer",
-                   "limit_data"}
+# {type: its attributes}
+TOXIPROXY_TYPES = {
+    "noop": (), "latency": ("latency", "jitter"), "bandwidth": ("rate",),
+    "slicer": ("average_size", "size_variation", "delay"), "slow_close": ("delay",),
+    "timeout": ("timeout",), "reset_peer": ("timeout",), "limit_data": ("bytes",)}
 # {field: type}
 PROXY_FIELDS = OrderedDict((("name", str), ("listen", str), ("upstream", str),
                             ("enabled", bool), ("toxics", list), ("rules", list),
@@ -8602,12 +8685,23 @@ def unknown_key_warnings(json_object, known, source):
 def toxic_to_json(proxy, toxic):
     # Toxiproxy writes 1, and not 1.0.
     toxicity = int(toxic.toxicity) if toxic.toxicity == int(toxic.toxicity) else toxic.toxicity
-    fields = OrderedDict((("attributes", toxic.attributes), ("name", toxic.name),
+    fields = OrderedDict((("attributes", attributes_to_json(toxic)), ("name", toxic.name),
                           ("type", toxic.rule.name), ("stream", toxic.stream),
                           ("toxicity", toxicity)))
     fields.update(own_fields_to_json(toxic))
     fields.update(toxic.rule.times_to_json(proxy.to_unix))
     return fields
+
+
+def attributes_to_json(toxic):
+    """Return the attributes of a toxic. An attribute that Toxiproxy lacks must not be the default.
+
+    Typed clients may fail if a toxic has an attribute that they do not know.
+    """
+    toxiproxys = TOXIPROXY_TYPES.get(toxic.rule.name, toxic.attributes)
+    defaults = handler_options(toxic.rule.handler)
+    return OrderedDict((name, value) for name, value in toxic.attributes.items()
+                       if name in toxiproxys or value != defaults[name])
 
 
 def own_fields_to_json(toxic):
@@ -8617,9 +8711,13 @@ def own_fields_to_json(toxic):
 
 
 def is_toxiproxys(toxic):
-    """Return whether Toxiproxy could have this toxic: its type, its stream and no rule fields."""
+    """Return whether Toxiproxy could have this toxic.
+
+    It could if it has the type, the attributes and the stream, and if no rule field is set.
+    """
     return (toxic.rule.name in TOXIPROXY_TYPES and toxic.rule.stream != "both"
-            and not toxic.rule.own_fields())
+            and not toxic.rule.own_fields()
+            and set(attributes_to_json(toxic)) <= set(TOXIPROXY_TYPES[toxic.rule.name]))
 
 
 def toxics_to_json(proxy, included=lambda toxic: True):
