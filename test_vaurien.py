@@ -9812,7 +9812,7 @@ class TestBadInput(TempDirTestCase):
                                      "you mean latency?)"),
             (["--fault", "20:latency"], "names the unknown handler '20:latency'"),
             (["--fault", "hang", "--fault", "latency.foo=1"],
-             "--fault 'latency.foo=1': foo is not an option of latency: it has jitter, latency"),
+             "--fault 'latency.foo=1': foo is not an option of latency: it has distribution"),
             (["--fault", "latency latency=x"],
              "--fault 'latency latency=x': latency must be a whole number"),
             (["--fault", "latency.latency=1 latency=2"],
