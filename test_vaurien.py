@@ -6711,6 +6711,64 @@ class TestRoutes(unittest.TestCase):
         self.assertEqual([(change["after"], change["connection"]) for change in changes],
                          [(0, 0)] * 3)
 
+    def test_the_declarations_are_those_of_the_handlers_and_rule_fields(self):
+        declarations = self.request("GET", "/declarations")
+        self.assertEqual(list(declarations["handlers"]), list(HANDLERS))
+        self.assertEqual(list(declarations["fields"]), list(vaurien.RULE_FIELDS))
+        self.assertEqual(declarations["kinds"]["redis"], list(vaurien.Redis.errors))
+        for name, function in HANDLERS.items():
+            listed = declarations["handlers"][name]
+            self.assertEqual(listed["help"], vaurien.summary(function))
+            options = vaurien.handler_options(function)
+            self.assertEqual({option: value["default"]
+                              for option, value in listed["options"].items()}, options)
+            for option, value in listed["options"].items():
+                with self.subTest(name, option=option):
+                    self.assertEqual(value["type"], type(options[option]).__name__)
+                    self.assertTrue(value["help"])
+                    for choice in value["choices"]:
+                        vaurien.check_option(name, option, choice)
+        for field, expected in (
+                ("percent", ("float", 100, [])), ("match", ("str", None, [])),
+                ("per", ("str", "request", ["request", "connection"]))):
+            listed = declarations["fields"][field]
+            self.assertEqual((listed["type"], listed["default"], listed["choices"]), expected)
+
+    def test_the_status_of_all_proxies(self):
+        self.request("POST", "/proxies/two/toxics",
+                     b'{"type": "latency", "name": "slow", "ttl": 60}')
+        status = self.request("GET", "/status")
+        self.assertEqual(status["version"], vaurien.__version__)
+        one, two = status["proxies"]
+        state = self.request("GET", "/proxy?proxy=two")
+        self.assertEqual({name: two[name] for name in state}, state)
+        self.assertEqual((two["protocol"], two["open"], two["rates"]), ("tcp", 0, {}))
+        self.assertEqual(two["counts"]["requests"], 0)
+        self.assertEqual([(rule["name"], rule["percent"]) for rule in one["installed"]],
+                         [("delay", 20), ("hang", 5)])
+        toxic, = two["installed"]
+        self.assertEqual((toxic["name"], toxic["toxic"], toxic["active"]),
+                         ("latency", "slow", True))
+        self.assertTrue(0 < toxic["until"] - two["time"] <= 60)
+
+    def test_the_rates_of_a_time(self):
+        """The counts grow during the measurement, which time.sleep begins."""
+        def measure(seconds, sleep=time.sleep):
+            self.one.rules.request_count += 500
+            self.one.closed_bytes[0] += 1000
+            sleep(0.01)
+
+        with mock.patch.object(time, "sleep", measure):
+            one, two = self.request("GET", "/status?seconds=1")["proxies"]
+        rates = one["rates"]
+        self.assertEqual(list(rates), list(one["counts"]))
+        self.assertTrue(0 < rates["requests"] < 50000, rates)
+        self.assertAlmostEqual(rates["bytes_up"], 2 * rates["requests"], 1)
+        self.assertEqual((rates["faults"], set(two["rates"].values())), (0, {0}))
+        self.check_errors(*(("GET", "/status?seconds=" + text, b"", "querystring", "seconds",
+                             "0, or a number of seconds from 0.01 to 10")
+                            for text in ("11", "-1", "0.001", "nan", "x")))
+
     def test_the_query_selects_one_of_several_proxies(self):
         self.request("POST", "/handler?proxy=two", b"blackout")
         self.assertEqual(self.request("GET", "/handler?proxy=two"), "blackout")
@@ -7047,6 +7105,13 @@ class TestControl(unittest.TestCase):
             self.assertEqual((connection["requests"], connection["faults"]), (2, ["delay"]))
             self.assertTrue(connection["connected"])
             self.assertGreaterEqual(connection["age"], 0)
+            with connected_client(proxy):
+                wait_until(lambda: len(proxy.connections) == 2)
+                for newest, numbers in (0, []), (1, [2]), (5, [1, 2]):
+                    self.assertEqual([connection["number"] for connection in client.request(
+                        "GET", "/connections", newest=newest)["connections"]], numbers)
+                with self.assertRaisesRegex(ValueError, "newest must be a whole number"):
+                    client.request("GET", "/connections", newest="-1")
 
     def test_events_lists_the_fault_records(self):
         options = {"sleep": 0.001, "before": True}
@@ -7628,9 +7693,22 @@ class TestToxiproxyApi(ToxiproxyTestCase):
         self.assertRegex(vaurien.__version__, r"^([3-9]|2\.([6-9]|\d\d))[.]")      # 2.6 or later
 
     def test_browsers_are_refused(self):
-        response = vaurien.handle_request(self.control, "GET", "/proxies", no_body,
-                                          {"User-Agent": "Mozilla/5.0 (X11)"})
-        self.assertEqual((response.status, response.text), (403, "User agent not allowed\n"))
+        for headers, status in (
+                ({}, 403),
+                ({"Sec-Fetch-Site": "none"}, 403),
+                ({"X-Fetch-Site": "cross-site"}, 403),
+                # The control server's own page. Not all browsers send Sec-Fetch-Site.
+                ({"Sec-Fetch-Site": "same-origin"}, 200),
+                ({"X-Fetch-Site": "same-origin"}, 200),
+                ({"X-Fetch-Site": "same-origin", "Sec-Fetch-Site": "cross-site"}, 403),
+                ({"X-Fetch-Site": "same-origin", "Origin": "http://evil.example"}, 403)):
+            with self.subTest(headers):
+                response = vaurien.handle_request(
+                    self.control, "GET", "/proxies", no_body,
+                    dict(headers, **{"User-Agent": "Mozilla/5.0 (X11)", "Host": "localhost"}))
+                self.assertEqual(response.status, status)
+                if headers == {}:
+                    self.assertEqual(response.text, "User agent not allowed\n")
 
     def test_quoted_names_with_any_characters_select_the_proxy(self):
         for name in "a b", "a/b", "ü", "100%", "?#":
@@ -8872,6 +8950,26 @@ class TestInterface(TempDirTestCase):
                 self.assertEqual([item["requests"] for item in connections], [1])
             interface.set_backend(("127.0.0.1", 9))
             self.assertEqual(interface.get_backend(), "127.0.0.1:9")
+
+    def test_a_connection_is_closed_or_reset(self):
+        for interface, proxy in self.each():
+            for reset, ending in (False, b""), (True, "reset"):
+                with self.subTest(ending), contextlib.closing(
+                        connect(interface.address()[1])) as sock, connected_client(proxy) as other:
+                    send_and_read(sock, b"question")
+                    send_and_read(other, b"question")
+                    closed, kept = sorted(proxy.connections)
+                    interface.close_connection(closed, reset=reset)
+                    try:
+                        received = sock.recv(1)
+                    except ConnectionResetError:
+                        received = "reset"
+                    self.assertEqual(received, ending)
+                    send_and_read(other, b"question")
+                    self.assertEqual(list(proxy.connections), [kept])
+                    with self.assertRaisesRegex(ValueError, "no open connection %d" % closed):
+                        interface.close_connection(closed)
+                wait_until(lambda: not proxy.connections)
 
     def test_wait_for_in_a_block_means_this_block(self):
         for interface, _ in self.each():
@@ -10372,6 +10470,14 @@ class TestCtl(unittest.TestCase):
                 send_and_read(sock, b"question")
                 _, out, _ = self.run_ctl(client, "connections")
                 self.assertIn('"bytes_up": 8', out)
+                for argv, output in ((["1", "cut"], "how must be one of close, reset, not 'cut'"),
+                                     (["x"], "number must be a whole number"),
+                                     (["9"], "there is no open connection 9")):
+                    status, _, error = self.run_ctl(client, "close", *argv)
+                    self.assertEqual(status, 1)
+                    self.assertIn(output, error)
+                self.assertEqual(self.run_ctl(client, "close", "1", "reset"),
+                                 (0, "Connection 1: reset", ""))
             _, out, _ = self.run_ctl(client, "events")
             self.assertIn('"handler": "delay"', out)
             backend = vaurien.format_address(proxy.backend)

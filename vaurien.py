@@ -352,6 +352,7 @@ def choice_check(*choices):
             raise ValueError("must be one of %s, not %r%s" % (
                 ", ".join(choices), value, did_you_mean(value, choices)))
         return value
+    check.choices = choices  # type: ignore
     return check
 
 
@@ -899,8 +900,10 @@ def option_help(function):
     """Return {option: help} of a handler."""
     if is_blocking_handler(function):
         return {name: text for name, (text, _, _) in function.options.items()}
-    lines = re.findall(r"^(\w+) {2,}(\S.*)$", inspect.getdoc(function) or "", re.MULTILINE)
-    return {name: text for name, text in lines if name in handler_options(function)}
+    lines = re.findall(r"^(\w+) {2,}(\S.*(?:\n +\S.*)*)$", inspect.getdoc(function) or "",
+                       re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in lines
+            if name in handler_options(function)}
 
 
 def without_moment(json_object):
@@ -7013,9 +7016,9 @@ class ProxyServer:
 
     # In the loop's thread: for the control server
 
-    def list_connections(self):
-        """Return one dict for each open connection."""
-        now = self.loop.clock()
+    def list_connections(self, newest=math.inf):
+        """Return one dict for each open connection. `newest` limits their number."""
+        now, first = self.loop.clock(), max(0, len(self.connections) - newest)
         return [{
             "number": connection.number, "client": connection.name,
             "backend": connection.backend_name(),
@@ -7026,7 +7029,17 @@ class ProxyServer:
             "held_up": connection.up.held + connection.up.kept,
             "held_down": connection.down.held,
             "faults": connection.faults or [],
-        } for connection in self.connections.values()]
+        } for connection in itertools.islice(self.connections.values(), first, None)]
+
+    def close_connection(self, number, reset=False):
+        """Close or reset a connection. Returns False if there is none with this number."""
+        connection = self.connections.get(number)
+        if connection:
+            close = connection.reset if reset else connection.close
+            close("%s by the control" % ("reset" if reset else "closed"))
+            log.info("%sconnection %d: %s by the control (client %s)", self.log_prefix, number,
+                     "reset" if reset else "closed", connection.name)
+        return connection is not None
 
     def byte_counts(self):
         """Return the bytes of all connections: {(direction, "received" or "sent"): bytes}."""
@@ -7347,6 +7360,8 @@ IDLE_TIMEOUT = 60.0             # seconds to wait for the next request, as in To
 READ_TIMEOUT = 10.0             # seconds to wait for the next bytes of a request
 REQUEST_TIMEOUT = 30.0          # seconds from the first byte of a request to the last byte of
                                 #   its response
+MEASURE_MAX = 10.0              # seconds that `GET /status` measures rates at most
+PAGE_HEADER = "X-Fetch-Site"    # the page sends it with the value "same-origin"
 
 # Domains in which an attacker from the Internet can register no name: RFC 6761 and RFC 6762, the
 # names of ICANN and RFC 8375 for private networks, and the services of Kubernetes. So no name
@@ -7626,6 +7641,29 @@ def list_handlers(request):
     return {"handlers": list(HANDLERS)}
 
 
+@route("GET", "/declarations", needs_proxy=False)
+def list_declarations(request):
+    """Return the declarations of handlers and rule fields, and the errors of each protocol."""
+    handlers = OrderedDict((name, {"help": summary(function), "options": OrderedDict(
+        (option, declaration(default, option_help(function).get(option, ""),
+                             getattr(function, "option_checks", {}).get(option)))
+        for option, default in handler_options(function).items())})
+        for name, function in HANDLERS.items())
+    fields = OrderedDict((name, declaration(field.default, field.help, field.check))
+                         for name, field in RULE_FIELDS.items())
+    return {"handlers": handlers, "fields": fields, "kinds": {
+        name: list(protocol.errors) if protocol else [] for name, protocol in PROTOCOLS.items()}}
+
+
+def declaration(default, help_text, check):
+    """Return the declaration of an option or a rule field as a JSON value.
+
+    The type is that of the default: bool, int, float, or str also for a default of None.
+    """
+    return {"type": "str" if default is None else type(default).__name__, "default": default,
+            "help": help_text, "choices": list(getattr(check, "choices", ()))}
+
+
 @route("GET", "/behavior")
 def get_behavior(request):
     """Return the name of the active handler, as JSON."""
@@ -7701,12 +7739,56 @@ def end_block(request):
 @route("GET", "/proxy")
 def get_status(request):
     """Return the addresses and the state of a proxy."""
-    proxy = request.proxy
-    return proxy.loop.run_sync(lambda: OrderedDict([
+    return request.proxy.loop.run_sync(state_to_json, request.proxy)
+
+
+def state_to_json(proxy):
+    """Return the state of a proxy as a JSON value. Called in the loop's thread."""
+    return OrderedDict([
         ("name", proxy.name), ("listen", proxy.listen), ("backend", format_address(proxy.backend)),
         ("enabled", proxy.enabled), ("accept", proxy.accept),
         ("max_connections", proxy.max_connections), ("rules", proxy.describe()),
-        ("faults", proxy.fault_count)]))
+        ("faults", proxy.fault_count)])
+
+
+@route("GET", "/status", "?seconds=1", query=["seconds"], needs_proxy=False)
+def measure_status(request):
+    """Return the state, counts and rules of all proxies, and their rates during some seconds."""
+    seconds = check_query(request, "seconds", 0, number_check(
+        float, "0, or a number of seconds from 0.01 to %g" % MEASURE_MAX,
+        lambda value: value == 0 or 0.01 <= value <= MEASURE_MAX))
+    proxies = list(request.control.proxies.values())
+    before = [proxy.loop.run_sync(count_all, proxy) if seconds else {} for proxy in proxies]
+    time.sleep(seconds)
+    return {"version": __version__, "proxies": [
+        proxy.loop.run_sync(status_to_json, proxy, counts)
+        for proxy, counts in zip(proxies, before)]}
+
+
+def count_all(proxy):
+    """Return {name: count since the start}. The seconds are those of the loop's clock."""
+    byte_counts = proxy.byte_counts()
+    return OrderedDict([
+        ("seconds", proxy.loop.clock()), ("connections", proxy.accepted),
+        ("requests", proxy.rules.request_count), ("faults", sum(proxy.faults.values())),
+        ("failures", proxy.failures), ("bytes_up", byte_counts[UPSTREAM, "received"]),
+        ("bytes_down", byte_counts[DOWNSTREAM, "received"])])
+
+
+def status_to_json(proxy, before):
+    """Return the state, the counts, the rates and the installed rules of a proxy as a JSON value.
+
+    before    an earlier result of count_all; if it is empty, there are no rates
+    """
+    counts = count_all(proxy)
+    seconds = counts.pop("seconds") - before.pop("seconds", -math.inf)
+    return OrderedDict(
+        state_to_json(proxy), protocol=proxy.protocol_name(), time=round(time.time(), 3),
+        open=len(proxy.connections), counts=counts,
+        rates={name: round((counts[name] - count) / seconds, 3)
+               for name, count in before.items()},
+        installed=[dict(rule.to_json(), block=rule.block, **rule.times_to_json(proxy.to_unix))
+                   for rule in proxy.rules.installed])
 
 
 @route("PUT", "/proxy", '{"accept": "refuse"}')
@@ -7766,20 +7848,39 @@ def set_backend(request):
     return {"status": "ok"}
 
 
-@route("GET", "/connections /proxies/PROXY/connections")
+@route("GET", "/connections /proxies/PROXY/connections", "?newest=100", query=["newest"])
 def list_connections(request):
-    """Return the open connections, and the number of bytes that each one holds."""
-    return {"connections": request.proxy.loop.run_sync(request.proxy.list_connections)}
+    """Return the open connections, or only the newest, and the bytes that each one holds."""
+    newest = check_query(request, "newest", math.inf, check_count)
+    return {"connections": request.proxy.loop.run_sync(request.proxy.list_connections, newest)}
+
+
+@route("DELETE", "/connections/NUMBER /proxies/PROXY/connections/NUMBER", query=["reset"])
+def close_connection(request):
+    """Close a connection, or reset it with ?reset=yes."""
+    number = check_field("number", check_count, request.names["NUMBER"])
+    reset = check_query(request, "reset", False, check_yes_no)
+    if not request.proxy.loop.run_sync(request.proxy.close_connection, number, reset):
+        raise ApiError(404, [("path", "number", "there is no open connection %d" % number)])
+    return {"status": "ok"}
 
 
 @route("GET", "/events /proxies/PROXY/events", "?since=0", query=["since"])
 def list_events(request):
     """Return the fault records with a number greater than `since`."""
-    try:
-        since = check_count(request.query.get("since", "0"))
-    except ValueError as error:
-        raise ApiError(400, [("querystring", "since", "since %s" % error)]) from None
+    since = check_query(request, "since", 0, check_count)
     return {"events": [record._asdict() for record in request.proxy.records_since(since)]}
+
+
+def check_query(request, name, default, check):
+    """Return check(value) for a key of the query, or the default if it is absent.
+
+    Raises ApiError.
+    """
+    try:
+        return check(request.query[name]) if name in request.query else default
+    except ValueError as error:
+        raise ApiError(400, [("querystring", name, "%s %s" % (name, error))]) from None
 
 
 @route("GET", "/changes /proxies/PROXY/changes")
@@ -8342,7 +8443,8 @@ def toxiproxy_route(methods, path, example="", status=200):
         @functools.wraps(function)
         def call(request):
             # Toxiproxy's server refuses browsers, too.
-            if request.headers.get("User-Agent", "").startswith("Mozilla/"):
+            if request.headers.get("User-Agent", "").startswith("Mozilla/") and (
+                    not is_from_own_page(request.headers)):
                 return text_response(403, "User agent not allowed\n")
             with contextlib.ExitStack() as stack:
                 if methods != "GET" and "PROXY" in request.names and request.proxy:
@@ -8354,6 +8456,16 @@ def toxiproxy_route(methods, path, example="", status=200):
               status=status)(call)
         return function
     return register
+
+
+def is_from_own_page(headers):
+    """Return whether a browser's request comes from a page of the control server itself.
+
+    The page of another site can send neither header. Browsers forbid it to set Sec-Fetch-Site,
+    which they send only to hosts that they trust. For a header with another name they ask the
+    server first, with the method OPTIONS, which is refused.
+    """
+    return "same-origin" in (headers.get("Sec-Fetch-Site"), headers.get(PAGE_HEADER))
 
 
 def find_path_objects(request):
@@ -9235,6 +9347,15 @@ class Interface:
         """
         raise NotImplementedError
 
+    def close_connection(self, number: int, reset: bool = False) -> None:
+        """Close an open connection, or reset it.
+
+        number    its number, as `connections` returns it
+
+        Raises ValueError if there is none.
+        """
+        raise NotImplementedError
+
     def reset(self) -> None:
         """Let everything pass: accept clients, remove all rules and toxics, and end all blocks.
 
@@ -9631,6 +9752,10 @@ class Proxy(Interface):
             self._server.set_toxics(toxics)
         self._call(remove)
 
+    def close_connection(self, number: int, reset: bool = False) -> None:
+        if not self._call(self._server.close_connection, number, reset):
+            raise ValueError("there is no open connection %d" % number)
+
     def reset(self) -> None:
         self._change(ProxyTable.reset)
         self._reset_record = self._last_record()
@@ -9822,6 +9947,9 @@ class Client(Interface):
 
     def remove_toxic(self, name: str) -> None:
         self.request("DELETE", "%s/toxics/%s" % (self._proxy_path(), urls.quote(name, safe="")))
+
+    def close_connection(self, number: int, reset: bool = False) -> None:
+        self.request("DELETE", "/connections/%d" % number, reset="yes" if reset else "no")
 
     def reset(self) -> None:
         self.request("POST", "/proxy/reset")
@@ -11493,6 +11621,12 @@ def ctl_disable(client):
     return changed(client, "Disabled")
 
 
+def ctl_close(client, number, how="close"):
+    reset = check_field("how", choice_check("close", "reset"), how) == "reset"
+    client.close_connection(check_field("number", check_count, number), reset)
+    return changed(client, "Connection %s: %s" % (number, "reset" if reset else "closed"))
+
+
 def ctl_reset(client):
     client.reset()
     return changed(client, "Reset")
@@ -11540,6 +11674,7 @@ CTL_ACTIONS = OrderedDict((
                       "print the fault records, as JSON", list)),
     ("connections", Action(lambda client: json_lines(client.connections()), "",
                            "print the open connections, as JSON", list)),
+    ("close", Action(ctl_close, "NUMBER [reset]", "close or reset an open connection", list)),
 ))
 # The names of Vaurien 1.x
 CTL_ALIASES = {"get-behavior": "get-handler", "set-behavior": "set-handler",
