@@ -6693,6 +6693,18 @@ class TestRoutes(unittest.TestCase):
             draws = [(rule.draw_min, rule.draw_max) for rule in proxy.rules.installed]
             self.assertEqual(draws, [(0, 20), (50, 55)])    # from 20 to 50: dummy
 
+    def test_rules_of_open_blocks_are_listed_apart_from_those_of_the_behavior(self):
+        rules = self.request("GET", "/rules")["rules"]
+        numbers = [self.request("POST", "/blocks?only=" + only, b'{"name": "hang"}',
+                                status=201)["block"] for only in ("no", "yes")]
+        listing = self.request("GET", "/rules")
+        self.assertEqual(listing["rules"], rules)
+        self.assertEqual([(block["block"], block["only"], [rule["name"] for rule in block["rules"]])
+                          for block in listing["blocks"]],
+                         [(numbers[0], False, ["hang"]), (numbers[1], True, ["hang"])])
+        self.request("PUT", "/rules", json.dumps(listing).encode())
+        self.assertEqual(self.request("GET", "/rules"), dict(listing, blocks=[]))
+
     def test_the_seed_and_the_changes_of_the_rules_repeat_a_run(self):
         self.assertEqual(self.request("GET", "/rules")["seed"], self.one.seed)
         toxic = vaurien.Toxic("latency", "slow", 0.5, {"latency": 1})

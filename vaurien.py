@@ -7685,18 +7685,24 @@ def list_behaviors(request):
 
 @route("GET", "/rules")
 def get_rules(request):
-    """Return the rules of the behavior with all options and fields, and the proxy's seed."""
+    """Return the rules of the behavior with all options and fields, open blocks, and the seed."""
     proxy = request.proxy
-    acting = proxy.acting_rules()
+    return {"rules": rules_to_json(proxy, proxy.behavior), "seed": proxy.seed, "blocks": [
+        {"block": number, "only": block.only, "rules": rules_to_json(proxy, block.rules)}
+        for number, block in proxy.blocks.items()]}
+
+
+def rules_to_json(proxy, rules):
+    """Return rules that share one draw in the form that `PUT /rules` accepts."""
     rule_dicts, previous_max = [], 0.0
-    for rule in itertools.chain(*acting):
-        if rule.draw_min > previous_max and len(acting) == 1:
+    for rule in rules:
+        if rule.draw_min > previous_max:
             # No rule acts on requests with a draw in this gap. A dummy of the same size lets
             # `PUT /rules` restore the gap from this result.
             rule_dicts.append({"name": "dummy", "percent": rule.draw_min - previous_max})
         rule_dicts.append(dict(rule.to_json(), **rule.times_to_json(proxy.to_unix)))
         previous_max = rule.draw_max
-    return {"rules": rule_dicts, "seed": proxy.seed}
+    return rule_dicts
 
 
 @route("PUT", "/rules",
@@ -7704,7 +7710,8 @@ def get_rules(request):
 def put_rules(request):
     """Replace all rules. They share one draw: at most one of them acts on a request."""
     body = parse_json_object(request.body)
-    body.pop("seed", None)      # the body may be the result of `GET /rules`; the seed stays
+    for key in "seed", "blocks":        # the body may be the result of `GET /rules`
+        body.pop(key, None)
     rule_dicts = body.pop("rules", None)
     is_list = isinstance(rule_dicts, list) and all(isinstance(rule, dict) for rule in rule_dicts)
     has_other_keys = bool(body)
