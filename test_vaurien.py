@@ -1380,7 +1380,8 @@ class TestFraming(unittest.TestCase):
     def test_boundaries_of_replies(self):
         for protocol, rows in self.REPLIES:
             with self.subTest(protocol):
-                info = vaurien.MysqlCommand(b"") if protocol == "mysql" else None
+                info = {"mysql": vaurien.MysqlCommand(b""), "postgres": vaurien.PostgresReply(
+                    vaurien.Postgres.EXECUTE_ENDS)}.get(protocol)
                 pending = [vaurien.Request(b"", name, info=info) for name, _ in rows]
                 data, boundaries = b"", []
                 for _, reply in rows:
@@ -2143,6 +2144,20 @@ class TestProtocolChain(unittest.TestCase):
         play.backend(PG_ERROR + PG_READY).assert_becomes(
             error_bytes("postgres", "40001") + PG_READY)
 
+    def test_copy_data_may_come_before_the_backend_asks_for_it(self):
+        """Only a Sync before the end of the data is ignored, not the requests after that."""
+        copy = pg_parse(b"", b"COPY t FROM STDIN") + pg_bind(b"") + PG_EXECUTE
+        data = pg_message(b"d", b"1\n") + pg_message(b"c")
+        for case, messages in [("one Sync", copy + data + PG_SYNC),
+                               ("another Sync", copy + PG_SYNC + data + PG_SYNC)]:
+            with self.subTest(case):
+                play = self.play_postgres(error_rule("40001", match=b"bad"))
+                play.client(messages + pg_query(b"bad"))
+                play.backend(PG_PARSE_COMPLETE + PG_BIND_COMPLETE + pg_message(b"G", b"\0\0\0")
+                             + pg_message(b"C", b"COPY 1\0") + PG_READY).assert_passes()
+                play.backend(PG_ERROR + PG_READY).assert_becomes(
+                    error_bytes("postgres", "40001") + PG_READY)
+
     def test_each_ready_for_query_belongs_to_its_sync(self):
         """A reply that belongs to no statement, or a statement without a reply, shifts nothing."""
         parse, bind = pg_parse(b"", b"SELECT 7"), pg_bind(b"")
@@ -2181,6 +2196,23 @@ class TestProtocolChain(unittest.TestCase):
                     play.backend(PG_SELECTED_1 + PG_READY).assert_passes()
                     play.backend(PG_ERROR + PG_READY).assert_becomes(
                         error_bytes("postgres", "57014") + PG_READY)
+
+    def test_the_error_of_a_rule_does_not_belong_to_an_earlier_bind_without_an_execute(self):
+        """The client got the backend's error about the substitute, for the Bind."""
+        error = error_bytes("postgres", "57014")
+        prepared = pg_parse(b"", b"SELECT 7") + pg_bind(b"")
+        parsed = PG_PARSE_COMPLETE + PG_BIND_COMPLETE
+        for case, request, reply, expected in [
+                ("a batch", pg_parse(b"", b"bad") + pg_bind(b"") + PG_EXECUTE + PG_SYNC,
+                 PG_ERROR + PG_READY, error + PG_READY),
+                ("a query", pg_query(b"bad"), PG_ERROR + PG_READY, error + PG_READY)]:
+            with self.subTest(case):
+                play = self.play_postgres(error_rule("57014", match=b"bad"))
+                play.client(prepared + request)
+                play.backend(parsed + reply).assert_becomes(parsed + expected)
+                play.client(pg_query(b"good")).assert_passes()
+                play.backend(PG_SELECTED_1 + PG_READY).assert_passes()
+                self.assertEqual(play.exchange_count(), 1)
 
     def test_a_refused_commit_makes_the_backend_skip_the_rest_of_the_batch(self):
         """The ROLLBACK in its place succeeds. Without an error after it, the rest would run."""

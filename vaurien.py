@@ -2411,6 +2411,20 @@ def pg_message(type_, body):
     return type_ + struct.pack(">I", 4 + len(body)) + body
 
 
+class PostgresReply:
+    """The data that Postgres keeps of a request until its reply ends.
+
+    ends          the types of messages of which each ends the reply
+    bound         whether BindComplete has arrived
+    copy_ended    whether the client has sent CopyDone or CopyFail after the request
+    """
+
+    __slots__ = ("ends", "bound", "copy_ended")
+
+    def __init__(self, ends):
+        self.ends, self.bound, self.copy_ended = ends, False, False
+
+
 @protocol
 class Postgres(Protocol):
     """The frontend/backend protocol 3 of PostgreSQL.
@@ -2422,13 +2436,12 @@ class Postgres(Protocol):
     Sync. Request.name tells the requests apart:
 
     QUERY      a Query or FunctionCall; its reply ends with ReadyForQuery
-    EXECUTE    the messages up to a Bind; the Execute of its portal continues it. Also the
-               messages up to a later Execute of that portal. The reply ends with
-               CommandComplete or an error
+    EXECUTE    the messages up to a Bind; the next Execute continues it, if it is of the same
+               portal. Also the messages up to any other Execute. The reply ends with
+               CommandComplete or an error; without an Execute, with BindComplete
     SYNC       the other messages up to a Sync; its reply ends with ReadyForQuery
 
-    Request.info is whether only an error ends the reply, because the request has a substitute
-    of two statements.
+    Request.info is a PostgresReply.
     """
 
     errors = OrderedDict((
@@ -2457,6 +2470,7 @@ class Postgres(Protocol):
     # Types of the backend's messages
     READY, ERROR = b"Z", b"E"       # ReadyForQuery, ErrorResponse
     COPY_RESPONSES = b"GW"          # CopyInResponse, CopyBothResponse
+    BIND_COMPLETE, BIND_ENDS = b"2", b"2E"
     EXECUTE_ENDS = b"CIsE"          # CommandComplete, EmptyQuery, PortalSuspended, ErrorResponse
     # States of a transaction in ReadyForQuery. The third is T: a transaction is in progress.
     IDLE, FAILED = b"I", b"E"
@@ -2476,12 +2490,13 @@ class Postgres(Protocol):
     def __init__(self, host=b""):
         self.statements = {}        # {name: text} of prepared statements
         self.portals = {}           # {name: text of the statement}
-        self.unexecuted = set()     # names of the portals since the last Sync without an Execute
+        self.bound = (None, None)   # the portal and the Request of a Bind, until its Execute
         self.encryption_requested = False       # by TLS or GSS: the next reply is one byte
         self.status = self.IDLE     # of the transaction
         self.skipping = False       # the backend skips all messages up to the next Sync
         self.follows_execute = False    # the last request is an EXECUTE
         self.copying = False        # the backend reads COPY data, and ignores Sync
+        self.last_reply = PostgresReply(self.READY)     # to the client's last request
         super().__init__(host)
 
     def requests(self):
@@ -2528,14 +2543,28 @@ class Postgres(Protocol):
         None means that the message belongs to the next request.
         """
         if type_ in self.CONTINUATIONS:
-            self.copying = self.copying and type_ not in self.COPY_ENDS
+            if type_ in self.COPY_ENDS:
+                self.last_reply.copy_ended, self.copying = True, False
             return CONTINUATION
         self.note_names(type_, body)
+        if type_ not in self.REQUESTS:
+            return None
         portal = body.partition(b"\0")[0]
-        if type_ == self.EXECUTE and portal in self.unexecuted:
-            self.unexecuted.remove(portal)      # the Bind has made the request
-            return CONTINUATION
-        return self.make_request(type_, body, portal) if type_ in self.REQUESTS else None
+        (bound_portal, bound_request), self.bound = self.bound, (None, None)
+        if type_ == self.EXECUTE and portal == bound_portal:
+            return CONTINUATION         # the Bind has made the request
+        if bound_request:
+            self.expect_no_execute(bound_request)
+        request = self.make_request(type_, body, portal)
+        if type_ == self.BIND:
+            self.bound = portal, request
+        return request
+
+    def expect_no_execute(self, request):
+        """Expect no further reply to a Bind than BindComplete, unless a rule has refused it."""
+        if request.info.ends == self.EXECUTE_ENDS:
+            request.info.ends = self.BIND_ENDS
+            request.replies = request.replies and not request.info.bound
 
     def note_names(self, type_, body):
         """Keep the texts of the prepared statements and portals that a message makes.
@@ -2551,7 +2580,6 @@ class Postgres(Protocol):
         elif type_ == self.BIND:
             portal, _, names = body.partition(b"\0")
             self.portals[portal] = self.statements.get(names.partition(b"\0")[0], b"")
-            self.unexecuted.add(portal)
 
     def make_request(self, type_, body, portal):
         """Return the Request that a message makes.
@@ -2559,15 +2587,17 @@ class Postgres(Protocol):
         It gets no reply while the backend skips to the next Sync. A Sync gets none during COPY.
         """
         follows_execute, self.follows_execute = self.follows_execute, False
-        if type_ in (self.BIND, self.EXECUTE):
+        executes = type_ in (self.BIND, self.EXECUTE)
+        self.last_reply = PostgresReply(self.EXECUTE_ENDS if executes else self.READY)
+        if executes:
             self.follows_execute = True
-            return Request(self.portals.get(portal, b""), "EXECUTE", replies=not self.skipping)
+            return Request(self.portals.get(portal, b""), "EXECUTE", not self.skipping,
+                           self.last_reply)
         if type_ == self.SYNC:      # rules that were drawn for an Execute act on its Sync too
             self.skipping = False
-            self.unexecuted.clear()
-            return Request(b"", "SYNC", replies=not self.copying, independent=not follows_execute)
+            return Request(b"", "SYNC", not self.copying, self.last_reply, not follows_execute)
         return Request(body.rstrip(b"\0") if type_ == self.QUERY else b"", "QUERY",
-                       replies=not self.skipping)
+                       not self.skipping, self.last_reply)
 
     def replies(self):
         while True:
@@ -2586,34 +2616,36 @@ class Postgres(Protocol):
 
     def end_replies(self, type_):
         """Yield END_OF_MESSAGE for each reply that ends with a message of this type."""
-        executes = self.executes()
+        request = self.current_request()
+        executes = request is not None and request.name == "EXECUTE"
         if type_ == self.READY:
-            while self.executes():          # a Bind without an Execute has no reply
-                yield END_OF_MESSAGE
             yield END_OF_MESSAGE
         elif type_ == self.ERROR and not self.awaited():
             self.skip_to_sync()             # the error is that of a Parse before a Bind
         elif executes and type_ in self.COPY_RESPONSES:
-            self.copying = True
-            for exchange in self.awaited()[1:]:     # a Sync, which the backend ignores
-                exchange.request.replies = False
-        elif executes and type_ in self.EXECUTE_ENDS:
-            only_error_ends = self.current_request().info
+            self.copy_to_end()
+        elif executes and type_ in request.info.ends:
             if type_ == self.ERROR:
                 self.skip_to_sync()         # before the boundary releases the next exchanges
-            if type_ == self.ERROR or not only_error_ends:
-                yield END_OF_MESSAGE
-
-    def executes(self):
-        """Return whether the reply to an EXECUTE comes next."""
-        request = self.current_request()
-        return request is not None and request.name == "EXECUTE"
+            yield END_OF_MESSAGE
+        elif executes and type_ == self.BIND_COMPLETE:
+            request.info.bound = True
 
     def read_encryption_reply(self):
         """Read the one byte that accepts (S, G) or refuses encryption."""
         self.encryption_requested = False
         if (yield NeedBytes(1)) in b"SG":
             raise ProtocolError("encryption follows")
+
+    def copy_to_end(self):
+        """During COPY, expect no reply to a Sync before the client's CopyDone or CopyFail."""
+        first, *later = self.awaited()
+        self.copying = not first.request.info.copy_ended
+        for exchange in later:
+            if not self.copying:
+                return              # the client has ended the COPY already
+            exchange.request.replies = False
+            self.copying = not exchange.request.info.copy_ended
 
     def skip_to_sync(self):
         """After an error, expect no reply to the requests before the next Sync."""
@@ -2672,10 +2704,10 @@ class Postgres(Protocol):
         if self.status == self.FAILED or self.ROLLBACK.match(request.text):
             return None
         is_simple = request.name == "QUERY"
-        self.skipping = self.skipping or not is_simple      # the substitute of a batch fails
+        if not is_simple:                       # the substitute fails
+            self.skipping, request.info.ends = True, self.ERROR
         if self.COMMIT.match(request.text):     # a COMMIT that fails rolls back
             substitute = self.ROLLBACK_QUERY if is_simple else self.ROLLBACK_BATCH
-            request.info = not is_simple
         else:       # the backend fails too, and the proxy drops the backend's error
             substitute = self.INVALID_QUERY if is_simple else self.INVALID_PARSE
         return Reply(message, substitute=substitute)
