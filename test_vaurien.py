@@ -6731,9 +6731,9 @@ class TestRoutes(unittest.TestCase):
                                 status=201)["block"] for only in ("no", "yes")]
         listing = self.request("GET", "/rules")
         self.assertEqual(listing["rules"], rules)
-        self.assertEqual([(block["block"], block["only"], [rule["name"] for rule in block["rules"]])
-                          for block in listing["blocks"]],
-                         [(numbers[0], False, ["hang"]), (numbers[1], True, ["hang"])])
+        blocks = [(block["block"], block["only"], [rule["name"] for rule in block["rules"]])
+                  for block in listing["blocks"]]
+        self.assertEqual(blocks, [(numbers[0], False, ["hang"]), (numbers[1], True, ["hang"])])
         self.request("PUT", "/rules", json.dumps(listing).encode())
         self.assertEqual(self.request("GET", "/rules"), dict(listing, blocks=[]))
 
