@@ -4969,7 +4969,9 @@ class DownloadMixin:
 class TestFastPath(DownloadMixin, unittest.TestCase):
     """Bytes that no fault changes are sent in the callback that received them."""
 
+    @mock.patch.object(vaurien.Latencies, "skips", lambda self: sys.maxsize)
     def test_fast_path_reads_no_clock_and_leaves_the_selector_alone(self):
+        """Only the latency of a sample needs a clock."""
         calls = Counter()
 
         def counted(name, function):
@@ -6029,6 +6031,125 @@ class TestMaxConnections(unittest.TestCase):
                     with self.subTest(path, value=value), self.assertRaises(ValueError):
                         client.request(method, path, {"max_connections": value})
             self.assertNotIn("max_connections", client.request("GET", "/proxies/vaurien"))
+
+
+class TestLatencies(unittest.TestCase):
+    """The times from requests to the first bytes of their replies."""
+
+    def test_percentiles(self):
+        for seconds, expected in (
+                ([], {}), ([3], {"p50": 3, "p95": 3}), ([1, 2], {"p50": 1, "p95": 2}),
+                (range(1, 101), {"p50": 50, "p95": 95}),
+                (range(100, 0, -1), {"p50": 50, "p95": 95})):
+            with self.subTest(seconds):
+                latencies = vaurien.Latencies()
+                for value in seconds:
+                    latencies.add(1000, 1000 - value)
+                self.assertEqual(latencies.percentiles(1000), expected)
+
+    def test_old_samples_do_not_count(self):
+        latencies, window = vaurien.Latencies(), vaurien.LATENCY_WINDOW
+        latencies.add(100, 98)
+        self.assertEqual(latencies.percentiles(100 + window)["p50"], 2)
+        self.assertEqual(latencies.percentiles(101 + window), {})
+        latencies.add(101 + window, 100 + window)
+        self.assertEqual(len(latencies.samples), 1)
+
+    def test_a_busy_proxy_measures_a_sample(self):
+        latencies = vaurien.Latencies()
+        skips = []
+        for count in range(2 * vaurien.LATENCIES_KEPT):
+            latencies.add(0.001 * count, 0)
+            skips.append(latencies.skips())
+        self.assertEqual(len(latencies.samples), vaurien.LATENCIES_KEPT)
+        self.assertEqual(set(skips[:vaurien.Latencies.SAMPLES_PER_STEP - 1]), {0})
+        last = skips[-500:]
+        self.assertTrue(10 < sum(last) / len(last) < 20, last)
+        self.assertGreater(len(set(last)), 20)
+
+    def check_count(self, proxy, sock, conversation, count, least=0.0):
+        """Converse on a socket, and check how many latencies are measured, each `least` or more.
+
+        conversation    [(bytes to send, size of the reply)]
+        """
+        before = len(proxy.latencies.samples)
+        for sent, size in conversation:
+            sock.sendall(sent)
+            read_exactly(sock, size)
+        wait_until(lambda: len(proxy.latencies.samples) >= before + count)
+        samples = list(proxy.latencies.samples)[before:]
+        self.assertEqual(len(samples), count)
+        self.assertGreaterEqual(min(replied - asked for replied, asked in samples), least)
+
+    def test_each_request_of_an_idle_proxy_is_measured(self):
+        http_request = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+        http_reply = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+        def serve_http(sock):
+            while sock.recv(65536):
+                sock.sendall(http_reply)
+
+        tcp = [(b"question", 8)] * 5
+        http = [(http_request, len(http_reply))] * 5
+        sleep = {"delay": {"sleep": 0.02}}
+        for serve, protocol, conversation in ((echo, "tcp", tcp), (serve_http, "http", http)):
+            for behavior, least in (("100:dummy", 0.0), ("100:delay", 0.02)):
+                with self.subTest(protocol, behavior=behavior), running_proxy(
+                        serve, behavior, protocol=protocol, options=sleep) as proxy, \
+                        connected_client(proxy) as sock:
+                    self.check_count(proxy, sock, conversation, 5, least)
+
+    def test_the_reply_of_a_rule_is_measured(self):
+        with running_proxy(echo, "100:error", protocol="redis") as proxy, \
+                connected_client(proxy) as sock:
+            sock.sendall(b"PING\r\n" * 2)
+            wait_until(lambda: proxy.latencies.samples)
+
+    def test_the_first_byte_of_a_reply_counts(self):
+        go_on = threading.Event()
+
+        def serve(sock):
+            sock.sendall(b"greeting")           # is no reply
+            read_exactly(sock, 8)
+            sock.sendall(b"first")
+            go_on.wait(TIMEOUT)
+            sock.sendall(b"last")
+
+        with running_proxy(serve) as proxy, connected_client(proxy) as sock:
+            read_exactly(sock, 8)
+            self.check_count(proxy, sock, [(b"question", 5)], 1)
+            go_on.set()
+            read_exactly(sock, 4)
+            self.assertEqual(len(proxy.latencies.samples), 1)
+
+    def test_a_request_before_the_reply_to_another_one_is_not_measured(self):
+        with running_proxy(echo, "100:delay", options={"delay": {"sleep": 0.05}}) as proxy, \
+                connected_client(proxy) as sock:
+            self.check_count(proxy, sock, [(b"question", 0), (b"question", 16)], 1, 0.05)
+
+    def test_numbers_of_the_control_server(self):
+        with proxy_with_control(echo, "100:error", protocol="redis", seed=1, options={
+                "error": {"kind": "OOM"}}) as (proxy, client):
+            metrics = client.request("GET", "/metrics")
+            self.assertNotIn("vaurien_latency_seconds{", metrics)
+            with connected_client(proxy) as sock:
+                sock.sendall(b"PING\r\n")
+                wait_until(lambda: proxy.latencies.samples)
+            metrics = client.request("GET", "/metrics")
+            self.assertIn('vaurien_fault_kinds_total{handler="error",kind="OOM",proxy="vaurien"}'
+                          ' 1\n', metrics)
+            for quantile in "0.5", "0.95":
+                self.assertRegex(metrics, r'\nvaurien_latency_seconds{proxy="vaurien",'
+                                          r'quantile="%s"} 0\.\d{6}\n' % quantile)
+            status, = client.request("GET", "/status")["proxies"]
+            self.assertEqual(status["kinds"], [{"handler": "error", "kind": "OOM", "count": 1}])
+            self.assertEqual(list(status["latency"]), ["p50", "p95"])
+            self.assertGreater(status["latency"]["p50"], 0)
+            lines = vaurien.Statsd(("localhost", 1), {"vaurien": proxy._server}).metric_lines()
+        self.assertIn("vaurien.vaurien.fault_kinds.error.OOM:1|c", lines)
+        self.assertEqual([line.partition(":")[0] for line in lines if "latency" in line],
+                         ["vaurien.vaurien.latency_seconds.p50",
+                          "vaurien.vaurien.latency_seconds.p95"])
 
 
 class TestProxyLifecycle(unittest.TestCase):
@@ -8458,13 +8579,13 @@ class TestToxiproxyApi(ToxiproxyTestCase):
         send_and_read(sock, b"question")
         metrics = self.request("GET", "/metrics")
         # name{label="value",label="value"} count
-        sample = re.compile(r'^(\w+)\{((?:\w+="(?:[^"\\]|\\.)*",?)*)\} (\d+)$')
+        sample = re.compile(r'^(\w+)\{((?:\w+="(?:[^"\\]|\\.)*",?)*)\} ([\d.]+)$')
         values = {}         # {(name, directions): count}; `directions` has one item at most
         for line in metrics.splitlines():
             if not line.startswith("# "):
                 name, labels, count = sample.match(line).groups()
                 directions = tuple(re.findall(r'direction="(\w+)"', labels))
-                values[name, directions] = int(count)
+                values[name, directions] = float(count)
         self.assertEqual(values["toxiproxy_proxy_received_bytes_total", ("upstream",)], 8)
         self.assertEqual(values["toxiproxy_proxy_sent_bytes_total", ("downstream",)], 8)
         self.assertEqual(values["vaurien_connections_open", ()], 1)

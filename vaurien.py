@@ -204,6 +204,7 @@ FDS_MIN = 32                    # the lowest limit of descriptors with which `se
 FAULT_RECORDS_KEPT = 10000      # newest fault records that each proxy keeps
 LOG_LINES_MAX = 10000           # lines of the log that wait to be written, at most
 RULE_CHANGES_KEPT = 1000        # newest changes of the rules that each proxy keeps
+LATENCIES_KEPT = 1000           # newest replies whose latency each proxy keeps
 
 # Times, in seconds
 FILL_TIMEOUT = 0.002            # seconds after which a connect to the own backlog counts as
@@ -227,6 +228,7 @@ RATE_BACKLOG = 0.1              # seconds of data that may wait for a rate limit
 LOG_CLOSE_TIMEOUT = 1.0         # seconds at exit to write the last lines of the log
 SLOW_CALL = 0.5                 # seconds of a handler's call from which the log warns
 STATSD_INTERVAL = 1.0           # seconds between two reports to the StatsD server
+LATENCY_WINDOW = 10.0           # seconds for which a latency counts in the percentiles
 
 
 # -- Events -------------------------------------------------------------------
@@ -3618,12 +3620,15 @@ class Chain:
 
         Bytes of the client after bytes of the backend begin a request. Before the first bytes
         of the connection, the rules that were installed since its start are drawn.
+
+        Returns the number of requests until now. A protocol does not count this one yet.
         """
         last, self.last_direction = self.last_direction, to
         if last is DOWNSTREAM:
             self.begin_request()
         elif last is None and self.undrawn:
             self.redraw(self.undrawn)
+        return self.request
 
     # Drawing
 
@@ -4018,6 +4023,7 @@ class ProtocolChain(Chain):
 
     def direction_changed(self, to):
         self.last_direction = to        # requests begin where the protocol finds them
+        return self.request
 
     def draw_rule(self, rule, count=1):
         """Draw a rule for the current request. Returns its ActiveRule, or None if it does not act.
@@ -5754,7 +5760,8 @@ HANDED_OFF, LINGERING, CLOSED = "handed off", "lingering", "closed"
 class Link(DelayQueue):
     """One direction of a connection: its source socket and its delay queue."""
 
-    __slots__ = ("source", "watched", "fast_target", "bulk_reads", "recv_size")
+    __slots__ = ("source", "watched", "fast_target", "bulk_reads", "recv_size", "asked",
+                 "next_measured")
 
     def __init__(self, to, budget, recv_size):
         super().__init__(to, budget)
@@ -5763,6 +5770,11 @@ class Link(DelayQueue):
         self.watched = 0        # the events that the source is watched for, of both links
         self.fast_target = None     # the target socket while the fast path is open
         self.bulk_reads = 0     # successive large reads
+        # To measure latencies
+        self.next_measured = sys.maxsize    # upstream: the number of requests from which on the
+                                            #   next one is measured
+        self.asked = 0.0        # downstream: when a measured request came whose reply is still
+                                #   to be sent; 0 if there is none
 
     def buffer_unsent(self, data):
         """Buffer bytes of the fast path that the target does not take now."""
@@ -5839,6 +5851,7 @@ class Connection:
         recv_size = PARSED_CHUNK if proxy.protocol else CHUNK
         self.up = Link(UPSTREAM, self.loop.budget, recv_size)
         self.down = Link(DOWNSTREAM, self.loop.budget, recv_size)
+        self.up.next_measured = proxy.latencies.skips()
         self.client = self.up.source = client       # a socket; None when closed
         self.backend = None             # a socket, the source of `down`; None before connect()
         self.phase = WAITING
@@ -5885,8 +5898,8 @@ class Connection:
         events    EVENT_READ, or others that prepare_read handles
 
         There is one recv for each event of the selector, so that a fast sender does not delay
-        other connections. The fast path sends the bytes at once. It reads no clock, and without
-        an active rule it makes no event objects.
+        other connections. The fast path sends the bytes at once. It reads the clock only for a
+        latency that is measured, and without an active rule it makes no event objects.
         """
         target, loop, chain = link.fast_target, self.loop, self.chain
         limit = link.recv_size
@@ -5904,8 +5917,9 @@ class Connection:
         if not size:
             self.on_eof(link)
             return
-        if chain.last_direction is not link.to:
-            chain.direction_changed(link.to)
+        if chain.last_direction is not link.to and (
+                chain.direction_changed(link.to) >= link.next_measured):
+            self.note_request()
         data = loop.view[:size]
         if chain.protocol or chain.active_rules or target is None:
             data = self.filter(link, target, data)
@@ -5919,8 +5933,19 @@ class Connection:
             self.on_forward_error(link, data, error)
             return
         link.forwarded += sent
-        if sent < len(data):
-            self.buffer_unsent(link, data[sent:])
+        if link.asked or sent < len(data):
+            self.on_part_sent(link, data[sent:])
+
+    def note_request(self):
+        """Note when a request came, to measure its latency. If one is measured, do nothing."""
+        if not self.down.asked:
+            self.down.asked = self.loop.clock()
+            self.up.next_measured = self.chain.request + self.proxy.latencies.skips()
+
+    def note_reply(self):
+        """Note when the client has got the first byte of the reply to a measured request."""
+        self.proxy.latencies.add(self.loop.clock(), self.down.asked)
+        self.down.asked = 0.0
 
     def prepare_read(self, link, events):
         """Handle all cases in which on_ready cannot simply read. Returns how many bytes to read.
@@ -6014,6 +6039,14 @@ class Connection:
             link.buffered_in += len(data)
             self.on_send_error(link)
             self.pump()
+
+    def on_part_sent(self, link, unsent):
+        """Measure a latency that ends with bytes of the fast path. Buffer the unsent ones.
+        """
+        if link.asked:
+            self.note_reply()
+        if unsent:
+            self.buffer_unsent(link, unsent)
 
     def buffer_unsent(self, link, data):
         """Buffer bytes of the fast path that the target does not accept now."""
@@ -6222,6 +6255,8 @@ class Connection:
                         self.release_pipe(data)
                 else:
                     link.consume(target.send(data))
+                    if link.asked:
+                        self.note_reply()
             except BlockingIOError:
                 return
             except OSError:
@@ -6555,6 +6590,41 @@ RuleChange = namedtuple("RuleChange", "after time proxy connection rules")
 Block = namedtuple("Block", "rules only")
 
 
+QUANTILES = OrderedDict((("p50", 0.5), ("p95", 0.95)))     # {name of a percentile: its share}
+
+
+class Latencies:
+    """The newest latencies: from a request to the first byte of its reply that the client gets.
+
+    A busy proxy measures a random sample of the requests, because to measure each one would
+    cost 4 % of a round trip. It measures every request as long as few others are in the window.
+    """
+
+    SAMPLES_PER_STEP = 64       # samples in the window for each request that is left out
+
+    def __init__(self):
+        self.samples = deque(maxlen=LATENCIES_KEPT)     # (time of the reply, time of the request)
+        self.random = random.Random(0)      # not that of the module, which a user may have seeded
+
+    def skips(self):
+        """Return how many requests of a connection to leave out before the next measured one."""
+        mean = len(self.samples) // self.SAMPLES_PER_STEP
+        return int(2 * mean * self.random.random()) if mean else 0
+
+    def add(self, replied, asked):
+        """Add the times of a reply and of its request, and forget those before the window."""
+        while self.samples and self.samples[0][0] < replied - LATENCY_WINDOW:
+            self.samples.popleft()
+        self.samples.append((replied, asked))
+
+    def percentiles(self, now):
+        """Return {name: seconds} of the samples in the window; empty if there are none."""
+        seconds = sorted(replied - asked for replied, asked in self.samples
+                         if replied >= now - LATENCY_WINDOW)
+        return OrderedDict((name, seconds[math.ceil(len(seconds) * share) - 1])
+                           for name, share in QUANTILES.items() if seconds)
+
+
 class ProxyServer:
     """A proxy in a loop: the listener, the rules, the counts, and the fault records.
 
@@ -6603,12 +6673,14 @@ class ProxyServer:
         self.refused = 0                    # of them, clients beyond max_connections
         self.open_refused = set()           # the numbers of those connections that are open
         self.faults = Counter()             # {handler: requests or connections it acted on}
+        self.kinds = Counter()              # {(handler, kind): its faults of that kind}
         self.failures = 0                   # connections for which no backend was reached
         self.closed_bytes = [0, 0, 0, 0]    # of closed connections: see Connection.add_bytes
         self.events = deque(maxlen=FAULT_RECORDS_KEPT)      # FaultRecords
         self.fault_count = 0                # the number of the last FaultRecord
         self.rule_changes = deque(maxlen=RULE_CHANGES_KEPT)     # RuleChanges
         self.fault_recorded = threading.Condition()
+        self.latencies = Latencies()
         self.lookups = {}                   # {backend: callbacks that wait for its addresses}
         self.lock = threading.RLock()       # held during changes that take several steps
 
@@ -6999,10 +7071,13 @@ class ProxyServer:
     def record_fault(self, connection, active, request):
         """Count, record and log that an ActiveRule has acted on a request."""
         rule = active.rule
+        options = dict(rule.options, **active.drawn_options)
         self.faults[rule.name] += 1
+        if options.get("kind"):
+            self.kinds[rule.name, str(options["kind"])] += 1
         connection.faults = [*(connection.faults or []), rule.name][-100:]     # the last 100
         self.add_record(connection.number, connection.name, request, rule.name,
-                        dict(rule.options, **active.drawn_options), rule.toxic, rule.block)
+                        options, rule.toxic, rule.block)
         log.info("%sconnection %d, request %d: %s (client %s)", self.log_prefix,
                  connection.number, request, rule.describe(active.drawn_options),
                  connection.name)
@@ -7247,7 +7322,10 @@ METRICS = OrderedDict((
     ("vaurien_refused_connections_total", ("counter", "Clients refused by max_connections.")),
     ("vaurien_requests_total", ("counter", "Requests begun.")),
     ("vaurien_faults_total", ("counter", "Requests or connections that a handler acted on.")),
+    ("vaurien_fault_kinds_total", ("counter", "Faults of handlers with kinds, like errors.")),
     ("vaurien_backend_failures_total", ("counter", "Backends that could not be connected to.")),
+    ("vaurien_latency_seconds", ("gauge", "Seconds from a request to its first reply byte, of the "
+                                          "last %g seconds." % LATENCY_WINDOW)),
 ))
 
 
@@ -7261,7 +7339,12 @@ def measure(proxy):
         "vaurien_requests_total": [(labels, proxy.rules.request_count)],
         "vaurien_faults_total": [(dict(labels, handler=name), count)
                                  for name, count in sorted(proxy.faults.items())],
-        "vaurien_backend_failures_total": [(labels, proxy.failures)]}
+        "vaurien_fault_kinds_total": [(dict(labels, handler=name, kind=kind), count)
+                                      for (name, kind), count in sorted(proxy.kinds.items())],
+        "vaurien_backend_failures_total": [(labels, proxy.failures)],
+        "vaurien_latency_seconds": [
+            (dict(labels, quantile="%g" % QUANTILES[name]), seconds)
+            for name, seconds in proxy.latencies.percentiles(proxy.loop.clock()).items()]}
     byte_counts = proxy.byte_counts()
     for name in "received", "sent":
         metrics["toxiproxy_proxy_%s_bytes_total" % name] = [
@@ -7269,6 +7352,11 @@ def measure(proxy):
                   upstream=format_address(proxy.backend)), byte_counts[direction, name])
             for direction in (UPSTREAM, DOWNSTREAM)]
     return metrics
+
+
+def format_metric(value):
+    """Return a count, or a number of seconds, as text without an exponent."""
+    return "%d" % value if isinstance(value, int) else "%.6f" % value
 
 
 class Statsd:
@@ -7345,7 +7433,7 @@ class Statsd:
                     self.last_values[proxy, name] = value
                     increase = value - before.get((proxy, name), 0)
                     if kind == "gauge":
-                        lines.append("%s:%d|g" % (name, value))
+                        lines.append("%s:%s|g" % (name, format_metric(value)))
                     elif increase:
                         lines.append("%s:%d|c" % (name, increase))
         return lines
@@ -7353,7 +7441,8 @@ class Statsd:
     def metric_name(self, metric, labels):
         """Return the StatsD name of a metric, like vaurien.PROXY.received_bytes.upstream."""
         parts = [labels["proxy"], re.sub("^(vaurien|toxiproxy_proxy)_|_total$", "", metric),
-                 labels.get("direction") or labels.get("handler")]
+                 labels.get("direction") or labels.get("handler"), labels.get("kind"),
+                 "quantile" in labels and "p%g" % (100 * float(labels["quantile"]))]
         return ".".join(["vaurien"] + [re.sub(r"[^\w-]", "_", part) for part in parts if part])
 
     def close(self):
@@ -7792,7 +7881,7 @@ def state_to_json(proxy):
 
 @route("GET", "/status", "?seconds=1", query=["seconds"], needs_proxy=False)
 def measure_status(request):
-    """Return the state, counts and rules of all proxies, and their rates during some seconds."""
+    """Return state, counts, latency and rules of all proxies, and their rates in some seconds."""
     seconds = check_query(request, "seconds", 0, number_check(
         float, "0, or a number of seconds from 0.01 to %g" % MEASURE_MAX,
         lambda value: value == 0 or 0.01 <= value <= MEASURE_MAX))
@@ -7824,6 +7913,10 @@ def status_to_json(proxy, before):
     return OrderedDict(
         state_to_json(proxy), protocol=proxy.protocol_name(), time=round(time.time(), 3),
         open=len(proxy.connections), counts=counts,
+        latency={name: round(seconds, 6) for name, seconds in
+                 proxy.latencies.percentiles(proxy.loop.clock()).items()},
+        kinds=[{"handler": handler, "kind": kind, "count": count}
+               for (handler, kind), count in sorted(proxy.kinds.items())],
         rates={name: round((counts[name] - count) / seconds, 3)
                for name, count in before.items()},
         installed=[dict(rule.to_json(), block=rule.block, **rule.times_to_json(proxy.to_unix))
@@ -9146,7 +9239,7 @@ def metrics(request):
     lines = []
     for metric, (type_, help_text) in METRICS.items():
         lines += ["# HELP %s %s" % (metric, help_text), "# TYPE %s %s" % (metric, type_)]
-        lines += ["%s{%s} %d" % (metric, format_labels(labels), value)
+        lines += ["%s{%s} %s" % (metric, format_labels(labels), format_metric(value))
                   for measurement in measurements for labels, value in measurement[metric]]
     return ApiResponse(200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
                        "\n".join(lines) + "\n")
