@@ -4,14 +4,16 @@
     python3 .ci/bench.py            # five rounds
     python3 .ci/bench.py --quick    # two short rounds: about 15 seconds
 
-The other proxies are haproxy, nginx, socat and toxiproxy-server, if they are installed.
-"direct" is a connection to the backend without a proxy. The table shows the median of all
-rounds, and the ratio of vaurien's rate to that of each other proxy. Only ratios can be
-compared between machines.
+The other proxies are haproxy, nginx, socat and toxiproxy-server, if they are installed. "bare"
+is a forwarder in Python that makes the necessary system calls and nothing else: the limit of
+what Python can do. "direct" is a connection to the backend without a proxy.
+
+The table shows the medians of all rounds, and two ratios for each other proxy: its rate, and its
+CPU time for each unit of work. Only ratios can be compared between machines.
 
 Each round starts new proxy processes, because the memory layout of a process affects its
-speed. In each round another proxy comes first. The load comes from two client processes.
-They and the backend use two system calls for a round trip, which is less than any proxy.
+speed. In each round another proxy comes first. The backend and the clients are generator.c, if
+there is a C compiler. Otherwise they are in Python, and take a large part of the time.
 """
 import argparse
 import contextlib
@@ -19,6 +21,7 @@ import json
 import os
 import select
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -27,8 +30,8 @@ import threading
 import time
 from collections import defaultdict, namedtuple
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
 
 import vaurien  # noqa: E402
 from test_vaurien import (  # noqa: E402
@@ -48,7 +51,7 @@ MIB = 1 << 20
 
 # -- Backend ------------------------------------------------------------------
 #
-# It runs in a process of its own: `bench.py backend`.
+# It runs in a process of its own: `bench.py backend`, or `generator backend`.
 
 REQUESTS = {        # {workload: the request of a round trip}
     "tcp": bytes(64),
@@ -114,13 +117,15 @@ def send_stream(sock):
 
 # -- Clients ------------------------------------------------------------------
 #
-# Each runs in a process of its own: `bench.py client`. It reads jobs from stdin and prints
-# their results: one line of JSON each.
+# They run in a process of its own: `bench.py client`, or `generator client`. It reads jobs from
+# stdin and prints their results: one line of JSON each.
 
 def run_client():
-    """Do the jobs on stdin, which are arguments of run_workload."""
+    """Do the jobs on stdin: lines with the arguments of run_workload."""
     for line in sys.stdin:
-        print(json.dumps(run_workload(**json.loads(line))), flush=True)
+        workload, port, connections, seconds = line.split()
+        print(json.dumps(run_workload(workload, int(port), int(connections), float(seconds))),
+              flush=True)
 
 
 def run_workload(workload, port, connections, seconds):
@@ -130,9 +135,9 @@ def run_workload(workload, port, connections, seconds):
     or a MiB for the workload "bulk", whose latencies are 0.
     """
     with contextlib.ExitStack() as stack:
-        if workload == "connect":
+        if workload in ("connect", "reset"):
             started = time.perf_counter()
-            latencies = short_connections(port, seconds)
+            latencies = short_connections(port, seconds, workload == "reset")
             done = len(latencies)
         else:
             socks = [stack.enter_context(contextlib.closing(connect(port)))
@@ -195,7 +200,7 @@ def receive_streams(socks, seconds):
     return size
 
 
-def short_connections(port, seconds):
+def short_connections(port, seconds, with_reset):
     """Connect, make one exchange and close; repeat for this time. Returns the latencies."""
     clock, buffer, latencies = time.perf_counter, bytearray(MIB), []
     now = clock()
@@ -205,17 +210,82 @@ def short_connections(port, seconds):
         with contextlib.closing(connect(port)) as sock:
             sock.send(REQUESTS["tcp"])
             sock.recv_into(buffer)
+            if with_reset:
+                vaurien.reset_on_close(sock)
         now = clock()
         latencies.append(now - start)
     return latencies
 
 
+# -- Bare ---------------------------------------------------------------------
+
+def run_bare(port, backend):
+    """Forward between clients of a port and the backend: no half-close, no full buffers."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listener.bind(("127.0.0.1", port))
+    listener.listen(4096)
+    listener.setblocking(False)
+    poller, peers, buffer = new_poller(), {}, bytearray(1 << 18)
+    view = memoryview(buffer)
+    poller.register(listener, select.POLLIN)
+    while True:
+        for fd, _ in poller.poll():
+            if fd == listener.fileno():
+                accept_bare(listener, backend, poller, peers)
+            elif fd in peers and not forward_bare(*peers[fd], buffer, view):
+                for sock in peers[fd]:
+                    del peers[sock.fileno()]
+                    sock.close()
+
+
+def accept_bare(listener, backend, poller, peers):
+    """Accept all clients that wait, and connect to the backend for each."""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            client = listener.accept()[0]
+            client.setblocking(False)
+            server = socket.socket()
+            server.setblocking(False)
+            server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            server.connect_ex(("127.0.0.1", backend))
+            for source, target in (client, server), (server, client):
+                peers[source.fileno()] = source, target
+                poller.register(source, select.POLLIN)
+
+
+def forward_bare(source, target, buffer, view):
+    """Forward once. Returns whether the connection goes on."""
+    try:
+        size = source.recv_into(buffer)
+        target.send(view[:size])
+        return size > 0
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
 # -- Processes ----------------------------------------------------------------
 
-def start_helper(stack, role):
-    """Start this file as "backend" or "client"; the stack kills it. Returns the Popen."""
-    process = subprocess.Popen([sys.executable, os.path.abspath(__file__), role],
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+def load_command(folder):
+    """Compile generator.c to a folder. Returns the command that the load's processes begin with.
+
+    Without a compiler, that is the command of this program.
+    """
+    program = os.path.join(folder, "generator")
+    compiler = find_program("cc") or find_program("gcc")
+    if compiler and subprocess.call([compiler, "-O2", "-o", program,
+                                     os.path.join(HERE, "generator.c")]) == 0:
+        return [program]
+    print("No C compiler: the load comes from Python, which takes a large part of the time.")
+    return [sys.executable, os.path.abspath(__file__)]
+
+
+def start_helper(stack, command):
+    """Start a process of the load; the stack kills it. Returns the Popen."""
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                universal_newlines=True)
     for function in process.stdout.close, process.wait, process.kill, process.stdin.close:
         stack.callback(function)        # called in reverse order
@@ -223,9 +293,10 @@ def start_helper(stack, role):
 
 
 def start_load(stack):
-    """Start the backend and two clients. Returns (the backend's port, the clients)."""
-    port = int(start_helper(stack, "backend").stdout.readline())
-    return port, [start_helper(stack, "client") for _ in range(2)]
+    """Start the backend and the clients. Returns (the backend's port, the process of clients)."""
+    command = load_command(stack.enter_context(tempfile.TemporaryDirectory()))
+    backend = start_helper(stack, [*command, "backend"])
+    return int(backend.stdout.readline()), start_helper(stack, [*command, "client"])
 
 
 def resident_bytes(pid):
@@ -293,11 +364,20 @@ def socat_command(folder, port, backend):
 def toxiproxy_command(folder, port, backend):
     config = [{"name": "p", "listen": "127.0.0.1:%d" % port,
                "upstream": "127.0.0.1:%d" % backend}]
-    return [find_program("toxiproxy-server"), "-port", str(unused_port()),
+    return [*TOXIPROXY, "-port", str(unused_port()),
             "-config", write_config(folder, json.dumps(config))]
 
 
+# Each proxy has one thread: the others are configured so, and Go's runtime gets this variable.
+TOXIPROXY = ["env", "GOMAXPROCS=1", find_program("toxiproxy-server") or ""]
+
+
+def bare_command(folder, port, backend):
+    return [sys.executable, os.path.abspath(__file__), "bare", str(port), str(backend)]
+
+
 OTHER_PROXIES = {       # {name: (program, function)}
+    "bare": (sys.executable, bare_command),
     "haproxy": ("haproxy", haproxy_command),
     "nginx": ("nginx", nginx_command),
     "socat": ("socat", socat_command),
@@ -342,24 +422,17 @@ class Target:
             return True
         return False
 
-    def measure(self, workload, processes, connections, seconds):
-        """Run a workload in some of the client processes, on some connections in each.
+    def measure(self, workload, connections, seconds):
+        """Run a workload on this number of connections.
 
         Returns (units per second, CPU microseconds per unit, median latency in ms, 99th
         percentile in ms).
         """
-        clients = self.clients[:processes]
-        job = {"workload": workload, "port": self.port, "connections": connections,
-               "seconds": seconds}
         cpu = cpu_seconds(self.pid) if self.pid else 0
-        for process in clients:
-            process.stdin.write(json.dumps(job) + "\n")
-            process.stdin.flush()
-        results = [json.loads(process.stdout.readline()) for process in clients]
+        print(workload, self.port, connections, seconds, file=self.clients.stdin, flush=True)
+        done, elapsed, median, late = json.loads(self.clients.stdout.readline())
         cpu = cpu_seconds(self.pid) - cpu if self.pid else 0
-        done, _, medians, lates = zip(*results)
-        rate = sum(units / elapsed for units, elapsed, _, _ in results)
-        return rate, cpu / sum(done) * 1e6, 1000 * max(medians), 1000 * max(lates)
+        return done / elapsed, cpu / max(done, 1) * 1e6, 1000 * median, 1000 * late
 
     def open_idle(self, count, waiting, stack):
         """Open idle connections, which the stack closes.
@@ -384,27 +457,38 @@ class Target:
 
 # Arguments of Target.measure; `modes` of vaurien that are measured too; `others` is whether
 # the other proxies are.
-Workload = namedtuple("Workload", "title name processes connections unit modes others")
+Workload = namedtuple("Workload", "title name connections unit modes others")
 WORKLOADS = [
-    Workload("round trips, 1 connection", "tcp", 1, 1, "/s", ["20:delay"], True),
-    Workload("round trips, 50 connections", "tcp", 2, 25, "/s", ["20:delay"], True),
-    Workload("bulk, 1 connection", "bulk", 1, 1, "MiB/s", [], True),
-    Workload("bulk, 8 connections", "bulk", 2, 4, "MiB/s", [], True),
-    Workload("connect, request, close", "connect", 2, 1, "/s", [], True),
-    Workload("redis, 1 connection", "redis", 1, 1, "/s", ["redis"], False),
-    Workload("redis, 50 connections", "redis", 2, 25, "/s", ["redis"], False),
-    Workload("http, 1 connection", "http", 1, 1, "/s", ["http"], False),
-    Workload("http, 50 connections", "http", 2, 25, "/s", ["http"], False),
+    Workload("round trips, 1 connection", "tcp", 1, "/s", ["20:delay"], True),
+    Workload("round trips, 50 connections", "tcp", 50, "/s", ["20:delay"], True),
+    Workload("bulk, 1 connection", "bulk", 1, "MiB/s", [], True),
+    Workload("bulk, 8 connections", "bulk", 8, "MiB/s", [], True),
+    Workload("connect, request, close", "connect", 16, "/s", [], True),
+    Workload("connect, request, reset", "reset", 16, "/s", [], True),
+    Workload("redis, 1 connection", "redis", 1, "/s", ["redis"], False),
+    Workload("redis, 50 connections", "redis", 50, "/s", ["redis"], False),
+    Workload("http, 1 connection", "http", 1, "/s", ["http"], False),
+    Workload("http, 50 connections", "http", 50, "/s", ["http"], False),
+]
+# The same toxics of Vaurien and Toxiproxy, on many connections: see ToxicTarget.
+ToxicWorkload = namedtuple("ToxicWorkload", "title name connections unit toxic")
+LATENCY = {"type": "latency", "attributes": {"latency": 10}}
+TOXIC_WORKLOADS = [
+    ToxicWorkload("latency 10, 100 connections", "tcp", 100, "/s", LATENCY),
+    ToxicWorkload("latency 10, 1000", "tcp", 1000, "/s", LATENCY),
+    ToxicWorkload("bandwidth 10, 5000", "bulk", 5000, "MiB/s",
+                  {"type": "bandwidth", "attributes": {"rate": 10}}),
 ]
 CROWD = 10000               # connections beside the one that is measured
 CROWD_WAITING = 1000        # and those of them that have a delayed request
 
-# The length of a benchmark: rounds and seconds of the workloads, idle connections whose memory
-# is measured, part of CROWD; for faults: rounds, round trips, seconds, rates in KB/s.
-Extent = namedtuple("Extent", "rounds seconds idle crowd_rounds crowd "
+# The length of a benchmark: rounds and seconds of the workloads, and of those with a toxic; idle
+# connections whose memory is measured, part of CROWD; for faults: rounds, round trips, seconds,
+# rates in KB/s.
+Extent = namedtuple("Extent", "rounds seconds toxic_rounds toxic_seconds idle crowd_rounds crowd "
                               "fault_rounds trips fault_seconds rates")
-FULL = Extent(5, 0.8, 1000, 5, 1.0, 7, 200, 3, (100, 10000, 100000))
-QUICK = Extent(2, 0.1, 500, 1, 0.2, 1, 30, 0.5, (10000,))
+FULL = Extent(5, 0.8, 3, 3, 1000, 5, 1.0, 7, 200, 3, (100, 10000, 100000))
+QUICK = Extent(2, 0.1, 1, 0.3, 500, 1, 0.2, 1, 30, 0.5, (10000,))
 
 
 class Bench:
@@ -440,19 +524,36 @@ class Bench:
                     first = index % len(names)
                     for name in names[first:] + names[:first]:
                         results[workload.title, name].append(targets[name].measure(
-                            *workload[1:4], self.extent.seconds))
+                            workload.name, workload.connections, self.extent.seconds))
         return {key: medians(rows) for key, rows in results.items()}
 
     def memory(self):
-        """Return {name: KiB for each idle connection}; not of socat, which forks."""
+        """Return {name: KiB for each idle connection}. `bare` and socat, which forks, have none."""
         kib = {}
         for name in self.commands:
-            if name in ("vaurien", *self.others) and name not in ("direct", "socat"):
+            if name in ("vaurien", *self.others) and name not in ("direct", "bare", "socat"):
                 with contextlib.ExitStack() as stack:
                     show_progress("memory: %s" % name)
                     kib[name] = self.target(name, stack).open_idle(
                         self.extent.idle, 0, stack) / 1024
         return kib
+
+    def toxics(self):
+        """Run the workloads with a toxic. Returns {(title, name): medians of Target.measure}."""
+        commands = {"vaurien": [sys.executable, FILE, "serve", "--log-level", "error"]}
+        if "toxiproxy" in self.commands:
+            commands["toxiproxy"] = TOXIPROXY
+        results = defaultdict(list)
+        for index in range(self.extent.toxic_rounds):
+            for title, workload, connections, _, toxic in TOXIC_WORKLOADS:
+                show_progress("round %d of %d: %s" % (index + 1, self.extent.toxic_rounds, title))
+                for name in list(commands)[::-1 if index % 2 else 1]:
+                    with contextlib.ExitStack() as stack:
+                        target = ToxicTarget(commands[name], self.backend, self.clients, stack)
+                        target.add_toxic(toxic)
+                        results[title, name].append(target.measure(
+                            workload, connections, self.extent.toxic_seconds))
+        return {key: medians(rows) for key, rows in results.items()}
 
     def crowd(self, stack):
         """Measure round trips on one connection beside many idle ones.
@@ -466,7 +567,7 @@ class Bench:
                           for _ in range(2))
         show_progress("%d connections" % count)
         crowded.open_idle(count, waiting, stack)
-        rows = [target.measure("tcp", 1, 1, self.extent.seconds)
+        rows = [target.measure("tcp", 1, self.extent.seconds)
                 for _ in range(self.extent.crowd_rounds) for target in (alone, crowded)]
         (alone_rate, alone_cpu, *_), (rate, cpu, *_) = medians(rows[::2]), medians(rows[1::2])
         return ("1 connection beside %d, %d delayed" % (count, waiting),
@@ -504,6 +605,27 @@ class Bench:
         for rate in self.extent.rates:
             proxy.set_fault("bandwidth", rate=rate)
             yield rate, 100 * (proxy.bulk_rate(seconds) / rate - 1)
+
+
+class ToxicTarget(Target):
+    """A proxy with a toxic, in a server that has the API of Toxiproxy."""
+
+    def start(self, command, backend, stack):
+        self.port, self.api_port = unused_port(), unused_port()
+        process = subprocess.Popen([*command, "-port", str(self.api_port)],
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        stack.callback(process.wait)
+        stack.callback(process.terminate)
+        self.pid = process.pid
+        client = vaurien.Client("127.0.0.1", self.api_port)
+        wait_until(lambda: vaurien.capture(client.request, "GET", "/version")[1] is None)
+        client.request("POST", "/proxies", {
+            "name": "p", "listen": "127.0.0.1:%d" % self.port,
+            "upstream": "127.0.0.1:%d" % backend})
+
+    def add_toxic(self, toxic):
+        vaurien.Client("127.0.0.1", self.api_port).request("POST", "/proxies/p/toxics", toxic)
 
 
 class FaultTarget(Target):
@@ -546,28 +668,28 @@ def medians(rows):
 
 # -- Output -------------------------------------------------------------------
 
+ROW = "%-28s %-10s %12s %7s %8s %8s %10s %6s"
+
+
 def show_progress(text=""):
     """Replace the line on stderr that shows the progress."""
     print("\r%-70s\r%s" % ("", text), end="", file=sys.stderr, flush=True)
 
 
-def print_workload(workload, results):
-    """Print the rows of a workload.
+def print_row(title, name, unit, row, first):
+    """Print the row of a proxy.
 
-    results    {name: (rate, CPU us, median ms, 99th percentile ms)}, vaurien's first
+    row      (rate, CPU us, median ms, 99th percentile ms)
+    first    that of vaurien, which the others are compared with
     """
-    vaurien_rate = results["vaurien"][0]
-    for name, (rate, cpu, median, late) in results.items():
-        if name == "vaurien":
-            ratio = ""
-        elif name in workload.modes:
-            ratio = "keeps %.2f" % (rate / vaurien_rate)
-        else:
-            ratio = "%.2f" % (vaurien_rate / rate)
-        print("%-28s %-10s %12s %11s %9s %9s %13s" % (
-            workload.title if name == "vaurien" else "", name,
-            "%.0f %s" % (rate, workload.unit), "%.1f" % cpu if cpu else "",
-            "%.3f" % median if median else "", "%.3f" % late if late else "", ratio))
+    rate, cpu, median, late = row
+    ratios = ["", ""]
+    if row is not first:
+        ratios = ["%.2f" % (ours / others) if others else ""
+                  for ours, others in zip(first[:2], row[:2])]
+    print(ROW % (title if row is first else "", name, "%.0f %s" % (rate, unit),
+                 *("%.*f" % (digits, value) if value else ""
+                   for digits, value in ((1, cpu), (3, median), (3, late))), *ratios))
 
 
 def print_memory(kib):
@@ -576,9 +698,9 @@ def print_memory(kib):
     kib    {name: KiB}, vaurien's first
     """
     for name, value in kib.items():
-        print("%-28s %-10s %12s %45s" % (
-            "memory, idle connection" if name == "vaurien" else "", name, "%.1f KiB" % value,
-            "" if name == "vaurien" else "%.2f" % (kib["vaurien"] / value)))
+        print(ROW % (
+            "memory, idle connection" if name == "vaurien" else "", name, "%.1f KiB" % value, "",
+            "", "", "" if name == "vaurien" else "%.2f" % (kib["vaurien"] / value), ""))
 
 
 def bench(extent):
@@ -587,13 +709,21 @@ def bench(extent):
     with contextlib.ExitStack() as stack:
         measurements = Bench(extent, stack)
         results, kib = measurements.workloads(), measurements.memory()
+        toxic_results = measurements.toxics()
         lines = [measurements.crowd(stack), *measurements.faults(stack)]
     show_progress()
-    print("%-28s %-10s %12s %11s %9s %9s %13s" % (
-        "workload", "proxy", "rate", "CPU us each", "p50 ms", "p99 ms", "vaurien/proxy"))
+    print("%83s" % "vaurien / proxy:")
+    print(ROW % ("workload", "proxy", "rate", "CPU us", "p50 ms", "p99 ms", "rate", "CPU"))
     for workload in WORKLOADS:
-        print_workload(workload, {name: results[workload.title, name]
-                                  for name in measurements.names(workload)})
+        for name in measurements.names(workload):
+            print_row(workload.title, name, workload.unit, results[workload.title, name],
+                      results[workload.title, "vaurien"])
+    for workload in TOXIC_WORKLOADS:
+        for name in "vaurien", "toxiproxy":
+            if (workload.title, name) in toxic_results:
+                print_row(workload.title, name, workload.unit,
+                          toxic_results[workload.title, name],
+                          toxic_results[workload.title, "vaurien"])
     print_memory(kib)
     for title, text in lines:
         print("%-45s %s" % (title, text))
@@ -603,13 +733,17 @@ def main():
     parser = argparse.ArgumentParser(
         description="Compare vaurien with other TCP proxies in front of the same backend.")
     parser.add_argument("--quick", action="store_true", help="two short rounds only")
-    parser.add_argument("role", nargs="?", choices=["backend", "client"],
-                        help=argparse.SUPPRESS)        # of the processes that this one starts
+    # The roles of the processes that this one starts
+    parser.add_argument("role", nargs="?", choices=["backend", "client", "bare"],
+                        help=argparse.SUPPRESS)
+    parser.add_argument("ports", nargs="*", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.role == "backend":
         run_backend()
     elif args.role == "client":
         run_client()
+    elif args.role == "bare":
+        run_bare(*args.ports)
     else:
         bench(QUICK if args.quick else FULL)
 
