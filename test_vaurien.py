@@ -1859,7 +1859,7 @@ class Playbook:
         exchanges = [(exchange.number, exchange.forwarded, exchange.complete, exchange.reply_done,
                       exchange.request and (exchange.request.name, exchange.request.text))
                      for exchange in chain.exchanges]
-        return (chain.request, chain.number, chain.in_request, chain.head_forwarded,
+        return (chain.request, chain.event_request, chain.in_request, chain.head_forwarded,
                 self.drawn_request_count(), self.reader.pending_count(), exchanges)
 
 
@@ -2324,6 +2324,13 @@ class TestProtocolChain(unittest.TestCase):
                     + mysql_packet(1, b"x") + mysql_query(b"two"))
         output = play.backend(MYSQL_OK)
         self.assertEqual(output.to_client[len(MYSQL_OK) + 3], 2)
+
+    def test_a_postgres_message_of_an_impossible_size_is_not_of_the_protocol(self):
+        for message in b"Z\0\0\0\4", b"T\0\0\0\3":
+            play = self.play("postgres", error_rule("57014"))
+            play.client(PG_STARTUP)
+            play.backend(message).assert_passes()
+            self.assertIn("cannot have the size", play.chain.protocol_error)
 
     def test_mysql_replication_continues_as_tcp(self):
         play = self.play("mysql", error_rule("1205"))
@@ -4313,6 +4320,16 @@ class TestDelayQueue(unittest.TestCase):
         self.assertEqual(list(self.queue.send_buffer), [b"a", b"b"])
         self.queue.pop_due(9)
         self.assertEqual(list(self.queue.send_buffer), [b"a", b"b", b"c", EOF])
+
+    def test_replies_of_rules_stay_known_as_such_if_one_of_two_delays_is_undone(self):
+        first, second = vaurien.Rule("delay"), vaurien.Rule("latency")
+        self.queue.put(9, b"reply", 0, ((first, 4, False), (second, 5, False)))
+        self.queue.has_replies = True
+        self.assertTrue(self.queue.release([first]))
+        self.assertTrue(self.queue.has_replies)
+        self.queue.pop_due(5)
+        self.queue.consume(len(b"reply"))
+        self.assertFalse(self.queue.has_replies)
 
     def test_reset_overtakes_bytes(self):
         self.queue.put(9, b"a", 0)

@@ -316,7 +316,7 @@ def not_negative(value):
 
 
 def check_number(value, type_, expected, valid=not_negative):
-    """Convert a number or a text to a finite number of a type.
+    """Convert a number or a text to `type_`, int or float. It must be finite.
 
     expected    the description of a valid number, for the error: "a whole number, 0 or more"
     valid       a function that returns whether a number is valid
@@ -593,11 +593,12 @@ def transient(state, t, to, data, *, agitate=1, inject=False, warmup=0, kind="")
     warmup   number of requests of the proxy that pass before the first one fails
     kind     an error of the protocol, like 503, LOADING, 1213 or 57P01; default: one is drawn
     """
-    # A request counts when its first byte arrives. A connection that sends none does not count.
-    has_request = state.current_request or not state.protocol   # not while the client connects
-    if data and has_request and not state["position"] and state.request > warmup:
+    # A request counts when its first byte arrives. Connecting does not count.
+    # state["position"] is its place among those that count, from 1, or 0 if it has none yet.
+    connecting = state.protocol and not state.current_request
+    if data and not connecting and not state["position"] and state.request > warmup:
         state.shared["counted"] += 1
-        state["position"] = state.shared["counted"]     # of this request, from 1
+        state["position"] = state.shared["counted"]
     if 1 <= state["position"] <= agitate:
         yield from error(state, t, to, data, inject=inject, warmup=warmup, kind=kind)
     else:
@@ -1307,8 +1308,9 @@ class Framer:
         if not parsed:
             return None
         end = (len(data), END_OF_MESSAGE)
-        is_reply = parsed is True           # otherwise it is a Request
-        return (end,) if is_reply else ((len(data), parsed), end)
+        if parsed is True:                  # a whole reply; otherwise it is a Request
+            return (end,)
+        return (len(data), parsed), end
 
     def feed(self, data, size):
         """Parse the first `size` bytes of data. Yield (offset, boundary) for each boundary.
@@ -1982,8 +1984,8 @@ class Memcache(Protocol):
     gets one, to know that they have received all replies. So the backend also gets an `mn` in
     place of a refused command: the error must not come before the replies to quiet commands.
 
-    Request.info is the end of what has arrived before the reply to that substitute has ended.
-    It is None if there is no substitute.
+    If `mn` takes the place of a request, Request.info has the last bytes that the backend has
+    sent: they may be a part of the reply to `mn`. Otherwise it is None.
     """
 
     errors = OrderedDict((
@@ -2052,7 +2054,7 @@ class Memcache(Protocol):
                 yield END_OF_MESSAGE
 
     def is_flush(self, request):
-        """Return whether the backend gets `mn`: from the client, or in place of the request."""
+        """Return whether the backend gets `mn`: as the request, or in its place."""
         return request.name == "mn" or request.info is not None
 
     def error_reply(self, kind, request):
@@ -2068,7 +2070,7 @@ class Memcache(Protocol):
     def finish_refusal(self, exchange, t, to, data):
         """Let the replies to quiet commands pass. Drop only the reply to the substitute.
 
-        That reply is known when it ends, so the last bytes wait until then.
+        Only the end of that reply shows where it began. So the last bytes wait until then.
         """
         request = exchange.request
         awaits_flushed = request and request.info is not None and not exchange.reply_done
@@ -2090,7 +2092,10 @@ def mysql_packet(sequence, body):
 
 
 def mysql_integer(data, offset):
-    """Return (number, offset of the next byte) of a length-encoded integer, or (0, offset)."""
+    """Return (number, offset of the next byte) of a length-encoded integer.
+
+    If data ends within the integer, the number is that of the bytes that are there.
+    """
     size = {0xfc: 2, 0xfd: 3, 0xfe: 8}.get(data[offset], 0) if offset < len(data) else 0
     end = offset + 1 + size
     return int.from_bytes(data[offset + (size > 0):end], "little"), end
@@ -2271,7 +2276,9 @@ class Mysql(Protocol):
 
     def note_greeting(self, head):
         """Keep the capability flags in the greeting, whose version ends with a zero byte."""
-        offset = head.find(b"\0") + 14      # id of the connection, 8 bytes of a nonce, filler
+        # The version is followed by the id of the connection, 8 bytes of a nonce, a filler, two
+        # bytes of flags, the character set (1), the status (2), and two more bytes of flags.
+        offset = head.find(b"\0") + 14
         self.server_flags = int.from_bytes(head[offset:offset + 2] + head[offset + 5:offset + 7],
                                            "little")
 
@@ -2610,10 +2617,12 @@ class Postgres(Protocol):
             if not type_.isalnum():
                 raise ProtocolError("%r is not a message" % type_)
             bytes_left = message_size - 4       # of the body
+            if bytes_left < (type_ == self.READY):
+                raise ProtocolError("a message cannot have the size %d" % message_size)
             if type_ == self.READY:
                 self.status = yield NeedBytes(1)
                 bytes_left -= 1
-            yield max(0, bytes_left)
+            yield bytes_left                    # skip the rest of the body
             yield from self.end_replies(type_)
 
     def end_replies(self, type_):
@@ -3083,7 +3092,7 @@ class Rule:
         self.block = None           # the number of the Block that the rule belongs to
 
     def set_options(self, options):
-        """Replace the options. They may determine the direction of the handler's events."""
+        """Replace the options. With some of them, a handler gets events of one direction only."""
         self.options = options
         choose = getattr(self.handler, "choose_direction", None)
         self.direction = choose(options) if choose and self.stream == "both" else self.stream
@@ -3191,9 +3200,9 @@ class Rule:
 class ActiveRule(Counter):
     """The state of a rule for one request or connection: the `state` that its handler gets.
 
-    The handler counts in it; the section Handlers describes the public attributes. Two more
-    kinds of rules have an ActiveRule with `acts` False: a rule that still searches a request
-    for its `match`, and a rule per connection that does not act on this connection.
+    The handler counts in it; the section Handlers describes the public attributes. Two kinds of
+    rules that do not act have an ActiveRule too, whose `acts` is False: a rule that still
+    searches a request for its `match`, and a rule per connection that does not act on this one.
     """
 
     request_number = 0
@@ -3254,7 +3263,7 @@ class ActiveRule(Counter):
 
 @functools.lru_cache(maxsize=1024, typed=True)      # toxics may get ever new names
 def hash_prefix(seed, proxy_name, draw_key):
-    """Return the hash of what all numbers of a draw key have in common."""
+    """Return the hash that all numbers of a draw key begin with: see RuleSet.draw_block."""
     return hashlib.blake2b(("%s %s %s " % (seed, proxy_name, draw_key)).encode())
 
 
@@ -3387,10 +3396,9 @@ def parse_rule_words(words):
 
 
 def behavior_tables(behavior, options=None, resolve=lambda name: name):
-    """Return the tables of a behavior, for `read_rules`.
+    """Return a behavior as a list of dicts, one for each rule, in the form that `read_rules` takes.
 
-    behavior    "PERCENT:HANDLER,...", {handler: percent}, [(percent, handler)], or the tables
-                themselves
+    behavior    "PERCENT:HANDLER,...", {handler: percent}, [(percent, handler)], or such a list
     options     {handler: {option: value}}
     resolve     a function that returns the name of a handler in the behavior. It may raise
                 ValueError
@@ -3540,12 +3548,12 @@ MAY_BE_NEGATIVE = {"latency", "jitter", "delay", "timeout", "bytes"}
 # calls both in the same way:
 #
 #   start()                        when a client has connected
-#   direction_changed(to)          before bytes whose direction is not that of the last bytes
+#   direction_changed(to)          before bytes that go the other way than the last ones
 #   pass_through(to, data)         fast path: returns bytes on which no rule acts
 #   process_bytes(now, to, data)   slow path: returns the events that the rules make of bytes
 #   process(now, to, signal)       returns the events that the rules make of a signal
 #   rules_changed(new, changed)    when the installed rules have changed
-#   give_up_head(now)              at the time `head_deadline`, only if it is not NEVER
+#   give_up_head(now)              at the time `head_deadline`, unless that is NEVER
 
 NO_HITS: list = []      # shared by all chains, most of which never draw
 
@@ -3559,32 +3567,36 @@ class Chain:
     """
 
     __slots__ = ("rules", "connection", "request", "last_direction", "active_rules", "undrawn",
-                 "per_connection", "newly_acted", "number", "protocol_lost", "protocol",
+                 "per_connection", "newly_acted", "event_request", "protocol_lost", "protocol",
                  "current_request", "answered_early", "modified", "block", "block_hits",
                  "protocol_error", "successor", "head_deadline", "kept")
 
     def __init__(self, rules, connection):
         self.rules = rules              # the proxy's RuleSet
         self.connection = connection    # its number
+        # Requests
         self.request = 0                # number of the current request
-        self.number = 0                 # number of the request whose event is being processed
+        self.event_request = 0          # number of the request whose event is being processed
+        self.current_request = None     # the Request whose event is being processed
         self.last_direction = None      # of the last bytes; None before any bytes
+        # Rules and draws
         self.active_rules = []          # of the current request, in the order of the rules
         self.undrawn = []               # rules installed before any bytes of the request
         self.per_connection = {}        # {rule: ActiveRule or None} of the connection
         self.block = -1                 # index of a block of 8 requests: see draw_block
         self.block_hits = NO_HITS       # [(rule, number)] for each request of this block
+        # For the connection
         self.newly_acted = []           # (ActiveRule, request number) of faults to record
         self.modified = False           # a rule has changed an event (the caller resets this)
         self.answered_early = False     # a rule has replied in the backend's place
+        self.kept = 0                   # bytes of memory for requests that wait for a reply, and
+                                        #   for replies and heads that wait
+        # The protocol
         self.protocol = None            # the Protocol, of a ProtocolChain
         self.protocol_lost = False      # True after a fall back from a protocol to tcp
-        self.current_request = None     # the Request whose event is being processed
         self.protocol_error = ""        # why the protocol was lost; the connection logs it
         self.successor = None           # the Chain that replaces this one, after a fall back
         self.head_deadline = NEVER      # when to call give_up_head
-        self.kept = 0                   # bytes of memory for requests that wait for a reply, and
-                                        #   for replies and heads that wait
 
     def start(self):
         """Begin the first request, because a client has connected."""
@@ -3593,7 +3605,7 @@ class Chain:
     def begin_request(self):
         """Count a request, and draw the rules for it."""
         self.request += 1
-        self.number = self.request
+        self.event_request = self.request
         self.rules.request_count += 1
         self.undrawn = []
         if not self.rules.installed:
@@ -3811,7 +3823,7 @@ class Chain:
                            for made in self.run_rule(active, event, opening)])
             except BaseException as exc:    # of the handler: Ctrl-C only calls Loop.stop
                 log.error("connection %d, request %d: handler %s failed and the connection is "
-                          "reset: %s", self.connection, self.number, active.rule.name,
+                          "reset: %s", self.connection, self.event_request, active.rule.name,
                           format_exception(exc), exc_info=not active.rule.error_logged)
                 active.rule.error_logged = self.modified = True
                 return [(t, to, RESET, ())]
@@ -3825,7 +3837,7 @@ class Chain:
             return [event]
         if rule.direction not in ("both", to) or (rule.limit and not active.may_act()):
             return [event]
-        active.request_number, active.current_request = self.number, self.current_request
+        active.request_number, active.current_request = self.event_request, self.current_request
         active.protocol, active.protocol_lost = self.protocol, self.protocol_lost
         events = self.call_handler(active, t, to, data)
         if events == [(t, to, data)]:
@@ -3871,7 +3883,7 @@ class Chain:
                 self.answered_early = self.answered_early or to == UPSTREAM
         if not opening or any(data is not OPEN for _, _, data in events):
             if active.mark_acted():
-                self.newly_acted.append((active, self.number))
+                self.newly_acted.append((active, self.event_request))
 
     def matches(self, active, to, data):
         """Add bytes of the client to the search for `match`, and draw the rule if it matches.
@@ -4011,8 +4023,8 @@ class ProtocolChain(Chain):
         self.head_forwarded = False     # bytes of an incomplete head have been forwarded
         self.closing = False        # a rule closes the connection: see invariant 7
         self.recognized = False     # the client has sent bytes that can only be of the protocol
-        self.last_affected = None   # at the last change of the rules: the last exchange that
-                                    #   had active rules or queued events
+        self.last_affected = None   # the last exchange that had active rules or queued events
+                                    #   when the rules last changed
 
     def start(self):
         """Begin the first exchange, because a client has connected. It has no Request yet."""
@@ -4071,7 +4083,7 @@ class ProtocolChain(Chain):
         is_first    whether a rule may refuse the request, or the client, at this event
         """
         self.exchange = exchange
-        self.current_request, self.number = exchange.request, exchange.number
+        self.current_request, self.event_request = exchange.request, exchange.number
         self.protocol.refusable = exchange if is_first and not exchange.refusal else None
 
     def release(self, removed, changed):
@@ -4185,7 +4197,7 @@ class ProtocolChain(Chain):
         return self.protocol.request_framer if to is UPSTREAM else self.protocol.reply_framer
 
     def recv_size(self, to):
-        """Return how many bytes to receive at once: few, unless the framer skips most of them."""
+        """Return how many bytes to receive at once: few to parse, many of a body that is skipped."""
         awaiting = self.framer(to).awaiting
         skipped = awaiting if type(awaiting) is int else 0
         return min(CHUNK, PARSED_CHUNK + skipped)
@@ -4247,7 +4259,7 @@ class ProtocolChain(Chain):
         return data
 
     def pass_whole(self, to, data):
-        """Apply the boundaries of exactly one whole, common message, while the chain is idle.
+        """Apply the boundaries of exactly one whole, common message.
 
         Returns `data`, or other bytes if a Host header is rewritten. Returns None, and changes
         nothing, for any other data. This is much faster than Framer.feed.
@@ -4265,7 +4277,7 @@ class ProtocolChain(Chain):
             self.end_request(END_OF_MESSAGE)
             if self.protocol.host:
                 data = self.protocol.rewrite_head(message)
-        if len(self.exchanges) > 1:
+        if len(self.exchanges) > 1:         # pipelined: those before may be done now
             self.pop_all_done()
         return data
 
@@ -4401,7 +4413,7 @@ class ProtocolChain(Chain):
     def fall_back(self, now, to, error):
         """Stop parsing, because bytes were not of the protocol. Continue as tcp.
 
-        Sets `protocol_error`, and `successor` to the Chain that replaces this one. But if the
+        Sets `protocol_error`. Stores the Chain that replaces this one in `successor`. But if the
         client's bytes are wrong while error replies are still to be sent, this chain stays, and
         passes the client's further bytes. Returns the events of all that was held.
         """
@@ -4415,7 +4427,7 @@ class ProtocolChain(Chain):
             self.in_request = True
             return self.flush_head(now)
         chain = self.successor = Chain(self.rules, self.connection)
-        chain.request = chain.number = self.request
+        chain.request = chain.event_request = self.request
         chain.last_direction, chain.protocol_lost = self.last_direction, True
         chain.per_connection = {rule: active for rule, active in self.per_connection.items()
                                 if active is not None}
@@ -4597,22 +4609,24 @@ class DelayQueue:
         rules = [*removed, *changed]
         if not any(rule in rules for *_, delays in self.queue for rule, _, _ in delays):
             return False
-        entries, self.queue, self.latest, self.rate_limited_until = self.queue, [], 0.0, 0.0
-        by_order = sorted(entries, key=lambda entry: entry[1])      # (due, order, ...)
-        for _, _, data, start, delays in by_order:
+        entries, self.queue, had_replies = self.queue, [], self.has_replies
+        self.latest = self.rate_limited_until = 0.0         # `put` computes them again
+        # In the order in which they were put: the order of their due times may differ.
+        for _, _, data, start, delays in sorted(entries, key=lambda entry: entry[1]):
             self.credit(len(data) + CHUNK_OVERHEAD)
             if any(from_open and rule in changed for rule, _, from_open in delays):
                 continue
             delays = tuple(delay for delay in delays if delay[0] not in rules)
             self.put(start + sum(seconds for _, seconds, _ in delays), data, start, delays)
+        self.has_replies = had_replies and self.held > 0
         return True
 
     def read_limit(self, clock):
         """Return how many bytes may be read into this queue now. 0: the queue is full.
 
-        A source that is not read slows its sender down (backpressure). The bound is high while
-        bytes flow. The bound is low if the first event is never due, or if a rate limit delays
-        the queue: then the sender must slow down soon. An empty queue reads no clock.
+        A source that is not read slows its sender down (backpressure). The bound is HELD_MAX
+        while the first event in the queue has a due time and no rate limit delays it. Otherwise
+        it is HELD_MAX_IDLE: the sender must slow down soon. An empty queue reads no clock.
 
         A nearly full queue counts as full. Otherwise each read would only take the place of the
         few bytes sent last, and rules that cut chunks, such as `slicer`, would cut small ones.
@@ -4809,7 +4823,8 @@ class Loop:
     fds_exhausted = False
 
     # Accepted sockets and those of backends have descriptors below this one. The others are for
-    # the control server. A new descriptor is the lowest that is free, so one number is enough.
+    # the control server. The kernel hands out the lowest free descriptor. So a socket gets one
+    # from this limit up only if all below are in use.
     fd_limit = math.inf
 
     def __init__(self, clock=time.monotonic, selector=None):
@@ -4981,7 +4996,7 @@ class Loop:
     def is_forked(self):
         """Return whether this process is a fork of the one that has created the loop.
 
-        A fork has no thread of the loop. But it shares the selector: if it stopped watching a
+        In a fork, the loop's thread does not run. But a fork shares the selector: if it stopped watching a
         socket, the loop would not watch the socket either.
         """
         return self.pid != os.getpid()
@@ -5767,7 +5782,8 @@ class Link(DelayQueue):
         super().__init__(to, budget)
         self.recv_size = recv_size      # bytes of the largest recv, at the moment
         self.source = None      # a socket
-        self.watched = 0        # the events that the source is watched for, of both links
+        self.watched = 0        # the events of the source's socket that are watched: reads for
+                                #   this link, writes for the other one
         self.fast_target = None     # the target socket while the fast path is open
         self.bulk_reads = 0     # successive large reads
         # To measure latencies
@@ -6021,7 +6037,8 @@ class Connection:
     def count_kept(self):
         """Count in the budget what the chain keeps.
 
-        After the backend's EOF no reply comes, so the client must not wait for one to be read.
+        After the backend's EOF no reply will make it less. So it no longer counts then, or the
+        client would not be read for ever.
         """
         self.up.keep(0 if self.down.eof else self.chain.kept)
 
@@ -6319,12 +6336,12 @@ class Connection:
             self.reset("refused: %s" % error.strerror)
 
     def wants_read(self, link, back):
-        """Return whether to read from the link's source. `back` is the other link. Do not read
+        """Return whether to read from the link's source. `back` is the other link. It is not read
 
         1. after its EOF;
         2. while the link holds as much as it may, or its requests need as much memory as they
            may: that is the backpressure;
-        3. while its source does not accept the replies of rules, and `back` holds as much as it
+        3. while `back` holds replies of rules that the source does not accept, and as much as it
            may;
         4. if the other peer has gone, so that the sender stalls as it would without a proxy;
         5. while a blocking handler has the sockets, or waits until all data is delivered.
@@ -6336,9 +6353,10 @@ class Connection:
             return False
         if link.write_closed and self.reset_reason:
             return False
-        if self.proxy.has_blocking or self.phase is HANDED_OFF:
-            return self.phase is not HANDED_OFF and (
-                self.chain.blocking_rule() is None or self.is_drained())
+        if self.phase is HANDED_OFF:
+            return False
+        if self.proxy.has_blocking and self.chain.blocking_rule() is not None:
+            return self.is_drained()
         return True
 
     def set_timer(self, now):
@@ -6660,8 +6678,8 @@ class ProxyServer:
         # Check all options, because the behavior may not name all of these handlers.
         read_rules([dict(values, name=handler, percent=0) for handler, values in options.items()])
         self.blocks_begun = 0               # the number of the last Block
-        # The rules of the behavior, {number: Block} of the open blocks in the order of their
-        # beginning, and the toxics in the order in which they act.
+        # The arguments: the rules of the behavior; the open blocks, {number: Block}, the oldest
+        # first; the toxics, in the order in which they act.
         self.install_rules(read_rules(behavior_tables(behavior, options)), OrderedDict(),
                            list(toxics))
         self.loop = None                    # set by `open`
@@ -8172,16 +8190,17 @@ class Control:
 
         If all clients are within a request, disconnect the one whose request began first.
         """
-        session = next((session for session in self.clients.values() if not session.timer),
-                       next(iter(self.clients.values())))
+        # `clients` is in the order of last use, and a session has a timer during a request.
+        idle = (session for session in self.clients.values() if not session.timer)
+        session = next(idle, None) or next(iter(self.clients.values()))
         del self.clients[session.client]
         session.disconnect()
 
     def is_crowded(self):
         """Return whether the server closes each connection after a response.
 
-        It does so if there are many clients, or if descriptors have run out, because each new
-        client needs a place.
+        It does so if there are many clients, or if descriptors have ever run out, because each
+        new client needs a place.
 
         Called in a client's thread.
         """
@@ -9170,8 +9189,8 @@ def add_or_update_proxy(proxies, proxy, fields):
 
     fields    the fields that `proxy` was made from
 
-    If the existing proxy has other addresses or another protocol, it gets the addresses, the
-    protocol and the toxics of `proxy`, and its rules are removed. Otherwise `toxics` and `rules`
+    If the addresses or the protocol of the existing proxy differ from those of `proxy`, it takes
+    them and the toxics, and loses its rules. Otherwise `toxics` and `rules`
     in `fields` each replace the toxics that a listing has under this key.
 
     Returns the proxy that is in use. Raises CannotListen.
@@ -9644,8 +9663,8 @@ class Interface:
 def toxic_table(fields):
     """Return a toxic in the JSON form of Toxiproxy's API.
 
-    fields    its type, name, stream, toxicity, rule fields, attributes, and options, which are
-              attributes too
+    fields    its type, name, stream, toxicity, rule fields and attributes. Options of the handler
+              may stand in `attributes` or beside them
     """
     table, attributes = {}, dict(fields.get("attributes") or {})
     function = HANDLERS.get(fields.get("type"))
@@ -10222,20 +10241,21 @@ def wait_until_ready(process, seconds):
     Raises RuntimeError, with the last line of the output, if the proxy does not print them in
     time.
     """
-    lines = ["no output within %s seconds" % seconds]
+    last_line, addresses = ["no output within %s seconds" % seconds], []
 
     def read_stdout():
         for line in process.stdout:
-            lines.append(line.strip())
-            if lines[-2] == "ready":
-                break
+            if line.strip() == "ready":
+                addresses.append(json.loads(process.stdout.readline()))
+                return
+            last_line[0] = line.strip()
 
     reader = threading.Thread(target=read_stdout, daemon=True)
     reader.start()
     reader.join(seconds)
-    if lines[-2:-1] != ["ready"]:
-        raise RuntimeError("the proxy did not start: %s" % lines[-1])
-    return json.loads(lines[-1])
+    if not addresses:
+        raise RuntimeError("the proxy did not start: %s" % last_line[0])
+    return addresses[0]
 
 
 def stop_proxy(pid: int) -> None:
@@ -10281,7 +10301,8 @@ def stop_started_proxies():
 # To add a setting, add a line to SETTINGS. Its scope is one of:
 #
 #   proxy         a value for each proxy, passed to ProxyServer under the setting's name
-#   shared        the same, but [vaurien] has the default of all proxies, and of ProxyTable
+#   shared        as `proxy`; the value in [vaurien] is the default of all proxies, and
+#                 ProxyTable gets it for later ones
 #   process       one value, which `prepare` applies
 #   command line  one value that the file cannot set
 
@@ -10784,8 +10805,8 @@ def read_ini(path, text):
 
 def parse_ini(path, text):
     """Yield (title, {key: SourcedText}) for each section of an ini file. Raises ValueError."""
-    # default_section: no section sets defaults of other sections.
-    # interpolation: ConfigParser replaces nothing in values. expand_env replaces ${NAME}.
+    # An empty default_section: no section sets defaults of others. No interpolation: only
+    # expand_env replaces ${NAME}.
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     parser.optionxform = str  # type: ignore    # keep the case of keys
     try:
@@ -10797,7 +10818,8 @@ def parse_ini(path, text):
         texts = {}
         for key, value in parser.items(title):
             source = "%s: [%s] %s" % (path, title, key)
-            texts[key] = SourcedText(source, SourcedText(source, value).parse(expand_env))
+            expanded = SourcedText(source, value).parse(expand_env)     # an error has the source
+            texts[key] = SourcedText(source, expanded)
         yield title, texts
 
 
