@@ -3396,7 +3396,7 @@ def parse_rule_words(words):
 
 
 def behavior_tables(behavior, options=None, resolve=lambda name: name):
-    """Return a behavior as a list of dicts, one for each rule, in the form that `read_rules` takes.
+    """Return a behavior as a list of dicts, one for each rule, as `read_rules` takes them.
 
     behavior    "PERCENT:HANDLER,...", {handler: percent}, [(percent, handler)], or such a list
     options     {handler: {option: value}}
@@ -4197,7 +4197,7 @@ class ProtocolChain(Chain):
         return self.protocol.request_framer if to is UPSTREAM else self.protocol.reply_framer
 
     def recv_size(self, to):
-        """Return how many bytes to receive at once: few to parse, many of a body that is skipped."""
+        """Return how many bytes to receive at once: few to parse, many of a body to skip."""
         awaiting = self.framer(to).awaiting
         skipped = awaiting if type(awaiting) is int else 0
         return min(CHUNK, PARSED_CHUNK + skipped)
@@ -4996,8 +4996,8 @@ class Loop:
     def is_forked(self):
         """Return whether this process is a fork of the one that has created the loop.
 
-        In a fork, the loop's thread does not run. But a fork shares the selector: if it stopped watching a
-        socket, the loop would not watch the socket either.
+        In a fork, the loop's thread does not run. But a fork shares the selector: if it stopped
+        watching a socket, the loop would not watch the socket either.
         """
         return self.pid != os.getpid()
 

@@ -528,7 +528,7 @@ class Bench:
         return {key: medians(rows) for key, rows in results.items()}
 
     def memory(self):
-        """Return {name: KiB for each idle connection}. `bare` and socat, which forks, have none."""
+        """Return {name: KiB for each idle connection}, without `bare`, and socat, which forks."""
         kib = {}
         for name in self.commands:
             if name in ("vaurien", *self.others) and name not in ("direct", "bare", "socat"):
