@@ -5775,7 +5775,7 @@ class TestAccept(unittest.TestCase):
                     """Connect while the loop cannot accept, because this runs in its thread."""
                     socks = [stack.enter_context(contextlib.closing(connect(port, host)))
                              for host in self.HOSTS for _ in range(100)]
-                    proxy._server.set_accept(accept)
+                    proxy._server.set_accept(vaurien.Accept(accept))
                     return socks
 
                 socks = proxy.loop.run_sync(fill_backlog)
@@ -5802,14 +5802,13 @@ class TestAccept(unittest.TestCase):
         with self.proxy() as (proxy, _):
 
             def drop_and_heal():
-                proxy.set_accept("drop")
+                proxy._server.set_accept(vaurien.Accept("drop"))
                 hanging = [filler for filler in proxy.listener.fillers.values()
                            if not vaurien.is_connected(filler)]
-                proxy.set_accept("normal")
+                proxy._server.set_accept(vaurien.Accept())
                 return [filler.fileno() for filler in hanging]
 
-            with mock.patch.object(proxy, "set_accept", proxy._server.set_accept):
-                self.assertEqual(proxy.loop.run_sync(drop_and_heal), [-1] * len(self.HOSTS))
+            self.assertEqual(proxy.loop.run_sync(drop_and_heal), [-1] * len(self.HOSTS))
 
     def test_a_proxy_that_stops_closes_the_fillers(self):
         with self.proxy() as (proxy, _):
@@ -5911,14 +5910,118 @@ class TestAccept(unittest.TestCase):
                     proxy.set_accept("drop")
                 self.assertEqual(proxy.get_accept(), "normal")
                 self.assert_served(proxy.port)
+                proxy.set_accept("refuse")
+                with patch, self.assertRaises(OSError):
+                    proxy.set_accept("drop")
+                self.assertEqual(proxy.get_accept(), "refuse")
+                self.assert_refused(proxy.port)
                 with patch, self.assertRaisesRegex(OSError, message):
                     OpenProxy("127.0.0.1:9", accept="drop").start()
+
+    def test_a_mode_has_windows_like_a_rule(self):
+        for text, modes, changes in (
+                ("normal", "nnnnnnnn", []),
+                ("refuse", "rrrrrrrr", []),
+                ("refuse duration=3", "rrrnnnnn", ["begins", "ends"]),
+                ("drop start=2", "nndddddd", ["begins"]),
+                ("drop start=2 duration=3", "nndddnnn", ["begins", "ends"]),
+                ("refuse start=1 duration=2 every=4", "nrrnnrrn", ["begins", "ends"] * 2),
+                ("refuse ttl=3", "rrrnnnnn", ["expires"]),
+                ("refuse duration=1 every=2 ttl=4", "rnrnnnnn",
+                 ["begins", "ends", "begins", "ends", "expires"])):
+            with self.subTest(text):
+                loop, accept = SimulatedLoop(), vaurien.check_accept(text)
+                proxy = vaurien.ProxyServer(("127.0.0.1", 9), accept=accept)
+                first_mode = accept.current_mode()      # which `bind` uses
+                proxy.open(loop)
+                proxy.listener = listener = mock.Mock()
+                proxy.apply_accept()
+                seen = ""
+                for _ in modes:
+                    seen += listener.set_mode.call_args[0][0][0]
+                    loop.advance(1)
+                self.assertEqual((first_mode[0], seen), (modes[0], modes))
+                self.assertEqual([record.change for record in proxy.events], changes)
+                self.assertEqual({(record.handler, record.options["mode"])
+                                  for record in proxy.events},
+                                 {("accept", accept.mode)} if changes else set())
+                self.assertEqual(bool(loop.timers), "every=4" in text)
+                proxy.set_accept(vaurien.Accept())
+                self.assertEqual(listener.set_mode.call_args[0], ("normal",))
+                loop.advance(100)
+                self.assertEqual((loop.timers, len(proxy.events)), ([], len(changes)))
+                self.assertEqual(len(proxy.rule_changes), 1)        # at the start
+
+    def test_a_window_begins_and_ends_while_the_proxy_runs(self):
+        with self.proxy() as (proxy, _):
+            with self.assertLogs("vaurien", "INFO") as logged, \
+                    proxy.refusing(start=0.05, duration="50ms"):
+                began = time.monotonic()
+                self.assert_served(proxy.port)
+                wait_until(lambda: len(proxy.events()) == 1)
+                self.assertGreaterEqual(time.monotonic() - began, 0.04)
+                wait_until(lambda: len(proxy.events()) == 2)
+                self.assertGreaterEqual(time.monotonic() - began, 0.09)
+                self.assert_served(proxy.port)
+            self.assertEqual([line.partition("vaurien:")[2] for line in logged.output], [
+                "accept: refuse start=0.05 duration=0.05",
+                "accept refuse start=0.05 duration=0.05: a window begins",
+                "accept refuse start=0.05 duration=0.05: the window ends", "accept: normal"])
+            proxy.set_accept("refuse duration=1h")
+            self.assert_refused(proxy.port)
+            with self.assertLogs("vaurien", "INFO") as logged, proxy.down():
+                pass
+            self.assertFalse([line for line in logged.output if "accept:" in line])
+            self.assert_refused(proxy.port)             # still in the same window
+            self.assertEqual([record.change for record in proxy.events()],
+                             ["begins", "ends", "begins"])
+            self.assertEqual(proxy.get_accept(), "refuse duration=3600")
+
+    def test_all_times_begin_anew_when_a_proxy_starts_again(self):
+        proxy = OpenProxy("127.0.0.1:9", accept="refuse duration=1h")
+        begun = []
+        for _ in range(2):
+            with proxy:
+                self.assert_refused(proxy.port)
+                begun.append(proxy.accept.schedule.since)
+            # Also if the last window had ended
+            proxy.accept.set_moment(vaurien.Moment(False, 0, NEVER, NEVER))
+        self.assertLess(*begun)
+
+    def test_a_mode_that_is_not_possible_in_a_window_is_a_warning(self):
+        with self.proxy() as (proxy, _), self.assertLogs("vaurien", "WARNING") as logged, \
+                mock.patch.object(vaurien.Listener, "add_filler", side_effect=OSError("why")):
+            proxy.set_accept("drop", start=0.001, duration=3600)
+            wait_until(lambda: logged.output)
+            self.assertIn("cannot drop clients: why", *logged.output)
+            self.assert_served(proxy.port)
+
+    def test_the_apis_show_whether_a_window_is_open_and_until_when(self):
+        with proxy_with_control() as (_, client):
+            began = time.time()
+            client.set_accept("refuse", start=0, duration=60, every=90)
+            for path in "/proxy", "/proxies/vaurien":
+                shown = client.request("GET", path)["accept"]
+                self.assertTrue(began + 59 < shown.pop("until") < time.time() + 61)
+                self.assertEqual(shown, {"mode": "refuse", "duration": 60, "every": 90,
+                                         "active": True})
+            self.assertEqual(client.get_accept(), "refuse duration=60 every=90")
+            # A client may send back the value that it has got.
+            accept = client.request("GET", "/proxy")["accept"]
+            client.request("PATCH", "/proxies/vaurien", {"accept": accept})
+            self.assertEqual(client.get_accept(), "refuse duration=60 every=90")
+            client.set_accept("drop duration=60")
+            with client.refusing():
+                self.assertEqual(client.get_accept(), "refuse")
+            self.assertEqual(client.get_accept(), "drop duration=60")
+            with self.assertRaisesRegex(ValueError, "speed is not known here"):
+                client.set_accept("drop", speed=5)
 
     def test_drop_is_refused_on_windows(self):
         with mock.patch.object(os, "name", "nt"):
             with self.assertRaisesRegex(ValueError, "cannot be drop on Windows"):
                 vaurien.check_accept("drop")
-            self.assertEqual(vaurien.check_accept("refuse"), "refuse")
+            self.assertEqual(vaurien.check_accept("refuse").mode, "refuse")
 
     def test_the_control_server_and_a_client_change_the_mode(self):
         with proxy_with_control() as (proxy, client):
@@ -5931,7 +6034,7 @@ class TestAccept(unittest.TestCase):
             self.assertEqual(client.get_accept(), proxy.get_accept())
             client.reset()
             self.assertEqual(client.get_accept(), "normal")
-            for body, message in (({"accept": "no"}, "accept must be one of normal, refuse, drop"),
+            for body, message in (({"accept": "no"}, "accept must be normal, refuse or drop"),
                                   ({"accept": "drop", "enabled": False}, "enabled is not known")):
                 with self.subTest(body), self.assertRaisesRegex(ValueError, message):
                     client.request("PUT", "/proxy", body)
@@ -7778,10 +7881,8 @@ class TestToxiproxyApi(ToxiproxyTestCase):
                 self.assertEqual("accept" in proxy, accept != "normal")
                 if proxy["enabled"]:
                     self.assertEqual(self.proxies["p"].listener.mode, accept)
-        cases = [({"accept": "no", "enabled": False}, 400, "accept must be one of normal, "
-                                                           "refuse, drop, not 'no'"),
-                 ({"accept": 1}, 400, "cannot unmarshal number into Go struct field "
-                                      "Proxy.accept of type string")]
+        cases = [({"accept": value, "enabled": False}, 400, "accept must be normal, refuse or")
+                 for value in ("no", 1, [], {"duration": 1})]
         self.check_errors("PATCH", "/proxies/p", cases)
         self.check_errors("POST", "/populate", [([dict(normal, **body)], status, text)
                                                 for body, status, text in cases])
@@ -9637,13 +9738,13 @@ class TestSettings(TempDirTestCase):
         self.assertEqual(proxy.describe(), "5:delay sleep=3.0, 95:dummy")
 
     def test_each_proxy_has_its_own_accept(self):
-        self.assertEqual(self.proxy("--accept", "drop").accept, "drop")
+        self.assertEqual(self.proxy("--accept", "drop ttl=1m").accept.to_text(), "drop ttl=60")
         path = self.write("v.ini", "[proxy:a]\naccept = refuse\n[proxy:b]\nlocal = localhost:1")
-        self.assertEqual([proxy.accept for proxy in self.proxies("--config", path)],
+        self.assertEqual([proxy.accept.mode for proxy in self.proxies("--config", path)],
                          ["refuse", "normal"])
         path = self.write("v.json", json.dumps([{"name": "a", "upstream": "b:1",
                                                  "accept": "refuse"}]))
-        self.assertEqual(self.proxy("--config", path).accept, "refuse")
+        self.assertEqual(self.proxy("--config", path).accept.to_text(), "refuse")
 
     def test_each_proxy_has_its_own_max_connections(self):
         self.assertEqual(self.proxy("--max-connections", "5").max_connections, 5)
@@ -9961,9 +10062,18 @@ class TestBadInput(TempDirTestCase):
              "is the proxy's own address"))
 
     def test_accept_in_arguments_and_files(self):
-        message = "accept must be one of normal, refuse, drop, not 'reject'"
-        self.check_arguments((["--accept", "reject"], "--" + message))
-        self.check_files(("[proxy:a]\naccept = reject", "[proxy:a] " + message))
+        for text, message in (
+                ("reject", "accept must be normal, refuse or drop, and perhaps times, like "
+                           "\"refuse duration=5\", not 'reject'"),
+                ("refuse 5", "accept cannot be 'refuse 5': '5' must be NAME=VALUE"),
+                ("drop every=x", "accept cannot be 'drop every=x': every must be 0, or a time"),
+                ("drop every=1", "accept cannot be 'drop every=1': every needs duration"),
+                ("drop duraton=1", "accept cannot be 'drop duraton=1': duraton is not known here "
+                                   "(did you mean duration?): there are start, duration, every, "
+                                   "ttl"),
+                ("normal ttl=1", "normal has no times, but refuse and drop have them")):
+            self.check_arguments((["--accept", text], message))
+            self.check_files(("[proxy:a]\naccept = " + text, message))
 
     def test_max_connections_in_arguments(self):
         self.check_arguments((["--max-connections", "some"],
@@ -10737,13 +10847,17 @@ class TestCtl(unittest.TestCase):
                 client,
                 (["accept"], "normal"),
                 (["accept", "refuse"], "Accept changed to refuse"),
-                (["accept"], "refuse"),
+                (["accept", "drop", "start=1h", "duration=5"],
+                 "Accept changed to drop start=3600 duration=5"),
+                (["accept"], "drop start=3600 duration=5"),
+                (["accept", "refuse"], "Accept changed to refuse"),
                 (["proxies"], "vaurien: %s (accept refuse) for %s: 100:dummy"
                  % (proxy.listen, backend)),
                 (["reset"], "Reset"),
                 (["accept"], "normal"))
             self.assertEqual(self.run_ctl(client, "accept", "no"), (
-                1, "", "vaurienctl: accept must be one of normal, refuse, drop, not 'no'"))
+                1, "", "vaurienctl: accept must be normal, refuse or drop, and perhaps times, "
+                       "like \"refuse duration=5\", not 'no'"))
 
     def test_an_answer_names_the_proxy_if_there_are_several(self):
         with proxy_with_control() as (_, client):
@@ -10900,13 +11014,15 @@ class TestReadme(unittest.TestCase):
         config = vaurien.read_ini("restart.ini", self.code_block(
             "[vaurien]\n    local = localhost:6380"))
         proxy = vaurien.make_proxies(config)["vaurien"]
-        loop, acts = SimulatedLoop(), []
+        loop, acts, modes = SimulatedLoop(), [], []
         proxy.open(loop)
         for second in range(10):
             connection = FakeConnection(proxy)
             acts += [second] if connection.acting() == ["error"] else []
+            modes.append(proxy.accept.current_mode())
             loop.advance(1)
         self.assertEqual(acts, [5, 6, 7])
+        self.assertEqual(modes, ["refuse"] * 5 + ["normal"] * 5)
         self.assertEqual(loop.timers, [])
 
     def test_the_test_case_of_the_original_documentation(self):

@@ -358,14 +358,6 @@ def choice_check(*choices):
     return check
 
 
-def check_accept(value):
-    """Return how a proxy accepts clients: see Listener."""
-    if value == "drop" and os.name == "nt":
-        raise ValueError("cannot be drop on Windows, which resets clients that find the backlog "
-                         "full: use refuse")
-    return choice_check("normal", "refuse", "drop")(value)
-
-
 def check_yes_no(value):
     """Convert a boolean, or a text that configparser accepts as one, to a bool."""
     state = configparser.ConfigParser.BOOLEAN_STATES.get(str(value).strip().lower())
@@ -3037,7 +3029,35 @@ class SearchLimit:
 SEARCH_LIMIT = SearchLimit()
 
 
-class Rule:
+class Scheduled:
+    """Something with a Schedule: a Rule, or the Accept of a proxy.
+
+    schedule    the Schedule
+    moment      the Moment of the schedule; a proxy that is open keeps it up to date
+    """
+
+    __slots__ = ("schedule", "moment")
+
+    schedule: Schedule
+
+    def set_moment(self, moment):
+        self.moment = moment
+
+    def times_to_json(self, to_unix):
+        """Return whether there is a window now, and until when: {"active": ..., "until": ...}.
+
+        to_unix    function that converts a time of the loop's clock to seconds since 1970
+
+        The time is that of the next change of `active`, or of the end of the ttl. It is None if
+        nothing will change. The result is empty if there are no times.
+        """
+        if self.schedule.is_trivial():
+            return {}
+        until = min(self.moment.until, self.schedule.expires)
+        return {"active": self.moment.active, "until": to_unix(until) if until < NEVER else None}
+
+
+class Rule(Scheduled):
     """A handler with its options, and when it acts.
 
     name                the handler's name
@@ -3052,7 +3072,7 @@ class Rule:
     __slots__ = ("name", "handler", "options", "draw_min", "draw_max", "draw_key", "direction",
                  "keeps_due_time", "rate_limited", "on_dropped", "blocking", "drawn_count",
                  "acted_count", "shared", "error_logged", "instance", "toxic", "block",
-                 "match_failed", "slow_logged", "schedule", "moment", "acting_max", "limit",
+                 "match_failed", "slow_logged", "acting_max", "limit",
                  *(field for field in RULE_FIELDS if field != "percent"))
 
     per: str
@@ -3074,7 +3094,6 @@ class Rule:
             raise TypeError("a rule has no field %s" % ", ".join(fields))
         self.set_options(dict(handler_options(self.handler), **options or {}))
         self.schedule = Schedule(**{field: getattr(self, field) for field in TIME_FIELDS})
-        # A proxy that is open keeps the moment up to date.
         self.set_moment(Moment(not self.schedule.has_windows(), 1.0, NEVER, NEVER))
         self.limit = 0 if self.of else self.times       # number of requests to act on at most
         self.keeps_due_time = getattr(self.handler, "keeps_due_time", False)
@@ -3127,7 +3146,7 @@ class Rule:
 
     def set_moment(self, moment):
         """Use a Moment of the schedule. It limits the drawn numbers with which the rule acts."""
-        self.moment = moment
+        super().set_moment(moment)
         self.acting_max = self.draw_max if moment.share == 1 else (
             self.draw_min + moment.share * (self.draw_max - self.draw_min))
 
@@ -3139,19 +3158,6 @@ class Rule:
     def sleeps(self):
         """Return whether the rule acts on nothing now, whatever is drawn for it."""
         return not self.moment.share
-
-    def times_to_json(self, to_unix):
-        """Return whether the rule is in a window, and until when: {"active": ..., "until": ...}.
-
-        to_unix    function that converts a time of the loop's clock to seconds since 1970
-
-        The time is that of the next change of `active`, or of the rule's removal. It is None if
-        nothing will change. The result is empty for a rule without times.
-        """
-        if self.schedule.is_trivial():
-            return {}
-        until = min(self.moment.until, self.schedule.expires)
-        return {"active": self.moment.active, "until": to_unix(until) if until < NEVER else None}
 
     def own_fields(self):
         """Return {field: value} of the rule fields that differ from their defaults.
@@ -3343,6 +3349,85 @@ class Toxic:
 
     def __str__(self):
         return str(self.rule)
+
+
+class Accept(Scheduled):
+    """How a proxy accepts new clients, and when.
+
+    mode      a mode of Listener: "normal", "refuse" or "drop"; outside of windows it is "normal"
+    fields    {field: seconds}: those of ACCEPT_FIELDS that are given
+    """
+
+    name = "accept"             # these four are for FaultRecords, as in a Rule
+    toxic = block = None
+
+    def __init__(self, mode="normal", fields=None):
+        self.mode, self.fields = mode, fields or {}
+        self.options = {"mode": mode}
+        self.schedule = Schedule(**self.fields)
+        self.set_moment(Moment(not self.schedule.start, 1.0, NEVER, NEVER))
+
+    def current_mode(self):
+        return self.mode if self.moment.active else "normal"
+
+    def to_text(self):
+        """Return the text that `check_accept` parses."""
+        return " ".join([self.mode, *("%s=%g" % field for field in self.fields.items())])
+
+    def __str__(self):
+        return "accept " + self.to_text()
+
+    def to_json(self, to_unix):
+        """Return the mode, or an object if there are times. Rule.times_to_json has `to_unix`."""
+        if not self.fields:
+            return self.mode
+        return dict(self.fields, mode=self.mode, **self.times_to_json(to_unix))
+
+
+ACCEPT_FIELDS = [field for field in TIME_FIELDS if field != "ramp"]
+
+
+def check_accept(value):
+    """Return the Accept of a text like "refuse start=2 duration=5", or of such a JSON object."""
+    mode, times = value, {}
+    if isinstance(value, dict):
+        times = dict(without_moment(value))
+        mode = times.pop("mode", value)
+    elif isinstance(value, str):
+        mode, *words = value.split() or [""]
+        times = check_accept_part(value, parse_assignments, words)
+    if mode not in ("normal", "refuse", "drop"):
+        raise ValueError("must be normal, refuse or drop, and perhaps times, like \"refuse "
+                         "duration=5\", not %r" % (value,))
+    if mode == "drop" and os.name == "nt":
+        raise ValueError("cannot be drop on Windows, which resets clients that find the backlog "
+                         "full: use refuse")
+    return Accept(mode, check_accept_part(value, check_accept_times, mode, times))
+
+
+def check_accept_part(value, check, *args):
+    """Return check(*args). Raises ValueError with the text of its error, and the whole value."""
+    try:
+        return check(*args)
+    except ValueError as error:
+        raise ValueError("cannot be %r: %s" % (value, error)) from None
+
+
+def check_accept_times(mode, times):
+    """Return those of the times that are not 0: {field: seconds}. Raises ValueError."""
+    checked, errors = {}, []
+    for name, value in times.items():
+        if name in ACCEPT_FIELDS:
+            check_into(checked, errors, name, check_seconds, value)
+        else:
+            errors.append((name, "%s is not known here%s: there are %s" % (
+                name, did_you_mean(name, ACCEPT_FIELDS), ", ".join(ACCEPT_FIELDS))))
+    if times and mode == "normal":
+        errors.append(("mode", "normal has no times, but refuse and drop have them"))
+    errors += check_times(checked)
+    if errors:
+        raise InputError(errors)
+    return OrderedDict((name, checked[name]) for name in ACCEPT_FIELDS if checked.get(name))
 
 
 def parse_behavior(text):
@@ -6651,7 +6736,7 @@ class ProxyServer:
     behavior   in the form of behavior_tables
     toxics     rules beside the behavior: [Toxic]
     enabled    whether a ProxyTable opens its port
-    accept     how new clients are accepted: a mode of Listener
+    accept     how new clients are accepted: an Accept
     max_connections
                the most clients that are served at a time; 0 is no limit
 
@@ -6660,7 +6745,7 @@ class ProxyServer:
 
     def __init__(self, distant, local=("localhost", 0), behavior="100:dummy", options=None,
                  name="vaurien", seed=None, timeout=30.0, protocol="tcp",
-                 overwrite_host_header=True, toxics=(), enabled=True, accept="normal",
+                 overwrite_host_header=True, toxics=(), enabled=True, accept=None,
                  max_connections=0):
         self.name = name
         self.log_prefix = "" if name == "vaurien" else name + ": "
@@ -6669,7 +6754,7 @@ class ProxyServer:
         self.local = local
         self.listen = format_address(local)         # once bound, the bound address
         self.enabled = enabled
-        self.accept = accept
+        self.accept = accept or Accept()
         self.max_connections = max_connections
         self.timeout = timeout
         self.seed = random.SystemRandom().getrandbits(32) if seed is None else seed
@@ -6715,7 +6800,8 @@ class ProxyServer:
 
     def bind(self):
         """Bind the port. Raises OSError, whose message contains the address."""
-        self.set_listener(self.local, Listener(self.local, self.on_accept, self.accept))
+        self.set_listener(self.local, Listener(self.local, self.on_accept,
+                                                self.accept.current_mode()))
 
     def set_listener(self, local, listener):
         """Use a listener. If it was created with port 0, the proxy keeps the port it picked."""
@@ -6734,17 +6820,32 @@ class ProxyServer:
         self.set_rule_timer()
         if self.listener:
             self.listener.open(loop)
+            self.apply_accept()
             log.info("%slistening on %s for %s: %s; seed %s%s", self.log_prefix, self.listener,
                      format_address(self.backend), self.describe(), self.seed,
-                     "" if self.accept == "normal" else "; accept " + self.accept)
+                     "" if self.accept.mode == "normal" else "; %s" % self.accept)
 
     def set_accept(self, accept):
-        """Accept new clients, or let the kernel refuse or drop them. Raises CannotListen."""
+        """Use an Accept. Raises CannotListen, and changes nothing then."""
+        before, self.accept = self.accept, accept
+        if accept is before:
+            return
+        try:
+            self.apply_accept()
+        except CannotListen:
+            self.accept = before
+            with contextlib.suppress(CannotListen):
+                self.apply_accept()
+            raise
+        if accept.to_text() != before.to_text() or accept.fields:
+            log.info("%saccept: %s", self.log_prefix, accept.to_text())
+        self.begin_schedules()
+        self.set_rule_timer()
+
+    def apply_accept(self):
+        """Let the listener accept clients as it should now. Raises CannotListen."""
         if self.listener:
-            self.listener.set_mode(accept)
-        if accept != self.accept:
-            self.accept = accept
-            log.info("%saccept: %s", self.log_prefix, accept)
+            self.listener.set_mode(self.accept.current_mode())
 
     def stop_listening(self, reason):
         """Close the listener and every connection. The log shows the reason."""
@@ -6808,7 +6909,7 @@ class ProxyServer:
             return
         self.stop_listening("stopped")
         self.loop.cancel(self.rule_timer)
-        for rule in self.all_rules():
+        for rule in self.scheduled_rules():
             rule.schedule.since = None      # if the proxy opens again, all times begin anew
         log.info("%sstopped: connections: %d, requests: %d, faults: %s", self.log_prefix,
                  self.accepted, self.rules.request_count,
@@ -6979,8 +7080,9 @@ class ProxyServer:
                 *(toxic.rule for toxic in self.toxics)]
 
     def scheduled_rules(self):
-        """Return the rules whose schedule changes with time."""
-        return [rule for rule in self.all_rules() if not rule.schedule.is_trivial()]
+        """Return the rules, and the Accept, whose schedule changes with time."""
+        return [rule for rule in [*self.all_rules(), self.accept]
+                if not rule.schedule.is_trivial()]
 
     def begin_schedules(self):
         """Let the times of new rules begin now."""
@@ -7008,13 +7110,14 @@ class ProxyServer:
             self.rule_timer = self.loop.call_at(due, self.on_rule_timer)
 
     def on_rule_timer(self):
-        """Let windows begin and end and ramps rise, and remove the rules that have expired."""
+        """Let windows begin and end and ramps rise, and remove what has expired."""
         now = self.loop.clock()
         shares = {rule: rule.moment.share for rule in self.scheduled_rules()}
         expired = [rule for rule in shares if rule.schedule.expires <= now]
         for rule in shares:
             if rule not in expired:
                 self.update_moment(rule, now)
+        shares.pop(self.accept, None)           # only rules are left
         asleep = [rule for rule, share in shares.items() if share and rule.sleeps()]
         woken = [rule for rule, share in shares.items() if rule.moment.share > share]
         if asleep or woken:
@@ -7022,11 +7125,19 @@ class ProxyServer:
         if expired:
             self.remove_expired(expired)
         self.set_rule_timer()
+        try:
+            self.apply_accept()
+        except CannotListen as error:
+            log.warning("%s%s", self.log_prefix, error.strerror)
 
     def remove_expired(self, rules):
-        """Remove rules at the end of their ttl. A block ends with its rule."""
+        """Remove rules, and the Accept, at the end of their ttl. A block ends with its rule."""
         for rule in rules:
             self.record_change(rule, "expires")
+        if self.accept in rules:
+            self.accept = Accept()
+            if len(rules) == 1:
+                return
         self.replace_rules(
             [rule for rule in self.behavior if rule not in rules],
             OrderedDict((number, block) for number, block in self.blocks.items()
@@ -7291,7 +7402,7 @@ class ProxyTable(OrderedDict):
 
     def reset(self, proxy):
         """Enable a proxy, accept clients, end all blocks, and remove all rules. Raises OSError."""
-        self.change(proxy, proxy.local, proxy.backend, enabled=True, accept="normal")
+        self.change(proxy, proxy.local, proxy.backend, enabled=True, accept=Accept())
         proxy.loop.run_sync(proxy.set_rules, [])
         proxy.loop.run_sync(proxy.set_toxics, [])
 
@@ -7306,7 +7417,7 @@ class ProxyTable(OrderedDict):
         if old:
             proxy.loop.run_sync(old.close)
         try:
-            return Listener(local, proxy.on_accept, accept)
+            return Listener(local, proxy.on_accept, accept.current_mode())
         except CannotListen:
             if old:
                 self.take_back(proxy, old)
@@ -7892,7 +8003,7 @@ def state_to_json(proxy):
     """Return the state of a proxy as a JSON value. Called in the loop's thread."""
     return OrderedDict([
         ("name", proxy.name), ("listen", proxy.listen), ("backend", format_address(proxy.backend)),
-        ("enabled", proxy.enabled), ("accept", proxy.accept),
+        ("enabled", proxy.enabled), ("accept", proxy.accept.to_json(proxy.to_unix)),
         ("max_connections", proxy.max_connections), ("rules", proxy.describe()),
         ("faults", proxy.fault_count)])
 
@@ -8520,10 +8631,10 @@ TOXIPROXY_TYPES = {
     "noop": (), "latency": ("latency", "jitter"), "bandwidth": ("rate",),
     "slicer": ("average_size", "size_variation", "delay"), "slow_close": ("delay",),
     "timeout": ("timeout",), "reset_peer": ("timeout",), "limit_data": ("bytes",)}
-# {field: type}
+# {field: type, or None if any type is possible}
 PROXY_FIELDS = OrderedDict((("name", str), ("listen", str), ("upstream", str),
                             ("enabled", bool), ("toxics", list), ("rules", list),
-                            ("protocol", str), ("accept", str), ("max_connections", int)))
+                            ("protocol", str), ("accept", None), ("max_connections", int)))
 PROXY_KEYS = [*PROXY_FIELDS, "logger"]      # Toxiproxy's listings have the key Logger
 TOXIC_FIELDS = OrderedDict((("name", str), ("type", str), ("stream", str), ("toxicity", float),
                             ("attributes", dict)))
@@ -8714,10 +8825,11 @@ def read_object(value, struct, strict=False):
 def read_fields(json_object, types, struct):
     """Return the known fields of a JSON object: {name: value}. Raises InputError.
 
-    types     {name of a known field: its type}
+    types     {name of a known field: its type, or None if any type is possible}
     struct    Go's name of the object's type, for the error
     """
-    return {name: read_value(json_object[name], type_, "%s.%s" % (struct, name))
+    return {name: json_object[name] if type_ is None else
+            read_value(json_object[name], type_, "%s.%s" % (struct, name))
             for name, type_ in types.items() if name in json_object}
 
 
@@ -9015,8 +9127,8 @@ def proxy_to_json(proxy, request):
                 fields["rules"] = rules
         if proxy.protocol:
             fields["protocol"] = proxy.protocol_name()
-        if proxy.accept != "normal":
-            fields["accept"] = proxy.accept
+        if proxy.accept.mode != "normal":
+            fields["accept"] = proxy.accept.to_json(proxy.to_unix)
         if proxy.max_connections:
             fields["max_connections"] = proxy.max_connections
         return fields
@@ -9078,7 +9190,9 @@ def change_proxy(proxies, proxy, fields, enabled):
                            fields.get("protocol", proxy.protocol_name()))
     if protocol != proxy.protocol_name():
         raise bad_body("protocol cannot be changed: delete the proxy and create it again")
-    accept = check_field("accept", check_accept, fields.get("accept", proxy.accept))
+    accept = proxy.accept
+    if "accept" in fields:
+        accept = check_field("accept", check_accept, fields["accept"])
     limit = check_field("max_connections", check_count,
                         fields.get("max_connections", proxy.max_connections))
     proxies.change(proxy, local, backend, enabled, accept)
@@ -9421,26 +9535,30 @@ class Interface:
         finally:
             self.enable()
 
-    def refusing(self) -> "ContextManager[None]":
+    def refusing(self, **times: "Union[float, str]") -> "ContextManager[None]":
         """Refuse new clients during a `with` block, as if no server listened on the port.
+
+        times    start, duration, every and ttl, if not all of the block is meant: see set_accept
 
         A new connect fails with ECONNREFUSED at once. Open connections continue.
         """
-        return self._accepting("refuse")
+        return self._accepting("refuse", times)
 
-    def dropping(self) -> "ContextManager[None]":
+    def dropping(self, **times: "Union[float, str]") -> "ContextManager[None]":
         """Let new clients time out during a `with` block, as behind a firewall that drops.
+
+        times    as in `refusing`
 
         A new connect gets no reply. If the client still waits after the block, it is connected
         when it sends its next SYN; the first one is sent again after one second. Open connections
         continue. Not possible on Windows.
         """
-        return self._accepting("drop")
+        return self._accepting("drop", times)
 
     @contextlib.contextmanager
-    def _accepting(self, accept):
+    def _accepting(self, accept, times):
         before = self.get_accept()
-        self.set_accept(accept)
+        self.set_accept(accept, **times)
         try:
             yield
         finally:
@@ -9523,14 +9641,16 @@ class Interface:
         """Close the port and all connections, until `enable` is called."""
         raise NotImplementedError
 
-    def set_accept(self, accept: str) -> None:
+    def set_accept(self, accept: str, **times: "Union[float, str]") -> None:
         """Accept new clients ("normal"), or let their connects fail.
 
         accept    "normal", "refuse" (see `refusing`) or "drop" (see `dropping`)
+        times     start, duration, every and ttl, as of a rule: outside of these windows, clients
+                  are accepted. They may be in the text too: "refuse start=2 duration=5"
 
         Raises OSError if this system cannot do so.
         """
-        raise NotImplementedError
+        self._set_accept(dict(times, mode=accept) if times else accept)
 
     def set_backend(self, backend: "Address") -> None:
         """Connect new clients to another backend: "HOST:PORT" or (host, port)."""
@@ -9586,7 +9706,7 @@ class Interface:
         raise NotImplementedError
 
     def get_accept(self) -> str:
-        """Return how new clients are accepted: "normal", "refuse" or "drop"."""
+        """Return how new clients are accepted, as set_accept takes it: "refuse duration=5"."""
         raise NotImplementedError
 
     def get_handler(self) -> str:
@@ -9629,6 +9749,9 @@ class Interface:
         raise NotImplementedError
 
     def _add_toxic(self, table: "Any") -> str:
+        raise NotImplementedError
+
+    def _set_accept(self, accept: "Any") -> None:
         raise NotImplementedError
 
     def _begin_block(self, table: "Any", only: bool) -> int:
@@ -9868,7 +9991,7 @@ class Proxy(Interface):
         return format_address(self._server.backend)
 
     def get_accept(self) -> str:
-        return self._server.accept
+        return self._server.accept.to_text()
 
     def get_handler(self) -> str:
         return self._server.handler_names()
@@ -9917,10 +10040,10 @@ class Proxy(Interface):
     def disable(self) -> None:
         self._change(ProxyTable.enable, False)
 
-    def set_accept(self, accept: str) -> None:
-        self._change(ProxyTable.set_accept, check_field("accept", check_accept, accept))
-
     # For Interface
+
+    def _set_accept(self, accept):
+        self._change(ProxyTable.set_accept, check_field("accept", check_accept, accept))
 
     def _change(self, method, *args):
         """Call a method of ProxyTable for the proxy."""
@@ -10069,7 +10192,7 @@ class Client(Interface):
         return self.request("GET", "/backend")["backend"]
 
     def get_accept(self) -> str:
-        return self._status()["accept"]
+        return check_accept(self._status()["accept"]).to_text()
 
     def get_handler(self) -> str:
         return self.request("GET", "/behavior")["behavior"]
@@ -10112,10 +10235,10 @@ class Client(Interface):
     def disable(self) -> None:
         self.request("POST", self._proxy_path(), {"enabled": False})
 
-    def set_accept(self, accept: str) -> None:
-        self.request("PUT", "/proxy", {"accept": accept})
-
     # For Interface
+
+    def _set_accept(self, accept):
+        self.request("PUT", "/proxy", {"accept": accept})
 
     def _status(self):
         return self.request("GET", "/proxy")
@@ -10430,9 +10553,11 @@ SETTINGS = OrderedDict((
                                       check_yes_no, "YES|NO",
                                       "with --protocol http: replace the Host header with the "
                                       "backend's address", "proxy")),
-    ("accept", Setting(("--accept",), "normal", check_accept, "MODE",
+    ("accept", Setting(("--accept",), "normal", check_accept, "MODE [NAME=VALUE ...]",
                        "how new clients are accepted: normal, refuse (a connect fails at once) or "
-                       "drop (it gets no reply, until the client's own time-out)", "proxy")),
+                       "drop (it gets no reply, until the client's own time-out); start, "
+                       "duration, every and ttl limit that, like \"refuse duration=5\"",
+                       "proxy")),
     ("max_connections", Setting(("--max-connections",), "0", check_count, "N",
                                 "clients to serve at a time; further ones get the protocol's "
                                 "error for too many connections, or are closed; 0 is no limit",
@@ -11683,11 +11808,11 @@ def ctl_backend(client, backend=None):
     return client.get_backend()
 
 
-def ctl_accept(client, accept=None):
+def ctl_accept(client, *words):
     """Set how new clients are accepted, if that is given. Returns the text to print."""
-    if accept is None:
+    if not words:
         return client.get_accept()
-    client.set_accept(accept)
+    client.set_accept(" ".join(words))
     return changed(client, "Accept changed to %s" % client.get_accept())
 
 
@@ -11696,7 +11821,7 @@ def ctl_proxies(client):
     lines = []
     for name, proxy in client.request("GET", "/proxies").items():
         one = Client(client.host, client.port, client.scheme, name, client.token)
-        accept = " (accept %s)" % proxy["accept"] if "accept" in proxy else ""
+        accept = " (%s)" % check_accept(proxy["accept"]) if "accept" in proxy else ""
         lines.append("%s: %s%s for %s: %s" % (
             name, proxy["listen"] if proxy["enabled"] else "disabled", accept, proxy["upstream"],
             ctl_rules(one)))
@@ -11817,8 +11942,9 @@ CTL_ACTIONS = OrderedDict((
     ("remove-toxic", Action(ctl_remove_toxic, "TOXIC", "remove a toxic", list)),
     ("enable", Action(ctl_enable, "", "listen again", list)),
     ("disable", Action(ctl_disable, "", "stop to listen, and close all connections", list)),
-    ("accept", Action(ctl_accept, "[MODE]",
-                      "print, or change, how clients are accepted: normal, refuse or drop", list)),
+    ("accept", Action(ctl_accept, "[MODE [NAME=VALUE ...]]",
+                      "print, or change, how clients are accepted: normal, refuse or drop; NAME "
+                      "is start, duration, every or ttl", list)),
     ("reset", Action(ctl_reset, "",
                      "enable the proxy, accept clients, and remove its rules and toxics", list)),
     ("proxies", Action(ctl_proxies, "", "print all proxies with their rules", list)),
