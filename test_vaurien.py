@@ -794,7 +794,11 @@ class TestToxics(unittest.TestCase):
         self.assertEqual(sum(len(data) for _, _, data in events), 6100)
         last_times = {to: t for t, to, _ in events}
         self.assertEqual(last_times, {DOWNSTREAM: 0.1, UPSTREAM: 6})
-        self.assertTrue(all(len(data) <= 10 for _, _, data in events))      # 10 ms each
+
+    def test_bandwidth_sends_pieces_of_10_ms_or_a_packet_or_100_ms(self):
+        for rate, largest in (1000, 10000), (100, 1448), (10, 1000):
+            events = self.run_toxic("bandwidth", (0, UPSTREAM, bytes(20000)), rate=rate)
+            self.assertEqual(max(len(data) for _, _, data in events), largest)
 
     def test_bandwidth_that_was_not_used_is_lost(self):
         *_, (last_time, _, _) = self.run_toxic("bandwidth", (0, UPSTREAM, bytes(1000)),

@@ -223,6 +223,7 @@ MAX_WAIT = 3600.0               # seconds of the longest wait; epoll accepts 24 
                                 #   C int of milliseconds)
 UNRECOGNIZED_MAX = 0.3          # seconds for which the first bytes of a client are held while it
                                 #   is unclear whether they are of the protocol
+PACKET_SIZE = 1448              # bytes of data in a TCP segment on Ethernet, with time stamps
 RATE_BACKLOG = 0.1              # seconds of data that may wait for a rate limit; with more, a
                                 #   delay queue holds HELD_MAX_IDLE at most
 LOG_CLOSE_TIMEOUT = 1.0         # seconds at exit to write the last lines of the log
@@ -687,7 +688,8 @@ def bandwidth(state, t, to, data, *, rate=0, shared=False):
     # other rules delay until the same time may exceed the rate for a moment.
     if data is OPEN:
         state[to] = t
-    piece_size = rate * 10      # bytes: 10 ms of data
+    # Bytes: 10 ms of data. On a slow link that is less than a packet: then a packet, or 100 ms.
+    piece_size = max(rate * 10, min(rate * 100, PACKET_SIZE))
     for piece in split_chunk(data, piece_size, piece_size):
         if piece:
             seconds = len(piece) / (rate * 1000) if rate > 0 else NEVER
