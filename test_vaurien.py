@@ -721,6 +721,36 @@ class TestHandlers(unittest.TestCase):
             [(0, UPSTREAM, OPEN), (0, UPSTREAM, b"q"), (1, DOWNSTREAM, EOF), (1, UPSTREAM, EOF)])
 
 
+    def test_cut_passes_the_first_bytes_of_a_reply_and_then_ends_the_connection(self):
+        before = [(0, UPSTREAM, OPEN), (0, UPSTREAM, b"q"), (1, DOWNSTREAM, b"ab")]
+        for how, size, expected in [
+                ("close", 3, [(2, DOWNSTREAM, b"c"), (2, DOWNSTREAM, EOF), (2, UPSTREAM, EOF)]),
+                ("reset", 3, [(2, DOWNSTREAM, b"c"), (2, DOWNSTREAM, RESET)]),
+                ("hang", 3, [(2, DOWNSTREAM, b"c"), (NEVER, DOWNSTREAM, b"d"),
+                             (NEVER, DOWNSTREAM, b"e")]),
+                ("reset", 2, [(2, DOWNSTREAM, RESET)]),
+                ("close", 5, [(2, DOWNSTREAM, b"cd"), (3, DOWNSTREAM, b"e")])]:
+            with self.subTest(how, size=size):
+                self.assertEqual(
+                    self.run_handler("cut", *before, (2, DOWNSTREAM, b"cd"), (3, DOWNSTREAM, b"e"),
+                                     bytes=size, how=how),
+                    before + expected)
+
+    def test_cut_without_options_ends_the_connection_in_place_of_the_reply(self):
+        self.assertEqual(self.run_handler("cut", (0, UPSTREAM, b"q"), (1, DOWNSTREAM, b"a")),
+                         [(0, UPSTREAM, b"q"), (1, DOWNSTREAM, EOF), (1, UPSTREAM, EOF)])
+
+    def test_cut_per_connection_counts_the_bytes_of_each_reply(self):
+        chain = chain_of(vaurien.Rule("cut", {"bytes": 3}, per="connection"))
+        sent = []
+        for to, data in [(UPSTREAM, b"q"), (DOWNSTREAM, b"ab"), (UPSTREAM, b"r"),
+                         (DOWNSTREAM, b"cd"), (DOWNSTREAM, b"ef")]:
+            if to != chain.last_direction:
+                chain.direction_changed(to)
+            sent += [data for _, to, data, _ in chain.process(0, to, data)]
+        self.assertEqual(sent, [b"q", b"ab", b"r", b"cd", b"e", EOF, EOF])
+
+
 class TestToxics(unittest.TestCase):
     """The events that each of Toxiproxy's toxics yields for given events.
 
@@ -1117,6 +1147,12 @@ def undrawn_rule(name):
     return vaurien.Rule(name, draw_max=0)
 
 
+def request_info(protocol):
+    """Return the Request.info of a new request."""
+    return {"mysql": vaurien.MysqlCommand(b""), "postgres": vaurien.PostgresReply(
+        vaurien.Postgres.EXECUTE_ENDS)}.get(protocol)
+
+
 class ProtocolReader:
     """A protocol object with its two framers, but without a chain: a test feeds the framers.
 
@@ -1161,7 +1197,8 @@ class ProtocolReader:
             whole = framer.whole_message(data) if parse_whole else None
             for boundary in whole or framer.feed(data, len(data)):
                 boundaries.append(boundary)
-                if to == DOWNSTREAM and self.protocol.awaited():
+                is_end = boundary[1] is vaurien.END_OF_MESSAGE
+                if is_end and to == DOWNSTREAM and self.protocol.awaited():
                     self.protocol.awaited()[0].reply_done = True
         except vaurien.ProtocolError as error:
             self.errors[to] = str(error)
@@ -1306,6 +1343,37 @@ class TestFraming(unittest.TestCase):
             ("EHLO", b"250-a\r\n250-b\r\n250 c\r\n"),
             ("MAIL", b"450 no\r\n")])]
 
+    # [(protocol, name of a request, pieces of its reply)]. A row ends after the pieces marked ROW.
+    ROW = object()
+    REPLY_ROWS = [
+        ("redis", "GET", [b"$5\r\nhello\r\n"]),
+        ("redis", "LRANGE", [b"*3\r\n:1\r\n", ROW, b"*2\r\n$1\r\na\r\n*1\r\n+b\r\n", ROW,
+                             b"*-1\r\n", ROW]),
+        ("redis", "HGETALL", [b"|1\r\n+k\r\n*1\r\n+v\r\n%2\r\n+a\r\n:1\r\n", ROW,
+                              b"+b\r\n~1\r\n_\r\n", ROW]),
+        ("redis", "KEYS", [b"*0\r\n"]),
+        ("mysql", 3, [mysql_packet(1, b"\1") + MYSQL_COLUMN + MYSQL_EOF + MYSQL_ROW, ROW,
+                      mysql_packet(1, b"\xfb"), ROW, MYSQL_EOF_MORE + mysql_packet(1, b"\1")
+                      + MYSQL_COLUMN + MYSQL_EOF + MYSQL_ROW, ROW, MYSQL_ERR]),
+        ("mysql", 0x17, [mysql_packet(1, b"\1\0") + MYSQL_ROW, ROW, MYSQL_ROWS_END]),
+        ("mysql", 0x1c, [mysql_packet(1, b"\0\0\1a"), ROW, MYSQL_EOF]),
+        ("mysql", 14, [MYSQL_OK]),
+        ("postgres", "QUERY", [pg_message(b"T", b"x") + pg_message(b"D", b"1"), ROW,
+                               pg_message(b"D", b"2"), ROW, PG_SELECTED_1 + PG_READY]),
+        ("postgres", "EXECUTE", [pg_message(b"H", b"x") + pg_message(b"d", b"1\n"), ROW,
+                                 pg_message(b"c") + PG_SELECTED_1]),
+        ("http", "GET", [HTTP_OK]),
+        ("http", "HEAD", [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"]),
+        ("http", "GET", [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+                         b"3\r\na\n\n\r\n", ROW, b"1;x=y\r\nd\r\n", ROW, b"0\r\nX: y\r\n\r\n"]),
+        ("http", "GET", [b"HTTP/1.1 200 OK\r\nContent-Length: 21\r\n"
+                         b"content-type: text/event-stream; charset=utf-8\r\n\r\n"
+                         b"data: 1\n\n", ROW, b"data: 2\r\n\r\n", ROW, b"d"]),
+        ("http", "GET", [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n"
+                         b"Content-Type:text/event-stream\r\n\r\n"
+                         b"10\r\ndata: 1\r\nid: 1\r\n\r\n" b"4\r\n\r\n", ROW, b"da\r\n"
+                         b"7\r\nta: 2\n\n\r\n", ROW, b"0\r\n\r\n"])]
+
     # {protocol: (pieces of a client's messages, pieces of a backend's messages)}
     SAMPLES = {
         "redis": ([
@@ -1384,8 +1452,7 @@ class TestFraming(unittest.TestCase):
     def test_boundaries_of_replies(self):
         for protocol, rows in self.REPLIES:
             with self.subTest(protocol):
-                info = {"mysql": vaurien.MysqlCommand(b""), "postgres": vaurien.PostgresReply(
-                    vaurien.Postgres.EXECUTE_ENDS)}.get(protocol)
+                info = request_info(protocol)
                 pending = [vaurien.Request(b"", name, info=info) for name, _ in rows]
                 data, boundaries = b"", []
                 for _, reply in rows:
@@ -1462,6 +1529,28 @@ class TestFraming(unittest.TestCase):
                         with_shortcut, without_shortcut = results
                         self.assertEqual(with_shortcut, without_shortcut, messages)
         self.assertEqual(len(combinations), 2 ** 4)         # all combinations have occurred
+
+    def test_rows_of_replies_end_at_the_same_bytes_in_any_split_if_they_are_counted(self):
+        for protocol, name, parts in self.REPLY_ROWS:
+            data, ends = b"", []
+            for part in parts:
+                if part is self.ROW:
+                    ends.append((len(data), vaurien.END_OF_ROW))
+                else:
+                    data += part
+            for counts_rows in True, False:
+                expected = [end for end in ends if counts_rows] + [
+                    (len(data), vaurien.END_OF_MESSAGE)]
+                for size in 1, 3, len(data):
+                    with self.subTest(protocol, data=data, counts_rows=counts_rows, size=size):
+                        reader = ProtocolReader(protocol, [
+                            vaurien.Request(b"", name, info=request_info(protocol))])
+                        reader.protocol.counts_rows = counts_rows
+                        found = [(start + offset, boundary)
+                                 for start in range(0, len(data), size)
+                                 for offset, boundary in reader.feed(
+                                     DOWNSTREAM, data[start:start + size])]
+                        self.assertEqual((found, reader.error(DOWNSTREAM)), (expected, ""))
 
     def test_requests_without_a_reply_are_recognized(self):
         for protocol, data, has_reply in [
@@ -1918,6 +2007,48 @@ class TestProtocolChain(unittest.TestCase):
                 play.set_first_reply_complete()
                 play.client(data).assert_passes()
                 self.assertEqual(play.newly_acted(), [])
+
+    # Replies that are cut.
+
+    def test_a_reply_is_cut_after_so_many_rows_and_bytes(self):
+        for protocol, name, parts in TestFraming.REPLY_ROWS:
+            rows = [b""]
+            for part in parts:
+                if part is TestFraming.ROW:
+                    rows.append(b"")
+                else:
+                    rows[-1] += part
+            reply = b"".join(rows)
+            for options, passed in [
+                    ({"bytes": 6}, 6), ({"bytes": len(reply)}, len(reply)),
+                    ({"rows": len(rows)}, len(reply)),
+                    ({"rows": 1}, len(rows[0] if len(rows) > 1 else reply)),
+                    ({"rows": 1, "bytes": 2}, len(rows[0]) + 2 if len(rows) > 1 else len(reply))]:
+                for sizes in [len(reply)], [1] * len(reply):
+                    with self.subTest(protocol, reply=reply, options=options, pieces=len(sizes)):
+                        play = self.play(protocol, vaurien.Rule("cut", options))
+                        play.reader.add_pending(vaurien.Request(
+                            b"", name, info=request_info(protocol)))
+                        play.chain.exchanges.popleft()
+                        play.chain.exchanges[0].active_rules = play.chain.active_rules
+                        play.backend(reply, sizes).assert_sent(
+                            (DOWNSTREAM, reply[:passed]), closes=passed < len(reply))
+
+    def test_a_cut_acts_on_the_replies_of_its_requests_only(self):
+        play = self.play("redis", vaurien.Rule("cut", {"rows": 1}, match=re.compile(b"^b")))
+        play.client(b"a\r\nb\r\nc\r\n").assert_passes()
+        play.backend(b"*2\r\n:1\r\n:2\r\n").assert_passes()
+        play.backend(b"*2\r\n:1\r\n:2\r\n*1\r\n:3\r\n").assert_sent(
+            (DOWNSTREAM, b"*2\r\n:1\r\n"), (DOWNSTREAM, EOF), (UPSTREAM, EOF),
+            (DOWNSTREAM, b"*1\r\n:3\r\n"))       # which the connection drops behind the EOF
+
+    def test_rows_are_counted_only_while_a_rule_needs_them(self):
+        play = self.play("postgres", vaurien.Rule("cut", {"bytes": 9999}))
+        self.assertFalse(play.reader.protocol.counts_rows)
+        play.replace_rules(vaurien.Rule("cut", {"rows": 1}))
+        self.assertTrue(play.reader.protocol.counts_rows)
+        play.replace_rules()
+        self.assertFalse(play.reader.protocol.counts_rows)
 
     # When an error is sent.
 
@@ -5213,6 +5344,25 @@ class TestProxyFaults(unittest.TestCase):
                         self.assertGreaterEqual(time.monotonic() - start, 0.1)
                 connected_late = accept_times[0] - start >= 0.1
                 self.assertEqual(connected_late, before)
+
+    def test_a_reply_is_cut_and_the_connection_closed_or_reset(self):
+        for how, ending in ("close", "eof"), ("reset", "reset"):
+            with self.subTest(how), running_proxy(echo) as proxy, \
+                    connected_client(proxy) as sock, proxy.handler("cut", bytes=4, how=how):
+                self.assertEqual(send_and_read(sock, b"abc"), b"abc")
+                sock.sendall(b"question")
+                received = read_until_close(sock)
+                self.assertEqual((received.size, received.ending), (4, ending))
+                self.assertEqual(proxy.faults, {"cut": 1})
+
+    def test_a_reply_that_hangs_in_its_middle_is_completed_when_the_rule_is_removed(self):
+        with running_proxy(echo) as proxy, connected_client(proxy) as sock:
+            with proxy.handler("cut", bytes=4, how="hang"):
+                sock.sendall(b"question")
+                self.assertEqual(read_exactly(sock, 4), b"ques")
+                wait_until(lambda: proxy.loop.budget.held)
+            self.assertEqual(read_exactly(sock, 4), b"tion")
+            self.assertEqual(send_and_read(sock, b"again"), b"again")
 
     def test_blackout_closes_the_client_without_connecting_to_the_backend(self):
         with running_proxy(echo, "100:blackout") as proxy:
@@ -10224,6 +10374,13 @@ class TestBadInput(TempDirTestCase):
             (["--fault", "hang every=5"], "every needs duration"),
             (["--fault", "hang of=5"], "of needs times, from 1 to 5"),
             (["--fault", "error kind=LOADING"], "kind needs --protocol"),
+            (["--fault", "cut rows=2"],
+             "rows needs --protocol http or redis or mysql or postgres: tcp has no rows"),
+            (["--fault", "cut rows=2", "--protocol", "smtp"], "smtp has no rows"),
+            (["--fault", "cut how=rest"],
+             "how must be one of close, reset, hang, not 'rest' (did you mean reset?)"),
+            (["--fault", "cut", "--handlers.cut.stream", "upstream"],
+             "stream must be both or downstream for cut, because it changes replies"),
             (["--fault", "hang", "--handlers.hang.after", "3"],
              "or use --fault hang.after=3"),
             (["--behavior", "5:hang", "--handlers.hang.every", "3"], "every needs duration"),
@@ -12488,6 +12645,7 @@ class RealServerTests:
 
     value_size = 32 << 20           # bytes of the value that passes in protocol tcp
     framed_value_size = 4 << 20     # bytes of the value that passes in the server's protocol
+    has_rows = False                # whether query_rows gets rows
     reconnects = False              # whether the driver opens a new connection after an error
 
     @classmethod
@@ -12679,6 +12837,41 @@ class RealServerTests:
             self.query(self.connect_client(proxy), 3)
         self.assertGreaterEqual(proxy.faults["blackout"], 2)
 
+    def test_the_driver_reports_a_reply_that_is_cut_as_a_lost_connection(self):
+        for how in "close", "reset":
+            for options in {"bytes": 5}, {"rows": 2}, {"rows": 2, "bytes": 2}:
+                if "rows" in options and not self.has_rows:
+                    continue
+                with self.subTest(how, **options):
+                    proxy = self.start_proxy(protocol=self.protocol)
+                    client = self.connect_client(proxy)
+                    self.assertEqual(self.query_rows(client), [1, 2, 3, 4])
+                    with proxy.handler("cut", how=how, **options):
+                        with self.assertRaises(self.reply_cut):
+                            self.query_rows(client)
+                    self.assertEqual(proxy.faults, {"cut": 1})
+                    self.assertEqual(self.query_rows(self.connect_client(proxy)), [1, 2, 3, 4])
+
+    def test_a_reply_with_fewer_rows_than_a_cut_passes(self):
+        if not self.has_rows:
+            return
+        proxy = self.start_proxy(protocol=self.protocol)
+        client = self.connect_client(proxy)
+        self.query_rows(client)
+        with proxy.handler("cut", rows=5):
+            self.assertEqual(self.query_rows(client), [1, 2, 3, 4])
+        self.assertEqual(proxy.faults, {})
+
+    @property
+    def reply_cut(self):
+        """The exception that the driver raises if the server dies in the middle of a reply."""
+        return self.connection_lost
+
+    @classmethod
+    def query_rows(cls, client):
+        """Let the server reply with 4 rows, if the protocol has rows. Returns them."""
+        return [cls.query(client, value) for value in (1, 2, 3, 4)]
+
     def test_a_query_is_delayed(self):
         proxy = self.start_proxy()
         client = self.connect_client(proxy)
@@ -12732,6 +12925,7 @@ class TestHTTP(RealServerTests, unittest.TestCase):
     closing_errors = []
     connect_errors = []
     connection_lost = (ConnectionError, http.client.BadStatusLine)
+    reply_cut = (ConnectionError, http.client.HTTPException)
     timed_out = socket.timeout
 
     @classmethod
@@ -12767,6 +12961,7 @@ class TestRedis(RealServerTests, unittest.TestCase):
 
     driver_name = "redis"
     protocol = "redis"
+    has_rows = True
     errors = [
         ("OOM", "exceptions.OutOfMemoryError/exceptions.ResponseError", "maxmemory"),
         ("READONLY", "exceptions.ReadOnlyError", "read only replica"),
@@ -12806,6 +13001,12 @@ class TestRedis(RealServerTests, unittest.TestCase):
     def transfer(self, client, data):
         client.set("large", data)
         return client.get("large")
+
+    @classmethod
+    def query_rows(cls, client):
+        client.delete("rows")
+        client.rpush("rows", 1, 2, 3, 4)
+        return [int(row) for row in client.lrange("rows", 0, -1)]
 
     def test_only_the_commands_of_a_pipeline_that_were_drawn_fail(self):
         proxy = self.start_proxy(protocol="redis")
@@ -12891,6 +13092,7 @@ class TestPostgreSQL(RealServerTests, unittest.TestCase):
 
     driver_name = "psycopg"
     protocol = "postgres"
+    has_rows = True
     errors = [
         ("40P01", "errors.DeadlockDetected", "deadlock detected"),
         ("57014", "errors.QueryCanceled", "statement timeout"),
@@ -12945,6 +13147,10 @@ class TestPostgreSQL(RealServerTests, unittest.TestCase):
 
     def transfer(self, client, data):
         return client.execute("SELECT %b::bytea", (data,), binary=True).fetchone()[0]
+
+    @classmethod
+    def query_rows(cls, client):
+        return [row for row, in client.execute("SELECT generate_series(1, 4)").fetchall()]
 
     def client_with_empty_table(self, proxy):
         """Return a client. Its database has an empty table t with the column i."""
@@ -13073,6 +13279,7 @@ class TestMariaDB(RealServerTests, unittest.TestCase):
 
     driver_name = "pymysql"
     protocol = "mysql"
+    has_rows = True
     framed_value_size = LARGE_VALUE
     errors = [
         ("1213", "err.OperationalError", "1213, 'Deadlock found"),
@@ -13124,6 +13331,23 @@ class TestMariaDB(RealServerTests, unittest.TestCase):
         with client.cursor() as cursor:
             cursor.execute("SELECT CAST(%s AS BINARY)", (data,))
             return cursor.fetchone()[0]
+
+    @classmethod
+    def query_rows(cls, client):
+        with client.cursor() as cursor:
+            cursor.execute("SELECT 1 UNION ALL SELECT 2 UNION ALL SELECT 3 UNION ALL SELECT 4")
+            return [row for row, in cursor.fetchall()]
+
+    def test_the_rows_before_a_cut_arrive_at_an_unbuffered_cursor(self):
+        proxy = self.start_proxy(protocol="mysql")
+        client = self.connect_client(proxy)
+        cursor = client.cursor(self.driver.cursors.SSCursor)
+        with proxy.handler("cut", rows=2):
+            cursor.execute("SELECT 1 UNION ALL SELECT 2 UNION ALL SELECT 3")
+            self.assertEqual([cursor.fetchone(), cursor.fetchone()], [(1,), (2,)])
+            with self.assertRaises(self.connection_lost):
+                cursor.fetchone()
+            cursor._result.unbuffered_active = False    # its destructor reads no more rows
 
     def test_a_deadlock_rolls_the_transaction_back_and_a_lock_timeout_does_not(self):
         proxy = self.start_proxy(protocol="mysql")
@@ -13282,6 +13506,26 @@ class TestSmtp(unittest.TestCase):
 
 class TestRequests(unittest.TestCase):
     """requests, from PyPI, and the demo backend."""
+
+    def test_an_event_stream_is_cut_after_so_many_events(self):
+        requests = import_package("requests")
+
+        def serve(sock):
+            sock.recv(65536)
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+                         b"Transfer-Encoding: chunked\r\n\r\n"
+                         + b"9\r\ndata: x\n\n\r\n" * 5 + b"0\r\n\r\n")
+            read_until_close(sock)
+
+        for how in "close", "reset":
+            with self.subTest(how), running_proxy(serve, protocol="http") as proxy, \
+                    requests.Session() as session, proxy.handler("cut", rows=3, how=how):
+                reply = session.get("http://127.0.0.1:%d/" % proxy.port, stream=True)
+                received = b""
+                with self.assertRaises(requests.exceptions.ChunkedEncodingError):
+                    for data in reply.iter_content(1):
+                        received += data
+                self.assertEqual(received, b"data: x\n\n" * 3)
 
     def test_errors_are_http_responses_and_the_connection_stays_open(self):
         requests = import_package("requests")

@@ -146,7 +146,8 @@ __version__ = "3.0.0"
 __all__ = [     # noqa: RUF022
     "Proxy", "Client", "Fault", "FaultRecord", "start_proxy", "stop_proxy",     # tests
     "handler", "BaseHandler", "rate_limited", "only_direction", "changes_replies",  # handlers
-    "UPSTREAM", "DOWNSTREAM", "NEVER", "OPEN", "EOF", "RESET", "END_OF_MESSAGE", "Signal",
+    "UPSTREAM", "DOWNSTREAM", "NEVER", "OPEN", "EOF", "RESET", "END_OF_MESSAGE", "END_OF_ROW",
+    "Signal",
     "main", "main_ctl",
 ]
 
@@ -449,6 +450,8 @@ def format_value(value):
 #                                already, and again when its options change
 #              EOF               the peer has closed or reset its connection
 #              END_OF_MESSAGE    with a protocol: the end of each request and reply
+#              END_OF_ROW        with a protocol: the end of each row of a reply, if an installed
+#                                rule has an option `rows` that is not 0
 #            A handler may also yield RESET
 #   *, ...   the options. The default of an option gives its type (bool, int, float, str), and
 #            a line of the docstring gives its help
@@ -621,6 +624,37 @@ def abort(state, t, to, data):
         yield t, to, data
     else:                       # the first bytes, or the end, of the reply
         yield from close_both(t)
+
+
+@handler
+@changes_replies
+@only_direction(lambda options: DOWNSTREAM)
+@option_checks(how=choice_check("close", "reset", "hang"))
+def cut(state, t, to, data, *, bytes=0, rows=0, how="close"):
+    """A backend that dies while it replies: only the first part of each reply passes.
+
+    bytes    bytes of the reply that pass; with rows, bytes that pass after these rows
+    rows     with a protocol: whole rows that pass, like rows of a result, elements of an array
+             (Redis), chunks or events of a text/event-stream (HTTP)
+    how      close; reset (RST); or hang: the rest waits until the rule is removed
+    """
+    if state["request"] != state.request_number:        # the first event of a reply
+        state.clear()
+        state["request"] = state.request_number
+    state["rows"] += data is END_OF_ROW
+    if not data or state["rows"] < rows:
+        yield t, to, data
+        return
+    passing = data[:max(0, bytes - state["passed"])]    # state["passed"] counts after the rows
+    state["passed"] += len(passing)
+    rest = data[len(passing):]
+    if passing:
+        yield t, to, passing
+    if rest and how == "hang":
+        yield NEVER, to, rest
+    elif rest and not state["cut"]:
+        state["cut"] = 1
+        yield from [(t, to, RESET)] if how == "reset" else close_both(t)
 
 
 # The handlers below have the names, options and units of Toxiproxy's toxics. The defaults of
@@ -1095,6 +1129,8 @@ def check_handler(path, function):
 #   a Request           the bytes since the last END_OF_MESSAGE are the head of this request
 #   CONTINUATION        the bytes since the last END_OF_MESSAGE belong to the previous request
 #   END_OF_MESSAGE      a request or a reply ends here
+#   END_OF_ROW          a row of a reply ends here. Only if `counts_rows` is set, because rows
+#                       cost time
 #
 # A reader raises ProtocolError at bytes that are not of the protocol, or that begin another
 # protocol such as TLS. The connection then continues as tcp.
@@ -1124,6 +1160,7 @@ def check_handler(path, function):
 
 PROTOCOLS = OrderedDict((("tcp", None),))       # {name: subclass of Protocol, or None}
 END_OF_MESSAGE = Signal("END_OF_MESSAGE")       # also an event for handlers; it is never sent
+END_OF_ROW = Signal("END_OF_ROW")               # the same
 END = END_OF_MESSAGE            # its older name, for handlers that use it
 CONTINUATION = Signal("CONTINUATION")
 LINE = re.compile(rb"\n")
@@ -1438,6 +1475,7 @@ class Protocol:
                       "" if a server only closes the connection
     server_first      whether the server sends a greeting, or a handshake comes before the
                       first request. The handshake then counts as request 1
+    has_rows          whether the readers of replies find rows
     """
 
     errors: dict = {}
@@ -1446,6 +1484,8 @@ class Protocol:
     fatal_errors: tuple = ()
     overload_error = ""
     server_first = False
+    has_rows = False
+    counts_rows = False             # a rule needs the rows of replies: set by the ProtocolChain
 
     def __init__(self, host=b""):
         self.host = host            # value for the Host header field; empty: do not replace it
@@ -1628,6 +1668,7 @@ class Http(Protocol):
         ("504", "Gateway Timeout"), ("429", "Too Many Requests")))
     default_errors = ("500", "502", "503", "504")
     overload_error = "503"
+    has_rows = True                 # chunks, or events of a text/event-stream
     REQUEST_LINE = re.compile(rb"\s*([A-Z]+) [^ \r\n]+ HTTP/1\.([01])\r?\n")
     REQUEST_HEAD = Head(HEADERS, beginning_with(
         rb"\s*", rb"[A-Z]+", rb" ", rb"[^ \r\n]+", rb" ", *rb"H T T P / 1 \. [01] \r? \n".split()),
@@ -1643,11 +1684,13 @@ class Http(Protocol):
     KEEP_ALIVE = re.compile(rb"(?im)^connection[ \t]*:.*\bkeep-alive\b")
     CHUNK_SIZE = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,15})[ \t]*[;\r\n]")
     EXPECT = re.compile(rb"(?im)^expect[ \t]*:.*100-continue")
+    EVENT_STREAM = re.compile(rb"(?im)^content-type[ \t]*:[ \t]*text/event-stream\b")
     # Most clients repeat a request, or at least its header fields, and get the same reply head.
     # So each connection remembers the last ones of up to CACHED_HEAD_MAX bytes.
     _last_request: tuple = (None, None)         # data, its Request
     _last_fields = HeaderFields(None, None, False, False)
     _last_reply: tuple = (None, 0)              # head, length of the body
+    _line_is_empty = False      # the line of a text/event-stream that is being read
 
     def requests(self):
         empty_size = 0
@@ -1730,7 +1773,9 @@ class Http(Protocol):
             if status < 200:                # an interim reply: the final one follows
                 continue
             if method != "HEAD" and status not in (204, 304):
-                yield from self.read_body(head, default_length=UNLIMITED)
+                rows = self.counts_rows and ("events" if self.EVENT_STREAM.search(head)
+                                             else "chunks")
+                yield from self.read_body(head, default_length=UNLIMITED, rows=rows)
             yield END_OF_MESSAGE
 
     def parse_whole_reply(self, data):
@@ -1761,19 +1806,35 @@ class Http(Protocol):
         return (lower_head.startswith(b"%s: %d\r\n" % (field, body_size), length_offset)
                 and b"\n\n" not in lower_head and b"\ntransfer-encoding" not in lower_head)
 
-    def read_body(self, head, default_length):
+    def read_body(self, head, default_length, rows=""):
         """Read the body that follows a head.
 
         default_length    used if the head has no Content-Length and the body is not chunked
+        rows              the rows to report: "chunks" or "events". Otherwise there are none
         """
         lower_head = head.lower()
         if b"\ntransfer-encoding" in lower_head and self.CHUNKED.search(head):
-            yield from self.read_chunked_body()
+            yield from self.read_chunked_body(rows)
             return
         match = b"\ncontent-length" in lower_head and self.LENGTH.search(head)
-        yield parse_length(match.group(1)) if match else default_length
+        size = parse_length(match.group(1)) if match else default_length
+        yield from self.read_events(size) if rows == "events" else (size,)
 
-    def read_chunked_body(self):
+    def read_events(self, size):
+        """Read `size` bytes of a text/event-stream. An empty line ends an event.
+
+        Returns whether an event ends with the last byte. The caller reports the end of that row.
+        """
+        row_ends = False
+        for _ in range(size):
+            if row_ends:
+                yield END_OF_ROW
+            byte = yield NeedBytes(1)
+            row_ends = byte == b"\n" and self._line_is_empty
+            self._line_is_empty = byte == b"\n" or (byte == b"\r" and self._line_is_empty)
+        return row_ends
+
+    def read_chunked_body(self, rows=""):
         """Read a body in the chunked transfer coding, with its trailer fields."""
         while True:
             line = yield LINE
@@ -1783,7 +1844,12 @@ class Http(Protocol):
             size = int(match.group(1), 16)
             if not size:
                 break
+            row_ends = rows == "chunks"
+            if rows == "events":            # an event may begin in one chunk and end in another
+                row_ends, size = (yield from self.read_events(size)), 0
             yield size + len(b"\r\n")
+            if row_ends:
+                yield END_OF_ROW
         while (yield LINE).strip():         # trailer fields, up to an empty line
             pass
 
@@ -1859,6 +1925,7 @@ class Redis(Protocol):
     SERVER_PUSH = {"SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE", "MONITOR", "SYNC", "PSYNC",
                    "REPLCONF"}
     VALUES_PER_ITEM = {b"*": 1, b"~": 1, b"%": 2}       # of an array, a set and a map
+    has_rows = True                                     # the items of the outermost value
     UNKNOWN_COMMAND = b"*1\r\n$7\r\nvaurien\r\n"
     REPLY_LINE = Head(LINE, beginning_with(rb"[$=!*~%|+:_#,(-]"), "no type of a reply")
 
@@ -1928,6 +1995,7 @@ class Redis(Protocol):
     def replies(self):
         while True:
             values_left = 1                 # of the reply, including nested values
+            row_size, row_end = 0, -1       # values of a row; values_left when the next one ends
             while values_left:
                 line = yield self.REPLY_LINE
                 type_, values_left = line[:1], values_left - 1
@@ -1936,9 +2004,16 @@ class Redis(Protocol):
                         yield parse_length(line[1:]) + len(b"\r\n")
                 elif type_ in self.VALUES_PER_ITEM:
                     if line[1:2] != b"-":               # null: no values
-                        values_left += parse_length(line[1:]) * self.VALUES_PER_ITEM[type_]
+                        count = parse_length(line[1:]) * self.VALUES_PER_ITEM[type_]
+                        if self.counts_rows and not (values_left or row_size):
+                            row_size = self.VALUES_PER_ITEM[type_]
+                            row_end = count - row_size
+                        values_left += count
                 elif type_ == b"|":         # a map of attributes, then the value that has them
                     values_left += 2 * parse_length(line[1:]) + 1
+                if values_left <= row_end:
+                    yield END_OF_ROW
+                    row_end -= row_size
             yield END_OF_MESSAGE
 
     def parse_whole_reply(self, data):
@@ -2172,6 +2247,7 @@ class Mysql(Protocol):
     CLIENT_COMPRESS = 0x20 | 1 << 26        # zlib, zstd
     CLIENT_DEPRECATE_EOF, CLIENT_QUERY_ATTRIBUTES = 1 << 24, 1 << 27
     DEADLOCK = "1213"
+    has_rows = True
     LAST_PREPARED = b"\xff\xff\xff\xff"     # id of the statement that was prepared last
     PACKET_MAX = SkipRows.PACKET_MAX        # size of a body that the next packet continues
     HEAD_SIZE = 256                         # bytes of a packet of the backend that are parsed
@@ -2351,13 +2427,20 @@ class Mysql(Protocol):
 
     def read_rows(self, size, head):
         """Read rows, of which the first packet has been read. Returns the status after them."""
-        if head[:1] not in (self.EOF, self.ERR) or size == self.PACKET_MAX:
+        while self.counts_rows and self.is_row(size, head):
+            yield END_OF_ROW
+            size, head = yield from self.read_packet()
+        if self.is_row(size, head):
             header = yield SkipRows()
             size = int.from_bytes(header[:3], "little")
             rest = yield NeedBytes(min(size - 1, self.HEAD_SIZE))
             yield size - 1 - len(rest)
             head = header[4:] + rest
         return self.status(size, head)
+
+    def is_row(self, size, head):
+        """Return whether this packet is a row, and not the EOF or ERR after the rows."""
+        return head[:1] not in (self.EOF, self.ERR) or size == self.PACKET_MAX
 
     def read_prepared(self, request, head):
         """Read the reply to PREPARE, after its first packet: the parameters and the columns."""
@@ -2462,7 +2545,7 @@ class Postgres(Protocol):
     connect_errors = ("57P03", "53300")
     overload_error = "53300"
     fatal_errors = ("57P01", "25P03", "57P05")
-    server_first = True
+    server_first = has_rows = True
     TLS, GSS, CANCEL = 80877103, 80877104, 80877102     # codes in the place of a version
     # Types of the client's messages
     QUERY, PARSE, BIND, EXECUTE, SYNC, CLOSE = b"Q", b"P", b"B", b"E", b"S", b"C"
@@ -2474,6 +2557,7 @@ class Postgres(Protocol):
     READY, ERROR = b"Z", b"E"       # ReadyForQuery, ErrorResponse
     COPY_RESPONSES = b"GW"          # CopyInResponse, CopyBothResponse
     BIND_COMPLETE, BIND_ENDS = b"2", b"2E"
+    ROWS = b"Dd"                    # DataRow, CopyData
     EXECUTE_ENDS = b"CIsE"          # CommandComplete, EmptyQuery, PortalSuspended, ErrorResponse
     # States of a transaction in ReadyForQuery. The third is T: a transaction is in progress.
     IDLE, FAILED = b"I", b"E"
@@ -2617,6 +2701,8 @@ class Postgres(Protocol):
                 self.status = yield NeedBytes(1)
                 bytes_left -= 1
             yield bytes_left                    # skip the rest of the body
+            if self.counts_rows and type_ in self.ROWS:
+                yield END_OF_ROW
             yield from self.end_replies(type_)
 
     def end_replies(self, type_):
@@ -3297,6 +3383,7 @@ class RuleSet:
     def install(self, rules):
         """Replace the installed rules, which act in this order."""
         self.installed = rules
+        self.counts_rows = any(rule.options.get("rows") for rule in rules)
         # Each rule is drawn for each request alone, as soon as the request begins.
         self.draw_ahead = all(rule.per == "request" and not rule.match for rule in rules)
 
@@ -4071,6 +4158,7 @@ class ProtocolChain(Chain):
                                      complete already: its rules cannot refuse it any more
         upstream    END_OF_MESSAGE   the request of the last exchange is complete
         downstream  END_OF_MESSAGE   the reply of the first exchange is done
+        downstream  END_OF_ROW       none
 
     Then exchanges at the front that are done are removed, except the last exchange. The events
     that the next exchange has queued are released.
@@ -4103,6 +4191,7 @@ class ProtocolChain(Chain):
     def __init__(self, rules, connection, protocol):
         super().__init__(rules, connection)
         self.protocol = protocol
+        protocol.counts_rows = rules.counts_rows
         self.exchanges = protocol.exchanges
         self.exchange = None        # the one whose event is being processed
         self.head = b""             # bytes of a head that is not complete yet
@@ -4143,6 +4232,7 @@ class ProtocolChain(Chain):
         last = self.exchanges[-1]
         self.set_exchange(last, is_first=last.request is None and self.last_direction is None)
         begun = super().rules_changed(new, changed, woken)
+        self.protocol.counts_rows = self.rules.counts_rows
         self.last_affected = None
         for exchange in self.exchanges:
             exchange.active_rules = self.remaining_rules(exchange)
@@ -4237,11 +4327,15 @@ class ProtocolChain(Chain):
     def end_reply(self, boundary):
         self.exchanges[0].reply_done = True
 
+    def end_row(self, boundary):
+        pass                                # only for the rules
+
     TRANSITIONS = {
         (UPSTREAM, Request): begin_exchange,
         (UPSTREAM, CONTINUATION): continue_request,
         (UPSTREAM, END_OF_MESSAGE): end_request,
         (DOWNSTREAM, END_OF_MESSAGE): end_reply,
+        (DOWNSTREAM, END_OF_ROW): end_row,
     }
 
     def apply(self, to, boundary):
@@ -4380,7 +4474,8 @@ class ProtocolChain(Chain):
             return events
         try:
             framer = self.framer(to)
-            whole = framer.whole_message(data) if len(data) <= COPY_MAX else None
+            whole = (framer.whole_message(data)
+                     if len(data) <= COPY_MAX and not self.protocol.counts_rows else None)
             for offset, boundary in whole or framer.feed(data, len(data)):
                 if offset > start:
                     events += self.process_part(now, to, data[start:offset])
@@ -4426,7 +4521,7 @@ class ProtocolChain(Chain):
 
     def process_boundary(self, now, to, boundary):
         """Apply a boundary. Returns the events of the rules, and those that are released."""
-        if boundary is END_OF_MESSAGE:
+        if boundary is END_OF_MESSAGE or boundary is END_OF_ROW:
             events = self.process_in_exchange(now, to, boundary)
             self.apply(to, boundary)
             return events + self.release_done(now)
@@ -4458,7 +4553,7 @@ class ProtocolChain(Chain):
             _, direction, made, delays = event
             if direction == UPSTREAM and made and not continues:
                 exchange.forwarded = True
-            if made is END_OF_MESSAGE:
+            if made is END_OF_MESSAGE or made is END_OF_ROW:
                 continue
             if exchange is not self.exchanges[0] and (
                     direction == DOWNSTREAM or not (made or made is data)):
@@ -7176,6 +7271,11 @@ class ProxyServer:
         if rule.blocking and self.protocol:
             raise InputError([("name", "%s is a blocking handler: it works with --protocol tcp "
                                        "only" % rule.name)])
+        if rule.handler is cut and rule.options["rows"] and not getattr(
+                self.protocol, "has_rows", False):
+            raise InputError([("rows", "rows needs --protocol %s: %s has no rows" % (
+                " or ".join(name for name, class_ in PROTOCOLS.items()
+                            if class_ and class_.has_rows), self.protocol_name()))])
         if rule.handler not in (error, transient):
             return
         kind = rule.options["kind"]
