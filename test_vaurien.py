@@ -3995,6 +3995,7 @@ class TestSchedules(unittest.TestCase):
                 with self.assertRaises(vaurien.InputError) as caught:
                     vaurien.make_toxic("delay", "d", fields, {})
                 self.assertEqual(str(caught.exception), sentence)
+        self.assertTrue(vaurien.read_rules([{"name": "delay", "every": 5, "duration": 5}]))
 
     def test_a_rule_acts_in_its_windows_only(self):
         for per in "request", "connection":
@@ -4080,6 +4081,36 @@ class TestSchedules(unittest.TestCase):
         for connection in connections:
             self.assertEqual((connection.acting(), connection.opened, connection.released),
                              (["delay"], proxy.behavior, []))
+
+    def test_a_ramp_does_not_disturb_a_rule_that_acts_already(self):
+        proxy = self.proxy({"name": "delay", "ramp": 1})
+        connection, states = self.connected(proxy), []
+        for _ in range(110):
+            proxy.loop.advance(0.01)
+            states += connection.chain.active_rules
+        self.assertGreater(len(states), 10)
+        self.assertTrue(all(state is states[0] for state in states))
+
+    def test_each_window_begins_with_an_empty_state(self):
+        proxy = self.proxy({"name": "delay", "per": "connection", "duration": 3, "every": 5})
+        connection, counts = self.connected(proxy), []
+        for _ in range(11):
+            for state in connection.chain.active_rules:
+                state["seconds"] += 1
+                counts.append(state["seconds"])
+            proxy.loop.advance(1)
+        self.assertEqual(counts, [1, 2, 3, 1, 2, 3, 1])
+
+    def test_the_requests_that_after_times_and_of_select(self):
+        for fields, selected in [({}, [1, 2, 3, 4, 5, 6, 7]), ({"after": 2}, [3, 4, 5, 6, 7]),
+                                 ({"times": 2}, [1, 2, 3, 4, 5, 6, 7]),     # counts other requests
+                                 ({"times": 1, "of": 3}, [1, 4, 7]),
+                                 ({"times": 2, "of": 2}, [1, 2, 3, 4, 5, 6, 7]),
+                                 ({"times": 2, "of": 3, "after": 1}, [2, 3, 5, 6])]:
+            with self.subTest(**fields):
+                rule, = vaurien.read_rules([dict(fields, name="delay")])
+                self.assertEqual([count for count in range(1, 8) if rule.selects(count)],
+                                 selected)
 
     def test_times_of_acts_on_the_first_requests_of_each_group(self):
         proxy = self.proxy({"name": "delay", "after": 1, "times": 3, "of": 5})

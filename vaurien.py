@@ -3013,7 +3013,7 @@ class Schedule:
     start, duration, every, ramp, ttl    seconds, as in RULE_FIELDS; 0 has no effect
 
     It reads no clock and has no timer. `begin` and `renew` note the time; a caller sets a timer
-    for `next_change`. All times are of one clock, in seconds.
+    for Moment.next_change and for `expires`. All times are of one clock, in seconds.
     """
 
     __slots__ = ("start", "duration", "every", "ramp", "ttl", "since", "expires")
@@ -3044,7 +3044,7 @@ class Schedule:
         self.expires = now + self.ttl if self.ttl else NEVER
 
     def at(self, now):
-        """Return the Moment of a time after `begin`."""
+        """Return the Moment of a time, which is not before that of `begin`."""
         begin, repetition = self.since + self.start, NEVER
         if self.every and now >= begin:
             # The quotient may be off by one, because it is rounded. Windows begin at the sums.
@@ -3067,10 +3067,6 @@ class Schedule:
         done = int((now - begin) // step) if step else steps
         done += step > 0 and now >= begin + step * (done + 1)
         return (1.0, NEVER) if done >= steps else (done / steps, begin + step * (done + 1))
-
-    def next_change(self, now):
-        """Return when to look at the schedule again, or NEVER."""
-        return min(self.at(now).next_change, self.expires)
 
 
 class SearchTimeout(Exception):
@@ -7200,7 +7196,6 @@ class ProxyServer:
     def set_rule_timer(self):
         """Set the timer for the next change of a rule by its schedule, if there is one."""
         self.loop.cancel(self.rule_timer)
-        self.rule_timer = None
         due = min([min(rule.moment.next_change, rule.schedule.expires)
                    for rule in self.scheduled_rules()], default=NEVER)
         if due < NEVER:
