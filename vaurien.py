@@ -10650,15 +10650,11 @@ SETTINGS = OrderedDict((
                                       check_yes_no, "YES|NO",
                                       "with --protocol http: replace the Host header with the "
                                       "backend's address", "proxy")),
-    ("accept", Setting(("--accept",), "normal", check_accept, "MODE [NAME=VALUE ...]",
-                       "how new clients are accepted: normal, refuse (a connect fails at once) or "
-                       "drop (it gets no reply, until the client's own time-out); start, "
-                       "duration, every and ttl limit that, like \"refuse duration=5\"",
-                       "proxy")),
+    ("accept", Setting(("--accept",), "normal", check_accept, "MODE",
+                       "new connects: normal, refuse (they fail) or drop (they time out); or, "
+                       "for some seconds, \"refuse duration=5\"", "proxy")),
     ("max_connections", Setting(("--max-connections",), "0", check_count, "N",
-                                "clients to serve at a time; further ones get the protocol's "
-                                "error for too many connections, or are closed; 0 is no limit",
-                                "proxy")),
+                                "clients to serve at a time; 0 is no limit", "proxy")),
     ("seed", Setting(("--seed",), None, check_count, "N",
                      "the same seed gives the same faults; by default, a seed is drawn and logged",
                      "shared")),
