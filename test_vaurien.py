@@ -8568,6 +8568,19 @@ class TestToxiproxyApi(ToxiproxyTestCase):
         toxics = self.request("PUT", "/proxies/p/toxics", rules)            # sent back
         self.assertEqual([toxics[0][key] for key in ("start", "ttl", "active")],
                          [3600, 7200, False])
+        # The ttl goes on if nothing has changed in a listing, and otherwise it begins again.
+        schedule = self.proxies["p"].toxics[0].rule.schedule
+        expires = schedule.expires
+        self.request("PUT", "/proxies/p/toxics", toxics)
+        self.assertEqual(schedule.expires, expires)
+        toxics[0]["toxicity"] = 0.5
+        self.request("PUT", "/proxies/p/toxics", toxics)
+        self.assertGreater(schedule.expires, expires)
+        expires = schedule.expires
+        for key in "active", "until":
+            del toxics[0][key]
+        self.request("PUT", "/proxies/p/toxics", toxics)
+        self.assertGreater(schedule.expires, expires)
         path = "/proxies/p/toxics/latency_downstream"
         self.assertEqual(self.request("PATCH", path, {"ttl": "5m"})["ttl"], 300)
         self.assertNotIn("ttl", self.request("PATCH", path, {"ttl": 0}))

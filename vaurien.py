@@ -9327,10 +9327,23 @@ def create_toxic(request, proxy):
 def put_toxics(request, proxy):
     """Replace all toxics of a proxy. Unknown keys are refused."""
     values = read_value(read_json(request.body, strict=True), list, "toxics")
-    toxics = [read_toxic(value, strict=True) for value in values]
+    toxics = [read_listed_toxic(proxy, value) for value in values]
     check_unique_names(toxics)
     proxy.loop.run_sync(proxy.set_toxics, toxics)
     return proxy.loop.run_sync(toxics_to_json, proxy)
+
+
+def read_listed_toxic(proxy, value):
+    """Return the Toxic of a JSON object: the installed one if a listing is sent back.
+
+    So the ttl of a toxic that a client changes nothing of does not begin again.
+    """
+    toxic = read_toxic(value, strict=True)
+    if without_moment(value) is value:
+        return toxic
+    fields = without_moment(toxic_to_json(proxy, toxic))
+    return next((other for other in proxy.toxics
+                 if without_moment(toxic_to_json(proxy, other)) == fields), toxic)
 
 
 @toxiproxy_route("GET", "/proxies/PROXY/toxics/TOXIC")
