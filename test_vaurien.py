@@ -6226,7 +6226,8 @@ class TestAccept(unittest.TestCase):
             self.assertEqual(client.get_accept(), "normal")
             with mock.patch.object(vaurien.Listener, "add_filler", side_effect=OSError("why")), \
                     self.assertRaisesRegex(ValueError, "cannot drop clients: why"):
-                client.set_accept("drop")
+                client.request("PUT", "/proxy", {"accept": "drop", "max_connections": 7})
+            self.assertEqual(proxy.max_connections, 0)
 
 
 class TestMaxConnections(unittest.TestCase):

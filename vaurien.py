@@ -8161,8 +8161,10 @@ def put_status(request):
             errors.append((name, "%s is not known here: there are %s" % (name, ", ".join(checks))))
     if errors:
         raise InputError(errors)
-    request.proxy.max_connections = values.pop("max_connections", request.proxy.max_connections)
-    return change_proxy_of(request, ProxyTable.set_accept, **values)
+    limit = values.pop("max_connections", request.proxy.max_connections)
+    result = change_proxy_of(request, ProxyTable.set_accept, **values)
+    request.proxy.max_connections = limit
+    return result
 
 
 @route("POST", "/proxy/reset")
