@@ -3179,10 +3179,11 @@ class Schedule:
         """Return the Moment of a time, which is not before that of `begin`."""
         begin, repetition = self.since + self.start, NEVER
         if self.every and now >= begin:
-            # The quotient may be off by one, because it is rounded. Windows begin at the sums.
+            # The quotient may be too small by one, because it is rounded, at the time of a sum:
+            # there a window begins, and a timer was set for it.
             count = int((now - begin) // self.every)
-            count += (now >= begin + self.every * (count + 1)) - (now < begin + self.every * count)
-            begin, repetition = (begin + self.every * count, begin + self.every * (count + 1))
+            count += now >= begin + self.every * (count + 1)
+            begin, repetition = begin + self.every * count, begin + self.every * (count + 1)
         if now < begin:
             return Moment(False, 0.0, begin, begin)
         endless = not self.duration or (self.duration == self.every and not self.ramp)
