@@ -176,6 +176,8 @@ EXCHANGE_OVERHEAD = 450         # bytes of memory for an exchange that waits, me
                                 #   Python 3.6, 363 on 3.13
 ACTIVE_RULE_OVERHEAD = 4000     # bytes of memory for an active rule of such an exchange: 960 on
                                 #   Python 3.6, and 2,600 more if it uses random numbers
+KEPT_MIN = 8 * 1024             # bytes of memory for requests that a connection may use without
+                                #   being counted: those of a request or two
 EXPANSION = 1000                # bytes of memory for each byte of the shortest requests, such as
                                 #   b"PING\r\n", with an active rule
 MATCH_WINDOW = 64 * 1024        # bytes at the start of a request in which `match` searches
@@ -6324,7 +6326,7 @@ class Connection:
         if chain.protocol and (size >= PARSED_CHUNK or link.recv_size > PARSED_CHUNK):
             link.recv_size = chain.recv_size(link.to)
         if passed is data and target is not None:
-            if chain.kept != self.up.kept:
+            if chain.kept > KEPT_MIN or self.up.kept:
                 self.note_kept()
             return data
         now = self.loop.clock()
@@ -6340,7 +6342,7 @@ class Connection:
             self.enqueue(now, events if passed is None else [(now, link.to, bytes(passed), ())],
                          link)
             return None
-        if self.chain.kept != self.up.kept:
+        if self.chain.kept > KEPT_MIN or self.up.kept:
             self.note_kept()
         link.buffered_in += size - len(passed)
         return passed
@@ -6351,7 +6353,8 @@ class Connection:
         After the backend's EOF no reply will make it less. So it no longer counts then, or the
         client would not be read for ever.
         """
-        self.up.keep(0 if self.down.eof else self.chain.kept)
+        kept = self.chain.kept
+        self.up.keep(kept if kept > KEPT_MIN and not self.down.eof else 0)
 
     def note_kept(self):
         """Count what the chain keeps, and stop or resume reading from the client accordingly."""
@@ -6615,7 +6618,7 @@ class Connection:
         if self.phase is CLOSED:
             return
         up, down = self.up, self.down
-        if up.kept != self.chain.kept:
+        if self.chain.kept > KEPT_MIN or up.kept:
             self.count_kept()
         fast = self.phase is CONNECTED and not self.proxy.has_blocking
         for link, back in (up, down), (down, up):
