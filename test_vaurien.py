@@ -21,6 +21,7 @@ import functools
 import glob
 import hashlib
 import http.client
+import http.server
 import importlib
 import importlib.util
 import inspect
@@ -29,6 +30,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import random
 import re
@@ -39,6 +41,7 @@ import shutil
 import signal
 import smtplib
 import socket
+import socketserver
 import ssl
 import struct
 import subprocess
@@ -471,18 +474,21 @@ def proxy_table(*proxies):
 
 
 @contextlib.contextmanager
-def proxy_with_control(serve=echo, behavior="100:dummy", **arguments):
+def proxy_with_control(serve=echo, behavior="100:dummy", token=None, others=(), **arguments):
     """Run a proxy as running_proxy does, and a control server in the proxy's loop.
+
+    token     the token of the control server
+    others    further open proxies that it controls
 
     Yields (proxy, client). `client` is a vaurien.Client of the control server.
     """
     with running_proxy(serve, behavior, **arguments) as proxy:
-        control = vaurien.Control(("127.0.0.1", 0), proxy_table(proxy))
+        control = vaurien.Control(("127.0.0.1", 0), proxy_table(proxy, *others), token)
         control.bind()
         proxy.loop.run_sync(control.open, proxy.loop)
         port = control.listener.sockets[0].getsockname()[1]
         try:
-            yield proxy, vaurien.Client("127.0.0.1", port)
+            yield proxy, vaurien.Client("127.0.0.1", port, token=token)
         finally:
             proxy.loop.run_sync(control.close)
 
@@ -7095,6 +7101,118 @@ class TestBlockingHandlers(unittest.TestCase):
 
         with self.assertRaisesRegex(ValueError, "an option cannot be called 'percent'"):
             vaurien.check_handler("x", Taken)
+
+
+# -- Page -----------------------------------------------------------------------
+
+
+class TestPage(unittest.TestCase):
+    """The page as a response, and its source. TestBrowser uses it in a browser."""
+
+    # What a page that only writes texts does not need.
+    FORBIDDEN = [
+        "innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "DOMParser",
+        "createContextualFragment", r"\beval\b", r"\bFunction\(", r"\bimport\b", "srcdoc",
+        r"""setTimeout\(["'`]""",
+        "localStorage", r"\bcookie\b", "postMessage", "window.open", r"\blocation\b",
+        r"<[^>]*\son\w+\s*=", r"<[^>]*\sstyle\s*=", "javascript:", "<iframe", "<a ", "<link",
+        r"\bsrc\b", r"\bhref\b", r"url\(", "@import",
+        r"https?://(?!www[.]w3[.]org/(2000/svg|1999/xhtml)\")"]
+
+    def get(self, headers, method="GET", path="/", token=None):
+        control = vaurien.Control(("localhost", 0), proxy_table(), token)
+        return vaurien.handle_request(control, method, path, no_body, headers)
+
+    def test_a_browser_gets_the_page_and_other_clients_the_list_of_routes(self):
+        chromium = ("text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,"
+                    "image/webp,*/*;q=0.8")
+        for accept, path, is_page in (
+                (chromium, "/", True), ("text/html", "/", True), ("Text/HTML", "/?a#b", True),
+                ("*/*", "/", False), ("application/json", "/", False), ("", "/", False),
+                (None, "/", False), (chromium, "/handlers", False)):
+            for method in "GET", "HEAD":
+                with self.subTest(accept, path=path, method=method):
+                    path = "/" if is_page else path
+                    response = self.get({} if accept is None else {"Accept": accept}, method, path)
+                    self.assertEqual(response.status, 200)
+                    self.assertEqual("<!DOCTYPE html>" in response.text, is_page)
+                    expected = "text/html; charset=utf-8" if is_page else "text/plain"
+                    if path == "/":
+                        self.assertIn(expected, response.headers["Content-Type"])
+
+    def test_the_headers_allow_only_the_script_and_the_style_of_this_response(self):
+        nonces = set()
+        for _ in range(3):
+            response = self.get({"Accept": "text/html"})
+            policy = dict(directive.split(" ", 1) for directive in
+                          response.headers["Content-Security-Policy"].split("; "))
+            nonce, = set(re.findall('nonce="(.*?)"', response.text))
+            nonces.add(nonce)
+            self.assertEqual(policy, {
+                "default-src": "'none'", "script-src": "'nonce-%s'" % nonce,
+                "style-src": "'nonce-%s'" % nonce, "connect-src": "'self'", "base-uri": "'none'",
+                "form-action": "'none'", "frame-ancestors": "'none'",
+                "require-trusted-types-for": "'script'", "trusted-types": "'none'"})
+            self.assertEqual(response.text.count(nonce), 2)
+            self.assertNotIn("NONCE", response.text)
+        self.assertEqual(len(nonces), 3)
+        for name, value in (
+                ("X-Frame-Options", "DENY"), ("X-Content-Type-Options", "nosniff"),
+                ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store"),
+                ("Cross-Origin-Opener-Policy", "same-origin"), ("Vary", "Accept")):
+            with self.subTest(name):
+                self.assertEqual(response.headers[name], value)
+
+    def test_who_gets_the_page(self):
+        for name, headers, token, status in (
+                ("typed address", {"Sec-Fetch-Site": "none"}, None, 200),
+                ("link of another site", {"Sec-Fetch-Site": "cross-site"}, None, 200),
+                ("DNS rebinding", {"Host": "evil.example"}, None, 403),
+                ("script of another site", {"Origin": "http://evil.example"}, None, 403),
+                ("a token is needed, for the data", {}, "s3cret", 200)):
+            with self.subTest(name):
+                response = self.get(dict({"Accept": "text/html", "Host": "localhost"}, **headers),
+                                    token=token)
+                self.assertEqual(response.status, status)
+                self.assertEqual("<script nonce=" in response.text, status == 200)
+                self.assertNotIn("s3cret", response.text)
+        for method, path, headers in (
+                ("GET", "/", {"Accept": "*/*"}), ("POST", "/", {"Accept": "text/html"}),
+                ("GET", "/status", {"Accept": "text/html"})):
+            with self.subTest(method, path=path):
+                self.assertEqual(self.get(headers, method, path, token="s3cret").status, 401)
+
+    def test_the_source_only_writes_texts_and_loads_nothing(self):
+        for pattern in self.FORBIDDEN:
+            with self.subTest(pattern):
+                self.assertEqual(re.findall(pattern, vaurien.PAGE), [])
+        self.assertEqual(len(re.findall("<script", vaurien.PAGE)), 1)
+        self.assertEqual(len(re.findall("<style", vaurien.PAGE)), 1)
+        self.assertLessEqual(max(map(len, vaurien.PAGE.splitlines())), 99)
+
+    def test_the_source_of_the_page_is_ascii(self):
+        self.assertEqual(vaurien.PAGE.encode("ascii").decode(), vaurien.PAGE)
+
+    def test_texts_have_a_contrast_of_at_least_4_5(self):
+        """By the formula of WCAG 2.1, in both colour schemes."""
+        def luminance(color):
+            color = color if len(color) == 6 else "".join(2 * digit for digit in color)
+            channels = [int(color[index:index + 2], 16) / 255 for index in (0, 2, 4)]
+            linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
+                      for value in channels]
+            return sum(map(operator.mul, linear, (0.2126, 0.7152, 0.0722)))
+
+        style, = re.findall("<style.*?</style>", vaurien.PAGE, re.DOTALL)
+        light, dark = (dict(re.findall("--([a-z]+): #([0-9a-f]+)", scheme))
+                       for scheme in re.findall(":root {(.*?)}", style, re.DOTALL))
+        self.assertEqual(set(light), set(dark))
+        for scheme in light, dark:
+            for text in "text", "soft", "accent", "second", "good", "bad":
+                for ground in "ground", "card":
+                    with self.subTest(text, ground=ground):
+                        brighter, darker = sorted(
+                            (luminance(scheme[name]) for name in (text, ground)), reverse=True)
+                        self.assertGreaterEqual((brighter + 0.05) / (darker + 0.05), 4.5)
 
 
 # -- Control --------------------------------------------------------------------
@@ -13711,6 +13829,443 @@ class TestRequests(unittest.TestCase):
                                      (int(kind), retry_after))
                     self.assertEqual(session.get(url).content, vaurien.DEMO_BODY)
             self.assertEqual(proxy.accepted, 1)
+
+
+# -- The page in a browser -------------------------------------------------------
+
+
+class Browser:
+    """A headless Chromium, driven through the WebDriver protocol (W3C) of its chromedriver.
+
+    Raises SkipTest if one of them is not installed.
+    """
+
+    def __init__(self):
+        programs = (find_program("chromium", "chromium-browser", "google-chrome"),
+                    find_program("chromedriver"))
+        if not all(programs):
+            raise unittest.SkipTest("no chromium")
+        self.folder = tempfile.mkdtemp()
+        self.port = unused_port()
+        self.process = subprocess.Popen(
+            [programs[1], "--port=%d" % self.port], stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=self.folder)
+        self.session = ""
+        arguments = ["headless", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
+                     "disable-background-networking", "disable-component-update",
+                     "disable-dev-shm-usage", "window-size=1280,1000",
+                     "user-data-dir=" + self.folder]
+        if os.getuid() == 0:
+            arguments.append("no-sandbox")
+        try:
+            wait_until(self.is_ready)
+            self.session = "/session/" + self.send("POST", "/session", capabilities={
+                "alwaysMatch": {"goog:chromeOptions": {
+                    "binary": programs[0], "args": ["--" + text for text in arguments]},
+                    "goog:loggingPrefs": {"browser": "ALL"}}})["sessionId"]
+        except BaseException:
+            self.close()
+            raise
+
+    def is_ready(self):
+        with contextlib.suppress(OSError):
+            return self.send("GET", "/status")["ready"]
+
+    def send(self, method, path, **body):
+        """Send a command of WebDriver. Returns its value."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request(method, self.session + path,
+                               json.dumps(body) if method == "POST" else None)
+            value = json.loads(connection.getresponse().read().decode())["value"]
+        if isinstance(value, dict) and "error" in value:
+            raise AssertionError(value["message"])
+        return value
+
+    def open(self, url):
+        self.send("POST", "/url", url=url)
+
+    def run(self, script, *args):
+        """Return the value of a JavaScript expression; `arguments` has the arguments."""
+        return self.send("POST", "/execute/sync", script="return " + script, args=list(args))
+
+    def find(self, xpath):
+        """Wait for an element that is shown, and return its path for `send`."""
+        def is_found():
+            found[:] = [element for element in self.send(
+                "POST", "/elements", using="xpath", value=xpath)
+                if self.run("(arguments[0].closest('select') || arguments[0]).checkVisibility()",
+                            element)]
+            return found
+        found = []
+        wait_until(is_found)
+        return "/element/" + next(iter(found[0].values()))
+
+    def click(self, xpath):
+        """Click as a user does: this fails if the element is hidden or covered."""
+        self.send("POST", self.find(xpath) + "/click")
+
+    def press(self, text, within="//main"):
+        """Click the button with this text."""
+        self.click("%s//button[normalize-space()='%s']" % (within, text))
+
+    def type(self, xpath, text):
+        path = self.find(xpath)
+        self.send("POST", path + "/clear")
+        self.send("POST", path + "/value", text=text)
+
+    def type_into(self, label, text):
+        self.type("//form//*[@id=//label[.='%s']/@for]" % label, text)
+
+    def wait_for_text(self, text, within="main"):
+        wait_until(lambda: text in self.run("document.querySelector(arguments[0]).innerText",
+                                            within))
+
+    def log(self):
+        """Return the new messages in the browser's console, as text."""
+        return [entry["message"] for entry in self.send("POST", "/se/log", type="browser")]
+
+    def close(self):
+        with contextlib.suppress(OSError, AssertionError):
+            if self.session:
+                self.send("DELETE", "")
+        self.process.kill()
+        self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class TestBrowser(unittest.TestCase):
+    """The page in a real browser. Every change is checked at the proxy."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.browser = Browser()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.browser.close()
+
+    def setUp(self):
+        self.stack = contextlib.ExitStack()
+        self.addCleanup(self.stack.close)
+
+    def open_page(self, **arguments):
+        """Open the page of a proxy_with_control. Returns the proxy."""
+        proxy, self.client = self.stack.enter_context(proxy_with_control(**arguments))
+        self.stack.callback(self.leave)
+        self.url = "http://127.0.0.1:%d/" % self.client.port
+        self.browser.open(self.url)
+        return proxy
+
+    def leave(self):
+        """Close the page, and check that it has broken no rule of its policy."""
+        messages = self.browser.log()
+        self.browser.open("about:blank")
+        self.browser.run("window.name = ''")
+        unexpected = [text for text in messages if "the server responded with" not in text]
+        self.assertEqual(unexpected, [])
+
+    def confirm(self, verb):
+        """Press a button of the dialog. Returns its question."""
+        question = self.browser.run("document.getElementById('question').textContent")
+        self.browser.press(verb, "//dialog")
+        return question
+
+    def test_the_overview_is_live(self):
+        name = "<script>alert(1)</script>"
+        other = self.stack.enter_context(OpenProxy("127.0.0.1:9", name=name, enabled=False))
+        proxy = self.open_page(others=[other], behavior="100:delay",
+                               options={"delay": {"sleep": 0.001}})
+        browser = self.browser
+        browser.wait_for_text("delay 100 %")
+        for text in name, "on", "off", proxy.listen, "tcp":
+            browser.wait_for_text(text)
+        self.assertEqual(browser.run("document.scripts.length"), 1)
+        with connected_client(proxy) as sock:
+            for expected in 1, 2:
+                send_and_read(sock, b"question")
+                browser.wait_for_text("%d in all" % expected)
+            for text in "8 B", "1 in all":
+                browser.wait_for_text(text)
+        wait_until(lambda: browser.run(
+            "document.querySelectorAll('svg')[1].ariaLabel").startswith(
+                "requests per second in the last minute"))
+        wait_until(lambda: " " in browser.run(
+            "document.querySelectorAll('polyline')[1].getAttribute('points')"))
+
+    def test_quick_faults(self):
+        proxy = self.open_page(protocol="redis")
+        browser = self.browser
+        for button, described, times in (
+                ("slow", "toxic slow (100:both delay sleep=1.0 ttl=30.0)", "for 30 s"),
+                ("hang", "toxic hang (100:both hang per=connection ttl=300.0)", "for 5 min"),
+                ("down", "toxic down (100:both blackout", "until removed"),
+                ("error", "toxic error (100:both error warmup=0 kind=LOADING", None)):
+            with self.subTest(button):
+                if times:
+                    browser.click("//label[.='%s']" % times)
+                else:
+                    browser.click("//option[.='LOADING']")
+                browser.press(button)
+                wait_until(lambda: described.split(" per=")[0].split(" ttl")[0]
+                           in proxy.describe())
+                browser.wait_for_text(button + " 100 %", "main .active")
+        self.assertEqual([toxic.rule.ttl for toxic in proxy.toxics], [30, 300, 0, 0])
+        browser.click("//label[.='for 30 s']")
+        browser.press("down")           # the same toxic begins again, with a time
+        wait_until(lambda: [toxic.rule.ttl for toxic in proxy.toxics] == [30, 300, 30, 0])
+        browser.press("refuse")
+        wait_until(lambda: proxy.accept.current_mode() == "refuse")
+        browser.wait_for_text("refuse for", "main .active")
+        self.assertEqual(proxy.accept.fields, {"ttl": 30})
+
+    def test_the_form_of_a_toxic(self):
+        proxy = self.open_page()
+        browser = self.browser
+        browser.press("Add a fault")
+        browser.click("//option[.='latency']")
+        browser.type_into("latency", "200")
+        browser.type_into("Name", "far <b>")
+        browser.click("//summary[.='When it acts']")
+        browser.type_into("percent", "150")
+        browser.press("Add")
+        browser.wait_for_text("percent must be a number from 0 to 100", "main form")
+        self.assertEqual(browser.run("[...document.querySelectorAll('[aria-invalid]')].map("
+                                     "input => input.labels[0].textContent)"), ["percent"])
+        browser.type_into("percent", "50")
+        browser.type_into("match", "^GET")
+        browser.press("Add")
+        text = "toxic far <b> (50:both latency latency=200 jitter=0 "
+        wait_until(lambda: text in proxy.describe())
+        toxic, = proxy.toxics
+        self.assertEqual((toxic.rule.match.pattern, toxic.rule.per), (b"^GET", "request"))
+        browser.press("Change")
+        browser.type_into("jitter", "7")
+        browser.press("Save")
+        wait_until(lambda: "jitter=7" in proxy.describe())
+        browser.press("Remove")
+        self.assertIn("Remove far <b> from", self.confirm("Cancel"))
+        browser.press("Remove")
+        self.assertEqual(len(proxy.toxics), 1)
+        self.confirm("Remove")
+        wait_until(lambda: proxy.describe() == "100:dummy")
+
+    def test_the_form_of_a_rule(self):
+        proxy = self.open_page(behavior="20:delay", protocol="redis")
+        browser = self.browser
+        for kind, text in ("NOPE", "kind must be one of"), ("LOADING", ""):
+            browser.press("Add a fault")
+            browser.click("//option[.='error']")
+            browser.click("//option[.='rule']")
+            browser.click("//summary[.='When it acts']")
+            browser.type_into("kind", kind)
+            browser.type_into("percent", "5")
+            browser.press("Add", "//form")
+            if text:
+                browser.wait_for_text(text, "main form")
+                browser.press("Cancel")
+        added = "20:delay sleep=1.0, 5:error warmup=0 kind=LOADING, 75:dummy"
+        wait_until(lambda: proxy.describe() == added)
+        browser.click("(//main//button[.='Change'])[1]")
+        browser.type_into("sleep", "0.5")
+        browser.press("Save")
+        wait_until(lambda: proxy.describe() == added.replace("1.0", "0.5"))
+        browser.click("(//main//button[.='Remove'])[2]")
+        self.confirm("Remove")
+        wait_until(lambda: proxy.describe() == "20:delay sleep=0.5, 80:dummy")
+
+    def test_on_off_refuse_and_drop(self):
+        proxy = self.open_page()
+        group = "//*[@aria-label='new clients']"
+        for state, expected in (("refuse", (True, "refuse")), ("drop", (True, "drop")),
+                                ("on", (True, "normal")), ("off", (False, "normal")),
+                                ("on", (True, "normal"))):
+            with self.subTest(state):
+                self.browser.press(state, group)
+                if state == "off":
+                    self.assertIn("All its connections are closed", self.confirm("Turn off"))
+                wait_until(lambda: (proxy.enabled, proxy.accept.mode) == expected)
+                self.browser.find(group + "//button[@aria-pressed='true'][.='%s']" % state)
+
+    def test_connections_are_closed_and_reset(self):
+        proxy = self.open_page()
+        browser = self.browser
+        with connected_client(proxy) as first, connected_client(proxy) as second:
+            for sock in first, second:
+                send_and_read(sock, b"question")
+            browser.click("//summary[.='Connections']")
+            browser.wait_for_text("127.0.0.1:%d" % first.getsockname()[1])
+            browser.click("//tr[th='1']//button[.='Close']")
+            self.assertIn("Close connection 1 of", self.confirm("Close"))
+            self.assertEqual(read_until_close(first), EMPTY_EOF)
+            browser.click("//tr[th='2']//button[.='Reset']")
+            self.confirm("Reset")
+            self.assertEqual(read_until_close(second).ending, "reset")
+
+    def test_fault_records_are_live_and_filtered(self):
+        proxy = self.open_page(behavior="100:delay", options={"delay": {"sleep": 0.001}})
+        browser = self.browser
+        with connected_client(proxy) as sock:
+            for _ in range(3):
+                send_and_read(sock, b"question")
+            numbers = ("[...document.querySelectorAll('[aria-label=\"fault records\"] tbody th')]"
+                       ".map(cell => cell.textContent)")
+            wait_until(lambda: browser.run(numbers) == ["3", "2", "1"])
+            with proxy.handler("latency", latency=1):
+                send_and_read(sock, b"question")
+            wait_until(lambda: browser.run(numbers) == ["4", "3", "2", "1"])
+            browser.type("//input[@type='search']", "latency")
+            wait_until(lambda: browser.run(numbers) == ["4"])
+
+    def test_heal_everything(self):
+        other = self.stack.enter_context(OpenProxy("127.0.0.1:9", behavior="100:hang",
+                                                   name="a/b ?", accept="refuse"))
+        proxy = self.open_page(others=[other], behavior="20:delay")
+        proxy.add_toxic("latency")
+        for verb, healed in ("Cancel", False), ("Heal everything", True):
+            self.browser.press("Heal everything", "//header")
+            self.confirm(verb)
+            if healed:
+                wait_until(lambda: proxy.describe() == other.describe() == "100:dummy")
+                wait_until(lambda: other.accept.mode == "normal")
+            else:
+                self.assertIn("latency", proxy.describe())
+
+    def test_a_token_is_typed_into_the_page(self):
+        self.open_page(token="s3cret")
+        browser = self.browser
+        browser.run("sessionStorage.clear()")
+        for token in "wrong", "s3cret":
+            browser.type("//input[@type='password']", token)
+            browser.press("Use this token", "//form")
+            wait_until(lambda: browser.run("sessionStorage.getItem('token')") == token)
+        browser.wait_for_text("no fault")
+        browser.press("slow")
+        browser.wait_for_text("slow 100 %")
+        browser.open(self.url)          # the token is still known
+        browser.wait_for_text("slow 100 %")
+        self.assertEqual(browser.run("location.href"), self.url)
+        self.assertEqual(browser.run("document.cookie + JSON.stringify(localStorage)"), "{}")
+        self.assertFalse(browser.run("document.getElementById('login').checkVisibility()"))
+
+    def test_the_page_of_another_site_can_change_nothing(self):
+        proxy = self.open_page()
+        attacks = """
+            async () => {
+              const results = [], options = [{}, {mode: "no-cors"},
+                {headers: {"X-Fetch-Site": "same-origin"}}];
+              for (const more of options)
+                for (const [method, path, body] of [
+                    ["POST", "handler", "hang"], ["POST", "reset"], ["GET", "status"],
+                    ["POST", "proxies/vaurien/toxics", '{"type": "hang"}'], ["GET", "proxies"]])
+                  try {
+                    const response = await fetch(URL + path, {method, body, ...more});
+                    results.push(await response.text());
+                  } catch (error) { results.push(""); }
+              const form = document.createElement("form");
+              form.action = URL + "handler"; form.method = "POST"; form.enctype = "text/plain";
+              form.target = "frame";
+              const frame = document.createElement("iframe");
+              frame.name = "frame"; frame.src = URL;
+              document.body.append(form, frame);
+              await new Promise(done => frame.onload = done);
+              let text = "";
+              try { text = frame.contentDocument.body.innerText; } catch (_) { }
+              form.submit();
+              await new Promise(done => frame.onload = done);
+              return results.join("") + text;
+            }""".replace("URL", json.dumps(self.url))
+        class Site(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(200)
+                self.send_header("Content-Type", "text/html")
+                self.end_headers()
+
+            def log_message(self, *_):
+                pass
+
+        class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
+            daemon_threads = True       # a browser opens connections without a request, too
+
+        server = self.stack.enter_context(contextlib.closing(Server(("127.0.0.1", 0), Site)))
+        server.close = server.server_close
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        self.stack.callback(server.shutdown)
+        self.leave()
+        for host in "127.0.0.1", "localhost":
+            with self.subTest(host):
+                self.browser.open("http://%s:%d/" % (host, server.server_port))
+                self.assertEqual(self.browser.run("(%s)()" % attacks), "")
+        self.browser.log()              # has the refusals
+        self.assertEqual(proxy.describe(), "100:dummy")
+        self.assertEqual(len(proxy.rule_changes), 1)
+
+    def test_500_connections(self):
+        proxy = self.open_page()
+        socks = [self.stack.enter_context(connected_client(proxy)) for _ in range(500)]
+        wait_until(lambda: len(proxy.connections) == 500)
+        browser = self.browser
+        browser.click("//summary[.='Connections']")
+        count = "document.querySelectorAll('[aria-label=\"connections\"] tbody tr').length"
+        wait_until(lambda: browser.run(count) == 100)
+        browser.wait_for_text("100 of 500, the newest first")
+        browser.click("//label[.='all']")
+        wait_until(lambda: browser.run(count) == 500)
+        for sock in socks[::50]:
+            send_and_read(sock, b"question")
+
+    def test_the_page_is_usable_by_keyboard_and_screen_reader(self):
+        proxy = self.open_page()
+        browser = self.browser
+        browser.press("Add a fault")
+        browser.click("//summary[.='When it acts']")
+        browser.click("//summary[.='Connections']")
+        for expected, expression in (
+                ([], "inputs.filter(input => !input.labels.length && !input.ariaLabel)"
+                     ".map(input => input.outerHTML)"),
+                ([], "buttons.filter(button => !button.textContent).length ? 1 : []"),
+                ([], "[...document.querySelectorAll('thead th')].filter(head => "
+                     "head.scope !== 'col').map(head => head.outerHTML)"),
+                ([], "[...document.querySelectorAll('svg')].filter(chart => "
+                     "chart.role !== 'img').map(chart => chart.outerHTML)"),
+                ("en", "document.documentElement.lang")):
+            with self.subTest(expression):
+                self.assertEqual(browser.run(
+                    "(() => { const inputs = [...document.querySelectorAll('input, select')];"
+                    "const buttons = [...document.querySelectorAll('button')];"
+                    "return %s; })()" % expression), expected)
+        tab, enter = "\ue004", "\ue007"
+        browser.run("document.querySelector('#heal').focus()")
+        reached = set()
+        for _ in range(60):
+            browser.send("POST", "/actions", actions=[{
+                "type": "key", "id": "keyboard",
+                "actions": [{"type": type_, "value": tab} for type_ in ("keyDown", "keyUp")]}])
+            reached.add(browser.run("document.activeElement.textContent"))
+            if browser.run("document.activeElement.textContent") == "slow":
+                break
+        else:
+            self.fail("no tab stop at the button: %s" % reached)
+        browser.send("POST", "/actions", actions=[{
+            "type": "key", "id": "keyboard",
+            "actions": [{"type": type_, "value": enter} for type_ in ("keyDown", "keyUp")]}])
+        wait_until(lambda: "toxic slow" in proxy.describe())
+        # A poll does not take the focus away.
+        browser.wait_for_text("slow 100 %")
+        self.assertEqual(browser.run("document.activeElement.textContent"), "slow")
+
+    def test_no_other_resource_is_loaded_and_only_listed_routes_are_used(self):
+        self.open_page()
+        self.browser.click("//summary[.='Connections']")
+        self.browser.wait_for_text("the newest first")
+        urls = self.browser.run("performance.getEntriesByType('resource').map(item => item.name)")
+        self.assertTrue(urls)
+        for url in urls:
+            with self.subTest(url):
+                self.assertTrue(url.startswith(self.url), url)
+                path = "/" + url[len(self.url):].partition("?")[0]
+                routes, _, _ = vaurien.find_routes(path, None)
+                self.assertTrue(routes)
 
 
 if __name__ == "__main__":

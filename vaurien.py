@@ -30,7 +30,7 @@ Each section uses only the sections above it. `grep -n '^# -- ' vaurien.py` list
     vocabulary    Events, Checks
     extend here   Handlers, Options, Protocols
     engine        Rules, Chain, Delay queue, Loop, Sockets, Connection
-    service       Proxy, Metrics, Control, Toxiproxy, Interface
+    service       Proxy, Metrics, Page, Control, Toxiproxy, Interface
     programs      Command line, Demo, vaurienctl, Main
 
 Glossary:
@@ -7815,6 +7815,570 @@ class Statsd:
             self.sock = None
 
 
+# -- Page ---------------------------------------------------------------------
+#
+# The web page of the control server. It polls `GET /status` each second while it is visible, and
+# makes its forms from `GET /declarations`. It uses no other resource, and no other program than
+# a browser. All texts in it are written as text nodes, because names, SQL and keys come from
+# peers; the Content-Security-Policy excludes the other ways. NONCE is replaced for each response.
+
+PAGE = r"""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Vaurien</title>
+<style nonce="NONCE">
+:root { color-scheme: light dark; --ground: #f3f5f8; --card: #fff; --text: #1b1f24;
+  --soft: #57606a; --line: #d3d9e0; --accent: #0a56b4; --second: #8a3ab0; --good: #14653a;
+  --bad: #b3241b; }
+@media (prefers-color-scheme: dark) {
+  :root { --ground: #0e1217; --card: #171c23; --text: #e6edf3; --soft: #9ba6b2;
+    --line: #333c47; --accent: #74b6ff; --second: #d3a0f5; --good: #63d08b;
+    --bad: #ff938a; } }
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--ground);
+  color: var(--text); font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1, h2, h3, p, dl, dd, ul, fieldset { margin: 0; padding: 0; border: 0; list-style: none; }
+h1 { font-size: 1.4rem; }
+h3, legend, summary { margin: 1.2rem 0 .4rem; padding: 0; font-size: 1rem; font-weight: 600; }
+header, .row { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem .6rem; }
+header > :last-child, .spread > :last-child { margin-left: auto; }
+article, .notice, form { margin-top: 1rem; padding: 1rem; background: var(--card);
+  border: 1px solid var(--line); border-radius: 10px; }
+.soft, dt, small, thead, td::before, tbody th::before { color: var(--soft); }
+.error, .bad, .active b, .badge { color: var(--bad); }
+button, input, select { min-height: 2.1rem; padding: .2rem .7rem; font: inherit; color: inherit;
+  background: var(--card); border: 1px solid var(--soft); border-radius: 6px; }
+[type=radio], [type=checkbox] { min-height: 0; margin: 0 .3rem 0 0; vertical-align: -.1rem; }
+button { cursor: pointer; }
+button:hover { border-color: currentColor; box-shadow: 0 0 0 1px; }
+button.main, [aria-pressed=true] { background: var(--accent); color: var(--card); }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+.fold { padding: 0 .2rem; border: 0; font-size: 1.15rem; font-weight: 600; text-align: left; }
+.fold::before { content: "\25b8\a0"; }
+[aria-expanded=true]::before { content: "\25be\a0"; }
+.badge { padding: .05rem .6rem; border: 1px solid; border-radius: 1rem; }
+.badge.on { color: var(--good); }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .8rem;
+  margin: .7rem 0; }
+.big { font-size: 1.2rem; font-variant-numeric: tabular-nums; }
+svg { display: block; width: 100%; height: 2.2rem; margin: .1rem 0; color: var(--accent);
+  border-bottom: 1px solid var(--line); }
+svg :nth-child(n + 3) { color: var(--second); }
+polyline { fill: none; stroke: currentColor; vector-effect: non-scaling-stroke; }
+polygon { fill: currentColor; opacity: .13; }
+table { width: 100%; border-collapse: collapse; font-size: .93rem; }
+th, td { padding: .3rem .8rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line); }
+.scroll { max-height: 24rem; overflow: auto; }
+thead th { position: sticky; top: 0; background: var(--card); }
+td button { min-height: 1.8rem; margin-right: .3rem; }
+.fields { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr));
+  gap: .8rem 1.2rem; margin: .6rem 0; }
+.fields label { display: block; font-weight: 600; }
+.fields select, .fields input:not([type=checkbox]) { width: 100%; }
+.fields small { display: block; }
+[aria-invalid] { border: 2px solid var(--bad); }
+dialog { max-width: 28rem; padding: 1.2rem; background: var(--card); color: var(--text);
+  border: 1px solid var(--line); border-radius: 10px; }
+dialog::backdrop { background: #0008; }
+dialog .row { margin-top: 1rem; justify-content: flex-end; }
+@media (max-width: 44rem) {
+  body { padding: .6rem; }
+  button, select, td button, input:not([type=radio], [type=checkbox]) { min-height: 2.6rem; }
+  .tiles { grid-template-columns: 1fr 1fr; }
+  table, tbody, tr, td, tbody th { display: block; border: 0; }
+  thead { position: absolute; clip-path: inset(50%); }
+  tr { padding: .5rem 0; border-bottom: 1px solid var(--line); }
+  td, tbody th { display: flex; padding: .1rem 0; }
+  td::before, tbody th::before { content: attr(data-head); flex: 0 0 6.5rem; font-weight: 400; }
+}
+</style>
+<header>
+  <h1>Vaurien</h1>
+  <span class="soft" id="state" role="status">loading</span>
+  <button id="heal" class="bad">Heal everything</button>
+</header>
+<noscript><p class="notice">This page needs JavaScript.</p></noscript>
+<p id="alert" class="notice error" role="alert" hidden></p>
+<form id="login" class="row" hidden>
+  <label for="token">The token of this server (<code>--http-token</code>)</label>
+  <input id="token" type="password" autocomplete="off" required>
+  <button class="main">Use this token</button>
+</form>
+<main id="proxies"></main>
+<dialog id="ask" aria-labelledby="question">
+  <p id="question"></p>
+  <div class="row"><button id="no">Cancel</button><button id="yes" class="main">Yes</button></div>
+</dialog>
+<script nonce="NONCE">
+"use strict";
+// Texts come from other programs: names, SQL, keys. So they are written only as text nodes.
+
+const SAMPLES = 60, RECORDS = 200, NEWEST = 100;        // of a chart, of the tables
+const STATES = {on: "serves clients", refuse: "a new connect is refused",
+                drop: "a new connect gets no reply", off: "closed: all connections have ended"};
+const QUICK = {         // {name of a button and of its toxic: [handler, options, per]}
+  slow: ["delay", {sleep: 1}, "request"], hang: ["hang", {}, "connection"],
+  down: ["blackout", {}, "connection"], error: ["error", {}, "request"]};
+const views = new Map();        // {name of a proxy: its article}
+let declarations, retry, ids = 0;
+
+// Texts
+
+const number = (value, unit) => (value < 10 ? +value.toFixed(1) : Math.round(value)) + unit;
+function scaled(value, ...units) {
+  for (; value >= 1000 && units.length > 1; units.shift()) value /= 1000;
+  return number(value, units[0]);
+}
+const count = value => scaled(value, "", "k", "M", "G");
+const bytes = value => scaled(value, " B", " kB", " MB", " GB", " TB");
+const upDown = (up, down, format = bytes) => `\u2191 ${format(up)} \u2193 ${format(down)}`;
+const time = s => s < 1 ? number(1000 * s, " ms") : s < 100 ? number(s, " s") :
+  s < 6000 ? number(s / 60, " min") : number(s / 3600, " h");
+const clock = unix => new Date(1000 * unix).toTimeString().slice(0, 8);
+const assignments = values => Object.entries(values).map(([name, value]) =>
+  `${name}=${value === true ? "yes" : value === false ? "no" : value}`).join(" ");
+
+// Return the options and rule fields that differ from their defaults, and all numbers.
+function settings(rule) {
+  const {options} = declarations.handlers[rule.name] || {options: {mode: {}}};   // of accept
+  const usual = {...declarations.fields, ...options};
+  return assignments(Object.fromEntries(Object.entries(rule).filter(([name, value]) =>
+    name in usual && !["percent", "ttl"].includes(name)
+    && (value !== usual[name].default || (name in options && typeof value === "number")))));
+}
+
+function timeLeft(rule, now) {
+  if (rule.until === undefined || rule.until === null) return rule.active === false ? "over" : "";
+  return `${rule.active ? "for" : "sleeps for"} ${time(Math.max(0, rule.until - now))}, until `
+         + clock(rule.until);
+}
+
+// Elements
+
+// A value of `attributes` is a text, a boolean, or the listener of an event.
+function el(tag, attributes, ...children) {
+  const space = /^(svg|poly)/.test(tag) ? "http://www.w3.org/2000/svg"
+                                        : "http://www.w3.org/1999/xhtml";
+  const element = document.createElementNS(space, tag);
+  for (const [name, value] of Object.entries(attributes || {})) {
+    if (typeof value === "function") element.addEventListener(name, value);
+    else if (typeof value === "boolean") element.toggleAttribute(name, value);
+    else element.setAttribute(name, value);
+  }
+  element.append(...children);
+  return element;
+}
+
+const $ = id => document.getElementById(id);
+const put = (element, text) => element.textContent === text || (element.textContent = text);
+const button = (text, click, more) => el("button", {type: "button", click, ...more}, text);
+const choices = texts => texts.map(text => el("option", {}, text));
+
+// Return an input with its label and help.
+function labelled(text, input, help = "") {
+  input.id = "input" + ++ids;
+  input.setAttribute("aria-describedby", input.id + "help");
+  return el("div", {}, el("label", {for: input.id}, text), input,
+            el("small", {id: input.id + "help"}, help));
+}
+
+// Let `parent` have a child for each item. An item with the same key keeps its element, and so
+// the focus too.
+function sync(parent, items, key, make) {
+  const old = new Map([...parent.children].map(child => [child.key, child]));
+  items.forEach((item, index) => {
+    const child = old.get(key(item)) || make(item);
+    child.key = key(item);
+    old.delete(child.key);
+    if (parent.children[index] !== child) parent.insertBefore(child, parent.children[index]);
+    child.show(item);
+  });
+  old.forEach(child => child.remove());
+}
+
+// Return a table, whose method `show` shows items. cells(item) returns the texts of a row, and
+// buttons(item) the elements of its last cell.
+function table(caption, heads, key, cells, buttons = () => []) {
+  const body = el("tbody");
+  const head = el("tr", {}, ...heads.map(text => el("th", {scope: "col"}, text)));
+  const label = {"aria-label": caption};
+  const element = el("div", {class: "scroll", tabindex: "0", role: "region", ...label},
+                     el("table", label, el("thead", {}, head), body));
+  function make(item) {
+    const row = el("tr", {}, ...heads.map((text, index) => el(index ? "td" : "th", {
+      "data-head": text, ...index ? {} : {scope: "row"}})));
+    row.lastChild.append(...buttons(item));
+    row.show = item => cells(item).forEach((text, index) => put(row.children[index], text));
+    return row;
+  }
+  element.show = items => sync(body, items, key, make);
+  return element;
+}
+
+// Return a number with a chart of its last minute.
+function tile(title, unit, ...lines) {
+  const shapes = lines.flatMap(() => [el("polygon"), el("polyline")]), samples = [];
+  const chart = el("svg", {viewBox: `0 0 ${SAMPLES - 1} 20`, preserveAspectRatio: "none",
+                           role: "img"}, ...shapes);
+  const big = el("dd", {class: "big"}), note = el("dd", {class: "soft"});
+  const element = el("div", {}, el("dt", {}, title), big, el("dd", {}, chart), note);
+  element.show = (text, noteText, ...values) => {
+    put(big, text);
+    put(note, noteText);
+    samples.push(values);
+    samples.splice(0, samples.length - SAMPLES);
+    const most = Math.max(...samples.flat()), start = SAMPLES - samples.length;
+    lines.forEach((_, line) => {
+      const points = samples.map((sample, index) =>
+        `${start + index},${19 - 18 * sample[line] / (most || 1)}`).join(" ");
+      shapes[2 * line].setAttribute("points", `${start},20 ${points} ${SAMPLES - 1},20`);
+      shapes[2 * line + 1].setAttribute("points", points);
+    });
+    chart.setAttribute("aria-label",
+                       `${lines.join(", ")} in the last minute: ${unit(most)} at most`);
+  };
+  return element;
+}
+
+// Requests
+
+async function call(method, path, body) {
+  const token = sessionStorage.getItem("token");
+  const response = await fetch(path, {
+    method, cache: "no-store", redirect: "error", body: body && JSON.stringify(body),
+    headers: {"X-Fetch-Site": "same-origin", ...token && {Authorization: "Bearer " + token}}});
+  const text = await response.text();
+  if (response.ok) return text && JSON.parse(text);
+  const value = text.startsWith("{") ? JSON.parse(text) : {error: text};
+  const message = value.errors ? value.errors.map(error => error.description).join("; ")
+                               : value.error.replace(/^bad request body: /, "");
+  throw Object.assign(new Error(message), {status: response.status});
+}
+
+const query = name => "?proxy=" + encodeURIComponent(name);
+const path = (...names) => "/proxies/" + names.map(encodeURIComponent).join("/");
+
+// Change the rules of a behavior. change(rules, indices) gets the indices of those that act.
+async function changeRules(name, change) {
+  const {rules} = await call("GET", "/rules" + query(name));
+  change(rules, rules.flatMap((rule, index) => rule.name === "dummy" ? [] : [index]));
+  await call("PUT", "/rules" + query(name), {rules});
+}
+
+// Make a change, and show its effect at once. A question is asked first, if there is one.
+async function act(change, question, verb) {
+  if (question) {
+    put($("question"), question);
+    put($("yes"), verb);
+    $("ask").returnValue = "no";
+    $("ask").showModal();
+    await new Promise(done => $("ask").addEventListener("close", done, {once: true}));
+    if ($("ask").returnValue !== "yes") return;
+  }
+  let message = "";
+  try {
+    await change();
+    await refresh(0);
+  } catch (error) {
+    message = error.message;
+  }
+  put($("alert"), message);
+  $("alert").hidden = !message;
+}
+
+// A proxy
+
+// Return {name, active, until} of a proxy that refuses or drops new clients, or is off.
+function stateOf({enabled, accept}) {
+  const mode = accept.mode || accept, name = !enabled ? "off" : mode === "normal" ? "on" : mode;
+  return {name, active: accept.active, until: accept.until};
+}
+
+function makeProxy({name, protocol}) {
+  const body = el("div", {id: "body" + ++ids, hidden: true}), formPlace = el("div");
+  const fold = button(name, () => article.unfold(body.hidden), {
+    class: "fold", "aria-expanded": "false", "aria-controls": body.id});
+  const badge = el("span"), addresses = el("span", {class: "soft"});
+  const active = el("ul", {class: "row active", "aria-label": "active faults"});
+  const tiles = {
+    open: tile("Connections", count, "connections"),
+    requests: tile("Requests", count, "requests per second"),
+    bytes: tile("Bytes", bytes, "bytes per second to the backend", "to the client"),
+    faults: tile("Faults", count, "faults per second"),
+    latency: tile("Time to the reply", time, "median", "95th percentile")};
+  const article = el("article", {"aria-label": name},
+    el("div", {class: "row spread"}, el("h2", {}, fold), badge, addresses),
+    el("dl", {class: "tiles"}, ...Object.values(tiles)), active, body);
+  let proxy;                            // its status
+
+  const states = Object.keys(STATES).map(state => button(state, () => act(
+    () => call("POST", path(name), state === "off" ? {enabled: false} : {
+      enabled: true, accept: state === "on" ? "normal" : state}),
+    state === "off" && `Turn ${name} off? All its connections are closed.`, "Turn off"),
+    {title: STATES[state]}));
+  const faults = table("rules and toxics", ["Fault", "Kind", "Settings", "Percent", "Time", ""],
+    rule => JSON.stringify([rule.toxic, rule.block, rule.index]),
+    rule => [rule.toxic || rule.name, rule.block ? "block of a test"
+             : rule.toxic ? "toxic: " + rule.name : "rule", settings(rule), rule.percent + " %",
+             timeLeft(rule, proxy.time) || "until removed"],
+    rule => rule.block ? [] : [
+      button("Change", () => edit(proxy.installed.find(
+        other => other.toxic === rule.toxic && other.index === rule.index))),
+      button("Remove", () => act(() => rule.toxic
+        ? call("DELETE", path(name, "toxics", rule.toxic))
+        : changeRules(name, (rules, indices) => rules.splice(indices[rule.index], 1)),
+        `Remove ${rule.toxic || rule.name} from ${name}?`, "Remove"), {class: "bad"})]);
+  const connections = table("connections",
+    ["Number", "Client", "Backend", "Age", "Bytes", "Held", "Requests", "Faults", ""],
+    item => item.number,
+    item => [String(item.number), item.client, item.backend + (item.connected ? "" : " (waits)"),
+             time(item.age), upDown(item.bytes_up, item.bytes_down),
+             bytes(item.held_up + item.held_down), count(item.requests),
+             item.faults.slice(-3).join(", ")],
+    item => ["Close", "Reset"].map(verb => button(verb, () => act(
+      () => call("DELETE", `/connections/${item.number}${query(name)}&reset=${
+        verb === "Reset" ? "yes" : "no"}`),
+      `${verb} connection ${item.number} of ${name}?`, verb), {class: "bad"})));
+  const all = el("input", {type: "checkbox", change: () => act(() => {})}), shown = el("span");
+  const list = el("details", {toggle: () => act(() => {})}, el("summary", {}, "Connections"),
+    el("div", {class: "row soft"}, el("label", {}, all, "all"), shown), connections);
+  let records = [];
+  const log = table("fault records", ["Number", "Time", "Fault", "Options", "Toxic",
+                                      "Connection", "Request", "Client"],
+    item => item.number,
+    item => [String(item.number), clock(item.time), `${item.handler} ${item.change || ""}`,
+             settings({...item.options, name: item.handler}), item.toxic || "",
+             String(item.connection || ""), String(item.request || ""), item.client]);
+  const filter = el("input", {type: "search", input: showRecords});
+  body.append(quickFaults(name, protocol, () => proxy), el("h3", {}, "New clients"),
+    el("div", {class: "row", role: "group", "aria-label": "new clients"}, ...states),
+    el("h3", {}, "Rules and toxics"), faults, el("p", {}, button("Add a fault", () => edit())),
+    formPlace, list, el("h3", {}, "Fault records"),
+    el("div", {class: "row"}, el("label", {}, "Filter ", filter)), log);
+
+  const edit = rule => formPlace.replaceChildren(
+    faultForm(proxy, rule, () => formPlace.replaceChildren()));
+
+  function showRecords() {
+    const text = filter.value.toLowerCase();
+    log.show(records.filter(item => JSON.stringify(item).toLowerCase().includes(text)));
+  }
+
+  article.unfold = open => {
+    fold.setAttribute("aria-expanded", open);
+    body.hidden = !open;
+    if (open) act(() => {});
+  };
+  article.show = status => {
+    const {counts, rates, installed, latency: {p50, p95} = {}} = proxy = status;
+    let index = 0;
+    for (const rule of installed) if (!rule.toxic && !rule.block) rule.index = index++;
+    const state = stateOf(proxy), shown = [...state.name === "on" ? [] : [state], ...installed];
+    badge.className = "badge " + state.name;
+    put(badge, state.name);
+    put(addresses, `${proxy.listen} \u2192 ${proxy.backend} \u00b7 ${protocol}`);
+    for (const item of states)
+      item.setAttribute("aria-pressed", item.textContent === state.name);
+    sync(active, shown.length ? shown : [{}], rule => rule.toxic || rule.name, () => {
+      const text = el("b"), more = el("span"), item = el("li", {}, text, " ", more);
+      item.show = rule => {
+        put(text, rule.toxic || rule.name || "");
+        put(more, !rule.name ? "no fault"
+            : ("percent" in rule ? `${rule.percent} % ` : "") + timeLeft(rule, proxy.time));
+      };
+      return item;
+    });
+    faults.show(installed);
+    if (!("requests" in rates)) return;
+    tiles.open.show(count(proxy.open), count(counts.connections) + " in all", proxy.open);
+    for (const key of ["requests", "faults"])
+      tiles[key].show(count(rates[key]) + "/s", count(counts[key]) + " in all", rates[key]);
+    tiles.bytes.show(upDown(rates.bytes_up, rates.bytes_down, value => bytes(value) + "/s"),
+      upDown(counts.bytes_up, counts.bytes_down) + " in all", rates.bytes_up, rates.bytes_down);
+    tiles.latency.show(p50 == null ? "\u2013" : `${time(p50)}, ${time(p95)}`,
+                       "median, 95th percentile", p50 || 0, p95 || 0);
+  };
+  article.fetch = async () => {
+    if (body.hidden) return;
+    if (list.open) {
+      const found = (await call("GET", "/connections" + query(name)
+                                       + (all.checked ? "" : "&newest=" + NEWEST))).connections;
+      connections.show(found.reverse());
+      put(shown, `${found.length} of ${proxy.open}, the newest first`);
+    }
+    const newest = () => records.length ? records[0].number : 0;
+    if (newest() > proxy.faults) records = [];      // the proxy is another one of this name
+    const {events} = await call("GET", `/events${query(name)}&since=${
+      Math.max(newest(), proxy.faults - RECORDS)}`);
+    records = [...events.filter(item => item.number > newest()).reverse(), ...records]
+      .slice(0, RECORDS);
+    showRecords();
+  };
+  views.set(name, article);
+  return article;
+}
+
+// Return the buttons that each add or renew a toxic of their name.
+function quickFaults(name, protocol, proxy) {
+  const kinds = declarations.kinds[protocol] || [], group = "time" + ++ids;
+  const times = [["for 30 s", 30], ["for 5 min", 300], ["until removed", 0]].map(
+    ([text, value], index) => el("label", {}, el("input", {
+      type: "radio", name: group, value, checked: !index}), text));
+  const kind = el("select", {"aria-label": "kind of error", hidden: !kinds.length},
+                  el("option", {value: ""}, "any kind"), ...choices(kinds));
+  const ttl = () => +times.find(label => label.firstChild.checked).firstChild.value;
+  const quick = text => act(() => {
+    const [type, usual, per] = QUICK[text];
+    const attributes = {...usual, ...text === "error" && kinds.length && {kind: kind.value}};
+    const exists = proxy().installed.some(rule => rule.toxic === text && rule.name === type);
+    return exists ? call("POST", path(name, "toxics", text), {attributes, ttl: ttl()})
+      : call("POST", path(name, "toxics"),
+             {name: text, type, attributes, per, stream: "both", ttl: ttl()});
+  });
+  return el("fieldset", {}, el("legend", {}, "Quick faults"), el("div", {class: "row"}, ...times),
+    el("p", {class: "row"},
+      ...["slow", "hang", "down"].map(text => button(text, () => quick(text))),
+      button("refuse", () => act(() => call("PUT", "/proxy" + query(name), {
+        accept: {mode: "refuse", ttl: ttl()}}))),
+      button("error", () => quick("error")), kind));
+}
+
+// Return an element with an input for each declared option or field, with {name: input} and a
+// method `read`.
+function inputs(declared, values, kinds) {
+  const element = el("div", {class: "fields"}), all = element.all = {};
+  for (const [name, {type, default: usual, help, choices: texts}] of Object.entries(declared)) {
+    const input = all[name] = texts.length ? el("select", {}, ...choices(texts)) : el("input",
+      {type: {bool: "checkbox", int: "number", float: "number"}[type] || "text",
+       step: type === "int" ? "1" : "any"});
+    element.append(labelled(name, input, help));
+    if (type === "bool") input.checked = values[name] ?? usual;
+    else input.value = values[name] ?? usual ?? "";
+    if (name === "kind" && kinds) {
+      input.setAttribute("list", input.id + "kinds");
+      element.append(el("datalist", {id: input.id + "kinds"}, ...choices(kinds)));
+    }
+  }
+  element.read = () => Object.fromEntries(Object.entries(all).map(([name, input]) => [name,
+    input.type === "checkbox" ? input.checked : input.value === "" ? declared[name].default
+      : input.type === "number" ? +input.value : input.value]));
+  return element;
+}
+
+// Return the form for a new fault, or for a change of `rule`.
+function faultForm({name, protocol}, rule, close) {
+  const {handlers, fields, kinds} = declarations;
+  const type = el("select", {change: build}, ...choices(Object.keys(handlers)));
+  const kind = el("select", {change: build}, ...choices(["toxic", "rule"]));
+  const toxicName = el("input"), place = el("div");
+  const failure = el("p", {class: "error", role: "alert"});
+  const namePlace = labelled("Name", toxicName, "any name; default: the fault and its stream");
+  const form = el("form", {submit}, el("h3", {}, rule ? "Change a fault" : "Add a fault"),
+    el("div", {class: "fields", hidden: Boolean(rule)}, labelled("Fault", type),
+       labelled("Add as", kind, "toxic: acts beside all other faults; rule: at most one rule acts "
+                              + "on a request"), namePlace),
+    place, failure, el("div", {class: "row"}, el("button", {class: "main"}, rule ? "Save" : "Add"),
+                       button("Cancel", close)));
+  let options, when;
+  type.value = rule ? rule.name : "delay";
+  kind.value = !rule || rule.toxic ? "toxic" : "rule";
+
+  function build() {
+    const isToxic = kind.value === "toxic", handler = handlers[type.value];
+    namePlace.hidden = !isToxic;
+    options = inputs(handler.options, rule || {}, kinds[protocol]);
+    // Rule fields are texts, like 90s. Of a toxic, the server changes only two of them.
+    when = inputs(Object.fromEntries(Object.entries(fields).filter(([key]) =>
+      !(key in handler.options) && (!rule || !isToxic || ["percent", "ttl"].includes(key)))
+      .map(([key, field]) => [key, {...field, type: "str"}])), rule || {});
+    place.replaceChildren(el("p", {}, handler.help), options, el("details", {open: Boolean(rule)},
+      el("summary", {}, "When it acts"), when));
+  }
+
+  function save() {
+    const attributes = options.read(), all = Object.entries(when.read());
+    const chosen = Object.fromEntries(all.filter(([key, value]) => value !== null
+      && (rule || value !== String(fields[key].default))));
+    if (kind.value === "rule")
+      return changeRules(name, (rules, indices) => rules.splice(
+        rule ? indices[rule.index] : rules.length, 1,
+        {name: type.value, ...attributes, ...chosen}));
+    return rule ? call("POST", path(name, "toxics", rule.toxic), {attributes, ...chosen})
+      : call("POST", path(name, "toxics"), {
+        ...toxicName.value && {name: toxicName.value}, type: type.value, attributes,
+        per: "request", stream: "both", ...chosen});
+  }
+
+  async function submit(event) {
+    event.preventDefault();
+    const all = {...when.all, ...options.all};
+    Object.values(all).forEach(input => input.removeAttribute("aria-invalid"));
+    try {
+      await save();
+      close();
+      await refresh(0);
+    } catch (error) {
+      put(failure, error.message);
+      for (const key of error.message.split("; ").map(text => text.split(" ")[0]))
+        if (key in all) all[key].setAttribute("aria-invalid", "true");
+    }
+  }
+
+  build();
+  return form;
+}
+
+// The loop
+
+async function refresh(seconds) {
+  declarations = declarations || await call("GET", "/declarations");
+  const {version, proxies} = await call("GET", "/status?seconds=" + seconds);
+  const first = !views.size;
+  sync($("proxies"), proxies, proxy => proxy.name, makeProxy);
+  const names = proxies.map(proxy => proxy.name);
+  [...views.keys()].filter(name => !names.includes(name)).forEach(name => views.delete(name));
+  if (first && names.length === 1) views.get(names[0]).unfold(true);
+  put($("state"), `${version} \u00b7 proxies: ${names.length}`);
+  $("login").hidden = true;
+  await Promise.all([...views.values()].map(view => view.fetch()));
+}
+
+async function poll() {
+  for (let seconds = 0; ; ) {
+    try {
+      while (document.hidden) await new Promise(
+        done => document.addEventListener("visibilitychange", done, {once: true}));
+      await refresh(seconds);
+      seconds = 1;
+    } catch (error) {
+      seconds = 0;
+      put($("state"), error.status ? error.message : "no reply: " + error.message);
+      $("login").hidden = error.status !== 401;
+      await new Promise(done => {
+        retry = done;
+        if (error.status !== 401) setTimeout(done, 1000);
+      });
+    }
+  }
+}
+
+$("login").addEventListener("submit", event => {
+  event.preventDefault();
+  sessionStorage.setItem("token", $("token").value);
+  $("token").value = "";
+  retry();
+});
+$("heal").addEventListener("click", () => act(
+  () => Promise.all([...views.keys()].map(name => call("POST", "/proxy/reset" + query(name)))),
+  "Remove all rules and toxics of all proxies, and serve all clients?", "Heal everything"));
+for (const id of ["yes", "no"]) $(id).addEventListener("click", () => $("ask").close(id));
+poll();
+</script>
+"""
+
+
 # -- Control ------------------------------------------------------------------
 #
 # The HTTP control server. Tests use it to change proxies while they run. handle_request shows
@@ -7949,7 +8513,8 @@ def handle_request(control, method, target, read_body, headers=None):
     path = re.sub("^//+", "/", path)    # a client may append "/proxies" to "http://host/"
     routes, names, dialect = find_routes(path, control.dialect)
     try:
-        control.check_access(headers or {})
+        is_page = path == "/" and method in ("GET", "HEAD") and accepts_html(headers or {})
+        control.check_access(headers or {}, is_page)
         body = read_body()
         chosen_route = choose_route(routes, method, path, dialect)
         request = read_request(control, chosen_route, path, names, query, body, headers or {})
@@ -8078,7 +8643,9 @@ def parse_short_int(text):
 
 @route("GET", "/", needs_proxy=False)
 def index(request):
-    """Return this list."""
+    """Return this list, or the web page if the client accepts text/html."""
+    if accepts_html(request.headers):
+        return page_response()
     lines = ["Vaurien %s control API, one example each." % __version__, ""]
     for path, routes in ROUTES.items():
         for method, listed_route in routes.items():
@@ -8090,6 +8657,25 @@ def index(request):
                   ", ".join("%s (seed %s)" % (proxy.name, proxy.seed)
                             for proxy in request.control.proxies.values()) or "none yet")]
     return "\n".join(lines) + "\n"
+
+
+def accepts_html(headers):
+    """Return whether a client is a browser that loads a page. curl accepts */*."""
+    return "text/html" in headers.get("Accept", "").lower()
+
+
+def page_response():
+    """Return the ApiResponse with the page. Only its own script and style may run."""
+    nonce = os.urandom(16).hex()
+    return ApiResponse(200, {
+        "Content-Type": "text/html; charset=utf-8",
+        "Content-Security-Policy": (
+            "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; "
+            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+            "require-trusted-types-for 'script'; trusted-types 'none'".format(nonce)),
+        "X-Frame-Options": "DENY", "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer", "Cross-Origin-Opener-Policy": "same-origin",
+        "Cache-Control": "no-store", "Vary": "Accept"}, PAGE.replace("NONCE", nonce))
 
 
 def curl_arguments(url, method, path, example):
@@ -8250,9 +8836,13 @@ def measure_status(request):
     proxies = list(request.control.proxies.values())
     before = [proxy.loop.run_sync(count_all, proxy) if seconds else {} for proxy in proxies]
     time.sleep(seconds)
-    return {"version": __version__, "proxies": [
-        proxy.loop.run_sync(status_to_json, proxy, counts)
-        for proxy, counts in zip(proxies, before)]}
+    try:
+        return {"version": __version__, "proxies": [
+            proxy.loop.run_sync(status_to_json, proxy, counts)
+            for proxy, counts in zip(proxies, before)
+            if request.control.proxies.get(proxy.name) is proxy]}
+    except RuntimeError:                # the proxies have stopped in the meantime
+        raise ConnectionAbortedError from None
 
 
 def count_all(proxy):
@@ -8453,13 +9043,17 @@ class Control:
 
     # Access
 
-    def check_access(self, headers):
-        """Raise ApiError, and log it, unless a request with these headers is permitted."""
+    def check_access(self, headers, is_page=False):
+        """Raise ApiError, and log it, unless a request with these headers is permitted.
+
+        is_page    whether it is for the page, which is the same for everyone and has no data. So
+                   it needs no token, and the page of another site may have a link to it
+        """
         try:
-            if self.token:
+            if not self.token:
+                self.check_origin(headers, is_page)
+            elif not is_page:
                 self.check_token(headers)
-            else:
-                self.check_origin(headers)
         except ApiError as error:
             now = time.monotonic()
             if now - self.last_refusal_log >= 1:        # log at most once a second
@@ -8479,7 +9073,7 @@ class Control:
                                   "where TOKEN is the value of --http-token")],
                            {"WWW-Authenticate": "Bearer"})
 
-    def check_origin(self, headers):
+    def check_origin(self, headers, is_page=False):
         """Raise ApiError if a browser has sent the request for a page of another site.
 
         The headers Origin (RFC 6454) and Sec-Fetch-Site (Fetch Metadata) show this. They do not
@@ -8498,7 +9092,7 @@ class Control:
         if origin is not None and origin.lower() not in own_origins:
             raise ApiError(403, [("header", "Origin", "cross-origin request from %r refused"
                                   % origin[:200])])
-        if headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        if headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and not is_page:
             raise ApiError(403, [("header", "Sec-Fetch-Site", "cross-site request refused")])
 
     def is_own_host(self, host):
