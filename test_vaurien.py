@@ -200,6 +200,31 @@ class Passes(vaurien.BaseHandler):
         (backend_sock if to_backend else client_sock).sendall(data)
 
 
+class ThreadedCall:
+    """A context manager: a call of a function in a thread. It waits for its end."""
+
+    def __init__(self, function, *args, **kwargs):
+        self.outcome = []
+        self.thread = threading.Thread(
+            target=lambda: self.outcome.extend(vaurien.capture(
+                functools.partial(function, *args, **kwargs))))
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self.thread.join(TIMEOUT)
+
+    def result(self):
+        """Return the result of the call, or raise its exception."""
+        self.thread.join(TIMEOUT)
+        value, exc = self.outcome
+        if exc:
+            raise exc
+        return value
+
+
 # Ports and addresses
 
 def listening_socket(port=0):
@@ -2480,7 +2505,7 @@ class TestProtocolChain(unittest.TestCase):
             play.client(query + query + query + PG_SYNC)
             play.backend(PG_ERROR + PG_READY).assert_becomes(
                 error_bytes("postgres", "57014") + PG_READY)
-        self.assertEqual([number for _, number in play.newly_acted()], [2, 5])
+        self.assertEqual([number for _, number, _ in play.newly_acted()], [2, 5])
 
     def test_rules_act_on_the_bytes_that_continue_a_request(self):
         play = self.play_postgres(
@@ -3425,7 +3450,8 @@ class Simulation:
         for t, to, data, delays in events:
             (self.up if to == UPSTREAM else self.down).put(t, data, self.now, delays)
         newly_acted, self.chain.newly_acted = self.chain.newly_acted, []
-        self.faults += [(active.rule.per == "connection", number) for active, number in newly_acted
+        self.faults += [(active.rule.per == "connection", number)
+                        for active, number, _ in newly_acted
                         if active.rule.name in ("error", "transient")]
 
     def rules_changed(self, new, removed, changed, woken=()):
@@ -3540,7 +3566,7 @@ class TestProtocols(unittest.TestCase):
             reply = sock.makefile("rb").readline()
             kind = proxy.wait_for("error").options["kind"]
             self.assertEqual(reply, vaurien.Redis().encode_error(kind))
-        self.assertIn(": error warmup=0 kind=%s (client " % kind, logged.output[0])
+        self.assertIn(":error warmup=0 kind=%s: connection 1, " % kind, logged.output[0])
 
     def test_a_kind_that_is_drawn_for_a_client_that_connects(self):
         with running_proxy(echo, "100:error", protocol="smtp") as proxy, \
@@ -4444,7 +4470,7 @@ class TestChain(unittest.TestCase):
         chain.begin_request()
         for event in (0, UPSTREAM, b"q"), (0, DOWNSTREAM, b"a"), (0, DOWNSTREAM, b"b"):
             chain.process(*event)
-        self.assertEqual([(active.rule.name, request) for active, request in chain.newly_acted],
+        self.assertEqual([(active.rule.name, request) for active, request, _ in chain.newly_acted],
                          [("error", 2)])
 
     def test_a_bug_in_a_handler_resets_the_connection_and_is_logged_with_its_name(self):
@@ -6566,6 +6592,117 @@ class TestLatencies(unittest.TestCase):
                           "vaurien.vaurien.latency_seconds.p95"])
 
 
+class TestFaultRecords(unittest.TestCase):
+    """The record of a fault shows the request that it acted on."""
+
+    def texts(self, requests, behavior="100:delay", before=True, **arguments):
+        """Send requests one after the other on one connection. Returns the texts of the faults."""
+        options = {"delay": {"sleep": 0.001, "before": before}}
+        with running_proxy(echo, behavior, options=options, **arguments) as proxy, \
+                connected_client(proxy) as sock:
+            for data in requests:
+                send_and_read(sock, data)
+            wait_until(lambda: all(record.text for record in proxy.events()))
+            return [record.text for record in proxy.events()]
+
+    def test_the_first_bytes_of_a_request(self):
+        redis = "*%d\r\n$%d\r\n%s\r\n$%d\r\n%s\r\n"
+        get, auth = [(redis % (2, len(name), name, len(key), key)).encode()
+                     for name, key in (("GET", "user:42"), ("auth", "secret"))]
+        head = b"PUT /%s HTTP/1.1\r\nAuthorization: Basic secret\r\nContent-Length: 0\r\n\r\n"
+        for protocol, data, text in (
+                ("tcp", b"question", "question"),
+                ("tcp", b"a\r\n\0\xff\xc3\xa9\x1b[0m", "a\\r\\n\\x00\\xff\xe9\\x1b[0m"),
+                ("tcp", b"x" * 500, "x" * 80), ("tcp", b"\0" * 500, "\\x00" * 20),
+                ("redis", get, "GET user:42"), ("redis", auth, "AUTH"),
+                ("redis", b"PING " + b"x" * 500 + b"\r\n", "PING " + "x" * 75),
+                ("memcache", b"get user:42\r\n", "get user:42"),
+                ("http", head % b"cart", "PUT /cart HTTP/1.1"),
+                ("http", head % (b"x" * 100), "PUT /" + "x" * 75)):
+            repeated = 1 if protocol in ("http", "memcache") else 2     # no reply is an echo
+            for before in (True, False) if repeated == 2 else (True,):
+                with self.subTest(protocol, text=text, before=before):
+                    texts = self.texts([data] * repeated, before=before, protocol=protocol)
+                    self.assertEqual(texts, [text] * repeated)
+
+    def test_the_text_of_a_request_without_an_active_rule_is_not_kept(self):
+        for behavior, kept in (("0:delay", b""), ("100:delay", b"get user:42")):
+            chain = vaurien.ProtocolChain(rule_set_of(*rules_from(behavior)), 1,
+                                          vaurien.Memcache())
+            chain.start()
+            chain.process_bytes(0, UPSTREAM, b"get user:42\r\n")
+            self.assertEqual(chain.exchanges[0].request.text, kept)
+
+    def test_the_text_for_a_blocking_handler(self):
+        with registered(Passes):
+            self.assertEqual(self.texts([b"question"], "100:Passes"), ["question"])
+
+    def test_a_fault_before_the_first_bytes_of_a_request(self):
+        """Its record has the text as soon as the bytes have come."""
+        with running_proxy(echo, "100:delay", options={"delay": {"sleep": 0.001}}) as proxy, \
+                connected_client(proxy) as sock:
+            self.assertEqual(proxy.wait_for("delay", TIMEOUT).text, "")
+            sock.sendall(b"question")
+            wait_until(lambda: proxy.events()[0].text == "question")
+
+    def test_a_record_has_the_toxic_and_its_stream(self):
+        toxics = [{"type": "latency", "name": "slow", "latency": 1}]
+        with running_proxy(echo, toxics=toxics) as proxy, connected_client(proxy) as sock:
+            send_and_read(sock, b"question")
+            record, = proxy.events()
+        self.assertEqual((record.toxic, record.stream, record.text),
+                         ("slow", "downstream", "question"))
+
+    def test_the_log_shows_the_addresses_of_remote_clients_only(self):
+        with running_proxy(echo) as proxy, mock.patch.object(vaurien, "is_loopback") as loopback:
+            active = vaurien.ActiveRule(vaurien.Rule("delay"), 1)
+            connection = mock.Mock(number=1, faults=None, textless=(), peer=("192.0.2.1", 5))
+            connection.name = "192.0.2.1:5"
+            for loopback.return_value, suffix in ((True, ""), (False, " (client 192.0.2.1:5)")):
+                with self.assertLogs("vaurien", "INFO") as logged:
+                    proxy.loop.run_sync(proxy.record_fault, connection, active, 1, b"a\n")
+                self.assertEqual(logged.output, ["INFO:vaurien:delay sleep=1.0: connection 1, "
+                                                 "request 1, a\\n" + suffix])
+
+    def test_a_record_that_is_gone_gets_no_text(self):
+        proxy = vaurien.ProxyServer(("127.0.0.1", 9), ("127.0.0.1", 0))
+        with mock.patch.object(vaurien, "FAULT_RECORDS_KEPT", 2):
+            proxy.events = vaurien.deque(maxlen=2)
+            for request in range(3):
+                proxy.add_record(1, "a:1", request, "delay", {})
+            proxy.set_record_text([1, 3], b"text")
+        self.assertEqual([(record.number, record.text) for record in proxy.events],
+                         [(2, ""), (3, "text")])
+
+    def test_events_wait_for_the_first_record_of_a_handler(self):
+        with proxy_with_control(echo, "100:delay", options={"delay": {"sleep": 0.001}}) as (
+                proxy, client), connected_client(proxy) as sock:
+            def get(**query):
+                return [record["number"] for record in
+                        client.request("GET", "/events", **query)["events"]]
+
+            proxy.wait_for("delay", TIMEOUT)
+            self.assertEqual(get(wait=20), [1])
+            self.assertEqual(get(handler="delay"), [1])
+            self.assertEqual(get(handler="error"), [])
+            began = time.monotonic()
+            self.assertEqual(get(since=1, wait=0.05), [])
+            self.assertEqual(get(handler="error", wait=0.05), [])
+            self.assertGreaterEqual(time.monotonic() - began, 0.1)
+            with ThreadedCall(get, since=1, wait=20) as call, \
+                    ThreadedCall(get, since=1, wait=20, handler="error") as other:
+                send_and_read(sock, b"question")
+                send_and_read(sock, b"question")
+                self.assertEqual(call.result(), [2])
+                self.assertTrue(other.thread.is_alive())
+                proxy.loop.run_sync(proxy.add_record, 1, "a:1", 3, "error", {})
+                self.assertEqual(other.result(), [proxy.fault_count])
+            for query, text in (({"wait": "21"}, "wait must be a number of seconds from 0 to 20"),
+                                ({"handler": "dely"}, "handler must be one of .* delay?")):
+                with self.subTest(query), self.assertRaisesRegex(ValueError, text):
+                    get(**query)
+
+
 class TestProxyLifecycle(unittest.TestCase):
     """The end of a proxy, the end of its connections, and the log."""
 
@@ -6658,8 +6795,7 @@ class TestProxyLifecycle(unittest.TestCase):
                     client = "127.0.0.1:%d" % sock.getsockname()[1]
                 wait_until(lambda: not proxy.connections)
         fault_line, end_line = logged.output
-        self.assertIn("connection 1, request 1: delay sleep=0.001 (client %s)" % client,
-                      fault_line)
+        self.assertEqual("INFO:vaurien:delay sleep=0.001: connection 1, request 1", fault_line)
         self.assertRegex(end_line, "client %s: closed after [0-9.]+ s, 8 bytes up, "
                                    "8 bytes down, requests: 1" % client)
 
@@ -6679,11 +6815,11 @@ class TestProxyLifecycle(unittest.TestCase):
         delay = "delay sleep=0.001 match='^q u' after=1 times=3"
         for text in ("rules: 100:dummy, %s, %s" % (up, down),
                      "rules: 100:%s, %s, %s" % (delay, up, down),
-                     "connection 1, request 1: " + up,
-                     "connection 1, request 2: " + delay):
+                     "latency latency=1 jitter=0 times=5 toxic=up stream=upstream: connection 1, "
+                     "request 1, q u",
+                     delay + ": connection 1, request 2, q u"):
             with self.subTest(text):
-                self.assertIn("INFO:vaurien:" + text,
-                              [line.partition(" (client ")[0] for line in logged.output])
+                self.assertIn("INFO:vaurien:" + text, logged.output)
         self.assertLessEqual({"up", None}, {record.toxic for record in proxy.events()})
 
     def test_the_log_names_the_fault_that_ended_a_connection(self):
@@ -9692,6 +9828,46 @@ class TestInterface(TempDirTestCase):
                         interface.close_connection(closed)
                 wait_until(lambda: not proxy.connections)
 
+    def test_count_and_wait_for_select_by_handler_text_and_number(self):
+        for interface, _ in self.each():
+            self.assertEqual(interface.count(), 0)
+            with interface.handler("delay", sleep=0.001, before=False):
+                for _ in range(3):
+                    self.ask(interface)
+                for kwargs, count in (
+                        ({}, 3), ({"name": "delay"}, 3), ({"name": "error"}, 0),
+                        ({"match": "^quest"}, 3), ({"name": "delay", "match": "^uest"}, 0),
+                        ({"since": 1}, 2), ({"since": 3}, 0)):
+                    with self.subTest(kwargs):
+                        self.assertEqual(interface.count(**kwargs), count)
+                self.assertEqual(interface.wait_for("delay", TIMEOUT, times=2).number, 2)
+                self.assertEqual(interface.wait_for(times=3, match="n$").number, 3)
+                for kwargs, text in (
+                        ({"times": 4}, "^delay has not acted 4 times, but 3, in 0.01 seconds; "
+                                       "faults: 3 delay$"),
+                        ({"match": "nope"}, "^delay has not acted in 0.01 seconds; faults: 3"),
+                        ({"since": 3}, "faults: none$")):
+                    with self.subTest(kwargs), self.assertRaisesRegex(TimeoutError, text):
+                        interface.wait_for("delay", 0.01, **kwargs)
+            with interface.handler("error", inject=True):
+                self.assertEqual(interface.count(), 0)
+            self.assertEqual(interface.count(), 3)
+            for kwargs, text in (({"name": "nope"}, "unknown handler 'nope'"),
+                                 ({"match": "("}, r"match must be a regular expression, not '\(")):
+                with self.subTest(kwargs), self.assertRaisesRegex(ValueError, text):
+                    interface.count(**kwargs)
+                with self.assertRaisesRegex(ValueError, text):
+                    interface.wait_for(**kwargs)
+
+    def test_wait_for_ends_when_the_last_of_several_faults_comes(self):
+        for interface, _ in self.each():
+            with interface.handler("delay", sleep=0.001), ThreadedCall(
+                    interface.wait_for, "delay", TIMEOUT, times=3) as call:
+                for _ in range(3):
+                    self.assertTrue(call.thread.is_alive())
+                    self.ask(interface)
+                self.assertEqual(call.result().number, 3)
+
     def test_wait_for_in_a_block_means_this_block(self):
         for interface, _ in self.each():
             with interface.handler("delay", sleep=0.001):
@@ -10881,7 +11057,7 @@ class TestProcess(TempDirTestCase):
                 self.assertEqual(read_until_close(sock).size, 0)
             out, err = process.communicate(timeout=TIMEOUT)
             self.assertEqual((process.returncode, out), (0, ""))
-            self.assertIn("connection 1, request 1: delay sleep=0.01 (client ", err)
+            self.assertIn("delay sleep=0.01: connection 1, request 1", err)
             self.assertRegex(err, "stopped: connections: 1, requests: 1, faults: 1 delay\n$")
             self.assertNotIn("Traceback", err)
 

@@ -181,6 +181,7 @@ KEPT_MIN = 8 * 1024             # bytes of memory for requests that a connection
 EXPANSION = 1000                # bytes of memory for each byte of the shortest requests, such as
                                 #   b"PING\r\n", with an active rule
 MATCH_WINDOW = 64 * 1024        # bytes at the start of a request in which `match` searches
+BEGINNING_MAX = 80              # bytes at the start of a request that a fault record shows
 HEAD_MAX = 64 * 1024            # bytes of the longest head of a request or reply (nginx: 32 KiB)
 CACHED_HEAD_MAX = 1024          # bytes of the longest HTTP head that a connection remembers, to
                                 #   save parsing when the same head arrives again
@@ -313,6 +314,18 @@ def format_exception(exc):
         return "%s: %s" % (type(exc).__name__, exc)
     except BaseException:
         return type(exc).__name__
+
+
+def escape_control_chars(text):
+    """Return the text with unprintable characters escaped, as in Python's repr."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char).strip("'") for char in text)
+
+
+def printable(data):
+    """Return bytes as text, with all that is not printable escaped."""
+    return escape_control_chars(data.decode("utf-8", "backslashreplace"))[:BEGINNING_MAX]
 
 
 def not_negative(value):
@@ -1609,6 +1622,7 @@ class Protocol:
                       "" if a server only closes the connection
     server_first      whether the server sends a greeting, or a handshake comes before the
                       first request. The handshake then counts as request 1
+    credentials       the names of requests with passwords: no fault record shows their text
     has_rows          whether the readers of replies find rows
     """
 
@@ -1618,6 +1632,7 @@ class Protocol:
     fatal_errors: tuple = ()
     overload_error = ""
     server_first = False
+    credentials: tuple = ()
     has_rows = False
     counts_rows = False             # a rule needs the rows of replies: set by the ProtocolChain
 
@@ -1641,6 +1656,12 @@ class Protocol:
             if exchange.awaits_reply():
                 return exchange.request
         return None
+
+    def beginning(self, request):
+        """Return the first bytes of a request's text, for a fault record."""
+        if request.name in self.credentials:
+            return request.name.encode()
+        return request.text[:BEGINNING_MAX]
 
     # For each protocol to define
 
@@ -1839,6 +1860,10 @@ class Http(Protocol):
             yield self.make_request(head, *self.connection_options(head, head.lower()))
             yield from self.read_body(head, default_length=0)
             yield END_OF_MESSAGE
+
+    def beginning(self, request):
+        line, _, _ = super().beginning(request).partition(b"\n")     # the header has passwords
+        return line
 
     def make_request(self, head, close, keep_alive):
         """Return the Request of a head with these connection options. Raises ProtocolError."""
@@ -2054,6 +2079,7 @@ class Redis(Protocol):
         ("MAXCLIENTS", "max number of clients reached")))
     default_errors = ("LOADING", "BUSY", "OOM", "READONLY", "MISCONF", "CLUSTERDOWN")
     connect_errors = ("MAXCLIENTS",)
+    credentials = ("ACL", "AUTH", "CONFIG", "HELLO", "MIGRATE")
     overload_error = "MAXCLIENTS"
     # After these commands the server sends data without a request.
     SERVER_PUSH = {"SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE", "MONITOR", "SYNC", "PSYNC",
@@ -2954,6 +2980,7 @@ class Smtp(Protocol):
     fatal_errors = ("421",)
     overload_error = "421"
     server_first = True
+    credentials = ("AUTH",)
     REPLY_LINE = Head(LINE, beginning_with(rb"\d", rb"\d", rb"\d", rb"[ \r\n-]"), "no reply code")
     auth_continues = False          # the backend waits for the next line of AUTH
 
@@ -3391,7 +3418,7 @@ class Rule(Scheduled):
         return OrderedDict((field, getattr(self, field)) for field, default in defaults.items()
                            if getattr(self, field) != default)
 
-    def describe(self, drawn_options=None):
+    def describe_handler(self, drawn_options=None):
         """Return the handler, its options, and the rule fields that differ from their defaults.
 
         drawn_options    {option: value} in place of options: see ActiveRule
@@ -3404,9 +3431,18 @@ class Rule(Scheduled):
                  if value != defaults[option] or not isinstance(value, (bool, str))]
         shown += ["%s=%r" % (field, value.pattern.decode()) if field == "match" else
                   "%s=%s" % (field, value) for field, value in self.own_fields().items()]
-        text = " ".join([self.name] + shown)
+        return " ".join([self.name] + shown)
+
+    def describe(self):
+        """Return the rule as text. That of a toxic has its name, percentage and stream, too."""
+        text = self.describe_handler()
         return "toxic %s (%g:%s %s)" % (
             self.toxic, self.draw_max - self.draw_min, self.stream, text) if self.toxic else text
+
+    def describe_fault(self, drawn_options):
+        """Return the rule as text for the log, the handler first: see describe_handler."""
+        text = self.describe_handler(drawn_options)
+        return "%s toxic=%s stream=%s" % (text, self.toxic, self.stream) if self.toxic else text
 
     __str__ = describe
 
@@ -3874,7 +3910,7 @@ class Chain:
     __slots__ = ("rules", "connection", "request", "last_direction", "active_rules", "undrawn",
                  "per_connection", "newly_acted", "event_request", "protocol_lost", "protocol",
                  "current_request", "answered_early", "modified", "block", "block_hits",
-                 "protocol_error", "successor", "head_deadline", "kept")
+                 "protocol_error", "successor", "head_deadline", "kept", "beginning")
 
     def __init__(self, rules, connection):
         self.rules = rules              # the proxy's RuleSet
@@ -3891,11 +3927,14 @@ class Chain:
         self.block = -1                 # index of a block of 8 requests: see draw_block
         self.block_hits = NO_HITS       # [(rule, number)] for each request of this block
         # For the connection
-        self.newly_acted = []           # (ActiveRule, request number) of faults to record
+        self.newly_acted = []           # (ActiveRule, request number, request_text()) of faults
+                                        #   to record
         self.modified = False           # a rule has changed an event (the caller resets this)
         self.answered_early = False     # a rule has replied in the backend's place
         self.kept = 0                   # bytes of memory for requests that wait for a reply, and
                                         #   for replies and heads that wait
+        self.beginning = 0, b""         # the number and the first bytes of a request that had
+                                        #   active rules. A ProtocolChain has them in the Request
         # The protocol
         self.protocol = None            # the Protocol, of a ProtocolChain
         self.protocol_lost = False      # True after a fall back from a protocol to tcp
@@ -4066,10 +4105,25 @@ class Chain:
 
     def pass_through(self, to, data):
         """Fast path: return the bytes if no active rule may act on them, and otherwise None."""
+        if to is UPSTREAM:
+            self.note_beginning(data)
         for active in self.active_rules:
             if active.rule.direction in ("both", to) or active.match_buffer is not None:
                 return None
         return data
+
+    def note_beginning(self, data):
+        """Note the first bytes of the current request, for fault records."""
+        if self.beginning[0] != self.request:
+            self.beginning = self.request, bytes(data[:BEGINNING_MAX])
+
+    def request_text(self):
+        """Return the first bytes of the request whose event is being processed.
+
+        Returns b"" if they have not come, or if no rule was active when they came.
+        """
+        number, text = self.beginning
+        return text if number == self.event_request else b""
 
     def recv_size(self, to):
         """Return how many bytes to receive at once."""
@@ -4188,7 +4242,7 @@ class Chain:
                 self.answered_early = self.answered_early or to == UPSTREAM
         if not opening or any(data is not OPEN for _, _, data in events):
             if active.mark_acted():
-                self.newly_acted.append((active, self.event_request))
+                self.newly_acted.append((active, self.event_request, self.request_text()))
 
     def matches(self, active, to, data):
         """Add bytes of the client to the search for `match`, and draw the rule if it matches.
@@ -4453,7 +4507,8 @@ class ProtocolChain(Chain):
         self.in_request = self.head_forwarded = False
         if last.request is not None:
             last.complete = True
-            last.request.text = b""         # no rule searches in it any more
+            # No rule searches in the text any more.
+            last.request.text = self.protocol.beginning(last.request) if last.active_rules else b""
 
     def end_reply(self, boundary):
         self.exchanges[0].reply_done = True
@@ -4504,6 +4559,9 @@ class ProtocolChain(Chain):
                 for start, to, data, delays in queued]
 
     # Bytes
+
+    def request_text(self):
+        return self.protocol.beginning(self.current_request) if self.current_request else b""
 
     def framer(self, to):
         return self.protocol.request_framer if to is UPSTREAM else self.protocol.reply_framer
@@ -6167,7 +6225,7 @@ class Connection:
     """A client, the backend connected for it, and the data between them."""
 
     __slots__ = ("proxy", "loop", "number", "peer", "chain", "up", "down", "client", "backend",
-                 "phase", "addresses", "deadline", "reset_reason", "faults", "timer",
+                 "phase", "addresses", "deadline", "reset_reason", "faults", "textless", "timer",
                  "deadline_timer", "began")
 
     def __init__(self, proxy, number, client, peer):
@@ -6188,6 +6246,8 @@ class Connection:
         self.deadline = None            # for connecting to the backend
         self.reset_reason = ""          # a peer has gone: reset when its data is delivered
         self.faults = None              # names of the handlers that have acted
+        self.textless = ()              # the numbers of FaultRecords of request 1 that were made
+                                        #   before its first bytes came
         self.timer = None               # for the next event that is due
         self.deadline_timer = None      # for connecting, and for lingering
         self.began = self.loop.clock()
@@ -6451,7 +6511,8 @@ class Connection:
         Until then the source stays unread. Returns whether a blocking handler is active.
         """
         try:
-            if not link.source.recv(1, socket.MSG_PEEK):
+            data = link.source.recv(BEGINNING_MAX, socket.MSG_PEEK)
+            if not data:
                 return False            # EOF is not for the handler
         except OSError:
             return False                # on_ready() handles it
@@ -6460,6 +6521,8 @@ class Connection:
         active = self.chain.blocking_rule()
         if active is None:
             return False
+        if link is self.up:
+            self.chain.note_beginning(data)
         if self.is_drained():
             try:
                 handoff = HandOff(self, active.rule, link.to == UPSTREAM)
@@ -6468,7 +6531,8 @@ class Connection:
                 return True
             self.phase = HANDED_OFF
             if active.mark_acted():
-                self.proxy.record_fault(self, active, self.chain.request)
+                self.proxy.record_fault(self, active, self.chain.request,
+                                        self.chain.request_text())
             handoff.start()
         self.update_interest()
         return True
@@ -6508,9 +6572,20 @@ class Connection:
             if received_by is not None and link is not received_by and link.held:
                 link.has_replies = True
         newly_acted, self.chain.newly_acted = self.chain.newly_acted, []
-        for active, request in newly_acted:
-            self.proxy.record_fault(self, active, request)
+        for fault in newly_acted:
+            self.proxy.record_fault(self, *fault)
+        if self.textless:
+            self.add_text()
         self.pump()
+
+    def add_text(self):
+        """Add the first bytes of request 1 to its FaultRecords, if they have come."""
+        chain = self.chain
+        text = chain.request_text() if chain.event_request == 1 else b""
+        if text:
+            self.proxy.set_record_text(self.textless, text)
+        if text or self.chain.event_request > 1:
+            self.textless = ()
 
     def rules_changed(self, new, removed, changed, woken=()):
         """Apply a change of the installed rules. Release data that removed or changed ones held.
@@ -6887,9 +6962,11 @@ class Connection:
 
 # A rule has acted on a request. `options` has the options of its handler, and the values that the
 # handler has drawn. `toxic` is the name of the toxic, and `block` the number of the Block, that
-# the rule belongs to, if any. `change` is None, unless the record is about the rule itself: its
-# window "begins" or "ends", or it "expires" at the end of its ttl. Then connection and request
-# are 0, and client is empty.
+# the rule belongs to, if any. `stream` is that of the rule. `text` has the first bytes of the
+# request, with control characters escaped. It is empty until these bytes have come, or if the
+# protocol knows no text for the request. `change` is None, unless the record is about the rule
+# itself: its window "begins" or "ends", or it "expires" at the end of its ttl. Then connection and
+# request are 0, and client and text are empty.
 if MYPY:
     class FaultRecord(NamedTuple):
         number: int
@@ -6903,10 +6980,12 @@ if MYPY:
         toxic: "Optional[str]" = None
         block: "Optional[int]" = None
         change: "Optional[str]" = None
+        stream: str = "both"
+        text: str = ""
 else:
     FaultRecord = namedtuple("FaultRecord", "number time proxy connection client request handler "
-                                            "options toxic block change")
-    FaultRecord.__new__.__defaults__ = (None, None, None)
+                                            "options toxic block change stream text")
+    FaultRecord.__new__.__defaults__ = (None, None, None, "both", "")
 
 # The rules of a proxy have changed, or the proxy has started.
 #
@@ -6928,8 +7007,8 @@ QUANTILES = OrderedDict((("p50", 0.5), ("p95", 0.95)))     # {name of a percenti
 class Latencies:
     """The newest latencies: from a request to the first byte of its reply that the client gets.
 
-    A busy proxy measures a random sample of the requests, because to measure each one would
-    cost 4 % of a round trip. It measures every request as long as few others are in the window.
+    An idle proxy measures every request. A busy one measures a random sample, because to measure
+    each request would cost 4 % of a round trip.
     """
 
     SAMPLES_PER_STEP = 64       # samples in the window for each request that is left out
@@ -7017,6 +7096,25 @@ class ProxyServer:
         self.lock = threading.RLock()       # held during changes that take several steps
 
     # In any thread
+
+    def wait_for_records(self, since, matches, count, timeout):
+        """Wait until `count` FaultRecords after number `since` match, or for `timeout` seconds.
+
+        matches    function that returns whether a record counts. It runs without the lock, so
+                   that the loop's thread does not wait for it
+
+        Returns the records that match, the oldest first.
+        """
+        deadline, found = time.monotonic() + timeout, []
+        while True:
+            with self.fault_recorded:
+                if self.fault_count <= since:
+                    self.fault_recorded.wait(max(0, deadline - time.monotonic()))
+                records = self.records_since(since)
+            found += filter(matches, records)
+            if len(found) >= count or time.monotonic() >= deadline:
+                return found
+            since = records[-1].number if records else since
 
     def records_since(self, since):
         """Return the FaultRecords with a number greater than `since`, the oldest first."""
@@ -7430,34 +7528,54 @@ class ProxyServer:
             self.fault_count, time.time(), self.name, self.accepted,
             [rule.to_json() for rule in self.rules.installed]))
 
-    def record_fault(self, connection, active, request):
-        """Count, record and log that an ActiveRule has acted on a request."""
+    def record_fault(self, connection, active, request, text):
+        """Count, record and log that an ActiveRule has acted on a request.
+
+        text    the first bytes of the request, or b"" if they are unknown
+        """
         rule = active.rule
         options = dict(rule.options, **active.drawn_options)
         self.faults[rule.name] += 1
         if options.get("kind"):
             self.kinds[rule.name, str(options["kind"])] += 1
         connection.faults = [*(connection.faults or []), rule.name][-100:]     # the last 100
-        self.add_record(connection.number, connection.name, request, rule.name,
-                        options, rule.toxic, rule.block)
-        log.info("%sconnection %d, request %d: %s (client %s)", self.log_prefix,
-                 connection.number, request, rule.describe(active.drawn_options),
-                 connection.name)
+        record = self.add_record(connection.number, connection.name, request, rule.name, options,
+                                 rule.toxic, rule.block, None, rule.stream, printable(text))
+        if not text and request == 1:
+            connection.textless = (*connection.textless, record.number)
+        log.info("%s%s: connection %d, request %d%s%s", self.log_prefix,
+                 rule.describe_fault(active.drawn_options), connection.number, request,
+                 record.text and ", " + record.text,
+                 "" if is_loopback(connection.peer) else " (client %s)" % connection.name)
 
     def record_change(self, rule, change):
         """Record and log a change of a rule by its schedule: see FaultRecord."""
-        self.add_record(0, "", 0, rule.name, dict(rule.options), rule.toxic, rule.block, change)
+        self.add_record(0, "", 0, rule.name, dict(rule.options), rule.toxic, rule.block, change,
+                        rule.stream)
         log.info("%s%s: %s", self.log_prefix, rule, {
             "begins": "a window begins", "ends": "the window ends",
             "expires": "removed, because its ttl has expired"}[change])
 
     def add_record(self, connection, client, request, *fields):
-        """Add a FaultRecord with these fields, and wake up the threads that wait for one."""
-        self.fault_count += 1
+        """Add a FaultRecord with these fields, and wake up the threads that wait for one.
+
+        Returns the record.
+        """
         with self.fault_recorded:
-            self.events.append(FaultRecord(self.fault_count, time.time(), self.name, connection,
-                                           client, request, *fields))
+            record = FaultRecord(self.fault_count + 1, time.time(), self.name, connection, client,
+                                 request, *fields)
+            self.events.append(record)
+            self.fault_count += 1
             self.fault_recorded.notify_all()
+        return record
+
+    def set_record_text(self, numbers, text):
+        """Add the first bytes of a request to the FaultRecords with these numbers."""
+        with self.fault_recorded:
+            for number in numbers:
+                index = number - self.events[0].number      # negative if the record is gone
+                if index >= 0:
+                    self.events[index] = self.events[index]._replace(text=printable(text))
 
     def to_unix(self, t):
         """Convert a time of the loop's clock to seconds since 1970, as in a FaultRecord."""
@@ -8407,6 +8525,8 @@ IDLE_TIMEOUT = 60.0             # seconds to wait for the next request, as in To
 READ_TIMEOUT = 10.0             # seconds to wait for the next bytes of a request
 REQUEST_TIMEOUT = 30.0          # seconds from the first byte of a request to the last byte of
                                 #   its response
+EVENTS_WAIT_MAX = 20.0          # seconds that `GET /events` waits at most; less than
+                                #   REQUEST_TIMEOUT
 MEASURE_MAX = 10.0              # seconds that `GET /status` measures rates at most
 PAGE_HEADER = "X-Fetch-Site"    # the page sends it with the value "same-origin"
 
@@ -8951,11 +9071,18 @@ def close_connection(request):
     return {"status": "ok"}
 
 
-@route("GET", "/events /proxies/PROXY/events", "?since=0", query=["since"])
+@route("GET", "/events /proxies/PROXY/events", "?since=0", query=["since", "handler", "wait"])
 def list_events(request):
-    """Return the fault records with a number greater than `since`."""
+    """Return the fault records after number `since`; `wait` has seconds to wait for the first."""
     since = check_query(request, "since", 0, check_count)
-    return {"events": [record._asdict() for record in request.proxy.records_since(since)]}
+    seconds = check_query(request, "wait", 0, number_check(
+        float, "a number of seconds from 0 to %g" % EVENTS_WAIT_MAX,
+        lambda value: 0 <= value <= EVENTS_WAIT_MAX))
+    name = check_query(request, "handler", None, choice_check(*HANDLERS))
+    # The thread of the client waits. It exists anyway, as long as the client is connected.
+    records = request.proxy.wait_for_records(
+        since, lambda record: name in (None, record.handler), 1, seconds)
+    return {"events": [record._asdict() for record in records]}
 
 
 def check_query(request, name, default, check):
@@ -10296,7 +10423,7 @@ class Fault:
 
         Returns the FaultRecord of the last of these faults. Raises TimeoutError.
         """
-        return self._interface._wait(self.name, self._since, self._owns, timeout, count)
+        return self._interface._wait_for(self.name, self._since, self._owns, timeout, count)
 
     async def wait_async(self, timeout: float = 5, count: int = 1) -> FaultRecord:
         """Wait as `wait` does, without blocking the event loop of asyncio."""
@@ -10503,31 +10630,40 @@ class Interface:
 
     # Observing
 
-    def wait_for(self, name: "Handler", timeout: float = 5,
-                 since: "Optional[int]" = None) -> FaultRecord:
-        """Wait until a handler has acted, and return the first FaultRecord of it.
+    def wait_for(self, name: "Optional[Handler]" = None, timeout: float = 5,
+                 since: "Optional[int]" = None, times: int = 1,
+                 match: "Optional[str]" = None) -> FaultRecord:
+        """Wait until a handler has acted.
 
-        name       the handler
         timeout    seconds to wait at most
-        since      the number of a fault record: only later ones count. By default, faults count
-                   from the begin of the innermost open block with this handler. If there is none,
-                   they count from the begin of the innermost open block, or from the last reset
+        times      how often it must have acted
 
-        Raises TimeoutError.
+        The other arguments are those of `count`. Returns the FaultRecord of the last of these
+        faults. Raises TimeoutError.
         """
-        name = self._handler_name(name)
-        if name not in self.list_handlers():
-            raise ValueError(unknown_handler(name))
-        if since is None:
-            faults = [fault for fault in self._faults if fault.name == name] or self._faults
-            since = faults[-1]._since if faults else self._reset_record
-        return self._wait(name, since, lambda record: (
-            record.handler == name and record.change is None), timeout, 1)
+        since, matches = self._selection(name, since, match)
+        what = "any handler" if name is None else self._handler_name(name)
+        return self._wait_for(what, since, matches, timeout, times)
 
-    async def wait_for_async(self, name: "Handler", timeout: float = 5,
-                             since: "Optional[int]" = None) -> FaultRecord:
+    async def wait_for_async(self, name: "Optional[Handler]" = None, timeout: float = 5,
+                             since: "Optional[int]" = None, times: int = 1,
+                             match: "Optional[str]" = None) -> FaultRecord:
         """Wait as `wait_for` does, without blocking the event loop of asyncio."""
-        return await run_in_executor(self.wait_for, name, timeout, since)
+        return await run_in_executor(self.wait_for, name, timeout, since, times, match)
+
+    def count(self, name: "Optional[Handler]" = None, match: "Optional[str]" = None,
+              since: "Optional[int]" = None) -> int:
+        """Return how often a handler has acted.
+
+        name     the handler; by default, all handlers count
+        match    a regular expression: only faults of requests whose `text` contains it count.
+                 This is the `text` of a fault record, with 80 characters at most
+        since    the number of a fault record: only later ones count. By default, faults count
+                 from the begin of the innermost open block with this handler. If there is none,
+                 they count from the begin of the innermost open block, or from the last reset
+        """
+        since, matches = self._selection(name, since, match)
+        return sum(map(matches, self.events(since)))
 
     def events(self, since: int = 0) -> "List[FaultRecord]":
         """Return the fault records with a number greater than `since`, the oldest first.
@@ -10609,10 +10745,42 @@ class Interface:
         """Return the number of the last FaultRecord."""
         raise NotImplementedError
 
-    def _wait(self, name: str, since: int, matches: "Callable[[FaultRecord], bool]",
-              timeout: float, count: int) -> FaultRecord:
-        """Wait until `count` records since `since` match. Returns the last of them."""
+    def _wait(self, since: int, matches: "Callable[[FaultRecord], bool]", timeout: float,
+              count: int) -> "List[FaultRecord]":
+        """Wait until `count` records since `since` match. Returns all that do."""
         raise NotImplementedError
+
+    def _wait_for(self, name, since, matches, timeout, count):
+        """Return the record number `count` of those since `since` that match.
+
+        Raises TimeoutError, with all faults that there were.
+        """
+        found = self._wait(since, matches, timeout, count)
+        if len(found) >= count:
+            return found[count - 1]
+        acted = Counter(record.handler for record in self.events(since) if record.change is None)
+        raise TimeoutError("%s has not acted%s in %g seconds; faults: %s" % (
+            name, "" if count == 1 else " %d times, but %d," % (count, len(found)), timeout,
+            ", ".join("%d %s" % (times, handler) for handler, times in acted.items()) or "none"))
+
+    def _selection(self, name, since, match):
+        """Return (number, function): the function selects the FaultRecords after this number.
+
+        The arguments are those of `count`. Raises ValueError.
+        """
+        if name is not None:
+            name = self._handler_name(name)
+            if name not in self.list_handlers():
+                raise ValueError(unknown_handler(name))
+        pattern = re.compile(b"") if match is None else check_field("match", check_match, match)
+        if since is None:
+            faults = [fault for fault in self._faults if fault.name == name] or self._faults
+            since = faults[-1]._since if faults else self._reset_record
+
+        def matches(record):
+            return record.change is None and name in (None, record.handler) and (
+                pattern.search(record.text.encode("utf-8")) is not None)
+        return since, matches
 
     def _block(self, table, only):
         self._check_running()
@@ -10934,25 +11102,11 @@ class Proxy(Interface):
     def _last_record(self):
         return self._server.fault_count
 
-    def _wait(self, name, since, matches, timeout, count):
-        def find_records():
-            return [record for record in self._server.records_since(since) if matches(record)]
-
+    def _wait(self, since, matches, timeout, count):
         if self._thread:                # a fork has a copy of the lock, which may be locked
             self._server.loop.check_process()
-        with self._server.fault_recorded:
-            self._server.fault_recorded.wait_for(lambda: len(find_records()) >= count,
-                                                 timeout if self._thread else 0)
-            records = find_records()
-        return nth_record(records, count, name, timeout)
-
-
-def nth_record(records, count, name, timeout):
-    """Return the record with this number, counted from 1. Raises TimeoutError if there is none."""
-    if len(records) < count:
-        raise TimeoutError("%s has not acted%s in %g seconds" % (
-            name, "" if count == 1 else " %d times, but %d," % (count, len(records)), timeout))
-    return records[count - 1]
+        return self._server.wait_for_records(since, matches, count,
+                                             timeout if self._thread else 0)
 
 
 class Client(Interface):
@@ -10969,8 +11123,6 @@ class Client(Interface):
         OSError         there is no server, or no control server, at this address
         TimeoutError    `wait_for` has waited too long
     """
-
-    POLL_INTERVAL = 0.02    # seconds between two requests while it waits for a fault
 
     def __init__(self, host: str = "localhost", port: int = 8080, scheme: str = "http",
                  proxy: "Optional[str]" = None, token: "Optional[str]" = None) -> None:
@@ -11112,13 +11264,16 @@ class Client(Interface):
     def _last_record(self):
         return self._status()["faults"]
 
-    def _wait(self, name, since, matches, timeout, count):
-        deadline = time.monotonic() + timeout
+    def _wait(self, since, matches, timeout, count):
+        deadline, found = time.monotonic() + timeout, []
         while True:
-            records = [record for record in self.events(since) if matches(record)]
-            if len(records) >= count or time.monotonic() >= deadline:
-                return nth_record(records, count, name, timeout)
-            time.sleep(self.POLL_INTERVAL)
+            seconds = max(0.0, min(deadline - time.monotonic(), EVENTS_WAIT_MAX))
+            records = [FaultRecord(**record) for record in self.request(
+                "GET", "/events", since=since, wait="%.3f" % seconds)["events"]]
+            found += filter(matches, records)
+            if len(found) >= count or time.monotonic() >= deadline:
+                return found
+            since = records[-1].number if records else since
 
 
 def error_text(value):
@@ -12011,13 +12166,6 @@ class Formatter(logging.Formatter):
     def formatException(self, exc_info):
         lines = super().formatException(exc_info).split("\n")
         return "\n".join("    " + escape_control_chars(line) for line in lines)
-
-
-def escape_control_chars(text):
-    """Return the text with unprintable characters escaped, as in Python's repr."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else ascii(char).strip("'") for char in text)
 
 
 class LogThread(logging.Handler):
