@@ -3614,8 +3614,9 @@ class Accept(Scheduled):
     fields    {field: seconds}: those of ACCEPT_FIELDS that are given
     """
 
-    name = "accept"             # these four are for FaultRecords, as in a Rule
+    name = "accept"             # these five are for FaultRecords, as in a Rule
     toxic = block = None
+    stream = "both"
 
     def __init__(self, mode="normal", fields=None):
         self.mode, self.fields = mode, fields or {}
