@@ -10762,6 +10762,7 @@ class TestBadInput(TempDirTestCase):
              "--timeout must be a number of seconds, more than 0"),
             (["--log-level", "loud"],
              "--log-level must be one of debug, info"),
+            (["--log-format", "xml"], "--log-format must be one of text, json, not 'xml'"),
             (["--log-output", "/no/such/folder/x"],
              "cannot log to /no/such/folder/x: No such"),
             (["--config", "/no/such.ini"],
@@ -11188,6 +11189,13 @@ class TestProcess(TempDirTestCase):
         self.assertEqual(process.communicate(timeout=TIMEOUT), ("", ""))
         self.assertRegex(read_text("v.log"), "INFO listening on .*; seed [0-9]+\n.*INFO stopped")
 
+    def test_log_format_json_applies_to_all_lines(self):
+        process = self.start("--local", "127.0.0.1:0", "--log-format", "json")
+        process.stderr.readline()
+        process.terminate()
+        _, err = process.communicate(timeout=TIMEOUT)
+        self.assertRegex(json.loads(err)["message"], "^stopped")
+
     def test_version(self):
         for argv in ["--version"], ["ctl", "--version"], ["--config", "nowhere", "--version"]:
             with self.subTest(argv):
@@ -11345,6 +11353,23 @@ class TestLogThread(unittest.TestCase):
         self.assertEqual(self.close(), ["INFO a", "INFO b", "INFO c", "INFO d", "INFO e",
                                         "WARNING 3 log lines were dropped here, because the log "
                                         "could not be written fast enough"])
+
+    def test_json_lines_have_fault_records_and_tracebacks(self):
+        self.log_thread.setFormatter(vaurien.LOG_FORMATTERS["json"])
+        record = vaurien.FaultRecord(1, 0.0, "p", 2, "a:1", 3, "delay", {"sleep": 1.0})
+        self.log_thread.handle(vaurien.log.makeRecord(
+            "vaurien", logging.INFO, "", 0, "a\n\u00fc %d", (5,), None, extra={"fault": record}))
+        try:
+            raise ValueError("x")
+        except ValueError:
+            self.log_thread.handle(vaurien.log.makeRecord(
+                "vaurien", logging.ERROR, "", 0, "b", (), sys.exc_info()))
+        fault, failure = map(json.loads, self.close())
+        self.assertRegex(fault.pop("time"), r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d\d\dZ$")
+        self.assertEqual(fault, {"level": "info", "message": "a\n\u00fc 5",
+                                 "fault": json.loads(json.dumps(record._asdict()))})
+        self.assertEqual((failure["level"], failure["message"]), ("error", "b"))
+        self.assertTrue(failure["traceback"].endswith("ValueError: x"))
 
     def test_a_pipe_that_another_process_has_made_non_blocking(self):
         os.set_blocking(self.write_fd, False)

@@ -7547,15 +7547,17 @@ class ProxyServer:
         log.info("%s%s: connection %d, request %d%s%s", self.log_prefix,
                  rule.describe_fault(active.drawn_options), connection.number, request,
                  record.text and ", " + record.text,
-                 "" if is_loopback(connection.peer) else " (client %s)" % connection.name)
+                 "" if is_loopback(connection.peer) else " (client %s)" % connection.name,
+                 extra={"fault": record})
 
     def record_change(self, rule, change):
         """Record and log a change of a rule by its schedule: see FaultRecord."""
-        self.add_record(0, "", 0, rule.name, dict(rule.options), rule.toxic, rule.block, change,
-                        rule.stream)
+        record = self.add_record(0, "", 0, rule.name, dict(rule.options), rule.toxic, rule.block,
+                                 change, rule.stream)
         log.info("%s%s: %s", self.log_prefix, rule, {
             "begins": "a window begins", "ends": "the window ends",
-            "expires": "removed, because its ttl has expired"}[change])
+            "expires": "removed, because its ttl has expired"}[change],
+                 extra={"fault": record})
 
     def add_record(self, connection, client, request, *fields):
         """Add a FaultRecord with these fields, and wake up the threads that wait for one.
@@ -11534,6 +11536,41 @@ def make_text_toxic(type_, name, texts, fields=()):
 
 
 # name, Setting(flags, default, check, metavar, help, scope)
+class Formatter(logging.Formatter):
+    """A log formatter that writes a message in one line, and indents a traceback.
+
+    It escapes control characters, because messages may contain bytes that a peer has sent.
+    """
+
+    def formatMessage(self, record):
+        record.message = escape_control_chars(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, exc_info):
+        lines = super().formatException(exc_info).split("\n")
+        return "\n".join("    " + escape_control_chars(line) for line in lines)
+
+
+class JsonFormatter(logging.Formatter):
+    """A log formatter that writes a message as a JSON object in one line."""
+
+    converter = time.gmtime  # type: ignore
+    default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
+
+    def format(self, record):
+        line = OrderedDict(time=self.formatTime(record), level=record.levelname.lower(),
+                           message=record.getMessage())
+        if hasattr(record, "fault"):
+            line["fault"] = record.fault._asdict()
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+LOG_FORMATTERS = OrderedDict((      # {format of --log-format: its formatter}
+    ("text", Formatter("%(asctime)s %(levelname)s %(message)s")), ("json", JsonFormatter())))
+
+
 SETTINGS = OrderedDict((
     ("config", Setting(("--config",), None, check_file, "FILE",
                        "ini file, or Toxiproxy's JSON; options of the command line override it",
@@ -11585,6 +11622,9 @@ SETTINGS = OrderedDict((
                           "process")),
     ("log-output", Setting(("--log-output",), "-", check_file, "FILE",
                            "file to log to; - is stderr", "process")),
+    ("log-format", Setting(("--log-format",), "text", choice_check(*LOG_FORMATTERS), "FORMAT",
+                           "text, or json: one object in each line; that of a fault has the "
+                           "fault record", "process")),
     ("attached", Setting(("--attached",), "no", check_yes_no, None,
                          "for supervisors: print \"ready\" on stdout when the proxies listen, "
                          "and exit when stdin closes", "command line")),
@@ -12154,21 +12194,6 @@ def attach_toxics(proxies, toxics):
             raise ValueError("[toxic:%s] %s" % (toxic.name, error)) from None
 
 
-class Formatter(logging.Formatter):
-    """A log formatter that writes a message in one line, and indents a traceback.
-
-    It escapes control characters, because messages may contain bytes that a peer has sent.
-    """
-
-    def formatMessage(self, record):
-        record.message = escape_control_chars(record.message)
-        return super().formatMessage(record)
-
-    def formatException(self, exc_info):
-        lines = super().formatException(exc_info).split("\n")
-        return "\n".join("    " + escape_control_chars(line) for line in lines)
-
-
 class LogThread(logging.Handler):
     """A log handler that writes the lines in a thread of its own, to a file descriptor.
 
@@ -12238,15 +12263,18 @@ class LogThread(logging.Handler):
                 select.select([], [self.fd], [])
 
 
-def start_log(level, output):
-    """Log to the file `output`, or to stderr if it is "-". Raises ValueError."""
+def start_log(level, output, format_):
+    """Log to the file `output`, or to stderr if it is "-". Raises ValueError.
+
+    format_    a key of LOG_FORMATTERS
+    """
     stderr_fd = 2
     try:
         log_handler = LogThread(stderr_fd if output == "-" else os.open(
             output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666))
     except OSError as error:
         raise ValueError("cannot log to %s: %s" % (output, error.strerror)) from None
-    log_handler.setFormatter(Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log_handler.setFormatter(LOG_FORMATTERS[format_])
     logging.raiseExceptions = False     # print no traceback if a line cannot be formatted
     log.addHandler(log_handler)
     log.setLevel(level)
@@ -12426,7 +12454,7 @@ def prepare(config, proxies, values, dialect=VAURIEN_1):
                                 dialect))
     if values["statsd"]:
         services.append(Statsd(values["statsd"], proxies))
-    start_log(values["log-level"], values["log-output"])
+    start_log(values["log-level"], values["log-output"], values["log-format"])
     for source in unused:
         log.warning("%s has no effect: no behavior has this handler", source)
     return lambda: serve(services, "attached" in config.arguments)
