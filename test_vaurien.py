@@ -43,6 +43,7 @@ import smtplib
 import socket
 import socketserver
 import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -313,7 +314,8 @@ class Received(namedtuple("Received", "size sha1 ending")):
 
     size      count of bytes
     sha1      SHA-1 of the bytes, as hexadecimal digits
-    ending    "eof" if the peer sent FIN; "reset" if it sent RST, or if recv() failed otherwise
+    ending    "eof" if the peer sent FIN; "reset" if it sent RST, or if recv() failed otherwise;
+              "truncated" if FIN came without close_notify of TLS
     """
 
 
@@ -328,6 +330,8 @@ def read_until_close(sock):
             data = sock.recv(1 << 16)
         except socket.timeout:
             raise
+        except ssl.SSLEOFError:
+            return Received(size, digest.hexdigest(), "truncated")
         except OSError:
             return Received(size, digest.hexdigest(), "reset")
         if not data:
@@ -5192,10 +5196,11 @@ CONVERSATION_NAMES = sorted(name for name, value in vars(Conversations).items()
                             if isinstance(value, type))
 
 
-def hold_conversation(name, port, results):
+def hold_conversation(name, port, results, connect=connect):
     """Hold a conversation with the server on this port.
 
     results    the list to which backend_server appends the result of the backend
+    connect    returns a client for a port
 
     Returns the result of the client and the result of the backend.
     """
@@ -5253,6 +5258,485 @@ class TestOracle(unittest.TestCase):
 
     def test_fast_path_with_the_default_selector_of_the_standard_library(self):
         self.compare("100:dummy", StandardLoop)
+
+
+class TlsPeer:
+    """TLS on a blocking socket: an independent peer of TlsSocket, which knows half-closes.
+
+    One thread may send while another one receives. recv() raises SSLEOFError at a FIN without
+    close_notify.
+    """
+
+    def __init__(self, sock, context, server_side=False, name=None):
+        """Shake hands. Raises OSError."""
+        self.sock, self.lock, self.send_lock = sock, threading.Lock(), threading.Lock()
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.engine = context.wrap_bio(self.incoming, self.outgoing, server_side, name)
+        self.has_closed, self.unread = False, b""
+        try:
+            self.call(self.engine.do_handshake)
+        except (OSError, ValueError):
+            self.flush()                    # an alert
+            sock.close()
+            raise
+
+    def __getattr__(self, name):            # setsockopt, settimeout ...
+        return getattr(self.sock, name)
+
+    def flush(self):
+        with self.send_lock:
+            with self.lock:
+                data = self.outgoing.read()
+            if data:                        # sendall(b"") would fail after shutdown()
+                self.sock.sendall(data)
+
+    def call(self, function, *args):
+        """Call a function of the engine until it has got the bytes that it needs."""
+        while True:
+            try:
+                with self.lock:
+                    result = function(*args)
+                self.flush()
+                return result
+            except ssl.SSLWantReadError:
+                self.flush()
+            data = self.sock.recv(65536)
+            if not data:
+                raise ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "no close_notify")
+            with self.lock:
+                self.incoming.write(data)
+
+    def setsockopt(self, level, option, value):
+        self.has_closed = self.has_closed or option == socket.SO_LINGER     # close_with_reset
+        self.sock.setsockopt(level, option, value)
+
+    def recv(self, size):
+        def read():
+            data, self.unread = self.unread, b""
+            return data or self.engine.read(size)
+        try:
+            return self.call(read)
+        except ssl.SSLZeroReturnError:
+            return b""
+
+    def sendall(self, data):
+        for start in range(0, len(data), 65536):
+            part, taken = data[start:start + 65536], 0
+            with self.lock:
+                while taken < len(part):
+                    taken += self.engine.write(part[taken:])
+            self.flush()
+
+    def shutdown(self, how):
+        """Send close_notify and FIN. Receiving goes on."""
+        self.has_closed = True
+        with contextlib.suppress(OSError), self.lock:
+            # unwrap() would fail at records that are unread
+            for data in iter(functools.partial(self.engine.read, 1 << 20), b""):
+                self.unread += data
+        with contextlib.suppress(OSError), self.lock:
+            self.engine.unwrap()
+        self.flush()
+        self.sock.shutdown(socket.SHUT_WR)
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            if not self.has_closed:
+                self.shutdown(socket.SHUT_WR)
+        self.sock.close()
+
+    __enter__, __exit__ = (lambda self: self), (lambda self, *exc: self.close())
+
+
+def server_context(host="localhost", version=None, **fields):
+    """Return a context with a certificate from the CA of vaurien. `fields` are TLS settings."""
+    if version:
+        fields["max_version"] = version
+    context = vaurien.TlsConfig(dict(fields, cert="auto")).accept_context(host)
+    context.set_servername_callback(None)       # this one, whatever name the client asks for
+    return context
+
+
+def client_context(ca=None):
+    """Return a context that trusts the CA of vaurien only."""
+    return ssl.create_default_context(cadata=ca or vaurien.AUTHORITY.pem())
+
+
+def tls_server(serve, **arguments):
+    """Return a `serve` for backend_server that calls serve(TlsPeer). See server_context."""
+    context = server_context(**arguments)
+
+    def shake_hands_and_serve(sock):
+        with contextlib.suppress(ssl.SSLError), TlsPeer(sock, context, True) as peer:
+            return serve(peer)
+    return shake_hands_and_serve
+
+
+@contextlib.contextmanager
+def tls_proxy(serve, accepts, connects, version=None, behavior="100:dummy", **arguments):
+    """Run a proxy with TLS on one side or on both, in front of a backend_server.
+
+    accepts, connects    whether the clients, and the backend, use TLS of this version
+
+    Yields (proxy, connect): connect() returns a client, a socket or a TlsPeer.
+    """
+    with tempfile.NamedTemporaryFile("w") as ca, contextlib.ExitStack() as stack:
+        ca.write(vaurien.AUTHORITY.pem())
+        ca.flush()
+        tls = dict(arguments.pop("tls", {}), ca=ca.name)
+        if accepts:
+            tls.update(cert="auto", max_version=version)
+        serve = tls_server(serve, version=version) if connects else serve
+        port, results = stack.enter_context(backend_server(serve))
+        proxy = stack.enter_context(OpenProxy(
+            ("tls://localhost:%d" if connects else "127.0.0.1:%d") % port, "127.0.0.1:0", behavior,
+            tls=tls, **arguments))
+        proxy.backend_results = results
+
+        def connect_client():
+            sock = connect(proxy.port)
+            return TlsPeer(sock, client_context(proxy.ca), name="localhost") if accepts else sock
+        yield proxy, connect_client
+
+
+class TestTls(TempDirTestCase):
+    """TLS with the clients, with the backend, and with both."""
+
+    def setUp(self):
+        super().setUp()
+        self.ca = self.write("ca.pem", vaurien.AUTHORITY.pem())
+
+    # (name, whether the clients use TLS, whether the backend does)
+    MODES = [("clients", True, False), ("backend", False, True), ("both", True, True)]
+
+    def test_conversations_are_the_same_as_over_a_direct_connection(self):
+        for name in CONVERSATION_NAMES:
+            serve = getattr(Conversations, name).backend
+            direct = hold_conversation_directly(name)
+            for version, (mode, accepts, connects) in [
+                    *zip(["1.3"] * 3, self.MODES), ("1.2", self.MODES[2])]:
+                with self.subTest(name, tls=mode, version=version), tls_proxy(
+                        serve, accepts, connects, version) as (proxy, connect_client):
+                    self.assertEqual(hold_conversation(
+                        name, None, proxy.backend_results, lambda _: connect_client()), direct)
+                    wait_until(lambda: not proxy.connections)
+                    self.assertEqual((proxy.loop.budget.held, proxy.loop.budget.queues), (0, 0))
+
+    def test_addresses_of_backends(self):
+        for text, backend in [
+                ("tls://db.example:5432", ("db.example", 5432, "tls")),
+                ("https://api.example/", ("api.example", 443, "tls")),
+                ("https://[::1]", ("::1", 443, "tls")),
+                ("REDISS://cache", ("cache", 6379, "tls")),
+                ("localhost:80", ("localhost", 80))]:
+            with self.subTest(text):
+                self.assertEqual(vaurien.parse_backend(text), backend)
+        self.assertEqual(vaurien.format_address(("::1", 443, "tls")), "tls://[::1]:443")
+        for text in "tls://db.example", "https://a/path", "https://me:secret@a", "http://a", "tls://":
+            with self.subTest(text), self.assertRaisesRegex(ValueError, "^must ") as raised:
+                vaurien.parse_backend(text)
+            self.assertNotIn("secret", str(raised.exception))
+
+    def test_a_python_without_ssl_says_so(self):
+        with mock.patch.object(vaurien, "ssl", vaurien.LazyModule("no_such_module")):
+            with self.assertRaisesRegex(ValueError, "needs the module ssl"):
+                vaurien.parse_backend("tls://x:1")
+            with self.assertRaisesRegex(ValueError, "^tls-cert needs the module ssl"):
+                OpenProxy("x:1", tls={"cert": "auto"})
+
+    # Certificates
+
+    def test_a_certificate_is_made_for_the_name_or_the_address_that_a_client_asks_for(self):
+        with tls_proxy(echo, True, False) as (proxy, _):
+            for name in "localhost", "127.0.0.1", "db.example", "x" * 60 + ".long.example":
+                with self.subTest(name), client_context(proxy.ca).wrap_socket(
+                        connect(proxy.port), server_hostname=name) as sock:     # checks the name
+                    self.assertEqual(send_and_read(sock, b"hello"), b"hello")
+            self.assertEqual(sorted(map(len, proxy.tls.accept_contexts)), [9, 9, 10, 73])
+
+    def test_a_client_names_each_fault_of_a_certificate(self):
+        says = {"expired": "expired", "not_yet_valid": "not yet valid", "wrong_host": "match",
+                "self_signed": "self.signed", "untrusted": "unable to get local issuer"}
+        for fault in vaurien.CERTIFICATE_FAULTS:
+            with self.subTest(fault), tls_proxy(
+                    echo, True, False, tls={"fault": fault}) as (_, connect_client), \
+                    self.assertLogs("vaurien", "INFO") as logged:
+                vaurien.log.info("a log for each version of Python")
+                with self.assertRaises((ssl.SSLError, ssl.CertificateError)) as raised:
+                    connect_client()
+                if sys.version_info >= (3, 7) or fault == "wrong_host":     # 3.6 gives no reason
+                    self.assertRegex(str(raised.exception), says[fault])
+                if sys.version_info >= (3, 7) or fault != "wrong_host":     # 3.6 checks it later
+                    text = "TLS handshake with the client failed: "
+                    wait_until(lambda: text in "".join(logged.output))
+
+    def test_no_newer_version_than_the_maximum(self):
+        for version in "1.2", "1.3":
+            with self.subTest(version), tls_proxy(echo, True, False, version) as (proxy, _), \
+                    client_context().wrap_socket(connect(proxy.port),
+                                                 server_hostname="localhost") as sock:
+                self.assertEqual(sock.version(), "TLSv" + version)
+        with tls_proxy(echo, True, False, "1.1") as (proxy, connect_client):
+            with self.assertRaises(ssl.SSLError):       # an unsupported protocol, or signature
+                connect_client()
+
+    def test_clients_and_the_proxy_show_certificates(self):
+        me = self.write("me.pem", vaurien.AUTHORITY.issue("me"))
+        serve = tls_server(echo, client_ca=self.ca)
+        context = client_context()
+        context.load_cert_chain(me)
+        with backend_server(serve) as (port, _), OpenProxy(
+                "tls://localhost:%d" % port, tls={"cert": "auto", "client_ca": self.ca,
+                                                  "ca": self.ca, "client_cert": me}) as proxy:
+            with TlsPeer(connect(proxy.port), context, name="localhost") as peer:
+                self.assertEqual(send_and_read(peer, b"hello"), b"hello")
+            with self.assertLogs("vaurien", "INFO") as logged:
+                with self.assertRaisesRegex(OSError, "alert|ALERT"):
+                    with TlsPeer(connect(proxy.port), client_context(), name="localhost") as peer:
+                        send_and_read(peer, b"hello")
+                wait_until(lambda: "peer did not return a certificate" in "".join(logged.output))
+
+    def test_the_key_is_in_a_file_for_a_moment_only(self):
+        made = []
+
+        def mkstemp():
+            fd, path = make()
+            made.append((stat.S_IMODE(os.stat(path).st_mode), path))
+            return fd, path
+
+        make = tempfile.mkstemp
+        with mock.patch.object(tempfile, "mkstemp", mkstemp):
+            vaurien.TlsConfig({"cert": "auto"})
+        ((mode, path),) = made
+        self.assertEqual((mode, os.path.exists(path)), (0o600, False))
+
+    # The backend
+
+    def test_the_certificate_of_the_backend_is_checked(self):
+        for host, fields, error in [
+                ("localhost", {}, "verify failed"),
+                ("localhost", {"verify": False}, ""),
+                ("localhost", {"ca": self.ca}, ""),
+                ("db.example", {"ca": self.ca, "sni": "db.example"}, ""),
+                ("db.example", {"ca": self.ca}, "match")]:
+            with self.subTest(fields, host=host), self.assertLogs("vaurien", "INFO") as logged, \
+                    backend_server(tls_server(echo, host=host)) as (port, _), \
+                    OpenProxy("tls://localhost:%d" % port, tls=fields) as proxy, \
+                    connected_client(proxy) as sock:
+                sock.sendall(b"hello")
+                if not error:
+                    self.assertEqual(read_exactly(sock, 5), b"hello")
+                else:
+                    self.assertEqual(read_until_close(sock).size, 0)
+                    self.assertRegex(logged.output[-1], "cannot connect to backend tls://localhost"
+                                     ":[0-9]+: TLS handshake: .*%s" % error)
+                self.assertEqual(proxy.failures, len(error) > 0)
+
+    def test_a_backend_without_tls_is_named(self):
+        with self.assertLogs("vaurien", "INFO") as logged, \
+                backend_server(lambda sock: sock.sendall(b"220 hello\r\n")) as (port, _), \
+                OpenProxy("tls://localhost:%d" % port) as proxy, connected_client(proxy) as sock:
+            self.assertEqual(read_until_close(sock).size, 0)
+        self.assertIn("the peer speaks no TLS, but has sent b'220 hello", logged.output[1])
+
+    # Handshakes that fail
+
+    def test_a_client_without_tls_is_closed_and_named(self):
+        with tls_proxy(echo, True, False) as (proxy, _), \
+                self.assertLogs("vaurien", "INFO") as logged:
+            with connected_client(proxy) as sock:
+                sock.sendall(HTTP_GET)
+                read_until_close(sock)
+            wait_until(lambda: not proxy.connections)
+        self.assertIn("the peer speaks no TLS, but has sent b'GET / HTTP", logged.output[0])
+
+    def test_a_handshake_that_hangs_costs_no_wakeup_and_has_a_deadline(self):
+        with tls_proxy(echo, True, False, timeout=0.4) as (proxy, _), \
+                connected_client(proxy) as sock, self.assertLogs("vaurien", "INFO") as logged:
+            began = time.monotonic()
+            sock.sendall(TLS_HELLO)
+            wait_until(lambda: proxy.connections and proxy.connections[1].client.begun)
+            with mock.patch.object(vaurien.Connection, "on_ready") as on_ready:
+                time.sleep(0.2)
+                self.assertEqual(on_ready.call_count, 0)
+            read_until_close(sock)
+            self.assertGreaterEqual(time.monotonic() - began, 0.4)
+        self.assertIn("TLS handshake with the client failed: timed out", logged.output[0])
+
+    def test_any_beginning_of_a_handshake_leaves_nothing(self):
+        """Clients send a part of a ClientHello, whole or with a wrong byte, and close."""
+        client = vaurien.TlsConfig({}).connect_context()
+        outgoing = ssl.MemoryBIO()
+        engine = client.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="localhost")
+        with self.assertRaises(ssl.SSLWantReadError):
+            engine.do_handshake()
+        hello = outgoing.read()
+        with tls_proxy(echo, True, False) as (proxy, _):
+            for index in range(0, len(hello), 7):
+                for data in hello[:index], hello[:index] + b"\x7f" + hello[index + 1:]:
+                    with connected_client(proxy) as sock:
+                        sock.sendall(data)
+                        sock.shutdown(socket.SHUT_WR)
+                        read_until_close(sock)
+            wait_until(lambda: not proxy.connections)
+            self.assertEqual((proxy.loop.budget.held, proxy.loop.budget.queues), (0, 0))
+            self.assertEqual(len(proxy.loop.watched), 1 + len(proxy.listener.sockets))
+
+    # Endings
+
+    def test_truncation_is_passed_on(self):
+        def serve(sock):
+            read_exactly(sock, 1)
+            sock.sendall(b"half of a reply")
+            sock.has_closed = True          # so that TlsPeer sends no close_notify
+        for version in "1.2", "1.3":
+            with self.subTest(version), tls_proxy(serve, True, True, version) as (
+                    _, connect_client), connect_client() as peer:
+                peer.sendall(b"?")
+                received = read_until_close(peer)
+                self.assertEqual((received.size, received.ending), (15, "truncated"))
+
+    def test_a_stream_that_a_rule_ends_is_truncated_but_not_after_a_reply(self):
+        for name, options, protocol, ending in [
+                ("limit_data", {"bytes": 100}, "tcp", "truncated"),
+                ("error", {"kind": "421"}, "smtp", "eof")]:
+            with self.subTest(name), tls_proxy(
+                    echo, True, False, behavior="100:" + name, protocol=protocol,
+                    options={name: options}) as (_, connect_client), connect_client() as peer:
+                peer.sendall(bytes(200))
+                self.assertEqual(read_until_close(peer).ending, ending)
+
+    def test_a_reply_that_waits_is_sent_before_the_close(self):
+        """Neither side is slow, but the client reads only after the proxy has both EOFs."""
+        data = random_data(300000)
+
+        def serve(sock):
+            sock.sendall(data)
+        with tls_proxy(serve, True, False) as (proxy, connect_client), connect_client() as peer:
+            peer.shutdown(socket.SHUT_WR)
+            wait_until(lambda: not proxy.connections or proxy.connections[1].up.eof)
+            self.assertEqual(read_until_close(peer)[:1] + read_until_close(peer)[2:],
+                             (len(data), "eof"))
+
+    def test_a_stalled_client_holds_little_memory(self):
+        def serve(sock):
+            with contextlib.suppress(OSError):
+                while True:
+                    sock.sendall(bytes(1 << 20))
+        with tls_proxy(serve, True, True) as (proxy, connect_client), connect_client():
+            wait_until(lambda: proxy.connections[1].down.held > vaurien.HELD_MAX_IDLE - 20000)
+            sock, size = proxy.connections[1].client, 0
+            while size != proxy.connections[1].down.received:
+                size = proxy.connections[1].down.received
+                time.sleep(0.02)
+            self.assertLessEqual(proxy.connections[1].down.held, vaurien.HELD_MAX_IDLE + 20000)
+            self.assertLessEqual(len(sock.unsent) + sock.outgoing.pending, 5 * 16384)
+            self.assertLessEqual(proxy.connections[1].backend.incoming.pending, 17000)
+
+    # Rules and protocols
+
+    def test_errors_of_a_protocol_and_match_work_on_encrypted_requests(self):
+        def serve(sock):
+            while True:
+                data = sock.recv(65536)
+                if not data:
+                    return
+                sock.sendall(HTTP_OK * data.count(b"\r\n\r\n"))
+        for mode, accepts, connects in self.MODES:
+            with self.subTest(mode), tls_proxy(serve, accepts, connects, protocol="http") as (
+                    proxy, connect_client), contextlib.closing(connect_client()) as sock:
+                with proxy.handler("error", kind="503", match="^GET /cart") as fault:
+                    for path, status in (b"/", b"200"), (b"/cart", b"503"), (b"/", b"200"):
+                        sock.sendall(b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % path)
+                        head = b""
+                        while b"\r\n\r\n" not in head:
+                            head += sock.recv(65536)
+                        self.assertEqual(head.split()[1], status)
+                        if status == b"200" and not head.endswith(b"hi"):
+                            read_exactly(sock, 2)
+                        elif status == b"503":
+                            size = int(re.search(rb"(?i)content-length: (\d+)", head).group(1))
+                            body = head.partition(b"\r\n\r\n")[2]
+                            self.assertEqual(len(body), size)
+                    self.assertEqual(fault.count, 1)
+
+    def test_rules_act_on_the_decrypted_bytes(self):
+        with tls_proxy(echo, True, True, behavior="100:slicer",
+                       options={"slicer": {"average_size": 10}}) as (_, connect_client), \
+                connect_client() as peer:
+            data = random_data(3000)
+            peer.sendall(data)
+            self.assertEqual(len(peer.recv(3000)), 10)
+            self.assertEqual(read_exactly(peer, 2990), data[10:])
+
+    # Settings
+
+    def test_settings_of_the_command_line_and_of_a_file(self):
+        ini = self.write("v.ini", "[proxy:a]\nlocal=localhost:0\ndistant=rediss://cache\n"
+                                  "tls-cert=auto\ntls_verify=no\n")
+        for argv, fields in [
+                (["--config", ini], {"cert": "auto", "verify": False}),
+                (["--config", ini, "--tls-max-version", "1.2"],
+                 {"cert": "auto", "verify": False, "max_version": "1.2"}),
+                (["--distant", "tls://x:1", "--tls-ca", self.ca], {"ca": self.ca})]:
+            config = vaurien.read_arguments(argv, vaurien.SETTINGS)
+            proxy, = vaurien.make_proxies(config).values()
+            self.assertEqual((proxy.tls.fields, proxy.backend[2]), (fields, "tls"))
+
+    def test_settings_that_do_not_fit_are_refused(self):
+        pem = vaurien.AUTHORITY.issue("x")
+        first, second = self.write("1.pem", pem), self.write("2.pem", pem.partition("-----\n")[2])
+        self.addCleanup(vaurien.AUTHORITY.__init__)
+        vaurien.AUTHORITY.__init__()
+        other = self.write("other.pem", vaurien.AUTHORITY.issue("x"))
+        for fields, text in [
+                ({"cert": "none.pem"}, "tls-cert: cannot read none.pem: No such file"),
+                ({"cert": self.folder}, "tls-cert: cannot read .*: it is no regular file"),
+                ({"cert": second}, "tls-cert must be a PEM file with a line -----BEGIN CERTIFI"),
+                ({"cert": self.ca}, "tls-key must be a PEM file with a line -----BEGIN PRIVATE"),
+                ({"cert": first, "key": other}, "tls-key: the key in other.pem does not fit the"),
+                ({"cert": first, "fault": "expired"}, "tls-fault makes the certificates itself"),
+                ({"client_ca": self.ca}, "tls-client-ca needs tls-cert"),
+                ({"max_version": 1.2}, "tls-max-version needs tls-cert"),
+                ({"client_key": first}, "tls-client-key needs tls-client-cert"),
+                ({"ca": first}, "tls-ca must have the certificate of a CA, not only those of ho"),
+                ({"max_version": "1.4"}, "tls max_version must be one of 1.0, 1.1, 1.2, 1.3"),
+                ({"sni": "a b"}, "tls sni must be a host name"),
+                ({"verify": "maybe"}, "tls verify must be yes or no"),
+                ("auto", "tls must be like {\"cert\": \"auto\"}, not 'auto'")]:
+            with self.subTest(fields), self.assertRaisesRegex(ValueError, text):
+                OpenProxy("x:1", tls=fields)
+        OpenProxy("x:1", tls={"cert": first, "client_ca": self.ca, "max_version": 1.2})
+
+    def test_the_ca_is_at_a_url_and_in_a_file(self):
+        with proxy_with_control() as (proxy, client):
+            self.assertEqual(client.ca, proxy.ca)
+        vaurien.write_ca("out.pem")
+        self.assertEqual(read_text("out.pem"), proxy.ca)
+        with self.assertRaisesRegex(ValueError, "--tls-ca-out: cannot write no/out.pem: No such"):
+            vaurien.write_ca("no/out.pem")
+
+    def test_a_listing_has_the_settings_and_populate_changes_them(self):
+        with proxy_with_control() as (_, client):
+            fields = {"name": "x", "listen": "127.0.0.1:0", "upstream": "tls://localhost:1"}
+            tls = {"cert": "auto", "max_version": "1.2"}
+            made = client.request("POST", "/proxies", dict(fields, tls=tls))
+            self.assertEqual((made["tls"], made["upstream"]), (tls, "tls://localhost:1"))
+            with self.assertRaisesRegex(ValueError, "tls cannot be changed"):
+                client.request("PATCH", "/proxies/x", {"tls": {"cert": "auto"}})
+            client.request("PATCH", "/proxies/x", {"tls": tls})
+            made["tls"] = {"fault": "expired"}
+            client.request("POST", "/populate", [made])
+            self.assertEqual(client.request("GET", "/proxies/x")["tls"], {"fault": "expired"})
+            client.request("DELETE", "/proxies/x")
+
+    def test_blocking_handlers_are_refused(self):
+        with registered(Passes), self.assertRaisesRegex(ValueError, "and without TLS"):
+            OpenProxy("x:1", behavior="100:Passes", tls={"cert": "auto"})
+        with registered(Passes), tls_proxy(echo, False, True, behavior="100:Passes") as (
+                proxy, connect_client), contextlib.closing(connect_client()) as sock:
+            self.assertEqual(read_until_close(sock).size, 0)
+            self.assertEqual(proxy.failures, 1)
 
 
 class DownloadMixin:
@@ -8481,8 +8965,15 @@ class TestToxiproxyApi(ToxiproxyTestCase):
                 ({"name": "x", "upstream": "localhost:1", "listen": "no host:12345"}, 400,
                  "listen must be HOST:PORT"),
                 ({"name": "x", "upstream": "https://example.com/a"}, 400,
-                 "bad request body: upstream must be HOST:PORT, without a scheme or a path, "
-                 "like example.com:443"),
+                 "bad request body: upstream must be like https://HOST:PORT, without a path"),
+                ({"name": "x", "upstream": "x:1", "tls": {"cert": 1}}, 400,
+                 "bad request body: tls-cert: cannot read 1: No such file or directory"),
+                ({"name": "x", "upstream": "x:1", "tls": {"cret": "auto"}}, 400,
+                 "bad request body: tls has no field 'cret' (did you mean cert?)"),
+                ({"name": "x", "upstream": "x:1", "tls": {"fault": "old"}}, 400,
+                 "bad request body: tls fault must be one of expired, "),
+                ({"name": "x", "upstream": "x:1", "tls": {"key": "x"}}, 400,
+                 "bad request body: tls-key needs the file of a certificate as tls-cert"),
                 ({"name": "x", "listen": "localhost:7", "upstream": "localhost:7"}, 400,
                  "is the proxy's own address"),
                 ({"name": "a\nb", "upstream": "localhost:1"}, 400,
@@ -10663,7 +11154,7 @@ class TestBadInput(TempDirTestCase):
             (["--local", "nope"],
              "--local must be HOST:PORT, like localhost:8000"),
             (["--distant", "https://example.org/path"],
-             "--distant must be HOST:PORT, without a scheme or a path, like example.org:443"),
+             "--distant must be like https://HOST:PORT, without a path or a user, not 'https://"),
             (["--distant", "localhost:0"],
              "--distant must have a port from 1 to 65535"),
             (["--backend", "x:1", "--proxy", ":99999"],
@@ -11208,6 +11699,7 @@ class TestProcess(TempDirTestCase):
         return out.splitlines()
 
     def test_help_fits_two_screens_and_has_one_line_for_each_handler(self):
+        tls_lines = self.run_help("--help", "tls")
         for argv, settings in ((["--help"], vaurien.SETTINGS), (["-h"], vaurien.SETTINGS),
                                (["demo", "--help"], vaurien.DEMO_SETTINGS),
                                (["serve", "--help"], vaurien.SERVE_SETTINGS)):
@@ -11215,8 +11707,9 @@ class TestProcess(TempDirTestCase):
             with self.subTest(argv):
                 self.assertLessEqual(len(lines), 100)       # 50 on each screen
                 self.assertLessEqual(max(map(len, lines)), 99)
-                for setting in settings.values():
-                    self.assertIn("  " + ", ".join(setting.flags), "\n".join(lines))
+                for name, setting in settings.items():
+                    shown_in = tls_lines if name.startswith("tls") else lines
+                    self.assertIn("  " + ", ".join(setting.flags), "\n".join(shown_in))
             for name, function in HANDLERS.items() if "behavior" in settings else ():
                 with self.subTest(argv, handler=name):
                     self.assertIn("  %-12s%s" % (name, vaurien.summary(function)), lines)

@@ -29,7 +29,7 @@ Each section uses only the sections above it. `grep -n '^# -- ' vaurien.py` list
 
     vocabulary    Events, Checks
     extend here   Handlers, Options, Protocols
-    engine        Rules, Chain, Delay queue, Loop, Sockets, Connection
+    engine        Rules, Chain, Delay queue, Loop, Sockets, TLS, Connection
     service       Proxy, Metrics, Page, Control, Toxiproxy, Interface
     programs      Command line, Demo, vaurienctl, Main
 
@@ -136,9 +136,11 @@ class LazyModule:
         return getattr(importlib.import_module(self.name), attribute)
 
 
-(asyncio, configparser, difflib, hashlib, hmac, inspect, json, shlex, subprocess, textwrap,
- urls) = map(LazyModule, ["asyncio", "configparser", "difflib", "hashlib", "hmac", "inspect",
-                          "json", "shlex", "subprocess", "textwrap", "urllib.parse"])
+(asyncio, base64, configparser, difflib, hashlib, hmac, inspect, ipaddress, json, secrets, shlex,
+ ssl, subprocess, tempfile, textwrap, urls) = map(
+    LazyModule, ["asyncio", "base64", "configparser", "difflib", "hashlib", "hmac", "inspect",
+                 "ipaddress", "json", "secrets", "shlex", "ssl", "subprocess", "tempfile",
+                 "textwrap", "urllib.parse"])
 
 __version__ = "3.0.0"
 
@@ -388,6 +390,12 @@ def check_text(value):
     if not isinstance(value, (str, int)) or isinstance(value, bool):
         raise ValueError("must be text, not %r" % (value,))
     return str(value)
+
+
+def check_file(text):
+    if not text or "\0" in text:
+        raise ValueError("must be the path of a file, not %r" % text)
+    return text
 
 
 def check_name(name):
@@ -1620,6 +1628,7 @@ class Protocol:
     fatal_errors      the kinds after which a server closes the connection
     overload_error    the kind for a client that connects while there are too many connections;
                       "" if a server only closes the connection
+    alpn              its names in TLS: the application protocols of ALPN (RFC 7301)
     server_first      whether the server sends a greeting, or a handshake comes before the
                       first request. The handshake then counts as request 1
     credentials       the names of requests with passwords: no fault record shows their text
@@ -1635,6 +1644,7 @@ class Protocol:
     credentials: tuple = ()
     has_rows = False
     counts_rows = False             # a rule needs the rows of replies: set by the ProtocolChain
+    alpn: tuple = ()
 
     def __init__(self, host=b""):
         self.host = host            # value for the Host header field; empty: do not replace it
@@ -1818,6 +1828,7 @@ class Http(Protocol):
     Request.info is whether the server closes the connection after its reply.
     """
 
+    alpn = ("http/1.1",)
     errors = OrderedDict((
         ("500", "Internal Server Error"), ("502", "Bad Gateway"), ("503", "Service Unavailable"),
         ("504", "Gateway Timeout"), ("429", "Too Many Requests")))
@@ -5436,6 +5447,40 @@ def parse_address(text, min_port=1):
     return host, int(port)
 
 
+# {scheme of a backend with TLS: its default port, or None}
+TLS_SCHEMES = {"tls": None, "https": 443, "rediss": 6379, "smtps": 465, "ldaps": 636,
+               "amqps": 5671, "mqtts": 8883}
+
+
+def parse_backend(text, parse=parse_address):
+    """Parse the address of a backend: like `parse_address`, or a URL like tls://db.example:443.
+
+    Returns (host, port), or (host, port, "tls") for a URL. Raises ValueError.
+    """
+    scheme, separator, rest = text.strip().partition("://")
+    scheme = scheme.lower()
+    if not separator or scheme not in TLS_SCHEMES:
+        return parse(text)
+    rest = rest[:-1] if rest.endswith("/") else rest
+    if TLS_SCHEMES[scheme] and re.fullmatch(r"\[[^]]*\]|[^:/]*", rest):
+        rest = "%s:%s" % (rest, TLS_SCHEMES[scheme])
+    try:
+        host, port = parse_address(rest)
+    except ValueError:
+        raise ValueError("must be like %s://HOST:PORT, without a path or a user, not %r"
+                         % (scheme, hide_password(text))) from None
+    require_ssl()
+    return host, port, "tls"
+
+
+def require_ssl():
+    """Raise ValueError if this Python has no module ssl."""
+    try:
+        ssl.SSLContext                      # noqa: B018 (this imports the module)
+    except ImportError:
+        raise ValueError("needs the module ssl, which this Python does not have") from None
+
+
 def url_error(text):
     """Return the error message for a URL in place of HOST:PORT."""
     scheme, host, port = re.match(
@@ -5541,24 +5586,25 @@ def check_backend(backend, local_addresses):
 
 
 def format_address(address):
-    """Return (host, port, ...) as text, with an IPv6 host in brackets.
+    """Return (host, port, ...) as text, with an IPv6 host in brackets. See parse_backend for TLS.
 
     The port may also be the name of a service, or "" if it is missing: see parse_upstream.
     """
     host, port = address[:2]
     shown_host = "[%s]" % host if ":" in host else host
-    return shown_host if port == "" else "%s:%s" % (shown_host, port)
+    shown = shown_host if port == "" else "%s:%s" % (shown_host, port)
+    return "tls://" + shown if address[2:] == ("tls",) else shown
 
 
 def resolve(address, wildcard=LOOPBACK, flags=0):
-    """Return the socket addresses of (host, port), in order: [(family, address)].
+    """Return the socket addresses of (host, port, ...), in order: [(family, address)].
 
     wildcard    the addresses for an empty host
     flags       for getaddrinfo()
 
     Raises OSError.
     """
-    host, port = address
+    host, port = address[:2]
     if port == "":
         raise OSError(errno.EINVAL, "missing port in address")
     known_hosts = {"localhost": LOOPBACK, "": wildcard}.get(host.lower())
@@ -6110,6 +6156,691 @@ def socket_strerror(error):
     return getattr(socket, "errorTab", {}).get(error) or os.strerror(error)
 
 
+# -- TLS ----------------------------------------------------------------------
+#
+# The TLS settings of a proxy, certificates, and TlsSocket, which a Connection uses like a plain
+# socket. The module ssl is imported on first use.
+#
+# Certificates are made here, without a package or a program: elliptic curve P-256, ECDSA with
+# SHA-256 (FIPS 186-4), and DER (X.690). The arithmetic does not take constant time, so its keys
+# are for tests only. They exist only in this process, except for the moment in which
+# SSLContext.load_cert_chain reads them from a temporary file.
+
+TLS_VERSIONS = ("1.0", "1.1", "1.2", "1.3")
+# {fault: what Authority.issue makes of it}
+CERTIFICATE_FAULTS: "OrderedDict[str, Dict[str, Any]]" = OrderedDict((
+    ("expired", {"days": (-30, -1)}),
+    ("not_yet_valid", {"days": (2, 30)}),
+    ("self_signed", {"signed_by": "itself"}),
+    ("wrong_host", {"host": "wrong-host.invalid"}),
+    ("untrusted", {"signed_by": "another CA"}),
+))
+CERTIFICATE_DAYS = (-1, 397)        # first and last day of validity, counted from now
+PEM_MAX = 16 * 1024 * 1024          # bytes that are read of a PEM file at most
+NAMES_MAX = 1000                    # names for which a proxy keeps a certificate
+
+
+def check_certificate(text):
+    return text if text == "auto" else check_file(text)
+
+
+def check_tls_name(text):
+    if not text or not is_valid_host(text):
+        raise ValueError("must be a host name, like db.example, not %r" % text)
+    return text
+
+
+TlsField = namedtuple("TlsField", "check metavar help")
+# The TLS settings of a proxy: {field: TlsField}. Their flags begin with --tls-.
+TLS_FIELDS = OrderedDict((
+    ("cert", TlsField(check_certificate, "FILE|auto",
+                      "clients must use TLS: PEM file with the certificate that they get; auto "
+                      "makes one for each name that a client asks for")),
+    ("key", TlsField(check_file, "FILE", "PEM file with its key, if that is another file")),
+    ("client_ca", TlsField(check_file, "FILE", "clients must have a certificate of a CA in this "
+                                               "PEM file")),
+    ("fault", TlsField(choice_check(*CERTIFICATE_FAULTS), "FAULT",
+                       "make certificates like auto, but with a fault: "
+                       + ", ".join(CERTIFICATE_FAULTS))),
+    ("max_version", TlsField(choice_check(*TLS_VERSIONS), "VERSION",
+                             "highest TLS version for clients: " + ", ".join(TLS_VERSIONS))),
+    ("ca", TlsField(check_file, "FILE", "PEM file with the CAs that the backend's certificate "
+                                        "is checked with; by default, those of the system")),
+    ("verify", TlsField(check_yes_no, "YES|NO", "whether to check the backend's certificate; by "
+                                                "default, yes")),
+    ("sni", TlsField(check_tls_name, "NAME", "name to ask the backend for, and to check its "
+                                             "certificate for; by default, its host")),
+    ("client_cert", TlsField(check_file, "FILE", "PEM file with a certificate for the backend")),
+    ("client_key", TlsField(check_file, "FILE", "PEM file with its key, if that is another "
+                                                "file")),
+))
+
+
+def check_tls(value):
+    """Check the TLS settings of a proxy: {field: value}. Raises ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError('must be like {"cert": "auto"}, not %r' % (value,))
+    fields = OrderedDict()
+    for name, given in value.items():
+        if name not in TLS_FIELDS:
+            raise ValueError("has no field %r%s: there are %s" % (
+                name, did_you_mean(name, TLS_FIELDS), ", ".join(TLS_FIELDS)))
+        if given is not None:
+            try:
+                fields[name] = TLS_FIELDS[name].check(
+                    given if name == "verify" else check_text(str(given)))
+            except ValueError as error:
+                raise ValueError("%s %s" % (name, error)) from None
+    return fields
+
+
+class Authority:
+    """A CA for this run of the program. It is made when the first certificate is needed."""
+
+    def __init__(self):
+        self.lock = threading.RLock()
+        self.issuers = {}           # {issuer: (its name, its key, its public key)}
+        self.ca_pem = ""            # the certificate of the CA
+
+    def pem(self):
+        """Return the certificate of the CA."""
+        with self.lock:
+            if not self.ca_pem:
+                self.ca_pem = make_certificate(self.issuer("CA"), self.issuer("CA"), ca=True)
+            return self.ca_pem
+
+    def issuer(self, name):
+        if name not in self.issuers:
+            key = secrets.randbelow(P256_ORDER - 1) + 1
+            self.issuers[name] = "vaurien %s" % name, key, encode_point(multiply_generator(key))
+        return self.issuers[name]
+
+    def issue(self, host, days=CERTIFICATE_DAYS, signed_by="CA"):
+        """Return a certificate for a host, and its key, in PEM.
+
+        host         a name or an address
+        days         first and last day of validity, counted from now
+        signed_by    "CA", "another CA", or "itself"
+        """
+        with self.lock:
+            _, key, public = self.issuer("leaf")        # all hosts share one key
+            hosts = [host, "localhost", *LOOPBACK] if host in LOOPBACK else [host]
+            subject = host, key, public
+            issuer = subject if signed_by == "itself" else self.issuer(signed_by)
+            return make_certificate(subject, issuer, hosts, days) + encode_key(key, public)
+
+
+P256_PRIME = 2 ** 256 - 2 ** 224 + 2 ** 192 + 2 ** 96 - 1
+P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+P256_GENERATOR = (0x6B17D1F2E12C4247F8BCE6E563A440F277037D812DEB33A0F4A13945D898C296,
+                  0x4FE342E2FE1A7F9B8EE7EB4A7C0F9E162BCE33576B315ECECBB6406837BF51F5)
+P256_OID, PUBLIC_KEY_OID = "1.2.840.10045.3.1.7", "1.2.840.10045.2.1"
+ECDSA_SHA256_OID = "1.2.840.10045.4.3.2"
+
+
+def multiply_generator(factor):
+    """Return the point (x, y) that is `factor` times the generator of P-256, 0 < factor < order.
+
+    Double and add, in Jacobian coordinates: dbl-2001-b and madd of the Explicit-Formulas Database.
+    """
+    p, (gx, gy) = P256_PRIME, P256_GENERATOR
+    x, y, z = gx, gy, 1
+    for bit in bin(factor)[3:]:
+        delta, gamma = z * z % p, y * y % p
+        beta, alpha = x * gamma % p, 3 * (x - delta) * (x + delta) % p
+        x, z = (alpha * alpha - 8 * beta) % p, 2 * y * z % p
+        y = (alpha * (4 * beta - x) - 8 * gamma * gamma) % p
+        if bit == "1":
+            square = z * z % p
+            h, r = (gx * square - x) % p, (gy * square * z - y) % p
+            hh = h * h % p
+            hhh, v = h * hh % p, x * hh % p
+            x, z = (r * r - hhh - 2 * v) % p, z * h % p
+            y = (r * (v - x) - y * hhh) % p
+    inverse = pow(z, p - 2, p)
+    return x * inverse ** 2 % p, y * inverse ** 3 % p
+
+
+def sign(key, message):
+    """Return the ECDSA signature of a message, in DER."""
+    digest = int.from_bytes(hashlib.sha256(message).digest(), "big")
+    nonce = secrets.randbelow(P256_ORDER - 1) + 1
+    r = multiply_generator(nonce)[0] % P256_ORDER
+    s = pow(nonce, P256_ORDER - 2, P256_ORDER) * (digest + r * key) % P256_ORDER
+    return der(SEQUENCE, der_int(r), der_int(s))
+
+
+# Tags of DER
+INTEGER, BIT_STRING, OCTET_STRING, OID, UTF8_STRING = 0x02, 0x03, 0x04, 0x06, 0x0C
+UTC_TIME, SEQUENCE, SET = 0x17, 0x30, 0x31
+TRUE = b"\1\1\xff"
+
+
+def der(tag, *parts):
+    """Return a DER value that contains these parts."""
+    body = b"".join(parts)
+    size = len(body).to_bytes((len(body).bit_length() + 7) // 8 or 1, "big")
+    if len(body) >= 128:
+        size = bytes([0x80 | len(size)]) + size
+    return bytes([tag]) + size + body
+
+
+def der_int(number):
+    return der(INTEGER, number.to_bytes(number.bit_length() // 8 + 1, "big"))
+
+
+def der_oid(text):
+    first, second, *rest = map(int, text.split("."))
+    encoded = bytes([40 * first + second])
+    for number in rest:
+        digits = [number & 127]
+        while number > 127:
+            number >>= 7
+            digits.insert(0, number & 127 | 128)
+        encoded += bytes(digits)
+    return der(OID, encoded)
+
+
+def der_bits(data):
+    return der(BIT_STRING, b"\0", data)
+
+
+def der_name(common_name):
+    name = common_name[:64]         # the limit of RFC 5280, appendix A
+    return der(SEQUENCE, der(SET, der(SEQUENCE, der_oid("2.5.4.3"),
+                                      der(UTF8_STRING, name.encode()))))
+
+
+def der_extension(oid, value, *critical):
+    return der(SEQUENCE, der_oid(oid), *critical, der(OCTET_STRING, value))
+
+
+def alternative_name(host):
+    """Return the GeneralName of an address or a name (RFC 5280, 4.2.1.6)."""
+    try:
+        return der(0x87, ipaddress.ip_address(host).packed)
+    except ValueError:
+        return der(0x82, host.encode("idna"))
+
+
+def encode_point(point):
+    return b"\4" + b"".join(number.to_bytes(32, "big") for number in point)
+
+
+def make_certificate(subject, issuer, hosts=(), days=(-1, 3650), ca=False):
+    """Return an X.509 certificate (RFC 5280) in PEM.
+
+    subject, issuer    (common name, key, encoded public key)
+    hosts              names and addresses of the subject
+    """
+    (name, _, public), (issuer_name, issuer_key, issuer_public) = subject, issuer
+    algorithm = der(SEQUENCE, der_oid(ECDSA_SHA256_OID))
+    key_ids = [hashlib.sha1(key).digest() for key in (public, issuer_public)]
+    usage = b"\1\6" if ca else b"\7\x80"            # keyCertSign and cRLSign, digitalSignature
+    extensions = [
+        der_extension("2.5.29.19", der(SEQUENCE, TRUE if ca else b""), TRUE),
+        der_extension("2.5.29.15", der(BIT_STRING, usage), TRUE),
+        der_extension("2.5.29.14", der(OCTET_STRING, key_ids[0])),
+        der_extension("2.5.29.35", der(SEQUENCE, der(0x80, key_ids[1])))]
+    if hosts:
+        purposes = der_oid("1.3.6.1.5.5.7.3.1") + der_oid("1.3.6.1.5.5.7.3.2")
+        extensions += [
+            der_extension("2.5.29.37", der(SEQUENCE, purposes)),
+            der_extension("2.5.29.17", der(SEQUENCE, *map(alternative_name, hosts)))]
+    times = [time.strftime("%y%m%d%H%M%SZ", time.gmtime(time.time() + day * 86400)).encode()
+             for day in days]
+    body = der(SEQUENCE, der(0xA0, der_int(2)), der_int(secrets.randbits(120) | 1 << 119),
+               algorithm, der_name(issuer_name), der(SEQUENCE, *(der(UTC_TIME, t) for t in times)),
+               der_name(name), der(SEQUENCE, der(SEQUENCE, der_oid(PUBLIC_KEY_OID),
+                                                 der_oid(P256_OID)), der_bits(public)),
+               der(0xA3, der(SEQUENCE, *extensions)))
+    return to_pem("CERTIFICATE", der(SEQUENCE, body, algorithm, der_bits(sign(issuer_key, body))))
+
+
+def encode_key(key, public):
+    """Return a private key in PEM (RFC 5915)."""
+    return to_pem("EC PRIVATE KEY", der(
+        SEQUENCE, der_int(1), der(OCTET_STRING, key.to_bytes(32, "big")),
+        der(0xA0, der_oid(P256_OID)), der(0xA1, der_bits(public))))
+
+
+def to_pem(label, data):
+    text = base64.b64encode(data).decode()
+    lines = "\n".join(text[index:index + 64] for index in range(0, len(text), 64))
+    return "-----BEGIN %s-----\n%s\n-----END %s-----\n" % (label, lines, label)
+
+
+AUTHORITY = Authority()
+
+
+class TlsConfig:
+    """The TLS settings of a proxy, and the SSLContexts that they make.
+
+    fields     {field: value} of the TLS_FIELDS that are set
+    accepts    whether clients must use TLS
+    """
+
+    def __init__(self, fields, alpn=()):
+        """alpn: names of application protocols to agree on. Raises InputError."""
+        self.fields = OrderedDict((name, value) for name, value in fields.items()
+                                  if value is not None)
+        self.alpn = list(alpn)
+        self.accepts = not {"cert", "fault"}.isdisjoint(self.fields)
+        self.accept_contexts = {}       # {name or address: SSLContext}
+        self.backend_context = None     # made when it is needed
+        try:
+            self.check()
+        except ValueError as error:
+            raise InputError([("tls", "tls-%s" % error)]) from None
+
+    def check(self):
+        """Check that the fields fit together, and read the files. Raises ValueError."""
+        fields, makes = self.fields, self.fields.get("cert", "auto") == "auto"
+        if fields:
+            try:
+                require_ssl()
+            except ValueError as error:
+                raise ValueError("%s %s" % (next(iter(fields)), error)) from None
+        if "fault" in fields and not makes:
+            raise ValueError("fault makes the certificates itself: leave tls-cert out")
+        if "key" in fields and makes:
+            raise ValueError("key needs the file of a certificate as tls-cert")
+        for name in "client_ca", "max_version":
+            if name in fields and not self.accepts:
+                raise ValueError("%s needs tls-cert" % name.replace("_", "-"))
+        if "client_key" in fields and "client_cert" not in fields:
+            raise ValueError("client-key needs tls-client-cert")
+        if self.accepts:
+            self.accept_context(LOOPBACK[0])
+        if not {"ca", "client_cert"}.isdisjoint(fields):
+            self.connect_context()
+
+    def accept_context(self, host):
+        """Return the SSLContext for a client that asks for a name, or that connects to an address.
+        """
+        fields = self.fields
+        if fields.get("cert", "auto") != "auto":
+            host = ""                   # all have one context
+        if host not in self.accept_contexts:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            if host:
+                self.issue(context, host)
+                context.set_servername_callback(self.on_server_name)
+            else:
+                load_certificate(context, fields["cert"], fields.get("key"), "cert", "key")
+            context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+            if hasattr(context, "num_tickets"):     # since Python 3.8
+                # A client that never reads gets no bytes that would turn its FIN into a RST.
+                context.num_tickets = 0
+            if "client_ca" in fields:
+                load_cas(context, fields["client_ca"], "client-ca")
+                context.verify_mode = ssl.CERT_REQUIRED
+            if "max_version" in fields:
+                limit_version(context, fields["max_version"])
+            if self.alpn:
+                context.set_alpn_protocols(self.alpn)
+            if len(self.accept_contexts) >= NAMES_MAX:
+                self.accept_contexts.clear()
+            self.accept_contexts[host] = context
+        return self.accept_contexts[host]
+
+    def issue(self, context, host):
+        """Make a certificate for a host, with the fault of the settings."""
+        arguments = dict(CERTIFICATE_FAULTS.get(self.fields.get("fault", ""), {}))
+        arguments.setdefault("host", host)
+        fd, path = tempfile.mkstemp()       # with mode 0600
+        try:
+            with open(fd, "w") as file:
+                file.write(AUTHORITY.issue(**arguments))
+            context.load_cert_chain(path)
+        finally:
+            os.unlink(path)
+
+    def on_server_name(self, ssl_object, name, context):
+        """Use the certificate for the name that the client asks for."""
+        if name and is_valid_host(name):
+            ssl_object.context = self.accept_context(name.lower())
+
+    def connect_context(self):
+        """Return the SSLContext for the backend."""
+        if self.backend_context is None:
+            fields = self.fields
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            if not fields.get("verify", True):
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            elif "ca" in fields:
+                load_cas(context, fields["ca"], "ca")
+            else:
+                context.load_default_certs()
+            if "client_cert" in fields:
+                load_certificate(context, fields["client_cert"], fields.get("client_key"),
+                                 "client-cert", "client-key")
+            if self.alpn:
+                context.set_alpn_protocols(self.alpn)
+            self.backend_context = context
+        return self.backend_context
+
+    def backend_name(self, host):
+        """Return the name to ask a backend for."""
+        return self.fields.get("sni") or host.rstrip(".") or "localhost"
+
+
+def read_pem(path, label, setting):
+    """Raise ValueError, which names the setting, if a file has no PEM block with a label."""
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("it is no regular file")   # reading a FIFO would wait
+        with open(path, encoding="latin-1") as file:
+            text = file.read(PEM_MAX)
+    except (OSError, ValueError) as error:
+        raise ValueError("%s: cannot read %s: %s"
+                         % (setting, path, getattr(error, "strerror", error))) from None
+    if not re.search("-----BEGIN [A-Z ]*%s-----" % label, text):
+        raise ValueError("%s must be a PEM file with a line -----BEGIN %s-----, not %s"
+                         % (setting, label, path))
+
+
+def load_cas(context, path, setting):
+    """Let a context trust the CAs in a file. Raises ValueError."""
+    read_pem(path, "CERTIFICATE", setting)
+    try:
+        context.load_verify_locations(path)
+    except OSError as error:
+        raise ValueError("%s: %s: %s" % (setting, path, tls_error_text(error))) from None
+    if not context.cert_store_stats()["x509_ca"]:
+        raise ValueError("%s must have the certificate of a CA, not only those of hosts: %s"
+                         % (setting, path))
+
+
+def load_certificate(context, path, key_path, setting, key_setting):
+    """Let a context use the certificate and the key of files. Raises ValueError."""
+    read_pem(path, "CERTIFICATE", setting)
+    read_pem(key_path or path, "PRIVATE KEY", key_setting)
+
+    def refuse_password():          # without it, OpenSSL would ask on the terminal
+        raise ValueError("%s must have no password: %s" % (key_setting, key_path or path))
+    try:
+        context.load_cert_chain(path, key_path, refuse_password)
+    except OSError as error:
+        reason = getattr(error, "reason", None)
+        raise ValueError("%s: the key in %s does not fit the certificate in %s"
+                         % (key_setting, key_path or path, path)
+                         if reason == "KEY_VALUES_MISMATCH" else "%s: cannot use %s: %s"
+                         % (setting, path, tls_error_text(error))) from None
+
+
+def limit_version(context, max_version):
+    """Let a context use no TLS version above this one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for version in TLS_VERSIONS[TLS_VERSIONS.index(max_version) + 1:]:
+            context.options |= getattr(ssl, "OP_NO_TLSv" + version.replace(".0", "").replace(
+                ".", "_"))
+        if max_version in ("1.0", "1.1"):       # which OpenSSL permits at this level only
+            context.set_ciphers("ALL:@SECLEVEL=0")
+            if hasattr(ssl, "TLSVersion"):      # since Python 3.7
+                context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
+
+
+def tls_error_text(error):
+    """Return the reason of an SSLError or a CertificateError, without its decoration."""
+    return re.sub(r"^\[.*?\] | \(_ssl[.]c:\d+\)$", "", str(error)) or type(error).__name__
+
+
+class TlsSocket:
+    """TLS on a socket that does not block. A Connection uses it like a plain socket.
+
+    It is an SSLObject between two buffers for ciphertext. SSLSocket would not do: its shutdown()
+    loses the state of TLS, its unwrap() fails while data arrives, and it may hold decrypted
+    bytes of which no selector knows.
+
+    is_open      whether the handshake has succeeded
+    error        why TLS has failed, or ""
+    truncated    whether the peer has closed its side without close_notify
+    truncates    whether `shutdown` sends no close_notify either
+
+    `interest` returns the events to watch the socket for. on_change() is called from a timer,
+    soon after this has changed without an event: at the end of the handshake, when ciphertext
+    begins to wait, and when `recv_into` has more to return. Ciphertext of SEND_BATCH bytes may
+    wait. Decrypted bytes never do: `recv_into` returns all of them, up to a record (16 KiB) more
+    than its limit. So the selector's view of the socket is right.
+    """
+
+    __slots__ = ("sock", "loop", "on_change", "incoming", "outgoing", "engine", "unsent",
+                 "is_open", "error", "truncated", "truncates", "ended", "readable", "closing",
+                 "notified", "fin_sent", "resets", "deadline", "change_timer", "timeout",
+                 "begun", "awaits_write")
+
+    ALERT, HANDSHAKE = 21, 22       # types of records
+    RECV_MAX = 64 * 1024            # bytes of the largest recv: OpenSSL keeps so large a buffer
+    SEND_BATCH = 4 * 16384          # bytes that are encrypted for one send
+
+    def __init__(self, sock, loop, on_change, timeout, context, server_side=False,
+                 server_hostname=None):
+        """Begin the handshake. `timeout` is its limit, in seconds. Raises OSError."""
+        self.sock, self.loop, self.on_change, self.timeout = sock, loop, on_change, timeout
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.engine = context.wrap_bio(self.incoming, self.outgoing, server_side, server_hostname)
+        self.unsent = b""           # ciphertext that the socket does not take
+        self.is_open = self.truncated = self.truncates = False
+        self.error = ""
+        self.ended = False          # the peer has closed its side
+        self.readable = False       # recv_into would return something without an event
+        self.closing = False        # shutdown() was called; close_notify and FIN may be to be sent
+        self.notified = self.fin_sent = self.resets = self.begun = False
+        self.awaits_write = False   # whether interest() has asked for EVENT_WRITE
+        self.change_timer = None
+        self.deadline = loop.call_at(loop.clock() + timeout, lambda: self.fail("timed out"))
+        self.continue_handshake()
+
+    def __getattr__(self, name):    # fileno, getpeername, getsockopt, family ...
+        return getattr(self.sock, name)
+
+    def setsockopt(self, level, option, value):
+        self.resets = self.resets or option == socket.SO_LINGER     # see reset_on_close
+        self.sock.setsockopt(level, option, value)
+
+    def note_change(self):
+        """Let the loop call on_change() soon."""
+        if not self.change_timer:
+            self.change_timer = self.loop.call_at(self.loop.clock(), self.call_on_change)
+
+    def call_on_change(self):
+        self.change_timer = None
+        self.on_change()
+
+    def interest(self, wanted):
+        """Return the events to watch the socket for, if its owner wants these.
+
+        During the handshake the owner's wish has no effect, because it would be fulfilled at once,
+        again and again.
+        """
+        if not self.is_open:
+            wanted = EVENT_READ
+        elif self.readable and wanted & EVENT_READ:
+            self.note_change()
+        if self.unsent:
+            wanted |= EVENT_WRITE
+        self.awaits_write = bool(wanted & EVENT_WRITE)
+        return wanted
+
+    # The handshake
+
+    def shake_hands(self):
+        """Receive bytes, and continue the handshake. Drop them after it has failed."""
+        try:
+            data = self.sock.recv(self.RECV_MAX)
+        except BlockingIOError:         # the socket is writable
+            self.push_quietly()
+            return
+        except OSError as error:
+            self.ended = True
+            self.fail(error.strerror)
+            return
+        if not data:
+            self.ended = True
+            self.fail("closed by the peer")
+        elif not self.error:
+            if not self.begun and data[0] not in (self.ALERT, self.HANDSHAKE):
+                self.fail("the peer speaks no TLS, but has sent %r" % data[:16])
+                return
+            self.begun = True
+            self.incoming.write(data)
+            self.continue_handshake()
+
+    def continue_handshake(self):
+        try:
+            self.engine.do_handshake()
+        except ssl.SSLWantReadError:
+            self.push_quietly()
+        except (OSError, ssl.CertificateError) as error:    # the latter is a ValueError on 3.6
+            self.fail(tls_error_text(error))
+        else:
+            self.is_open = self.readable = True     # bytes may have come with the last message
+            self.loop.cancel(self.deadline)
+            self.push_quietly()
+            self.note_change()
+
+    def fail(self, reason):
+        """End the handshake. An alert may be on its way to the peer."""
+        self.error = self.error or reason
+        self.loop.cancel(self.deadline)
+        self.push_quietly()
+        self.note_change()
+
+    # As a socket
+
+    def fileno(self):
+        return self.sock.fileno()
+
+    def recv_into(self, buffer, size):
+        """Receive `size` bytes of ciphertext at most. Returns the size of their content.
+
+        Returns 0 at the end of the stream. Raises OSError like a socket, or after an alert.
+        """
+        receives, self.readable = not self.readable, False
+        if self.error:
+            raise OSError(errno.ECONNABORTED, self.error)
+        if self.ended:
+            return 0
+        if receives:
+            data = self.sock.recv(min(size, self.RECV_MAX))
+            self.truncated = not data       # unless close_notify is found below
+            self.incoming.write(data)
+        count = self.decrypt(memoryview(buffer))
+        self.push_quietly()                 # the reply to a KeyUpdate, or an alert
+        if count:
+            self.readable = self.ended or bool(self.error)
+            if self.readable:
+                self.note_change()
+        elif self.error:
+            raise OSError(errno.ECONNABORTED, self.error)
+        elif not self.ended:
+            raise BlockingIOError(errno.EAGAIN, "no whole record")
+        return count
+
+    def decrypt(self, view):
+        """Decrypt all whole records into a buffer. Returns their size."""
+        count = 0
+        try:
+            size = self.engine.read(len(view), view)
+            while size:
+                count += size
+                size = self.engine.read(len(view) - count, view[count:])
+            self.ended, self.truncated = True, False    # close_notify
+        except ssl.SSLWantReadError:
+            self.ended = self.truncated
+        except ssl.SSLZeroReturnError:      # close_notify, after that of this side
+            self.ended, self.truncated = True, False
+        except OSError as error:            # an alert, or bytes that are not of TLS
+            self.error = tls_error_text(error)
+        return count
+
+    def send(self, data):
+        """Encrypt and send bytes. Returns how many. Raises OSError like a socket."""
+        if self.error:
+            raise OSError(errno.EPIPE, self.error)
+        if not self.is_open or not self.push():
+            raise BlockingIOError(errno.EAGAIN, "ciphertext waits")
+        taken = 0
+        while taken < len(data) and not self.unsent:
+            end = min(len(data), taken + self.SEND_BATCH)
+            while taken < end:
+                taken += self.engine.write(data[taken:end])     # one record
+            self.push()
+        return taken
+
+    def push(self):
+        """Send the ciphertext that waits, and the end of the stream after it. Raises OSError.
+
+        Returns whether no ciphertext waits any more.
+        """
+        while True:
+            self.unsent = self.unsent or self.outgoing.read()
+            if not self.unsent:
+                if self.closing and self.send_end():
+                    continue
+                return True
+            try:
+                sent = self.sock.send(self.unsent)
+            except BlockingIOError:
+                if not self.awaits_write:
+                    self.note_change()
+                return False
+            self.unsent = self.unsent[sent:]
+
+    def push_quietly(self):
+        """Like `push`, while reading: the next send() reports the error."""
+        with contextlib.suppress(OSError):
+            self.push()
+
+    def send_end(self):
+        """Encrypt close_notify, or send FIN. Returns whether to go on."""
+        if self.is_open and not (self.truncates or self.error or self.notified):
+            if self.readable and not self.ended:    # unwrap() would fail at bytes that are unread
+                return False                        # recv_into() pushes again
+            self.notified = True
+            with contextlib.suppress(OSError, ValueError):  # the peer has sent no close_notify
+                self.engine.unwrap()
+            return True
+        if not self.fin_sent and (self.is_open or self.truncates or self.error):
+            self.fin_sent = True
+            self.sock.shutdown(socket.SHUT_WR)
+        return False
+
+    def shutdown(self, how):
+        """Send close_notify and FIN, as soon as the handshake and the ciphertext permit it."""
+        self.closing = True
+        self.push()
+
+    def close(self):
+        """Close the socket. Ciphertext that waits is sent first, unless a reset was asked for."""
+        self.loop.cancel(self.change_timer)
+        self.loop.cancel(self.deadline)
+        self.on_change, self.awaits_write = (lambda: None), True
+        if (self.is_open and self.closing and self.loop.running
+                and not (self.fin_sent or self.resets or self.error)):
+            self.deadline = self.loop.call_at(self.loop.clock() + self.timeout, self.abandon)
+            with contextlib.suppress(OSError):
+                self.loop.watch(self.sock, EVENT_WRITE, self.on_writable)
+                return
+        self.abandon()
+
+    def on_writable(self, events):
+        self.readable = False           # the connection reads no more
+        try:
+            self.push()
+        except OSError:
+            self.fin_sent = True
+        if self.fin_sent:
+            self.abandon()
+
+    def abandon(self):
+        self.loop.cancel(self.deadline)
+        self.loop.watch(self.sock, 0)
+        self.sock.close()
+
+
 # -- Connection ---------------------------------------------------------------
 #
 # A client's socket, a backend's socket, and the two links between them. All of it runs in the
@@ -6144,6 +6875,9 @@ WAITING, CONNECTING, CONNECTED = "waiting", "connecting", "connected"
 HANDED_OFF, LINGERING, CLOSED = "handed off", "lingering", "closed"
 
 
+NO_SPLICE = -(1 << 60)          # `bulk_reads` of links between sockets without splice: with TLS
+
+
 class Link(DelayQueue):
     """One direction of a connection: its source socket and its delay queue."""
 
@@ -6153,7 +6887,7 @@ class Link(DelayQueue):
     def __init__(self, to, budget, recv_size):
         super().__init__(to, budget)
         self.recv_size = recv_size      # bytes of the largest recv, at the moment
-        self.source = None      # a socket
+        self.source = None      # a socket, or a TlsSocket
         self.watched = 0        # the events of the source's socket that are watched: reads for
                                 #   this link, writes for the other one
         self.fast_target = None     # the target socket while the fast path is open
@@ -6252,6 +6986,9 @@ class Connection:
         self.timer = None               # for the next event that is due
         self.deadline_timer = None      # for connecting, and for lingering
         self.began = self.loop.clock()
+        if proxy.tls.accepts:
+            context = proxy.tls.accept_context(client.getsockname()[0])
+            self.start_tls(self.up, context, server_side=True)
 
     @property
     def name(self):
@@ -6348,6 +7085,8 @@ class Connection:
             return 0
         if self.phase is CONNECTING and link is self.down:
             self.on_connected()
+            return 0
+        if isinstance(link.source, TlsSocket) and not self.advance_tls(link):
             return 0
         if events & EVENT_WRITE:
             self.pump()
@@ -6672,10 +7411,14 @@ class Connection:
     def close_write(self, link, target):
         """Half-close the target. Returns False if the target has failed.
 
-        No FIN is sent if a reset or a close of the socket follows at once.
+        No FIN is sent if a reset or a close of the socket follows at once, unless close_notify
+        of TLS has to come before it.
         """
         link.write_closed = True
-        if self.reset_reason or (self.up.write_closed and self.down.write_closed):
+        is_tls = isinstance(target, TlsSocket)
+        if is_tls:
+            target.truncates = self.is_truncated(link)
+        if self.reset_reason or (not is_tls and self.up.write_closed and self.down.write_closed):
             return True
         try:
             target.shutdown(socket.SHUT_WR)
@@ -6707,6 +7450,9 @@ class Connection:
                 events = EVENT_READ if self.wants_read(link, back) else 0
             if back.send_buffer:
                 events |= EVENT_WRITE
+            if isinstance(source, TlsSocket):
+                events = source.interest(events)
+                fast = fast and source.is_open
             link.fast_target = back.source if fast and not (
                 link.held or link.eof or link.write_closed) else None
             if events != link.watched:
@@ -6758,6 +7504,69 @@ class Connection:
             self.timer = None
         if due < NEVER and not self.timer:
             self.timer = self.loop.call_at(due, self.on_timer)
+
+    # TLS
+
+    def start_tls(self, link, context, server_side=False, server_hostname=None):
+        """Replace a link's source by a TlsSocket, which begins the handshake."""
+        if link.watched:
+            self.loop.watch(link.source, 0)
+            link.watched = 0
+        link.source = sock = TlsSocket(
+            link.source, self.loop, functools.partial(self.on_tls_change, link),
+            self.proxy.timeout, context, server_side, server_hostname)
+        if link is self.up:
+            self.client = sock
+        else:
+            self.backend = sock
+        self.up.fast_target = self.down.fast_target = None
+        self.up.bulk_reads = self.down.bulk_reads = NO_SPLICE
+
+    def advance_tls(self, link):
+        """Handle an event of a link's TlsSocket. Returns whether the handshake is done."""
+        source = link.source
+        if not source.is_open:
+            source.shake_hands()        # on_tls_change follows
+            return False
+        try:
+            source.push()
+        except OSError:
+            self.on_send_error(self.down if link is self.up else self.up)
+        return True
+
+    def on_tls_change(self, link):
+        """A TlsSocket has ended its handshake, or has something to do without an event."""
+        source = link.source
+        if source.error and not source.is_open:
+            self.on_handshake_failed(link, source)
+            return
+        if source.readable and link.watched & EVENT_READ:
+            self.on_ready(link, EVENT_READ)
+        if self.phase is not CLOSED:
+            self.pump()
+
+    def on_handshake_failed(self, link, source):
+        """Close the connection. If the client may get an alert, wait until it closes."""
+        if link is self.down:
+            self.connect_failed("TLS handshake: %s" % source.error)
+            return
+        if self.phase is not LINGERING:
+            log.info("%sconnection %d: TLS handshake with the client failed: %s (client %s)",
+                     self.proxy.log_prefix, self.number, source.error, self.name)
+            for failed in self.up, self.down:
+                failed.discard()
+                failed.eof = failed.write_closed = True
+            self.linger()
+        if source.ended:
+            self.close("no TLS")
+
+    def is_truncated(self, link):
+        """Return whether a stream ends without close_notify: that of its source did, or a rule
+        ends it in the backend's place, as if the backend had died.
+        """
+        if link.eof:
+            return isinstance(link.source, TlsSocket) and link.source.truncated
+        return not self.chain.answered_early
 
     # Connecting to the backend
 
@@ -6831,9 +7640,16 @@ class Connection:
         self.pump()
 
     def set_connected(self):
-        """The backend is connected: the time for it no longer runs."""
+        """The backend is connected: the time for it no longer runs. TLS has a time of its own."""
         self.phase = CONNECTED
         self.loop.cancel(self.deadline_timer)
+        host, _, *tls = self.proxy.backend
+        if tls and self.proxy.has_blocking:
+            self.connect_failed("a blocking handler works without TLS only")
+        elif tls:
+            config = self.proxy.tls
+            self.start_tls(self.down, config.connect_context(),
+                           server_hostname=config.backend_name(host))
 
     def on_connect_timeout(self):
         self.close_backend()
@@ -7048,6 +7864,7 @@ class ProxyServer:
     accept     how new clients are accepted: an Accept
     max_connections
                the most clients that are served at a time; 0 is no limit
+    tls        {field: value} of TLS_FIELDS
 
     The other arguments are those of Proxy. Raises ValueError.
     """
@@ -7055,11 +7872,12 @@ class ProxyServer:
     def __init__(self, distant, local=("localhost", 0), behavior="100:dummy", options=None,
                  name="vaurien", seed=None, timeout=30.0, protocol="tcp",
                  overwrite_host_header=True, toxics=(), enabled=True, accept=None,
-                 max_connections=0):
+                 max_connections=0, tls=None):
         self.name = name
         self.log_prefix = "" if name == "vaurien" else name + ": "
         self.protocol = PROTOCOLS[check_protocol(protocol)]
         self.overwrite_host_header = overwrite_host_header
+        self.tls = TlsConfig(tls or {}, self.protocol.alpn if self.protocol else ())
         self.local = local
         self.listen = format_address(local)         # once bound, the bound address
         self.enabled = enabled
@@ -7255,6 +8073,8 @@ class ProxyServer:
         self.set_backend_address(distant)
 
     def set_backend_address(self, backend):
+        if backend[2:]:
+            self.tls.connect_context()      # reading the CAs of the system takes milliseconds
         self.backend = backend
         self.addresses = resolve_numeric(backend)       # None if a resolver is needed
 
@@ -7275,10 +8095,12 @@ class ProxyServer:
         if len(waiting) == 1:
             self.loop.run_in_thread(lambda: resolve(backend), on_done)
 
-    def set_protocol(self, protocol, overwrite_host_header):
-        """Use another protocol for new connections. Closes the open ones if it differs."""
-        if (protocol, overwrite_host_header) != (self.protocol, self.overwrite_host_header):
+    def set_protocol(self, protocol, overwrite_host_header, tls):
+        """Use another protocol or TlsConfig for new connections. Closes the open ones if so."""
+        before = self.protocol, self.overwrite_host_header, self.tls.fields
+        if before != (protocol, overwrite_host_header, tls.fields):
             self.protocol, self.overwrite_host_header = protocol, overwrite_host_header
+            self.tls = tls
             self.drop_connections("changed by the control")
 
     def protocol_name(self):
@@ -7289,11 +8111,13 @@ class ProxyServer:
         """Return the value of the Host header for the backend, or b"" to keep the client's."""
         if not self.overwrite_host_header or self.protocol is not Http:
             return b""
-        host, port = self.backend
+        host, port, *tls = self.backend
         if isinstance(port, str):       # the name of a service; the header has numbers only
             return b""
         name = format_address((host or "localhost", port))
-        return (name[:-len(":80")] if port == 80 else name).lower().encode("utf-8")
+        default_port = ":443" if tls else ":80"
+        name = name[:-len(default_port)] if name.endswith(default_port) else name
+        return name.lower().encode("utf-8")
 
     # In the loop's thread: rules
 
@@ -7498,9 +8322,9 @@ class ProxyServer:
 
     def check_rule(self, rule):
         """Raise InputError if a rule does not fit the proxy's protocol."""
-        if rule.blocking and self.protocol:
+        if rule.blocking and (self.protocol or self.tls.accepts):
             raise InputError([("name", "%s is a blocking handler: it works with --protocol tcp "
-                                       "only" % rule.name)])
+                                       "only, and without TLS" % rule.name)])
         if rule.handler is cut and rule.options["rows"] and not getattr(
                 self.protocol, "has_rows", False):
             raise InputError([("rows", "rows needs --protocol %s: %s has no rows" % (
@@ -9032,6 +9856,12 @@ def change_proxy_of(request, method, **arguments):
     return {"status": "ok"}
 
 
+@route("GET", "/ca.pem", needs_proxy=False)
+def get_ca(request):
+    """Return the certificate of the CA that tls-cert auto uses, as PEM text."""
+    return AUTHORITY.pem()
+
+
 @route("GET", "/backend")
 def get_backend(request):
     """Return the backend of new connections."""
@@ -9046,7 +9876,7 @@ def set_backend(request):
               for name in sorted(set(body) - {"backend"})]
     proxy = request.proxy
     try:
-        backend = check_field("backend", parse_address, str(body.get("backend", "")))
+        backend = check_field("backend", parse_backend, str(body.get("backend", "")))
         if not errors:
             # set_backend raises ValueError for the proxy's own address.
             check_field("backend", proxy.loop.run_sync, proxy.set_backend, backend)
@@ -9595,7 +10425,8 @@ UNRELEASED_TYPES = {"packet_loss"}      # of its main branch: clients of a relea
 # {field: type, or None if any type is possible}
 PROXY_FIELDS = OrderedDict((("name", str), ("listen", str), ("upstream", str),
                             ("enabled", bool), ("toxics", list), ("rules", list),
-                            ("protocol", str), ("accept", None), ("max_connections", int)))
+                            ("protocol", str), ("accept", None), ("max_connections", int),
+                            ("tls", dict)))
 PROXY_KEYS = [*PROXY_FIELDS, "logger"]      # Toxiproxy's listings have the key Logger
 TOXIC_FIELDS = OrderedDict((("name", str), ("type", str), ("stream", str), ("toxicity", float),
                             ("attributes", dict)))
@@ -9848,7 +10679,8 @@ def make_proxy(fields, proxies):
     limit = check_field("max_connections", check_count, fields.get("max_connections", 0))
     return ProxyServer(backend, local, name=fields["name"], **proxies.shared, protocol=protocol,
                        toxics=toxics, enabled=fields.get("enabled", True), accept=accept,
-                       max_connections=limit)
+                       max_connections=limit, tls=check_field("tls", check_tls,
+                                                              fields.get("tls", {})))
 
 
 def check_unique_names(toxics):
@@ -9864,7 +10696,7 @@ def parse_upstream(text):
     is then "", or be the name of a service, like http. Otherwise it is a number.
     """
     try:
-        return parse_address(text)
+        return parse_backend(text)
     except ValueError:
         host, _, port = text.partition(":")
         if host and is_valid_host(host) and re.fullmatch("([A-Za-z][A-Za-z0-9-]*)?", port):
@@ -10093,6 +10925,8 @@ def proxy_to_json(proxy, request):
             fields["accept"] = proxy.accept.to_json(proxy.to_unix)
         if proxy.max_connections:
             fields["max_connections"] = proxy.max_connections
+        if proxy.tls.fields:
+            fields["tls"] = proxy.tls.fields
         return fields
     return proxy.loop.run_sync(to_json)
 
@@ -10152,6 +10986,8 @@ def change_proxy(proxies, proxy, fields, enabled):
                            fields.get("protocol", proxy.protocol_name()))
     if protocol != proxy.protocol_name():
         raise bad_body("protocol cannot be changed: delete the proxy and create it again")
+    if check_field("tls", check_tls, fields.get("tls", proxy.tls.fields)) != proxy.tls.fields:
+        raise bad_body("tls cannot be changed: delete the proxy and create it again")
     accept = proxy.accept
     if "accept" in fields:
         accept = check_field("accept", check_accept, fields["accept"])
@@ -10297,12 +11133,13 @@ def update_existing(proxies, existing, proxy, fields):
         if proxies.get(proxy.name) is not existing:
             return False
         same = (existing.backend == proxy.backend and existing.protocol is proxy.protocol
+                and existing.tls.fields == proxy.tls.fields
                 and existing.listen in (proxy.listen, first_address(proxy.local)))
         if not same:
             proxies.change(existing, proxy.local, proxy.backend, proxy.enabled, proxy.accept)
             existing.loop.run_sync(existing.set_rules, [])
             existing.loop.run_sync(functools.partial(existing.set_protocol, proxy.protocol,
-                                                     overwrite_host_header=True))
+                                                     overwrite_host_header=True, tls=proxy.tls))
         elif "accept" in fields:
             proxies.set_accept(existing, proxy.accept)
         if not same or "max_connections" in fields:
@@ -10883,6 +11720,8 @@ class Proxy(Interface):
         toxics      rules beside the behavior: [{"type": "latency", "latency": 200}]. The keys are
                     the arguments of add_toxic; `attributes` may have the options, as in Toxiproxy
         enabled     False: do not listen until `enable` is called
+        tls         the options of TLS, without "tls-": {"cert": "auto", "max_version": "1.2"}.
+                    `vaurien --help tls` lists them
         accept      how new clients are accepted, as in set_accept
         max_connections
                     the most clients that are served at a time; further ones get the protocol's
@@ -10901,11 +11740,12 @@ class Proxy(Interface):
                  name: str = "vaurien", seed: "Optional[int]" = None, timeout: float = 30.0,
                  protocol: str = "tcp", overwrite_host_header: bool = True,
                  toxics: "Iterable[Dict[str, Any]]" = (), enabled: bool = True,
-                 accept: str = "normal", max_connections: int = 0) -> None:
+                 accept: str = "normal", max_connections: int = 0,
+                 tls: "Optional[Dict[str, Any]]" = None) -> None:
         super().__init__()
         options = check_field("options", check_handler_options, options or {})
         self._server = ProxyServer(
-            check_field("distant", parse_endpoint, distant),
+            check_field("distant", parse_endpoint, distant, parse_backend),
             check_field("local", parse_endpoint, local, parse_listener),
             check_field("behavior", behavior_tables, behavior, options, local_handler), options,
             check_field("name", check_name, check_field("name", check_text, name)),
@@ -10916,7 +11756,8 @@ class Proxy(Interface):
             [make_local_toxic(toxic) for toxic in toxics],
             check_field("enabled", check_yes_no, enabled),
             check_field("accept", check_accept, accept),
-            check_field("max_connections", check_count, max_connections))
+            check_field("max_connections", check_count, max_connections),
+            check_field("tls", check_tls, tls or {}))
         self._proxies = ProxyTable([self._server])
         self._thread: "Optional[threading.Thread]" = None
 
@@ -10980,6 +11821,11 @@ class Proxy(Interface):
         return self._server.seed
 
     @property
+    def ca(self) -> str:
+        """The certificate, in PEM, of the CA that makes those of tls={"cert": "auto"}."""
+        return AUTHORITY.pem()
+
+    @property
     def accepted(self) -> int:
         """The number of clients that have connected."""
         return self._server.accepted
@@ -11030,7 +11876,7 @@ class Proxy(Interface):
     # Changes
 
     def set_backend(self, backend: "Address") -> None:
-        address = check_field("backend", parse_endpoint, backend)
+        address = check_field("backend", parse_endpoint, backend, parse_backend)
         check_field("backend", self._call, self._server.set_backend, address)
 
     def remove_toxic(self, name: str) -> None:
@@ -11163,6 +12009,11 @@ class Client(Interface):
 
     ask = request       # the method's name in earlier versions
 
+    @property
+    def ca(self) -> str:
+        """The certificate, in PEM, of the CA that makes those of tls-cert auto."""
+        return self.request("GET", "/ca.pem")
+
     def _exchange(self, method, path, body):
         """Send a request. Returns the response of http.client, and the text of its body."""
         import http.client  # here, because it is slow to import
@@ -11216,7 +12067,7 @@ class Client(Interface):
     # Changes
 
     def set_backend(self, backend: "Address") -> None:
-        address = check_field("backend", parse_endpoint, backend)
+        address = check_field("backend", parse_endpoint, backend, parse_backend)
         self.request("PUT", "/backend", {"backend": format_address(address)})
 
     def remove_toxic(self, name: str) -> None:
@@ -11465,12 +12316,6 @@ def check_log_level(text):
     return check(text.lower()).upper()
 
 
-def check_file(text):
-    if not text or "\0" in text:
-        raise ValueError("must be the path of a file, not %r" % text)
-    return text
-
-
 def import_handler(name):
     """Import and register a handler named by a dotted path, unless it is registered already.
 
@@ -11577,8 +12422,8 @@ SETTINGS = OrderedDict((
                        "command line")),
     ("local", Setting(("--local", "--proxy"), "localhost:8000", parse_listener, "HOST:PORT",
                       "address to listen on; port 0 picks a free one", "proxy")),
-    ("distant", Setting(("--distant", "--backend"), "localhost:80", parse_address, "HOST:PORT",
-                        "address of the backend", "proxy")),
+    ("distant", Setting(("--distant", "--backend"), "localhost:80", parse_backend, "HOST:PORT",
+                        "address of the backend, or tls://HOST:PORT", "proxy")),
     ("behavior", Setting(("--behavior",), "100:dummy", check_behavior, "PERCENT:HANDLER,...",
                          "handlers, and the percentage of requests that each acts on", "proxy")),
     ("toxics", Setting(("--fault",), "", check_faults, "HANDLER ...",
@@ -11596,6 +12441,10 @@ SETTINGS = OrderedDict((
                        "for some seconds, \"refuse duration=5\"", "proxy")),
     ("max_connections", Setting(("--max-connections",), "0", check_count, "N",
                                 "clients to serve at a time; 0 is no limit", "proxy")),
+    *(("tls_" + name, Setting(("--tls-" + name.replace("_", "-"),), None, *field, "proxy"))
+      for name, field in TLS_FIELDS.items()),
+    ("tls-ca-out", Setting(("--tls-ca-out",), None, check_file, "FILE",
+                           "write the CA of tls-cert auto to this PEM file", "process")),
     ("seed", Setting(("--seed",), None, check_count, "N",
                      "the same seed gives the same faults; by default, a seed is drawn and logged",
                      "shared")),
@@ -11643,6 +12492,8 @@ def derive_settings(scopes, changes=None, without=()):
                        if (setting.scope in scopes or name in changes) and name not in without)
 
 
+TLS_SETTINGS = OrderedDict((name, setting) for name, setting in SETTINGS.items()
+                           if name.startswith("tls"))
 PROXY_SETTINGS = derive_settings(("proxy", "shared"))
 SHARED_SETTINGS = derive_settings(("shared",))
 FILE_SETTINGS = derive_settings(("proxy", "shared", "process"))
@@ -11752,19 +12603,25 @@ def command_help(prog, introduction, settings):
     """Return the help of a command: its introduction, its settings in groups, the handlers."""
     groups = OrderedDict((title, []) for title in ("proxy", "control server", "process"))
     for name, setting in settings.items():
-        flags = ", ".join(setting.flags)
-        groups[help_group(name, setting)].append(
-            ("%s %s" % (flags, setting.metavar), text_with_default(setting.help, setting.default))
-            if setting.metavar else (flags, setting.help))
+        if not name.startswith("tls"):          # see topic_help
+            groups[help_group(name, setting)].append(setting_row(setting))
     lines = ["usage: %s [OPTION ...]" % prog, "", introduction]
     for title, rows in groups.items():
         lines += ["", title + ":", *format_rows(rows)] if rows else []
     if "behavior" in settings:
         lines += ["", "handlers, for --behavior and --fault:"]
         lines += ["  %-12s%s" % (name, summary(function)) for name, function in HANDLERS.items()]
-    lines += ["", "vaurien --help NAME shows the options of a handler, or the errors of a "
-                  "protocol."]
+    lines += ["", "vaurien --help NAME explains a handler or a protocol; --help tls, the options "
+                  "for TLS."]
     return "\n".join(lines)
+
+
+def setting_row(setting):
+    """Return a setting as a row of format_rows."""
+    flags = ", ".join(setting.flags)
+    if not setting.metavar:
+        return flags, setting.help
+    return "%s %s" % (flags, setting.metavar), text_with_default(setting.help, setting.default)
 
 
 def help_group(name, setting):
@@ -11807,9 +12664,15 @@ def protocol_help(class_):
     if closing:
         rows.append(("those that close", ", ".join(closing)))
     name = class_.__name__.lower()
-    return "\n".join(["%s: %s" % (name, summary(class_)), "",
-                      "usage: vaurien --protocol %s --behavior PERCENT:error "
-                      "--handlers.error.kind KIND" % name, "", *format_rows(rows)])
+    lines = ["%s: %s" % (name, summary(class_)), "",
+             "usage: vaurien --protocol %s --behavior PERCENT:error "
+             "--handlers.error.kind KIND" % name, "", *format_rows(rows)]
+    if class_ is Tls:
+        lines += ["", "options for TLS between the proxy and its clients (--tls-cert and those "
+                  "below it),", "and with a backend of --distant tls://HOST:PORT (--tls-ca and "
+                  "those below it):", *format_rows(
+                      [setting_row(setting) for setting in TLS_SETTINGS.values()])]
+    return "\n".join(lines)
 
 
 def text_with_default(text, default):
@@ -12120,6 +12983,7 @@ def make_proxies(config, needs_one=True):
         values = resolve_settings(texts, PROXY_SETTINGS)
         if values["seed"] is None:
             values["seed"] = proxies.shared["seed"]     # which ProxyTable has drawn
+        values["tls"] = {field: values.pop("tls_" + field) for field in TLS_FIELDS}
         try:
             proxies[name] = ProxyServer(name=name, options=option_texts(config), **values)
         except ValueError as error:
@@ -12452,12 +13316,23 @@ def prepare(config, proxies, values, dialect=VAURIEN_1):
         services.append(Control((values["http-host"], values["http-port"]), proxies,
                                 get_token(values["http-token"]), values["http-name"] or (),
                                 dialect))
+    if values["tls-ca-out"]:
+        write_ca(values["tls-ca-out"])
     if values["statsd"]:
         services.append(Statsd(values["statsd"], proxies))
     start_log(values["log-level"], values["log-output"], values["log-format"])
     for source in unused:
         log.warning("%s has no effect: no behavior has this handler", source)
     return lambda: serve(services, "attached" in config.arguments)
+
+
+def write_ca(path):
+    """Write the certificate of the CA that makes certificates. Raises ValueError."""
+    try:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(AUTHORITY.pem())
+    except OSError as error:
+        raise ValueError("--tls-ca-out: cannot write %s: %s" % (path, error.strerror)) from None
 
 
 def get_token(option_text):
