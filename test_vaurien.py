@@ -822,9 +822,10 @@ class TestToxics(unittest.TestCase):
     def test_the_distributions_of_the_latency(self):
         def delays(distribution, latency=100, jitter=20):
             """Return 10,000 delays in milliseconds, sorted."""
-            events = [(0, UPSTREAM, b"q")] * 10000
-            return sorted(1000 * t for t, _, _ in self.run_toxic(
-                "latency", *events, latency=latency, jitter=jitter, distribution=distribution))
+            options = {"latency": latency, "jitter": jitter, "distribution": distribution}
+            state = vaurien.ActiveRule(vaurien.Rule("latency", options), 1, draw=1)
+            return sorted(1000 * t for _ in range(10000) for t, _, _ in HANDLERS["latency"](
+                state, 0, UPSTREAM, b"q", **options))
 
         # Two medians follow from the formulas: the mean - 0.32 times the jitter (pareto), and
         # the mean / sqrt(1 + (jitter / mean)^2) (lognormal). One is measured (paretonormal).
@@ -1088,6 +1089,59 @@ class TestPacketLoss(unittest.TestCase):
             received = send_and_read_all(sock, data)
             self.assertEqual(received, Received(len(data), hashlib.sha1(data).hexdigest(), "eof"))
             self.assertEqual(proxy.faults, {"packet_loss": 2})
+
+
+class TestNetwork(unittest.TestCase):
+    """The handler network has the latency, the rate and the loss of its profile, both ways."""
+
+    def chain(self, profile, *before):
+        chain = chain_of(*before, vaurien.Rule("network", {"profile": profile}, per="connection"))
+        chain.process_open(0, [UPSTREAM, DOWNSTREAM])
+        return chain
+
+    def arrival(self, chain, t, to, size):
+        """Send `size` bytes. Returns when the last one arrives, in ms."""
+        *_, (due, _, _, _) = chain.process(t, to, bytes(size))
+        return round(due * 1000)
+
+    def test_a_request_and_a_reply_on_3g(self):
+        """3g: 330 and 780 kbit/s, 100 ms each way. Connecting takes a round trip."""
+        chain = self.chain("3g")
+        self.assertEqual(chain.process(0, UPSTREAM, OPEN)[0][:3], (0.2, UPSTREAM, OPEN))
+        self.assertEqual(self.arrival(chain, 0, UPSTREAM, 4125), 200 + 100 + 100)
+        self.assertEqual(self.arrival(chain, 1, DOWNSTREAM, 9750), 1000 + 100 + 100)
+        self.assertEqual(self.arrival(chain, 1, DOWNSTREAM, 9750), 1000 + 200 + 100)
+        self.assertEqual(self.arrival(chain, 9, DOWNSTREAM, 0), 9000)
+
+    def test_every_profile_has_its_numbers(self):
+        for profile, (rates, delays, loss) in vaurien.NETWORKS.items():
+            for to, rate, delay in zip([UPSTREAM, DOWNSTREAM], rates, delays):
+                with self.subTest(profile, to=to):
+                    chain, size = self.chain(profile), rate * 125 // 10     # a tenth of a second
+                    arrival = self.arrival(chain, 100, to, size)
+                    if loss:
+                        self.assertGreaterEqual(arrival, 100000 + 100 + delay - 1)
+                    else:
+                        self.assertAlmostEqual(arrival, 100000 + 100 + delay, delta=1)
+
+    def test_the_profiles_are_in_the_help(self):
+        text = vaurien.option_help(HANDLERS["network"])["profile"]
+        self.assertEqual(re.split(", | or ", text), list(vaurien.NETWORKS))
+
+    def test_the_network_goes_on_when_the_delays_of_other_rules_are_over(self):
+        for profile in "3g", "very-bad":
+            chain = self.chain(profile)
+            self.arrival(chain, 60, DOWNSTREAM, 100)        # a rule has delayed these bytes
+            chain.reset_due_times(DOWNSTREAM, 2)
+            self.assertLess(self.arrival(chain, 3, DOWNSTREAM, 100), 30000)
+
+    def test_content_is_intact_and_no_byte_is_early(self):
+        data = random_data(20000)
+        with running_proxy(echo) as proxy, connected_client(proxy) as sock:
+            proxy.add_toxic("network", profile="wifi-lossy", stream="both")
+            began = time.monotonic()
+            self.assertEqual(send_and_read(sock, data), data)
+            self.assertGreaterEqual(time.monotonic() - began, 0.04)
 
 
 class TestHandlerLaws(unittest.TestCase):
@@ -10979,6 +11033,27 @@ class TestSettings(TempDirTestCase):
                              names)
         self.assertIsNot(proxies[0].rules.installed[0], proxies[1].rules.installed[0])
 
+    def test_a_network_acts_beside_behavior_and_faults(self):
+        file = self.write("v.ini", "[vaurien]\nnetwork = dsl\n")
+        for argv, names in [
+                (["--network", "3g"], [(None, "3g")]),
+                (["--network", "3g", "--behavior", "5:error", "--fault", "hang"],
+                 [("error", None), (None, "3g"), ("hang", None)]),
+                (["--config", file], [(None, "dsl")]),
+                (["--config", file, "--network", "lte"], [(None, "lte")])]:
+            with self.subTest(argv):
+                rules = self.proxy(*argv).rules.installed
+                self.assertEqual(
+                    [(None if rule.name == "network" else rule.name, rule.options.get("profile"))
+                     for rule in rules], names)
+                network, = (rule for rule in rules if rule.name == "network")
+                self.assertEqual((network.toxic, network.per, network.stream),
+                                 ("network", "connection", "both"))
+        path = self.write("w.ini", "[vaurien]\nnetwork = 3g\n[proxy:a]\nlocal = :1\n"
+                                   "[proxy:b]\nlocal = :2\nnetwork = wifi\n")
+        self.assertEqual([proxy.toxics[0].attributes["profile"]
+                          for proxy in self.proxies("--config", path)], ["3g", "wifi"])
+
     def test_faults_act_together(self):
         config = vaurien.read_arguments(["--fault", "latency.latency=100",
                                          "--fault", "slicer.average_size=1"], vaurien.SETTINGS)
@@ -11301,6 +11376,18 @@ class TestBadInput(TempDirTestCase):
         self.check_arguments(
             (["--behavior", "100:latency,100:bandwidth"],
              "at most one handler acts on a request; to combine faults, use --fault or toxics"))
+
+    def test_networks(self):
+        self.check_arguments(
+            (["--network", "3gg"], "--network must be one of 2g, 2g-urban, gprs, edge, "),
+            (["--network", "satelite"], "not 'satelite' (did you mean satellite?)"),
+            (["--network", "3g", "--fault", "network.profile=dsl"],
+             "the fault network needs another name, because --network has it"),
+            (["--fault", "network.profile=modem"], "profile must be one of 2g, "))
+        self.check_files(
+            ("[vaurien]\nnetwork = wfi\n", "[vaurien] network must be one of"),
+            ("[vaurien]\nnetwork = 3g\n[toxic:network]\ntype = hang\n",
+             "[toxic:network] needs another name, because a fault has it"))
 
     def test_faults(self):
         self.check_arguments(

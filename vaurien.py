@@ -746,7 +746,7 @@ def bandwidth(state, t, to, data, *, rate=0, shared=False):
     if data is OPEN:
         state[to] = t
     # Bytes: 10 ms of data. On a slow link that is less than a packet: then a packet, or 100 ms.
-    piece_size = max(rate * 10, min(rate * 100, PACKET_SIZE))
+    piece_size = int(max(rate * 10, min(rate * 100, PACKET_SIZE)))
     for piece in split_chunk(data, piece_size, piece_size):
         if piece:
             seconds = len(piece) / (rate * 1000) if rate > 0 else NEVER
@@ -971,6 +971,70 @@ def packet_loss(state, t, to, data, *, loss_rate=0.0, correlation=0.0, rtt=100, 
                 yield max(t, state[to]), to, data[start:offset]
             start, state[to] = offset, now + wait
     yield max(t, state[to]), to, data[start:]
+
+
+# rate and delay: of (upstream, downstream), in kbit/s and in milliseconds; loss: of all packets
+Network = namedtuple("Network", "rate delay loss")
+# Sources. ATC: Facebook's Augmented Traffic Control, utils/profiles. NLC: Apple's Network Link
+# Conditioner; its 3G, Edge and DSL are ATC's 3G-Average, Edge-Average and DSL. Chrome and Firefox:
+# the throttling of their developer tools, of whose latencies each direction gets half. comcast:
+# the table in the README of github.com/tylertreat/comcast, with half of the latency each way.
+NETWORKS = OrderedDict((
+    ("2g", Network((18, 20), (650, 650), 0.02)),            # ATC 2G-DevelopingRural
+    ("2g-urban", Network((32, 35), (650, 650), 0)),         # ATC 2G-DevelopingUrban
+    ("gprs", Network((20, 50), (250, 250), 0.02)),          # Firefox; the loss of comcast
+    ("edge", Network((200, 240), (440, 400), 0)),           # NLC, ATC Edge-Average
+    ("edge-good", Network((200, 250), (370, 350), 0)),      # ATC
+    ("edge-lossy", Network((200, 240), (440, 400), 0.01)),  # ATC
+    ("3g", Network((330, 780), (100, 100), 0)),             # NLC, ATC 3G-Average
+    ("3g-good", Network((420, 850), (100, 90), 0)),         # ATC
+    ("3g-lossy", Network((750, 750), (125, 125), 0.015)),   # comcast 3G/HSDPA
+    ("slow-3g", Network((400, 400), (1000, 1000), 0)),      # Chrome Slow 3G
+    ("fast-3g", Network((675, 1440), (281, 281), 0)),       # Chrome Fast 3G
+    ("4g", Network((1350, 8100), (82, 83), 0)),             # Chrome Fast 4G
+    ("lte", Network((10000, 50000), (65, 50), 0)),          # NLC
+    ("dial-up", Network((40, 40), (92, 93), 0.02)),         # comcast
+    ("dsl", Network((256, 2000), (5, 5), 0)),               # NLC, ATC
+    ("dsl-poor", Network((2000, 2000), (35, 35), 0.02)),    # comcast
+    ("cable", Network((1000, 6000), (2, 2), 0)),            # ATC
+    ("wifi", Network((33000, 40000), (1, 1), 0)),           # NLC
+    ("wifi-lossy", Network((30000, 30000), (20, 20), 0.002)),    # comcast
+    # A geostationary satellite: the delay of RFC 2488 (2), the loss of comcast, and the rates that
+    # providers advertise
+    ("satellite", Network((3000, 25000), (279, 279), 0.002)),
+    ("very-bad", Network((1000, 1000), (500, 500), 0.1)),   # NLC Very Bad Network
+))
+check_network = choice_check(*NETWORKS)
+
+
+@handler
+@rate_limited
+@option_checks(profile=check_network)
+def network(state, t, to, data, *, profile="3g"):
+    """A network with a name: its latency, its data rate and its packet loss, both ways.
+
+    Connecting takes a round trip.
+
+    profile  2g, 2g-urban, gprs, edge, edge-good, edge-lossy, 3g, 3g-good, 3g-lossy, slow-3g,
+             fast-3g, 4g, lte, dial-up, dsl, dsl-poor, cable, wifi, wifi-lossy, satellite or
+             very-bad
+    """
+    # state[to] is the time when the last bytes arrive.
+    rates, delays, loss = NETWORKS[profile]
+    index, rtt = to == DOWNSTREAM, sum(delays)
+    if data is OPEN and to == UPSTREAM:
+        t += rtt / 1000
+    events = [(t, to, data)]
+    steps: "Any" = [(packet_loss, {"loss_rate": loss, "rtt": rtt}),
+                    (bandwidth, {"rate": rates[index] / 8}),
+                    (latency, {"latency": delays[index]})]
+    for function, options in steps:
+        part = state.part(function.__name__)
+        if data is not OPEN:            # less, if the times of other rules are over
+            part[to] = min(part[to], state[to])
+        events = [made for event in events for made in function(part, *event, **options)]
+    state[to] = events[-1][0]
+    yield from events
 
 
 PIECES_MAX = 1000   # most pieces of one chunk: each costs CHUNK_OVERHEAD bytes and a system call
@@ -3505,6 +3569,14 @@ class ActiveRule(Counter):
     asked = property(lambda self: self.current_request)
     opaque = property(lambda self: self.protocol_lost)
     chance = property(lambda self: self.draw)
+
+    def part(self, name):
+        """Return the state of a handler that this handler calls: it has counts of its own."""
+        parts: "Any" = self
+        if name not in parts:
+            parts[name] = ActiveRule(self.rule, self.request, self.draw)
+            parts[name].generator = self.random
+        return parts[name]
 
     def set_acts(self, acts):
         """Start or stop to act, because the percentage or the moment of the rule has changed.
@@ -12430,6 +12502,9 @@ SETTINGS = OrderedDict((
                        "a handler beside the behavior, with options and rule fields, like "
                        "\"error percent=20 kind=503\"; repeat --fault for faults that add up",
                        "proxy")),
+    ("network", Setting(("--network",), None, check_network, "PROFILE",
+                        "latency, data rate and packet loss of a network like 3g, dsl or "
+                        "satellite, beside the behavior: see --help network", "proxy")),
     ("protocol", Setting(("--protocol",), "tcp", check_protocol, "NAME",
                          "application protocol: " + ", ".join(PROTOCOLS), "proxy")),
     ("overwrite_host_header", Setting(("--protocol-http-overwrite-host-header",), "yes",
@@ -12962,7 +13037,8 @@ def proxy_settings(config, needs_one):
     if len(sections) > 1 and not has_main_proxy and ADDRESS_SETTINGS & set(arguments):
         raise ValueError("--local and --distant are ambiguous: the file has the proxies %s"
                          % ", ".join(sections))
-    shared_names = set(SHARED_SETTINGS) | (set() if has_main_proxy else {"behavior", "toxics"})
+    shared_names = set(SHARED_SETTINGS) | (
+        set() if has_main_proxy else {"behavior", "network", "toxics"})
     shared = {name: text for name, text in main.items() if name in shared_names}
     settings = OrderedDict()
     if has_main_proxy:
@@ -12981,6 +13057,7 @@ def make_proxies(config, needs_one=True):
     proxies = ProxyTable(**shared)
     for name, texts in proxy_settings(config, needs_one).items():
         values = resolve_settings(texts, PROXY_SETTINGS)
+        add_network(values.pop("network"), values["toxics"])
         if values["seed"] is None:
             values["seed"] = proxies.shared["seed"]     # which ProxyTable has drawn
         values["tls"] = {field: values.pop("tls_" + field) for field in TLS_FIELDS}
@@ -12997,6 +13074,15 @@ def make_proxies(config, needs_one=True):
         read_json_proxies(config.json, proxies)
     attach_toxics(proxies, config.toxics)
     return proxies
+
+
+def add_network(profile, toxics):
+    """Add the toxic of the setting `network` to a list of toxics. The profile may be None."""
+    if profile and "network" in [toxic.name for toxic in toxics]:
+        raise ValueError("the fault network needs another name, because --network has it")
+    if profile:
+        toxics.insert(0, make_toxic("network", "network", {"stream": "both"},
+                                    {"profile": profile}))
 
 
 def option_texts(config):
