@@ -10606,6 +10606,109 @@ class TestInterface(TempDirTestCase):
         test_mypy_strict_accepts_a_test_with_public_names = check_with_mypy
 
 
+class TestPytestPlugin(TempDirTestCase):
+    """The plugin of pytest: a fixture, an option, and the faults of a test that fails."""
+
+    TESTS = """
+        import socket
+
+        def ask(proxy):
+            with socket.create_connection(proxy.address()) as sock:
+                for _ in range(2):
+                    sock.sendall(b"GET user:42")
+                    assert sock.recv(100) == b"GET user:42"
+
+        def test_fails(vaurien):
+            proxy = vaurien("127.0.0.1:PORT", behavior="100:delay", name="cache",
+                            options={"delay": {"sleep": 0.001}})
+            unused = vaurien("127.0.0.1:PORT", seed=5)
+            ask(proxy)
+            proxy.wait_for("delay", times=2)
+            with open("ports", "w") as file:
+                file.write("%d %d" % (proxy.port, unused.port))
+            assert proxy.count("delay", match="^GET") == 3
+
+        def test_passes(vaurien):
+            with open("ports") as file:
+                for port in map(int, file.read().split()):
+                    with socket.socket() as sock:
+                        assert sock.connect_ex(("127.0.0.1", port)), "the proxy runs"
+            with vaurien("127.0.0.1:PORT").handler("delay", sleep=0.001) as fault:
+                assert not fault.count
+
+        def test_has_no_proxy():
+            assert False
+    """
+
+    def run_python(self, *argv):
+        """Run Python in an empty environment. Returns (exit status, output)."""
+        environment = dict(os.environ, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", PYTHONPATH=self.folder)
+        for name in "PYTEST_ADDOPTS", "COLUMNS":
+            environment.pop(name, None)
+        process = subprocess.run([sys.executable, *argv], env=environment,
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                 universal_newlines=True, timeout=TIMEOUT)
+        return process.returncode, process.stdout
+
+    def run_pytest(self, module, *argv, tests=TESTS):
+        """Run tests with pytest and the plugin, a copy with this name. Returns its output."""
+        path = module.replace(".", "/") + ".py"
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        shutil.copy(FILE, path)
+        self.write("conftest.py", "pytest_plugins = [%r]\n" % module)
+        with backend_server(echo) as (port, _):
+            self.write("test_it.py", textwrap.dedent(tests).replace("PORT", str(port)))
+            return self.run_python("-m", "pytest", "-W", "error", "-p", "no:cacheprovider", *argv)
+
+    def check_reports(self):
+        for module in "vaurien", "shop.chaos":
+            with self.subTest(module):
+                status, output = self.run_pytest(module, "--vaurien-seed=7")
+                self.assertEqual(status, 1, output)
+                self.assertIn("2 failed, 1 passed", output)
+                self.assertIn("\nvaurien: --vaurien-seed=7\n", output)
+                self.assertEqual(len(re.findall("^-+ vaurien -+$", output, re.MULTILINE)), 1)
+                output = re.sub(r"127\.0\.0\.1:\d+", "BACKEND", output)
+                for line in ("cache -> BACKEND: 100:delay sleep=0.001; seed 7; faults: 2",
+                             "  1. delay sleep=0.001: connection 1, request 1, GET user:42",
+                             "  2. delay sleep=0.001: connection 1, request 2, GET user:42",
+                             "vaurien -> BACKEND: 100:dummy; seed 5; faults: 0"):
+                    self.assertIn("\n%s\n" % line, output)
+
+    def check_seeds(self):
+        test = "def test_it(vaurien):\n    print(vaurien('localhost:1').seed)"
+        _, output = self.run_pytest("vaurien", "-s", tests=test)
+        shown, used = re.search(r"--vaurien-seed=(\d+)\n(?:.*\n)*.*?(\d+)\n\.", output).groups()
+        self.assertEqual(shown, used)
+        status, output = self.run_pytest("vaurien", "--vaurien-seed=x")
+        self.assertEqual((status, output.strip()), (4, "ERROR: --vaurien-seed must be a whole "
+                                                       "number, 0 or more, not 'x'"))
+
+    if importlib.util.find_spec("pytest"):
+        test_a_test_that_fails_reports_its_faults = check_reports
+        test_the_seed_is_shown_and_checked = check_seeds
+
+    def test_importing_the_module_does_not_import_pytest(self):
+        shutil.copy(FILE, "vaurien.py")
+        program = "import sys, vaurien; print('pytest' in sys.modules)"
+        self.assertEqual(self.run_python("-W", "error", "-c", program), (0, "False\n"))
+
+    def test_a_report_shows_the_newest_records(self):
+        with running_proxy(echo, name="a", seed=1) as proxy:
+            for number in range(5):
+                proxy.add_record(1, "a:1", number, "latency", {"latency": 1, "jitter": 0}, "slow",
+                                 None, None, "downstream", "GET x")
+            proxy.add_record(0, "", 0, "delay", {"sleep": 1.0}, None, None, "ends")
+            with mock.patch.object(vaurien, "RECORDS_REPORTED", 2):
+                lines = vaurien.report_faults(proxy).split("\n")
+        self.assertEqual(lines[1:], [
+            "  ... the last 2 of 6 records:",
+            "  5. latency latency=1 jitter=0 toxic=slow stream=downstream: connection 1, "
+            "request 4, GET x",
+            "  6. delay sleep=1.0: the window ends"])
+        self.assertRegex(lines[0], "^a -> 127.0.0.1:.*: 100:dummy; seed 1; faults: 5$")
+
+
 class TestStartProxy(TempDirTestCase):
     """start_proxy() and stop_proxy(): a proxy in a process of its own."""
 

@@ -30,7 +30,7 @@ Each section uses only the sections above it. `grep -n '^# -- ' vaurien.py` list
     vocabulary    Events, Checks
     extend here   Handlers, Options, Protocols
     engine        Rules, Chain, Delay queue, Loop, Sockets, TLS, Connection
-    service       Proxy, Metrics, Page, Control, Toxiproxy, Interface
+    service       Proxy, Metrics, Page, Control, Toxiproxy, Interface, pytest
     programs      Command line, Demo, vaurienctl, Main
 
 Glossary:
@@ -67,6 +67,8 @@ To add
     a setting      one line in SETTINGS, in the section Command line
     a rule field   one line in RULE_FIELDS, in the section Options, and code for its meaning in
                    Rule or Chain
+
+PYTEST_DONT_REWRITE: to pytest, this file is a plugin without assertions.
 """
 import argparse
 import atexit
@@ -3500,13 +3502,10 @@ class Rule(Scheduled):
 
         Booleans and texts with default values are omitted.
         """
-        defaults = handler_options(self.handler)
-        shown = ["%s=%s" % (option, format_value(value))
-                 for option, value in dict(self.options, **drawn_options or {}).items()
-                 if value != defaults[option] or not isinstance(value, (bool, str))]
+        shown = [describe_options(self.handler, dict(self.options, **drawn_options or {}))]
         shown += ["%s=%r" % (field, value.pattern.decode()) if field == "match" else
                   "%s=%s" % (field, value) for field, value in self.own_fields().items()]
-        return " ".join([self.name] + shown)
+        return " ".join([self.name, *filter(None, shown)])
 
     def describe(self):
         """Return the rule as text. That of a toxic has its name, percentage and stream, too."""
@@ -3531,6 +3530,13 @@ class Rule(Scheduled):
         if self.toxic:
             table["toxic"] = self.toxic
         return table
+
+
+def describe_options(function, options):
+    """Return options of a handler as text, without booleans and texts that are the default."""
+    defaults = handler_options(function)
+    return " ".join("%s=%s" % (option, format_value(value)) for option, value in options.items()
+                    if value != defaults[option] or not isinstance(value, (bool, str)))
 
 
 class ActiveRule(Counter):
@@ -7876,6 +7882,10 @@ else:
                                             "options toxic block change stream text")
     FaultRecord.__new__.__defaults__ = (None, None, None, "both", "")
 
+# {value of FaultRecord.change: its meaning}
+CHANGES = {"begins": "a window begins", "ends": "the window ends",
+           "expires": "removed, because its ttl has expired"}
+
 # The rules of a proxy have changed, or the proxy has started.
 #
 # after         the number of the last fault record before the change
@@ -8450,10 +8460,7 @@ class ProxyServer:
         """Record and log a change of a rule by its schedule: see FaultRecord."""
         record = self.add_record(0, "", 0, rule.name, dict(rule.options), rule.toxic, rule.block,
                                  change, rule.stream)
-        log.info("%s%s: %s", self.log_prefix, rule, {
-            "begins": "a window begins", "ends": "the window ends",
-            "expires": "removed, because its ttl has expired"}[change],
-                 extra={"fault": record})
+        log.info("%s%s: %s", self.log_prefix, rule, CHANGES[change], extra={"fault": record})
 
     def add_record(self, connection, client, request, *fields):
         """Add a FaultRecord with these fields, and wake up the threads that wait for one.
@@ -12332,6 +12339,84 @@ def stop_started_proxies():
     for pid, (_, starter_pid) in list(STARTED_PROCESSES.items()):
         if starter_pid == os.getpid():
             stop_proxy(pid)
+
+
+# -- pytest -------------------------------------------------------------------
+#
+# This module is a plugin of pytest, for `pytest_plugins = ["vaurien"]` in the top conftest.py. It
+# imports pytest only when pytest calls pytest_configure.
+
+RECORDS_REPORTED = 100      # newest fault records in the report of a test that fails
+
+
+def pytest_addoption(parser):
+    """Add the option of the plugin to pytest's command line."""
+    with contextlib.suppress(ValueError):       # a copy of this module has added it
+        parser.getgroup("vaurien").addoption(
+            "--vaurien-seed", metavar="N",
+            help="seed of the proxies of the fixture vaurien; by default, one is drawn")
+
+
+def pytest_configure(config):
+    """Register the fixture and the reports. pytest-xdist passes a seed that was drawn on."""
+    import pytest  # type: ignore
+    seed = getattr(config.option, "vaurien_seed", None)
+    try:
+        seed = random.SystemRandom().getrandbits(32) if seed is None else check_count(seed)
+    except ValueError as error:
+        raise pytest.UsageError("--vaurien-seed %s" % error) from None
+    config.option.vaurien_seed = seed
+    config.pluginmanager.register(make_pytest_plugin(pytest, seed))
+
+
+def make_pytest_plugin(pytest, seed):
+    """Return a plugin: an object whose methods pytest finds by their names."""
+    class PytestPlugin:
+        def __init__(self):
+            self.proxies = {}       # {item: Proxies that its fixture has made}
+
+        def pytest_report_header(self):
+            return "vaurien: --vaurien-seed=%d" % seed
+
+        @pytest.fixture
+        def vaurien(self, request):
+            """A function that starts a proxy for the test, with the arguments of Proxy."""
+            proxies = self.proxies[request.node] = []
+            with contextlib.ExitStack() as stack:
+                def start(distant, *args, **kwargs):
+                    proxy = Proxy(distant, *args, **dict({"seed": seed}, **kwargs))
+                    proxies.append(stack.enter_context(proxy))
+                    return proxy
+                yield start
+
+        @pytest.hookimpl(hookwrapper=True)
+        def pytest_runtest_makereport(self, item, call):
+            outcome = yield
+            report = outcome.get_result()
+            proxies = self.proxies.get(item, ())
+            if report.when == "teardown":       # the last report of a test
+                self.proxies.pop(item, None)
+            if report.failed and proxies:
+                report.sections.append(("vaurien", "\n".join(map(report_faults, proxies))))
+
+    return PytestPlugin()
+
+
+def report_faults(proxy):
+    """Return the rules and the newest fault records of a Proxy as text."""
+    records = proxy.events()
+    lines = ["%s -> %s: %s; seed %d; faults: %d" % (
+        proxy.name, proxy.get_backend(), proxy.describe(), proxy.seed, proxy.count())]
+    if len(records) > RECORDS_REPORTED:
+        lines.append("  ... the last %d of %d records:" % (RECORDS_REPORTED, len(records)))
+    for record in records[-RECORDS_REPORTED:]:
+        handler = HANDLERS.get(record.handler)
+        what = [record.handler, handler and describe_options(handler, record.options),
+                record.toxic and "toxic=%s stream=%s" % (record.toxic, record.stream)]
+        where = CHANGES.get(record.change) or "connection %d, request %d%s" % (
+            record.connection, record.request, record.text and ", " + record.text)
+        lines.append("  %d. %s: %s" % (record.number, " ".join(filter(None, what)), where))
+    return "\n".join(lines)
 
 
 # -- Command line -------------------------------------------------------------
