@@ -3437,11 +3437,15 @@ TALKS = {"http": HttpTalk, "redis": RedisTalk, "memcache": MemcacheTalk,
 
 def random_toxic(rng, protocol, name):
     """Return a toxic that may delay, cut, or refuse requests, and loses no bytes otherwise."""
-    type_ = rng.choice(["error"] * 4 + ["transient", "delay", "latency", "hang", "bandwidth",
-                                        "slicer"])
+    type_ = rng.choice(["error"] * 6 + ["transient", "delay", "latency", "hang", "bandwidth",
+                                        "slicer", "packet_loss", "network", "cut"])
     attributes = {"delay": {"sleep": rng.choice([0.001, 0.01])},
                   "latency": {"latency": rng.choice([1, 10]), "jitter": rng.choice([0, 1])},
-                  "bandwidth": {"rate": rng.choice([0, 10000])},
+                  "bandwidth": {"rate": rng.choice([0, 10000]), "shared": rng.random() < 0.5},
+                  "packet_loss": {"loss_rate": 0.3, "rtt": rng.choice([0, 10])},
+                  "network": {"profile": "wifi-lossy"},
+                  "cut": {"how": "hang", "bytes": rng.choice([0, 10, 1000]), "rows": rng.choice(
+                      [0, 1, 2]) if vaurien.PROTOCOLS[protocol].has_rows else 0},
                   "slicer": {"average_size": rng.choice([1000, 10000]), "size_variation": 500,
                              "delay": rng.choice([0, 10])}}.get(type_, {})
     if type_ in ("error", "transient"):
@@ -13390,7 +13394,8 @@ PRESERVING_TOXICS = {
     "hang": {},                     # delivers the bytes when the toxic is removed
     "delay": {"sleep": 0.01},
     "latency": {"latency": 20, "jitter": 20},
-    "bandwidth": {"rate": 20000},
+    "bandwidth": {"rate": 20000, "shared": True},
+    "packet_loss": {"loss_rate": 0.01, "rtt": 2},
     "slicer": {"average_size": 2000, "size_variation": 1000, "delay": 50},
     "slow_close": {"delay": 20},
 }
@@ -13403,6 +13408,7 @@ CUTTING_TOXICS = {
     "timeout": {"timeout": 30},
     "reset_peer": {"timeout": 20},
     "limit_data": {"bytes": 100000},
+    "cut": {"bytes": 100000},
 }
 ONE_OR_MORE = ("rate", "average_size")      # attributes that cannot be 0
 BOTH_STREAMS = ("blackout", "abort", "hang", "delay", "dummy")      # their stream is "both"
