@@ -7787,7 +7787,7 @@ class TestBlockingHandlers(unittest.TestCase):
 class TestPage(unittest.TestCase):
     """The page as a response, and its source. TestBrowser uses it in a browser."""
 
-    # What a page that only writes texts does not need.
+    # A page that only writes texts needs none of these.
     FORBIDDEN = [
         "innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "DOMParser",
         "createContextualFragment", r"\beval\b", r"\bFunction\(", r"\bimport\b", "srcdoc",
