@@ -14956,13 +14956,19 @@ class TestBrowser(unittest.TestCase):
                 browser.press("Cancel")
         added = "20:delay sleep=1.0, 5:error warmup=0 kind=LOADING, 75:dummy"
         wait_until(lambda: proxy.describe() == added)
-        browser.click("(//main//button[.='Change'])[1]")
-        browser.type_into("sleep", "0.5")
+        browser.click("(//main//button[.='Change'])[2]")
+        browser.type_into("warmup", "3")
         browser.press("Save")
-        wait_until(lambda: proxy.describe() == added.replace("1.0", "0.5"))
-        browser.click("(//main//button[.='Remove'])[2]")
-        self.confirm("Remove")
-        wait_until(lambda: proxy.describe() == "20:delay sleep=0.5, 80:dummy")
+        wait_until(lambda: proxy.describe() == added.replace("warmup=0", "warmup=3"))
+        for name, rules, shown in (
+                ("delay", "5:error warmup=3 kind=LOADING, 95:dummy", "error 5 %"),
+                ("error", "100:dummy", "no fault")):
+            browser.click("(//main//button[.='Remove'])[1]")
+            self.assertIn("Remove %s from" % name, self.confirm("Remove"))
+            wait_until(lambda: proxy.describe() == rules)
+            browser.wait_for_text(shown, "main .active")
+            wait_until(lambda: browser.run("document.querySelector('.active').children.length")
+                       == 1)
 
     def test_on_off_refuse_and_drop(self):
         proxy = self.open_page()

@@ -8919,6 +8919,7 @@ dialog .row { margin-top: 1rem; justify-content: flex-end; }
   thead { position: absolute; clip-path: inset(50%); }
   tr { padding: .5rem 0; border-bottom: 1px solid var(--line); }
   td, tbody th { display: flex; padding: .1rem 0; }
+  td:empty { display: none; }
   td::before, tbody th::before { content: attr(data-head); flex: 0 0 6.5rem; font-weight: 400; }
 }
 </style>
@@ -9147,7 +9148,7 @@ function makeProxy({name, protocol}) {
     state === "off" && `Turn ${name} off? All its connections are closed.`, "Turn off"),
     {title: STATES[state]}));
   const faults = table("rules and toxics", ["Fault", "Kind", "Settings", "Percent", "Time", ""],
-    rule => JSON.stringify([rule.toxic, rule.block, rule.index]),
+    rule => JSON.stringify([rule.toxic, rule.block, rule.index, rule.name]),
     rule => [rule.toxic || rule.name, rule.block ? "block of a test"
              : rule.toxic ? "toxic: " + rule.name : "rule", settings(rule), rule.percent + " %",
              timeLeft(rule, proxy.time) || "until removed"],
@@ -9174,11 +9175,11 @@ function makeProxy({name, protocol}) {
     el("div", {class: "row soft"}, el("label", {}, all, "all"), shown), connections);
   let records = [];
   const log = table("fault records", ["Number", "Time", "Fault", "Options", "Toxic",
-                                      "Connection", "Request", "Client"],
+                                      "Connection", "Request", "Text"],
     item => item.number,
     item => [String(item.number), clock(item.time), `${item.handler} ${item.change || ""}`,
              settings({...item.options, name: item.handler}), item.toxic || "",
-             String(item.connection || ""), String(item.request || ""), item.client]);
+             String(item.connection || ""), String(item.request || ""), item.text]);
   const filter = el("input", {type: "search", input: showRecords});
   body.append(quickFaults(name, protocol, () => proxy), el("h3", {}, "New clients"),
     el("div", {class: "row", role: "group", "aria-label": "new clients"}, ...states),
@@ -9265,13 +9266,12 @@ function quickFaults(name, protocol, proxy) {
       : call("POST", path(name, "toxics"),
              {name: text, type, attributes, per, stream: "both", ttl: ttl()});
   });
-  return el("div", {}, el("h3", {}, "Quick faults"),
-    el("div", {class: "row", role: "group", "aria-label": "time"}, ...times),
-    el("p", {class: "row"},
-      ...["slow", "hang", "down"].map(text => button(text, () => quick(text))),
-      button("refuse", () => act(() => call("PUT", "/proxy" + query(name), {
-        accept: {mode: "refuse", ttl: ttl()}}))),
-      button("error", () => quick("error")), kind));
+  return el("div", {}, el("h3", {}, "Quick faults"), el("div", {class: "row"},
+    ...["slow", "hang", "down"].map(text => button(text, () => quick(text))),
+    button("refuse", () => act(() => call("PUT", "/proxy" + query(name), {
+      accept: {mode: "refuse", ttl: ttl()}}))),
+    button("error", () => quick("error")), kind,
+    el("div", {class: "row", role: "radiogroup", "aria-label": "time"}, ...times)));
 }
 
 // Return an element with an input for each declared option or field, with {name: input} and a
