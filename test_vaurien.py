@@ -12343,6 +12343,12 @@ class TestReadme(unittest.TestCase):
                     settings = vaurien.read_arguments(shlex.split(command)[1:], vaurien.SETTINGS)
                     self.assertTrue(vaurien.make_proxies(settings), command)
 
+    def test_the_files_that_it_shows_and_links_to_exist(self):
+        for path in re.findall(r"\]\((?!https?:|#)([^)#]+)", self.text):
+            with self.subTest(path):
+                size = os.path.getsize(os.path.join(HERE, *path.split("/")))
+                self.assertLess(size, 150000)
+
     def test_the_scenario_of_a_restart(self):
         config = vaurien.read_ini("restart.ini", self.code_block(
             "[vaurien]\n    local = localhost:6380"))

@@ -8889,7 +8889,7 @@ button.main, [aria-pressed=true] { background: var(--accent); color: var(--card)
 .badge.on { color: var(--good); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .8rem;
   margin: .7rem 0; }
-.big { font-size: 1.2rem; font-variant-numeric: tabular-nums; }
+.big { font-size: 1.2rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
 svg { display: block; width: 100%; height: 2.2rem; margin: .1rem 0; color: var(--accent);
   border-bottom: 1px solid var(--line); }
 svg :nth-child(n + 3) { color: var(--second); }
@@ -8962,7 +8962,7 @@ function scaled(value, ...units) {
 }
 const count = value => scaled(value, "", "k", "M", "G");
 const bytes = value => scaled(value, " B", " kB", " MB", " GB", " TB");
-const upDown = (up, down, format = bytes) => `\u2191 ${format(up)} \u2193 ${format(down)}`;
+const upDown = (up, down) => `\u2191 ${bytes(up)} \u2193 ${bytes(down)}`;
 const time = s => s < 1 ? number(1000 * s, " ms") : s < 100 ? number(s, " s") :
   s < 6000 ? number(s / 60, " min") : number(s / 3600, " h");
 const clock = unix => new Date(1000 * unix).toTimeString().slice(0, 8);
@@ -9134,7 +9134,7 @@ function makeProxy({name, protocol}) {
   const tiles = {
     open: tile("Connections", count, "connections"),
     requests: tile("Requests", count, "requests per second"),
-    bytes: tile("Bytes", bytes, "bytes per second to the backend", "to the client"),
+    bytes: tile("Bytes per second", bytes, "bytes per second to the backend", "to the client"),
     faults: tile("Faults", count, "faults per second"),
     latency: tile("Time to the reply", time, "median", "95th percentile")};
   const article = el("article", {"aria-label": name},
@@ -9224,8 +9224,9 @@ function makeProxy({name, protocol}) {
     tiles.open.show(count(proxy.open), count(counts.connections) + " in all", proxy.open);
     for (const key of ["requests", "faults"])
       tiles[key].show(count(rates[key]) + "/s", count(counts[key]) + " in all", rates[key]);
-    tiles.bytes.show(upDown(rates.bytes_up, rates.bytes_down, value => bytes(value) + "/s"),
-      upDown(counts.bytes_up, counts.bytes_down) + " in all", rates.bytes_up, rates.bytes_down);
+    tiles.bytes.show(upDown(rates.bytes_up, rates.bytes_down),
+                     upDown(counts.bytes_up, counts.bytes_down) + " in all",
+                     rates.bytes_up, rates.bytes_down);
     tiles.latency.show(p50 == null ? "\u2013" : `${time(p50)}, ${time(p95)}`,
                        "median, 95th percentile", p50 || 0, p95 || 0);
   };
