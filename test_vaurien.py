@@ -14881,7 +14881,7 @@ class TestBrowser(unittest.TestCase):
             for expected in 1, 2:
                 send_and_read(sock, b"question")
                 browser.wait_for_text("%d in all" % expected)
-            for text in "8 B", "1 in all":
+            for text in "\u2191 16 B \u2193 16 B in all", "1 in all":
                 browser.wait_for_text(text)
         wait_until(lambda: browser.run(
             "document.querySelectorAll('svg')[1].ariaLabel").startswith(
