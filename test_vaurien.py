@@ -1910,6 +1910,22 @@ class TestFraming(unittest.TestCase):
         reader.protocol.statements[b"\1\0\0\0"] = b"SELECT"
         reader.feed(UPSTREAM, MYSQL_CLOSE_1)
         self.assertEqual(reader.protocol.statements, {})
+        self.assertEqual(reader.protocol.statements.size, 0)
+
+    def test_the_least_recently_used_statements_are_forgotten(self):
+        """A client may prepare any number of statements, and drop them by SQL."""
+        reader = ProtocolReader("postgres")
+        reader.feed(UPSTREAM, PG_STARTUP)
+        text = b"SELECT used" + b"x" * 1000
+        reader.feed(UPSTREAM, pg_parse(b"used", text))
+        for index in range(2000):
+            reader.feed(UPSTREAM, pg_parse(b"a%d" % index, b"x" * 1000) + pg_bind(b"used")
+                        + PG_EXECUTE)
+        for texts in reader.protocol.statements, reader.protocol.portals:
+            self.assertLessEqual(texts.size, vaurien.STATEMENTS_MAX)
+        self.assertEqual(reader.protocol.statements.use(b"used"), text)
+        self.assertEqual(reader.protocol.statements.use(b"a0"), b"")
+        self.assertGreater(len(reader.protocol.statements), 800)
 
 
 class Output:
