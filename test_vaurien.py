@@ -1081,6 +1081,12 @@ class TestPacketLoss(unittest.TestCase):
         chain.reset_due_times(DOWNSTREAM, 3)
         self.assertEqual(self.arrivals(chain, 5, 10), {0: 10})
 
+    def test_the_window_has_a_limit(self):
+        chain = self.chain(self.Draws([]), loss_rate=0.01)
+        chain.process(0, DOWNSTREAM, bytes(20 << 20))
+        sender = chain.active_rules[0]["sender downstream"]
+        self.assertLessEqual(len(sender.in_flight), vaurien.WINDOW_MAX + 1)
+
     def test_content_and_order_are_intact(self):
         data = random_data(400000)
         with running_proxy(echo) as proxy, connected_client(proxy) as sock:

@@ -521,8 +521,7 @@ def keeps_due_time(function: "Function") -> "Function":
 def rate_limited(function: "Function") -> "Function":
     """Mark a handler that delays chunks like a slow link.
 
-    The handler keeps in state[to] the time when the link will have sent all chunks so far, or in
-    state.shared[to] if all connections share the link.
+    The handler keeps in state[to] the time when the link will have sent all chunks so far.
     DelayQueue.read_limit lets less data wait for such a link, so that the source slows down
     soon.
     """
@@ -851,6 +850,7 @@ SEGMENT = 1448          # bytes of a TCP segment on Ethernet: 1460, minus 12 for
 RTO_MIN, RTO_MAX = 0.2, 120.0   # seconds that Linux waits for an acknowledgement, besides the RTT
 RETRANSMISSIONS = 15    # the default of Linux (man 7 tcp, tcp_retries2)
 BURST_MAX = 100         # segments: the longest mean burst of losses
+WINDOW_MAX = 4144       # segments in flight, at most: 6 MiB, the default of Linux (tcp_rmem)
 
 
 class TcpSender:
@@ -883,7 +883,7 @@ class TcpSender:
         in_flight, now = self.in_flight, max(t, self.sent)
         is_used = 2 * len(in_flight) >= self.window     # otherwise the window does not grow
         while in_flight and (in_flight[0] <= now or len(in_flight) >= self.window):
-            if is_used:
+            if is_used and self.window < WINDOW_MAX:
                 self.window += 1 if self.window < self.threshold else 1 / self.window
             now = max(now, in_flight.popleft())
             if now > self.sent:
@@ -1019,7 +1019,7 @@ check_network = choice_check(*NETWORKS)
 def network(state, t, to, data, *, profile="3g"):
     """A network with a name: its latency, its data rate and its packet loss, both ways.
 
-    Connecting takes a round trip.
+    Connecting takes a round trip. As a toxic in a file, it needs stream = both.
 
     profile  2g, 2g-urban, gprs, edge, edge-good, edge-lossy, 3g, 3g-good, 3g-lossy, slow-3g,
              fast-3g, 4g, lte, dial-up, dsl, dsl-poor, cable, wifi, wifi-lossy, satellite or
