@@ -1864,6 +1864,41 @@ class TestFraming(unittest.TestCase):
         reader.feed(DOWNSTREAM, b"220 go\r\n")
         self.assertEqual(reader.error(DOWNSTREAM), "TLS follows")
 
+    def test_encryption_in_which_the_proxy_takes_part(self):
+        request = mysql_login(0xAA85, b"")
+        starttls = [vaurien.Request(b"STARTTLS", "STARTTLS")]
+        for protocol, pending, to, data, before in [
+                ("postgres", None, DOWNSTREAM, b"S", PG_SSL_REQUEST),
+                ("smtp", starttls, DOWNSTREAM, b"220 go\r\n", b""),
+                ("mysql", None, UPSTREAM, request, b"")]:
+            for sizes in [len(data)], [1] * len(data):
+                with self.subTest(protocol, pieces=len(sizes)):
+                    reader = ProtocolReader(protocol, pending)
+                    reader.protocol.joins_tls = True
+                    reader.feed(UPSTREAM, before)
+                    boundaries = [boundary for index in range(len(sizes)) for boundary in
+                                  reader.feed(to, data[index * sizes[0]:(index + 1) * sizes[0]])]
+                    self.assertIn((sizes[-1], vaurien.TLS_BEGINS), boundaries)
+
+    def test_tls_that_begins_with_the_bytes_of_its_announcement(self):
+        """MySQL's clients send SSLRequest and ClientHello at once. The login follows in TLS."""
+        request = mysql_login(0xAA85, b"")
+        for rules in [], [vaurien.Rule("delay"), error_rule("1213")]:
+            for split in 0, 5, len(request), len(request) + 3:
+                with self.subTest(rules=len(rules), split=split):
+                    play = Playbook(self, "mysql", rules)
+                    play.reader.protocol.joins_tls = True
+                    data = request + TLS_HELLO
+                    got = play.client(data[:split]).to_backend if split else b""
+                    if play.chain.encrypted is None:
+                        got += play.client(data[split:]).to_backend
+                        self.assertEqual(play.chain.encrypted, data[max(split, len(request)):])
+                    self.assertEqual(got[:len(request)], request)
+                    play.chain.encrypted = None
+                    login = mysql_packet(2, MYSQL_LOGIN[4:])
+                    play.client(login).assert_passes()
+                    play.backend(MYSQL_OK).assert_passes()
+
     def test_random_bytes_raise_nothing_and_are_parsed_alike_in_pieces(self):
         for protocol in PARSED_PROTOCOLS:
             samples = [joined_messages(rows) for name, _, rows in self.REQUESTS
@@ -5410,12 +5445,12 @@ class TlsPeer:
     def shutdown(self, how):
         """Send close_notify and FIN. Receiving goes on."""
         self.has_closed = True
-        with contextlib.suppress(OSError), self.lock:
-            # unwrap() would fail at records that are unread
-            for data in iter(functools.partial(self.engine.read, 1 << 20), b""):
-                self.unread += data
-        with contextlib.suppress(OSError), self.lock:
-            self.engine.unwrap()
+        with self.lock:
+            with contextlib.suppress(OSError):      # unwrap() would fail at records not read yet
+                for data in iter(functools.partial(self.engine.read, 1 << 20), b""):
+                    self.unread += data
+            with contextlib.suppress(OSError):
+                self.engine.unwrap()
         self.flush()
         self.sock.shutdown(socket.SHUT_WR)
 
@@ -5447,7 +5482,11 @@ def tls_server(serve, **arguments):
     context = server_context(**arguments)
 
     def shake_hands_and_serve(sock):
-        with contextlib.suppress(ssl.SSLError), TlsPeer(sock, context, True) as peer:
+        try:
+            peer = TlsPeer(sock, context, server_side=True)
+        except OSError:
+            return None
+        with peer:
             return serve(peer)
     return shake_hands_and_serve
 
@@ -5679,7 +5718,7 @@ class TestTls(TempDirTestCase):
     def test_a_stream_that_a_rule_ends_is_truncated_but_not_after_a_reply(self):
         for name, options, protocol, ending in [
                 ("limit_data", {"bytes": 100}, "tcp", "truncated"),
-                ("error", {"kind": "421"}, "smtp", "eof")]:
+                ("error", {"kind": "MAXCLIENTS"}, "redis", "eof")]:
             with self.subTest(name), tls_proxy(
                     echo, True, False, behavior="100:" + name, protocol=protocol,
                     options={name: options}) as (_, connect_client), connect_client() as peer:
@@ -13849,6 +13888,7 @@ class RealServerTests:
     framed_value_size = 4 << 20     # bytes of the value that passes in the server's protocol
     has_rows = False                # whether query_rows gets rows
     reconnects = False              # whether the driver opens a new connection after an error
+    backend_tls = False             # whether the server takes part in TLS
 
     @classmethod
     def setUpClass(cls):
@@ -13906,13 +13946,52 @@ class RealServerTests:
         return subprocess.Popen(argv, cwd=cls.folder, stdin=subprocess.DEVNULL,
                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **kwargs)
 
+    @classmethod
+    def write_tls_files(cls):
+        """Write a certificate of the server with its key, and the CA. Returns their paths."""
+        paths = [os.path.join(cls.folder, name) for name in ("server.pem", "ca.pem")]
+        for path, text in zip(paths, [vaurien.AUTHORITY.issue("127.0.0.1"),
+                                      vaurien.AUTHORITY.pem()]):
+            with open(path, "w") as file:
+                file.write(text)
+            os.chmod(path, 0o600 if path == paths[0] else 0o644)
+        return paths
+
+    def test_errors_on_encrypted_connections(self):
+        if not hasattr(self, "connect_tls"):
+            self.skipTest("%s has no test with TLS" % self.protocol)
+        _, ca = self.write_tls_files()
+        tls = {"cert": "auto", "ca": ca}
+        with OpenProxy("127.0.0.1:%d" % self.port, "127.0.0.1:0", protocol=self.protocol,
+                       tls=tls) as proxy:
+            client = self.connect_tls(proxy.port, ca)
+            self.addCleanup(self.disconnect, client)
+            for value in range(100):
+                self.assertEqual(self.query(client, value), value)
+            for kind, exception, text in self.errors:
+                with self.subTest(kind):
+                    with proxy.handler("error", kind=kind), self.assertRaisesRegex(
+                            self.error_class(exception), text):
+                        self.query(client, 1)
+                    self.assertEqual(self.query(client, 2), 2)
+            with proxy.handler("delay", sleep=0.01):
+                other = self.connect_tls(proxy.port, ca)
+                self.assertEqual(self.query(other, 3), 3)
+                self.disconnect(other)
+            connection = proxy.connections[1]
+            sockets = [connection.client] + [connection.backend] * self.backend_tls
+            self.assertEqual({type(sock) for sock in sockets}, {vaurien.TlsSocket})
+            self.disconnect(client)
+
     def start_proxy(self, behavior="100:dummy", protocol="tcp", **options):
         """Start a proxy before the server, until the end of the test. Returns the proxy.
 
         options    {handler: {option: value}}
         """
+        # Some drivers use TLS if the server has it.
+        tls = {"cert": "auto", "verify": False} if self.backend_tls and protocol != "tcp" else {}
         proxy = OpenProxy("127.0.0.1:%d" % self.port, "127.0.0.1:0", behavior, options,
-                              protocol=protocol, seed=1)
+                              protocol=protocol, seed=1, tls=tls)
         proxy.__enter__()
         self.addCleanup(proxy.__exit__)
         return proxy
@@ -14189,11 +14268,15 @@ class TestRedis(RealServerTests, unittest.TestCase):
                          "--bind", "127.0.0.1", "--save", "", "--dir", cls.folder)
 
     @classmethod
-    def connect(cls, port, timeout=TIMEOUT):
+    def connect(cls, port, timeout=TIMEOUT, **ssl_arguments):
         from redis.backoff import NoBackoff
         from redis.retry import Retry
         return cls.driver.Redis("127.0.0.1", port, socket_timeout=timeout,
-                                retry=Retry(NoBackoff(), 0))
+                                retry=Retry(NoBackoff(), 0), **ssl_arguments)
+
+    @classmethod
+    def connect_tls(cls, port, ca):
+        return cls.connect(port, ssl=True, ssl_ca_certs=ca)
 
     @classmethod
     def query(cls, client, value):
@@ -14319,19 +14402,30 @@ class TestPostgreSQL(RealServerTests, unittest.TestCase):
             raise unittest.SkipTest("no PostgreSQL server")
         user = popen_user_kwargs("postgres")
         data = os.path.join(cls.folder, "data%d" % cls.port)
+        certificate, _ = cls.write_tls_files()
         if user:
             shutil.chown(cls.folder, "postgres")
+            shutil.chown(certificate, "postgres")
         initdb = cls.popen(find_program("initdb"), "-D", data, "-A", "trust", "-U", "postgres",
                            "--no-sync", "-E", "UTF8", "--locale=C", **user)
         initdb.wait(TIMEOUT)
         return cls.popen(find_program("postgres"), "-D", data, "-p", str(cls.port),
-                         "-h", "127.0.0.1", "-k", cls.folder, "-c", "fsync=off", **user)
+                         "-h", "127.0.0.1", "-k", cls.folder, "-c", "fsync=off", "-c", "ssl=on",
+                         "-c", "ssl_cert_file=" + certificate, "-c", "ssl_key_file=" + certificate,
+                         **user)
 
     @classmethod
-    def connect(cls, port, timeout=TIMEOUT):
-        return cls.driver.connect(host="127.0.0.1", port=port, user="postgres", dbname="postgres",
+    def connect(cls, port, timeout=TIMEOUT, sslmode="disable", **ssl_arguments):
+        return cls.driver.connect(host="localhost", hostaddr="127.0.0.1", port=port,
+                                  user="postgres", dbname="postgres",
                                   connect_timeout=max(2, int(timeout)), autocommit=True,
-                                  sslmode="disable", gssencmode="disable")
+                                  sslmode=sslmode, gssencmode="disable", **ssl_arguments)
+
+    backend_tls = True
+
+    @classmethod
+    def connect_tls(cls, port, ca):
+        return cls.connect(port, sslmode="verify-full", sslrootcert=ca)
 
     def connect_pg8000(self, port):
         import pg8000.native
@@ -14508,6 +14602,7 @@ class TestMariaDB(RealServerTests, unittest.TestCase):
             raise unittest.SkipTest("no MariaDB server")
         data = os.path.join(cls.folder, "data%d" % cls.port)
         user = ["--user=root"] * (os.getuid() == 0)
+        certificate, ca = cls.write_tls_files()
         cls.popen(install, "--no-defaults", "--datadir=" + data, "--skip-test-db",
                   "--auth-root-authentication-method=normal", *user).wait(TIMEOUT * 2)
         return cls.popen(find_program("mariadbd", "mysqld"), "--no-defaults", "--datadir=" + data,
@@ -14515,13 +14610,22 @@ class TestMariaDB(RealServerTests, unittest.TestCase):
                          "--socket=" + os.path.join(cls.folder, "s"),
                          "--pid-file=" + data + ".pid",
                          "--max-allowed-packet=256M", "--innodb-flush-log-at-trx-commit=0",
-                         "--innodb-buffer-pool-size=64M", "--skip-name-resolve", *user)
+                         "--innodb-buffer-pool-size=64M", "--skip-name-resolve",
+                         "--ssl-cert=" + certificate, "--ssl-key=" + certificate, "--ssl-ca=" + ca,
+                         *user)
 
     @classmethod
-    def connect(cls, port, timeout=TIMEOUT):
+    def connect(cls, port, timeout=TIMEOUT, **ssl_arguments):
+        ssl_arguments = ssl_arguments or {"ssl_disabled": True}
         return cls.driver.connect(host="127.0.0.1", port=port, user="root", password="",
                                   connect_timeout=max(1, int(timeout)), read_timeout=timeout,
-                                  max_allowed_packet=256 << 20)
+                                  max_allowed_packet=256 << 20, **ssl_arguments)
+
+    backend_tls = True
+
+    @classmethod
+    def connect_tls(cls, port, ca):
+        return cls.connect(port, ssl={"ca": ca})
 
     @classmethod
     def query(cls, client, value):
@@ -14645,10 +14749,11 @@ class TestSmtp(unittest.TestCase):
 
         port = unused_port()
         controller = aiosmtpd.Controller(SizeRecorder(), hostname="127.0.0.1", port=port,
-                                         data_size_limit=1 << 28)
+                                         data_size_limit=1 << 28, tls_context=server_context())
         controller.start()
         self.addCleanup(controller.stop)
-        self.proxy = OpenProxy("127.0.0.1:%d" % port, "127.0.0.1:0", protocol="smtp", seed=1)
+        self.proxy = OpenProxy("127.0.0.1:%d" % port, "127.0.0.1:0", protocol="smtp", seed=1,
+                               tls={"cert": "auto", "verify": False})
         self.proxy.__enter__()
         self.addCleanup(self.proxy.__exit__)
 
@@ -14676,6 +14781,17 @@ class TestSmtp(unittest.TestCase):
                     self.send(client)
         self.assertEqual(self.proxy.accepted, 1)
         self.assertEqual(len(self.sizes), 3 * 3)        # one for each subtest
+
+    def test_errors_after_starttls(self):
+        client = self.connect()
+        client.starttls(context=client_context())
+        for kind in "450", "451":
+            with self.proxy.handler("error", kind=kind, match="(?i)^mail"):
+                with self.assertRaises(smtplib.SMTPSenderRefused):
+                    self.send(client)
+            self.send(client)
+        connection, = self.proxy.connections.values()
+        self.assertEqual({type(connection.client), type(connection.backend)}, {vaurien.TlsSocket})
 
     def test_error_421_closes_the_connection(self):
         client = self.connect()

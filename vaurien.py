@@ -1354,6 +1354,8 @@ def check_handler(path, function):
 #   a Request           the bytes since the last END_OF_MESSAGE are the head of this request
 #   CONTINUATION        the bytes since the last END_OF_MESSAGE belong to the previous request
 #   END_OF_MESSAGE      a request or a reply ends here
+#   TLS_BEGINS          TLS begins here in this direction, and within it the protocol goes on. A
+#                       reader yields it only if `joins_tls` is set; the chain restarts the reader
 #   END_OF_ROW          a row of a reply ends here. Only if `counts_rows` is set, because rows
 #                       cost time
 #
@@ -1388,6 +1390,7 @@ END_OF_MESSAGE = Signal("END_OF_MESSAGE")       # also an event for handlers; it
 END_OF_ROW = Signal("END_OF_ROW")               # the same
 END = END_OF_MESSAGE            # its older name, for handlers that use it
 CONTINUATION = Signal("CONTINUATION")
+TLS_BEGINS = Signal("TLS_BEGINS")
 LINE = re.compile(rb"\n")
 HEADERS = re.compile(rb"\n\r?\n")
 PATTERN = type(LINE)
@@ -1729,6 +1732,7 @@ class Protocol:
     overload_error    the kind for a client that connects while there are too many connections;
                       "" if a server only closes the connection
     alpn              its names in TLS: the application protocols of ALPN (RFC 7301)
+    starts_tls        whether TLS may begin within a connection
     server_first      whether the server sends a greeting, or a handshake comes before the
                       first request. The handshake then counts as request 1
     credentials       the names of requests with passwords: no fault record shows their text
@@ -1745,6 +1749,8 @@ class Protocol:
     has_rows = False
     counts_rows = False             # a rule needs the rows of replies: set by the ProtocolChain
     alpn: tuple = ()
+    starts_tls = False
+    joins_tls = False       # the proxy takes part in that TLS: set by the Connection
 
     def __init__(self, host=b""):
         self.host = host            # value for the Host header field; empty: do not replace it
@@ -2497,7 +2503,7 @@ class Mysql(Protocol):
     connect_errors = ("1040", "1129")
     overload_error = "1040"
     fatal_errors = ("1053", "1927", "4031")
-    server_first = True
+    server_first = starts_tls = True
     # Commands
     QUIT, QUERY, FIELD_LIST, STATISTICS, PROCESS_INFO, CHANGE_USER = (
         0x01, 0x03, 0x04, 0x09, 0x0a, 0x11)
@@ -2558,17 +2564,26 @@ class Mysql(Protocol):
         yield CONTINUATION
         if sequence and not self.capabilities_known:
             flags = yield NeedBytes(min(4, size))
+            if size == 32 and int.from_bytes(flags, "little") & self.CLIENT_SSL:
+                # A login packet without the user's name: the whole one follows, in TLS
+                yield from self.begin_tls(size - len(flags))
             self.capabilities_known = True
-            self.check_capabilities(int.from_bytes(flags, "little"), size)
+            self.check_capabilities(int.from_bytes(flags, "little"))
             size -= len(flags)
         yield size
         yield END_OF_MESSAGE
 
-    def check_capabilities(self, flags, size):
-        """Raise ProtocolError if a login packet of this size asks for TLS or compression."""
-        is_ssl_request = size == 32         # the login packet without the user's name
-        if is_ssl_request and flags & self.CLIENT_SSL:
+    def begin_tls(self, size):
+        """Read the rest of an SSLRequest. Raises ProtocolError if the proxy takes no part in TLS.
+        """
+        if not self.joins_tls:
             raise ProtocolError("TLS follows")
+        yield size
+        yield END_OF_MESSAGE
+        yield TLS_BEGINS
+
+    def check_capabilities(self, flags):
+        """Raise ProtocolError if a login packet asks for compression."""
         self.flags = flags & self.server_flags
         if flags & self.CLIENT_COMPRESS:
             raise ProtocolError("compression follows")
@@ -2812,6 +2827,8 @@ class Postgres(Protocol):
         ("57P05", "terminating connection due to idle-session timeout"),
         ("57P03", "the database system is starting up"),
         ("53300", "sorry, too many clients already")))
+    alpn = ("postgresql",)
+    starts_tls = True
     default_errors = ("57014", "40001", "40P01", "55P03")
     connect_errors = ("57P03", "53300")
     overload_error = "53300"
@@ -2996,7 +3013,10 @@ class Postgres(Protocol):
     def read_encryption_reply(self):
         """Read the one byte that accepts (S, G) or refuses encryption."""
         self.encryption_requested = False
-        if (yield NeedBytes(1)) in b"SG":
+        reply = yield NeedBytes(1)
+        if reply == b"S" and self.joins_tls:
+            yield TLS_BEGINS
+        elif reply in b"SG":
             raise ProtocolError("encryption follows")
 
     def copy_to_end(self):
@@ -3090,7 +3110,7 @@ class Smtp(Protocol):
     default_errors = ("450", "451", "452")
     fatal_errors = ("421",)
     overload_error = "421"
-    server_first = True
+    server_first = starts_tls = True
     credentials = ("AUTH",)
     REPLY_LINE = Head(LINE, beginning_with(rb"\d", rb"\d", rb"\d", rb"[ \r\n-]"), "no reply code")
     auth_continues = False          # the backend waits for the next line of AUTH
@@ -3132,7 +3152,10 @@ class Smtp(Protocol):
             request = self.current_request()
             name = request.name if request else ""
             if name == "STARTTLS" and code == b"220":
-                raise ProtocolError("TLS follows")
+                if not self.joins_tls:
+                    raise ProtocolError("TLS follows")
+                yield END_OF_MESSAGE
+                yield TLS_BEGINS
             if name == "DATA" and code == b"354":
                 # The client waits for this reply, and has sent nothing of the message yet.
                 self.request_framer.restart(self.read_message())
@@ -4034,7 +4057,7 @@ class Chain:
     __slots__ = ("rules", "connection", "request", "last_direction", "active_rules", "undrawn",
                  "per_connection", "newly_acted", "event_request", "protocol_lost", "protocol",
                  "current_request", "answered_early", "modified", "block", "block_hits",
-                 "protocol_error", "successor", "head_deadline", "kept", "beginning")
+                 "protocol_error", "successor", "head_deadline", "kept", "encrypted", "beginning")
 
     def __init__(self, rules, connection):
         self.rules = rules              # the proxy's RuleSet
@@ -4065,6 +4088,7 @@ class Chain:
         self.protocol_error = ""        # why the protocol was lost; the connection logs it
         self.successor = None           # the Chain that replaces this one, after a fall back
         self.head_deadline = NEVER      # when to call give_up_head
+        self.encrypted = None           # the first bytes of TLS that begins in this connection
 
     def start(self):
         """Begin the first request, because a client has connected."""
@@ -4467,6 +4491,7 @@ class ProtocolChain(Chain):
                                      complete already: its rules cannot refuse it any more
         upstream    END_OF_MESSAGE   the request of the last exchange is complete
         downstream  END_OF_MESSAGE   the reply of the first exchange is done
+        both        TLS_BEGINS       none, but the later bytes are encrypted
         downstream  END_OF_ROW       none
 
     Then exchanges at the front that are done are removed, except the last exchange. The events
@@ -4640,12 +4665,17 @@ class ProtocolChain(Chain):
     def end_row(self, boundary):
         pass                                # only for the rules
 
+    def begin_tls(self, boundary):
+        self.encrypted = b""                # split_encrypted sets the bytes
+
     TRANSITIONS = {
         (UPSTREAM, Request): begin_exchange,
         (UPSTREAM, CONTINUATION): continue_request,
         (UPSTREAM, END_OF_MESSAGE): end_request,
         (DOWNSTREAM, END_OF_MESSAGE): end_reply,
         (DOWNSTREAM, END_OF_ROW): end_row,
+        (UPSTREAM, TLS_BEGINS): begin_tls,
+        (DOWNSTREAM, TLS_BEGINS): begin_tls,
     }
 
     def apply(self, to, boundary):
@@ -4743,6 +4773,8 @@ class ProtocolChain(Chain):
                 if to is UPSTREAM:
                     self.exchanges[-1].forwarded = True
                 self.pop_all_done()
+                if self.encrypted is not None:
+                    return self.split_encrypted(to, bytes(data), end)
         except ProtocolError as error:
             # No rule can act on the rest either. So no event of it has to be queued.
             self.process_part(0.0, to, bytes(data[end:]))
@@ -4796,10 +4828,20 @@ class ProtocolChain(Chain):
                 start = offset
                 if self.closing and to is UPSTREAM:
                     return events
+                if self.encrypted is not None:
+                    self.split_encrypted(to, data, start)
+                    return events
         except ProtocolError as error:
             events += self.process_part(now, to, data[start:])
             return events + self.fall_back(now, to, error)
         return events + self.process_part(now, to, data[start:])
+
+    def split_encrypted(self, to, data, end):
+        """Note the encrypted bytes after TLS_BEGINS. Returns the bytes before it."""
+        self.encrypted = data[end:]
+        protocol = self.protocol
+        self.framer(to).restart(protocol.requests() if to is UPSTREAM else protocol.replies())
+        return data[:end]
 
     def process_part(self, now, to, data):
         """Process bytes without a boundary. Bytes of an incomplete head are held."""
@@ -4839,6 +4881,8 @@ class ProtocolChain(Chain):
             self.apply(to, boundary)
             return events + self.release_done(now)
         self.apply(to, boundary)
+        if boundary is TLS_BEGINS:
+            return []
         events = self.release_done(now)
         head = self.take_head()
         is_first = boundary is not CONTINUATION and not self.head_forwarded
@@ -6728,8 +6772,8 @@ class TlsSocket:
     SEND_BATCH = 4 * 16384          # bytes that are encrypted for one send
 
     def __init__(self, sock, loop, on_change, timeout, context, server_side=False,
-                 server_hostname=None):
-        """Begin the handshake. `timeout` is its limit, in seconds. Raises OSError."""
+                 server_hostname=None, received=b""):
+        """Begin the handshake. `timeout` is its limit, in seconds."""
         self.sock, self.loop, self.on_change, self.timeout = sock, loop, on_change, timeout
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.engine = context.wrap_bio(self.incoming, self.outgoing, server_side, server_hostname)
@@ -6743,7 +6787,10 @@ class TlsSocket:
         self.awaits_write = False   # whether interest() has asked for EVENT_WRITE
         self.change_timer = None
         self.deadline = loop.call_at(loop.clock() + timeout, lambda: self.fail("timed out"))
-        self.continue_handshake()
+        if received:
+            self.on_handshake_bytes(received)
+        else:
+            self.continue_handshake()
 
     def __getattr__(self, name):    # fileno, getpeername, getsockopt, family ...
         return getattr(self.sock, name)
@@ -6793,12 +6840,15 @@ class TlsSocket:
             self.ended = True
             self.fail("closed by the peer")
         elif not self.error:
-            if not self.begun and data[0] not in (self.ALERT, self.HANDSHAKE):
-                self.fail("the peer speaks no TLS, but has sent %r" % data[:16])
-                return
-            self.begun = True
-            self.incoming.write(data)
-            self.continue_handshake()
+            self.on_handshake_bytes(data)
+
+    def on_handshake_bytes(self, data):
+        if not self.begun and data[0] not in (self.ALERT, self.HANDSHAKE):
+            self.fail("the peer speaks no TLS, but has sent %r" % data[:16])
+            return
+        self.begun = True
+        self.incoming.write(data)
+        self.continue_handshake()
 
     def continue_handshake(self):
         try:
@@ -7072,16 +7122,20 @@ class Connection:
     """A client, the backend connected for it, and the data between them."""
 
     __slots__ = ("proxy", "loop", "number", "peer", "chain", "up", "down", "client", "backend",
-                 "phase", "addresses", "deadline", "reset_reason", "faults", "textless", "timer",
-                 "deadline_timer", "began")
+                 "phase", "tls_waits_for", "addresses", "deadline", "reset_reason", "faults",
+                 "textless", "timer", "deadline_timer", "began")
 
     def __init__(self, proxy, number, client, peer):
         self.proxy = proxy
         self.loop = proxy.loop
         self.number = number
         self.peer = peer                # the client's address
-        self.chain = (ProtocolChain(proxy.rules, number, proxy.protocol(proxy.host_header()))
-                      if proxy.protocol else Chain(proxy.rules, number))
+        if proxy.protocol:
+            protocol = proxy.protocol(proxy.host_header())
+            protocol.joins_tls = proxy.joins_tls()
+            self.chain: Chain = ProtocolChain(proxy.rules, number, protocol)
+        else:
+            self.chain = Chain(proxy.rules, number)
         recv_size = PARSED_CHUNK if proxy.protocol else CHUNK
         self.up = Link(UPSTREAM, self.loop.budget, recv_size)
         self.down = Link(DOWNSTREAM, self.loop.budget, recv_size)
@@ -7098,9 +7152,9 @@ class Connection:
         self.timer = None               # for the next event that is due
         self.deadline_timer = None      # for connecting, and for lingering
         self.began = self.loop.clock()
-        if proxy.tls.accepts:
-            context = proxy.tls.accept_context(client.getsockname()[0])
-            self.start_tls(self.up, context, server_side=True)
+        self.tls_waits_for = None       # a link: TLS begins on its target when it is empty
+        if proxy.tls.accepts and not proxy.joins_tls():
+            self.start_tls(self.up)
 
     @property
     def name(self):
@@ -7247,8 +7301,7 @@ class Connection:
             events = chain.process_bytes(now, link.to, bytes(data))
             if not chain.modified:      # then all events are bytes of this direction
                 passed = b"".join([made for _, _, made, _ in events])
-        if chain.protocol_error:
-            self.on_protocol_error()
+        self.end_parsing(link)
         if passed is None or target is None:
             link.buffered_in += size
             self.enqueue(now, events if passed is None else [(now, link.to, bytes(passed), ())],
@@ -7258,6 +7311,13 @@ class Connection:
             self.note_kept()
         link.buffered_in += size - len(passed)
         return passed
+
+    def end_parsing(self, link):
+        """End the parsing of a link's bytes, if they are no longer of the protocol."""
+        if self.chain.protocol_error:
+            self.on_protocol_error()
+        if self.chain.encrypted is not None:
+            self.begin_tls(link)
 
     def count_kept(self):
         """Count in the budget what the chain keeps.
@@ -7483,6 +7543,10 @@ class Connection:
         elif up.write_closed and down.write_closed:
             self.finish()
         else:
+            waits = self.tls_waits_for
+            if waits is not None and not waits.held:
+                self.tls_waits_for = None
+                self.start_tls(up if waits is down else down)
             self.update_interest()
             if up.queue or down.queue or self.timer or self.chain.head_deadline < NEVER:
                 self.set_timer(now)
@@ -7592,7 +7656,8 @@ class Connection:
         3. while `back` holds replies of rules that the source does not accept, and as much as it
            may;
         4. if the other peer has gone, so that the sender stalls as it would without a proxy;
-        5. while a blocking handler has the sockets, or waits until all data is delivered.
+        5. while a blocking handler has the sockets, or waits until all data is delivered;
+        6. while TLS waits to begin on the target, which has not got the announcement yet.
         """
         clock = self.loop.clock
         if link.eof or ((link.held or link.kept) and link.read_limit(clock) <= 0):
@@ -7601,7 +7666,7 @@ class Connection:
             return False
         if link.write_closed and self.reset_reason:
             return False
-        if self.phase is HANDED_OFF:
+        if self.phase is HANDED_OFF or self.tls_waits_for is link:
             return False
         if self.proxy.has_blocking and self.chain.blocking_rule() is not None:
             return self.is_drained()
@@ -7619,20 +7684,36 @@ class Connection:
 
     # TLS
 
-    def start_tls(self, link, context, server_side=False, server_hostname=None):
-        """Replace a link's source by a TlsSocket, which begins the handshake."""
+    def start_tls(self, link, received=b""):
+        """Replace a link's source by a TlsSocket, which begins the handshake.
+
+        received    bytes of TLS that have been received already
+        """
+        config, is_client = self.proxy.tls, link is self.up
+        context = (config.accept_context(self.client.getsockname()[0]) if is_client
+                   else config.connect_context())
+        name = None if is_client else config.backend_name(self.proxy.backend[0])
         if link.watched:
             self.loop.watch(link.source, 0)
             link.watched = 0
         link.source = sock = TlsSocket(
             link.source, self.loop, functools.partial(self.on_tls_change, link),
-            self.proxy.timeout, context, server_side, server_hostname)
-        if link is self.up:
+            self.proxy.timeout, context, is_client, name, received)
+        if is_client:
             self.client = sock
         else:
             self.backend = sock
         self.up.fast_target = self.down.fast_target = None
         self.up.bulk_reads = self.down.bulk_reads = NO_SPLICE
+
+    def begin_tls(self, link):
+        """TLS begins within the connection: at once with the peer that has announced it, which is
+        the link's source, and with the other peer after that has got the announcement.
+        """
+        received, self.chain.encrypted = self.chain.encrypted, None
+        self.tls_waits_for = link
+        self.start_tls(link, received)
+        link.source.note_change()       # pump() sees whether the announcement has been sent
 
     def advance_tls(self, link):
         """Handle an event of a link's TlsSocket. Returns whether the handshake is done."""
@@ -7652,10 +7733,9 @@ class Connection:
         if source.error and not source.is_open:
             self.on_handshake_failed(link, source)
             return
-        if source.readable and link.watched & EVENT_READ:
+        self.pump()
+        if source.readable and self.phase is not CLOSED and link.watched & EVENT_READ:
             self.on_ready(link, EVENT_READ)
-        if self.phase is not CLOSED:
-            self.pump()
 
     def on_handshake_failed(self, link, source):
         """Close the connection. If the client may get an alert, wait until it closes."""
@@ -7755,13 +7835,10 @@ class Connection:
         """The backend is connected: the time for it no longer runs. TLS has a time of its own."""
         self.phase = CONNECTED
         self.loop.cancel(self.deadline_timer)
-        host, _, *tls = self.proxy.backend
-        if tls and self.proxy.has_blocking:
+        if self.proxy.backend[2:] and self.proxy.has_blocking:
             self.connect_failed("a blocking handler works without TLS only")
-        elif tls:
-            config = self.proxy.tls
-            self.start_tls(self.down, config.connect_context(),
-                           server_hostname=config.backend_name(host))
+        elif self.proxy.backend[2:]:
+            self.start_tls(self.down)
 
     def on_connect_timeout(self):
         self.close_backend()
@@ -8222,6 +8299,11 @@ class ProxyServer:
     def protocol_name(self):
         """Return the name of the protocol, as `protocol` takes it."""
         return self.protocol.__name__.lower() if self.protocol else "tcp"
+
+    def joins_tls(self):
+        """Return whether the proxy takes part in TLS that begins within a connection."""
+        return bool(self.tls.accepts and self.protocol and self.protocol.starts_tls
+                    and not self.backend[2:])
 
     def host_header(self):
         """Return the value of the Host header for the backend, or b"" to keep the client's."""
