@@ -10671,6 +10671,209 @@ class TestInterface(TempDirTestCase):
         test_mypy_strict_accepts_a_test_with_public_names = check_with_mypy
 
 
+class TestReplay(TempDirTestCase):
+    """A run writes its faults, and another one makes the same faults again."""
+
+    CLIENTS, REQUESTS = 50, 8
+    BEHAVIOR = [{"name": "delay", "percent": 20, "sleep": 0.001},
+                {"name": "error", "percent": 15},
+                {"name": "delay", "percent": 15, "sleep": 0.002, "match": "PING"},
+                {"name": "transient", "percent": 10, "agitate": 5, "after": 50, "times": 10}]
+    TOXICS = [{"type": "latency", "name": "slow", "latency": 1, "percent": 30},
+              {"type": "delay", "name": "late", "sleep": 0.001, "percent": 30, "before": False,
+               "per": "request"}]
+
+    @staticmethod
+    def serve_redis(sock):
+        with contextlib.suppress(OSError), sock.makefile("rb") as file:
+            for _ in file:
+                sock.sendall(b"+PONG\r\n")
+
+    def converse(self, proxy):
+        """Send the requests of all clients at the same time, with several texts."""
+        barrier = threading.Barrier(self.CLIENTS)
+
+        def run_client(index):
+            barrier.wait(TIMEOUT)
+            with connected_client(proxy) as sock, sock.makefile("rb") as file:
+                for number in range(self.REQUESTS):
+                    sock.sendall(b"PING %d\r\n" % index if (index + number) % 2 else b"GET x\r\n")
+                    file.readline()
+
+        threads = [threading.Thread(target=run_client, args=(index,))
+                   for index in range(self.CLIENTS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(TIMEOUT)
+
+    def run_proxy(self, protocol, percents=None, **recording):
+        """Run a proxy and its clients. Returns the result of count_faults.
+
+        percents    that the rules get, in place of their own
+        """
+        with running_proxy(self.serve_redis, protocol=protocol, seed=percents and 5,
+                           **recording) as proxy:
+            rules = [dict(rule) for rule in self.BEHAVIOR if protocol == "redis"
+                     or rule["name"] == "delay"]
+            toxics = [dict(toxic) for toxic in self.TOXICS]
+            for rule, percent in zip([*rules, *toxics], percents or ()):
+                rule["percent"] = percent
+            proxy._set_rules(rules)
+            for toxic in toxics:
+                proxy.add_toxic(**toxic)
+            self.converse(proxy)
+            return self.count_faults(proxy)
+
+    @staticmethod
+    def count_faults(proxy):
+        """Return Counter of what the FaultRecords of a recorded and a replayed run share."""
+        return Counter((record.connection, record.request, record.handler, record.toxic,
+                        record.stream, json.dumps(record.options, sort_keys=True))
+                       for record in proxy.events())
+
+    def test_the_same_faults_with_concurrent_clients_and_other_percentages(self):
+        for protocol in "redis", "tcp":
+            made = self.run_proxy(protocol, record="run.jsonl")
+            self.assertGreater(len(made), 100)
+            self.assertEqual(len(read_text("run.jsonl").splitlines()), sum(made.values()))
+            for percents in [0] * 6, [100, 0, 0, 0, 100, 100], [1, 2, 3, 4, 5, 6]:
+                with self.subTest(protocol, percents=percents):
+                    replayed = self.run_proxy(protocol, percents, replay="run.jsonl",
+                                              record="again.jsonl")
+                    self.assertEqual((made - replayed, replayed - made), ({}, {}))
+            self.assertEqual(self.run_proxy(protocol, [0] * 6, replay="again.jsonl"), made)
+
+    def test_blocks_begin_and_end_as_in_the_recorded_run(self):
+        for number, recording in enumerate(({"record": "run.jsonl"}, {"replay": "run.jsonl"})):
+            with running_proxy(echo, **recording) as proxy, connected_client(proxy) as sock:
+                send_and_read(sock, b"question")
+                with proxy.handler("hang", percent=100 if number == 0 else 1) as fault:
+                    sock.sendall(b"question")
+                    fault.wait(TIMEOUT)
+                read_exactly(sock, 8)
+                with proxy.handler("delay", sleep=0.001, match="second"):
+                    send_and_read(sock, b"second")
+                self.assertEqual([(record.request, record.handler) for record in proxy.events()],
+                                 [(2, "hang"), (3, "delay")])
+
+    def test_a_toxic_acts_on_its_connections_whatever_its_toxicity_becomes(self):
+        for recording, toxicities in (({"record": "run.jsonl"}, (1, 1)),
+                                      ({"replay": "run.jsonl"}, (0, 0.5))):
+            with running_proxy(echo, **recording) as proxy:
+                first, second = (
+                    vaurien.Toxic("latency", "slow", toxicity, {"latency": 50})
+                    for toxicity in toxicities)
+                proxy.loop.run_sync(proxy.set_toxics, [first])
+                with connected_client(proxy) as sock:
+                    send_and_read(sock, b"question")
+                    proxy.loop.run_sync(proxy.set_toxics, [second])
+                    began = time.monotonic()
+                    send_and_read(sock, b"question")
+                    self.assertGreaterEqual(time.monotonic() - began, 0.05)
+                self.assertEqual(len(proxy.events()), 1)
+                if "record" in recording:
+                    proxy.loop.run_sync(proxy.set_toxics, [])
+                with connected_client(proxy) as sock:       # has no fault in either run
+                    send_and_read(sock, b"question")
+                self.assertEqual(len(proxy.events()), 1)
+
+    def test_a_proxy_without_rules_uses_those_of_the_file(self):
+        made = self.run_proxy("redis", record="run.jsonl")
+        with backend_server(self.serve_redis) as (port, _):
+            proxy = OpenProxy("127.0.0.1:%d" % port, "127.0.0.1:0", protocol="redis",
+                              replay="run.jsonl")
+            proxy.use_rules_of(proxy._proxies.replay)
+            with proxy:
+                self.converse(proxy)
+                replayed = self.count_faults(proxy)
+        self.assertEqual((made - replayed, replayed - made), ({}, {}))
+
+    def test_the_command_line_uses_the_rules_of_the_file_if_there_is_no_api(self):
+        self.run_proxy("tcp", [100] + [0] * 5, record="run.jsonl")
+        for options, rules in (([], "0:delay sleep=0.001, 100:dummy"), (["--http"], "100:dummy"),
+                               (["--behavior", "5:hang"], "5:hang, 95:dummy")):
+            with self.subTest(options), mock.patch.object(vaurien, "start_log"), \
+                    mock.patch.object(vaurien, "serve") as serve:
+                vaurien.proxy_command(["--replay", "run.jsonl", *options])()
+                (proxies, *_), _ = serve.call_args[0]
+                self.assertEqual(proxies["vaurien"].describe(), rules)
+
+    def test_rules_that_are_set_stay(self):
+        self.run_proxy("redis", record="run.jsonl")
+        replay = vaurien.Replay("run.jsonl")
+        proxy = vaurien.ProxyServer(("127.0.0.1", 1), behavior="20:hang")
+        proxy.use_rules_of(replay)
+        self.assertEqual(proxy.describe(), "20:hang, 80:dummy")
+        proxy = vaurien.ProxyServer(("127.0.0.1", 1), protocol="tcp")
+        replay = vaurien.Replay(self.write("bad.jsonl", read_text("run.jsonl").replace(
+            '"sleep": 0.001', '"slep": 0.001')))
+        with self.assertRaisesRegex(ValueError, "^a rule of bad.jsonl is not valid here: .*slep"):
+            proxy.use_rules_of(replay)
+
+    def test_faults_that_are_not_made_again_are_in_the_log(self):
+        with running_proxy(echo, "100:delay", record="run.jsonl",
+                           options={"delay": {"sleep": 0.001}}) as proxy:
+            with connected_client(proxy) as sock:
+                send_and_read(sock, b"question")
+                send_and_read(sock, b"question")
+        for behavior, sleep, level, text in (
+                ("0:delay", 0.001, "INFO", "replay: 2 of 2 faults were made again"),
+                ("100:delay", 0.002, "WARNING", "replay: 0 of 2 faults were made again; not on "
+                                                "connection 1, request 1: delay")):
+            with self.subTest(text), self.assertLogs("vaurien", "INFO") as logged:
+                with running_proxy(echo, behavior, options={"delay": {"sleep": sleep}},
+                                   replay="run.jsonl") as proxy, connected_client(proxy) as sock:
+                    send_and_read(sock, b"question")
+                    send_and_read(sock, b"question")
+            self.assertEqual(logged.output[-1], "%s:vaurien:%s" % (level, text))
+            self.assertEqual(logged.output[0], "INFO:vaurien:replay: 2 faults of run.jsonl")
+
+    def test_a_proxy_that_starts_again_appends_to_its_recording(self):
+        with backend_server(echo) as (port, _):
+            proxy = vaurien.Proxy("127.0.0.1:%d" % port, behavior="100:delay",
+                                  options={"delay": {"sleep": 0.001}}, record="run.jsonl")
+            for count in (1, 2):
+                with proxy:
+                    with connected_client(proxy) as sock:
+                        send_and_read(sock, b"question")
+                lines = [json.loads(line) for line in read_text("run.jsonl").splitlines()]
+                self.assertEqual([line["connection"] for line in lines], [1, 2][:count])
+
+    def test_bad_files(self):
+        with running_proxy(echo, "100:delay", record="run.jsonl",
+                           options={"delay": {"sleep": 0.001}}) as proxy, \
+                connected_client(proxy) as sock:
+            send_and_read(sock, b"question")
+        good = read_text("run.jsonl")
+        for text, line in (("{}", 1), ("x", 1), ("", 0), ("\n", 1), (good + "[]\n", 2),
+                           (good + good[:-20], 2), (good.replace('"rule"', '"rules"'), 1),
+                           (good.replace('"connection": 1', '"connection": -1'), 1),
+                           (good.replace('"proxy": "vaurien"', '"proxy": []'), 1),
+                           ("[" * 100000, 1)):
+            self.write("bad.jsonl", text)
+            with self.subTest(text[:200]):
+                if line:
+                    with self.assertRaisesRegex(ValueError, "^line %d of bad.jsonl is not a fault "
+                                                            "that --record has written$" % line):
+                        vaurien.Proxy("localhost:1", replay="bad.jsonl")
+                else:
+                    self.assertEqual(vaurien.Replay("bad.jsonl").faults, {})
+        with open("bad.jsonl", "wb") as file:
+            file.write(b"\xff\xfe")
+        for arguments, text in (
+                ({"replay": "bad.jsonl"}, "bad.jsonl is not a file that --record has written"),
+                ({"replay": "none"}, "cannot read none: No such file or directory"),
+                ({"replay": "."}, "cannot read .: Is a directory"),
+                ({"replay": "run.jsonl", "record": "run.jsonl"},
+                 "record and replay need different files")):
+            with self.subTest(arguments), self.assertRaisesRegex(ValueError, "^%s$" % text):
+                vaurien.Proxy("localhost:1", **arguments)
+        for _ in range(2):      # nothing is left open by the first attempt
+            with self.assertRaisesRegex(OSError, "cannot record to none/x: No such file"):
+                vaurien.Proxy("localhost:1", record="none/x").start()
+
+
 class TestPytestPlugin(TempDirTestCase):
     """The plugin of pytest: a fixture, an option, and the faults of a test that fails."""
 
@@ -11496,6 +11699,8 @@ class TestBadInput(TempDirTestCase):
              "--timeout must be a number of seconds, more than 0"),
             (["--log-level", "loud"],
              "--log-level must be one of debug, info"),
+            (["--replay", "none"], "cannot read none: No such file or directory"),
+            (["--record", "x", "--replay", "x"], "record and replay need different files"),
             (["--log-format", "xml"], "--log-format must be one of text, json, not 'xml'"),
             (["--log-output", "/no/such/folder/x"],
              "cannot log to /no/such/folder/x: No such"),

@@ -30,7 +30,7 @@ Each section uses only the sections above it. `grep -n '^# -- ' vaurien.py` list
     vocabulary    Events, Checks
     extend here   Handlers, Options, Protocols
     engine        Rules, Chain, Delay queue, Loop, Sockets, TLS, Connection
-    service       Proxy, Metrics, Page, Control, Toxiproxy, Interface, pytest
+    service       Log, Proxy, Metrics, Page, Control, Toxiproxy, Interface, pytest
     programs      Command line, Demo, vaurienctl, Main
 
 Glossary:
@@ -3690,6 +3690,7 @@ class RuleSet:
 
     def __init__(self, seed, proxy_name):
         self.seed, self.proxy_name = seed, proxy_name
+        self.replay = None      # a Replay that replaces the draws
         self.install([])
         self.request_count = 0  # requests begun at this proxy
 
@@ -3698,7 +3699,13 @@ class RuleSet:
         self.installed = rules
         self.counts_rows = any(rule.options.get("rows") for rule in rules)
         # Each rule is drawn for each request alone, as soon as the request begins.
-        self.draw_ahead = all(rule.per == "request" and not rule.match for rule in rules)
+        self.draw_ahead = not self.replay and all(
+            rule.per == "request" and not rule.match for rule in rules)
+
+    def set_replay(self, replay):
+        """Replace the draws by a Replay. None ends that."""
+        self.replay = replay
+        self.install(self.installed)
 
     def draw_block(self, draw_key, connection, block):
         """Return the numbers for a block of 8 requests: a tuple of 8 ints of 64 bits.
@@ -3710,6 +3717,93 @@ class RuleSet:
         block_hash = hash_prefix(self.seed, self.proxy_name, draw_key).copy()
         block_hash.update(b"%d %d" % (connection, block))
         return DRAW_BLOCK.unpack(block_hash.digest())
+
+
+def replay_key(rule_json):
+    """Return the result of Rule.to_json without the percentage, as text."""
+    return json.dumps({field: value for field, value in rule_json.items() if field != "percent"},
+                      sort_keys=True)
+
+
+class Replay:
+    """The faults that a Recorder has written. They replace the draws of all rules.
+
+    A rule acts on the requests, or connections, on which it has acted in the recorded run, and
+    on no others, whatever its percentage, `match`, `after`, `times` and `of` say. The same rules
+    must be set; only their percentages may differ. A connection has its number by the order of
+    accept. So if clients connect at the same time, their timing decides which of them gets
+    which faults.
+    """
+
+    def __init__(self, path):
+        """Read a file. Raises ValueError."""
+        self.path = path
+        # {(proxy, connection, request, replay_key): (number drawn, count of the request)}, with
+        # request 0 for a rule per connection
+        self.faults = OrderedDict()
+        self.made = set()           # the keys of those faults that have been made again
+        try:
+            with open(path, encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    self.add(number, line)
+        except OSError as error:
+            raise ValueError("cannot read %s: %s" % (path, error.strerror)) from None
+        except UnicodeDecodeError:
+            raise ValueError("%s is not a file that --record has written" % path) from None
+
+    def add(self, number, line):
+        """Add the fault of a line. Raises ValueError with its number."""
+        try:
+            record = json.loads(line)
+            rule = record["rule"]
+            connection, request, draw, count = (
+                check_count(record[name]) for name in ("connection", "request", "draw", "count"))
+            self.faults[record["proxy"], connection, request if rule["per"] == "request" else 0,
+                        replay_key(rule)] = draw, count
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise ValueError("line %d of %s is not a fault that --record has written"
+                             % (number, self.path)) from None
+
+    def rules(self, proxy):
+        """Return the (rules, toxics) that have made the faults of a proxy. Raises ValueError."""
+        tables = [json.loads(key) for key in OrderedDict(
+            (fault[3], None) for fault in self.faults if fault[0] == proxy)]
+        rules, toxics = [], []
+        for table in tables:
+            name, toxic = table.pop("name", None), table.pop("toxic", None)
+            if toxic is None:
+                rules += read_rules([dict(table, name=name, percent=0)])
+            else:
+                fields = {field: table.pop(field) for field in list(table) if field in RULE_FIELDS}
+                toxics.append(make_toxic(name, toxic, fields, table))
+        return rules, toxics
+
+    def draw(self, proxy, connection, request, rule):
+        """Return (number, whether the rule acts, count of the request), as recorded.
+
+        proxy      its name
+        request    0 for a rule per connection
+        """
+        fault = self.faults.get((proxy, connection, request, replay_key(rule.to_json())))
+        return (fault[0], True, fault[1]) if fault else (0, False, 0)
+
+    def mark_made(self, proxy, connection, request, rule):
+        """Note that a rule has acted."""
+        self.made.add((proxy, connection, request if rule.per == "request" else 0,
+                       replay_key(rule.to_json())))
+
+    def summary(self, proxy):
+        """Return a sentence about the faults of a proxy, and whether all have been made again."""
+        recorded = [fault for fault in self.faults if fault[0] == proxy]
+        missing = [fault for fault in recorded if fault not in self.made]
+        text = "replay: %d of %d faults were made again" % (len(recorded) - len(missing),
+                                                             len(recorded))
+        if missing:
+            _, connection, request, key = missing[0]
+            text += "; not on connection %d%s: %s" % (
+                connection, ", request %d" % request if request else "",
+                json.loads(key).get("name"))
+        return text, not missing
 
 
 class Toxic:
@@ -4152,12 +4246,15 @@ class Chain:
                  was asleep
 
         A rule per connection has one number for all requests, that of request 0. Returns
-        (number, whether the rule acts).
+        (number, whether the rule acts, rule.drawn_count). A Replay replaces all three.
         """
         rule.drawn_count += count
         request = self.request if rule.per == "request" else 0
+        if self.rules.replay:
+            return self.rules.replay.draw(self.rules.proxy_name, self.connection, request, rule)
         number = self.rules.draw_block(rule.draw_key, self.connection, request // 8)[request % 8]
-        return number, rule.includes(number) and rule.selects(rule.drawn_count)
+        acts = rule.includes(number) and rule.selects(rule.drawn_count)
+        return number, acts, rule.drawn_count
 
     def draw_rule(self, rule, count=1):
         """Draw a rule for the current request. Returns its ActiveRule, or None if it does not act.
@@ -4167,10 +4264,17 @@ class Chain:
         """
         if rule.match:
             return ActiveRule(rule, rule.drawn_count, acts=False, match_buffer=b"")
-        number, acts = self.draw_number(rule, count)
+        number, acts, drawn_count = self.draw_number(rule, count)
         if not acts and rule.per == "request":
             return None
-        return ActiveRule(rule, rule.drawn_count, number, acts)
+        return ActiveRule(rule, drawn_count, number, acts)
+
+    def includes(self, active):
+        """Return whether a rule per connection, which is drawn already, acts now."""
+        rule = active.rule
+        if self.rules.replay:
+            return self.draw_number(rule, count=0)[1] and not rule.sleeps()
+        return rule.includes(active.draw) and rule.selects(active.request)
 
     def collect(self, for_request):
         """Return the active rules of the current request, in rule order.
@@ -4219,7 +4323,7 @@ class Chain:
         for rule, active in self.per_connection.items():
             if active is not None and active.match_buffer is None and (
                     rule in changed or not rule.schedule.is_trivial()):
-                if active.set_acts(rule.includes(active.draw) and rule.selects(active.request)):
+                if active.set_acts(self.includes(active)):
                     begun.append(rule)
         self.undrawn = [rule for rule in [*self.undrawn, *new] if rule in self.rules.installed]
         current = {active.rule: active for active in self.active_rules if not active.is_over()}
@@ -4400,9 +4504,9 @@ class Chain:
         buffered = active.match_buffer
         if to == UPSTREAM and data and buffered is not None and len(buffered) < MATCH_WINDOW:
             active.match_buffer = buffered + data[:MATCH_WINDOW - len(buffered)]
-            if active.rule.matches(active.match_buffer):
-                active.draw, active.acts = self.draw_number(active.rule)
-                active.match_buffer, active.request = None, active.rule.drawn_count
+            if self.rules.replay or active.rule.matches(active.match_buffer):
+                active.draw, active.acts, active.request = self.draw_number(active.rule)
+                active.match_buffer = None
         return active.acts
 
 
@@ -4552,11 +4656,11 @@ class ProtocolChain(Chain):
 
         The text of the Request decides at once whether `match` matches.
         """
-        if rule.match and not (self.current_request and rule.matches(
-                self.current_request.text[:MATCH_WINDOW])):
+        if rule.match and not (self.current_request and (self.rules.replay or rule.matches(
+                self.current_request.text[:MATCH_WINDOW]))):
             return None
-        draw, acts = self.draw_number(rule, count)
-        return ActiveRule(rule, rule.drawn_count, draw, acts)
+        draw, acts, drawn_count = self.draw_number(rule, count)
+        return ActiveRule(rule, drawn_count, draw, acts)
 
     def awaits_match(self, rule):
         return rule.match and self.per_connection[rule] is None
@@ -7959,6 +8063,153 @@ class Connection:
             totals[2 * index + 1] += link.sent
 
 
+# -- Log ----------------------------------------------------------------------
+#
+# The formats of the log, and a thread that writes lines to a file. It writes the recordings of
+# faults, too.
+
+class Formatter(logging.Formatter):
+    """A log formatter that writes a message in one line, and indents a traceback.
+
+    It escapes control characters, because messages may contain bytes that a peer has sent.
+    """
+
+    def formatMessage(self, record):
+        record.message = escape_control_chars(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, exc_info):
+        lines = super().formatException(exc_info).split("\n")
+        return "\n".join("    " + escape_control_chars(line) for line in lines)
+
+
+class JsonFormatter(logging.Formatter):
+    """A log formatter that writes a message as a JSON object in one line."""
+
+    converter = time.gmtime  # type: ignore
+    default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
+
+    def format(self, record):
+        line = OrderedDict(time=self.formatTime(record), level=record.levelname.lower(),
+                           message=record.getMessage())
+        if hasattr(record, "fault"):
+            line["fault"] = record.fault._asdict()
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+LOG_FORMATTERS = OrderedDict((      # {format of --log-format: its formatter}
+    ("text", Formatter("%(asctime)s %(levelname)s %(message)s")), ("json", JsonFormatter())))
+
+
+class LogThread(logging.Handler):
+    """A log handler that writes the lines in a thread of its own, to a file descriptor.
+
+    A write to a pipe blocks while nothing reads it, and a write to a file blocks while its disk
+    does. The loop must not wait for this. To make stderr non-blocking would be no remedy: the
+    other processes that share its open file would find it non-blocking too. So `emit` only
+    appends to `lines`, LOG_LINES_MAX at most. Further lines are dropped and counted.
+
+    logging calls `close` when Python exits. It waits LOG_CLOSE_TIMEOUT at most.
+    """
+
+    def __init__(self, fd):
+        super().__init__()
+        self.fd = fd
+        self.lines = deque()            # that are not written yet
+        self.dropped = 0                # number of lines dropped since the last write
+        self.closing = False
+        self.changed = threading.Condition()    # of these attributes
+        self.thread = threading.Thread(target=self.write_lines, name="log", daemon=True)
+
+    def emit(self, record):
+        try:
+            line = self.format(record)
+            if not self.closing and not self.thread.is_alive():
+                self.thread.start()
+        except Exception:
+            self.handleError(record)
+            return
+        with self.changed:
+            if len(self.lines) < LOG_LINES_MAX:
+                self.lines.append(line)
+            else:
+                self.dropped += 1
+            self.changed.notify()
+
+    def close(self):
+        with self.changed:
+            self.closing = True
+            self.changed.notify()
+        if self.thread.is_alive():
+            self.thread.join(LOG_CLOSE_TIMEOUT)
+        super().close()
+
+    def write_lines(self):
+        """Write all lines, in order, until `close` is called. Runs in the thread."""
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.lines or self.closing)
+                if not self.lines:
+                    return
+                lines, self.lines = self.lines, deque()
+                dropped, self.dropped = self.dropped, 0
+            if dropped:
+                lines.append(self.format(log.makeRecord(
+                    log.name, logging.WARNING, "", 0, "%d log lines were dropped here, because "
+                    "the log could not be written fast enough", (dropped,), None)))
+            text = "\n".join(lines) + "\n"
+            with contextlib.suppress(OSError):      # the disk is full, or the pipe is closed
+                self.write(text.encode("utf-8", "backslashreplace"))
+
+    def write(self, data):
+        """Write all data. Raises OSError."""
+        while data:
+            try:
+                data = data[os.write(self.fd, data):]
+            except BlockingIOError:     # another process has made the open file non-blocking
+                select.select([], [self.fd], [])
+
+
+class Recorder:
+    """Writes each fault of the proxies to a file, a JSON object in each line, for Replay.
+
+    path    of the file; what it has is replaced, when the first proxy starts
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC
+        self.thread = None
+
+    def open(self):
+        """Open the file. After a `close`, further faults are appended. Raises OSError."""
+        if self.thread:
+            return
+        try:
+            fd = os.open(self.path, self.flags, 0o666)
+        except OSError as error:
+            raise OSError(error.errno, "cannot record to %s: %s"
+                          % (self.path, error.strerror)) from None
+        self.flags &= ~os.O_TRUNC
+        self.thread = LogThread(fd)
+        self.thread.setFormatter(logging.Formatter("%(message)s"))
+
+    def write(self, record, active):
+        """Write a FaultRecord, and of its ActiveRule all that replay_key and Replay need."""
+        line = json.dumps(dict(record._asdict(), rule=active.rule.to_json(), draw=active.draw,
+                               count=active.request))
+        self.thread.handle(logging.makeLogRecord({"msg": line}))
+
+    def close(self):
+        if self.thread:
+            self.thread.close()
+            if not self.thread.thread.is_alive():       # otherwise it still writes
+                os.close(self.thread.fd)
+            self.thread = None
+
+
 # -- Proxy --------------------------------------------------------------------
 #
 # A proxy keeps the state that its connections share: the listener, the rules, the counts, and
@@ -8104,6 +8355,7 @@ class ProxyServer:
         self.rule_changes = deque(maxlen=RULE_CHANGES_KEPT)     # RuleChanges
         self.fault_recorded = threading.Condition()
         self.latencies = Latencies()
+        self.recorder = None                # set by the ProxyTable, as rules.replay
         self.lookups = {}                   # {backend: callbacks that wait for its addresses}
         self.lock = threading.RLock()       # held during changes that take several steps
 
@@ -8254,6 +8506,9 @@ class ProxyServer:
                  self.accepted, self.rules.request_count,
                  ", ".join("%d %s" % (count, name) for name, count in self.faults.items())
                  or "none")
+        if self.rules.replay:
+            text, complete = self.rules.replay.summary(self.name)
+            log.log(logging.INFO if complete else logging.WARNING, "%s%s", self.log_prefix, text)
 
     # In the loop's thread: the backend
 
@@ -8338,6 +8593,16 @@ class ProxyServer:
     def handler_names(self):
         """Return the names of the behavior's handlers, joined by commas."""
         return ",".join(rule.name for rules in self.acting_rules() for rule in rules) or "dummy"
+
+    def use_rules_of(self, replay):
+        """If only the handler dummy is set, install the rules of a Replay. Raises ValueError."""
+        if all(rule.name == "dummy" for rule in self.all_rules()):
+            try:
+                rules, toxics = replay.rules(self.name)
+                self.install_rules(rules, OrderedDict(), toxics)
+            except ValueError as error:
+                raise ValueError("a rule of %s is not valid here: %s" % (replay.path, error)
+                                 ) from None
 
     def set_rules(self, rules):
         """Use these rules as the behavior, and end the open blocks."""
@@ -8564,6 +8829,10 @@ class ProxyServer:
         connection.faults = [*(connection.faults or []), rule.name][-100:]     # the last 100
         record = self.add_record(connection.number, connection.name, request, rule.name, options,
                                  rule.toxic, rule.block, None, rule.stream, printable(text))
+        if self.recorder:
+            self.recorder.write(record, active)
+        if self.rules.replay:
+            self.rules.replay.mark_made(self.name, connection.number, request, rule)
         if not text and request == 1:
             connection.textless = (*connection.textless, record.number)
         log.info("%s%s: connection %d, request %d%s%s", self.log_prefix,
@@ -8679,6 +8948,8 @@ def describe_shares(rules):
 class ProxyTable(OrderedDict):
     """The proxies of one process, in one loop: {name: ProxyServer}.
 
+    recorder  a Recorder of the faults, or None
+    replay    a Replay that replaces the draws, or None
     shared    the settings of proxies that are created while it runs: seed, timeout. A seed of
               None draws one
 
@@ -8686,8 +8957,9 @@ class ProxyTable(OrderedDict):
     takes several steps, the thread that makes it holds the proxy's `lock` during all of them.
     """
 
-    def __init__(self, proxies=(), **shared):
+    def __init__(self, proxies=(), recorder=None, replay=None, **shared):
         super().__init__((proxy.name, proxy) for proxy in proxies)
+        self.recorder, self.replay = recorder, replay
         self.shared = shared
         if shared.get("seed") is None:
             shared["seed"] = random.SystemRandom().getrandbits(32)
@@ -8695,7 +8967,12 @@ class ProxyTable(OrderedDict):
         self.loop = None
 
     def bind(self):
-        """Bind the ports of the enabled proxies. Raises OSError, whose message has the address."""
+        """Bind the ports of the enabled proxies, and open the recording.
+
+        Raises OSError, whose message has the address or the file.
+        """
+        if self.recorder:
+            self.recorder.open()
         for proxy in self.values():
             setting = "--local" if proxy.name == "vaurien" else "proxy " + proxy.name
             if proxy.enabled:
@@ -8709,12 +8986,22 @@ class ProxyTable(OrderedDict):
             log.info("no proxy yet: POST /proxies creates one; seed %s", self.shared["seed"])
         for text in self.warnings:
             log.warning("%s", text)
+        if self.replay:
+            log.info("replay: %d faults of %s", len(self.replay.faults), self.replay.path)
         for proxy in self.values():
-            proxy.open(loop)
+            self.begin(proxy)
+
+    def begin(self, proxy):
+        """Open a proxy, in the loop's thread."""
+        proxy.recorder = self.recorder
+        proxy.rules.set_replay(self.replay)
+        proxy.open(self.loop)
 
     def close(self):
         for proxy in self.values():
             proxy.close()
+        if self.recorder:
+            self.recorder.close()
 
     # For other threads, which hold the proxy's `lock`. `add` needs no lock
 
@@ -8742,7 +9029,7 @@ class ProxyTable(OrderedDict):
         """Add and open a proxy, in the loop's thread. Returns False if the name is taken."""
         if proxy.name in self:
             return False
-        proxy.open(self.loop)
+        self.begin(proxy)
         self[proxy.name] = proxy
         return True
 
@@ -11933,10 +12220,13 @@ class Proxy(Interface):
         max_connections
                     the most clients that are served at a time; further ones get the protocol's
                     error for too many connections, or are closed; 0 is no limit
+        record      a file to which `start` writes each fault
+        replay      a file that `record` has written: the same faults are made again, on the same
+                    connections and requests, whatever the percentages of the rules say
 
     Raises:
         ValueError      an argument is invalid; the message names it
-        OSError         `start` or `enable` cannot listen
+        OSError         `start` or `enable` cannot listen, or `start` cannot write a recording
         RuntimeError    the proxy is not running, or `start` is called while it runs
         TimeoutError    `wait_for` has waited too long
     """
@@ -11948,7 +12238,8 @@ class Proxy(Interface):
                  protocol: str = "tcp", overwrite_host_header: bool = True,
                  toxics: "Iterable[Dict[str, Any]]" = (), enabled: bool = True,
                  accept: str = "normal", max_connections: int = 0,
-                 tls: "Optional[Dict[str, Any]]" = None) -> None:
+                 tls: "Optional[Dict[str, Any]]" = None, record: "Optional[str]" = None,
+                 replay: "Optional[str]" = None) -> None:
         super().__init__()
         options = check_field("options", check_handler_options, options or {})
         self._server = ProxyServer(
@@ -11965,7 +12256,7 @@ class Proxy(Interface):
             check_field("accept", check_accept, accept),
             check_field("max_connections", check_count, max_connections),
             check_field("tls", check_tls, tls or {}))
-        self._proxies = ProxyTable([self._server])
+        self._proxies = ProxyTable([self._server], *make_recording(record, replay))
         self._thread: "Optional[threading.Thread]" = None
 
     # Start and stop
@@ -12163,6 +12454,13 @@ class Proxy(Interface):
             self._server.loop.check_process()
         return self._server.wait_for_records(since, matches, count,
                                              timeout if self._thread else 0)
+
+
+def make_recording(record, replay):
+    """Return (Recorder or None, Replay or None) for two files. Raises ValueError."""
+    if record and record == replay:
+        raise ValueError("record and replay need different files")
+    return Recorder(record) if record else None, Replay(replay) if replay else None
 
 
 class Client(Interface):
@@ -12666,41 +12964,6 @@ def make_text_toxic(type_, name, texts, fields=()):
 
 
 # name, Setting(flags, default, check, metavar, help, scope)
-class Formatter(logging.Formatter):
-    """A log formatter that writes a message in one line, and indents a traceback.
-
-    It escapes control characters, because messages may contain bytes that a peer has sent.
-    """
-
-    def formatMessage(self, record):
-        record.message = escape_control_chars(record.message)
-        return super().formatMessage(record)
-
-    def formatException(self, exc_info):
-        lines = super().formatException(exc_info).split("\n")
-        return "\n".join("    " + escape_control_chars(line) for line in lines)
-
-
-class JsonFormatter(logging.Formatter):
-    """A log formatter that writes a message as a JSON object in one line."""
-
-    converter = time.gmtime  # type: ignore
-    default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
-
-    def format(self, record):
-        line = OrderedDict(time=self.formatTime(record), level=record.levelname.lower(),
-                           message=record.getMessage())
-        if hasattr(record, "fault"):
-            line["fault"] = record.fault._asdict()
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line)
-
-
-LOG_FORMATTERS = OrderedDict((      # {format of --log-format: its formatter}
-    ("text", Formatter("%(asctime)s %(levelname)s %(message)s")), ("json", JsonFormatter())))
-
-
 SETTINGS = OrderedDict((
     ("config", Setting(("--config",), None, check_file, "FILE",
                        "ini file, or Toxiproxy's JSON; options of the command line override it",
@@ -12754,6 +13017,11 @@ SETTINGS = OrderedDict((
                           % ", ".join(UNREBINDABLE), "process")),
     ("statsd", Setting(("--statsd",), None, parse_address, "HOST:PORT",
                        "StatsD server that gets all counts, by UDP, each second", "process")),
+    ("record", Setting(("--record",), None, check_file, "FILE",
+                       "write each fault to this file, for --replay", "process")),
+    ("replay", Setting(("--replay",), None, check_file, "FILE",
+                       "make the faults of a file of --record again, on the same connections and "
+                       "requests, whatever the percentages say", "process")),
     ("log-level", Setting(("--log-level",), "info", check_log_level, "LEVEL",
                           "lowest level to log: debug, info, warning, error or critical",
                           "process")),
@@ -13357,75 +13625,6 @@ def attach_toxics(proxies, toxics):
             raise ValueError("[toxic:%s] %s" % (toxic.name, error)) from None
 
 
-class LogThread(logging.Handler):
-    """A log handler that writes the lines in a thread of its own, to a file descriptor.
-
-    A write to a pipe blocks while nothing reads it, and a write to a file blocks while its disk
-    does. The loop must not wait for this. To make stderr non-blocking would be no remedy: the
-    other processes that share its open file would find it non-blocking too. So `emit` only
-    appends to `lines`, LOG_LINES_MAX at most. Further lines are dropped and counted.
-
-    logging calls `close` when Python exits. It waits LOG_CLOSE_TIMEOUT at most.
-    """
-
-    def __init__(self, fd):
-        super().__init__()
-        self.fd = fd
-        self.lines = deque()            # that are not written yet
-        self.dropped = 0                # number of lines dropped since the last write
-        self.closing = False
-        self.changed = threading.Condition()    # of these attributes
-        self.thread = threading.Thread(target=self.write_lines, name="log", daemon=True)
-
-    def emit(self, record):
-        try:
-            line = self.format(record)
-            if not self.closing and not self.thread.is_alive():
-                self.thread.start()
-        except Exception:
-            self.handleError(record)
-            return
-        with self.changed:
-            if len(self.lines) < LOG_LINES_MAX:
-                self.lines.append(line)
-            else:
-                self.dropped += 1
-            self.changed.notify()
-
-    def close(self):
-        with self.changed:
-            self.closing = True
-            self.changed.notify()
-        if self.thread.is_alive():
-            self.thread.join(LOG_CLOSE_TIMEOUT)
-        super().close()
-
-    def write_lines(self):
-        """Write all lines, in order, until `close` is called. Runs in the thread."""
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.lines or self.closing)
-                if not self.lines:
-                    return
-                lines, self.lines = self.lines, deque()
-                dropped, self.dropped = self.dropped, 0
-            if dropped:
-                lines.append(self.format(log.makeRecord(
-                    log.name, logging.WARNING, "", 0, "%d log lines were dropped here, because "
-                    "the log could not be written fast enough", (dropped,), None)))
-            text = "\n".join(lines) + "\n"
-            with contextlib.suppress(OSError):      # the disk is full, or the pipe is closed
-                self.write(text.encode("utf-8", "backslashreplace"))
-
-    def write(self, data):
-        """Write all data. Raises OSError."""
-        while data:
-            try:
-                data = data[os.write(self.fd, data):]
-            except BlockingIOError:     # another process has made the open file non-blocking
-                select.select([], [self.fd], [])
-
-
 def start_log(level, output, format_):
     """Log to the file `output`, or to stderr if it is "-". Raises ValueError.
 
@@ -13608,6 +13807,10 @@ def prepare(config, proxies, values, dialect=VAURIEN_1):
     values      values of the settings that apply to the process: {name: value}
     dialect     see Control
     """
+    proxies.recorder, proxies.replay = make_recording(values["record"], values["replay"])
+    if proxies.replay and not values["http"]:       # there is no API that could set rules
+        for proxy in proxies.values():
+            proxy.use_rules_of(proxies.replay)
     used = {rule.name for proxy in proxies.values() for rule in proxy.behavior}
     unused = unused_options(config, used)
     services = [proxies]
