@@ -55,6 +55,7 @@ Glossary:
     slow path              through the chain and the delay queue
     exchange               a request and its reply
     boundary               a position in a stream where a request or reply begins or ends
+    row                    a part of a reply: of a result, an array, a body in chunks, or a stream
     framer                 finds the boundaries in one direction of a connection
     fault record           an entry of the log and the API: a rule acted on a request, its window
                            began or ended, or its ttl expired
