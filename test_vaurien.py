@@ -15212,12 +15212,14 @@ class TestBrowser(unittest.TestCase):
 
     def test_the_overview_is_live(self):
         name = "<script>alert(1)</script>"
-        other = self.stack.enter_context(OpenProxy("127.0.0.1:9", name=name, enabled=False))
+        other = self.stack.enter_context(OpenProxy(
+            "127.0.0.1:9", name=name, enabled=False,
+            behavior=[(5, "delay"), (7, "delay")]))
         proxy = self.open_page(others=[other], behavior="100:delay",
                                options={"delay": {"sleep": 0.001}})
         browser = self.browser
         browser.wait_for_text("delay 100 %")
-        for text in name, "on", "off", proxy.listen, "tcp":
+        for text in name, "on", "off", proxy.listen, "tcp", "delay 5 %", "delay 7 %":
             browser.wait_for_text(text)
         self.assertEqual(browser.run("document.scripts.length"), 1)
         with connected_client(proxy) as sock:
@@ -15231,6 +15233,7 @@ class TestBrowser(unittest.TestCase):
                 "requests per second in the last minute"))
         wait_until(lambda: " " in browser.run(
             "document.querySelectorAll('polyline')[1].getAttribute('points')"))
+        self.assertEqual(browser.run("document.querySelectorAll('.active li').length"), 3)
 
     def test_quick_faults(self):
         proxy = self.open_page(protocol="redis")
@@ -15380,10 +15383,13 @@ class TestBrowser(unittest.TestCase):
         self.open_page(token="s3cret")
         browser = self.browser
         browser.run("sessionStorage.clear()")
+        browser.wait_for_text("needs its token", "header")
         for token in "wrong", "s3cret":
             browser.type("//input[@type='password']", token)
             browser.press("Use this token", "//form")
             wait_until(lambda: browser.run("sessionStorage.getItem('token')") == token)
+            browser.wait_for_text("refuses this token" if token == "wrong" else "proxies: 1",
+                                  "header")
         browser.wait_for_text("no fault")
         browser.press("slow")
         browser.wait_for_text("slow 100 %")

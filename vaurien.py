@@ -9420,15 +9420,15 @@ function labelled(text, input, help = "") {
 // Let `parent` have a child for each item. An item with the same key keeps its element, and so
 // the focus too.
 function sync(parent, items, key, make) {
-  const old = new Map([...parent.children].map(child => [child.key, child]));
+  const keys = items.map(key), wanted = new Set(keys);
+  for (const child of [...parent.children]) if (!wanted.delete(child.key)) child.remove();
+  const kept = new Map([...parent.children].map(child => [child.key, child]));
   items.forEach((item, index) => {
-    const child = old.get(key(item)) || make(item);
-    child.key = key(item);
-    old.delete(child.key);
+    const child = kept.get(keys[index]) || make(item);
+    child.key = keys[index];
     if (parent.children[index] !== child) parent.insertBefore(child, parent.children[index]);
     child.show(item);
   });
-  old.forEach(child => child.remove());
 }
 
 // Return a table, whose method `show` shows items. cells(item) returns the texts of a row, and
@@ -9551,7 +9551,8 @@ function makeProxy({name, protocol}) {
       enabled: true, accept: state === "on" ? "normal" : state}),
     state === "off" && `Turn ${name} off? All its connections are closed.`, "Turn off"),
     {title: STATES[state]}));
-  const faults = table("rules and toxics", ["Fault", "Kind", "Settings", "Percent", "Time", ""],
+  const faults = table("rules and toxics",
+    ["Fault", "Kind", "Settings", "Percent", "Time", "Actions"],
     rule => JSON.stringify([rule.toxic, rule.block, rule.index, rule.name]),
     rule => [rule.toxic || rule.name, rule.block ? "block of a test"
              : rule.toxic ? "toxic: " + rule.name : "rule", settings(rule), rule.percent + " %",
@@ -9564,7 +9565,7 @@ function makeProxy({name, protocol}) {
         : changeRules(name, (rules, indices) => rules.splice(indices[rule.index], 1)),
         `Remove ${rule.toxic || rule.name} from ${name}?`, "Remove"), {class: "bad"})]);
   const connections = table("connections",
-    ["Number", "Client", "Backend", "Age", "Bytes", "Held", "Requests", "Faults", ""],
+    ["Number", "Client", "Backend", "Age", "Bytes", "Held", "Requests", "Faults", "Actions"],
     item => item.number,
     item => [String(item.number), item.client, item.backend + (item.connected ? "" : " (waits)"),
              time(item.age), upDown(item.bytes_up, item.bytes_down),
@@ -9614,7 +9615,7 @@ function makeProxy({name, protocol}) {
     put(addresses, `${proxy.listen} \u2192 ${proxy.backend} \u00b7 ${protocol}`);
     for (const item of states)
       item.setAttribute("aria-pressed", item.textContent === state.name);
-    sync(active, shown.length ? shown : [{}], rule => rule.toxic || rule.name, () => {
+    sync(active, shown.length ? shown : [{}], (_, index) => index, () => {
       const text = el("b"), more = el("span"), item = el("li", {}, text, " ", more);
       item.show = rule => {
         put(text, rule.toxic || rule.name || "");
@@ -9770,11 +9771,12 @@ async function refresh(seconds) {
   declarations = declarations || await call("GET", "/declarations");
   const {version, proxies} = await call("GET", "/status?seconds=" + seconds);
   const first = !views.size;
-  sync($("proxies"), proxies, proxy => proxy.name, makeProxy);
+  sync($("proxies"), proxies, proxy => `${proxy.protocol} ${proxy.name}`, makeProxy);
   const names = proxies.map(proxy => proxy.name);
   [...views.keys()].filter(name => !names.includes(name)).forEach(name => views.delete(name));
   if (first && names.length === 1) views.get(names[0]).unfold(true);
-  put($("state"), `${version} \u00b7 proxies: ${names.length}`);
+  put($("state"), `${version} \u00b7 ` + (names.length ? `proxies: ${names.length}`
+                                          : "no proxy yet: POST /proxies creates one"));
   $("login").hidden = true;
   await Promise.all([...views.values()].map(view => view.fetch()));
 }
@@ -9788,11 +9790,13 @@ async function poll() {
       seconds = 1;
     } catch (error) {
       seconds = 0;
-      put($("state"), error.status ? error.message : "no reply: " + error.message);
-      $("login").hidden = error.status !== 401;
+      const {status, message} = error, token = sessionStorage.getItem("token");
+      put($("state"), status === 401 ? token ? "the server refuses this token" : "needs its token"
+          : status ? message : "no reply: " + message);
+      $("login").hidden = status !== 401;
       await new Promise(done => {
         retry = done;
-        if (error.status !== 401) setTimeout(done, 1000);
+        if (status !== 401) setTimeout(done, 1000);
       });
     }
   }
