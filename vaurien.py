@@ -9777,6 +9777,7 @@ async function refresh(seconds) {
   if (first && names.length === 1) views.get(names[0]).unfold(true);
   put($("state"), `${version} \u00b7 ` + (names.length ? `proxies: ${names.length}`
                                           : "no proxy yet: POST /proxies creates one"));
+  $("state").className = "soft";
   $("login").hidden = true;
   await Promise.all([...views.values()].map(view => view.fetch()));
 }
@@ -9793,6 +9794,7 @@ async function poll() {
       const {status, message} = error, token = sessionStorage.getItem("token");
       put($("state"), status === 401 ? token ? "the server refuses this token" : "needs its token"
           : status ? message : "no reply: " + message);
+      $("state").className = "error";
       $("login").hidden = status !== 401;
       await new Promise(done => {
         retry = done;
