@@ -12641,7 +12641,8 @@ class TestReadme(unittest.TestCase):
                 "Client": functools.partial(vaurien.Client, port=ports["http_port"]),
             }
             import_line = "from vaurien import Client, start_proxy, stop_proxy"
-            source = self.code_block(import_line)
+            page = read_text(os.path.join(HERE, ".github", "REFERENCE.md"))
+            source = self.code_block(import_line, page)
             # The example uses the default ports. The namespace uses free ones instead.
             source = source.replace(import_line, "").replace("8888", str(port))
             exec(source, namespace)
