@@ -7256,6 +7256,20 @@ class TestFaultRecords(unittest.TestCase):
         self.assertEqual((record.toxic, record.stream, record.text),
                          ("slow", "downstream", "question"))
 
+    def test_not_all_clients_of_the_control_server_may_wait(self):
+        with running_proxy(echo) as proxy:
+            control = vaurien.Control(("localhost", 0), proxy_table(proxy))
+            control.wait_limit = threading.Semaphore(1)
+
+            def status(target):
+                return vaurien.handle_request(control, "GET", target, bytes).status
+
+            self.assertEqual(status("/events?wait=0.001"), 200)
+            with control.waiting(1):
+                self.assertEqual(status("/events?wait=0.001"), 503)
+                self.assertEqual(status("/events"), 200)
+            self.assertEqual(status("/events?wait=0.001"), 200)
+
     def test_the_log_shows_the_addresses_of_remote_clients_only(self):
         with running_proxy(echo) as proxy, mock.patch.object(vaurien, "is_loopback") as loopback:
             active = vaurien.ActiveRule(vaurien.Rule("delay"), 1)

@@ -241,6 +241,8 @@ RATE_BACKLOG = 0.1              # seconds of data that may wait for a rate limit
                                 #   delay queue holds HELD_MAX_IDLE at most
 LOG_CLOSE_TIMEOUT = 1.0         # seconds at exit to write the last lines of the log
 SLOW_CALL = 0.5                 # seconds of a handler's call from which the log warns
+WAIT_PAUSE = 0.01               # seconds in which a thread that waits for a fault ignores others:
+                                #   it would take the CPU from the loop for each one
 STATSD_INTERVAL = 1.0           # seconds between two reports to the StatsD server
 LATENCY_WINDOW = 10.0           # seconds for which a latency counts in the percentiles
 
@@ -8380,6 +8382,7 @@ class ProxyServer:
             if len(found) >= count or time.monotonic() >= deadline:
                 return found
             since = records[-1].number if records else since
+            time.sleep(WAIT_PAUSE)
 
     def records_since(self, since):
         """Return the FaultRecords with a number greater than `since`, the oldest first."""
@@ -10413,9 +10416,11 @@ def list_events(request):
         float, "a number of seconds from 0 to %g" % EVENTS_WAIT_MAX,
         lambda value: 0 <= value <= EVENTS_WAIT_MAX))
     name = check_query(request, "handler", None, choice_check(*HANDLERS))
-    # The thread of the client waits. It exists anyway, as long as the client is connected.
-    records = request.proxy.wait_for_records(
-        since, lambda record: name in (None, record.handler), 1, seconds)
+    # The thread of the client waits. It exists anyway, as long as the client is connected. If the
+    # client disconnects, the thread stays until the end of the wait.
+    with request.control.waiting(seconds):
+        records = request.proxy.wait_for_records(
+            since, lambda record: name in (None, record.handler), 1, seconds)
     return {"events": [record._asdict() for record in records]}
 
 
@@ -10459,6 +10464,7 @@ class Control:
         self.url = ""
         self.clients = OrderedDict()        # {socket: Session}, in the order of their last use
         self.max_clients = CLIENTS_MAX
+        self.wait_limit = threading.Semaphore(CLIENTS_MAX // 2)     # threads that may wait
         self.last_refusal_log = 0.0         # when a refused request was last logged
         self.loop = None
 
@@ -10574,6 +10580,20 @@ class Control:
                 and resolve_numeric((address, 0)) is not None)
 
     # Clients
+
+    @contextlib.contextmanager
+    def waiting(self, seconds):
+        """Count a client's thread that waits, if it waits. Raises ApiError if too many do."""
+        if not seconds:
+            yield
+            return
+        if not self.wait_limit.acquire(blocking=False):
+            raise ApiError(503, [("querystring", "wait", "too many clients wait: try again "
+                                                         "without wait")])
+        try:
+            yield
+        finally:
+            self.wait_limit.release()
 
     def on_accept(self, raw_socket, peer):
         """Start a client thread. If there are too many clients, disconnect one of them."""
