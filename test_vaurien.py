@@ -5725,17 +5725,23 @@ class TestTls(TempDirTestCase):
                 peer.sendall(bytes(200))
                 self.assertEqual(read_until_close(peer).ending, ending)
 
-    def test_a_reply_that_waits_is_sent_before_the_close(self):
-        """Neither side is slow, but the client reads only after the proxy has both EOFs."""
-        data = random_data(300000)
-
-        def serve(sock):
-            sock.sendall(data)
-        with tls_proxy(serve, True, False) as (proxy, connect_client), connect_client() as peer:
-            peer.shutdown(socket.SHUT_WR)
-            wait_until(lambda: not proxy.connections or proxy.connections[1].up.eof)
-            self.assertEqual(read_until_close(peer)[:1] + read_until_close(peer)[2:],
-                             (len(data), "eof"))
+    def test_ciphertext_that_waits_is_sent_before_the_close(self):
+        """The proxy closes the connection, while most of one batch of ciphertext waits."""
+        data = random_data(60000)
+        with tls_proxy(lambda sock: sock.sendall(data), True, False) as (proxy, _), \
+                socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.settimeout(TIMEOUT)
+            sock.connect(("127.0.0.1", proxy.port))
+            wait_until(lambda: proxy.connections)
+            client = proxy.connections[1].client
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            with TlsPeer(sock, client_context(), name="localhost") as peer:
+                peer.shutdown(socket.SHUT_WR)
+                wait_until(lambda: not proxy.connections)
+                self.assertFalse(client.fin_sent)
+                self.assertEqual(read_exactly(peer, len(data)), data)
+                self.assertEqual(read_until_close(peer), EMPTY_EOF)
 
     def test_a_stalled_client_holds_little_memory(self):
         def serve(sock):
@@ -5751,6 +5757,18 @@ class TestTls(TempDirTestCase):
             self.assertLessEqual(proxy.connections[1].down.held, vaurien.HELD_MAX_IDLE + 20000)
             self.assertLessEqual(len(sock.unsent) + sock.outgoing.pending, 5 * 16384)
             self.assertLessEqual(proxy.connections[1].backend.incoming.pending, 17000)
+
+    def test_bytes_that_are_not_of_tls_end_the_connection(self):
+        results = []
+
+        def serve(sock):
+            results.append(read_until_close(sock))
+        with tls_proxy(serve, True, False) as (proxy, connect_client), connect_client() as peer:
+            peer.sendall(b"hello")
+            peer.sock.sendall(b"no record of TLS" * 5)
+            peer.has_closed = True
+            wait_until(lambda: results and not proxy.connections)
+            self.assertEqual((results[0].size, results[0].ending), (5, "reset"))
 
     # Rules and protocols
 
@@ -5801,6 +5819,13 @@ class TestTls(TempDirTestCase):
             config = vaurien.read_arguments(argv, vaurien.SETTINGS)
             proxy, = vaurien.make_proxies(config).values()
             self.assertEqual((proxy.tls.fields, proxy.backend[2]), (fields, "tls"))
+
+    def test_postgres_has_a_hint_about_scram(self):
+        for tls, count in ({"cert": "auto"}, 1), ({}, 0):
+            with self.subTest(tls), self.assertLogs("vaurien", "INFO") as logged, \
+                    OpenProxy("localhost:1", protocol="postgres", tls=tls):
+                pass
+            self.assertEqual(str(logged.output).count("needs channel_binding=disable"), count)
 
     def test_settings_that_do_not_fit_are_refused(self):
         pem = vaurien.AUTHORITY.issue("x")

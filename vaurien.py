@@ -6681,6 +6681,8 @@ class TlsConfig:
 
     fields     {field: value} of the TLS_FIELDS that are set
     accepts    whether clients must use TLS
+    makes_certificates
+               whether it makes the certificates for them, unless they use no TLS
     """
 
     def __init__(self, fields, alpn=()):
@@ -6689,6 +6691,7 @@ class TlsConfig:
                                   if value is not None)
         self.alpn = list(alpn)
         self.accepts = not {"cert", "fault"}.isdisjoint(self.fields)
+        self.makes_certificates = self.fields.get("cert", "auto") == "auto"
         self.accept_contexts = {}       # {name or address: SSLContext}
         self.backend_context = None     # made when it is needed
         try:
@@ -6698,7 +6701,7 @@ class TlsConfig:
 
     def check(self):
         """Check that the fields fit together, and read the files. Raises ValueError."""
-        fields, makes = self.fields, self.fields.get("cert", "auto") == "auto"
+        fields, makes = self.fields, self.makes_certificates
         if fields:
             try:
                 require_ssl()
@@ -6722,7 +6725,7 @@ class TlsConfig:
         """Return the SSLContext for a client that asks for a name, or that connects to an address.
         """
         fields = self.fields
-        if fields.get("cert", "auto") != "auto":
+        if not self.makes_certificates:
             host = ""                   # all have one context
         if host not in self.accept_contexts:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -6903,7 +6906,8 @@ class TlsSocket:
         return getattr(self.sock, name)
 
     def setsockopt(self, level, option, value):
-        self.resets = self.resets or option == socket.SO_LINGER     # see reset_on_close
+        if (level, option) == (socket.SOL_SOCKET, socket.SO_LINGER):    # see reset_on_close
+            self.resets = True
         self.sock.setsockopt(level, option, value)
 
     def note_change(self):
@@ -8419,6 +8423,9 @@ class ProxyServer:
             log.info("%slistening on %s for %s: %s; seed %s%s", self.log_prefix, self.listener,
                      format_address(self.backend), self.describe(), self.seed,
                      "" if self.accept.mode == "normal" else "; %s" % self.accept)
+        if self.joins_tls() and self.protocol is Postgres and self.tls.makes_certificates:
+            log.info("%spostgres: a client that logs in with SCRAM needs channel_binding=disable, "
+                     "because it does not get the certificate of the backend", self.log_prefix)
 
     def set_accept(self, accept):
         """Use an Accept. Raises CannotListen, and changes nothing then."""
