@@ -15130,12 +15130,11 @@ class Browser:
             [programs[1], "--port=%d" % self.port], stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=self.folder)
         self.session = ""
-        arguments = ["headless", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
-                     "disable-background-networking", "disable-component-update",
+        # The sandbox works neither for root nor in many containers. All pages are of these tests.
+        arguments = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
+                     "disable-sync", "disable-background-networking", "disable-component-update",
                      "disable-dev-shm-usage", "window-size=1280,1000",
                      "user-data-dir=" + self.folder]
-        if hasattr(os, "getuid") and os.getuid() == 0:
-            arguments.append("no-sandbox")
         try:
             wait_until(self.is_ready)
             self.session = "/session/" + self.send("POST", "/session", capabilities={
