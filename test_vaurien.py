@@ -32,6 +32,7 @@ import logging
 import math
 import operator
 import os
+import pathlib
 import random
 import re
 import select
@@ -10871,7 +10872,8 @@ class TestReplay(TempDirTestCase):
     def test_a_proxy_that_starts_again_appends_to_its_recording(self):
         with backend_server(echo) as (port, _):
             proxy = vaurien.Proxy("127.0.0.1:%d" % port, behavior="100:delay",
-                                  options={"delay": {"sleep": 0.001}}, record="run.jsonl")
+                                  options={"delay": {"sleep": 0.001}},
+                                  record=pathlib.Path("run.jsonl"))
             for count in (1, 2):
                 with proxy:
                     with connected_client(proxy) as sock:
@@ -10904,6 +10906,8 @@ class TestReplay(TempDirTestCase):
                 ({"replay": "bad.jsonl"}, "bad.jsonl is not a file that --record has written"),
                 ({"replay": "none"}, "cannot read none: No such file or directory"),
                 ({"replay": "."}, "cannot read .: Is a directory"),
+                ({"record": 5}, "record must be the path of a file, not 5"),
+                ({"replay": ""}, "replay must be the path of a file, not ''"),
                 ({"replay": "run.jsonl", "record": "run.jsonl"},
                  "record and replay need different files")):
             with self.subTest(arguments), self.assertRaisesRegex(ValueError, "^%s$" % text):

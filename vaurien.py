@@ -402,8 +402,8 @@ def check_text(value):
 
 
 def check_file(text):
-    if not text or "\0" in text:
-        raise ValueError("must be the path of a file, not %r" % text)
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ValueError("must be the path of a file, not %r" % (text,))
     return text
 
 
@@ -9125,8 +9125,9 @@ METRICS = OrderedDict((
     ("vaurien_faults_total", ("counter", "Requests or connections that a handler acted on.")),
     ("vaurien_fault_kinds_total", ("counter", "Faults of handlers with kinds, like errors.")),
     ("vaurien_backend_failures_total", ("counter", "Backends that could not be connected to.")),
-    ("vaurien_latency_seconds", ("gauge", "Seconds from a request to its first reply byte, of the "
-                                          "last %g seconds." % LATENCY_WINDOW)),
+    ("vaurien_latency_seconds", ("gauge", "Seconds from a request to the first byte of its reply: "
+                                          "percentiles of a sample of the last %g seconds."
+                                          % LATENCY_WINDOW)),
 ))
 
 
@@ -10422,7 +10423,7 @@ def list_events(request):
     seconds = check_query(request, "wait", 0, number_check(
         float, "a number of seconds from 0 to %g" % EVENTS_WAIT_MAX,
         lambda value: 0 <= value <= EVENTS_WAIT_MAX))
-    name = check_query(request, "handler", None, choice_check(*HANDLERS))
+    name = check_query(request, "handler", None, choice_check(*HANDLERS, Accept.name))
     # The thread of the client waits. It exists anyway, as long as the client is connected. If the
     # client disconnects, the thread stays until the end of the wait.
     with request.control.waiting(seconds):
@@ -12490,8 +12491,15 @@ class Proxy(Interface):
                                              timeout if self._thread else 0)
 
 
+def check_path(path):
+    """Return the path of a file as text. It may be an object, as of pathlib."""
+    return check_file(os.fspath(path) if isinstance(path, os.PathLike) else path)
+
+
 def make_recording(record, replay):
     """Return (Recorder or None, Replay or None) for two files. Raises ValueError."""
+    record, replay = (None if path is None else check_field(name, check_path, path)
+                      for name, path in (("record", record), ("replay", replay)))
     if record and record == replay:
         raise ValueError("record and replay need different files")
     return Recorder(record) if record else None, Replay(replay) if replay else None
