@@ -1650,7 +1650,7 @@ class Framer:
             match = pattern.search(head)
             if match:
                 head = head[:match.end()]
-            end = offset + len(head) - len(self.buffered)
+            end = offset + len(head) - len(self.buffered)   # how far the head goes in `data`
         else:                               # search in the data, without a copy
             match = pattern.search(data, offset, size)
             end = match.end() if match else size
@@ -1897,17 +1897,20 @@ class Protocol:
         backend. Drops the reply to the substitute, and sends the error at the end of it.
         """
         reply = exchange.refusal.reply
-        if to == UPSTREAM:
+        if to == UPSTREAM:              # of the refused request
             is_dropped = not exchange.complete
-        else:
-            is_dropped = reply.closes or (exchange.forwarded and not exchange.reply_done)
+        elif reply.closes:              # the client has got the error already
+            is_dropped = True
+        else:                           # of the reply to the substitute
+            is_dropped = exchange.forwarded and not exchange.reply_done
         if data is EOF or data is OPEN or not is_dropped:
             yield t, to, data
-        elif data is END_OF_MESSAGE and not reply.closes:
-            if to == UPSTREAM and reply.substitute:
-                yield t, UPSTREAM, reply.substitute
-            else:
-                yield t, DOWNSTREAM, self.finish_reply(reply, exchange.request)
+        elif data is not END_OF_MESSAGE or reply.closes:
+            pass                        # drop it
+        elif to == UPSTREAM and reply.substitute:
+            yield t, UPSTREAM, reply.substitute
+        else:
+            yield t, DOWNSTREAM, self.finish_reply(reply, exchange.request)
 
 
 def parse_length(text, largest=1 << 60):
@@ -3377,8 +3380,9 @@ class SearchLimit:
 
     An expression like (a+)+b takes a time that doubles with each character. The engine of `re`
     holds Python's lock during a search, so no other thread could run or end it. But the engine
-    handles OS signals, in the main thread, and an exception of a signal handler ends the search.
-    So an interval timer of the kernel limits each search, whatever its expression is. To refuse
+    handles OS signals during a search in the main thread, and the search ends if a signal handler
+    raises an exception. So a timer of the kernel sends a signal when a search takes too long,
+    whatever its expression is. To refuse
     expressions instead would be no remedy: there are harmless ones among those with nested
     repeats, and slow ones among the others, like a*a*a*a*b.
 
@@ -4219,7 +4223,7 @@ class Chain:
     def direction_changed(self, to):
         """Note the direction of the next bytes, which differs from that of the last bytes.
 
-        Bytes of the client after bytes of the backend begin a request. Before the first bytes
+        A request begins when the client sends after the backend has sent. Before the first bytes
         of the connection, the rules that were installed since its start are drawn.
 
         Returns the number of requests until now. A protocol does not count this one yet.
@@ -4602,7 +4606,7 @@ class ProtocolChain(Chain):
         downstream  END_OF_ROW       none
 
     Then exchanges at the front that are done are removed, except the last exchange. The events
-    that the next exchange has queued are released.
+    queued in the exchange that is now the first are released.
 
     While any rule is installed, the head of a request is held until the head is complete. So
     a rule can act on the whole request. A client that has sent no request yet may speak another
@@ -4620,7 +4624,7 @@ class ProtocolChain(Chain):
        substitute of a refused one in its place.
     4. Only the first event of a request can refuse it, and only if the backend has got none of
        its bytes. So a second rule cannot refuse it, nor a rule that begins to act later.
-    5. A rule that has refused a request finishes that, also if it is removed or changed.
+    5. A rule that has refused a request still sends the reply if it is then removed or changed.
     6. Nothing waits for a rule that sleeps or is not installed: neither in a delay queue nor in
        an exchange, and no active rule keeps the time that another rule has given its events.
     7. After a refusal that closes the connection, the backend gets no further bytes.
@@ -6868,8 +6872,8 @@ class TlsSocket:
     `interest` returns the events to watch the socket for. on_change() is called from a timer,
     soon after this has changed without an event: at the end of the handshake, when ciphertext
     begins to wait, and when `recv_into` has more to return. Ciphertext of SEND_BATCH bytes may
-    wait. Decrypted bytes never do: `recv_into` returns all of them, up to a record (16 KiB) more
-    than its limit. So the selector's view of the socket is right.
+    wait. Decrypted bytes never wait: `recv_into` returns all of them, even if they exceed its
+    limit, by one record (16 KiB) at most. So the selector's view of the socket is right.
     """
 
     __slots__ = ("sock", "loop", "on_change", "incoming", "outgoing", "engine", "unsent",
@@ -6922,8 +6926,8 @@ class TlsSocket:
     def interest(self, wanted):
         """Return the events to watch the socket for, if its owner wants these.
 
-        During the handshake the owner's wish has no effect, because it would be fulfilled at once,
-        again and again.
+        During the handshake the owner's wish is ignored: the socket is ready to write nearly
+        always, so a wish to write would wake up the loop again and again.
         """
         if not self.is_open:
             wanted = EVENT_READ
@@ -7399,7 +7403,7 @@ class Connection:
         if self.phase is LINGERING:
             link.buffered_in += size
             return None
-        passed = chain.pass_through(link.to, data)
+        passed = chain.pass_through(link.to, data)      # data itself, other bytes, or None
         if chain.protocol and (size >= PARSED_CHUNK or link.recv_size > PARSED_CHUNK):
             link.recv_size = chain.recv_size(link.to)
         if passed is data and target is not None:
@@ -7407,21 +7411,22 @@ class Connection:
                 self.note_kept()
             return data
         now = self.loop.clock()
-        if passed is None:
+        if passed is None:              # the slow path
             chain.modified = False
             events = chain.process_bytes(now, link.to, bytes(data))
             if not chain.modified:      # then all events are bytes of this direction
                 passed = b"".join([made for _, _, made, _ in events])
+        if passed is not None:
+            events = [(now, link.to, bytes(passed), ())]
         self.end_parsing(link)
-        if passed is None or target is None:
-            link.buffered_in += size
-            self.enqueue(now, events if passed is None else [(now, link.to, bytes(passed), ())],
-                         link)
-            return None
-        if self.chain.kept > KEPT_MIN or self.up.kept:
-            self.note_kept()
-        link.buffered_in += size - len(passed)
-        return passed
+        if passed is not None and target is not None:
+            if self.chain.kept > KEPT_MIN or self.up.kept:
+                self.note_kept()
+            link.buffered_in += size - len(passed)
+            return passed
+        link.buffered_in += size
+        self.enqueue(now, events, link)
+        return None
 
     def end_parsing(self, link):
         """End the parsing of a link's bytes, if they are no longer of the protocol."""
@@ -7967,7 +7972,7 @@ class Connection:
         """recv() failed: the source is gone, and takes no more data from the other side.
 
         Deliver the data that it sent before, then reset the other side. But drop data that is
-        never due, or waits for connect().
+        never due, and data that waits for connect().
         """
         if isinstance(error, BlockingIOError):      # no error: no bytes have come
             return
@@ -8532,8 +8537,9 @@ class ProxyServer:
         self.set_backend_address(distant)
 
     def set_backend_address(self, backend):
-        if backend[2:]:
-            self.tls.connect_context()      # reading the CAs of the system takes milliseconds
+        is_tls = len(backend) > 2           # (host, port, "tls")
+        if is_tls:      # read the CAs now, because that takes milliseconds; the context is kept
+            self.tls.connect_context()
         self.backend = backend
         self.addresses = resolve_numeric(backend)       # None if a resolver is needed
 
@@ -9976,7 +9982,9 @@ def handle_request(control, method, target, read_body, headers=None):
                 else dialect.render(result, chosen_route.status))
     except ConnectionError:
         raise
-    except BaseException as exc:        # of a user's class, too: Ctrl-C only calls Loop.stop
+    except BaseException as exc:
+        # Any exception of a user's handler class becomes a response. None is from Ctrl-C, which
+        # only calls Loop.stop.
         # No local variable refers to the ApiError: its traceback refers to this frame, so they
         # would form a reference cycle.
         return dialect.render_error(dialect.to_api_error(exc)
@@ -11391,9 +11399,9 @@ def toxic_to_json(proxy, toxic):
 
 
 def attributes_to_json(toxic):
-    """Return the attributes of a toxic. An attribute that Toxiproxy lacks must not be the default.
+    """Return the attributes of a toxic. Omit those that Toxiproxy lacks, if they are the default.
 
-    Typed clients may fail if a toxic has an attribute that they do not know.
+    Clients with fixed types may fail if a toxic has an attribute that they do not know.
     """
     toxiproxys = TOXIPROXY_TYPES.get(toxic.rule.name, toxic.attributes)
     defaults = handler_options(toxic.rule.handler)
@@ -11843,8 +11851,8 @@ class Interface:
     def with_handler(self, name: "Handler", **fields: "OptionValue") -> Fault:
         """Return a block in which only this handler acts, as in Vaurien 1.x.
 
-        This differs from `handler` in a block within a block: the handlers of the outer blocks do
-        not act until the inner block ends.
+        Unlike blocks of `handler`, these do not add up: the handlers of the outer blocks do not
+        act until this block ends.
         """
         return self._block(dict(fields, name=self._handler_name(name)), only=True)
 
@@ -12191,7 +12199,7 @@ def make_local_toxic(toxic):
         raise ValueError("a toxic must be a dict like {'type': 'latency', 'latency': 200}, not %r"
                          % (toxic,))
     table = toxic_table(dict(toxic, type=local_handler(toxic["type"])))
-    try:
+    try:        # encode and decode, so that the values have the types that the API gets
         return read_toxic(json.loads(json.dumps(table)), strict=True)
     except TypeError as error:          # json cannot encode a value
         raise ValueError("toxic %r: %s" % (table["type"], error)) from None
@@ -12978,8 +12986,8 @@ def check_faults(text):
 def parse_fault(words, taken):
     """Return the Toxic of the words of a fault. Raises ValueError.
 
-    taken    names of other faults. Without a name, the fault gets that of its handler, and a
-             number if that is taken
+    taken    names of other faults. A fault without a name is named after its handler: `delay`,
+             or `delay_2` if that is taken
 
     As a rule of a behavior, and unlike other toxics, it is drawn for each request and acts on
     both streams, unless the words say otherwise.
