@@ -7192,9 +7192,13 @@ class TestLatencies(unittest.TestCase):
             self.assertEqual(len(proxy.latencies.samples), 1)
 
     def test_a_request_before_the_reply_to_another_one_is_not_measured(self):
-        with running_proxy(echo, "100:delay", options={"delay": {"sleep": 0.05}}) as proxy, \
+        options = {"delay": {"sleep": 0.05, "before": False}}
+        with running_proxy(echo, "100:delay", options=options) as proxy, \
                 connected_client(proxy) as sock:
-            self.check_count(proxy, sock, [(b"question", 0), (b"question", 16)], 1, 0.05)
+            sock.sendall(b"question")
+            wait_until(lambda: proxy.connections and (
+                proxy.connections[1].chain.last_direction is DOWNSTREAM))
+            self.check_count(proxy, sock, [(b"question", 16)], 1, 0.05)
 
     def test_numbers_of_the_control_server(self):
         with proxy_with_control(echo, "100:error", protocol="redis", seed=1, options={
@@ -7274,6 +7278,19 @@ class TestFaultRecords(unittest.TestCase):
             sock.sendall(b"question")
             wait_until(lambda: proxy.events()[0].text == "question")
 
+    def test_a_request_without_bytes_has_no_text(self):
+        """The backend sends first, so the first bytes of the client begin request 2."""
+        def serve(sock):
+            sock.sendall(b"greeting")
+            echo(sock)
+
+        with running_proxy(serve, "100:delay", options={"delay": {"sleep": 0.001}}) as proxy, \
+                connected_client(proxy) as sock:
+            read_exactly(sock, 8)
+            send_and_read(sock, b"question")
+            self.assertEqual([record.text for record in proxy.events()], ["", "question"])
+            self.assertEqual(proxy.connections[1].textless, ())
+
     def test_a_record_has_the_toxic_and_its_stream(self):
         toxics = [{"type": "latency", "name": "slow", "latency": 1}]
         with running_proxy(echo, toxics=toxics) as proxy, connected_client(proxy) as sock:
@@ -7313,9 +7330,10 @@ class TestFaultRecords(unittest.TestCase):
             proxy.events = vaurien.deque(maxlen=2)
             for request in range(3):
                 proxy.add_record(1, "a:1", request, "delay", {})
-            proxy.set_record_text([1, 3], b"text")
+            proxy.set_record_text([1], b"gone")
+            proxy.set_record_text([2], b"text")
         self.assertEqual([(record.number, record.text) for record in proxy.events],
-                         [(2, ""), (3, "text")])
+                         [(2, "text"), (3, "")])
 
     def test_events_wait_for_the_first_record_of_a_handler(self):
         with proxy_with_control(echo, "100:delay", options={"delay": {"sleep": 0.001}}) as (
@@ -10880,6 +10898,16 @@ class TestReplay(TempDirTestCase):
                         send_and_read(sock, b"question")
                 lines = [json.loads(line) for line in read_text("run.jsonl").splitlines()]
                 self.assertEqual([line["connection"] for line in lines], [1, 2][:count])
+
+    def test_a_recording_is_opened_once(self):
+        """A second attempt to start, after a port was in use, needs no second descriptor."""
+        recorder = vaurien.Recorder("run.jsonl")
+        recorder.open()
+        thread = recorder.thread
+        recorder.open()
+        self.assertIs(recorder.thread, thread)
+        recorder.close()
+        recorder.close()
 
     def test_bad_files(self):
         with running_proxy(echo, "100:delay", record="run.jsonl",
