@@ -5671,11 +5671,15 @@ class TestTls(TempDirTestCase):
         self.assertIn("the peer speaks no TLS, but has sent b'GET / HTTP", logged.output[0])
 
     def test_a_handshake_that_hangs_costs_no_wakeup_and_has_a_deadline(self):
-        with tls_proxy(echo, True, False, timeout=0.4) as (proxy, _), \
+        def greet(sock):                # the greeting waits for the handshake
+            sock.sendall(b"220 hello\r\n")
+            read_until_close(sock)
+        with tls_proxy(greet, True, False, timeout=0.4) as (proxy, _), \
                 connected_client(proxy) as sock, self.assertLogs("vaurien", "INFO") as logged:
             began = time.monotonic()
             sock.sendall(TLS_HELLO)
-            wait_until(lambda: proxy.connections and proxy.connections[1].client.begun)
+            wait_until(lambda: proxy.connections and proxy.connections[1].client.begun
+                       and proxy.connections[1].down.held)
             with mock.patch.object(vaurien.Connection, "on_ready") as on_ready:
                 time.sleep(0.2)
                 self.assertEqual(on_ready.call_count, 0)
@@ -5798,6 +5802,58 @@ class TestTls(TempDirTestCase):
                             self.assertEqual(len(body), size)
                     self.assertEqual(fault.count, 1)
 
+    def test_the_application_protocol_is_that_of_the_protocol(self):
+        for protocol, name in ("http", "http/1.1"), ("tcp", None):
+            context = client_context()
+            context.set_alpn_protocols(["h2", "http/1.1"])
+            with self.subTest(protocol), tls_proxy(echo, True, False, protocol=protocol) as (
+                    proxy, _), context.wrap_socket(connect(proxy.port),
+                                                   server_hostname="localhost") as sock:
+                self.assertEqual(sock.selected_alpn_protocol(), name)
+
+    # For each protocol: (protocol, kind of an error, greeting, request for TLS, reply, login,
+    # reply, query, reply to the query)
+    UPGRADES = [
+        ("postgres", "57P01", b"", PG_SSL_REQUEST, b"S", PG_STARTUP,
+         pg_message(b"R", bytes(4)) + PG_READY, pg_query(b"SELECT 1"),
+         pg_message(b"C", b"SELECT 1\0") + PG_READY),
+        ("mysql", "1205", mysql_packet(0, b"\x0a5.5\0" + bytes(40)), mysql_login(0xAA85, b""), b"",
+         mysql_packet(2, MYSQL_LOGIN[4:]), mysql_packet(3, MYSQL_OK_BODY),
+         mysql_query(b"SELECT 1"), MYSQL_OK),
+        ("smtp", "451", b"220 hello\r\n", b"STARTTLS\r\n", b"220 go\r\n", b"EHLO x\r\n",
+         b"250 x\r\n", b"NOOP\r\n", b"250 ok\r\n")]
+
+    def test_tls_that_begins_within_a_connection(self):
+        for protocol, kind, *texts in self.UPGRADES:
+            greeting, request, agreement, login, welcome, query, reply = texts
+            context = server_context()
+
+            def serve(sock):
+                sock.sendall(greeting)
+                read_exactly(sock, len(request))
+                sock.sendall(agreement)
+                with TlsPeer(sock, context, server_side=True) as peer:
+                    for text, answer in (login, welcome), (query, reply):
+                        read_exactly(peer, len(text))
+                        peer.sendall(answer)
+                    read_until_close(peer)
+            for behavior in "100:dummy", "100:delay":
+                with self.subTest(protocol, behavior=behavior), tls_proxy(
+                        serve, True, False, protocol=protocol, behavior=behavior,
+                        tls={"verify": False}, options={"delay": {"sleep": 0.02}}) as (
+                        proxy, _), connected_client(proxy) as sock:
+                    read_exactly(sock, len(greeting))
+                    sock.sendall(request)
+                    read_exactly(sock, len(agreement))
+                    peer = TlsPeer(sock, client_context(), name="localhost")
+                    for text, answer in (login, welcome), (query, reply):
+                        peer.sendall(text)
+                        self.assertEqual(read_exactly(peer, len(answer)), answer)
+                    with proxy.handler("error", kind=kind):
+                        peer.sendall(query)
+                        self.assertIn(kind.encode() if protocol != "mysql" else b"Lock wait",
+                                      peer.recv(65536))
+
     def test_rules_act_on_the_decrypted_bytes(self):
         with tls_proxy(echo, True, True, behavior="100:slicer",
                        options={"slicer": {"average_size": 10}}) as (_, connect_client), \
@@ -5842,6 +5898,7 @@ class TestTls(TempDirTestCase):
                 ({"cert": first, "key": other}, "tls-key: the key in other.pem does not fit the"),
                 ({"cert": first, "fault": "expired"}, "tls-fault makes the certificates itself"),
                 ({"client_ca": self.ca}, "tls-client-ca needs tls-cert"),
+                ({"key": first}, "tls-key needs the file of a certificate as tls-cert"),
                 ({"max_version": 1.2}, "tls-max-version needs tls-cert"),
                 ({"client_key": first}, "tls-client-key needs tls-client-cert"),
                 ({"ca": first}, "tls-ca must have the certificate of a CA, not only those of ho"),
@@ -5882,6 +5939,99 @@ class TestTls(TempDirTestCase):
                 proxy, connect_client), contextlib.closing(connect_client()) as sock:
             self.assertEqual(read_until_close(sock).size, 0)
             self.assertEqual(proxy.failures, 1)
+
+
+class TestTlsSocket(unittest.TestCase):
+    """A TlsSocket without a connection. The test is its peer and its loop."""
+
+    def setUp(self):
+        self.loop = vaurien.Loop()
+        self.addCleanup(self.loop.close)
+        sock, self.peer = socket.socketpair()
+        self.addCleanup(self.peer.close)
+        self.addCleanup(sock.close)
+        sock.setblocking(False)
+        self.peer.settimeout(TIMEOUT)
+        self.changes = []
+        self.tls = vaurien.TlsSocket(sock, self.loop, lambda: self.changes.append(1), 9,
+                                     server_context(), server_side=True)
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.client = client_context().wrap_bio(self.incoming, self.outgoing,
+                                                server_hostname="localhost")
+
+    def open(self, data=b""):
+        """Shake hands. The client sends data together with its last message."""
+        while True:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                self.client.do_handshake()
+                break
+            self.peer.sendall(self.outgoing.read())
+            self.tls.shake_hands()
+            self.incoming.write(self.peer.recv(65536))
+        if data:
+            self.client.write(data)
+        self.peer.sendall(self.outgoing.read())
+        self.tls.shake_hands()
+        self.assertTrue(self.tls.is_open)
+        self.loop.run_timers()
+        self.assertEqual(len(self.changes), 1)
+
+    def receive(self):
+        buffer = bytearray(1 << 18)
+        return bytes(buffer[:self.tls.recv_into(buffer, 1 << 16)])
+
+    def test_bytes_with_the_last_message_are_announced_when_they_are_wanted(self):
+        self.open(b"early")
+        self.assertEqual(self.tls.interest(0), 0)
+        self.loop.run_timers()
+        self.assertEqual(len(self.changes), 1)
+        self.tls.interest(vaurien.EVENT_READ)
+        self.loop.run_timers()
+        self.assertEqual(len(self.changes), 2)
+        self.assertEqual(self.receive(), b"early")
+        with self.assertRaises(BlockingIOError):
+            self.receive()
+
+    def test_a_shutdown_waits_until_such_bytes_are_received(self):
+        self.open(b"early")
+        self.tls.shutdown(socket.SHUT_WR)
+        self.assertFalse(self.tls.fin_sent)
+        self.assertEqual(self.receive(), b"early")
+        self.assertTrue(self.tls.fin_sent)
+        self.incoming.write(self.peer.recv(65536))
+        self.assertEqual((self.client.read(9), self.peer.recv(9)), (b"", b""))
+
+    def test_ciphertext_that_waits_is_announced_once(self):
+        self.open()
+        for option in socket.SO_SNDBUF, socket.SO_RCVBUF:
+            self.tls.setsockopt(socket.SOL_SOCKET, option, 4096)
+        self.assertEqual(self.tls.send(memoryview(bytes(60000))), 60000)
+        self.loop.run_timers()
+        self.assertEqual(len(self.changes), 2)
+        self.assertEqual(self.tls.interest(0), vaurien.EVENT_WRITE)
+        with self.assertRaises(BlockingIOError):
+            self.tls.send(memoryview(b"more"))
+        self.loop.run_timers()
+        self.assertEqual(len(self.changes), 2)
+
+    def test_a_reset_does_not_wait_for_ciphertext(self):
+        for reset in False, True:
+            with self.subTest(reset=reset):
+                self.setUp()
+                self.open()
+                self.tls.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+                self.tls.send(memoryview(bytes(60000)))
+                self.tls.shutdown(socket.SHUT_WR)
+                if reset:
+                    vaurien.reset_on_close(self.tls)
+                self.tls.close()
+                self.assertEqual(self.tls.fileno() < 0, reset)
+                self.tls.abandon()
+
+    def test_a_client_gets_no_session_tickets(self):
+        self.open()
+        got_ticket, _, _ = select.select([self.peer], [], [], 0)
+        self.assertEqual(bool(got_ticket), sys.version_info < (3, 8))   # which cannot omit them
 
 
 class DownloadMixin:
@@ -14223,43 +14373,6 @@ class RealServerTests:
         return subprocess.Popen(argv, cwd=cls.folder, stdin=subprocess.DEVNULL,
                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **kwargs)
 
-    @classmethod
-    def write_tls_files(cls):
-        """Write a certificate of the server with its key, and the CA. Returns their paths."""
-        paths = [os.path.join(cls.folder, name) for name in ("server.pem", "ca.pem")]
-        for path, text in zip(paths, [vaurien.AUTHORITY.issue("127.0.0.1"),
-                                      vaurien.AUTHORITY.pem()]):
-            with open(path, "w") as file:
-                file.write(text)
-            os.chmod(path, 0o600 if path == paths[0] else 0o644)
-        return paths
-
-    def test_errors_on_encrypted_connections(self):
-        if not hasattr(self, "connect_tls"):
-            self.skipTest("%s has no test with TLS" % self.protocol)
-        _, ca = self.write_tls_files()
-        tls = {"cert": "auto", "ca": ca}
-        with OpenProxy("127.0.0.1:%d" % self.port, "127.0.0.1:0", protocol=self.protocol,
-                       tls=tls) as proxy:
-            client = self.connect_tls(proxy.port, ca)
-            self.addCleanup(self.disconnect, client)
-            for value in range(100):
-                self.assertEqual(self.query(client, value), value)
-            for kind, exception, text in self.errors:
-                with self.subTest(kind):
-                    with proxy.handler("error", kind=kind), self.assertRaisesRegex(
-                            self.error_class(exception), text):
-                        self.query(client, 1)
-                    self.assertEqual(self.query(client, 2), 2)
-            with proxy.handler("delay", sleep=0.01):
-                other = self.connect_tls(proxy.port, ca)
-                self.assertEqual(self.query(other, 3), 3)
-                self.disconnect(other)
-            connection = proxy.connections[1]
-            sockets = [connection.client] + [connection.backend] * self.backend_tls
-            self.assertEqual({type(sock) for sock in sockets}, {vaurien.TlsSocket})
-            self.disconnect(client)
-
     def start_proxy(self, behavior="100:dummy", protocol="tcp", **options):
         """Start a proxy before the server, until the end of the test. Returns the proxy.
 
@@ -14472,6 +14585,45 @@ class RealServerTests:
         self.assertEqual(self.query(client, 3), 3)
 
 
+class RealTlsTests(RealServerTests):
+    """Tests of a driver that uses TLS. A subclass has connect_tls(port, path of the CA) too."""
+
+    @classmethod
+    def write_tls_files(cls):
+        """Write a certificate of the server with its key, and the CA. Returns their paths."""
+        paths = [os.path.join(cls.folder, name) for name in ("server.pem", "ca.pem")]
+        for path, text in zip(paths, [vaurien.AUTHORITY.issue("127.0.0.1"),
+                                      vaurien.AUTHORITY.pem()]):
+            with open(path, "w") as file:
+                file.write(text)
+            os.chmod(path, 0o600 if path == paths[0] else 0o644)
+        return paths
+
+    def test_errors_on_encrypted_connections(self):
+        _, ca = self.write_tls_files()
+        tls = {"cert": "auto", "ca": ca}
+        with OpenProxy("127.0.0.1:%d" % self.port, "127.0.0.1:0", protocol=self.protocol,
+                       tls=tls) as proxy:
+            client = self.connect_tls(proxy.port, ca)
+            self.addCleanup(self.disconnect, client)
+            for value in range(100):
+                self.assertEqual(self.query(client, value), value)
+            for kind, exception, text in self.errors:
+                with self.subTest(kind):
+                    with proxy.handler("error", kind=kind), self.assertRaisesRegex(
+                            self.error_class(exception), text):
+                        self.query(client, 1)
+                    self.assertEqual(self.query(client, 2), 2)
+            with proxy.handler("delay", sleep=0.01):
+                other = self.connect_tls(proxy.port, ca)
+                self.assertEqual(self.query(other, 3), 3)
+                self.disconnect(other)
+            connection = proxy.connections[1]
+            sockets = [connection.client] + [connection.backend] * self.backend_tls
+            self.assertEqual({type(sock) for sock in sockets}, {vaurien.TlsSocket})
+            self.disconnect(client)
+
+
 class TestHTTP(RealServerTests, unittest.TestCase):
     """http.client and http.server, of the standard library."""
 
@@ -14514,7 +14666,7 @@ class TestHTTP(RealServerTests, unittest.TestCase):
         return client.getresponse().read()
 
 
-class TestRedis(RealServerTests, unittest.TestCase):
+class TestRedis(RealTlsTests, unittest.TestCase):
     """redis-py and Redis."""
 
     driver_name = "redis"
@@ -14649,7 +14801,7 @@ class TestMemcached(RealServerTests, unittest.TestCase):
         return client.get("large")
 
 
-class TestPostgreSQL(RealServerTests, unittest.TestCase):
+class TestPostgreSQL(RealTlsTests, unittest.TestCase):
     """psycopg, pg8000 and PostgreSQL."""
 
     driver_name = "psycopg"
@@ -14847,7 +14999,7 @@ class TestPostgreSQL(RealServerTests, unittest.TestCase):
                 self.assertEqual(line_count, 1000)
 
 
-class TestMariaDB(RealServerTests, unittest.TestCase):
+class TestMariaDB(RealTlsTests, unittest.TestCase):
     """PyMySQL, MySQL Connector/Python and MariaDB."""
 
     driver_name = "pymysql"
