@@ -10935,7 +10935,7 @@ class TestReplay(TempDirTestCase):
 
     @staticmethod
     def count_faults(proxy):
-        """Return Counter of what the FaultRecords of a recorded and a replayed run share."""
+        """Return a Counter of the fields that a recorded and a replayed run have in common."""
         return Counter((record.connection, record.request, record.handler, record.toxic,
                         record.stream, json.dumps(record.options, sort_keys=True))
                        for record in proxy.events())
