@@ -2288,8 +2288,7 @@ class TestProtocolChain(unittest.TestCase):
         play.client(b"a\r\nb\r\nc\r\n").assert_passes()
         play.backend(b"*2\r\n:1\r\n:2\r\n").assert_passes()
         play.backend(b"*2\r\n:1\r\n:2\r\n*1\r\n:3\r\n").assert_sent(
-            (DOWNSTREAM, b"*2\r\n:1\r\n"), (DOWNSTREAM, EOF), (UPSTREAM, EOF),
-            (DOWNSTREAM, b"*1\r\n:3\r\n"))       # which the connection drops behind the EOF
+            (DOWNSTREAM, b"*2\r\n:1\r\n"), (DOWNSTREAM, EOF), (UPSTREAM, EOF))
 
     def test_rows_are_counted_only_while_a_rule_needs_them(self):
         play = self.play("postgres", vaurien.Rule("cut", {"bytes": 9999}))
@@ -2983,7 +2982,7 @@ class TestProtocolChain(unittest.TestCase):
                     self.assertEqual(len(set(output.times())), 1)
                     self.assertGreaterEqual(output.times()[0], 1.0)     # the rule acts on it
 
-    def test_a_head_that_is_recognized_is_held_without_a_limit(self):
+    def test_a_head_that_is_recognized_is_held_for_longer(self):
         """A client may type the header fields of a request, or pause within a later request."""
         for protocol, before, head, rest in [
                 ("http", b"", b"GET / HTTP/1.1\r\nHo", b"st: x\r\n\r\n"),
@@ -2996,9 +2995,30 @@ class TestProtocolChain(unittest.TestCase):
                 play = self.play(protocol, vaurien.Rule("delay", {"sleep": 0.0}))
                 play.client(before).assert_passes()
                 play.client(head).assert_held()
-                play.wait(3600).assert_held()
+                play.wait(0.9 * vaurien.HEAD_TIMEOUT).assert_held()
                 play.client(rest).assert_becomes(head + rest)
                 self.assertIsNone(play.tcp)
+
+    def test_a_head_that_stays_incomplete_is_forwarded(self):
+        """The backend may end such a request, and reply 408."""
+        for protocol, head, rest, following in [
+                ("http", b"GET / HTTP/1.1\r\nHo", b"st: x\r\n\r\n", HTTP_GET),
+                ("redis", b"*1\r\n$4\r\nPI", b"NG\r\n", PING)]:
+            with self.subTest(protocol):
+                play = self.play(protocol, error_rule())
+                play.client(head).assert_held()
+                self.assertEqual(play.wait(vaurien.HEAD_TIMEOUT).to_backend, head)
+                play.client(rest).assert_becomes(rest)          # too late for an error
+                play.backend(HTTP_OK if protocol == "http" else PONG).assert_passes()
+                self.assertIsNone(play.tcp)
+                self.assertTrue(play.client(following).to_client)
+
+    def test_nothing_follows_a_reply_that_is_cut(self):
+        for how in "close", "reset":
+            play = self.play("redis", vaurien.Rule("cut", {"bytes": 4, "how": how}))
+            play.client(PING * 2)
+            self.assertEqual(play.backend(PONG * 2).to_client, PONG[:4])
+            self.assertEqual(len(play.newly_acted()), 1)
 
     def test_no_byte_is_held_without_a_rule(self):
         for protocol, data in [("http", b"GET /"), ("redis", b"hello"), ("memcache", b"get"),
@@ -10585,6 +10605,19 @@ class TestInterface(TempDirTestCase):
             except (OSError, EOFError):
                 return False
 
+    def test_wrong_arguments_of_a_toxic_and_of_a_wait_are_refused(self):
+        for interface, _ in self.each():
+            for fields, error in (({"latncy": 3}, "latncy"), ({"toxicity": 20}, "toxicity"),
+                                  ({"latency": -5}, "latency")):
+                with self.assertRaisesRegex(ValueError, error):
+                    interface.add_toxic("latency", **fields)
+            self.assertEqual(interface.list_toxics(), [])
+            for arguments in ({"times": 0}, {"times": "x"}, {"timeout": None}, {"timeout": -1},
+                              {"since": "x"}, {"since": -1}):
+                name, = arguments
+                with self.assertRaisesRegex(ValueError, name + " must be"):
+                    interface.wait_for("delay", **arguments)
+
     def test_one_scenario_for_proxy_and_client(self):
         for interface, proxy in self.each(behavior={"hang": 5}, seed=1):
             before = interface.describe()
@@ -10881,6 +10914,16 @@ class TestInterface(TempDirTestCase):
 
 class TestReplay(TempDirTestCase):
     """A run writes its faults, and another one makes the same faults again."""
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "no device that is always full")
+    def test_a_recording_that_cannot_be_written_is_logged_once(self):
+        with backend_server(echo) as (port, _), self.assertLogs("vaurien", "ERROR") as logs:
+            with vaurien.Proxy(("127.0.0.1", port), record="/dev/full") as proxy:
+                for _ in range(2):
+                    with proxy.handler("delay", sleep=0.001), connected_client(proxy) as sock:
+                        send_and_read(sock, b"question")
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn("cannot record to /dev/full: ", logs.output[0])
 
     CLIENTS, REQUESTS = 50, 8
     BEHAVIOR = [{"name": "delay", "percent": 20, "sleep": 0.001},
@@ -11977,7 +12020,9 @@ class TestBadInput(TempDirTestCase):
             (["--network", "satelite"], "not 'satelite' (did you mean satellite?)"),
             (["--network", "3g", "--fault", "network.profile=dsl"],
              "the fault network needs another name, because --network has it"),
-            (["--fault", "network.profile=modem"], "profile must be one of 2g, "))
+            (["--fault", "network.profile=modem"], "profile must be one of 2g, "),
+            (["--fault", ""], "--fault must be HANDLER [NAME=VALUE ...], not ''"),
+            (["--fault", "packet_loss burst=0.5"], "burst must be a number, 1 or more"))
         self.check_files(
             ("[vaurien]\nnetwork = wfi\n", "[vaurien] network must be one of"),
             ("[vaurien]\nnetwork = 3g\n[toxic:network]\ntype = hang\n",

@@ -234,6 +234,8 @@ SELECT_OVERSHOOT = 0.00015      # seconds by which select() returns later than r
 MATCH_TIMEOUT = 0.1             # seconds of CPU time of the longest search for `match`
 MAX_WAIT = 3600.0               # seconds of the longest wait; epoll accepts 24 days at most (a
                                 #   C int of milliseconds)
+HEAD_TIMEOUT = 10.0             # seconds for which a head of the protocol is held until it is
+                                #   complete: rules act on whole requests
 UNRECOGNIZED_MAX = 0.3          # seconds for which the first bytes of a client are held while it
                                 #   is unclear whether they are of the protocol
 PACKET_SIZE = 1448              # bytes of data in a TCP segment on Ethernet, with time stamps
@@ -945,7 +947,8 @@ class TcpSender:
 
 @handler
 @rate_limited
-@option_checks(loss_rate=check_toxicity, correlation=check_toxicity)
+@option_checks(loss_rate=check_toxicity, correlation=check_toxicity,
+               burst=number_check(float, "a number, 1 or more", lambda burst: burst >= 1))
 def packet_loss(state, t, to, data, *, loss_rate=0.0, correlation=0.0, rtt=100, burst=1.0):
     """A link that loses packets, as TCP shows it: no byte is lost, but bytes arrive later.
 
@@ -4627,11 +4630,12 @@ class ProtocolChain(Chain):
     5. A rule that has refused a request still sends the reply if it is then removed or changed.
     6. Nothing waits for a rule that sleeps or is not installed: neither in a delay queue nor in
        an exchange, and no active rule keeps the time that another rule has given its events.
-    7. After a refusal that closes the connection, the backend gets no further bytes.
+    7. After a refusal that closes the connection, the backend gets no further bytes. After a
+       rule has closed or reset it, the client gets no further replies.
     """
 
     __slots__ = ("exchanges", "exchange", "head", "in_request", "head_forwarded",
-                 "last_affected", "closing", "recognized")
+                 "last_affected", "closing", "ended", "recognized")
 
     def __init__(self, rules, connection, protocol):
         super().__init__(rules, connection)
@@ -4643,6 +4647,7 @@ class ProtocolChain(Chain):
         self.in_request = False     # the next bytes of the client continue a request
         self.head_forwarded = False     # bytes of an incomplete head have been forwarded
         self.closing = False        # a rule closes the connection: see invariant 7
+        self.ended = False          # a rule has closed or reset it: later replies are dropped
         self.recognized = False     # the client has sent bytes that can only be of the protocol
         self.last_affected = None   # the last exchange that had active rules or queued events
                                     #   when the rules last changed
@@ -4759,7 +4764,7 @@ class ProtocolChain(Chain):
             self.recognize()
 
     def recognize(self):
-        """Hold heads without a time limit from now on."""
+        """Hold heads for HEAD_TIMEOUT from now on."""
         self.recognized, self.head_deadline = True, NEVER
 
     def end_request(self, boundary):
@@ -4926,7 +4931,7 @@ class ProtocolChain(Chain):
     def process_bytes(self, now, to, data):
         """Slow path: return the events that the rules make of bytes, and apply boundaries."""
         events, start = [], 0
-        if self.closing and to is UPSTREAM:     # a real server would not read them any more
+        if self.ignores(to):
             return events
         try:
             framer = self.framer(to)
@@ -4937,7 +4942,7 @@ class ProtocolChain(Chain):
                     events += self.process_part(now, to, data[start:offset])
                 events += self.process_boundary(now, to, boundary)
                 start = offset
-                if self.closing and to is UPSTREAM:
+                if self.ignores(to):
                     return events
                 if self.encrypted is not None:
                     self.split_encrypted(to, data, start)
@@ -4954,6 +4959,10 @@ class ProtocolChain(Chain):
         self.framer(to).restart(protocol.requests() if to is UPSTREAM else protocol.replies())
         return data[:end]
 
+    def ignores(self, to):
+        """Return whether further bytes are dropped: a real server would not read or send them."""
+        return self.closing if to is UPSTREAM else self.ended
+
     def process_part(self, now, to, data):
         """Process bytes without a boundary. Bytes of an incomplete head are held."""
         if to is UPSTREAM and not self.in_request:
@@ -4966,12 +4975,10 @@ class ProtocolChain(Chain):
         """Hold bytes of an incomplete head. The framer has a copy of them."""
         self.head += data
         self.kept += 2 * len(data)
-        if self.recognized:
-            return
-        if self.protocol.request_framer.recognizes(self.head):
+        if not self.recognized and self.protocol.request_framer.recognizes(self.head):
             self.recognize()
-            return
-        self.head_deadline = min(self.head_deadline, now + UNRECOGNIZED_MAX)
+        limit = HEAD_TIMEOUT if self.recognized else UNRECOGNIZED_MAX
+        self.head_deadline = min(self.head_deadline, now + limit)
         self.modified = True            # so that the caller sets a timer
 
     def take_head(self):
@@ -4981,7 +4988,14 @@ class ProtocolChain(Chain):
         return head
 
     def give_up_head(self, now):
-        """Continue as tcp, because a held head is not recognized. Returns its events."""
+        """Hold a head no longer, which is incomplete. Returns its events.
+
+        A head that is not recognized is not of the protocol. Bytes of another one are forwarded:
+        rules that act on whole requests do not act on this one.
+        """
+        if self.recognized:
+            self.head_forwarded = True
+            return self.flush_head(now)
         return self.fall_back(now, UPSTREAM, ProtocolError(
             "no whole line or message in the first %g s" % UNRECOGNIZED_MAX))
 
@@ -5030,6 +5044,10 @@ class ProtocolChain(Chain):
                 self.closing = self.closing or (direction == UPSTREAM and made is EOF)
             else:
                 events.append(event)
+        if self.modified and data is not EOF:
+            self.ended = self.ended or any(
+                due <= now and (made is RESET or (made is EOF and direction == DOWNSTREAM))
+                for due, direction, made, _ in events)
         return events
 
     def run_rule(self, active, event, opening):
@@ -7636,7 +7654,7 @@ class Connection:
             self.pump()
             return
         events = self.chain.give_up_head(now)
-        self.on_protocol_error()
+        self.end_parsing(self.up)
         self.enqueue(now, events)
 
     def pump(self):
@@ -8172,8 +8190,13 @@ class LogThread(logging.Handler):
                     log.name, logging.WARNING, "", 0, "%d log lines were dropped here, because "
                     "the log could not be written fast enough", (dropped,), None)))
             text = "\n".join(lines) + "\n"
-            with contextlib.suppress(OSError):      # the disk is full, or the pipe is closed
+            try:
                 self.write(text.encode("utf-8", "backslashreplace"))
+            except OSError as error:    # the disk is full, or the pipe is closed
+                self.on_error(error)
+
+    def on_error(self, error):
+        """Ignore an error of a write. There is no other place to report that the log fails."""
 
     def write(self, data):
         """Write all data. Raises OSError."""
@@ -8182,6 +8205,19 @@ class LogThread(logging.Handler):
                 data = data[os.write(self.fd, data):]
             except BlockingIOError:     # another process has made the open file non-blocking
                 select.select([], [self.fd], [])
+
+
+class RecordThread(LogThread):
+    """Writes the faults of a Recorder. Logs the first error of a write."""
+
+    path = ""
+    failed = False
+
+    def on_error(self, error):
+        if not self.failed:
+            self.failed = True
+            log.error("cannot record to %s: %s: faults are missing there", self.path,
+                      error.strerror)
 
 
 class Recorder:
@@ -8205,7 +8241,8 @@ class Recorder:
             raise OSError(error.errno, "cannot record to %s: %s"
                           % (self.path, error.strerror)) from None
         self.flags &= ~os.O_TRUNC
-        self.thread = LogThread(fd)
+        self.thread = RecordThread(fd)
+        self.thread.path = self.path
         self.thread.setFormatter(logging.Formatter("%(message)s"))
 
     def write(self, record, active):
@@ -10426,7 +10463,10 @@ def close_connection(request):
 
 @route("GET", "/events /proxies/PROXY/events", "?since=0", query=["since", "handler", "wait"])
 def list_events(request):
-    """Return the fault records after number `since`; `wait` has seconds to wait for the first."""
+    """Return the fault records after number `since`; `wait` has seconds to wait for the first.
+
+    With a `handler`, these are faults: records of its windows are left out.
+    """
     since = check_query(request, "since", 0, check_count)
     seconds = check_query(request, "wait", 0, number_check(
         float, "a number of seconds from 0 to %g" % EVENTS_WAIT_MAX,
@@ -10436,7 +10476,8 @@ def list_events(request):
     # client disconnects, the thread stays until the end of the wait.
     with request.control.waiting(seconds):
         records = request.proxy.wait_for_records(
-            since, lambda record: name in (None, record.handler), 1, seconds)
+            since, lambda record: name is None or (record.handler == name and (
+                record.change is None or name == Accept.name)), 1, seconds)
     return {"events": [record._asdict() for record in records]}
 
 
@@ -11550,9 +11591,9 @@ def list_toxics(request, proxy):
 @toxiproxy_route("POST", "/proxies/PROXY/toxics",
                  '{"type": "latency", "attributes": {"latency": 200}}')
 def create_toxic(request, proxy):
-    """Add a toxic. It acts on open connections too."""
+    """Add a toxic. It acts on open connections too; ?strict=1 refuses unknown keys."""
     value = read_json(request.body)
-    toxic = read_toxic(value)
+    toxic = read_toxic(value, strict=request.query.get("strict") == "1")
     toxics = [*proxy.toxics, toxic]
     check_unique_names(toxics)
     proxy.loop.run_sync(proxy.set_toxics, toxics)
@@ -12018,6 +12059,10 @@ class Interface:
         The other arguments are those of `count`. Returns the FaultRecord of the last of these
         faults. Raises TimeoutError.
         """
+        timeout = check_field("timeout", number_check(float, "a number of seconds, 0 or more"),
+                              timeout)
+        times = check_field("times", number_check(int, "a whole number, 1 or more",
+                                                  lambda times: times >= 1), times)
         since, matches = self._selection(name, since, match)
         what = "any handler" if name is None else self._handler_name(name)
         return self._wait_for(what, since, matches, timeout, times)
@@ -12150,7 +12195,9 @@ class Interface:
             if name not in self.list_handlers():
                 raise ValueError(unknown_handler(name))
         pattern = re.compile(b"") if match is None else check_field("match", check_match, match)
-        if since is None:
+        if since is not None:
+            since = check_field("since", check_count, since)
+        else:
             faults = [fault for fault in self._faults if fault.name == name] or self._faults
             since = faults[-1]._since if faults else self._reset_record
 
@@ -12662,7 +12709,7 @@ class Client(Interface):
         self.request("PUT", "/rules", {"rules": tables})
 
     def _add_toxic(self, table):
-        return self.request("POST", self._proxy_path() + "/toxics", table)["name"]
+        return self.request("POST", self._proxy_path() + "/toxics", table, strict=1)["name"]
 
     def _begin_block(self, table, only):
         return self.request("POST", "/blocks", table, only="yes" if only else "no")["block"]
@@ -12971,6 +13018,8 @@ def check_behavior(text):
 
 def check_faults(text):
     """Parse faults, one a line, into Toxics, and import their handlers. Raises ValueError."""
+    if not text.strip():
+        raise ValueError("must be HANDLER [NAME=VALUE ...], not %r" % text)
     toxics = OrderedDict()
     for line in text.splitlines():
         try:
@@ -13024,7 +13073,7 @@ SETTINGS = OrderedDict((
                         "address of the backend, or tls://HOST:PORT", "proxy")),
     ("behavior", Setting(("--behavior",), "100:dummy", check_behavior, "PERCENT:HANDLER,...",
                          "handlers, and the percentage of requests that each acts on", "proxy")),
-    ("toxics", Setting(("--fault",), "", check_faults, "HANDLER ...",
+    ("toxics", Setting(("--fault",), None, check_faults, "HANDLER ...",
                        "a handler beside the behavior, with options and rule fields, like "
                        "\"error percent=20 kind=503\"; repeat --fault for faults that add up",
                        "proxy")),
@@ -13588,6 +13637,7 @@ def make_proxies(config, needs_one=True):
     proxies = ProxyTable(**shared)
     for name, texts in proxy_settings(config, needs_one).items():
         values = resolve_settings(texts, PROXY_SETTINGS)
+        values["toxics"] = values["toxics"] or []
         add_network(values.pop("network"), values["toxics"])
         if values["seed"] is None:
             values["seed"] = proxies.shared["seed"]     # which ProxyTable has drawn
