@@ -3296,7 +3296,7 @@ DRAW_TO_PERCENT = 100 / 2 ** 64     # percent for each unit: a drawn number has 
 DRAW_BLOCK = struct.Struct(">8Q")   # the 8 numbers in one blake2b hash
 
 
-# What a Schedule says about one moment.
+# The state of a Schedule at one moment.
 #
 # active         whether the moment is in a window
 # share          the part of the percentage that counts: 0 outside of windows, less than 1 during
@@ -4614,8 +4614,9 @@ class ProtocolChain(Chain):
     While any rule is installed, the head of a request is held until the head is complete. So
     a rule can act on the whole request. A client that has sent no request yet may speak another
     protocol: its bytes are held for UNRECOGNIZED_MAX at most, unless they are recognized as
-    a head. Later heads are held without a limit, because a pause of the client, or of the
-    network, must not end the parsing.
+    a head. Later heads are held for HEAD_TIMEOUT, because a pause of the client, or of the
+    network, must not end the parsing. Then they are forwarded, and rules that act on the whole
+    request do not act on it.
 
     A rule may refuse a request when it gets the head. Exchange.refusal is set then.
 
@@ -5039,16 +5040,24 @@ class ProtocolChain(Chain):
                 continue
             if exchange is not self.exchanges[0] and (
                     direction == DOWNSTREAM or not (made or made is data)):
-                exchange.queued_events.append((now, direction, made, delays))
-                self.keep(exchange, len(made) + CHUNK_OVERHEAD)
-                self.closing = self.closing or (direction == UPSTREAM and made is EOF)
+                self.queue_event(exchange, now, direction, made, delays)
             else:
                 events.append(event)
         if self.modified and data is not EOF:
-            self.ended = self.ended or any(
-                due <= now and (made is RESET or (made is EOF and direction == DOWNSTREAM))
-                for due, direction, made, _ in events)
+            self.note_end(now, events)
         return events
+
+    def queue_event(self, exchange, start, to, data, delays):
+        """Queue an event in its exchange, until that is the first one."""
+        exchange.queued_events.append((start, to, data, delays))
+        self.keep(exchange, len(data) + CHUNK_OVERHEAD)
+        self.closing = self.closing or (to == UPSTREAM and data is EOF)
+
+    def note_end(self, now, events):
+        """Note whether a rule closes or resets the connection to the client now."""
+        self.ended = self.ended or any(
+            due <= now and (data is RESET or (data is EOF and to == DOWNSTREAM))
+            for due, to, data, _ in events)
 
     def run_rule(self, active, event, opening):
         """Return the events that one active rule makes of one event.
@@ -5490,9 +5499,9 @@ class Loop:
     # Set once descriptors have run out. Listeners then check for free ones before they accept.
     fds_exhausted = False
 
-    # Accepted sockets and those of backends have descriptors below this one. The others are for
-    # the control server. The kernel hands out the lowest free descriptor. So a socket gets one
-    # from this limit up only if all below are in use.
+    # Accepted sockets and those of backends have descriptors below this one. The descriptors
+    # from it up are for the control server. The kernel hands out the lowest free descriptor. So
+    # a socket gets one from this limit up only if all below are in use.
     fd_limit = math.inf
 
     def __init__(self, clock=time.monotonic, selector=None):
@@ -7434,14 +7443,14 @@ class Connection:
             events = chain.process_bytes(now, link.to, bytes(data))
             if not chain.modified:      # then all events are bytes of this direction
                 passed = b"".join([made for _, _, made, _ in events])
-        if passed is not None:
-            events = [(now, link.to, bytes(passed), ())]
         self.end_parsing(link)
         if passed is not None and target is not None:
             if self.chain.kept > KEPT_MIN or self.up.kept:
                 self.note_kept()
             link.buffered_in += size - len(passed)
             return passed
+        if passed is not None:
+            events = [(now, link.to, bytes(passed), ())]
         link.buffered_in += size
         self.enqueue(now, events, link)
         return None
@@ -7456,8 +7465,8 @@ class Connection:
     def count_kept(self):
         """Count in the budget what the chain keeps.
 
-        After the backend's EOF no reply will make it less. So it no longer counts then, or the
-        client would not be read for ever.
+        After the backend's EOF no reply makes it less, so it does not count then. Otherwise the
+        proxy would never read from the client again.
         """
         kept = self.chain.kept
         self.up.keep(kept if kept > KEPT_MIN and not self.down.eof else 0)
@@ -8208,10 +8217,11 @@ class LogThread(logging.Handler):
 
 
 class RecordThread(LogThread):
-    """Writes the faults of a Recorder. Logs the first error of a write."""
+    """Writes the faults of a Recorder to its file. Logs the first error of a write."""
 
-    path = ""
-    failed = False
+    def __init__(self, fd, path):
+        super().__init__(fd)
+        self.path, self.failed = path, False
 
     def on_error(self, error):
         if not self.failed:
@@ -8241,8 +8251,7 @@ class Recorder:
             raise OSError(error.errno, "cannot record to %s: %s"
                           % (self.path, error.strerror)) from None
         self.flags &= ~os.O_TRUNC
-        self.thread = RecordThread(fd)
-        self.thread.path = self.path
+        self.thread = RecordThread(fd, self.path)
         self.thread.setFormatter(logging.Formatter("%(message)s"))
 
     def write(self, record, active):
@@ -8554,7 +8563,7 @@ class ProxyServer:
         self.stop_listening("stopped")
         self.loop.cancel(self.rule_timer)
         for rule in self.scheduled_rules():
-            rule.schedule.since = None      # if the proxy opens again, all times begin anew
+            rule.schedule.since = None      # if it opens again, all times start at 0
         log.info("%sstopped: connections: %d, requests: %d, faults: %s", self.log_prefix,
                  self.accepted, self.rules.request_count,
                  ", ".join("%d %s" % (count, name) for name, count in self.faults.items())
@@ -13485,8 +13494,8 @@ def read_ini(path, text):
 
 def parse_ini(path, text):
     """Yield (title, {key: SourcedText}) for each section of an ini file. Raises ValueError."""
-    # An empty default_section: no section sets defaults of others. No interpolation: only
-    # expand_env replaces ${NAME}.
+    # With an empty default_section, no section sets defaults of other sections. Without
+    # interpolation, only expand_env replaces ${NAME}.
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     parser.optionxform = str  # type: ignore    # keep the case of keys
     try:
