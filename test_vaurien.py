@@ -6629,7 +6629,7 @@ class TestProxyConnects(unittest.TestCase):
 
         with backend_server(echo) as (port, _), \
                 OpenProxy("name.invalid:%d" % port, "127.0.0.1:0") as proxy, \
-                mock.patch.object(vaurien, "resolve_numeric", lambda *_: None), \
+                mock.patch.object(vaurien, "resolve_numeric", lambda *_: []), \
                 mock.patch.object(vaurien, "resolve", resolve), \
                 contextlib.ExitStack() as stack:
             socks = [stack.enter_context(connected_client(proxy)) for _ in range(5)]
@@ -6647,7 +6647,7 @@ class TestProxyConnects(unittest.TestCase):
             raise socket.gaierror(-2, "Name or service not known")
 
         with OpenProxy("name.invalid:80", "127.0.0.1:0") as proxy:
-            with mock.patch.object(vaurien, "resolve_numeric", lambda *_: None), \
+            with mock.patch.object(vaurien, "resolve_numeric", lambda *_: []), \
                     mock.patch.object(vaurien, "resolve", resolve), \
                     self.assertLogs("vaurien", "WARNING") as logged, \
                     connected_client(proxy) as sock:
@@ -7976,7 +7976,7 @@ class TestBlockingHandlers(unittest.TestCase):
 
         with backend_server(echo) as (port, _), registered(Waits), \
                 OpenProxy("slow.invalid:%d" % port, "127.0.0.1:0") as proxy, \
-                mock.patch.object(vaurien, "resolve_numeric", lambda *_: None), \
+                mock.patch.object(vaurien, "resolve_numeric", lambda *_: []), \
                 mock.patch.object(vaurien, "resolve", resolve), connected_client(proxy) as sock:
             wait_until(lambda: proxy.lookups)
             proxy.loop.run_sync(proxy.set_rules, rules_from("100:Waits"))
@@ -8688,7 +8688,7 @@ class TestControl(unittest.TestCase):
             return real_resolve(address, *args, **kwargs)
 
         def resolve_numeric(address, *_):
-            return None         # each address needs a lookup
+            return []           # each address needs a lookup
 
         def serve_with(data):
             def serve(sock):

@@ -5716,6 +5716,20 @@ class Loop:
 
 LOOPBACK = ("127.0.0.1", "::1")     # localhost, whatever the hosts file contains (RFC 6761)
 WILDCARD = ("0.0.0.0", "::")        # all addresses of this machine
+# {wildcard address: the address that connecting to it reaches}
+LOOPBACK_OF = dict(zip(WILDCARD, LOOPBACK))
+
+# The base class of socket.socket. It has all methods that a proxy needs, and creating and closing
+# one takes half the time.
+RawSocket = socket.SocketType
+SOCK_NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)
+HAVE_SPLICE = hasattr(os, "splice")     # Linux, with Python 3.10 or newer
+F_SETPIPE_SZ = 1031                     # of linux/fcntl.h; in the module fcntl since Python 3.10
+FD_EXHAUSTED = {errno.EMFILE, errno.ENFILE}
+# Errors of splice after which recv is used instead: there is no data, or this system or this
+# socket does not support splice.
+SPLICE_UNAVAILABLE = {errno.EAGAIN, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EBADF}
+CONNECT_PENDING = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}
 
 
 def parse_address(text, min_port=1):
@@ -5727,9 +5741,9 @@ def parse_address(text, min_port=1):
     if "/" in text:
         raise ValueError(message)
     host, colon, port = text.strip().rpartition(":")
-    if host.startswith("[") and host.endswith("]") and ":" in host:
+    if re.fullmatch(r"(?s)\[.*:.*\]", host):
         host = host[1:-1]
-    elif ":" in host or "[" in host or "]" in host:
+    elif re.search(r"[][:]", host):
         raise ValueError("must be [HOST]:PORT where the host is an IPv6 address, like "
                          "[::1]:8000, not %r" % shown)
     if not colon or not re.fullmatch("[0-9]{1,5}", port):
@@ -5822,20 +5836,19 @@ def normalize_host(host):
         return host.lower()
 
 
-def is_loopback(address):
-    """Return whether a socket address is one of this machine's loopback addresses."""
-    host = address[0]
+def is_loopback(host):
+    """Return whether an IP address is one of this machine's loopback addresses."""
     return host == "::1" or host.startswith("127.")
 
 
-def is_own_host(host):
+def is_own_address(host):
     """Return whether an IP address is one of this machine's: a socket can be bound to it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as sock:
             sock.bind((host, 0))
     except OSError:
-        return is_loopback((host, 0))
+        return is_loopback(host)
     return True
 
 
@@ -5844,8 +5857,7 @@ def is_wildcard(host):
 
     Then it has both address families, as in Toxiproxy: an empty host, 0.0.0.0 and :: are the same.
     """
-    return not host or any(address[0] in WILDCARD
-                           for _, address in resolve_numeric((host, 0)) or ())
+    return not host or any(address[0] in WILDCARD for _, address in resolve_numeric((host, 0)))
 
 
 def same_endpoint(local, backend):
@@ -5853,10 +5865,10 @@ def same_endpoint(local, backend):
 
     Both are (host, port). Returns False if a resolver would be needed to find out.
     """
-    targets = reached_addresses(backend)
+    reached = reached_addresses(backend)
     if is_wildcard(local[0]):
-        return any(port == local[1] and is_own_host(host) for host, port in targets)
-    return not targets.isdisjoint(reached_addresses(local))
+        return any(port == local[1] and is_own_address(host) for host, port in reached)
+    return not reached.isdisjoint(reached_addresses(local))
 
 
 def reached_addresses(address):
@@ -5866,9 +5878,9 @@ def reached_addresses(address):
     an IPv6 address (::ffff:127.0.0.1). Returns an empty set if a resolver would be needed.
     """
     reached = set()
-    for _, (host, port, *_) in resolve_numeric(address) or ():
+    for _, (host, port, *_) in resolve_numeric(address):
         host = re.sub("^::ffff:(?=.*[.])", "", host)
-        reached.add((dict(zip(WILDCARD, LOOPBACK)).get(host, host), port))
+        reached.add((LOOPBACK_OF.get(host, host), port))
     return reached
 
 
@@ -5885,9 +5897,9 @@ def format_address(address):
     The port may also be the name of a service, or "" if it is missing: see parse_upstream.
     """
     host, port = address[:2]
+    scheme = "tls://" if address[2:] == ("tls",) else ""
     shown_host = "[%s]" % host if ":" in host else host
-    shown = shown_host if port == "" else "%s:%s" % (shown_host, port)
-    return "tls://" + shown if address[2:] == ("tls",) else shown
+    return scheme + (shown_host if port == "" else "%s:%s" % (shown_host, port))
 
 
 def resolve(address, wildcard=LOOPBACK, flags=0):
@@ -5913,15 +5925,15 @@ def resolve(address, wildcard=LOOPBACK, flags=0):
     return addresses
 
 
-def resolve_numeric(address, wildcard=LOOPBACK):
-    """Return the addresses like `resolve`, but without a resolver. Returns None if one is needed.
+def resolve_numeric(address):
+    """Return the addresses like `resolve`, or an empty list if a resolver is needed.
 
     The name localhost and an empty host need none.
     """
     try:
-        return resolve(address, wildcard, flags=socket.AI_NUMERICHOST)
+        return resolve(address, flags=socket.AI_NUMERICHOST)
     except OSError:
-        return None
+        return []
 
 
 def address_unavailable(error):
@@ -6011,15 +6023,15 @@ class Listener:
             self.watch(sock)
 
     def watch(self, sock):
-        """Call `accept` whenever a client waits. In other modes than normal, do nothing."""
+        """Call `accept` whenever a client waits. Does nothing unless the mode is normal."""
         if self.mode == "normal":
             self.loop.watch(sock, EVENT_READ, functools.partial(self.accept, sock))
 
     def set_mode(self, mode):
         """Change the mode. Clients that wait in the backlog are accepted first.
 
-        Only if no descriptors are left, they are not: `refuse` resets them, and with `drop` they
-        wait on. If the new mode is not possible, the mode is normal. Raises CannotListen then.
+        If no descriptors are left for them, `refuse` resets them, and with `drop` they go on
+        waiting. If the new mode is not possible, sets the mode normal and raises CannotListen.
         """
         if mode == self.mode:
             return
@@ -6059,8 +6071,7 @@ class Listener:
     def listen_again(sock):
         """Let a socket accept connections, whatever the mode was. Raises CannotListen."""
         try:
-            if os.name == "posix":              # refuse_connects() has changed it
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            set_reuse_address(sock, 1)          # refuse_connects() has changed it
             sock.listen(BACKLOG)
         except OSError as error:
             raise CannotListen(error, sock.getsockname()) from None
@@ -6088,7 +6099,7 @@ class Listener:
             host, *rest = sock.getsockname()
             filler.settimeout(FILL_TIMEOUT)
             with contextlib.suppress(socket.timeout):
-                filler.connect((dict(zip(WILDCARD, LOOPBACK)).get(host, host), *rest))
+                filler.connect((LOOPBACK_OF.get(host, host), *rest))
             self.fillers[filler.getsockname()] = filler
         except OSError:
             filler.close()
@@ -6189,6 +6200,12 @@ class Listener:
         self.sockets, self.fillers = [], {}
 
 
+def set_reuse_address(sock, value):
+    """Set SO_REUSEADDR, except on Windows: there, it would let two processes use one port."""
+    if os.name == "posix":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, value)
+
+
 def refuse_connects(sock):
     """Let the kernel refuse connects to a listening socket, but keep its port. Raises OSError.
 
@@ -6196,15 +6213,13 @@ def refuse_connects(sock):
     listen. Without SO_REUSEADDR, no other program can bind the port.
     """
     family, address = sock.family, sock.getsockname()
-    if os.name == "posix":
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    set_reuse_address(sock, 0)
     try:
         sock.shutdown(socket.SHUT_RD)           # on Linux, the opposite of listen()
     except OSError:
         sock.close()
         sock = bind_socket(family, address)
-        if os.name == "posix":
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+        set_reuse_address(sock, 0)
     return sock
 
 
@@ -6223,16 +6238,15 @@ def listen(local):
     """
     # The kernel picks a port that is free on the first address. If that port is in use on the
     # next address, try another one.
-    attempts = 20 if local[1] == 0 else 1
-    while True:
+    for _ in range(20 if local[1] == 0 else 1):
         sockets, error = try_listen(local)
-        attempts -= 1
         if error is None or (sockets and address_unavailable(error)):
             return sockets
         for sock in sockets:
             sock.close()
-        if not attempts or error.errno != errno.EADDRINUSE:
-            raise error
+        if error.errno != errno.EADDRINUSE:
+            break
+    raise error
 
 
 def try_listen(local):
@@ -6241,22 +6255,21 @@ def try_listen(local):
     Skips the addresses that this machine lacks. Returns (sockets, error): error is the last
     CannotListen, or None.
     """
-    sockets, error = [], None
+    host, port = local
     try:
-        host, port = local
-        for family, address in resolve(("" if is_wildcard(host) else host, port), WILDCARD):
-            if sockets:
-                host, _, *ipv6_fields = address
-                _, first_port, *_ = sockets[0].getsockname()
-                address = (host, first_port, *ipv6_fields)
-            try:
-                sockets.append(bind_listener(family, address))
-            except OSError as exc:
-                error = CannotListen(exc, address)
-                if not address_unavailable(exc):
-                    break
-    except OSError as exc:              # the host cannot be resolved
-        error = CannotListen(exc, local)
+        addresses = resolve(("" if is_wildcard(host) else host, port), WILDCARD)
+    except OSError as exc:
+        return [], CannotListen(exc, local)
+    sockets, error = [], None
+    for family, (host, _, *ipv6_fields) in addresses:
+        address = (host, port, *ipv6_fields)
+        try:
+            sockets.append(bind_listener(family, address))
+            port = sockets[0].getsockname()[1]      # on all addresses, in place of port 0
+        except OSError as exc:
+            error = CannotListen(exc, address)
+            if not address_unavailable(exc):
+                break
     return sockets, error
 
 
@@ -6297,8 +6310,7 @@ def bind_socket(family, address):
     """
     sock = RawSocket(family, socket.SOCK_STREAM)
     try:
-        if os.name == "posix":          # on Windows, two processes could listen on one port
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        set_reuse_address(sock, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if LINUX:                       # accepted sockets inherit the options
@@ -6324,19 +6336,6 @@ def first_address(local):
         return format_address(address)
     except OSError as error:
         raise CannotListen(error, local) from None
-
-
-HAVE_SPLICE = hasattr(os, "splice")     # Linux, with Python 3.10 or newer
-F_SETPIPE_SZ = 1031                     # of linux/fcntl.h; in the module fcntl since Python 3.10
-SOCK_NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)
-# The base class of socket.socket. It has all methods that a proxy needs, and creating and closing
-# one takes half the time.
-RawSocket = socket.SocketType
-FD_EXHAUSTED = {errno.EMFILE, errno.ENFILE}
-# Errors of splice after which recv is used instead: there is no data, or this system or this
-# socket does not support splice.
-SPLICE_UNAVAILABLE = {errno.EAGAIN, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EBADF}
-CONNECT_PENDING = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}
 
 
 class KernelPipe:
@@ -8450,17 +8449,14 @@ class ProxyServer:
 
     def bind(self):
         """Bind the port. Raises OSError, whose message contains the address."""
-        self.set_listener(self.local, Listener(self.local, self.on_accept,
-                                                self.accept.current_mode()))
+        self.set_listener(Listener(self.local, self.on_accept, self.accept.current_mode()))
 
-    def set_listener(self, local, listener):
-        """Use a listener. If it was created with port 0, the proxy keeps the port it picked."""
-        self.listener = listener
-        address = listener.address()
-        host, port = local[0], address[1]
-        self.local = host, port
+    def set_listener(self, listener):
+        """Use a listener, which has bound its port."""
+        self.listener, self.local = listener, listener.local
+        host, port = self.local
         # Toxiproxy writes all addresses as [::].
-        self.listen = format_address(("::", port) if is_wildcard(host) else address)
+        self.listen = format_address(("::", port) if is_wildcard(host) else listener.address())
 
     def open(self, loop):
         """Set the loop. If the port is bound, begin to accept clients."""
@@ -8546,7 +8542,7 @@ class ProxyServer:
         self.set_backend_address(backend)
         was_enabled, self.enabled = self.enabled, enabled
         if listener:
-            self.set_listener(local, listener)
+            self.set_listener(listener)
             self.open(self.loop)
         elif not enabled and local != self.local:
             self.local, self.listen = local, format_address(local)
@@ -8587,7 +8583,7 @@ class ProxyServer:
         if is_tls:      # read the CAs now, because that takes milliseconds; the context is kept
             self.tls.connect_context()
         self.backend = backend
-        self.addresses = resolve_numeric(backend)       # None if a resolver is needed
+        self.addresses = resolve_numeric(backend)       # empty if a resolver is needed
 
     def resolve_backend(self, on_resolved):
         """Resolve the backend's name in a thread, then call on_resolved(addresses, error).
@@ -8901,7 +8897,7 @@ class ProxyServer:
         log.info("%s%s: connection %d, request %d%s%s", self.log_prefix,
                  rule.describe_fault(active.drawn_options), connection.number, request,
                  record.text and ", " + record.text,
-                 "" if is_loopback(connection.peer) else " (client %s)" % connection.name,
+                 "" if is_loopback(connection.peer[0]) else " (client %s)" % connection.name,
                  extra={"fault": record})
 
     def record_change(self, rule, change):
@@ -10558,7 +10554,7 @@ class Control:
         self.thread = threading.Thread(target=self.loop.run, name="control", daemon=True)
         self.thread.start()
         log.info("control on %s", self.listener)
-        only_loopback = all(is_loopback(sock.getsockname()) for sock in self.listener.sockets)
+        only_loopback = all(is_loopback(sock.getsockname()[0]) for sock in self.listener.sockets)
         if not self.token and not only_loopback:
             log.warning(
                 "control: the control server on %s is open to everyone: a client that reaches it "
@@ -10642,8 +10638,7 @@ class Control:
         is_bracketed = name.startswith("[") and name.endswith("]")      # an IPv6 address
         address = name[1:-1] if is_bracketed else name
         # IP addresses have only these characters, and 45 of them at most.
-        return (re.fullmatch("[0-9a-f.:]{1,45}", address) is not None
-                and resolve_numeric((address, 0)) is not None)
+        return bool(re.fullmatch("[0-9a-f.:]{1,45}", address) and resolve_numeric((address, 0)))
 
     # Clients
 
