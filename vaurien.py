@@ -12959,24 +12959,22 @@ def report_faults(proxy):
 # with the end of a sentence ("must be ..."). SourcedText begins the sentence with the source of
 # the text, like "--local".
 #
-# To add a setting, add a line to SETTINGS. Its scope is one of:
-#
-#   proxy         a value for each proxy, passed to ProxyServer under the setting's name
-#   shared        as `proxy`; the value in [vaurien] is the default of all proxies, and
-#                 ProxyTable gets it for later ones
-#   process       one value, which `prepare` applies
-#   command line  one value that the file cannot set
+# To add a setting, add a line to SETTINGS.
 
 # flags      the flags on the command line. Without the leading dashes, they are the keys of the
 #            ini file
+# scope      proxy           a value for each proxy, passed to ProxyServer under the setting's name
+#            shared          as `proxy`; the value in [vaurien] is the default of all proxies, and
+#                            ProxyTable gets it for later ones
+#            process         one value, which `prepare` applies
+#            command line    one value that the file cannot set
 # default    the text that is parsed if the setting is not given. None: the value is None
 # check      the function that parses the text
 # metavar    the name of the value in the help. None: the flag takes no value, and the key of the
 #            ini file takes yes or no. With " ..." at its end, the flag may be given several
 #            times, and the text has a line for each of them
 # help       the text for --help
-# scope      one of the scopes above
-Setting = namedtuple("Setting", "flags default check metavar help scope")
+Setting = namedtuple("Setting", "flags scope default check metavar help")
 
 
 def check_host(text):
@@ -13066,101 +13064,84 @@ def make_text_toxic(type_, name, texts, fields=()):
     return make_toxic(type_, name, fields, attributes)
 
 
-# name, Setting(flags, default, check, metavar, help, scope)
-SETTINGS = OrderedDict((
-    ("config", Setting(("--config",), None, check_file, "FILE",
-                       "ini file, or Toxiproxy's JSON; options of the command line override it",
-                       "command line")),
-    ("local", Setting(("--local", "--proxy"), "localhost:8000", parse_listener, "HOST:PORT",
-                      "address to listen on; port 0 picks a free one", "proxy")),
-    ("distant", Setting(("--distant", "--backend"), "localhost:80", parse_backend, "HOST:PORT",
-                        "address of the backend, or tls://HOST:PORT", "proxy")),
-    ("behavior", Setting(("--behavior",), "100:dummy", check_behavior, "PERCENT:HANDLER,...",
-                         "handlers, and the percentage of requests that each acts on", "proxy")),
-    ("toxics", Setting(("--fault",), None, check_faults, "HANDLER ...",
-                       "a handler beside the behavior, with options and rule fields, like "
-                       "\"error percent=20 kind=503\"; repeat --fault for faults that add up",
-                       "proxy")),
-    ("network", Setting(("--network",), None, check_network, "PROFILE",
-                        "latency, data rate and packet loss of a network like 3g, dsl or "
-                        "satellite, beside the behavior: see --help network", "proxy")),
-    ("protocol", Setting(("--protocol",), "tcp", check_protocol, "NAME",
-                         "application protocol: " + ", ".join(PROTOCOLS), "proxy")),
-    ("overwrite_host_header", Setting(("--protocol-http-overwrite-host-header",), "yes",
-                                      check_yes_no, "YES|NO",
-                                      "with --protocol http: replace the Host header with the "
-                                      "backend's address", "proxy")),
-    ("accept", Setting(("--accept",), "normal", check_accept, "MODE",
-                       "new connects: normal, refuse (they fail) or drop (they time out); or, "
-                       "for some seconds, \"refuse duration=5\"", "proxy")),
-    ("max_connections", Setting(("--max-connections",), "0", check_count, "N",
-                                "clients to serve at a time; 0 is no limit", "proxy")),
-    *(("tls_" + name, Setting(("--tls-" + name.replace("_", "-"),), None, *field, "proxy"))
+SETTINGS = OrderedDict((name, Setting(flags.split(), *others)) for name, flags, *others in [
+    ("config", "--config", "command line", None, check_file, "FILE",
+     "ini file, or Toxiproxy's JSON; options of the command line override it"),
+    ("local", "--local --proxy", "proxy", "localhost:8000", parse_listener, "HOST:PORT",
+     "address to listen on; port 0 picks a free one"),
+    ("distant", "--distant --backend", "proxy", "localhost:80", parse_backend, "HOST:PORT",
+     "address of the backend, or tls://HOST:PORT"),
+    ("behavior", "--behavior", "proxy", "100:dummy", check_behavior, "PERCENT:HANDLER,...",
+     "handlers, and the percentage of requests that each acts on"),
+    ("toxics", "--fault", "proxy", None, check_faults, "HANDLER ...",
+     "a handler beside the behavior, with options and rule fields, like \"error percent=20 "
+     "kind=503\"; repeat --fault for faults that add up"),
+    ("network", "--network", "proxy", None, check_network, "PROFILE",
+     "latency, data rate and packet loss of a network like 3g, dsl or satellite, beside the "
+     "behavior: see --help network"),
+    ("protocol", "--protocol", "proxy", "tcp", check_protocol, "NAME",
+     "application protocol: " + ", ".join(PROTOCOLS)),
+    ("overwrite_host_header", "--protocol-http-overwrite-host-header", "proxy", "yes",
+     check_yes_no, "YES|NO",
+     "with --protocol http: replace the Host header with the backend's address"),
+    ("accept", "--accept", "proxy", "normal", check_accept, "MODE",
+     "new connects: normal, refuse (they fail) or drop (they time out); or, for some seconds, "
+     "\"refuse duration=5\""),
+    ("max_connections", "--max-connections", "proxy", "0", check_count, "N",
+     "clients to serve at a time; 0 is no limit"),
+    *(("tls_" + name, "--tls-" + name.replace("_", "-"), "proxy", None, *field)
       for name, field in TLS_FIELDS.items()),
-    ("tls-ca-out", Setting(("--tls-ca-out",), None, check_file, "FILE",
-                           "write the CA of tls-cert auto to this PEM file", "process")),
-    ("seed", Setting(("--seed",), None, check_count, "N",
-                     "the same seed gives the same faults; by default, a seed is drawn and logged",
-                     "shared")),
-    ("timeout", Setting(("--timeout",), "30", check_timeout, "SECONDS",
-                        "time limit for connecting to the backend, all its addresses together",
-                        "shared")),
-    ("http", Setting(("--http",), "no", check_yes_no, None, "start the HTTP control server",
-                     "process")),
-    ("http-host", Setting(("--http-host",), "localhost", check_host, "HOST",
-                          "address of the control server", "process")),
-    ("http-port", Setting(("--http-port",), "8080", check_port, "PORT",
-                          "port of the control server; 0 picks a free one", "process")),
-    ("http-token", Setting(("--http-token",), None, check_token, "TOKEN",
-                           "clients must send the header Authorization: Bearer TOKEN; other "
-                           "users cannot see the token in $%s" % TOKEN_VARIABLE, "process")),
-    ("http-name", Setting(("--http-name",), None, check_names, "NAME,...",
-                          "names to accept in the Host header, besides addresses, --http-host, "
-                          "names without a dot, and names under %s"
-                          % ", ".join(UNREBINDABLE), "process")),
-    ("statsd", Setting(("--statsd",), None, parse_address, "HOST:PORT",
-                       "StatsD server that gets all counts, by UDP, each second", "process")),
-    ("record", Setting(("--record",), None, check_file, "FILE",
-                       "write each fault to this file, for --replay", "process")),
-    ("replay", Setting(("--replay",), None, check_file, "FILE",
-                       "make the faults of a file of --record again, on the same connections and "
-                       "requests, whatever the percentages say", "process")),
-    ("log-level", Setting(("--log-level",), "info", check_log_level, "LEVEL",
-                          "lowest level to log: debug, info, warning, error or critical",
-                          "process")),
-    ("log-output", Setting(("--log-output",), "-", check_file, "FILE",
-                           "file to log to; - is stderr", "process")),
-    ("log-format", Setting(("--log-format",), "text", choice_check(*LOG_FORMATTERS), "FORMAT",
-                           "text, or json: one object in each line; that of a fault has the "
-                           "fault record", "process")),
-    ("attached", Setting(("--attached",), "no", check_yes_no, None,
-                         "for supervisors: print \"ready\" on stdout when the proxies listen, "
-                         "and exit when stdin closes", "command line")),
-))
+    ("tls-ca-out", "--tls-ca-out", "process", None, check_file, "FILE",
+     "write the CA of tls-cert auto to this PEM file"),
+    ("seed", "--seed", "shared", None, check_count, "N",
+     "the same seed gives the same faults; by default, a seed is drawn and logged"),
+    ("timeout", "--timeout", "shared", "30", check_timeout, "SECONDS",
+     "time limit for connecting to the backend, all its addresses together"),
+    ("http", "--http", "process", "no", check_yes_no, None, "start the HTTP control server"),
+    ("http-host", "--http-host", "process", "localhost", check_host, "HOST",
+     "address of the control server"),
+    ("http-port", "--http-port", "process", "8080", check_port, "PORT",
+     "port of the control server; 0 picks a free one"),
+    ("http-token", "--http-token", "process", None, check_token, "TOKEN",
+     "clients must send the header Authorization: Bearer TOKEN; other users cannot see the token "
+     "in $" + TOKEN_VARIABLE),
+    ("http-name", "--http-name", "process", None, check_names, "NAME,...",
+     "names to accept in the Host header, besides addresses, --http-host, names without a dot, "
+     "and names under " + ", ".join(UNREBINDABLE)),
+    ("statsd", "--statsd", "process", None, parse_address, "HOST:PORT",
+     "StatsD server that gets all counts, by UDP, each second"),
+    ("record", "--record", "process", None, check_file, "FILE",
+     "write each fault to this file, for --replay"),
+    ("replay", "--replay", "process", None, check_file, "FILE",
+     "make the faults of a file of --record again, on the same connections and requests, "
+     "whatever the percentages say"),
+    ("log-level", "--log-level", "process", "info", check_log_level, "LEVEL",
+     "lowest level to log: debug, info, warning, error or critical"),
+    ("log-output", "--log-output", "process", "-", check_file, "FILE",
+     "file to log to; - is stderr"),
+    ("log-format", "--log-format", "process", "text", choice_check(*LOG_FORMATTERS), "FORMAT",
+     "text, or json: one object in each line; that of a fault has the fault record"),
+    ("attached", "--attached", "command line", "no", check_yes_no, None,
+     "for supervisors: print \"ready\" on stdout when the proxies listen, and exit when stdin "
+     "closes"),
+])
 
 
-def derive_settings(scopes, changes=None, without=()):
-    """Return the SETTINGS with one of these scopes, and those named in `changes`.
-
-    changes    {name of a setting: {attribute of the Setting: its new value}}
-    without    names of settings to leave out
-    """
-    changes = changes or {}
-    return OrderedDict((name, setting._replace(**changes.get(name, {})))
-                       for name, setting in SETTINGS.items()
-                       if (setting.scope in scopes or name in changes) and name not in without)
+def with_scope(settings, *scopes):
+    """Return the settings that have one of these scopes."""
+    return OrderedDict((name, setting) for name, setting in settings.items()
+                       if setting.scope in scopes)
 
 
-TLS_SETTINGS = OrderedDict((name, setting) for name, setting in SETTINGS.items()
-                           if name.startswith("tls"))
-PROXY_SETTINGS = derive_settings(("proxy", "shared"))
-SHARED_SETTINGS = derive_settings(("shared",))
-FILE_SETTINGS = derive_settings(("proxy", "shared", "process"))
-# The flags and the port are Toxiproxy's. The control server always runs, so --http is left out.
-SERVE_SETTINGS = derive_settings(("shared", "process", "command line"), changes={
-    "http-host": {"flags": ("--http-host", "--host")},
-    "http-port": {"flags": ("--http-port", "--port"), "default": "8474"},
-}, without=["http"])
+SHARED_SETTINGS = with_scope(SETTINGS, "shared")
+PROXY_SETTINGS = with_scope(SETTINGS, "proxy", "shared")
+FILE_SETTINGS = with_scope(SETTINGS, "proxy", "shared", "process")
+SERVE_SETTINGS = with_scope(SETTINGS, "shared", "process", "command line")
+del SERVE_SETTINGS["http"]      # the control server always runs
+# The flags and the port of Toxiproxy
+SERVE_SETTINGS["http-host"] = SETTINGS["http-host"]._replace(flags=["--http-host", "--host"])
+SERVE_SETTINGS["http-port"] = SETTINGS["http-port"]._replace(
+    flags=["--http-port", "--port"], default="8474")
 ADDRESS_SETTINGS = {"local", "distant"}
 
 # The metavar of a handler's option, by the option's type
@@ -13212,30 +13193,28 @@ class Parser(argparse.ArgumentParser):
     It raises ValueError for a wrong command line instead of exiting the process.
     """
 
-    def __init__(self, settings, **kwargs):
+    def __init__(self, settings, prog):
         # "resolve": if options of two handlers have the same spelling, the later handler gets it.
-        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                         conflict_handler="resolve",
-                         formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().__init__(prog=prog, add_help=False, allow_abbrev=False,
+                         argument_default=argparse.SUPPRESS, conflict_handler="resolve")
+        self.settings = settings
         self.add_argument("--version", action="version", version="vaurien " + __version__)
-        self.flags = [flag for setting in settings.values() for flag in setting.flags]
+        self.add_argument("-h", "--help", nargs="?", const="")
         for name, setting in settings.items():
-            if setting.metavar:
-                self.add_argument(*setting.flags, dest=name, metavar=setting.metavar,
-                                  action=AppendLine if setting.metavar.endswith(" ...") else
-                                  "store")
-            else:
+            if not setting.metavar:
                 self.add_argument(*setting.flags, dest=name, action="store_const", const="yes")
+            elif setting.metavar.endswith(" ..."):
+                self.add_argument(*setting.flags, dest=name, action=AppendLine)
+            else:
+                self.add_argument(*setting.flags, dest=name)
 
     def error(self, message):
         raise ValueError("%s (see %s --help)" % (message, self.prog))
 
-    def parse_all(self, argv):
-        """Return the values of a command line: {name: text}. Raises ValueError."""
-        values, unknown = self.parse_known_args(argv)
-        if unknown:
-            self.refuse(unknown)
-        return vars(values)
+    def read_settings(self, values):
+        """Return the settings among the values of a command line: {name: SourcedText}."""
+        return {name: SourcedText(setting.flags[0], values[name])
+                for name, setting in self.settings.items() if name in values}
 
     def refuse(self, unknown):
         """Raise ValueError for unknown arguments. It says what the first of them may mean."""
@@ -13246,8 +13225,11 @@ class Parser(argparse.ArgumentParser):
             # One of these raises ValueError, because the option is unknown.
             SourcedText(flag, name).parse(import_handler)
             SourcedText(flag, "").parse(check_handler_option, name, option)
+        flags = ["--version", "--help"]
+        for setting in self.settings.values():
+            flags += setting.flags
         self.error("unrecognized arguments: %s%s" % (
-            " ".join(unknown), did_you_mean(flag, self.flags)))
+            " ".join(unknown), did_you_mean(flag, flags)))
 
     def add_handler_options(self):
         """Add the flags of all handlers: their options, and the rule fields."""
@@ -13330,7 +13312,8 @@ def protocol_help(class_):
         lines += ["", "options for TLS between the proxy and its clients (--tls-cert and those "
                   "below it),", "and with a backend of --distant tls://HOST:PORT (--tls-ca and "
                   "those below it):", *format_rows(
-                      [setting_row(setting) for setting in TLS_SETTINGS.values()])]
+                      [setting_row(setting) for name, setting in SETTINGS.items()
+                       if name.startswith("tls")])]
     return "\n".join(lines)
 
 
@@ -13389,17 +13372,23 @@ def check_handler_option(handler_name, option, text):
         check_option(handler_name, option, text)
 
 
-# The content of the command line and of the --config file. Settings and options are text that has
-# been checked.
-#
-#   arguments    settings of the command line: {setting: SourcedText}
-#   main         settings of the section [vaurien]: {setting: SourcedText}
-#   sections     settings of the sections [proxy:NAME]: {proxy name: {setting: SourcedText}}
-#   options      options and rule fields of the handlers: {handler name: {option: SourcedText}}
-#   toxics       toxics of the sections [toxic:NAME]: [(Toxic, proxy name)]. The proxy name is a
-#                SourcedText, or None if the section has none.
-#   json         SourcedText of the whole file if it is JSON, not checked yet, otherwise None
-ParsedConfig = namedtuple("ParsedConfig", "arguments main sections options toxics json")
+class ParsedConfig:
+    """The content of the command line and of the --config file.
+
+    Settings and options are SourcedTexts that have been checked.
+    """
+
+    def __init__(self):
+        self.arguments = {}     # settings of the command line: {setting: text}
+        self.main = {}          # settings of the section [vaurien]: {setting: text}
+        self.sections = OrderedDict()   # [proxy:NAME]: {proxy name: {setting: text}}
+        self.options = {}       # options and rule fields: {handler name: {option: text}}
+        self.toxics = []        # [toxic:NAME]: [(Toxic, proxy name as SourcedText or None)]
+        self.json = None        # the text of the whole file if it is JSON, not checked yet
+
+    def global_settings(self):
+        """Return the settings outside the sections of proxies: {setting: text}."""
+        return ChainMap(self.arguments, self.main)
 
 
 def read_arguments(argv, settings, prog="vaurien", introduction=""):
@@ -13412,23 +13401,23 @@ def read_arguments(argv, settings, prog="vaurien", introduction=""):
     checks import the user's handlers. The second pass knows the options of these handlers. If
     the command line asks for help, this prints the help and raises SystemExit.
     """
-    parser = Parser(settings, add_help=False, prog=prog)
-    parser.add_argument("-h", "--help", nargs="?", const="")
-    known = vars(parser.parse_known_args(argv)[0])
-    help_topic = known.pop("help", None)
-    arguments = {name: SourcedText(settings[name].flags[0], text)
-                 for name, text in known.items()}
-    if "config" in arguments:
-        config = read_config(arguments["config"].parse(check_file))._replace(arguments=arguments)
-    else:
-        config = ParsedConfig(arguments, main={}, sections={}, options={}, toxics=[], json=None)
+    parser = Parser(settings, prog)
+    values = vars(parser.parse_known_args(argv)[0])
+    arguments = parser.read_settings(values)
+    config = (read_config(arguments["config"].parse(check_file)) if "config" in arguments else
+              ParsedConfig())
+    config.arguments = arguments
     check_settings(config, ChainMap(settings, SETTINGS))
-    if help_topic is not None:
-        print_safe(SourcedText("--help", help_topic).parse(topic_help) if help_topic else
+    if "help" in values:
+        topic = values["help"]
+        print_safe(SourcedText("--help", topic).parse(topic_help) if topic else
                    command_help(prog, introduction, settings), sys.stdout)
         raise SystemExit(0)
     parser.add_handler_options()
-    for name, text in parser.parse_all(argv).items():
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.refuse(unknown)
+    for name, text in vars(namespace).items():
         # The name is a setting, or HANDLER.OPTION. HANDLER may be a dotted path.
         handler_name, dot, option = name.rpartition(".")
         if dot:
@@ -13455,36 +13444,36 @@ def read_config(path):
         raise ValueError("cannot read %s: %s" % (path, reason)) from None
     # JSON begins with {, [{ or []. No ini file begins like this.
     if re.match(r"\s*(\{|\[\s*[]{])", text):
-        return ParsedConfig(arguments={}, main={}, sections={}, options={}, toxics=[],
-                            json=SourcedText("cannot read %s:" % path, text))
+        config = ParsedConfig()
+        config.json = SourcedText("cannot read %s:" % path, text)
+        return config
     return read_ini(path, text)
 
 
 def read_ini(path, text):
     """Return the ParsedConfig of an ini file, and import its handlers. Raises ValueError."""
-    sections, options, toxic_sections = OrderedDict(), {}, OrderedDict()
+    config, toxic_sections = ParsedConfig(), OrderedDict()
     for title, texts in parse_ini(path, text):
         source = "%s: [%s]" % (path, title)
         kind, _, name = (part.strip() for part in title.partition(":"))
         if title.strip() == "vaurien":
             # [vaurien] and [proxy:vaurien] would define the same proxy: set_once refuses this.
-            set_once(sections, "vaurien", source, settings_by_name(texts, FILE_SETTINGS))
+            set_once(config.sections, "vaurien", source, settings_by_name(texts, FILE_SETTINGS))
         elif kind == "proxy" and name:
-            set_once(sections, name, source, settings_by_name(texts, PROXY_SETTINGS))
+            set_once(config.sections, name, source, settings_by_name(texts, PROXY_SETTINGS))
         elif kind in ("handler", "behavior") and name:
-            read_ini_handler(name, source, texts, options)
+            read_ini_handler(name, source, texts, config.options)
         elif kind == "toxic" and name:
             set_once(toxic_sections, name, source, texts)
         else:
             raise ValueError("%s is not a section%s: there are [vaurien], [proxy:NAME], "
                              "[handler:NAME] and [toxic:NAME]" % (source, did_you_mean(
                                  kind, ["vaurien", "proxy", "handler", "toxic"])))
+    config.main = config.sections.pop("vaurien", {})
     # A toxic may use a handler that a later section imports, so toxics are read last.
-    toxics = [read_ini_toxic(name, "%s: [toxic:%s]" % (path, name), texts)
-              for name, texts in toxic_sections.items()]
-    main = sections.pop("vaurien", {})
-    return ParsedConfig(arguments={}, main=main, sections=sections, options=options,
-                        toxics=toxics, json=None)
+    config.toxics = [read_ini_toxic(name, "%s: [toxic:%s]" % (path, name), texts)
+                     for name, texts in toxic_sections.items()]
+    return config
 
 
 def parse_ini(path, text):
@@ -13612,23 +13601,19 @@ def proxy_settings(config, needs_one):
     --local and --distant apply to [vaurien] if it is a proxy, otherwise to the only
     [proxy:NAME] section. Raises ValueError if there are several such sections.
     """
-    arguments, main, sections = config.arguments, config.main, config.sections
-    has_main_proxy = main_is_proxy(config, needs_one)
-    section_arguments = arguments
-    if has_main_proxy or len(sections) > 1:
-        section_arguments = {name: text for name, text in arguments.items()
-                             if name not in ADDRESS_SETTINGS}
-    if len(sections) > 1 and not has_main_proxy and ADDRESS_SETTINGS & set(arguments):
+    settings, arguments, shared = OrderedDict(), config.arguments, set(SHARED_SETTINGS)
+    if main_is_proxy(config, needs_one):
+        settings["vaurien"] = config.global_settings()
+        arguments = {name: text for name, text in arguments.items()
+                     if name not in ADDRESS_SETTINGS}
+    elif len(config.sections) > 1 and ADDRESS_SETTINGS & set(arguments):
         raise ValueError("--local and --distant are ambiguous: the file has the proxies %s"
-                         % ", ".join(sections))
-    shared_names = set(SHARED_SETTINGS) | (
-        set() if has_main_proxy else {"behavior", "network", "toxics"})
-    shared = {name: text for name, text in main.items() if name in shared_names}
-    settings = OrderedDict()
-    if has_main_proxy:
-        settings["vaurien"] = ChainMap(arguments, main)
-    for name, section in sections.items():
-        settings[name] = ChainMap(section_arguments, section, shared)
+                         % ", ".join(config.sections))
+    else:
+        shared |= {"behavior", "network", "toxics"}
+    defaults = {name: text for name, text in config.main.items() if name in shared}
+    for name, section in config.sections.items():
+        settings[name] = ChainMap(arguments, section, defaults)
     return settings
 
 
@@ -13637,12 +13622,10 @@ def make_proxies(config, needs_one=True):
 
     needs_one    whether to make a proxy with the default addresses if none is configured
     """
-    shared = resolve_settings(ChainMap(config.arguments, config.main), SHARED_SETTINGS)
-    proxies = ProxyTable(**shared)
+    proxies = ProxyTable(**resolve_settings(config.global_settings(), SHARED_SETTINGS))
     for name, texts in proxy_settings(config, needs_one).items():
         values = resolve_settings(texts, PROXY_SETTINGS)
-        values["toxics"] = values["toxics"] or []
-        add_network(values.pop("network"), values["toxics"])
+        values["toxics"] = add_network(values.pop("network"), values["toxics"] or [])
         if values["seed"] is None:
             values["seed"] = proxies.shared["seed"]     # which ProxyTable has drawn
         values["tls"] = {field: values.pop("tls_" + field) for field in TLS_FIELDS}
@@ -13652,22 +13635,23 @@ def make_proxies(config, needs_one=True):
             section = "" if name == "vaurien" else "[proxy:%s] " % name
             raise ValueError("%s%s" % (section, error)) from None
     if config.json:
-        for name, text in config.arguments.items() if not proxies else ():
-            if SETTINGS[name].scope == "proxy":
-                raise ValueError("%s has no effect on the proxies of a JSON file, which have "
-                                 "toxics of their own" % text.source)
+        unused = [text.source for name, text in config.arguments.items()
+                  if SETTINGS[name].scope == "proxy"]
+        if unused and not proxies:
+            raise ValueError("%s has no effect on the proxies of a JSON file, which have toxics "
+                             "of their own" % unused[0])
         read_json_proxies(config.json, proxies)
     attach_toxics(proxies, config.toxics)
     return proxies
 
 
 def add_network(profile, toxics):
-    """Add the toxic of the setting `network` to a list of toxics. The profile may be None."""
-    if profile and "network" in [toxic.name for toxic in toxics]:
+    """Return the toxics after the one of the setting `network`, whose profile may be None."""
+    if not profile:
+        return toxics
+    if "network" in [toxic.name for toxic in toxics]:
         raise ValueError("the fault network needs another name, because --network has it")
-    if profile:
-        toxics.insert(0, make_toxic("network", "network", {"stream": "both"},
-                                    {"profile": profile}))
+    return [make_toxic("network", "network", {"stream": "both"}, {"profile": profile}), *toxics]
 
 
 def option_texts(config):
@@ -13677,22 +13661,24 @@ def option_texts(config):
 
 
 def unused_options(config, used):
-    """Return the sources of options in the file that have no effect.
+    """Return the sources of the options in the file that have no effect.
 
-    used    names of the handlers of all behaviors. An option of another handler has no effect
+    used    names of the handlers of all behaviors: options of other handlers have no effect
 
     Raises ValueError if an option of the command line has no effect. In a file, which may serve
     several command lines, it deserves only a warning.
     """
-    sources = []
+    unused = []
     for name, options in config.options.items():
-        for option, sourced in options.items() if name not in used else ():
+        if name in used:
+            continue
+        for option, sourced in options.items():
             if sourced.source.startswith("--"):
                 raise ValueError(
                     "%s has no effect: add %s to the behavior, like --behavior 20:%s, or use "
                     "--fault %s.%s=%s" % (sourced.source, name, name, name, option, sourced.text))
-            sources.append(sourced.source)
-    return sources
+            unused.append(sourced.source)
+    return unused
 
 
 def read_json_proxies(json_text, proxies):
@@ -13802,7 +13788,7 @@ def handle_signals(loop):
         signums.append(signal.SIGHUP)
     for signum in signums:
         signal.signal(signum, lambda *_: loop.stop())
-    SEARCH_LIMIT.enable()
+    SEARCH_LIMIT.enable()       # its timer sends a signal too
     # On Windows a signal does not interrupt select().
     signal.set_wakeup_fd(loop.wakeup_send.fileno())
 
@@ -13870,7 +13856,7 @@ def proxy_command(argv):
     config = read_arguments(argv, SETTINGS, "vaurien", PROXY_INTRODUCTION)
     values = resolve_process_settings(config, SETTINGS)
     if not values["http"]:
-        for name, text in ChainMap(config.arguments, config.main).items():
+        for name, text in config.global_settings().items():
             if name.startswith("http-"):
                 raise ValueError("%s needs --http" % text.source)
     proxies = make_proxies(config)
@@ -13901,8 +13887,7 @@ def from_go_spelling(argv):
 
 def resolve_process_settings(config, settings):
     """Return the values of the settings that apply to the whole process: {name: value}."""
-    return resolve_settings(ChainMap(config.arguments, config.main), {
-        name: setting for name, setting in settings.items() if setting.scope == "process"})
+    return resolve_settings(config.global_settings(), with_scope(settings, "process"))
 
 
 def prepare(config, proxies, values, dialect=VAURIEN_1):
@@ -13988,20 +13973,20 @@ times."""
 DEMO_NEXT_STEP = """\
 Next: try --behavior 20:error, or put vaurien in front of a backend of your own:
 vaurien --local localhost:8000 --distant HOST:PORT --behavior 20:delay"""
-DEMO_SETTINGS = derive_settings(scopes=(), changes={
-    "behavior": {"default": "20:delay"},
-    "seed": {"default": "2", "help": "the same seed gives the same faults"},
-})
-DEMO_SETTINGS["requests"] = Setting(
-    ("--requests",), "120",
-    number_check(int, "a whole number from 10 to 1000", lambda count: 10 <= count <= 1000),
-    "N", "number of requests to make", "process")
+DEMO_SETTINGS = OrderedDict((
+    ("behavior", SETTINGS["behavior"]._replace(default="20:delay")),
+    ("seed", SETTINGS["seed"]._replace(default="2", help="the same seed gives the same faults")),
+    ("requests", Setting(
+        ["--requests"], "process", "120",
+        number_check(int, "a whole number from 10 to 1000", lambda count: 10 <= count <= 1000),
+        "N", "number of requests to make")),
+))
 
-# The bars of the histogram. Each one ends at its limit, in seconds; the last one has none.
-BAR_LIMITS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
-BAR_LABELS = ("under 1 ms", "1 - 2 ms", "2 - 5 ms", "5 - 10 ms", "10 - 20 ms", "20 - 50 ms",
-              "50 - 100 ms", "100 - 200 ms", "200 - 500 ms", "0.5 - 1 s", "1 - 2 s", "2 - 5 s",
-              "over 5 s")
+# The bars of the histogram: (the end of its range in seconds, its label)
+BARS = ((0.001, "under 1 ms"), (0.002, "1 - 2 ms"), (0.005, "2 - 5 ms"), (0.01, "5 - 10 ms"),
+        (0.02, "10 - 20 ms"), (0.05, "20 - 50 ms"), (0.1, "50 - 100 ms"), (0.2, "100 - 200 ms"),
+        (0.5, "200 - 500 ms"), (1, "0.5 - 1 s"), (2, "1 - 2 s"), (5, "2 - 5 s"),
+        (math.inf, "over 5 s"))
 HISTOGRAM_WIDTH = 70                # columns of a label and its bar together
 PROGRESS_WIDTH = 40                 # columns of the progress bar
 
@@ -14161,8 +14146,7 @@ def format_histogram(outcomes):
     failure_counts = Counter(outcome.failure for outcome in outcomes if outcome.failure)
     rows = []
     if counts:
-        rows += [(BAR_LABELS[index], counts[index])
-                 for index in range(min(counts), max(counts) + 1)]
+        rows += [(BARS[index][1], counts[index]) for index in range(min(counts), max(counts) + 1)]
     rows += sorted(failure_counts.items())
     label_width = max(len(label) for label, _ in rows)
     longest_bar = max(count for _, count in rows)
@@ -14177,7 +14161,7 @@ def format_histogram(outcomes):
 
 def bar_index(seconds):
     """Return the index of the bar that counts a response time."""
-    return sum(seconds >= limit for limit in BAR_LIMITS)
+    return sum(seconds >= end for end, _ in BARS)
 
 
 def summarize(outcomes, faults):
@@ -14246,11 +14230,37 @@ examples:
   vaurienctl --proxy redis add-toxic latency name=slow latency=200 stream=upstream
   vaurienctl --host http://localhost:8474 proxies"""
 
+
+def parse_host(text):
+    """Parse SCHEME://HOST:PORT into (host, port, scheme). Raises ValueError.
+
+    Each part may be left out. The defaults are http, localhost and 8080.
+    """
+    scheme, _, address = text.rpartition("://")
+    address = address.rstrip("/")
+    if not re.search(r":\d+$", address):
+        address += ":8080"
+    host, port = parse_address(address)
+    if scheme not in ("", "http", "https"):
+        raise ValueError("must be http://HOST:PORT, not %r" % text)
+    return host or "localhost", port, scheme or "http"
+
+
+CTL_SETTINGS = OrderedDict((
+    ("host", Setting(["--host"], "command line", "http://localhost:8080", parse_host, "URL",
+                     "URL of the control server")),
+    ("proxy", Setting(["--proxy"], "command line", None, str, "NAME",
+                      "name of the proxy (default: the first one)")),
+    ("http-token", Setting(["--http-token"], "command line", None, str, "TOKEN",
+                           "token of the control server (default: $%s)" % TOKEN_VARIABLE)),
+))
+
 # function    takes a Client and the arguments of the action; returns the text to print
 # arguments   the arguments, for the help
 # help        the text for --help
-# check       raises ValueError if the list of arguments is wrong
+# check       raises ValueError if the list of arguments is wrong. By default, it accepts all
 Action = namedtuple("Action", "function arguments help check")
+Action.__new__.__defaults__ = (list,)
 
 
 def check_handler_fields(texts):
@@ -14327,13 +14337,9 @@ def ctl_proxies(client):
     return "\n".join(lines)
 
 
-def toxics_path(client):
-    return "/proxies/%s/toxics" % urls.quote(client.request("GET", "/proxy")["name"], safe="")
-
-
-def put_toxics_of(client, toxics):
+def send_toxics(client, toxics):
     """Replace the toxics. `PUT` refuses unknown keys, which Toxiproxy's other routes ignore."""
-    client.request("PUT", toxics_path(client), toxics)
+    client.request("PUT", client._proxy_path() + "/toxics", toxics)
 
 
 def set_toxic_fields(toxic, fields):
@@ -14360,7 +14366,7 @@ def ctl_add_toxic(client, type_, *fields):
     toxic = {"type": type_, "attributes": {}}
     set_toxic_fields(toxic, texts)
     toxics = client.list_toxics()
-    put_toxics_of(client, [*toxics, toxic])
+    send_toxics(client, [*toxics, toxic])
     added = {toxic["name"] for toxic in client.list_toxics()}
     added -= {toxic["name"] for toxic in toxics}
     return changed(client, "Toxic added: %s" % ", ".join(added))
@@ -14378,25 +14384,15 @@ def find_toxic(toxics, name):
 def ctl_update_toxic(client, name, *fields):
     toxics = client.list_toxics()
     set_toxic_fields(find_toxic(toxics, name), parse_assignments(fields))
-    put_toxics_of(client, toxics)
+    send_toxics(client, toxics)
     return changed(client, "Toxic changed: %s" % name)
 
 
 def ctl_remove_toxic(client, name):
     toxics = client.list_toxics()
     toxics.remove(find_toxic(toxics, name))
-    put_toxics_of(client, toxics)
+    send_toxics(client, toxics)
     return changed(client, "Toxic removed: %s" % name)
-
-
-def ctl_enable(client):
-    client.enable()
-    return changed(client, "Enabled")
-
-
-def ctl_disable(client):
-    client.disable()
-    return changed(client, "Disabled")
 
 
 def ctl_close(client, number, how="close"):
@@ -14405,56 +14401,49 @@ def ctl_close(client, number, how="close"):
     return changed(client, "Connection %s: %s" % (number, "reset" if reset else "closed"))
 
 
-def ctl_reset(client):
-    client.reset()
-    return changed(client, "Reset")
+def change_action(method, text):
+    """Return the function of an action that calls a method without arguments."""
+    def function(client):
+        method(client)
+        return changed(client, text)
+    return function
 
 
 def json_lines(values):
     return "\n".join(map(json.dumps, values))
 
 
-def ctl_handlers(client):
-    return ", ".join(client.list_handlers())
-
-
-def check_toxic_fields(texts):
-    parse_assignments(texts[1:])
-
-
-CTL_ACTIONS = OrderedDict((
-    ("rules", Action(ctl_rules, "", "print the rules: behavior and toxics", list)),
-    ("set-handler", Action(ctl_set_handler, "HANDLER [NAME=VALUE ...]",
-                           "set the only rule; NAME is an option or a rule field",
-                           check_handler_fields)),
-    ("set-rules", Action(ctl_set_rules, "PERCENT:HANDLER [NAME=VALUE ...] ...",
-                         "set several rules", parse_rule_texts)),
-    ("get-handler", Action(Client.get_handler, "", "print the name of the active handler", list)),
-    ("list-handlers", Action(ctl_handlers, "", "print the names of all handlers", list)),
-    ("toxics", Action(lambda client: json_lines(client.list_toxics()), "",
-                      "print the toxics, as JSON", list)),
-    ("add-toxic", Action(ctl_add_toxic, "TYPE [NAME=VALUE ...]",
-                         "add a toxic; NAME is also name, stream or toxicity",
-                         parse_rule_words)),
-    ("update-toxic", Action(ctl_update_toxic, "TOXIC NAME=VALUE ...",
-                            "change the toxicity or options of a toxic", check_toxic_fields)),
-    ("remove-toxic", Action(ctl_remove_toxic, "TOXIC", "remove a toxic", list)),
-    ("enable", Action(ctl_enable, "", "listen again", list)),
-    ("disable", Action(ctl_disable, "", "stop to listen, and close all connections", list)),
-    ("accept", Action(ctl_accept, "[MODE [NAME=VALUE ...]]",
-                      "print, or change, how clients are accepted: normal, refuse or drop; NAME "
-                      "is start, duration, every or ttl", list)),
-    ("reset", Action(ctl_reset, "",
-                     "enable the proxy, accept clients, and remove its rules and toxics", list)),
-    ("proxies", Action(ctl_proxies, "", "print all proxies with their rules", list)),
-    ("backend", Action(ctl_backend, "[HOST:PORT]",
-                       "print, or change, the backend of new connections", list)),
-    ("events", Action(lambda client: json_lines(client.request("GET", "/events")["events"]), "",
-                      "print the fault records, as JSON", list)),
-    ("connections", Action(lambda client: json_lines(client.connections()), "",
-                           "print the open connections, as JSON", list)),
-    ("close", Action(ctl_close, "NUMBER [reset]", "close or reset an open connection", list)),
-))
+CTL_ACTIONS: dict = OrderedDict((name, Action(*action)) for name, *action in [
+    ("rules", ctl_rules, "", "print the rules: behavior and toxics"),
+    ("set-handler", ctl_set_handler, "HANDLER [NAME=VALUE ...]",
+     "set the only rule; NAME is an option or a rule field", check_handler_fields),
+    ("set-rules", ctl_set_rules, "PERCENT:HANDLER [NAME=VALUE ...] ...", "set several rules",
+     parse_rule_texts),
+    ("get-handler", Client.get_handler, "", "print the name of the active handler"),
+    ("list-handlers", lambda client: ", ".join(client.list_handlers()), "",
+     "print the names of all handlers"),
+    ("toxics", lambda client: json_lines(client.list_toxics()), "", "print the toxics, as JSON"),
+    ("add-toxic", ctl_add_toxic, "TYPE [NAME=VALUE ...]",
+     "add a toxic; NAME is also name, stream or toxicity", parse_rule_words),
+    ("update-toxic", ctl_update_toxic, "TOXIC NAME=VALUE ...",
+     "change the toxicity or options of a toxic", lambda args: parse_assignments(args[1:])),
+    ("remove-toxic", ctl_remove_toxic, "TOXIC", "remove a toxic"),
+    ("enable", change_action(Client.enable, "Enabled"), "", "listen again"),
+    ("disable", change_action(Client.disable, "Disabled"), "",
+     "stop to listen, and close all connections"),
+    ("accept", ctl_accept, "[MODE [NAME=VALUE ...]]",
+     "print, or change, how clients are accepted: normal, refuse or drop; NAME is start, "
+     "duration, every or ttl"),
+    ("reset", change_action(Client.reset, "Reset"), "",
+     "enable the proxy, accept clients, and remove its rules and toxics"),
+    ("proxies", ctl_proxies, "", "print all proxies with their rules"),
+    ("backend", ctl_backend, "[HOST:PORT]", "print, or change, the backend of new connections"),
+    ("events", lambda client: json_lines(client.request("GET", "/events")["events"]), "",
+     "print the fault records, as JSON"),
+    ("connections", lambda client: json_lines(client.connections()), "",
+     "print the open connections, as JSON"),
+    ("close", ctl_close, "NUMBER [reset]", "close or reset an open connection"),
+])
 # The names of Vaurien 1.x
 CTL_ALIASES = {"get-behavior": "get-handler", "set-behavior": "set-handler",
                "list-behaviors": "list-handlers"}
@@ -14464,36 +14453,22 @@ def ctl_help():
     """Return the help of vaurienctl."""
     actions = [("%s %s" % (name, action.arguments), action.help)
                for name, action in CTL_ACTIONS.items()]
-    options = [("--host URL", "URL of the control server (default: http://localhost:8080)"),
-               ("--proxy NAME", "name of the proxy (default: the first one)"),
-               ("--http-token TOKEN", "token of the control server (default: $%s)"
-                % TOKEN_VARIABLE),
-               ("--version", "print the version")]
+    options = [setting_row(setting) for setting in CTL_SETTINGS.values()]
+    options.append(("--version", "print the version"))
     return "\n".join(["usage: vaurienctl [OPTION ...] ACTION [ARGUMENT ...]", "",
                       CTL_INTRODUCTION, "", "actions:", *format_rows(actions), "",
                       "options:", *format_rows(options), "",
                       "%s are the names of Vaurien 1.x." % ", ".join(CTL_ALIASES)])
 
 
-def ctl_parser():
-    """Return the parser of vaurienctl's command line."""
-    parser = Parser({}, prog="vaurienctl", add_help=False)
-    parser.flags = ["--host", "--proxy", "--http-token", "--version", "--help"]
-    parser.add_argument("-h", "--help", action="store_true", default=False)
-    parser.add_argument("action", nargs="?", default="")
-    parser.add_argument("args", nargs="*", default=[])
-    parser.add_argument("--host", default="http://localhost:8080")
-    parser.add_argument("--http-token", default=None)
-    parser.add_argument("--proxy", default=None)
-    return parser
-
-
 def ctl_command(argv):
     """Return a function that runs an action of vaurienctl."""
-    parser = ctl_parser()
+    parser = Parser(CTL_SETTINGS, "vaurienctl")
+    parser.add_argument("action", nargs="?", default="")
+    parser.add_argument("args", nargs="*", default=[])
     # argparse reports an argument of the action as unknown if it follows an option.
     options, unknown = parser.parse_known_args(argv)
-    if options.help:
+    if "help" in options:
         print_safe(ctl_help(), sys.stdout)
         raise SystemExit(0)
     flags = [text for text in unknown if text.startswith("-")]
@@ -14503,8 +14478,9 @@ def ctl_command(argv):
     if name not in CTL_ACTIONS:
         raise ValueError("unknown action %r%s: there are %s (see vaurienctl --help)" % (
             name, did_you_mean(name, CTL_ACTIONS), ", ".join(CTL_ACTIONS)))
-    host, port, scheme = SourcedText("--host", options.host).parse(parse_host)
-    client = Client(host, port, scheme, options.proxy, get_token(options.http_token))
+    values = resolve_settings(parser.read_settings(vars(options)), CTL_SETTINGS)
+    host, port, scheme = values["host"]
+    client = Client(host, port, scheme, values["proxy"], get_token(values["http-token"]))
     action, args = CTL_ACTIONS[name], [*options.args, *unknown]
     try:
         inspect.signature(action.function).bind(client, *args)
@@ -14533,21 +14509,6 @@ def run_action(function, client, args):
             print_safe(text, sys.stdout)
         return 0
     return print_error(message, 1, prog="vaurienctl")
-
-
-def parse_host(text):
-    """Parse SCHEME://HOST:PORT into (host, port, scheme). Raises ValueError.
-
-    Each part may be left out. The defaults are http, localhost and 8080.
-    """
-    scheme, _, address = text.rpartition("://")
-    address = address.rstrip("/")
-    if not re.search(r":\d+$", address):
-        address += ":8080"
-    host, port = parse_address(address)
-    if scheme not in ("", "http", "https"):
-        raise ValueError("must be http://HOST:PORT, not %r" % text)
-    return host or "localhost", port, scheme or "http"
 
 
 # -- Main ---------------------------------------------------------------------
