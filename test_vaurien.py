@@ -1057,15 +1057,16 @@ class TestPacketLoss(unittest.TestCase):
     def test_loss_rate_is_the_share_of_lost_packets_with_any_mean_burst(self):
         for stay, burst in (0.02, 1.02), (0.5, 2), (0.9, 10):
             with self.subTest(stay=stay):
-                sender, rng = vaurien.TcpSender(), random.Random(1)
-                losses = [sender.loses(rng, 0.02, stay) for _ in range(200000)]
+                sender = vaurien.TcpSender()
+                path = vaurien.TcpPath(0.1, 0.02, stay, random.Random(1))
+                losses = [sender.loses(path) for _ in range(200000)]
                 bursts = [len(list(group)) for lost, group in itertools.groupby(losses) if lost]
                 self.assertAlmostEqual(sum(losses) / 200000, 0.02, delta=0.002)
                 self.assertAlmostEqual(sum(bursts) / len(bursts), burst, delta=burst / 10)
 
     def test_all_options_are_harmless_at_their_limits(self):
         for options in [{}, {"loss_rate": 1.0}, {"loss_rate": 1.0, "rtt": 0},
-                        {"loss_rate": 0.5, "correlation": 1.0}, {"loss_rate": 0.5, "burst": 0.0},
+                        {"loss_rate": 0.5, "correlation": 1.0}, {"loss_rate": 0.5, "burst": 1.0},
                         {"loss_rate": 0.5, "burst": 1e9, "rtt": 10 ** 9}]:
             with self.subTest(options):
                 chain, data, latest = self.chain(**options), random_data(100000), 0

@@ -44,7 +44,7 @@ Glossary:
     toxicity               the probability that a toxic acts, from 0 to 1
     draw                   a random number, fixed by the seed: it decides whether a rule acts
     window                 a time in which a rule acts, from `start` on and for `duration`
-    ttl                    the time to live: the rule is removed then
+    ttl                    the time to live: the rule is removed after it
     schedule               the windows of a rule, its ramp and its ttl
     active rule            a rule drawn for one request or connection, with its state
     chain                  the active rules of a connection, in order
@@ -55,7 +55,8 @@ Glossary:
     slow path              through the chain and the delay queue
     exchange               a request and its reply
     boundary               a position in a stream where a request or reply begins or ends
-    row                    a part of a reply: of a result, an array, a body in chunks, or a stream
+    row                    a part of a reply: a row of a result, an element of an array, a chunk
+                           of a body, or an event of a stream
     framer                 finds the boundaries in one direction of a connection
     fault record           an entry of the log and the API: a rule acted on a request, its window
                            began or ended, or its ttl expired
@@ -100,21 +101,8 @@ from selectors import EVENT_READ, EVENT_WRITE
 
 MYPY = False                    # True for type checkers only: importing `typing` takes time
 if MYPY:
-    from typing import (
-        Any,
-        Callable,
-        ContextManager,
-        Dict,
-        Iterable,
-        Iterator,
-        List,
-        NamedTuple,
-        Optional,
-        Sequence,
-        Tuple,
-        TypeVar,
-        Union,
-    )
+    from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator  # noqa: I001
+    from typing import List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
     from typing import Counter as CounterOf
     Function = TypeVar("Function", bound=Callable[..., Any])
     Handler = Union[str, Callable[..., Any]]
@@ -161,57 +149,55 @@ log = logging.getLogger("vaurien")
 LINUX = sys.platform.startswith("linux")
 
 # Sizes, in bytes. A chunk is the data of one recv.
-CHUNK = 256 * 1024              # bytes of the largest recv; larger ones were not faster
-PARSED_CHUNK = 8 * 1024         # bytes of the largest recv while a protocol is parsed, unless
-                                #   more are skipped: parsing takes up to 50 ms for these, and
-                                #   the loop serves no other connection in the meantime
-HELD_MAX = 16 * 1024 * 1024     # bytes that a delay queue holds at most while a rule delays
-                                #   them: 1 GB/s for 16 ms. With a lower limit, latency would
-                                #   limit the bandwidth
-HELD_MAX_IDLE = 256 * 1024      # bytes that a delay queue holds at most in other cases: nothing
-                                #   is delayed, nothing is ever due, or a rate limit has a backlog
-HELD_TOTAL = 512 * 1024 * 1024  # bytes that all delay queues of a loop hold at most, together
-HELD_MIN = 4 * 1024             # bytes reserved for each delay queue, even if the others use up
-                                #   the budget
-READ_MIN = 16 * 1024            # bytes of the smallest recv into a delay queue, as long as the
-                                #   queue may hold four times as many
-CHUNK_OVERHEAD = 400            # bytes of memory for a queued chunk besides its data, measured:
-                                #   398 on Python 3.6, 336 on 3.13
-EXCHANGE_OVERHEAD = 450         # bytes of memory for an exchange that waits, measured: 433 on
-                                #   Python 3.6, 363 on 3.13
-ACTIVE_RULE_OVERHEAD = 4000     # bytes of memory for an active rule of such an exchange: 960 on
-                                #   Python 3.6, and 2,600 more if it uses random numbers
-KEPT_MIN = 8 * 1024             # bytes of memory for requests that a connection may use without
-                                #   being counted: those of a request or two
-EXPANSION = 1000                # bytes of memory for each byte of the shortest requests, such as
+CHUNK = 256 * 1024              # the largest recv; larger ones were not faster
+PARSED_CHUNK = 8 * 1024         # the largest recv while a protocol is parsed, unless more bytes
+                                #   are skipped: parsing takes up to 50 ms for these, and the
+                                #   loop serves no other connection in the meantime
+HELD_MAX = 16 * 1024 * 1024     # the most that a delay queue holds while a rule delays it: 1 GB/s
+                                #   for 16 ms. A lower limit would make latency limit bandwidth
+HELD_MAX_IDLE = 256 * 1024      # the most that it holds in other cases: nothing is delayed,
+                                #   nothing is ever due, or a rate limit has a backlog
+HELD_TOTAL = 512 * 1024 * 1024  # the most that all delay queues of a loop hold together
+HELD_MIN = 4 * 1024             # reserved for each delay queue, even without any budget left
+READ_MIN = 16 * 1024            # the smallest recv into a delay queue, as long as the queue may
+                                #   hold four times as much
+CHUNK_OVERHEAD = 400            # memory for a queued chunk besides its data, measured: 398 on
+                                #   Python 3.6, 336 on 3.13
+EXCHANGE_OVERHEAD = 450         # memory for an exchange that waits, measured: 433 on Python 3.6,
+                                #   363 on 3.13
+ACTIVE_RULE_OVERHEAD = 4000     # memory for an active rule of such an exchange: 960 on Python
+                                #   3.6, and 2,600 more if it uses random numbers
+KEPT_MIN = 8 * 1024             # memory for requests that a connection may use without being
+                                #   counted: enough for one or two requests
+EXPANSION = 1000                # memory for each byte of the shortest requests, such as
                                 #   b"PING\r\n", with an active rule
-STATEMENTS_MAX = 1024 * 1024    # bytes of memory for the texts of the prepared statements, and
-                                #   again for those of the portals, that a connection remembers
-STATEMENT_OVERHEAD = 210        # bytes of memory for such a text besides its bytes, measured:
-                                #   210 on Python 3.6, 155 on 3.13
-MATCH_WINDOW = 64 * 1024        # bytes at the start of a request in which `match` searches
-BEGINNING_MAX = 80              # bytes at the start of a request that a fault record shows
-HEAD_MAX = 64 * 1024            # bytes of the longest head of a request or reply (nginx: 32 KiB)
-CACHED_HEAD_MAX = 1024          # bytes of the longest HTTP head that a connection remembers, to
-                                #   save parsing when the same head arrives again
-BULK_READ = 64 * 1024           # bytes of the smallest recv that counts as bulk data
-COPY_MAX = 8 * 1024             # bytes of the largest chunk that is copied and tested for one
-                                #   complete message; such a copy costs nearly nothing
-KERNEL_PIPE_SIZE = 1024 * 1024  # bytes that a pipe for splice can hold: the most that Linux
-                                #   permits to users (man 7 pipe)
-STATSD_PACKET_MAX = 1400        # bytes of the largest UDP packet: networks do not fragment it
+STATEMENTS_MAX = 1024 * 1024    # memory for the texts of the prepared statements, and again for
+                                #   those of the portals, that a connection remembers
+STATEMENT_OVERHEAD = 210        # memory for such a text besides its bytes, measured: 210 on
+                                #   Python 3.6, 155 on 3.13
+MATCH_WINDOW = 64 * 1024        # the start of a request, in which `match` searches
+BEGINNING_MAX = 80              # the start of a request, which a fault record shows
+HEAD_MAX = 64 * 1024            # the longest head of a request or reply (nginx: 32 KiB)
+CACHED_HEAD_MAX = 1024          # the longest HTTP head that a connection remembers, to save
+                                #   parsing when the same head arrives again
+BULK_READ = 64 * 1024           # the smallest recv that counts as bulk data
+COPY_MAX = 8 * 1024             # the largest chunk that is copied and tested for one complete
+                                #   message; such a copy costs nearly nothing
+KERNEL_PIPE_SIZE = 1024 * 1024  # the size of a pipe for splice: the most that Linux permits to
+                                #   users (man 7 pipe)
+SEGMENT = 1448                  # the data of a TCP segment on Ethernet: 1460 without time stamps
+STATSD_PACKET_MAX = 1400        # the largest UDP packet: networks do not fragment it
 
 # Counts
 SPLICE_AFTER = 4                # bulk reads of a link, in a row, before it uses splice
 KERNEL_PIPES_POOLED = 16        # empty pipes that a loop keeps for later bulk data
 BACKLOG = 4096                  # connections that wait for accept(), at most; the kernel may
                                 #   lower this limit (net.core.somaxconn)
-ACCEPT_BURST = 64               # connections that a listener accepts at most before the loop
-                                #   serves other sockets
+ACCEPT_BURST = 64               # connections that a listener accepts before the loop serves
+                                #   other sockets
 FILLERS_MAX = 16                # connections of a listener's own that must fill a backlog of 0
 SPARE_FDS = 8                   # descriptors that must be free to accept again after they ran
-                                #   out: a connection may need two sockets, a resolver, two
-                                #   pipes ...
+                                #   out: for two sockets, a resolver, two pipes ...
 CONTROL_FDS = 32                # descriptors that the control server has for itself, at most
 FDS_MIN = 32                    # the lowest limit of descriptors with which `serve` starts
 FAULT_RECORDS_KEPT = 10000      # newest fault records that each proxy keeps
@@ -220,33 +206,30 @@ RULE_CHANGES_KEPT = 1000        # newest changes of the rules that each proxy ke
 LATENCIES_KEPT = 1000           # newest replies whose latency each proxy keeps
 
 # Times, in seconds
-FILL_TIMEOUT = 0.002            # seconds after which a connect to the own backlog counts as
-                                #   dropped; one that succeeds takes 0.1 ms
-LINGER_TIMEOUT = 5.0            # seconds that a client has to close after an error reply (as
-                                #   in nginx)
-RETRY_DELAY = 1.0               # seconds until the next accept or connect after descriptors
-                                #   ran out (as in asyncio)
-ACCEPT_TIMEOUT = 30.0           # seconds without a free descriptor after which waiting clients
-                                #   are reset
-PRECISE_WAIT = 0.005            # seconds before a timer is due at which the loop changes to a
-                                #   wait of higher precision
-SELECT_OVERSHOOT = 0.00015      # seconds by which select() returns later than requested
-MATCH_TIMEOUT = 0.1             # seconds of CPU time of the longest search for `match`
-MAX_WAIT = 3600.0               # seconds of the longest wait; epoll accepts 24 days at most (a
-                                #   C int of milliseconds)
-HEAD_TIMEOUT = 10.0             # seconds for which a head of the protocol is held until it is
-                                #   complete: rules act on whole requests
-UNRECOGNIZED_MAX = 0.3          # seconds for which the first bytes of a client are held while it
-                                #   is unclear whether they are of the protocol
-PACKET_SIZE = 1448              # bytes of data in a TCP segment on Ethernet, with time stamps
-RATE_BACKLOG = 0.1              # seconds of data that may wait for a rate limit; with more, a
-                                #   delay queue holds HELD_MAX_IDLE at most
-LOG_CLOSE_TIMEOUT = 1.0         # seconds at exit to write the last lines of the log
-SLOW_CALL = 0.5                 # seconds of a handler's call from which the log warns
-WAIT_PAUSE = 0.01               # seconds in which a thread that waits for a fault ignores others:
-                                #   it would take the CPU from the loop for each one
-STATSD_INTERVAL = 1.0           # seconds between two reports to the StatsD server
-LATENCY_WINDOW = 10.0           # seconds for which a latency counts in the percentiles
+FILL_TIMEOUT = 0.002            # after it, a connect to the own backlog counts as dropped; one
+                                #   that succeeds takes 0.1 ms
+LINGER_TIMEOUT = 5.0            # for a client to close after an error reply (as in nginx)
+RETRY_DELAY = 1.0               # until the next accept or connect after descriptors ran out (as
+                                #   in asyncio)
+ACCEPT_TIMEOUT = 30.0           # without a free descriptor, until waiting clients are reset
+PRECISE_WAIT = 0.005            # before a timer is due: the loop changes to a wait of higher
+                                #   precision
+SELECT_OVERSHOOT = 0.00015      # by which select() returns later than requested
+MATCH_TIMEOUT = 0.1             # of CPU time for the longest search for `match`
+MAX_WAIT = 3600.0               # of the longest wait; epoll accepts 24 days at most (a C int of
+                                #   milliseconds)
+HEAD_TIMEOUT = 10.0             # for which a head of the protocol is held until it is complete:
+                                #   rules act on whole requests
+UNRECOGNIZED_MAX = 0.3          # for which the first bytes of a client are held while it is
+                                #   unclear whether they are of the protocol
+RATE_BACKLOG = 0.1              # of data that may wait for a rate limit; with more, a delay
+                                #   queue holds HELD_MAX_IDLE at most
+LOG_CLOSE_TIMEOUT = 1.0         # at exit, to write the last lines of the log
+SLOW_CALL = 0.5                 # of a handler's call, from which the log warns
+WAIT_PAUSE = 0.01               # in which a thread that waits for a fault ignores others: it
+                                #   would take the CPU from the loop for each one
+STATSD_INTERVAL = 1.0           # between two reports to the StatsD server
+LATENCY_WINDOW = 10.0           # for which a latency counts in the percentiles
 
 
 # -- Events -------------------------------------------------------------------
@@ -337,7 +320,7 @@ def escape_control_chars(text):
 
 
 def printable(data):
-    """Return bytes as text, with all that is not printable escaped."""
+    """Return the first bytes of a request as a short text, with control characters escaped."""
     return escape_control_chars(data.decode("utf-8", "backslashreplace"))[:BEGINNING_MAX]
 
 
@@ -356,8 +339,8 @@ def check_number(value, type_, expected, valid=not_negative):
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         converted = type_(value)
         is_exact = isinstance(value, (str, type_)) or converted == value    # not int(2.5)
-        is_finite = converted != math.inf       # valid() excludes nan and -inf
-        if is_exact and is_finite and not isinstance(value, bool) and valid(converted):
+        if (is_exact and not isinstance(value, bool) and valid(converted)
+                and converted < math.inf):      # false for nan too
             return converted
     raise ValueError("must be %s, not %r" % (expected, value))
 
@@ -513,14 +496,24 @@ def handler(function: "Function") -> "Function":
     return function
 
 
-def keeps_due_time(function: "Function") -> "Function":
-    """Mark a handler that keeps in state[to] a time before which no further chunk passes.
+def with_attributes(**attributes: "Any") -> "Callable[[Function], Function]":
+    """Return a decorator that sets attributes of a handler. Each of these may be missing:
 
-    This time may depend on delays of other rules. So Chain.reset_due_times makes it earlier
-    after the release of chunks that they have delayed.
+    option_checks       {option: check} of options that accept only some values: see Checks
+    choose_direction    see only_direction
+    changes_replies     see changes_replies
+    rate_limited        see rate_limited
+    keeps_due_time      True: state[to] has a time before which no further chunk passes. After
+                        the release of data that other rules have delayed, Chain.reset_due_times
+                        makes it earlier
+    on_dropped          function (rule, to, size) to call for bytes that are dropped after the
+                        handler has delayed them
     """
-    function.keeps_due_time = True  # type: ignore
-    return function
+    def decorate(function):
+        for name, value in attributes.items():
+            setattr(function, name, value)
+        return function
+    return decorate
 
 
 def rate_limited(function: "Function") -> "Function":
@@ -530,8 +523,7 @@ def rate_limited(function: "Function") -> "Function":
     DelayQueue.read_limit lets less data wait for such a link, so that the source slows down
     soon.
     """
-    function.rate_limited = True  # type: ignore
-    return keeps_due_time(function)
+    return with_attributes(rate_limited=True, keeps_due_time=True)(function)
 
 
 def only_direction(
@@ -540,27 +532,12 @@ def only_direction(
 
     choose(options)    returns this direction. A `stream` in the rule takes precedence
     """
-    def mark(function):
-        function.choose_direction = choose
-        return function
-    return mark
+    return with_attributes(choose_direction=choose)
 
 
 def changes_replies(function: "Function") -> "Function":
     """Mark a handler that changes replies only. Its rule cannot have the stream "upstream"."""
-    function.changes_replies = True  # type: ignore
-    return function
-
-
-def option_checks(**checks: "Callable[[Any], Any]") -> "Callable[[Function], Function]":
-    """Return a decorator for a handler that accepts only some values of its options.
-
-    checks    {option: check}; see the section Checks
-    """
-    def mark(function):
-        function.option_checks = checks
-        return function
-    return mark
+    return with_attributes(changes_replies=True)(function)
 
 
 @handler
@@ -570,7 +547,7 @@ def dummy(state, t, to, data):
 
 
 @handler
-@keeps_due_time
+@with_attributes(keeps_due_time=True)
 @only_direction(lambda options: UPSTREAM if options["before"] else DOWNSTREAM)
 def delay(state, t, to, data, *, sleep=1.0, before=True):
     """A slow backend: each request, or its reply, is delayed.
@@ -578,10 +555,10 @@ def delay(state, t, to, data, *, sleep=1.0, before=True):
     sleep    seconds to wait
     before   yes: delay connecting and the request; no: delay the first byte of the reply
     """
-    is_first_byte = data and state["delayed_request"] != state.request_number
-    if data is OPEN or is_first_byte:
-        state[to] = t + sleep
-        state["delayed_request"] = state.request_number if is_first_byte else 0     # 0: none yet
+    if data is OPEN:
+        state[to], state["delayed_request"] = t + sleep, 0      # no request yet
+    elif data and state["delayed_request"] != state.request_number:
+        state[to], state["delayed_request"] = t + sleep, state.request_number
     yield max(t, state[to]), to, data
 
 
@@ -662,7 +639,7 @@ def abort(state, t, to, data):
 @handler
 @changes_replies
 @only_direction(lambda options: DOWNSTREAM)
-@option_checks(how=choice_check("close", "reset", "hang"))
+@with_attributes(option_checks={"how": choice_check("close", "reset", "hang")})
 def cut(state, t, to, data, *, bytes=0, rows=0, how="close"):
     """A backend that dies while it replies: only the first part of each reply passes.
 
@@ -699,19 +676,6 @@ def cut(state, t, to, data, *, bytes=0, rows=0, how="close"):
 HANDLERS["noop"] = dummy
 
 
-# {distribution: a function (rng, mean, jitter) that draws a delay in milliseconds}. The names are
-# those of netem, and so are the formulas of pareto and paretonormal (iproute2, netem/pareto.c
-# and paretonormal.c). The lognormal distribution is the one of WireMock.
-DISTRIBUTIONS = OrderedDict((
-    ("uniform", lambda rng, mean, jitter: mean + rng.uniform(-jitter, jitter)),
-    ("normal", lambda rng, mean, jitter: rng.gauss(mean, jitter)),
-    ("pareto", lambda rng, mean, jitter: mean + jitter * pareto_deviation(rng)),
-    ("paretonormal", lambda rng, mean, jitter: mean + jitter * (
-        rng.gauss(0, 1) / 4 + pareto_deviation(rng) * 3 / 4)),
-    ("lognormal", lambda rng, mean, jitter: draw_lognormal(rng, mean, jitter)),
-))
-
-
 def pareto_deviation(rng):
     """Return a deviation with the mean 0: Pareto's distribution with the shape 3, as in netem."""
     return ((1 - rng.random()) ** (-1 / 3) - 1.5) * 4 / 3
@@ -725,8 +689,21 @@ def draw_lognormal(rng, mean, deviation):
     return mean * math.exp(rng.gauss(0, 1) * math.sqrt(variance) - variance / 2)
 
 
+# {distribution: a function (rng, mean, jitter) that draws a delay in milliseconds}. The names are
+# those of netem, and so are the formulas of pareto and paretonormal (iproute2, netem/pareto.c
+# and paretonormal.c). The lognormal distribution is the one of WireMock.
+DISTRIBUTIONS = OrderedDict((
+    ("uniform", lambda rng, mean, jitter: mean + rng.uniform(-jitter, jitter)),
+    ("normal", lambda rng, mean, jitter: rng.gauss(mean, jitter)),
+    ("pareto", lambda rng, mean, jitter: mean + jitter * pareto_deviation(rng)),
+    ("paretonormal", lambda rng, mean, jitter: mean + jitter * (
+        rng.gauss(0, 1) / 4 + pareto_deviation(rng) * 3 / 4)),
+    ("lognormal", draw_lognormal),
+))
+
+
 @handler
-@option_checks(distribution=choice_check(*DISTRIBUTIONS))
+@with_attributes(option_checks={"distribution": choice_check(*DISTRIBUTIONS)})
 def latency(state, t, to, data, *, latency=0, jitter=0, distribution="uniform"):
     """A longer link: every chunk arrives later, and the delays do not add up.
 
@@ -741,8 +718,15 @@ def latency(state, t, to, data, *, latency=0, jitter=0, distribution="uniform"):
     yield t, to, data
 
 
+def cancel_transfer(rule, to, size):
+    """Give back the time that a shared link has reserved for bytes that are now dropped."""
+    if rule.options["shared"] and rule.options["rate"]:
+        rule.shared[to] -= size / (rule.options["rate"] * 1000)
+
+
 @handler
 @rate_limited
+@with_attributes(on_dropped=cancel_transfer)
 def bandwidth(state, t, to, data, *, rate=0, shared=False):
     """A slower link: the data rate is limited, separately in each direction.
 
@@ -756,8 +740,8 @@ def bandwidth(state, t, to, data, *, rate=0, shared=False):
     if data is OPEN:
         state[to] = t
     # Bytes: 10 ms of data. On a slow link that is less than a packet: then a packet, or 100 ms.
-    piece_size = int(max(rate * 10, min(rate * 100, PACKET_SIZE)))
-    for piece in split_chunk(data, piece_size, piece_size):
+    piece_size = int(max(rate * 10, min(rate * 100, SEGMENT)))
+    for piece in split_chunk(data, piece_size):
         if piece:
             seconds = len(piece) / (rate * 1000) if rate > 0 else NEVER
             state[to] = max(t, state[to]) + seconds
@@ -765,15 +749,6 @@ def bandwidth(state, t, to, data, *, rate=0, shared=False):
                 state.shared[to] = max(state.received_at, state.shared[to]) + seconds
                 state[to] = max(state[to], state.shared[to])
         yield max(t, state[to]), to, piece
-
-
-def cancel_transfer(rule, to, size):
-    """Give back the time that a shared link has reserved for bytes that are now dropped."""
-    if rule.options["shared"] and rule.options["rate"]:
-        rule.shared[to] -= size / (rule.options["rate"] * 1000)
-
-
-bandwidth.on_dropped = cancel_transfer  # type: ignore
 
 
 @handler
@@ -788,9 +763,8 @@ def slicer(state, t, to, data, *, average_size=0, size_variation=0, delay=0):
     # state[to] is the earliest time of the next piece.
     if data is OPEN:
         state[to] = t
-    largest = average_size + size_variation if average_size > 0 else 0
-    rng = state.random if largest and size_variation > 0 else None
-    for piece in split_chunk(data, average_size - size_variation, largest, rng):
+    rng = state.random if size_variation else None
+    for piece in split_chunk(data, average_size, size_variation, rng):
         due = max(t, state[to])
         yield due, to, piece
         if piece:
@@ -851,37 +825,53 @@ def limit_data(state, t, to, data, *, bytes=0):
         yield from close_both(t)
 
 
-SEGMENT = 1448          # bytes of a TCP segment on Ethernet: 1460, minus 12 for the timestamps
 RTO_MIN, RTO_MAX = 0.2, 120.0   # seconds that Linux waits for an acknowledgement, besides the RTT
 RETRANSMISSIONS = 15    # the default of Linux (man 7 tcp, tcp_retries2)
 BURST_MAX = 100         # segments: the longest mean burst of losses
 WINDOW_MAX = 4144       # segments in flight, at most: 6 MiB, the default of Linux (tcp_rmem)
 
 
+# rtt: seconds of the round trip; loss_rate: the share of the segments that are lost; stay: the
+# probability that a segment is lost after a lost one; rng: a random.Random for these draws
+TcpPath = namedtuple("TcpPath", "rtt loss_rate stay rng")
+
+
 class TcpSender:
     """The sender of one direction, in TCP with the congestion control of Reno (RFC 5681).
-
-    sent            when it has sent the last segment
-    in_flight       when it gets the acknowledgement of each segment that is under way
-    window          the congestion window, in segments. It begins with 10 (RFC 6928)
-    threshold       the window at which slow start ends
-    reduced_to      None, or the share of the threshold to which a loss reduces the window
-    recovers_until  further losses until then do not reduce the window again
-    losing          the last segment was lost
 
     A bulk transfer reduces the window up to a round trip earlier than a real one, which must
     notice the loss first. Its throughput is then that of Linux: 0.82 to 0.92 of the formula of
     Mathis, instead of 1.01 to 1.12. Measured on Linux: 0.82 to 0.94.
     """
 
-    __slots__ = ("sent", "in_flight", "window", "threshold", "reduced_to", "recovers_until",
-                 "losing")
-
     def __init__(self):
-        self.sent = self.recovers_until = 0.0
-        self.in_flight = deque()
-        self.window, self.threshold = 10.0, math.inf
-        self.reduced_to, self.losing = None, False
+        self.sent = 0.0             # when it has sent the last segment
+        self.in_flight = deque()    # when it gets the acknowledgements of the segments under way
+        self.window = 10.0          # the congestion window, in segments; at first as in RFC 6928
+        self.threshold = math.inf   # the window at which slow start ends
+        self.repair = None          # "fast" or "time-out", if a loss will reduce the window
+        self.recovers_until = 0.0   # further losses until then do not reduce the window again
+        self.losing = False         # the last segment was lost
+
+    def arrival(self, t, path, behind, is_bulk):
+        """Send a segment that is ready at t. Returns when it arrives; a lost one, when repaired.
+
+        behind     the number of segments that follow at once
+        is_bulk    further segments follow them. Otherwise those that follow leave at the same
+                   time as a lost one, so the window is reduced later
+        """
+        sent, delay = self.send(t), 0
+        if self.loses(path):
+            delay, timed_out = self.draw_repair(path, behind, is_bulk)
+            if sent >= self.recovers_until:
+                self.recovers_until, self.repair = sent + delay, "fast"
+            if timed_out:
+                self.repair = "time-out"
+            if is_bulk:
+                self.reduce_window()
+        # During a fast repair, the acknowledgements of later segments come in time.
+        self.in_flight.append(sent + path.rtt + (delay if delay > path.rtt else 0))
+        return sent + delay
 
     def send(self, t):
         """Return when it sends a segment that is ready at t, because the window may be full."""
@@ -897,58 +887,52 @@ class TcpSender:
         return now
 
     def reduce_window(self):
-        """Do what a loss requires."""
-        if self.reduced_to is not None:
+        """Reduce the window after a loss, once."""
+        if self.repair:
             self.threshold = max(2.0, (len(self.in_flight) + 1) / 2)
-            self.window = max(1.0, self.threshold * self.reduced_to)
-            self.reduced_to = None
+            self.window = 1.0 if self.repair == "time-out" else self.threshold
+            self.repair = None
 
-    def loses(self, rng, loss_rate, stay):
-        """Draw whether a segment is lost. `stay`: the probability of that after a lost one.
+    def loses(self, path):
+        """Draw whether a segment is lost, by Gilbert's model.
 
-        This is Gilbert's model. The share of the lost segments is loss_rate in any case.
+        The share of the lost segments is loss_rate, whatever `stay` is.
         """
-        begin = loss_rate * (1 - stay) / max(1 - loss_rate, 1e-9)
-        self.losing = rng.random() < (stay if self.losing else begin)
+        begin = path.loss_rate * (1 - path.stay) / max(1 - path.loss_rate, 1e-9)
+        self.losing = path.rng.random() < (path.stay if self.losing else begin)
         return self.losing
 
-    def repair_time(self, rng, loss_rate, rtt, behind, is_bulk):
-        """Return how much later a lost segment arrives, and reduce the window.
+    def draw_repair(self, path, behind, is_bulk):
+        """Return (how much later a lost segment arrives, whether that takes a time-out).
 
-        behind     the number of segments that follow at once
-        is_bulk    further segments follow them. Otherwise those that follow leave at the same
-                   time as the lost one, so the window is reduced later
-
-        The times are those measured with Linux 6.18:
+        The arguments are those of `arrival`. The times are those measured with Linux 6.18:
 
             three or more behind it             1 RTT: three acknowledgements ask for it again
             the last ones of several segments   2 RTT: the tail loss probe (RFC 8985)
             the only segment                    RTT + 200 ms: the retransmission time-out
             a retransmission is lost too        time-outs that double follow
         """
-        timeout = rtt + RTO_MIN
-        is_fast = min(behind + 3 * is_bulk, self.window - 1) >= 3
-        wait = rtt if is_fast else timeout
-        if not is_fast and (behind or self.in_flight):
-            wait = min(wait, 2 * rtt)
-        probe, count = wait, 0
-        while count < RETRANSMISSIONS and rng.random() < loss_rate:
-            wait += min(timeout * 2 ** count, RTO_MAX)
-            count += 1
-        timed_out = probe == timeout or count
-        if self.sent >= self.recovers_until:
-            self.reduced_to, self.recovers_until = 1, self.sent + wait
-        if timed_out:
-            self.reduced_to = 0
-        if is_bulk:
-            self.reduce_window()
-        return wait
+        timeout = path.rtt + RTO_MIN
+        if min(behind + 3 * is_bulk, self.window - 1) >= 3:
+            delay = path.rtt
+        elif behind or self.in_flight:
+            delay = min(2 * path.rtt, timeout)
+        else:
+            delay = timeout
+        timed_out = delay == timeout
+        for count in range(RETRANSMISSIONS):
+            if path.rng.random() >= path.loss_rate:
+                break
+            delay += min(timeout * 2 ** count, RTO_MAX)
+            timed_out = True
+        return delay, timed_out
 
 
 @handler
 @rate_limited
-@option_checks(loss_rate=check_toxicity, correlation=check_toxicity,
-               burst=number_check(float, "a number, 1 or more", lambda burst: burst >= 1))
+@with_attributes(option_checks={
+    "loss_rate": check_toxicity, "correlation": check_toxicity,
+    "burst": number_check(float, "a number, 1 or more", lambda burst: burst >= 1)})
 def packet_loss(state, t, to, data, *, loss_rate=0.0, correlation=0.0, rtt=100, burst=1.0):
     """A link that loses packets, as TCP shows it: no byte is lost, but bytes arrive later.
 
@@ -965,23 +949,25 @@ def packet_loss(state, t, to, data, *, loss_rate=0.0, correlation=0.0, rtt=100, 
     sender = state["sender " + to]
     if data is OPEN or not sender:
         sender = state["sender " + to] = TcpSender()
-        state[to] = t if data is OPEN else state[to]
+    if data is OPEN:
+        state[to] = t
+    if not (data and loss_rate):
+        yield max(t, state[to]), to, data
+        return
     if state[to] < sender.sent:         # it waited for delays that are over
         sender.sent = state[to]
         sender.in_flight.clear()
-    stay = min(max(loss_rate + correlation, 1 - 1 / max(burst, 1)), 1 - 1 / BURST_MAX)
+    stay = min(max(loss_rate + correlation, 1 - 1 / burst), 1 - 1 / BURST_MAX)
+    path = TcpPath(rtt / 1000, loss_rate, stay, state.random)
     is_bulk = len(data) >= READ_MIN or sender.sent > t      # the sender has more
-    start, rtt = 0, rtt / 1000
-    for offset in range(0, len(data) if loss_rate else 0, SEGMENT):
-        now, wait = sender.send(t), 0
-        if sender.loses(state.random, loss_rate, stay):
-            behind = (len(data) - offset - 1) // SEGMENT
-            wait = sender.repair_time(state.random, loss_rate, rtt, behind, is_bulk)
-        sender.in_flight.append(now + rtt + (wait if wait > rtt else 0))
-        if now + wait > state[to]:
+    start = 0
+    for offset in range(0, len(data), SEGMENT):
+        behind = (len(data) - offset - 1) // SEGMENT
+        arrival = sender.arrival(t, path, behind, is_bulk)
+        if arrival > state[to]:         # the segments before it arrive earlier
             if offset > start:
                 yield max(t, state[to]), to, data[start:offset]
-            start, state[to] = offset, now + wait
+            start, state[to] = offset, arrival
     yield max(t, state[to]), to, data[start:]
 
 
@@ -1021,7 +1007,7 @@ check_network = choice_check(*NETWORKS)
 
 @handler
 @rate_limited
-@option_checks(profile=check_network)
+@with_attributes(option_checks={"profile": check_network})
 def network(state, t, to, data, *, profile="3g"):
     """A network with a name: its latency, its data rate and its packet loss, both ways.
 
@@ -1052,21 +1038,22 @@ def network(state, t, to, data, *, profile="3g"):
 PIECES_MAX = 1000   # most pieces of one chunk: each costs CHUNK_OVERHEAD bytes and a system call
 
 
-def split_chunk(data, smallest, largest, rng=None):
-    """Yield the pieces of a chunk. A signal, or a chunk with `largest` 0, is one piece.
+def split_chunk(data, size, variation=0, rng=None):
+    """Yield the pieces of a chunk. A signal, or a chunk with a `size` of 0, is one piece.
 
-    Each piece has `largest` bytes. With `rng`, a random.Random, its size is drawn from
-    `smallest` to `largest`. Pieces are larger if there would be more than PIECES_MAX of them.
+    Each piece has `size` bytes. With `rng`, a random.Random, it has up to `variation` bytes more
+    or less. Pieces are larger if there would be more than PIECES_MAX of them.
     """
-    if not data or largest <= 0:
+    if not data or size <= 0:
         yield data
         return
     minimum = max(1, len(data) // PIECES_MAX)
     start = 0
     while start < len(data):
-        size = max(minimum, rng.randint(smallest, largest) if rng else largest)
-        yield data[start:start + size]
-        start += size
+        drawn = rng.randint(size - variation, size + variation) if rng else size
+        end = start + max(minimum, drawn)
+        yield data[start:end]
+        start = end
 
 
 def close_both(t):
