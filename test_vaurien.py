@@ -6685,10 +6685,10 @@ class TestProxyListener(unittest.TestCase):
     def test_localhost_listens_on_ipv4_alone_on_a_machine_without_ipv6(self):
         real_bind_listener = vaurien.bind_listener
 
-        def bind_listener(family, address):
+        def bind_listener(family, *args):
             if family == socket.AF_INET6:
                 raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
-            return real_bind_listener(family, address)
+            return real_bind_listener(family, *args)
 
         with mock.patch.object(vaurien, "bind_listener", bind_listener):
             with OpenProxy("127.0.0.1:9") as proxy:
@@ -7162,6 +7162,204 @@ class TestAccept(unittest.TestCase):
                     self.assertRaisesRegex(ValueError, "cannot drop clients: why"):
                 client.request("PUT", "/proxy", {"accept": "drop", "max_connections": 7})
             self.assertEqual(proxy.max_connections, 0)
+
+
+@unittest.skipUnless(vaurien.LINUX and hasattr(socket, "SO_REUSEPORT"), "not on this system")
+class TestReusePort(TempDirTestCase):
+    """Proxies that share a port, each with a number of its own."""
+
+    HOSTS = TestAccept.HOSTS
+
+    def setUp(self):
+        super().setUp()
+        # These sockets reserve the port: they do not listen, so the kernel passes them nothing.
+        with contextlib.ExitStack() as stack:
+            self.port = 0
+            for host in self.HOSTS:
+                sock = stack.enter_context(contextlib.closing(socket.socket(
+                    socket.AF_INET6 if ":" in host else socket.AF_INET)))
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                sock.bind((host, self.port or unused_port()))
+                self.port = sock.getsockname()[1]
+            self.addCleanup(stack.pop_all().close)
+
+    @contextlib.contextmanager
+    def two_proxies(self, **arguments):
+        """Run two proxies on the port, in front of the same backend."""
+        with backend_server(echo) as (backend_port, _), contextlib.ExitStack() as stack:
+            yield [stack.enter_context(OpenProxy(
+                "127.0.0.1:%d" % backend_port, "localhost:%d" % self.port, reuse_port=number,
+                **arguments)) for number in (1, 2)]
+
+    def connect_to_all(self, proxies):
+        """Connect to the port until each of the proxies has got a client at each address."""
+        for host in self.HOSTS:
+            before = [proxy.accepted for proxy in proxies]
+
+            def all_have_accepted(host=host, before=before):
+                with contextlib.closing(connect(self.port, host)) as sock:
+                    self.assertEqual(send_and_read(sock, b"question"), b"question")
+                return all(proxy.accepted > count for proxy, count in zip(proxies, before))
+
+            wait_until(all_have_accepted)
+
+    def test_two_processes_on_one_port_have_clients_rules_and_control_ports_of_their_own(self):
+        with backend_server(echo) as (backend_port, _), contextlib.ExitStack() as stack:
+            clients = []
+            for number in 1, 2:
+                pid = vaurien.start_proxy(
+                    port=backend_port, backend_host="127.0.0.1", proxy_host="127.0.0.1",
+                    proxy_port=self.port, http_port=0, log_output="log", warmup=TIMEOUT,
+                    options=["--reuse-port", number, "--seed", 3, "--record", "%d.json" % number])
+                stack.callback(vaurien.stop_proxy, pid)
+                clients.append(vaurien.Client("127.0.0.1", pid.http_port))
+            clients[1].set_handler("delay", sleep=0.001)
+
+            def counts():
+                return [client.request("GET", "/status")["proxies"][0]["counts"]["requests"]
+                        for client in clients]
+
+            requests = 0
+            while not all(counts()):
+                requests += 1
+                with contextlib.closing(connect(self.port)) as sock:
+                    self.assertEqual(send_and_read(sock, b"question"), b"question")
+            self.assertEqual(sum(counts()), requests)
+            self.assertEqual([client.request("GET", "/proxy")["reuse_port"]
+                              for client in clients], [1, 2])
+            faults = [0, counts()[1]]
+            self.assertEqual([len(client.events()) for client in clients], faults)
+        self.assertEqual([len(read_text(name).splitlines()) for name in ("1.json", "2.json")],
+                         faults)
+        self.assertRegex(read_text("log"), "; seed 3, reuse-port 2\n")
+
+    def test_the_first_process_has_the_draws_of_a_proxy_alone_and_the_others_differ(self):
+        def draws(number):
+            proxy = vaurien.ProxyServer(("127.0.0.1", 9), ("127.0.0.1", 8), name="n", seed=7,
+                                        reuse_port=number)
+            return proxy.rules.draw_block("behavior", 5, 1)
+
+        self.assertEqual(draws(1), draws(None))
+        for number in 2, 3, 10 ** 20:
+            digest = hashlib.blake2b(b"7/%d n behavior 5 1" % number).digest()
+            self.assertEqual(draws(number), vaurien.DRAW_BLOCK.unpack(digest))
+
+    def test_the_kernel_spreads_clients_and_each_mode_acts_on_the_share_of_its_proxy(self):
+        with self.two_proxies() as (one, two):
+            self.connect_to_all([one, two])
+            accepted = one.accepted
+            one.set_accept("refuse")
+            for _ in range(20):             # the other proxy gets them all
+                self.connect_to_all([two])
+            self.assertEqual(one.accepted, accepted)
+            one.set_accept("normal")
+            self.connect_to_all([one, two])
+            accepted = one.accepted
+            one.set_accept("drop")
+            self.assertEqual(one.listener.fillers, {})
+            self.assert_some_are_dropped()
+            self.assertEqual(one.accepted, accepted)
+            for mode in "refuse", "drop", "normal":
+                one.set_accept(mode)
+            self.connect_to_all([one, two])
+
+    def assert_some_are_dropped(self):
+        """Connect until a connect gets no reply, and until one succeeds."""
+        seen = set()
+        with contextlib.ExitStack() as stack:
+            while len(seen) < 2:
+                sock = stack.enter_context(contextlib.closing(socket.socket()))
+                sock.setblocking(False)
+                sock.connect_ex(("127.0.0.1", self.port))
+                seen.add(select.select([], [sock], [], 0.02) == ([], [sock], []))
+
+    def test_all_connects_are_refused_or_dropped_if_all_proxies_do_so(self):
+        for mode, error in ("refuse", ConnectionRefusedError), ("drop", socket.timeout):
+            with self.two_proxies(accept=mode) as proxies:
+                for host, _ in itertools.product(self.HOSTS, range(4)):
+                    with self.subTest(mode), self.assertRaises(error):
+                        socket.create_connection((host, self.port), 0.02).close()
+                self.assertEqual([proxy.accepted for proxy in proxies], [0, 0])
+
+    def test_a_number_that_another_proxy_has_is_an_error_until_that_proxy_stops(self):
+        twin = OpenProxy("127.0.0.1:9", "127.0.0.1:%d" % self.port, reuse_port=2)
+        with self.two_proxies() as (one, two):
+            with self.assertRaisesRegex(OSError, "cannot listen on 127.0.0.1:%d: another proxy "
+                                        "listens there with the same number: --reuse-port 2$"
+                                        % self.port):
+                twin.start()
+            self.connect_to_all([one, two])
+            two.disable()
+            with twin, self.assertRaisesRegex(OSError, "the same number"):
+                two.enable()
+            two.enable()
+            one.reset()
+            self.connect_to_all([one, two])
+
+    def test_a_port_of_a_program_that_does_not_share_it_is_in_use(self):
+        def assert_in_use(port, bind):
+            with self.assertRaisesRegex(OSError, "127.0.0.1:%d: Address already in use" % port):
+                bind()
+
+        with contextlib.closing(listening_socket()) as taken:
+            port = taken.getsockname()[1]
+            assert_in_use(port, OpenProxy("127.0.0.1:9", "127.0.0.1:%d" % port,
+                                          reuse_port=1).start)
+        with self.two_proxies():
+            address = "127.0.0.1", self.port
+            assert_in_use(self.port, OpenProxy("127.0.0.1:9", address).start)
+            assert_in_use(self.port, vaurien.Control(address, vaurien.ProxyTable()).bind)
+
+    def test_two_proxies_cannot_record_to_one_file(self):
+        self.write("faults", "old")
+        one = OpenProxy("127.0.0.1:9", record="faults")
+        with one:
+            self.assertEqual(read_text("faults"), "")
+            self.write("faults", "new")
+            with self.assertRaisesRegex(OSError, "cannot record to faults: another proxy records "
+                                                 "to it: each process needs a file of its own"):
+                OpenProxy("127.0.0.1:9", record="faults").start()
+            self.assertEqual(read_text("faults"), "new")
+        with one:                       # appends
+            self.assertEqual(read_text("faults"), "new")
+        with mock.patch.object(vaurien.fcntl, "flock", side_effect=OSError(errno.ENOLCK, "none")):
+            for _ in range(2):          # a file system without locks
+                self.addCleanup(OpenProxy("127.0.0.1:9", record="faults").start().stop)
+        for _ in range(2):
+            self.addCleanup(OpenProxy("127.0.0.1:9", record=os.devnull).start().stop)
+
+    def test_proxies_of_the_apis_share_their_ports_too(self):
+        message = "reuse-port needs a port, not 0: each process would get a port of its own"
+        with contextlib.ExitStack() as stack:
+            clients = []
+            for number in 1, 2:
+                loop, proxies = vaurien.Loop(), vaurien.ProxyTable(seed=1, reuse_port=number)
+                control = vaurien.Control(("127.0.0.1", 0), proxies, dialect=vaurien.TOXIPROXY)
+                control.bind()
+                thread = threading.Thread(target=loop.run, daemon=True)
+                thread.start()
+                for close in (loop.close, proxies.close, control.close, thread.join, loop.stop):
+                    stack.callback(close)
+                for service in proxies, control:
+                    loop.run_sync(service.open, loop)
+                client = vaurien.Client("127.0.0.1", control.listener.address()[1])
+                clients.append(client)
+                listen = "127.0.0.1:%d" % self.port
+                client.request("POST", "/proxies", {"name": "a", "listen": listen,
+                                                    "upstream": "127.0.0.1:9"})
+                for listen in "127.0.0.1:0", "":
+                    with self.assertRaisesRegex(ValueError, message):
+                        client.request("POST", "/proxies", {"name": "b", "listen": listen,
+                                                            "upstream": "127.0.0.1:9"})
+                with self.assertRaisesRegex(ValueError, message):
+                    client.request("POST", "/proxies/a", {"listen": "127.0.0.1:0"})
+                self.assertEqual(client.request("GET", "/proxies/a")["listen"],
+                                 "127.0.0.1:%d" % self.port)
+                self.assertIn("a (seed 1, reuse-port %d)" % number, client.request("GET", "/"))
+            with self.assertRaisesRegex(ValueError, "the same number"):
+                clients[0].request("POST", "/proxies", {
+                    "name": "b", "listen": "127.0.0.1:%d" % self.port,
+                    "upstream": "127.0.0.1:9"})
 
 
 class TestMaxConnections(unittest.TestCase):
@@ -11541,6 +11739,14 @@ class TestSettings(TempDirTestCase):
                                                  "accept": "refuse"}]))
         self.assertEqual(self.proxy("--config", path).accept.to_text(), "refuse")
 
+    @unittest.skipUnless(vaurien.LINUX, "not on this system")
+    def test_the_proxies_of_a_process_share_their_ports_with_the_same_number(self):
+        self.write("v.ini", "[vaurien]\nreuse-port = 2\n[proxy:a]\nlocal = :1\n"
+                            "[proxy:b]\nlocal = :2\nreuse-port = 3")
+        for argv, numbers in ([], [2, 3]), (["--reuse-port", "4"], [4, 4]):
+            proxies = self.proxies("--config", "v.ini", *argv)
+            self.assertEqual([proxy.reuse_port for proxy in proxies], numbers)
+
     def test_each_proxy_has_its_own_max_connections(self):
         self.assertEqual(self.proxy("--max-connections", "5").max_connections, 5)
         path = self.write("v.ini", "[proxy:a]\nmax-connections = 2\n"
@@ -11894,6 +12100,22 @@ class TestBadInput(TempDirTestCase):
     def test_max_connections_in_arguments(self):
         self.check_arguments((["--max-connections", "some"],
                               "--max-connections must be a whole number, 0 or more, not 'some'"))
+
+    @unittest.skipUnless(vaurien.LINUX, "not on this system")
+    def test_reuse_port_in_arguments_and_files(self):
+        self.check_arguments(*(
+            (["--reuse-port", text],
+             "--reuse-port must be the number of this process, 1 or more, not %r" % text)
+            for text in ("0", "-1", "1.5", "yes", "")))
+        port_0 = "reuse-port needs a port, not 0: each process would get a port of its own"
+        self.check_arguments((["--reuse-port", "2", "--local", "localhost:0"], port_0))
+        self.check_files(("[proxy:a]\nlocal = :0\nreuse-port = 1", "[proxy:a] " + port_0),
+                         ("[proxy:a]\nlocal = :1\nreuse-port = no",
+                          "v.ini: [proxy:a] reuse-port must be the number"))
+        self.write("proxies.json", json.dumps([{"name": "a", "upstream": "localhost:1"}]))
+        self.check_arguments((["serve", "--reuse-port", "1", "--config", "proxies.json"], port_0))
+        with mock.patch.object(vaurien, "LINUX", False):
+            self.check_arguments((["--reuse-port", "1"], "--reuse-port needs Linux, which "))
 
     def test_behavior_in_arguments(self):
         self.check_arguments(
@@ -12867,7 +13089,8 @@ class TestReadme(unittest.TestCase):
 
     def test_the_commands_are_valid(self):
         lines = self.text.replace("\\\n", " ").splitlines()
-        commands = [line.strip() for line in lines if re.match(" +vaurien --", line)]
+        commands = [line.strip(" &").replace("$n", "2") for line in lines      # $n is of a loop
+                    if re.match(" +vaurien --", line)]
         self.assertGreater(len(commands), 5)
         for command in commands:
             # mine.py is a file of the reader, and HOST:PORT an address.

@@ -90,6 +90,7 @@ import select
 import selectors
 import signal
 import socket
+import stat
 import struct
 import sys
 import threading
@@ -127,11 +128,11 @@ class LazyModule:
         return getattr(importlib.import_module(self.name), attribute)
 
 
-(asyncio, base64, configparser, difflib, hashlib, hmac, inspect, ipaddress, json, secrets, shlex,
- ssl, subprocess, tempfile, textwrap, urls) = map(
-    LazyModule, ["asyncio", "base64", "configparser", "difflib", "hashlib", "hmac", "inspect",
-                 "ipaddress", "json", "secrets", "shlex", "ssl", "subprocess", "tempfile",
-                 "textwrap", "urllib.parse"])
+(array, asyncio, base64, configparser, difflib, hashlib, hmac, inspect, ipaddress, json, secrets,
+ shlex, ssl, subprocess, tempfile, textwrap, urls) = map(
+    LazyModule, ["array", "asyncio", "base64", "configparser", "difflib", "hashlib", "hmac",
+                 "inspect", "ipaddress", "json", "secrets", "shlex", "ssl", "subprocess",
+                 "tempfile", "textwrap", "urllib.parse"])
 
 __version__ = "3.0.0"
 
@@ -412,6 +413,14 @@ check_percent = number_check(float, "a number from 0 to 100", lambda value: 0 <=
 check_port = number_check(int, "a port from 0 to 65535", lambda value: 0 <= value <= 65535)
 check_toxicity = number_check(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 check_timeout = number_check(float, "a number of seconds, more than 0", lambda value: value > 0)
+
+
+def check_reuse_port(value):
+    """Check the number of a process that shares its port with others (man 7 socket)."""
+    if not LINUX or not hasattr(socket, "SO_REUSEPORT"):
+        raise ValueError("needs Linux, which spreads connections over the processes on a port")
+    return check_number(value, int, "the number of this process, 1 or more",
+                        lambda number: number >= 1)
 
 
 def check_seconds(value):
@@ -3677,7 +3686,7 @@ class RuleSet:
     A number is a pure function of the seed, the proxy's name, the draw key, the number of the
     connection and the number of the request in it. Threads and timing have no influence, so
     the same seed gives the same faults on every Python. One hash gives the numbers of 8
-    successive requests.
+    successive requests. The seed of a process with --reuse-port N is "SEED/N" here, unless N is 1.
 
     `after` and `times`, and the options warmup and agitate, count the requests of all
     connections in their order of arrival. A count for each connection would be useless to
@@ -5969,16 +5978,26 @@ class Listener:
                 the fillers, keep the backlog full                     succeeds once normal
 
     In the mode drop a socket is always readable, because a filler waits. So it is not watched.
+
+    With reuse_port, other processes listen on the port too, and the kernel spreads new connects
+    over the sockets that listen. So `refuse` leaves all connects to the other processes, and
+    `drop` acts on a share of the connects: a filter discards them, because the fillers could
+    reach the other processes.
     """
 
     last_warning = -RETRY_DELAY     # when any listener last warned that it cannot accept
     burst = 1.0                     # connections to accept in a row: it adapts, see `accept`
 
-    def __init__(self, local, on_accept, mode="normal"):
-        """Bind the port. on_accept(client, peer) gets each connection. Raises CannotListen."""
+    def __init__(self, local, on_accept, mode="normal", reuse_port=None):
+        """Bind the port. on_accept(client, peer) gets each connection. Raises CannotListen.
+
+        reuse_port    the number of this process among those that share the port, or None
+        """
         self.local = local
         self.on_accept = on_accept
         self.mode = mode
+        self.reuse_port = reuse_port
+        self.locks = []                 # sockets whose names are those of this process
         self.fillers = {}               # {address of the socket: socket}
         self.paused_since = None        # when accepting was paused; None if it is not
         self.bind()
@@ -5993,15 +6012,35 @@ class Listener:
     def bind(self):
         """Bind the port. After `close`, this binds the same port again. Raises CannotListen."""
         self.loop = None
-        self.sockets = listen(self.local)
+        self.sockets = listen(self.local, self.reuse_port)
         host, _ = self.local
         self.local = host, self.address()[1]    # the port that replaces port 0
         mode, self.mode = self.mode, "normal"
         try:
+            if self.reuse_port:
+                self.lock_number()
             self.set_mode(mode)
         except CannotListen:
             self.close()
             raise
+
+    def lock_number(self):
+        """Raise CannotListen if another listener on these addresses has the same reuse_port.
+
+        The name of an abstract socket is a lock that ends with its process (man 7 unix). It
+        belongs to a network namespace, as ports do.
+        """
+        for sock in self.sockets:
+            address = sock.getsockname()
+            try:
+                lock = RawSocket(socket.AF_UNIX, socket.SOCK_STREAM)
+                self.locks.append(lock)
+                lock.bind("\0vaurien %s %d" % (format_address(address), self.reuse_port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    error = OSError(error.errno, "another proxy listens there with the same "
+                                                 "number: --reuse-port %d" % self.reuse_port)
+                raise CannotListen(error, address) from None
 
     def open(self, loop):
         """Begin to accept connections."""
@@ -6047,18 +6086,22 @@ class Listener:
             address = sock.getsockname()
             try:
                 if mode == "refuse":
-                    self.sockets[index] = refuse_connects(sock)
+                    self.sockets[index] = refuse_connects(sock, self.reuse_port)
+                elif self.reuse_port:
+                    set_drop_filter(sock)
                 else:
                     self.fill_backlog(sock)
             except OSError as error:
                 self.set_mode("normal")
                 raise CannotListen(error, address, mode) from None
 
-    @staticmethod
-    def listen_again(sock):
+    def listen_again(self, sock):
         """Let a socket accept connections, whatever the mode was. Raises CannotListen."""
         try:
             set_reuse_address(sock, 1)          # refuse_connects() has changed it
+            if self.reuse_port:
+                with contextlib.suppress(FileNotFoundError):    # it has no filter
+                    sock.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
             sock.listen(BACKLOG)
         except OSError as error:
             raise CannotListen(error, sock.getsockname()) from None
@@ -6182,9 +6225,9 @@ class Listener:
             if self.loop:
                 self.loop.watch(sock, 0)
             sock.close()
-        for filler in self.fillers.values():
-            filler.close()
-        self.sockets, self.fillers = [], {}
+        for sock in [*self.fillers.values(), *self.locks]:
+            sock.close()
+        self.sockets, self.fillers, self.locks = [], {}, []
 
 
 def set_reuse_address(sock, value):
@@ -6193,13 +6236,36 @@ def set_reuse_address(sock, value):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, value)
 
 
-def refuse_connects(sock):
+# Of asm-generic/socket.h and linux/bpf_common.h
+SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27
+BPF_RET = 0x06
+
+
+def set_drop_filter(sock):
+    """Let Linux discard all packets to a listening socket. Raises OSError.
+
+    The filter is a program of one instruction: accept 0 bytes of the packet
+    (linux/Documentation/networking/filter.rst).
+    """
+    program = array.array("B", struct.pack("=HBBI", BPF_RET, 0, 0, 0))
+    address, _ = program.buffer_info()
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, address))
+
+
+def refuse_connects(sock, reuse_port=None):
     """Let the kernel refuse connects to a listening socket, but keep its port. Raises OSError.
 
     Returns the socket, or on another system than Linux a new one, which is bound but does not
     listen. Without SO_REUSEADDR, no other program can bind the port.
+
+    With reuse_port, the socket is always a new one: Linux would pass no connection to a socket
+    that listens again.
     """
     family, address = sock.family, sock.getsockname()
+    if reuse_port:
+        new_sock = bind_socket(family, address, reuse_port)
+        sock.close()
+        return new_sock
     set_reuse_address(sock, 0)
     try:
         sock.shutdown(socket.SHUT_RD)           # on Linux, the opposite of listen()
@@ -6218,15 +6284,16 @@ def is_connected(sock):
         return False
 
 
-def listen(local):
+def listen(local, reuse_port=None):
     """Return sockets that listen on every address of (host, port), all on one port.
 
-    Port 0 means any port that is free on all of them. Raises CannotListen.
+    Port 0 means any port that is free on all of them. With reuse_port, other processes may
+    listen on the port too. Raises CannotListen.
     """
     # The kernel picks a port that is free on the first address. If that port is in use on the
     # next address, try another one.
     for _ in range(20 if local[1] == 0 else 1):
-        sockets, error = try_listen(local)
+        sockets, error = try_listen(local, reuse_port)
         if error is None or (sockets and address_unavailable(error)):
             return sockets
         for sock in sockets:
@@ -6236,7 +6303,7 @@ def listen(local):
     raise error
 
 
-def try_listen(local):
+def try_listen(local, reuse_port=None):
     """Listen on the addresses of (host, port), up to the first error.
 
     Skips the addresses that this machine lacks. Returns (sockets, error): error is the last
@@ -6251,7 +6318,7 @@ def try_listen(local):
     for family, (host, _, *ipv6_fields) in addresses:
         address = (host, port, *ipv6_fields)
         try:
-            sockets.append(bind_listener(family, address))
+            sockets.append(bind_listener(family, address, reuse_port))
             port = sockets[0].getsockname()[1]      # on all addresses, in place of port 0
         except OSError as exc:
             error = CannotListen(exc, address)
@@ -6276,12 +6343,12 @@ def reset_on_close(sock):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
 
-def bind_listener(family, address):
+def bind_listener(family, address, reuse_port=None):
     """Return a socket that listens on one address. Raises OSError."""
     if LINUX and not address[1]:        # shutdown() gives up a port that the kernel has picked
         with contextlib.closing(bind_socket(family, address)) as sock:
             address = sock.getsockname()
-    sock = bind_socket(family, address)
+    sock = bind_socket(family, address, reuse_port)
     try:
         sock.listen(BACKLOG)
     except OSError:
@@ -6290,7 +6357,7 @@ def bind_listener(family, address):
     return sock
 
 
-def bind_socket(family, address):
+def bind_socket(family, address, reuse_port=None):
     """Return a socket that is bound to one address, with the options of a listener's sockets.
 
     Raises OSError.
@@ -6298,6 +6365,8 @@ def bind_socket(family, address):
     sock = RawSocket(family, socket.SOCK_STREAM)
     try:
         set_reuse_address(sock, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if LINUX:                       # accepted sockets inherit the options
@@ -8224,7 +8293,7 @@ class Recorder:
 
     def __init__(self, path):
         self.path = path
-        self.flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC
+        self.is_new = True              # until the file has been opened
         self.thread = None
 
     def open(self):
@@ -8232,13 +8301,34 @@ class Recorder:
         if self.thread:
             return
         try:
-            fd = os.open(self.path, self.flags, 0o666)
+            fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            self.take(fd)
         except OSError as error:
-            raise OSError(error.errno, "cannot record to %s: %s"
-                          % (self.path, error.strerror)) from None
-        self.flags &= ~os.O_TRUNC
+            raise OSError(error.errno, "cannot record to %s: %s" % (self.path, (
+                "another proxy records to it: each process needs a file of its own"
+                if isinstance(error, BlockingIOError) else error.strerror))) from None
         self.thread = RecordThread(fd, self.path)
         self.thread.setFormatter(logging.Formatter("%(message)s"))
+
+    def take(self, fd):
+        """Lock the file, and empty it if it is opened for the first time.
+
+        Closes it and raises BlockingIOError if it is locked. Only regular files are locked, and
+        only where the system can lock them.
+        """
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return
+        if os.name == "posix":
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                raise
+            except OSError:             # a file system without locks
+                pass
+        if self.is_new:
+            os.ftruncate(fd, 0)
+        self.is_new = False
 
     def write(self, record, active):
         """Write a FaultRecord, and of its ActiveRule all that replay_key and Replay need."""
@@ -8353,6 +8443,8 @@ class ProxyServer:
     max_connections
                the most clients that are served at a time; 0 is no limit
     tls        {field: value} of TLS_FIELDS
+    reuse_port
+               the number of this process among those that share the port, or None
 
     The other arguments are those of Proxy. Raises ValueError.
     """
@@ -8360,12 +8452,14 @@ class ProxyServer:
     def __init__(self, distant, local=("localhost", 0), behavior="100:dummy", options=None,
                  name="vaurien", seed=None, timeout=30.0, protocol="tcp",
                  overwrite_host_header=True, toxics=(), enabled=True, accept=None,
-                 max_connections=0, tls=None):
+                 max_connections=0, tls=None, reuse_port=None):
         self.name = name
         self.log_prefix = "" if name == "vaurien" else name + ": "
         self.protocol = PROTOCOLS[check_protocol(protocol)]
         self.overwrite_host_header = overwrite_host_header
         self.tls = TlsConfig(tls or {}, self.protocol.alpn if self.protocol else ())
+        self.reuse_port = reuse_port
+        self.check_port(local)
         self.local = local
         self.listen = format_address(local)         # once bound, the bound address
         self.enabled = enabled
@@ -8373,7 +8467,8 @@ class ProxyServer:
         self.max_connections = max_connections
         self.timeout = timeout
         self.seed = random.SystemRandom().getrandbits(32) if seed is None else seed
-        self.rules = RuleSet(self.seed, name)
+        self.rules = RuleSet(self.seed if reuse_port in (None, 1)
+                             else "%d/%d" % (self.seed, reuse_port), name)
         options = options or {}
         # Check all options, because the behavior may not name all of these handlers.
         read_rules([dict(values, name=handler, percent=0) for handler, values in options.items()])
@@ -8404,6 +8499,17 @@ class ProxyServer:
         self.lock = threading.RLock()       # held during changes that take several steps
 
     # In any thread
+
+    def check_port(self, local):
+        """Raise InputError if processes cannot share the port of (host, port)."""
+        if self.reuse_port and local[1] == 0:
+            raise InputError([("listen", "reuse-port needs a port, not 0: each process would get "
+                                         "a port of its own")])
+
+    def describe_seed(self):
+        """Return what the draws depend on, as text: "seed 7", or "seed 7, reuse-port 2"."""
+        return "seed %s%s" % (self.seed, ", reuse-port %d" % self.reuse_port
+                              if self.reuse_port else "")
 
     def wait_for_records(self, since, matches, count, timeout):
         """Wait until `count` FaultRecords after number `since` match, or for `timeout` seconds.
@@ -8436,7 +8542,8 @@ class ProxyServer:
 
     def bind(self):
         """Bind the port. Raises OSError, whose message contains the address."""
-        self.set_listener(Listener(self.local, self.on_accept, self.accept.current_mode()))
+        self.set_listener(Listener(self.local, self.on_accept, self.accept.current_mode(),
+                                   self.reuse_port))
 
     def set_listener(self, listener):
         """Use a listener, which has bound its port."""
@@ -8454,8 +8561,8 @@ class ProxyServer:
         if self.listener:
             self.listener.open(loop)
             self.apply_accept()
-            log.info("%slistening on %s for %s: %s; seed %s%s", self.log_prefix, self.listener,
-                     format_address(self.backend), self.describe(), self.seed,
+            log.info("%slistening on %s for %s: %s; %s%s", self.log_prefix, self.listener,
+                     format_address(self.backend), self.describe(), self.describe_seed(),
                      "" if self.accept.mode == "normal" else "; %s" % self.accept)
         if self.joins_tls() and self.protocol is Postgres and self.tls.makes_certificates:
             log.info("%spostgres: a client that logs in with SCRAM needs channel_binding=disable, "
@@ -8996,8 +9103,8 @@ class ProxyTable(OrderedDict):
 
     recorder  a Recorder of the faults, or None
     replay    a Replay that replaces the draws, or None
-    shared    the settings of proxies that are created while it runs: seed, timeout. A seed of
-              None draws one
+    shared    the settings of proxies that are created while it runs: seed, timeout, reuse_port.
+              A seed of None draws one
 
     Every change to a proxy runs in the loop's thread, which never waits for a peer. If a change
     takes several steps, the thread that makes it holds the proxy's `lock` during all of them.
@@ -9089,8 +9196,9 @@ class ProxyTable(OrderedDict):
         accept    how new clients are accepted; by default, this does not change
 
         Connections are closed only if an address changes or the proxy is disabled. If the proxy
-        cannot listen on the new address, nothing changes. Raises OSError.
+        cannot listen on the new address, nothing changes. Raises OSError or InputError.
         """
+        proxy.check_port(local)
         moved = local != proxy.local and first_address(local) != proxy.listen
         if not moved:
             local = proxy.local
@@ -9124,7 +9232,7 @@ class ProxyTable(OrderedDict):
         if old:
             proxy.loop.run_sync(old.close)
         try:
-            return Listener(local, proxy.on_accept, accept.current_mode())
+            return Listener(local, proxy.on_accept, accept.current_mode(), proxy.reuse_port)
         except CannotListen:
             if old:
                 self.take_back(proxy, old)
@@ -10144,7 +10252,7 @@ def index(request):
                 request.control.url, method, path, listed_route.example))
     lines += ["", "Handlers: %s." % ", ".join(HANDLERS),
               "Proxies: %s; ?proxy=NAME picks one, default: the first." % (
-                  ", ".join("%s (seed %s)" % (proxy.name, proxy.seed)
+                  ", ".join("%s (%s)" % (proxy.name, proxy.describe_seed())
                             for proxy in request.control.proxies.values()) or "none yet")]
     return "\n".join(lines) + "\n"
 
@@ -10313,7 +10421,8 @@ def state_to_json(proxy):
     return OrderedDict([
         ("name", proxy.name), ("listen", proxy.listen), ("backend", format_address(proxy.backend)),
         ("enabled", proxy.enabled), ("accept", proxy.accept.to_json(proxy.to_unix)),
-        ("max_connections", proxy.max_connections), ("rules", proxy.describe()),
+        ("max_connections", proxy.max_connections), ("reuse_port", proxy.reuse_port),
+        ("rules", proxy.describe()),
         ("faults", proxy.fault_count)])
 
 
@@ -12304,6 +12413,8 @@ class Proxy(Interface):
         record      a file to which `start` writes each fault
         replay      a file that `record` has written: the same faults are made again, on the same
                     connections and requests, whatever the percentages of the rules say
+        reuse_port  the number, 1 or more, of this process among those that share the port; the
+                    draws depend on it. Only on Linux
 
     Raises:
         ValueError      an argument is invalid; the message names it
@@ -12320,7 +12431,7 @@ class Proxy(Interface):
                  toxics: "Iterable[Dict[str, Any]]" = (), enabled: bool = True,
                  accept: str = "normal", max_connections: int = 0,
                  tls: "Optional[Dict[str, Any]]" = None, record: "Optional[str]" = None,
-                 replay: "Optional[str]" = None) -> None:
+                 replay: "Optional[str]" = None, reuse_port: "Optional[int]" = None) -> None:
         super().__init__()
         options = check_field("options", check_handler_options, options or {})
         self._server = ProxyServer(
@@ -12336,7 +12447,9 @@ class Proxy(Interface):
             check_field("enabled", check_yes_no, enabled),
             check_field("accept", check_accept, accept),
             check_field("max_connections", check_count, max_connections),
-            check_field("tls", check_tls, tls or {}))
+            check_field("tls", check_tls, tls or {}),
+            None if reuse_port is None else check_field("reuse_port", check_reuse_port,
+                                                        reuse_port))
         self._proxies = ProxyTable([self._server], *make_recording(record, replay))
         self._thread: "Optional[threading.Thread]" = None
 
@@ -13084,6 +13197,9 @@ SETTINGS = OrderedDict((name, Setting(flags.split(), *others)) for name, flags, 
      "the same seed gives the same faults; by default, a seed is drawn and logged"),
     ("timeout", "--timeout", "shared", "30", check_timeout, "SECONDS",
      "time limit for connecting to the backend, all its addresses together"),
+    ("reuse_port", "--reuse-port", "shared", None, check_reuse_port, "N",
+     "share the port with other processes, each with a number N of its own, from 1 on; the draws "
+     "depend on N. Only on Linux"),
     ("http", "--http", "process", "no", check_yes_no, None, "start the HTTP control server"),
     ("http-host", "--http-host", "process", "localhost", check_host, "HOST",
      "address of the control server"),
