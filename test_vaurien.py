@@ -9491,6 +9491,8 @@ class TestToxiproxyApi(ToxiproxyTestCase):
                 ('{"name": "x", "enabled": "yes"}', 400,
                  "bad request body: json: "
                  "cannot unmarshal string into Go struct field Proxy.enabled of type bool"),
+                ('{"tls": 5, "enabled": 5}', 400, "Proxy.tls"),     # the first error, as in Go
+                ('{"enabled": 5, "tls": 5}', 400, "Proxy.enabled"),
                 ("{}", 400, "missing required field: name"),
                 ('{"name": ""}', 400, "missing required field: name"),
                 ('{"name": "x"}', 400, "missing required field: upstream"),
@@ -10004,6 +10006,13 @@ class TestToxiproxyApi(ToxiproxyTestCase):
             ({"every": 5}, 400, "every must be at least the duration of 60 seconds, not 5")])
         self.assertEqual(set(self.add_toxic("noop")),
                          {"attributes", "name", "type", "stream", "toxicity"})
+
+    def test_a_toxic_whose_window_never_ends_can_be_sent_back(self):
+        self.create_proxy()
+        toxic = self.add_toxic("latency", ramp=10)
+        self.assertEqual((toxic["active"], toxic["until"]), (True, None))
+        self.assertEqual(self.request("PUT", "/proxies/p/toxics", [toxic]), [toxic])
+        self.assertEqual(list(vaurien.toxic_warnings(toxic, "p")), [])
 
     def test_all_toxics_are_replaced_in_one_request(self):
         self.create_proxy()

@@ -128,11 +128,11 @@ class LazyModule:
         return getattr(importlib.import_module(self.name), attribute)
 
 
-(array, asyncio, base64, configparser, difflib, hashlib, hmac, inspect, ipaddress, json, secrets,
- shlex, ssl, subprocess, tempfile, textwrap, urls) = map(
+(array, asyncio, base64, configparser, difflib, hashlib, hmac, http_client, http_server, inspect,
+ ipaddress, json, secrets, shlex, ssl, subprocess, tempfile, textwrap, urls) = map(
     LazyModule, ["array", "asyncio", "base64", "configparser", "difflib", "hashlib", "hmac",
-                 "inspect", "ipaddress", "json", "secrets", "shlex", "ssl", "subprocess",
-                 "tempfile", "textwrap", "urllib.parse"])
+                 "http.client", "http.server", "inspect", "ipaddress", "json", "secrets", "shlex",
+                 "ssl", "subprocess", "tempfile", "textwrap", "urllib.parse"])
 
 __version__ = "3.0.0"
 
@@ -10004,6 +10004,7 @@ REQUEST_TIMEOUT = 30.0          # seconds from the first byte of a request to th
 EVENTS_WAIT_MAX = 20.0          # seconds that `GET /events` waits at most; less than
                                 #   REQUEST_TIMEOUT
 MEASURE_MAX = 10.0              # seconds that `GET /status` measures rates at most
+NO_HEADERS = types.MappingProxyType({})
 PAGE_HEADER = "X-Fetch-Site"    # the page sends it with the value "same-origin"
 
 # Domains in which an attacker from the Internet can register no name: RFC 6761 and RFC 6762, the
@@ -10096,7 +10097,7 @@ def route(methods, paths, example="", query=(), needs_proxy=True, dialect=VAURIE
 
 # From a request to its response
 
-def handle_request(control, method, target, read_body, headers=None):
+def handle_request(control, method, target, read_body, headers=NO_HEADERS):
     """Return the ApiResponse to a request.
 
     target       path and query
@@ -10109,11 +10110,11 @@ def handle_request(control, method, target, read_body, headers=None):
     path = re.sub("^//+", "/", path)    # a client may append "/proxies" to "http://host/"
     routes, names, dialect = find_routes(path, control.dialect)
     try:
-        is_page = path == "/" and method in ("GET", "HEAD") and accepts_html(headers or {})
-        control.check_access(headers or {}, is_page)
+        is_page = path == "/" and method in ("GET", "HEAD") and accepts_html(headers)
+        control.check_access(headers, is_page)
         body = read_body()
         chosen_route = choose_route(routes, method, path, dialect)
-        request = read_request(control, chosen_route, path, names, query, body, headers or {})
+        request = read_request(control, chosen_route, path, names, query, body, headers)
         result = chosen_route.function(request)
         return (result if isinstance(result, ApiResponse)
                 else dialect.render(result, chosen_route.status))
@@ -10433,43 +10434,43 @@ def measure_status(request):
         float, "0, or a number of seconds from 0.01 to %g" % MEASURE_MAX,
         lambda value: value == 0 or 0.01 <= value <= MEASURE_MAX))
     proxies = list(request.control.proxies.values())
-    before = [proxy.loop.run_sync(count_all, proxy) if seconds else {} for proxy in proxies]
+    earlier = [proxy.loop.run_sync(count_all, proxy) if seconds else None for proxy in proxies]
     time.sleep(seconds)
     try:
         return {"version": __version__, "proxies": [
-            proxy.loop.run_sync(status_to_json, proxy, counts)
-            for proxy, counts in zip(proxies, before)
+            proxy.loop.run_sync(status_to_json, proxy, before)
+            for proxy, before in zip(proxies, earlier)
             if request.control.proxies.get(proxy.name) is proxy]}
     except RuntimeError:                # the proxies have stopped in the meantime
         raise ConnectionAbortedError from None
 
 
 def count_all(proxy):
-    """Return {name: count since the start}. The seconds are those of the loop's clock."""
+    """Return the time of the loop's clock, and {name: count since the start}."""
     byte_counts = proxy.byte_counts()
-    return OrderedDict([
-        ("seconds", proxy.loop.clock()), ("connections", proxy.accepted),
-        ("requests", proxy.rules.request_count), ("faults", sum(proxy.faults.values())),
-        ("failures", proxy.failures), ("bytes_up", byte_counts[UPSTREAM, "received"]),
+    return proxy.loop.clock(), OrderedDict([
+        ("connections", proxy.accepted), ("requests", proxy.rules.request_count),
+        ("faults", sum(proxy.faults.values())), ("failures", proxy.failures),
+        ("bytes_up", byte_counts[UPSTREAM, "received"]),
         ("bytes_down", byte_counts[DOWNSTREAM, "received"])])
 
 
 def status_to_json(proxy, before):
     """Return the state, the counts, the rates and the installed rules of a proxy as a JSON value.
 
-    before    an earlier result of count_all; if it is empty, there are no rates
+    before    an earlier result of count_all; None: return no rates
     """
-    counts = count_all(proxy)
-    seconds = counts.pop("seconds") - before.pop("seconds", -math.inf)
+    now, counts = count_all(proxy)
+    since, earlier_counts = before or (now, {})
     return OrderedDict(
         state_to_json(proxy), protocol=proxy.protocol_name(), time=round(time.time(), 3),
         open=len(proxy.connections), counts=counts,
         latency={name: round(seconds, 6) for name, seconds in
-                 proxy.latencies.percentiles(proxy.loop.clock()).items()},
+                 proxy.latencies.percentiles(now).items()},
         kinds=[{"handler": handler, "kind": kind, "count": count}
                for (handler, kind), count in sorted(proxy.kinds.items())],
-        rates={name: round((counts[name] - count) / seconds, 3)
-               for name, count in before.items()},
+        rates={name: round((counts[name] - count) / (now - since), 3)
+               for name, count in earlier_counts.items()},
         installed=[dict(rule.to_json(), block=rule.block, **rule.times_to_json(proxy.to_unix))
                    for rule in proxy.rules.installed])
 
@@ -10523,19 +10524,14 @@ def get_backend(request):
 @route("PUT", "/backend", '{"backend": "localhost:80"}')
 def set_backend(request):
     """Set the backend of new connections. Open connections keep theirs."""
-    body = parse_json_object(request.body)
+    body, proxy, values = parse_json_object(request.body), request.proxy, {}
     errors = [(name, "%s is not known here: the only field is backend" % name)
               for name in sorted(set(body) - {"backend"})]
-    proxy = request.proxy
-    try:
-        backend = check_field("backend", parse_backend, str(body.get("backend", "")))
-        if not errors:
-            # set_backend raises ValueError for the proxy's own address.
-            check_field("backend", proxy.loop.run_sync, proxy.set_backend, backend)
-    except InputError as error:
-        errors += error.errors
+    check_into(values, errors, "backend", parse_backend, str(body.get("backend", "")))
     if errors:
         raise InputError(errors)
+    # set_backend raises ValueError for the proxy's own address.
+    check_field("backend", proxy.loop.run_sync, proxy.set_backend, values["backend"])
     return {"status": "ok"}
 
 
@@ -10573,12 +10569,15 @@ def list_events(request):
         float, "a number of seconds from 0 to %g" % EVENTS_WAIT_MAX,
         lambda value: 0 <= value <= EVENTS_WAIT_MAX))
     name = check_query(request, "handler", None, choice_check(*HANDLERS, Accept.name))
+
+    def matches(record):
+        is_fault = record.change is None
+        return name is None or (record.handler == name and (is_fault or name == Accept.name))
+
     # The thread of the client waits. It exists anyway, as long as the client is connected. If the
     # client disconnects, the thread stays until the end of the wait.
     with request.control.waiting(seconds):
-        records = request.proxy.wait_for_records(
-            since, lambda record: name is None or (record.handler == name and (
-                record.change is None or name == Accept.name)), 1, seconds)
+        records = request.proxy.wait_for_records(since, matches, 1, seconds)
     return {"events": [record._asdict() for record in records]}
 
 
@@ -10640,7 +10639,8 @@ class Control:
         proxies_loop    the loop of the proxies. The control server must respond even while that
                         loop is busy, or its connections have used up the descriptors
         """
-        self.request_handler_class = make_request_handler_class()
+        self.request_handler_class = type(
+            "HttpRequestHandler", (RequestHandler, http_server.BaseHTTPRequestHandler), {})
         # At most a quarter of the descriptors: the proxies need the others.
         fd_limit = raise_fd_limit() or 4 * CLIENTS_MAX      # 0 if it is unknown
         self.max_clients = max(4, min(CLIENTS_MAX, fd_limit // 4))
@@ -10855,9 +10855,8 @@ class Session:
 class LimitedReader:
     """A wrapper of a binary file, with a limit for the total length of the lines read."""
 
-    def __init__(self, file, error_class):
+    def __init__(self, file):
         self.file = file
-        self.error_class = error_class      # of the exception if lines exceed the limit
         self.bytes_left = math.inf          # that readline may still read
 
     def __getattr__(self, name):
@@ -10868,14 +10867,8 @@ class LimitedReader:
         line = self.file.readline(min(size, self.bytes_left + 1))
         self.bytes_left -= len(line)
         if self.bytes_left < 0:
-            raise self.error_class("head")
+            raise http_client.LineTooLong("head")
         return line
-
-
-def make_request_handler_class():
-    """Return the class that combines RequestHandler and BaseHTTPRequestHandler."""
-    import http.server  # here, because it is slow to import and few commands need it
-    return type("HttpRequestHandler", (RequestHandler, http.server.BaseHTTPRequestHandler), {})
 
 
 class RequestHandler:
@@ -10904,9 +10897,8 @@ class RequestHandler:
         raise AttributeError(name)
 
     def setup(self):
-        import http.client
         super().setup()  # type: ignore
-        self.rfile = LimitedReader(self.rfile, http.client.LineTooLong)
+        self.rfile = LimitedReader(self.rfile)
 
     def finish(self):
         try:
@@ -10951,30 +10943,24 @@ class RequestHandler:
         return valid
 
     def respond(self):
-        """Send the response to one request.
-
-        If the body has not been read, close the connection: an unread body would be parsed as
-        the next request.
-        """
-        close_after = self.close_connection or self.server.control.is_crowded()
-        self.close_connection = True
-
-        def read_body():
-            body = self.read_body()
-            self.close_connection = close_after
-            return body
-
+        """Send the response to one request."""
+        self.body_read = False
         # Not self.path: in newer versions of Python it has only one of several leading slashes.
         _, target, *_ = self.requestline.split()
-        self.send_api_response(handle_request(
-            self.server.control, self.command, target, read_body, self.headers))
+        response = handle_request(self.server.control, self.command, target, self.read_body,
+                                  self.headers)
+        # An unread body would be parsed as the next request.
+        if not self.body_read or self.server.control.is_crowded():
+            self.close_connection = True
+        self.send_api_response(response)
 
     def read_body(self):
         """Return the body. Raises ApiError, or ConnectionError if the client disconnects."""
+        is_chunked = self.headers.get("Transfer-Encoding", "").lower() == "chunked"
         try:
-            if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
-                return self.read_chunked_body()
-            return self.read_plain_body()
+            body = self.read_chunked_body() if is_chunked else self.read_plain_body()
+            self.body_read = True
+            return body
         except socket.timeout:
             raise http_error(408, "the body did not arrive in time") from None
         except OSError as error:
@@ -11082,7 +11068,6 @@ def http_error(status, description):
 # To add a route: write a function, and decorate it with @toxiproxy_route. A new rule field needs
 # no change in this section.
 
-STREAM_ERROR = "stream was invalid, can be either upstream or downstream"
 # Names of the expected type and of the received value in the errors of Go's decoder.
 GO_TYPES = {str: "string", bool: "bool", int: "int64", float: "float64", list: "[]", dict: "{}"}
 JSON_TYPES = {str: "string", bool: "bool", int: "number", float: "number", list: "array",
@@ -11105,9 +11090,13 @@ PROXY_FIELDS = OrderedDict((("name", str), ("listen", str), ("upstream", str),
                             ("enabled", bool), ("toxics", list), ("rules", list),
                             ("protocol", str), ("accept", None), ("max_connections", int),
                             ("tls", dict)))
+# {field: check} of those that are arguments of ProxyServer, as they are
+PROXY_CHECKS = OrderedDict((("protocol", check_protocol), ("accept", check_accept),
+                            ("max_connections", check_count), ("tls", check_tls)))
 PROXY_KEYS = [*PROXY_FIELDS, "logger"]      # Toxiproxy's listings have the key Logger
 TOXIC_FIELDS = OrderedDict((("name", str), ("type", str), ("stream", str), ("toxicity", float),
                             ("attributes", dict)))
+TOXIC_KEYS = OrderedDict.fromkeys([*TOXIC_FIELDS, *RULE_FIELDS])
 
 
 class ToxiproxyDialect(Dialect):
@@ -11120,7 +11109,9 @@ class ToxiproxyDialect(Dialect):
 
     def render(self, result, status):
         """Return the ApiResponse for a result. For None, it has no body and status 204."""
-        return ApiResponse(204, {}, "") if result is None else json_response(status, result)
+        if result is None:
+            return ApiResponse(204, {}, "")
+        return ApiResponse(status, {"Content-Type": "application/json"}, dump_json(result))
 
     def to_api_error(self, exc):
         if isinstance(exc, CannotListen):
@@ -11128,7 +11119,7 @@ class ToxiproxyDialect(Dialect):
                                    % (exc.address, exc.reason.lower()))
         if isinstance(exc, InputError):
             return toxiproxy_error(400, "bad request body: %s" % exc)
-        return exc if isinstance(exc, ApiError) else None
+        return super().to_api_error(exc)
 
     def render_error(self, error):
         location = error.errors[0][0]
@@ -11154,10 +11145,6 @@ def text_response(status, text):
     """Return an ApiResponse with the headers that Go's http.Error sets."""
     return ApiResponse(status, {"Content-Type": "text/plain; charset=utf-8",
                                 "X-Content-Type-Options": "nosniff"}, text)
-
-
-def json_response(status, value):
-    return ApiResponse(status, {"Content-Type": "application/json"}, dump_json(value))
 
 
 def dump_json(value):
@@ -11276,11 +11263,12 @@ def read_value(value, type_, field_path):
     return float(value) if type_ is float else value
 
 
-def read_object(value, struct, strict=False):
-    """Return a JSON object as a dict with keys in lower case, without the keys that are null.
+def read_object(value, struct, known=None):
+    """Return a JSON object as a dict without the keys that are null.
 
     struct    Go's name of the type, for the error
-    strict    whether to keep the case of keys: a key in upper case is then unknown
+    known     the known keys: they may be in another case in the object, and other keys are
+              ignored. None keeps all keys as they are
 
     Returns {} for null. Raises InputError for any other value.
     """
@@ -11288,24 +11276,28 @@ def read_object(value, struct, strict=False):
         return {}
     if not isinstance(value, dict):
         raise bad_body(GO_TYPE_ERROR % (JSON_TYPES[type(value)], "value", struct))
-    return {key if strict else key.lower(): item
-            for key, item in value.items() if item is not None}
+    fields = {key: item for key, item in value.items() if item is not None}
+    if known is None:
+        return fields
+    spelling = {key.lower(): key for key in known}
+    return {spelling[key.lower()]: item for key, item in fields.items()
+            if key.lower() in spelling}
 
 
 def read_fields(json_object, types, struct):
-    """Return the known fields of a JSON object: {name: value}. Raises InputError.
+    """Return a JSON object whose values have these types. Raises InputError for the first other.
 
-    types     {name of a known field: its type, or None if any type is possible}
+    types     {key: type}; a key that is absent, or has None, may have a value of any type
     struct    Go's name of the object's type, for the error
     """
-    return {name: json_object[name] if type_ is None else
-            read_value(json_object[name], type_, "%s.%s" % (struct, name))
-            for name, type_ in types.items() if name in json_object}
+    return {key: read_value(value, types[key], "%s.%s" % (struct, key)) if types.get(key)
+            else value for key, value in json_object.items()}
 
 
 def read_proxy_fields(value):
     """Return the known fields of a JSON object for a proxy: {name: value}. Raises InputError."""
-    fields = read_fields(read_object(value, "toxiproxy.Proxy"), PROXY_FIELDS, "Proxy")
+    fields = read_fields(read_object(value, "toxiproxy.Proxy", PROXY_FIELDS), PROXY_FIELDS,
+                         "Proxy")
     if fields.get("listen") == "":
         fields["listen"] = ":0"
     return fields
@@ -11335,6 +11327,12 @@ def read_proxies(text, proxies):
     return list(zip(new_proxies, all_fields, values))
 
 
+def check_proxy_fields(fields):
+    """Return the values of those fields of a proxy that have a check. Raises InputError."""
+    return {name: check_field(name, check, fields[name])
+            for name, check in PROXY_CHECKS.items() if name in fields}
+
+
 def make_proxy(fields, proxies):
     """Return a Proxy with the fields that read_proxy_fields returns. It is not open yet.
 
@@ -11352,13 +11350,9 @@ def make_proxy(fields, proxies):
     local = read_listen(fields.get("listen", ":0"), "listen tcp: ")
     backend = check_field("upstream", parse_upstream, fields["upstream"])
     check_field("upstream", check_backend, backend, [local])
-    protocol = check_field("protocol", check_protocol, fields.get("protocol", "tcp"))
-    accept = check_field("accept", check_accept, fields.get("accept", "normal"))
-    limit = check_field("max_connections", check_count, fields.get("max_connections", 0))
-    return ProxyServer(backend, local, name=fields["name"], **proxies.shared, protocol=protocol,
-                       toxics=toxics, enabled=fields.get("enabled", True), accept=accept,
-                       max_connections=limit, tls=check_field("tls", check_tls,
-                                                              fields.get("tls", {})))
+    return ProxyServer(backend, local, name=fields["name"], toxics=toxics,
+                       enabled=fields.get("enabled", True), **proxies.shared,
+                       **check_proxy_fields(fields))
 
 
 def check_unique_names(toxics):
@@ -11404,12 +11398,14 @@ def read_listen(text, prefix=""):
         raise InputError([("listen", "listen %s" % error)]) from None
 
 
-def read_toxic_object(value, strict=False):
-    """Return the fields of a JSON object for a toxic. Raises InputError. See read_object."""
-    json_object = read_object(value, "toxics.ToxicWrapper", strict)
+def read_toxic_object(value, known):
+    """Return the fields of a JSON object for a toxic. See read_object. Raises InputError."""
+    if isinstance(value, dict):
+        value = without_moment(value)
+    json_object = read_object(value, "toxics.ToxicWrapper", known)
     if json_object.get("attributes") == []:     # PHP encodes an empty array like this
         json_object["attributes"] = {}
-    return without_moment(json_object)
+    return json_object
 
 
 def read_toxic(value, strict=False):
@@ -11418,57 +11414,37 @@ def read_toxic(value, strict=False):
     strict    whether to refuse input that Toxiproxy accepts: unknown keys, any toxicity,
               negative numbers
     """
-    json_object = read_toxic_object(value, strict)
-    fields = read_fields(json_object, TOXIC_FIELDS, "ToxicWrapper")
-    type_ = fields.get("type", "")
+    fields = read_fields(read_toxic_object(value, None if strict else TOXIC_KEYS), TOXIC_FIELDS,
+                         "ToxicWrapper")
+    type_ = fields.pop("type", "")
     # Toxiproxy's own types act downstream by default, other handlers in both directions.
     is_extension = type_ in HANDLERS and type_ not in TOXIPROXY_TYPES
-    stream = fields.get("stream", "both" if is_extension else DOWNSTREAM)
+    stream = fields.pop("stream", "both" if is_extension else DOWNSTREAM)
     if stream.lower() not in ("both", UPSTREAM, DOWNSTREAM):
-        raise toxiproxy_error(400, STREAM_ERROR)
+        raise toxiproxy_error(
+            400, "stream was invalid, can be either upstream or downstream")
     if type_ not in HANDLERS:
         details = ": " + unknown_handler(type_) if strict else ""
         raise toxiproxy_error(400, "invalid toxic type" + details)
-    name = fields.get("name") or "%s_%s" % (type_, stream)
+    name = fields.pop("name", "") or "%s_%s" % (type_, stream)
     check_field("name", check_name, name)
-    rule_fields = read_rule_fields(json_object, fields, strict)
-    attributes = read_attributes(type_, fields.get("attributes", {}), strict)
-    toxic = make_toxic(type_, name, dict(rule_fields, stream=stream.lower()), attributes,
+    attributes = read_attributes(type_, fields.pop("attributes", {}), strict)
+    # The toxicity and the rule fields are left. If strict, make_toxic refuses unknown keys.
+    toxic = make_toxic(type_, name, dict(fields, stream=stream.lower()), attributes,
                        toxiproxy=not strict)
     toxic.stream = stream       # as the client wrote it, perhaps in upper case
     return toxic
 
 
-def read_rule_fields(json_object, fields, strict=False):
-    """Return the toxicity and the rule fields of a toxic, except its stream: {name: value}.
-
-    fields    the fields of the object that read_fields has returned
-    strict    whether to return unknown fields too, so that make_toxic refuses them
-    """
-    rule_fields = {key: value for key, value in json_object.items()
-                   if key not in TOXIC_FIELDS and (strict or key in RULE_FIELDS)}
-    if "toxicity" in fields:
-        rule_fields["toxicity"] = fields["toxicity"]
-    return rule_fields
-
-
 def read_attributes(type_, value, strict=False):
     """Return the options of a handler in a JSON object: {option: value}. Raises InputError.
 
-    strict    whether to return unknown options too, so that make_toxic refuses them
+    strict    whether to return unknown keys too, instead of ignoring them
     """
-    defaults = handler_options(HANDLERS[type_])
-    # Without strict, read_object returns keys in lower case.
-    options = {option if strict else option.lower(): option for option in defaults}
-    attributes = {}
-    for key, item in read_object(value, "attributes", strict).items():
-        if key in options:
-            option = options[key]
-            attributes[option] = read_value(item, type(defaults[option]),
-                                            ".attributes." + option)
-        elif strict:
-            attributes[key] = item
-    return attributes
+    types = {option: type(default)
+             for option, default in handler_options(HANDLERS[type_]).items()}
+    return read_fields(read_object(value, "attributes", None if strict else types), types,
+                       ".attributes")
 
 
 def in_plain_words(message):
@@ -11488,9 +11464,9 @@ def log_warnings(texts):
 
 def proxy_warnings(value):
     """Yield the warnings about a JSON object that creates a proxy."""
-    fields = read_object(value, "")
+    fields = read_object(value, "", PROXY_FIELDS)
     source = "proxy %s" % fields["name"]
-    yield from unknown_key_warnings(fields, PROXY_KEYS, source)
+    yield from unknown_key_warnings(value, PROXY_KEYS, source)
     if not fields.get("listen"):
         yield ("%s: it has no listen, so it accepts clients from all machines; localhost:0 would "
                "accept only clients of this machine" % source)
@@ -11507,20 +11483,20 @@ def toxic_warnings(value, source, type_=None):
     source    the name of the toxic's proxy, for the texts
     type_     the toxic's type if the object does not define it
     """
-    fields = read_toxic_object(value)
+    fields = read_toxic_object(value, TOXIC_KEYS)
     type_ = type_ or fields["type"]
     source = "%s, toxic %s" % (source, fields.get("name") or type_)
-    yield from unknown_key_warnings(fields, {**TOXIC_FIELDS, **RULE_FIELDS}, source)
-    yield from unknown_key_warnings(read_object(fields.get("attributes"), ""),
-                                    handler_options(HANDLERS[type_]), source + ", attributes")
+    yield from unknown_key_warnings(read_toxic_object(value, None), TOXIC_KEYS, source)
+    yield from unknown_key_warnings(fields.get("attributes"), handler_options(HANDLERS[type_]),
+                                    source + ", attributes")
     if not 0 <= fields.get("toxicity", 1) <= 1:
         yield "%s: toxicity is a probability from 0 to 1, not %g" % (source, fields["toxicity"])
 
 
-def unknown_key_warnings(json_object, known, source):
+def unknown_key_warnings(value, known, source):
     """Yield a warning for each key of a JSON object that is ignored, because it is unknown."""
-    known = [key.lower() for key in known]      # read_object returns keys in lower case
-    for key in json_object:
+    known = [key.lower() for key in known]
+    for key in map(str.lower, read_object(value, "")):
         if key not in known:
             yield "%s: the unknown key %r%s is ignored: there are %s" % (
                 source, key[:50], did_you_mean(key, known), ", ".join(known) or "none")
@@ -11567,21 +11543,21 @@ def is_toxiproxys(toxic):
             and set(attributes_to_json(toxic)) <= set(TOXIPROXY_TYPES[type_]))
 
 
-def toxics_to_json(proxy, included=lambda toxic: True):
-    """Return the toxics of a proxy that included(toxic) accepts, as JSON values.
+def toxics_to_json(proxy, toxics):
+    """Return toxics of a proxy as JSON values.
 
-    They are sorted by direction: upstream, downstream, both. The toxics of one direction are in
-    the order of their creation.
+    They are sorted by direction: upstream, downstream, both. The toxics of one direction stay in
+    their order.
     """
     order = [UPSTREAM, DOWNSTREAM, "both"]
     return [toxic_to_json(proxy, toxic)
-            for toxic in sorted(proxy.toxics, key=lambda toxic: order.index(toxic.rule.stream))
-            if included(toxic)]
+            for toxic in sorted(toxics, key=lambda toxic: order.index(toxic.rule.stream))]
 
 
-def list_all(request):
-    """Return whether a listing has all toxics, because the query is ?all=1."""
-    return request.query.get("all") == "1"
+def listed_toxics(proxy, request):
+    """Return the toxics of a proxy that its listing has under `toxics`: with ?all=1, all."""
+    return [toxic for toxic in proxy.toxics
+            if request.query.get("all") == "1" or is_toxiproxys(toxic)]
 
 
 def proxy_to_json(proxy, request):
@@ -11590,13 +11566,11 @@ def proxy_to_json(proxy, request):
         fields = OrderedDict((
             ("name", proxy.name), ("listen", proxy.listen),
             ("upstream", format_address(proxy.backend)), ("enabled", proxy.enabled)))
-        if list_all(request):
-            fields["toxics"] = toxics_to_json(proxy)
-        else:
-            fields["toxics"] = toxics_to_json(proxy, is_toxiproxys)
-            rules = toxics_to_json(proxy, lambda toxic: not is_toxiproxys(toxic))
-            if rules:
-                fields["rules"] = rules
+        listed = listed_toxics(proxy, request)
+        fields["toxics"] = toxics_to_json(proxy, listed)
+        rules = [toxic for toxic in proxy.toxics if toxic not in listed]
+        if rules:
+            fields["rules"] = toxics_to_json(proxy, rules)
         if proxy.protocol:
             fields["protocol"] = proxy.protocol_name()
         if proxy.accept.mode != "normal":
@@ -11642,15 +11616,13 @@ def update_proxy(request, proxy):
     """Change listen, upstream, enabled or accept of a proxy. Its toxics stay."""
     value = read_json(request.body)
     fields = read_proxy_fields(value)
-    change_proxy(request.control.proxies, proxy, fields, fields.get("enabled", proxy.enabled))
-    log_warnings(unknown_key_warnings(read_object(value, ""), PROXY_KEYS, "proxy " + proxy.name))
+    change_proxy(request.control.proxies, proxy, fields)
+    log_warnings(unknown_key_warnings(value, PROXY_KEYS, "proxy " + proxy.name))
     return proxy_to_json(proxy, request)
 
 
-def change_proxy(proxies, proxy, fields, enabled):
-    """Change the addresses of a proxy and its `accept`, and enable or disable it.
-
-    fields    the result of read_proxy_fields; a field that is absent stays
+def change_proxy(proxies, proxy, fields):
+    """Change those fields of a proxy that the result of read_proxy_fields contains.
 
     If this raises InputError, ApiError or CannotListen, the proxy has not changed.
     """
@@ -11660,19 +11632,13 @@ def change_proxy(proxies, proxy, fields, enabled):
     if fields.get("upstream"):
         backend = check_field("upstream", parse_upstream, fields["upstream"])
     check_field("upstream", check_backend, backend, [local])
-    protocol = check_field("protocol", check_protocol,
-                           fields.get("protocol", proxy.protocol_name()))
-    if protocol != proxy.protocol_name():
-        raise bad_body("protocol cannot be changed: delete the proxy and create it again")
-    if check_field("tls", check_tls, fields.get("tls", proxy.tls.fields)) != proxy.tls.fields:
-        raise bad_body("tls cannot be changed: delete the proxy and create it again")
-    accept = proxy.accept
-    if "accept" in fields:
-        accept = check_field("accept", check_accept, fields["accept"])
-    limit = check_field("max_connections", check_count,
-                        fields.get("max_connections", proxy.max_connections))
-    proxies.change(proxy, local, backend, enabled, accept)
-    proxy.max_connections = limit
+    for name, current in ("protocol", proxy.protocol_name()), ("tls", proxy.tls.fields):
+        if check_field(name, PROXY_CHECKS[name], fields.get(name, current)) != current:
+            raise bad_body("%s cannot be changed: delete the proxy and create it again" % name)
+    checked = check_proxy_fields(fields)
+    proxies.change(proxy, local, backend, fields.get("enabled", proxy.enabled),
+                   checked.get("accept"))
+    proxy.max_connections = checked.get("max_connections", proxy.max_connections)
 
 
 @toxiproxy_route("DELETE", "/proxies/PROXY")
@@ -11684,8 +11650,7 @@ def delete_proxy(request, proxy):
 @toxiproxy_route("GET", "/proxies/PROXY/toxics")
 def list_toxics(request, proxy):
     """Return the toxics of a proxy; ?all=1 lists toxics that Toxiproxy lacks, too."""
-    included = (lambda toxic: True) if list_all(request) else is_toxiproxys
-    return proxy.loop.run_sync(toxics_to_json, proxy, included)
+    return proxy.loop.run_sync(lambda: toxics_to_json(proxy, listed_toxics(proxy, request)))
 
 
 @toxiproxy_route("POST", "/proxies/PROXY/toxics",
@@ -11709,7 +11674,7 @@ def put_toxics(request, proxy):
     toxics = [read_listed_toxic(proxy, value) for value in values]
     check_unique_names(toxics)
     proxy.loop.run_sync(proxy.set_toxics, toxics)
-    return proxy.loop.run_sync(toxics_to_json, proxy)
+    return proxy.loop.run_sync(toxics_to_json, proxy, proxy.toxics)
 
 
 def read_listed_toxic(proxy, value):
@@ -11744,16 +11709,14 @@ def update_toxic(request, proxy, toxic):
 
 def copy_toxic(toxic, value):
     """Return a copy of a toxic with the changes from a JSON object. Raises InputError."""
-    json_object = read_toxic_object(value)
-    fields = read_fields(json_object, {"toxicity": float, "attributes": dict}, "")
-    rule_fields = read_rule_fields(json_object, fields)
-    if "toxicity" not in rule_fields and "percent" not in rule_fields:
-        rule_fields["toxicity"] = toxic.toxicity
-    rule_fields["stream"] = toxic.rule.stream       # a stream in the JSON object is ignored
-    changed_attributes = read_attributes(toxic.rule.name, fields.get("attributes", {}))
+    known = [key for key in TOXIC_KEYS if key not in ("name", "type", "stream")]
+    fields = read_fields(read_toxic_object(value, known), TOXIC_FIELDS, "")
+    changed_attributes = read_attributes(toxic.rule.name, fields.pop("attributes", {}))
+    if "toxicity" not in fields and "percent" not in fields:
+        fields["toxicity"] = toxic.toxicity
     changed = make_toxic(toxic.rule.name, toxic.name,
-                         dict(own_fields_to_json(toxic), **rule_fields), changed_attributes,
-                         toxiproxy=True)
+                         dict(own_fields_to_json(toxic), **fields, stream=toxic.rule.stream),
+                         changed_attributes, toxiproxy=True)
     changed.stream = toxic.stream
     before, after = toxic.rule.own_fields(), changed.rule.own_fields()
     for name in RULE_FIELDS:
@@ -11784,7 +11747,7 @@ def populate(request):
         result = error_to_json(TOXIPROXY.to_api_error(exc))
     # If a proxy cannot listen, earlier proxies have changed: list them beside the error.
     result["proxies"] = [proxy_to_json(proxy, request) for proxy in populated] or None
-    return json_response(result.get("status", 201), result)
+    return TOXIPROXY.render(result, result.get("status", 201))
 
 
 def add_or_update_proxy(proxies, proxy, fields):
@@ -11843,7 +11806,7 @@ def reset(request):
     for proxy in list(proxies.values()):
         with proxy.lock:
             if proxies.get(proxy.name) is proxy:        # it has not been removed meanwhile
-                change_proxy(proxies, proxy, {"accept": "normal"}, enabled=True)
+                proxies.change(proxy, proxy.local, proxy.backend, True, Accept())
                 proxy.loop.run_sync(proxy.set_toxics, [])
 
 
@@ -12560,7 +12523,7 @@ class Proxy(Interface):
         return self._server.records_since(since)
 
     def list_toxics(self) -> "List[Dict[str, Any]]":
-        return self._call(toxics_to_json, self._server)
+        return self._call(toxics_to_json, self._server, self._server.toxics)
 
     def connections(self) -> "List[Dict[str, Any]]":
         return self._call(self._server.list_connections)
@@ -12722,9 +12685,8 @@ class Client(Interface):
 
     def _exchange(self, method, path, body):
         """Send a request. Returns the response of http.client, and the text of its body."""
-        import http.client  # here, because it is slow to import
         class_name = {"http": "HTTPConnection", "https": "HTTPSConnection"}.get(self.scheme, "")
-        connection_class = getattr(http.client, class_name, None)
+        connection_class = getattr(http_client, class_name, None)
         if connection_class is None:        # also for https, if this Python has no ssl module
             raise ValueError("scheme must be http or https, not %r" % self.scheme)
         connection = connection_class(self.host, self.port, timeout=30)
@@ -12733,7 +12695,7 @@ class Client(Interface):
                                {"Authorization": "Bearer " + self.token} if self.token else {})
             response = connection.getresponse()
             return response, response.read().decode("utf-8", "replace")
-        except http.client.HTTPException as error:
+        except http_client.HTTPException as error:
             raise OSError("%s:%d is not an HTTP server: %s"
                           % (self.host, self.port, error)) from None
         finally:
