@@ -88,11 +88,16 @@ if os.environ.get("VAURIEN_PLAIN"):
     sys.modules.update({"fcntl": None, "resource": None})       # importing them fails
     socket.socket = socket.SocketType = NoIPv6
 
-import vaurien  # noqa: E402
-from vaurien import DOWNSTREAM, EOF, HANDLERS, NEVER, OPEN, RESET, UPSTREAM  # noqa: E402
-
+# Write the bytecode of vaurien.py, even if PYTHONDONTWRITEBYTECODE is set: otherwise, each process
+# that a test starts compiles the file again. tearDownModule removes bytecode that is new.
 HERE = os.path.dirname(os.path.abspath(__file__))
 FILE = os.path.join(HERE, "vaurien.py")
+BYTECODE = importlib.util.cache_from_source(FILE)
+BYTECODE_IS_NEW = not os.path.exists(BYTECODE)
+with mock.patch.object(sys, "dont_write_bytecode", False):
+    import vaurien
+from vaurien import DOWNSTREAM, EOF, HANDLERS, NEVER, OPEN, RESET, UPSTREAM  # noqa: E402
+
 TIMEOUT = 30        # seconds to wait for a peer or a thread before a test fails
 ERROR_SIZE = 1000       # random bytes that the handler `error` sends on tcp
 INJECTED_SIZE = 100     # random bytes that `error` with inject=yes inserts into a reply
@@ -120,6 +125,12 @@ INJECTED_SIZE = 100     # random bytes that `error` with inject=yes inserts into
 def setUpModule():
     """Silence the log of the proxies under test. Tests of the log use assertLogs."""
     logging.getLogger("vaurien").setLevel(logging.CRITICAL)
+
+
+def tearDownModule():
+    if BYTECODE_IS_NEW:
+        with contextlib.suppress(OSError):
+            os.remove(BYTECODE)
 
 
 def wait_until(condition):
@@ -557,6 +568,21 @@ def read_text(path):
     """Return the text of a file."""
     with open(path, encoding="utf-8") as file:
         return file.read()
+
+
+def copy_module(path):
+    """Copy vaurien.py and its bytecode to this path."""
+    bytecode = importlib.util.cache_from_source(path)
+    os.makedirs(os.path.dirname(bytecode), exist_ok=True)
+    shutil.copy2(FILE, path)        # with its time of change, which the bytecode contains
+    with contextlib.suppress(OSError):
+        shutil.copy(BYTECODE, bytecode)
+
+
+def module_environment():
+    """Return an environment in which `python -m vaurien` runs vaurien.py, from any folder."""
+    paths = [HERE, os.environ.get("PYTHONPATH")]
+    return dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, paths)))
 
 
 def quiet_popen(*args, popen=subprocess.Popen, **kwargs):
@@ -11111,7 +11137,7 @@ class TestInterface(TempDirTestCase):
         """Check that `mypy --strict` accepts a test with public names. `.ci/run` calls this."""
         import mypy.api
         self.write("typed.py", textwrap.dedent(self.TYPED))
-        shutil.copy(FILE, "vaurien.py")
+        copy_module("vaurien.py")
         output, errors, status = mypy.api.run(
             ["--strict", "--follow-imports=silent", "--no-incremental", "typed.py"])
         self.assertEqual((status, errors), (0, ""), output)
@@ -11394,7 +11420,7 @@ class TestPytestPlugin(TempDirTestCase):
         """Run tests with pytest and the plugin, a copy with this name. Returns its output."""
         path = module.replace(".", "/") + ".py"
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        shutil.copy(FILE, path)
+        copy_module(path)
         self.write("conftest.py", "pytest_plugins = [%r]\n" % module)
         with backend_server(echo) as (port, _):
             self.write("test_it.py", textwrap.dedent(tests).replace("PORT", str(port)))
@@ -11429,7 +11455,7 @@ class TestPytestPlugin(TempDirTestCase):
         test_the_seed_is_shown_and_checked = check_seeds
 
     def test_importing_the_module_does_not_import_pytest(self):
-        shutil.copy(FILE, "vaurien.py")
+        copy_module("vaurien.py")
         program = "import sys, vaurien; print('pytest' in sys.modules)"
         self.assertEqual(self.run_python("-W", "error", "-c", program), (0, "False\n"))
 
@@ -11614,7 +11640,7 @@ class TestStartProxy(TempDirTestCase):
         pack/logging.py must not replace the standard module `logging`.
         """
         os.makedirs("pack")
-        shutil.copy(FILE, "pack/chaos.py")
+        copy_module("pack/chaos.py")
         self.write("pack/__init__.py", "")
         self.write("pack/logging.py", "")
         self.write("pack/mine.py", textwrap.dedent(self.VENDORED_HANDLERS))
@@ -11642,7 +11668,7 @@ class TestStartProxy(TempDirTestCase):
 
     def test_a_copy_in_a_package_within_a_package(self):
         os.makedirs("pack/age")
-        shutil.copy(FILE, "pack/age/chaos.py")
+        copy_module("pack/age/chaos.py")
         for folder in "pack", "pack/age":
             self.write(folder + "/__init__.py", "")
         proxy_port, http_port = unused_port(), unused_port()
@@ -12464,8 +12490,9 @@ class TestProcess(TempDirTestCase):
 
     def start(self, *argv, **popen_options):
         """Start vaurien with these arguments. The process is killed at the end of the test."""
-        process = subprocess.Popen([sys.executable, FILE, *argv], stderr=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, universal_newlines=True,
+        process = subprocess.Popen([sys.executable, "-m", "vaurien", *argv],
+                                   stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   env=module_environment(), universal_newlines=True,
                                    **popen_options)
         self.addCleanup(self.kill, process)
         return process
@@ -13582,8 +13609,8 @@ class TestDescriptors(TempDirTestCase):
     @unittest.skipUnless(hasattr(os, "fork"), "no limit of descriptors on this system")
     def test_a_limit_that_is_too_low_is_one_line_and_status_1(self):
         process = subprocess.run(
-            ["sh", "-c", "ulimit -n 24; exec \"$@\"", "sh", sys.executable, FILE,
-             "--local", "localhost:0"], stderr=subprocess.PIPE, universal_newlines=True)
+            ["sh", "-c", "ulimit -n 24; exec \"$@\"", "sh", sys.executable, "-m", "vaurien",
+             "--local", "localhost:0"], cwd=HERE, stderr=subprocess.PIPE, universal_newlines=True)
         self.assertEqual(process.returncode, 1)
         self.assertEqual(process.stderr, "vaurien: 24 descriptors are too few: at least 32 are "
                                          "needed (ulimit -n)\n")
@@ -13708,7 +13735,7 @@ selectors.DefaultSelector = selectors.SelectSelector
 """ + inspect.getsource(NoIPv6) + """
 socket.socket = NoIPv6
 sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
     def systems(self):
@@ -13721,10 +13748,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         small_env = {name: value for name, value in os.environ.items()
                      if name not in ("HOME", "LANG", "LC_ALL", "PYTHONIOENCODING", "PYTHONUTF8")}
         c_env = dict(small_env, LC_ALL="C", PYTHONCOERCECLOCALE="0")
-        bad_path = os.pathsep.join([self.folder + "/nope", "\x01", FILE, unusual_folder])
+        bad_path = os.pathsep.join([self.folder + "/nope", "\x01", FILE, HERE, unusual_folder])
         path_env = dict(os.environ, PYTHONPATH=bad_path)
         log_to_full_disk = ["--log-output", "/dev/full"] if os.path.exists("/dev/full") else []
         python = sys.executable
+        module, in_here = [python, "-m", "vaurien"], {"cwd": HERE}
         systems = {
             "-OO": UnusualSystem([python, "-OO", FILE], {}, []),
             "-I": UnusualSystem([python, "-I", FILE], {}, []),
@@ -13732,12 +13760,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
             "locale C": UnusualSystem([python, copy], {"env": c_env}, []),
             "read-only, no home": UnusualSystem(
                 [python, copy], {"cwd": read_only_folder, "env": small_env}, []),
-            "PYTHONPATH": UnusualSystem([python, FILE], {"env": path_env}, []),
-            "stdin closed": UnusualSystem([python, FILE], {}, [0]),
-            "stdout closed": UnusualSystem([python, FILE], {}, [1]),
-            "all closed": UnusualSystem([python, FILE], {}, [0, 1, 2]),
-            "the disk is full": UnusualSystem([python, FILE, *log_to_full_disk], {}, []),
-            "bare": UnusualSystem([python, "-c", self.BARE_PROGRAM, FILE], {}, []),
+            "PYTHONPATH": UnusualSystem(module, {"env": path_env}, []),
+            "stdin closed": UnusualSystem(module, in_here, [0]),
+            "stdout closed": UnusualSystem(module, in_here, [1]),
+            "all closed": UnusualSystem(module, in_here, [0, 1, 2]),
+            "the disk is full": UnusualSystem([*module, *log_to_full_disk], in_here, []),
+            "bare": UnusualSystem([python, "-c", self.BARE_PROGRAM, "vaurien"], in_here, []),
         }
         # Descriptors are closed by a preexec_fn, which only POSIX systems support.
         return {name: system for name, system in systems.items()
