@@ -13087,6 +13087,7 @@ class TestReadme(unittest.TestCase):
 
     def setUp(self):
         self.text = read_text(os.path.join(HERE, "README.md"))
+        self.reference = read_text(os.path.join(HERE, ".github", "REFERENCE.md"))
 
     def code_block(self, start, text=None):
         """Return the code of the indented block that begins with `start`, without the indent.
@@ -13112,7 +13113,7 @@ class TestReadme(unittest.TestCase):
         del protocols["tcp"]        # not in the table
         for name, protocol in protocols.items():
             with self.subTest(name):
-                row, = (line for line in self.text.splitlines()
+                row, = (line for line in self.reference.splitlines()
                         if line.startswith("| `%s` | `" % name))
                 quoted = set(re.findall("`([^`]*)`", row))
                 self.assertEqual(sorted(quoted - {name}), sorted(protocol.errors))
@@ -13121,10 +13122,15 @@ class TestReadme(unittest.TestCase):
         for setting in [*vaurien.SETTINGS.values(), *vaurien.SERVE_SETTINGS.values()]:
             for flag in setting.flags:
                 with self.subTest(flag):
-                    self.assertIn("`%s`" % flag, self.text)
+                    self.assertIn("`%s`" % flag, self.reference)
+
+    def test_every_rule_field_is_in_the_reference(self):
+        for name in vaurien.RULE_FIELDS:
+            with self.subTest(name):
+                self.assertIn("\n| `%s` | " % name, self.reference)
 
     def test_the_commands_are_valid(self):
-        lines = self.text.replace("\\\n", " ").splitlines()
+        lines = (self.text + self.reference).replace("\\\n", " ").splitlines()
         commands = [line.strip(" &").replace("$n", "2") for line in lines      # $n is of a loop
                     if re.match(" +vaurien --", line)]
         self.assertGreater(len(commands), 5)
@@ -13136,10 +13142,14 @@ class TestReadme(unittest.TestCase):
                     self.assertTrue(vaurien.make_proxies(settings), command)
 
     def test_the_files_that_it_shows_and_links_to_exist(self):
-        for path in re.findall(r"\]\((?!https?:|#)([^)#]+)", self.text):
-            with self.subTest(path):
+        for path, anchor in re.findall(r"\]\((?!https?:|#)([^)#]+)#?([^)]*)\)", self.text):
+            with self.subTest(path, anchor=anchor):
                 size = os.path.getsize(os.path.join(HERE, *path.split("/")))
                 self.assertLess(size, 150000)
+                if anchor:
+                    heads = re.findall("^## (.*)$", self.reference, re.MULTILINE)
+                    self.assertIn(anchor, [re.sub("[^a-z0-9-]", "", head.lower().replace(" ", "-"))
+                                           for head in heads])
 
     def test_the_scenario_of_a_restart(self):
         config = vaurien.read_ini("restart.ini", self.code_block(
@@ -13167,8 +13177,7 @@ class TestReadme(unittest.TestCase):
                 "Client": functools.partial(vaurien.Client, port=ports["http_port"]),
             }
             import_line = "from vaurien import Client, start_proxy, stop_proxy"
-            page = read_text(os.path.join(HERE, ".github", "REFERENCE.md"))
-            source = self.code_block(import_line, page)
+            source = self.code_block(import_line, self.reference)
             # The example uses the default ports. The namespace uses free ones instead.
             source = source.replace(import_line, "").replace("8888", str(port))
             exec(source, namespace)
