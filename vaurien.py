@@ -1349,10 +1349,8 @@ def check_handler(path, function):
 #
 #   an int              skip this many bytes
 #   NeedBytes(count)    receive this many bytes, as the value of the yield
+#   NeedMatch(pattern)  receive the bytes up to the end of its first match, HEAD_MAX at most
 #   SkipUntil(marker)   skip all bytes up to the end of the marker
-#   SkipRows()          skip the rows of MySQL, and receive the header of the packet after them
-#   a pattern           receive the bytes up to the end of its first match, HEAD_MAX at most
-#   a Head              the same, but raise ProtocolError as soon as they cannot be a head
 #   a Request           the bytes since the last END_OF_MESSAGE are the head of this request
 #   CONTINUATION        the bytes since the last END_OF_MESSAGE belong to the previous request
 #   END_OF_MESSAGE      a request or a reply ends here
@@ -1393,9 +1391,6 @@ END_OF_ROW = Signal("END_OF_ROW")               # the same
 END = END_OF_MESSAGE            # its older name, for handlers that use it
 CONTINUATION = Signal("CONTINUATION")
 TLS_BEGINS = Signal("TLS_BEGINS")
-LINE = re.compile(rb"\n")
-HEADERS = re.compile(rb"\n\r?\n")
-PATTERN = type(LINE)
 TLS_HANDSHAKE = b"\x16"         # the first byte of a TLS connection
 UNLIMITED = 1 << 62             # skip all further bytes
 
@@ -1406,51 +1401,81 @@ def protocol(class_):
     return class_
 
 
+# The input that a reader needs. Each class has a method that takes it from the data:
+#
+#   take(buffered, data, offset, size)
+#
+# It takes bytes of data[offset:size]. `buffered` has those that it took from earlier data, when
+# they were not enough. It returns (offset of the next byte, value for the reader, buffered). The
+# value is None if more data is needed.
+
 class NeedBytes(int):
     """A reader yields this to receive a number of bytes."""
 
+    def take(self, buffered, data, offset, size):
+        end = min(size, offset + self - len(buffered))
+        received = buffered + data[offset:end]
+        return (end, received, b"") if len(received) == self else (end, None, received)
 
-class SkipUntil:
+
+class NeedMatch:
+    """A reader yields this to receive the bytes up to the end of a pattern's first match.
+
+    end      the pattern, as bytes
+    start    a pattern that matches complete and incomplete bytes of this kind. If it has a
+             group, only bytes of the protocol match the group
+    error    the text of the ProtocolError for bytes that `start` does not match
+    """
+
+    __slots__ = ("search", "match_start", "error")
+
+    def __init__(self, end, start=b"", error=""):
+        self.search, self.error = re.compile(end).search, error
+        self.match_start = re.compile(start).match if start else None
+
+    def take(self, buffered, data, offset, size):
+        """Raises ProtocolError if the bytes are more than HEAD_MAX, or do not match `start`."""
+        if buffered:
+            joined = buffered + data[offset:size]
+            match = self.search(joined)
+            received = joined[:match.end()] if match else joined
+        else:                               # search in the data, without a copy
+            match = self.search(data, offset, size)
+            received = bytes(data[offset:match.end() if match else size])
+        if len(received) > HEAD_MAX:
+            raise ProtocolError("a head of more than %d bytes" % HEAD_MAX)
+        if self.match_start and not self.match_start(received):
+            raise ProtocolError("TLS" if received[:1] == TLS_HANDSHAKE else self.error)
+        end = offset + len(received) - len(buffered)
+        return (end, received, b"") if match else (end, None, received)
+
+
+class SkipUntil(namedtuple("SkipUntil", "marker tail")):
     """A reader yields this to skip all input up to the end of the next marker.
 
     tail    the last bytes before the input: the marker may begin in them
     """
 
-    __slots__ = ("marker", "tail")
+    __slots__ = ()
 
-    def __init__(self, marker, tail=b""):
-        self.marker, self.tail = marker, tail
-
-
-class Head:
-    """A reader yields this to receive the bytes up to the end of a pattern's first match.
-
-    search    the method of the pattern
-    start     a pattern that matches complete and incomplete heads. If it has a group, only
-              bytes of the protocol match the group
-    error     the text of the ProtocolError for bytes that `start` does not match
-    """
-
-    __slots__ = ("search", "start", "error")
-
-    def __init__(self, end, start, error):
-        self.search, self.start, self.error = end.search, start, error
-
-    def check(self, head):
-        """Raise ProtocolError if these bytes cannot begin a head."""
-        if not self.start.match(head):
-            raise ProtocolError("TLS" if head[:1] == TLS_HANDSHAKE else self.error)
+    def take(self, buffered, data, offset, size):
+        before = buffered or self.tail
+        searched = before + data[offset:size]
+        index = searched.find(self.marker)
+        if index < 0:
+            return size, None, searched[1 - len(self.marker):]
+        return offset + index + len(self.marker) - len(before), b"", b""
 
 
 def beginning_with(*parts):
     """Return the pattern of all bytes that begin with these parts, or that end within them.
 
-    The last part becomes a group.
+    The last part becomes a group. beginning_with(b"a", b"b") matches b"", b"a", b"ab" and b"abc".
     """
     expression = b"(%s)" % parts[-1]
     for part in reversed(parts[:-1]):
         expression = b"%s(?:\\Z|%s)" % (part, expression)
-    return re.compile(b"\\Z|" + expression)
+    return b"\\Z|" + expression
 
 
 class ProtocolError(Exception):
@@ -1458,8 +1483,9 @@ class ProtocolError(Exception):
 
 
 # Only the first 256 bytes are checked for control characters, to save time.
-TEXT = re.compile(b"(?:%s{256}|%s{0,255}\\Z)" % ((rb"[^\0-\x08\x0b\x0c\x0e-\x1f\x7f]",) * 2))
-COMMAND_LINE = Head(LINE, TEXT, "a control character in a command")
+TEXT = rb"(?:%s{256}|%s{0,255}\Z)" % ((rb"[^\0-\x08\x0b\x0c\x0e-\x1f\x7f]",) * 2)
+LINE = NeedMatch(rb"\n")
+COMMAND_LINE = NeedMatch(rb"\n", TEXT, "a control character in a command")
 
 
 class Request:
@@ -1530,26 +1556,6 @@ class StatementTexts(OrderedDict):
         return self[key]
 
 
-class SkipRows:
-    """A reader yields this to skip packets of MySQL that are rows, up to the packet after them.
-
-    It receives the header and the first byte of that packet. This is one loop over the data,
-    because a reader of each single row would be slow.
-
-    left         bytes of the current row that have not arrived
-    continues    whether the next packet continues the current row
-    """
-
-    __slots__ = ("left", "continues")
-
-    HEADER = struct.Struct("<IB")       # size (3 bytes), sequence number, type
-    PACKET_MAX = 0xFFFFFF               # size of a packet's body that the next packet continues
-    EOF = 0xFE                          # the type that ends rows. ERR, which is 0xFF, does too
-
-    def __init__(self):
-        self.left, self.continues = 0, False
-
-
 class Framer:
     """Finds the boundaries of requests, or of replies, in the bytes of one direction.
 
@@ -1560,7 +1566,7 @@ class Framer:
 
     __slots__ = ("reader", "parse_whole", "awaiting", "buffered", "at_boundary")
 
-    def __init__(self, reader, parse_whole=lambda data: None):
+    def __init__(self, reader, parse_whole):
         self.parse_whole = parse_whole      # Protocol.parse_whole_request or parse_whole_reply
         self.restart(reader)
 
@@ -1585,8 +1591,10 @@ class Framer:
         such as the request line of HTTP.
         """
         if len(self.buffered) < len(head):
-            return True
-        match = self.awaiting.start.match(self.buffered) if type(self.awaiting) is Head else None
+            return True                     # the reader has got a complete item
+        if type(self.awaiting) is not NeedMatch or not self.awaiting.match_start:
+            return False
+        match = self.awaiting.match_start(self.buffered)
         return bool(match and match.lastindex)
 
     def whole_message(self, data):
@@ -1612,109 +1620,25 @@ class Framer:
         """
         if type(data) is memoryview:
             data = data.obj                 # the bytearray: unlike its view, it has find()
-        offset, last_boundary, last_boundary_offset = 0, None, -1
+        offset, message_end = 0, -1
         while True:
-            awaiting = self.awaiting
+            awaiting, value = self.awaiting, None
             type_ = type(awaiting)
             if type_ is int:
                 if awaiting > size - offset:
                     self.awaiting -= size - offset
                     break
                 offset += awaiting
-                self.awaiting = self.reader.send(None)
-            elif type_ in self.CONSUMERS:
-                offset, data_for_reader = self.CONSUMERS[type_](
-                    self, awaiting, data, offset, size)
-                if data_for_reader is None:
-                    break
-                self.awaiting = self.reader.send(data_for_reader)
-            else:
-                last_boundary, last_boundary_offset = awaiting, offset
+            elif type_ is Signal or type_ is Request:
+                if awaiting is END_OF_MESSAGE:
+                    message_end = offset
                 yield offset, awaiting
-                self.awaiting = self.reader.send(None)
-        self.at_boundary = last_boundary is END_OF_MESSAGE and last_boundary_offset == size
-
-    # A consumer takes as much of data[offset:size] as the reader needs. It returns the offset
-    # of the next byte, and the value for the reader, which is None if more data is needed.
-
-    def receive_match(self, pattern, data, offset, size):
-        """Receive the bytes up to the end of the first match of a pattern.
-
-        pattern    a pattern or a Head
-
-        Raises ProtocolError if they are more than HEAD_MAX, or cannot be a head.
-        """
-        if self.buffered:
-            head = self.buffered + data[offset:size]
-            match = pattern.search(head)
-            if match:
-                head = head[:match.end()]
-            end = offset + len(head) - len(self.buffered)   # how far the head goes in `data`
-        else:                               # search in the data, without a copy
-            match = pattern.search(data, offset, size)
-            end = match.end() if match else size
-            head = data[offset:end]
-        if len(head) > HEAD_MAX:
-            raise ProtocolError("a head of more than %d bytes" % HEAD_MAX)
-        if type(pattern) is Head:
-            pattern.check(head)
-        self.buffered = b"" if match else bytes(head)
-        return end, bytes(head) if match else None
-
-    def receive_count(self, count, data, offset, size):
-        """Receive `count` bytes."""
-        end = min(size, offset + count - len(self.buffered))
-        received = self.buffered + data[offset:end]
-        complete = len(received) == count
-        self.buffered = b"" if complete else received
-        return end, received if complete else None
-
-    def skip_until(self, until, data, offset, size):
-        """Skip the bytes up to the end of a marker, which may begin in earlier data.
-
-        until    the SkipUntil. Its tail becomes the last bytes of this data
-        """
-        marker, tail = until.marker, until.tail
-        overlap = len(marker) - 1       # size of the longest incomplete marker
-        around_start = tail + data[offset:min(size, offset + overlap)]
-        index = around_start.find(marker)
-        if index >= 0:
-            return offset - len(tail) + index + len(marker), b""
-        marker_offset = data.find(marker, offset, size)
-        if marker_offset >= 0:
-            return marker_offset + len(marker), b""
-        until.tail = (tail + data[max(offset, size - overlap):size])[-overlap:]
-        return size, None
-
-    def skip_rows(self, rows, data, offset, size):
-        """Skip rows of MySQL. Receive the header and the first byte of the packet after them."""
-        offset += rows.left
-        while True:
-            if not (rows.continues or self.buffered):   # common rows, whose header is complete
-                while offset + 5 <= size:
-                    word, type_ = rows.HEADER.unpack_from(data, offset)
-                    body_size = word & rows.PACKET_MAX
-                    if type_ >= rows.EOF or body_size == rows.PACKET_MAX:
-                        break
-                    offset += 4 + body_size
-            rows.left = max(0, offset - size)
-            if rows.left:
-                return size, None
-            end = min(size, offset + (4 if rows.continues else 5) - len(self.buffered))
-            header, offset = self.buffered + bytes(data[offset:end]), end
-            if len(header) < (4 if rows.continues else 5):
-                self.buffered = header
-                return size, None
-            self.buffered = b""
-            body_size = int.from_bytes(header[:3], "little")
-            if header[4:] >= b"\xfe" and body_size < rows.PACKET_MAX:
-                return offset, header
-            rows.continues = body_size == rows.PACKET_MAX
-            offset += body_size - len(header[4:])
-
-    # {type of the yielded value: consumer}
-    CONSUMERS = {PATTERN: receive_match, Head: receive_match, NeedBytes: receive_count,
-                 SkipUntil: skip_until, SkipRows: skip_rows}
+            else:
+                offset, value, self.buffered = awaiting.take(self.buffered, data, offset, size)
+                if value is None:
+                    break
+            self.awaiting = self.reader.send(value)
+        self.at_boundary = message_end == size
 
 
 def read_opaque():
@@ -1946,11 +1870,12 @@ class Http(Protocol):
     default_errors = ("500", "502", "503", "504")
     overload_error = "503"
     has_rows = True                 # chunks, or events of a text/event-stream
+    HEAD_END = rb"\n\r?\n"
     REQUEST_LINE = re.compile(rb"\s*([A-Z]+) [^ \r\n]+ HTTP/1\.([01])\r?\n")
-    REQUEST_HEAD = Head(HEADERS, beginning_with(
+    REQUEST_HEAD = NeedMatch(HEAD_END, beginning_with(
         rb"\s*", rb"[A-Z]+", rb" ", rb"[^ \r\n]+", rb" ", *rb"H T T P / 1 \. [01] \r? \n".split()),
         "no request line of HTTP/1")
-    REPLY_HEAD = Head(HEADERS, beginning_with(
+    REPLY_HEAD = NeedMatch(HEAD_END, beginning_with(
         *rb"H T T P / 1 \. [01]".split(), rb" ", rb"\d", rb"\d", rb"\d"),
         "no status line of HTTP/1")
     STATUS_LINE = re.compile(rb"HTTP/1\.[01] (\d\d\d)")
@@ -2209,7 +2134,7 @@ class Redis(Protocol):
     VALUES_PER_ITEM = {b"*": 1, b"~": 1, b"%": 2}       # of an array, a set and a map
     has_rows = True                                     # the items of the outermost value
     UNKNOWN_COMMAND = b"*1\r\n$7\r\nvaurien\r\n"
-    REPLY_LINE = Head(LINE, beginning_with(rb"[$=!*~%|+:_#,(-]"), "no type of a reply")
+    REPLY_LINE = NeedMatch(rb"\n", beginning_with(rb"[$=!*~%|+:_#,(-]"), "no type of a reply")
 
     def __init__(self, host=b""):
         self.in_multi = False       # in a transaction: after MULTI, and before EXEC or DISCARD
@@ -2353,9 +2278,9 @@ class Memcache(Protocol):
     GET = {"get", "gets", "gat", "gats"}
     META = {"mg", "ms", "md", "ma", "me", "mn"}
     FLUSH, FLUSHED = b"mn\r\n", b"MN\r\n"
-    COMMAND_LINE = Head(LINE, re.compile(rb"(?!\x80)" + TEXT.pattern),
-                        "the binary protocol, or a control character in a command")
-    REPLY_LINE = Head(LINE, beginning_with(rb"[0-9A-Za-z]"), "no line of a reply")
+    COMMAND_LINE = NeedMatch(rb"\n", rb"(?!\x80)" + TEXT,
+                             "the binary protocol, or a control character in a command")
+    REPLY_LINE = NeedMatch(rb"\n", beginning_with(rb"[0-9A-Za-z]"), "no line of a reply")
     quiet_sent = False      # a quiet command has been sent, and no `mn` after it
 
     def requests(self):
@@ -2452,6 +2377,33 @@ def mysql_integer(data, offset):
     return int.from_bytes(data[offset + (size > 0):end], "little"), end
 
 
+class SkipRows:
+    """A reader yields this to skip all rows that are one packet each, up to any other packet.
+
+    This is one loop over the data, because a reader of each single row would be slow.
+
+    left    bytes of the current row that have not arrived
+    """
+
+    __slots__ = ("left",)
+
+    HEADER = struct.Struct("<IB")       # size (3 bytes), sequence number, type
+
+    def __init__(self):
+        self.left = 0
+
+    def take(self, buffered, data, offset, size):
+        offset, unpack_from = offset + self.left, self.HEADER.unpack_from
+        while offset + 5 <= size:
+            word, type_ = unpack_from(data, offset)
+            body_size = word & 0xFFFFFF
+            if type_ >= 0xFE or body_size == 0xFFFFFF:      # EOF or ERR, or several packets
+                break
+            offset += 4 + body_size
+        self.left = max(0, offset - size)
+        return (offset, b"", b"") if offset < size else (size, None, b"")
+
+
 class MysqlCommand:
     """The data that Mysql keeps of a command until its reply ends.
 
@@ -2531,7 +2483,7 @@ class Mysql(Protocol):
     DEADLOCK = "1213"
     has_rows = True
     LAST_PREPARED = b"\xff\xff\xff\xff"     # id of the statement that was prepared last
-    PACKET_MAX = SkipRows.PACKET_MAX        # size of a body that the next packet continues
+    PACKET_MAX = 0xFFFFFF           # size of a body that the next packet continues
     HEAD_SIZE = 256                         # bytes of a packet of the backend that are parsed
 
     def __init__(self, host=b""):
@@ -2718,15 +2670,12 @@ class Mysql(Protocol):
 
     def read_rows(self, size, head):
         """Read rows, of which the first packet has been read. Returns the status after them."""
-        while self.counts_rows and self.is_row(size, head):
-            yield END_OF_ROW
+        while self.is_row(size, head):
+            if self.counts_rows:
+                yield END_OF_ROW
+            else:
+                yield SkipRows()
             size, head = yield from self.read_packet()
-        if self.is_row(size, head):
-            header = yield SkipRows()
-            size = int.from_bytes(header[:3], "little")
-            rest = yield NeedBytes(min(size - 1, self.HEAD_SIZE))
-            yield size - 1 - len(rest)
-            head = header[4:] + rest
         return self.status(size, head)
 
     def is_row(self, size, head):
@@ -3117,7 +3066,8 @@ class Smtp(Protocol):
     overload_error = "421"
     server_first = starts_tls = True
     credentials = ("AUTH",)
-    REPLY_LINE = Head(LINE, beginning_with(rb"\d", rb"\d", rb"\d", rb"[ \r\n-]"), "no reply code")
+    REPLY_LINE = NeedMatch(rb"\n", beginning_with(rb"\d", rb"\d", rb"\d", rb"[ \r\n-]"),
+                           "no reply code")
     auth_continues = False          # the backend waits for the next line of AUTH
 
     def requests(self):
