@@ -7198,16 +7198,7 @@ class TestReusePort(TempDirTestCase):
 
     def setUp(self):
         super().setUp()
-        # These sockets reserve the port: they do not listen, so the kernel passes them nothing.
-        with contextlib.ExitStack() as stack:
-            self.port = 0
-            for host in self.HOSTS:
-                sock = stack.enter_context(contextlib.closing(socket.socket(
-                    socket.AF_INET6 if ":" in host else socket.AF_INET)))
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                sock.bind((host, self.port or unused_port()))
-                self.port = sock.getsockname()[1]
-            self.addCleanup(stack.pop_all().close)
+        self.port = unused_port()
 
     @contextlib.contextmanager
     def two_proxies(self, **arguments):

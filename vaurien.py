@@ -6036,7 +6036,7 @@ class Listener:
             address = sock.getsockname()
             try:
                 if mode == "refuse":
-                    self.sockets[index] = refuse_connects(sock, self.reuse_port)
+                    self.sockets[index] = refuse_connects(sock)
                 elif self.reuse_port:
                     set_drop_filter(sock)
                 else:
@@ -6202,20 +6202,13 @@ def set_drop_filter(sock):
     sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, address))
 
 
-def refuse_connects(sock, reuse_port=None):
+def refuse_connects(sock):
     """Let the kernel refuse connects to a listening socket, but keep its port. Raises OSError.
 
     Returns the socket, or on another system than Linux a new one, which is bound but does not
     listen. Without SO_REUSEADDR, no other program can bind the port.
-
-    With reuse_port, the socket is always a new one: Linux would pass no connection to a socket
-    that listens again.
     """
     family, address = sock.family, sock.getsockname()
-    if reuse_port:
-        new_sock = bind_socket(family, address, reuse_port)
-        sock.close()
-        return new_sock
     set_reuse_address(sock, 0)
     try:
         sock.shutdown(socket.SHUT_RD)           # on Linux, the opposite of listen()
