@@ -6519,8 +6519,7 @@ def check_tls(value):
                 name, did_you_mean(name, TLS_FIELDS), ", ".join(TLS_FIELDS)))
         if given is not None:
             try:
-                fields[name] = TLS_FIELDS[name].check(
-                    given if name == "verify" else check_text(str(given)))
+                fields[name] = TLS_FIELDS[name].check(given if name == "verify" else str(given))
             except ValueError as error:
                 raise ValueError("%s %s" % (name, error)) from None
     return fields
@@ -6530,22 +6529,23 @@ class Authority:
     """A CA for this run of the program. It is made when the first certificate is needed."""
 
     def __init__(self):
-        self.lock = threading.RLock()
-        self.issuers = {}           # {issuer: (its name, its key, its public key)}
+        self.lock = threading.Lock()
+        self.identities = {}        # {role: (common name, key, encoded public key)}
         self.ca_pem = ""            # the certificate of the CA
 
     def pem(self):
         """Return the certificate of the CA."""
         with self.lock:
             if not self.ca_pem:
-                self.ca_pem = make_certificate(self.issuer("CA"), self.issuer("CA"), ca=True)
+                self.ca_pem = make_certificate(self.identity("CA"), self.identity("CA"), ca=True)
             return self.ca_pem
 
-    def issuer(self, name):
-        if name not in self.issuers:
+    def identity(self, role):
+        """Return the (common name, key, encoded public key) of "CA", "another CA" or "host"."""
+        if role not in self.identities:
             key = secrets.randbelow(P256_ORDER - 1) + 1
-            self.issuers[name] = "vaurien %s" % name, key, encode_point(multiply_generator(key))
-        return self.issuers[name]
+            self.identities[role] = "vaurien " + role, key, encode_point(multiply_generator(key))
+        return self.identities[role]
 
     def issue(self, host, days=CERTIFICATE_DAYS, signed_by="CA"):
         """Return a certificate for a host, and its key, in PEM.
@@ -6555,10 +6555,10 @@ class Authority:
         signed_by    "CA", "another CA", or "itself"
         """
         with self.lock:
-            _, key, public = self.issuer("leaf")        # all hosts share one key
+            _, key, public = self.identity("host")      # all hosts share one key
             hosts = [host, "localhost", *LOOPBACK] if host in LOOPBACK else [host]
             subject = host, key, public
-            issuer = subject if signed_by == "itself" else self.issuer(signed_by)
+            issuer = subject if signed_by == "itself" else self.identity(signed_by)
             return make_certificate(subject, issuer, hosts, days) + encode_key(key, public)
 
 
@@ -6664,6 +6664,7 @@ def make_certificate(subject, issuer, hosts=(), days=(-1, 3650), ca=False):
 
     subject, issuer    (common name, key, encoded public key)
     hosts              names and addresses of the subject
+    days               first and last day of validity, counted from now
     """
     (name, _, public), (issuer_name, issuer_key, issuer_public) = subject, issuer
     algorithm = der(SEQUENCE, der_oid(ECDSA_SHA256_OID))
@@ -6706,12 +6707,11 @@ AUTHORITY = Authority()
 
 
 class TlsConfig:
-    """The TLS settings of a proxy, and the SSLContexts that they make.
+    """The TLS settings of a proxy, and the SSLContexts for its clients and its backend.
 
-    fields     {field: value} of the TLS_FIELDS that are set
-    accepts    whether clients must use TLS
-    makes_certificates
-               whether it makes the certificates for them, unless they use no TLS
+    fields       {field: value} of the TLS_FIELDS that are set
+    accepts      whether clients must use TLS
+    cert_file    the file with the certificate for clients, or "" if the proxy makes certificates
     """
 
     def __init__(self, fields, alpn=()):
@@ -6720,9 +6720,10 @@ class TlsConfig:
                                   if value is not None)
         self.alpn = list(alpn)
         self.accepts = not {"cert", "fault"}.isdisjoint(self.fields)
-        self.makes_certificates = self.fields.get("cert", "auto") == "auto"
-        self.accept_contexts = {}       # {name or address: SSLContext}
-        self.backend_context = None     # made when it is needed
+        cert = self.fields.get("cert", "auto")
+        self.cert_file = "" if cert == "auto" else cert
+        self.cached_context = functools.lru_cache(NAMES_MAX)(self.make_accept_context)
+        self.connect_context = functools.lru_cache(1)(self.make_connect_context)
         try:
             self.check()
         except ValueError as error:
@@ -6730,15 +6731,15 @@ class TlsConfig:
 
     def check(self):
         """Check that the fields fit together, and read the files. Raises ValueError."""
-        fields, makes = self.fields, self.makes_certificates
+        fields = self.fields
         if fields:
             try:
                 require_ssl()
             except ValueError as error:
                 raise ValueError("%s %s" % (next(iter(fields)), error)) from None
-        if "fault" in fields and not makes:
+        if "fault" in fields and self.cert_file:
             raise ValueError("fault makes the certificates itself: leave tls-cert out")
-        if "key" in fields and makes:
+        if "key" in fields and not self.cert_file:
             raise ValueError("key needs the file of a certificate as tls-cert")
         for name in "client_ca", "max_version":
             if name in fields and not self.accepts:
@@ -6753,36 +6754,33 @@ class TlsConfig:
     def accept_context(self, host):
         """Return the SSLContext for a client that asks for a name, or that connects to an address.
         """
-        fields = self.fields
-        if not self.makes_certificates:
-            host = ""                   # all have one context
-        if host not in self.accept_contexts:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            if host:
-                self.issue(context, host)
-                context.set_servername_callback(self.on_server_name)
-            else:
-                load_certificate(context, fields["cert"], fields.get("key"), "cert", "key")
-            context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
-            if hasattr(context, "num_tickets"):     # since Python 3.8
-                # A client that never reads gets no bytes that would turn its FIN into a RST.
-                context.num_tickets = 0
-            if "client_ca" in fields:
-                load_cas(context, fields["client_ca"], "client-ca")
-                context.verify_mode = ssl.CERT_REQUIRED
-            if "max_version" in fields:
-                limit_version(context, fields["max_version"])
-            if self.alpn:
-                context.set_alpn_protocols(self.alpn)
-            if len(self.accept_contexts) >= NAMES_MAX:
-                self.accept_contexts.clear()
-            self.accept_contexts[host] = context
-        return self.accept_contexts[host]
+        return self.cached_context("" if self.cert_file else host)
 
-    def issue(self, context, host):
-        """Make a certificate for a host, with the fault of the settings."""
-        arguments = dict(CERTIFICATE_FAULTS.get(self.fields.get("fault", ""), {}))
-        arguments.setdefault("host", host)
+    def make_accept_context(self, host):
+        fields = self.fields
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        if self.cert_file:
+            load_certificate(context, self.cert_file, fields.get("key"), "cert", "key")
+        else:
+            self.load_new_certificate(context, host)
+            context.set_servername_callback(self.on_server_name)
+        context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+        if hasattr(context, "num_tickets"):     # since Python 3.8
+            # A client that never reads gets no bytes that would turn its FIN into a RST.
+            context.num_tickets = 0
+        if "client_ca" in fields:
+            load_cas(context, fields["client_ca"], "client-ca")
+            context.verify_mode = ssl.CERT_REQUIRED
+        if "max_version" in fields:
+            limit_version(context, fields["max_version"])
+        if self.alpn:
+            context.set_alpn_protocols(self.alpn)
+        return context
+
+    def load_new_certificate(self, context, host):
+        """Let a context use a new certificate for a host, with the fault of the settings."""
+        fault = CERTIFICATE_FAULTS.get(self.fields.get("fault", ""), {})
+        arguments = dict({"host": host}, **fault)
         fd, path = tempfile.mkstemp()       # with mode 0600
         try:
             with open(fd, "w") as file:
@@ -6796,31 +6794,29 @@ class TlsConfig:
         if name and is_valid_host(name):
             ssl_object.context = self.accept_context(name.lower())
 
-    def connect_context(self):
-        """Return the SSLContext for the backend."""
-        if self.backend_context is None:
-            fields = self.fields
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            if not fields.get("verify", True):
-                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-            elif "ca" in fields:
-                load_cas(context, fields["ca"], "ca")
-            else:
-                context.load_default_certs()
-            if "client_cert" in fields:
-                load_certificate(context, fields["client_cert"], fields.get("client_key"),
-                                 "client-cert", "client-key")
-            if self.alpn:
-                context.set_alpn_protocols(self.alpn)
-            self.backend_context = context
-        return self.backend_context
+    def make_connect_context(self):
+        """Return an SSLContext for the backend."""
+        fields = self.fields
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if not fields.get("verify", True):
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        elif "ca" in fields:
+            load_cas(context, fields["ca"], "ca")
+        else:
+            context.load_default_certs()
+        if "client_cert" in fields:
+            load_certificate(context, fields["client_cert"], fields.get("client_key"),
+                             "client-cert", "client-key")
+        if self.alpn:
+            context.set_alpn_protocols(self.alpn)
+        return context
 
     def backend_name(self, host):
         """Return the name to ask a backend for."""
         return self.fields.get("sni") or host.rstrip(".") or "localhost"
 
 
-def read_pem(path, label, setting):
+def require_pem(path, label, setting):
     """Raise ValueError, which names the setting, if a file has no PEM block with a label."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
@@ -6837,7 +6833,7 @@ def read_pem(path, label, setting):
 
 def load_cas(context, path, setting):
     """Let a context trust the CAs in a file. Raises ValueError."""
-    read_pem(path, "CERTIFICATE", setting)
+    require_pem(path, "CERTIFICATE", setting)
     try:
         context.load_verify_locations(path)
     except OSError as error:
@@ -6849,19 +6845,20 @@ def load_cas(context, path, setting):
 
 def load_certificate(context, path, key_path, setting, key_setting):
     """Let a context use the certificate and the key of files. Raises ValueError."""
-    read_pem(path, "CERTIFICATE", setting)
-    read_pem(key_path or path, "PRIVATE KEY", key_setting)
+    key_path = key_path or path
+    require_pem(path, "CERTIFICATE", setting)
+    require_pem(key_path, "PRIVATE KEY", key_setting)
 
     def refuse_password():          # without it, OpenSSL would ask on the terminal
-        raise ValueError("%s must have no password: %s" % (key_setting, key_path or path))
+        raise ValueError("%s must have no password: %s" % (key_setting, key_path))
     try:
         context.load_cert_chain(path, key_path, refuse_password)
     except OSError as error:
-        reason = getattr(error, "reason", None)
-        raise ValueError("%s: the key in %s does not fit the certificate in %s"
-                         % (key_setting, key_path or path, path)
-                         if reason == "KEY_VALUES_MISMATCH" else "%s: cannot use %s: %s"
-                         % (setting, path, tls_error_text(error))) from None
+        if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
+            raise ValueError("%s: the key in %s does not fit the certificate in %s"
+                             % (key_setting, key_path, path)) from None
+        raise ValueError("%s: cannot use %s: %s" % (setting, path, tls_error_text(error))
+                         ) from None
 
 
 def limit_version(context, max_version):
@@ -6891,14 +6888,16 @@ class TlsSocket:
 
     is_open      whether the handshake has succeeded
     error        why TLS has failed, or ""
-    truncated    whether the peer has closed its side without close_notify
+    ended        whether the peer has closed its side
+    truncated    whether it has done so without close_notify
     truncates    whether `shutdown` sends no close_notify either
+    readable     whether `recv_into` would return something without an event of the socket
 
-    `interest` returns the events to watch the socket for. on_change() is called from a timer,
-    soon after this has changed without an event: at the end of the handshake, when ciphertext
-    begins to wait, and when `recv_into` has more to return. Ciphertext of SEND_BATCH bytes may
-    wait. Decrypted bytes never wait: `recv_into` returns all of them, even if they exceed its
-    limit, by one record (16 KiB) at most. So the selector's view of the socket is right.
+    `interest` returns the events to watch the socket for. If they change without an event of
+    the socket, a timer calls on_change() soon: at the end of the handshake, when ciphertext
+    begins to wait, and when `recv_into` has more to return. At most SEND_BATCH bytes of
+    ciphertext wait. Decrypted bytes never wait, because no selector would report them:
+    `recv_into` returns all of them, up to one record (16 KiB) more than was asked for.
     """
 
     __slots__ = ("sock", "loop", "on_change", "incoming", "outgoing", "engine", "unsent",
@@ -6917,12 +6916,13 @@ class TlsSocket:
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.engine = context.wrap_bio(self.incoming, self.outgoing, server_side, server_hostname)
         self.unsent = b""           # ciphertext that the socket does not take
-        self.is_open = self.truncated = self.truncates = False
+        self.is_open = self.ended = self.truncated = self.truncates = self.readable = False
         self.error = ""
-        self.ended = False          # the peer has closed its side
-        self.readable = False       # recv_into would return something without an event
-        self.closing = False        # shutdown() was called; close_notify and FIN may be to be sent
-        self.notified = self.fin_sent = self.resets = self.begun = False
+        self.begun = False          # whether the peer has sent something
+        self.closing = False        # whether shutdown() was called: close_notify and FIN follow
+        self.notified = False       # whether close_notify is encrypted
+        self.fin_sent = False
+        self.resets = False         # whether close() sends RST
         self.awaits_write = False   # whether interest() has asked for EVENT_WRITE
         self.change_timer = None
         self.deadline = loop.call_at(loop.clock() + timeout, lambda: self.fail("timed out"))
@@ -6968,17 +6968,15 @@ class TlsSocket:
     def shake_hands(self):
         """Receive bytes, and continue the handshake. Drop them after it has failed."""
         try:
-            data = self.sock.recv(self.RECV_MAX)
+            data, end_reason = self.sock.recv(self.RECV_MAX), "closed by the peer"
         except BlockingIOError:         # the socket is writable
             self.push_quietly()
             return
         except OSError as error:
-            self.ended = True
-            self.fail(error.strerror)
-            return
+            data, end_reason = b"", error.strerror or ""
         if not data:
             self.ended = True
-            self.fail("closed by the peer")
+            self.fail(end_reason)
         elif not self.error:
             self.on_handshake_bytes(data)
 
@@ -7020,19 +7018,16 @@ class TlsSocket:
 
         Returns 0 at the end of the stream. Raises OSError like a socket, or after an alert.
         """
-        receives, self.readable = not self.readable, False
-        if self.error:
-            raise OSError(errno.ECONNABORTED, self.error)
-        if self.ended:
-            return 0
-        if receives:
-            data = self.sock.recv(min(size, self.RECV_MAX))
-            self.truncated = not data       # unless close_notify is found below
-            self.incoming.write(data)
-        count = self.decrypt(memoryview(buffer))
-        self.push_quietly()                 # the reply to a KeyUpdate, or an alert
+        count, was_readable, self.readable = 0, self.readable, False
+        if not (self.error or self.ended):
+            if not was_readable:            # otherwise the bytes have come already
+                data = self.sock.recv(min(size, self.RECV_MAX))
+                self.truncated = not data   # unless close_notify is found below
+                self.incoming.write(data)
+            count = self.decrypt(memoryview(buffer))
+            self.push_quietly()             # the reply to a KeyUpdate, or an alert
         if count:
-            self.readable = self.ended or bool(self.error)
+            self.readable = self.ended or bool(self.error)      # that is for the next call
             if self.readable:
                 self.note_change()
         elif self.error:
@@ -7043,19 +7038,20 @@ class TlsSocket:
 
     def decrypt(self, view):
         """Decrypt all whole records into a buffer. Returns their size."""
-        count = 0
+        count, size = 0, 1
         try:
-            size = self.engine.read(len(view), view)
             while size:
-                count += size
                 size = self.engine.read(len(view) - count, view[count:])
-            self.ended, self.truncated = True, False    # close_notify
+                count += size
         except ssl.SSLWantReadError:
             self.ended = self.truncated
+            return count
         except ssl.SSLZeroReturnError:      # close_notify, after that of this side
-            self.ended, self.truncated = True, False
+            pass
         except OSError as error:            # an alert, or bytes that are not of TLS
             self.error = tls_error_text(error)
+            return count
+        self.ended, self.truncated = True, False    # close_notify
         return count
 
     def send(self, data):
@@ -7077,38 +7073,43 @@ class TlsSocket:
 
         Returns whether no ciphertext waits any more.
         """
-        while True:
-            self.unsent = self.unsent or self.outgoing.read()
-            if not self.unsent:
-                if self.closing and self.send_end():
-                    continue
-                return True
+        is_sent = self.send_ciphertext()
+        if is_sent and self.closing:
+            self.encrypt_close_notify()
+            is_sent = self.send_ciphertext()
+            if is_sent and not self.fin_sent and (
+                    self.notified or self.truncates or self.error):
+                self.fin_sent = True
+                self.sock.shutdown(socket.SHUT_WR)
+        return is_sent
+
+    def send_ciphertext(self):
+        """Send the ciphertext that waits. Returns whether none waits any more. Raises OSError."""
+        self.unsent = self.unsent or self.outgoing.read()
+        while self.unsent:
             try:
                 sent = self.sock.send(self.unsent)
             except BlockingIOError:
                 if not self.awaits_write:
                     self.note_change()
                 return False
-            self.unsent = self.unsent[sent:]
+            self.unsent = self.unsent[sent:] or self.outgoing.read()
+        return True
 
     def push_quietly(self):
         """Like `push`, while reading: the next send() reports the error."""
         with contextlib.suppress(OSError):
             self.push()
 
-    def send_end(self):
-        """Encrypt close_notify, or send FIN. Returns whether to go on."""
-        if self.is_open and not (self.truncates or self.error or self.notified):
-            if self.readable and not self.ended:    # unwrap() would fail at bytes that are unread
-                return False                        # recv_into() pushes again
-            self.notified = True
-            with contextlib.suppress(OSError, ValueError):  # the peer has sent no close_notify
-                self.engine.unwrap()
-            return True
-        if not self.fin_sent and (self.is_open or self.truncates or self.error):
-            self.fin_sent = True
-            self.sock.shutdown(socket.SHUT_WR)
-        return False
+    def encrypt_close_notify(self):
+        """Encrypt close_notify, once, and not before all received bytes are read."""
+        if not self.is_open or self.truncates or self.error or self.notified:
+            return
+        if self.readable and not self.ended:    # unwrap() would fail at bytes that are unread
+            return                              # recv_into() pushes again
+        self.notified = True
+        with contextlib.suppress(OSError, ValueError):      # the peer has sent no close_notify
+            self.engine.unwrap()
 
     def shutdown(self, how):
         """Send close_notify and FIN, as soon as the handshake and the ciphertext permit it."""
@@ -7119,7 +7120,7 @@ class TlsSocket:
         """Close the socket. Ciphertext that waits is sent first, unless a reset was asked for."""
         self.loop.cancel(self.change_timer)
         self.loop.cancel(self.deadline)
-        self.on_change, self.awaits_write = (lambda: None), True
+        self.awaits_write = True        # so push() notes no change for the owner, which is gone
         if (self.is_open and self.closing and self.loop.running
                 and not (self.fin_sent or self.resets or self.error)):
             self.deadline = self.loop.call_at(self.loop.clock() + self.timeout, self.abandon)
@@ -8102,8 +8103,7 @@ class Connection:
 
 # -- Log ----------------------------------------------------------------------
 #
-# The formats of the log, and a thread that writes lines to a file. It writes the recordings of
-# faults, too.
+# The formats of the log, a thread that writes lines to a file, and the recording of faults.
 
 class Formatter(logging.Formatter):
     """A log formatter that writes a message in one line, and indents a traceback.
@@ -8151,13 +8151,15 @@ class LogThread(logging.Handler):
     logging calls `close` when Python exits. It waits LOG_CLOSE_TIMEOUT at most.
     """
 
-    def __init__(self, fd):
+    def __init__(self, fd, on_error=None):
+        """on_error(error) gets the first OSError of a write. By default, errors are ignored."""
         super().__init__()
         self.fd = fd
-        self.lines = deque()            # that are not written yet
+        self.on_error = on_error
+        self.lines = deque()            # lines that are not written yet
         self.dropped = 0                # number of lines dropped since the last write
         self.closing = False
-        self.changed = threading.Condition()    # of these attributes
+        self.changed = threading.Condition()    # of the three attributes above
         self.thread = threading.Thread(target=self.write_lines, name="log", daemon=True)
 
     def emit(self, record):
@@ -8200,10 +8202,9 @@ class LogThread(logging.Handler):
             try:
                 self.write(text.encode("utf-8", "backslashreplace"))
             except OSError as error:    # the disk is full, or the pipe is closed
-                self.on_error(error)
-
-    def on_error(self, error):
-        """Ignore an error of a write. There is no other place to report that the log fails."""
+                if self.on_error:
+                    self.on_error(error)
+                    self.on_error = None
 
     def write(self, data):
         """Write all data. Raises OSError."""
@@ -8214,24 +8215,10 @@ class LogThread(logging.Handler):
                 select.select([], [self.fd], [])
 
 
-class RecordThread(LogThread):
-    """Writes the faults of a Recorder to its file. Logs the first error of a write."""
-
-    def __init__(self, fd, path):
-        super().__init__(fd)
-        self.path, self.failed = path, False
-
-    def on_error(self, error):
-        if not self.failed:
-            self.failed = True
-            log.error("cannot record to %s: %s: faults are missing there", self.path,
-                      error.strerror)
-
-
 class Recorder:
     """Writes each fault of the proxies to a file, a JSON object in each line, for Replay.
 
-    path    of the file; what it has is replaced, when the first proxy starts
+    path    of the file; its content is replaced when the first proxy starts
     """
 
     def __init__(self, path):
@@ -8250,8 +8237,8 @@ class Recorder:
             raise OSError(error.errno, "cannot record to %s: %s" % (self.path, (
                 "another proxy records to it: each process needs a file of its own"
                 if isinstance(error, BlockingIOError) else error.strerror))) from None
-        self.thread = RecordThread(fd, self.path)
-        self.thread.setFormatter(logging.Formatter("%(message)s"))
+        self.thread = LogThread(fd, lambda error: log.error(
+            "cannot record to %s: %s: faults are missing there", self.path, error.strerror))
 
     def take(self, fd):
         """Lock the file, and empty it if it is opened for the first time.
@@ -8294,13 +8281,16 @@ class Recorder:
 # methods below a comment "In the loop's thread" run only in that thread. The methods above the
 # comment are for all other threads.
 
-# A rule has acted on a request. `options` has the options of its handler, and the values that the
-# handler has drawn. `toxic` is the name of the toxic, and `block` the number of the Block, that
-# the rule belongs to, if any. `stream` is that of the rule. `text` has the first bytes of the
-# request, with control characters escaped. It is empty until these bytes have come, or if the
-# protocol knows no text for the request. `change` is None, unless the record is about the rule
-# itself: its window "begins" or "ends", or it "expires" at the end of its ttl. Then connection and
-# request are 0, and client and text are empty.
+# A rule has acted on a request.
+#
+# options    those of its handler, and the values that the handler has drawn
+# toxic      the name of the toxic that the rule belongs to, if any
+# block      the number of the Block that the rule belongs to, if any
+# change     None; or a key of CHANGES if the record is about the rule itself. Then connection
+#            and request are 0, and client and text are empty
+# stream     that of the rule
+# text       the first bytes of the request, with control characters escaped; empty until they
+#            have come, or if the protocol knows no text for the request
 if MYPY:
     class FaultRecord(NamedTuple):
         number: int
@@ -8321,7 +8311,7 @@ else:
                                             "options toxic block change stream text")
     FaultRecord.__new__.__defaults__ = (None, None, None, "both", "")
 
-# {value of FaultRecord.change: its meaning}
+# {FaultRecord.change: its text in the log and in the report of pytest}
 CHANGES = {"begins": "a window begins", "ends": "the window ends",
            "expires": "removed, because its ttl has expired"}
 
@@ -8500,14 +8490,13 @@ class ProxyServer:
         self.loop = loop
         self.record_rule_change()
         self.begin_schedules()
-        self.set_rule_timer()
         if self.listener:
             self.listener.open(loop)
             self.apply_accept()
             log.info("%slistening on %s for %s: %s; %s%s", self.log_prefix, self.listener,
                      format_address(self.backend), self.describe(), self.describe_seed(),
                      "" if self.accept.mode == "normal" else "; %s" % self.accept)
-        if self.joins_tls() and self.protocol is Postgres and self.tls.makes_certificates:
+        if self.joins_tls() and self.protocol is Postgres and not self.tls.cert_file:
             log.info("%spostgres: a client that logs in with SCRAM needs channel_binding=disable, "
                      "because it does not get the certificate of the backend", self.log_prefix)
 
@@ -8526,7 +8515,6 @@ class ProxyServer:
         if accept.to_text() != before.to_text() or accept.fields:
             log.info("%saccept: %s", self.log_prefix, accept.to_text())
         self.begin_schedules()
-        self.set_rule_timer()
 
     def apply_accept(self):
         """Let the listener accept clients as it should now. Raises CannotListen."""
@@ -8576,7 +8564,7 @@ class ProxyServer:
             self.stop_listening(reason)
         elif backend != self.backend:
             self.drop_connections(reason)
-        self.set_backend_address(backend)
+        self.set_checked_backend(backend)
         was_enabled, self.enabled = self.enabled, enabled
         if listener:
             self.set_listener(listener)
@@ -8607,15 +8595,15 @@ class ProxyServer:
 
     # In the loop's thread: the backend
 
-    def set_backend(self, distant):
-        """Connect new clients to (host, port). Raises ValueError."""
+    def set_backend(self, backend):
+        """Connect new clients to a backend. Raises ValueError for the proxy's own address."""
         local_addresses = [self.local]
         if self.listener:
             local_addresses += [sock.getsockname()[:2] for sock in self.listener.sockets]
-        check_backend(distant, local_addresses)
-        self.set_backend_address(distant)
+        check_backend(backend, local_addresses)
+        self.set_checked_backend(backend)
 
-    def set_backend_address(self, backend):
+    def set_checked_backend(self, backend):
         is_tls = len(backend) > 2           # (host, port, "tls")
         if is_tls:      # read the CAs now, because that takes milliseconds; the context is kept
             self.tls.connect_context()
@@ -8711,11 +8699,10 @@ class ProxyServer:
         with the same seed have the same faults, whatever other tests have run before.
         """
         number = self.blocks_begun + 1
-        depth = next(depth for depth in itertools.count()
-                     if not any(rule.draw_key == block_key(depth)
-                                for block in self.blocks.values() for rule in block.rules))
+        used_keys = {rule.draw_key for block in self.blocks.values() for rule in block.rules}
+        draw_key = next(key for key in map(block_key, itertools.count()) if key not in used_keys)
         for rule in rules:
-            rule.block, rule.draw_key = number, block_key(depth)
+            rule.block, rule.draw_key = number, draw_key
         blocks = OrderedDict(self.blocks)
         blocks[number] = Block(rules, only)
         self.replace_rules(self.behavior, blocks, self.toxics)
@@ -8774,7 +8761,6 @@ class ProxyServer:
         self.record_rule_change()
         log.info("%srules: %s", self.log_prefix, self.describe())
         self.begin_schedules()
-        self.set_rule_timer()
         self.change_connections(new, removed, changed)
 
     def change_connections(self, new, removed, changed, woken=()):
@@ -8796,13 +8782,14 @@ class ProxyServer:
                 if not rule.schedule.is_trivial()]
 
     def begin_schedules(self):
-        """Let the times of new rules begin now."""
+        """Let the times of new rules begin now, and set the timer for all rules."""
         now = self.loop.clock()
         for rule in self.scheduled_rules():
             if rule.schedule.since is None:
                 rule.schedule.begin(now)
                 rule.set_moment(Moment(not rule.schedule.has_windows(), 1.0, NEVER, NEVER))
                 self.update_moment(rule, now)
+        self.set_rule_timer()
 
     def update_moment(self, rule, now):
         """Update the moment of a rule. Records whether a window has begun or ended."""
@@ -8822,14 +8809,19 @@ class ProxyServer:
     def on_rule_timer(self):
         """Let windows begin and end and ramps rise, and remove what has expired."""
         now = self.loop.clock()
-        shares = {rule: rule.moment.share for rule in self.scheduled_rules()}
-        expired = [rule for rule in shares if rule.schedule.expires <= now]
-        for rule in shares:
-            if rule not in expired:
-                self.update_moment(rule, now)
-        shares.pop(self.accept, None)           # only rules are left
-        asleep = [rule for rule, share in shares.items() if share and rule.sleeps()]
-        woken = [rule for rule, share in shares.items() if rule.moment.share > share]
+        expired, asleep, woken = [], [], []
+        for rule in self.scheduled_rules():
+            share = rule.moment.share
+            if rule.schedule.expires <= now:
+                expired.append(rule)
+                continue
+            self.update_moment(rule, now)
+            if rule is self.accept:
+                continue
+            if share and rule.sleeps():
+                asleep.append(rule)
+            elif rule.moment.share > share:
+                woken.append(rule)
         if asleep or woken:
             self.change_connections([], asleep, [], woken)
         if expired:
@@ -8889,8 +8881,11 @@ class ProxyServer:
             raise InputError([("rows", "rows needs --protocol %s: %s has no rows" % (
                 " or ".join(name for name, class_ in PROTOCOLS.items()
                             if class_ and class_.has_rows), self.protocol_name()))])
-        if rule.handler not in (error, transient):
-            return
+        if rule.handler in (error, transient):
+            self.check_error_rule(rule)
+
+    def check_error_rule(self, rule):
+        """Raise InputError if the proxy's protocol has no error of this kind, or no reply."""
         kind = rule.options["kind"]
         if kind and self.protocol is None:
             raise InputError([("kind", "kind needs --protocol: tcp has no error kinds, not %r"
@@ -8993,6 +8988,8 @@ class ProxyServer:
     def list_connections(self, numbers=None):
         """Return one dict for each open connection, or for each one with these numbers."""
         now = self.loop.clock()
+        if numbers is None:
+            numbers = self.connections
         return [{
             "number": connection.number, "client": connection.name,
             "backend": connection.backend_name(),
@@ -9003,27 +9000,25 @@ class ProxyServer:
             "held_up": connection.up.held + connection.up.kept,
             "held_down": connection.down.held,
             "faults": connection.faults or [],
-        } for connection in (self.connections.values() if numbers is None else filter(
-            None, map(self.connections.get, numbers)))]
+        } for connection in map(self.connections.get, numbers) if connection]
 
     def close_connection(self, number, reset=False):
         """Close or reset a connection. Returns False if there is none with this number."""
         connection = self.connections.get(number)
-        if connection:
-            close = connection.reset if reset else connection.close
-            close("%s by the control" % ("reset" if reset else "closed"))
-            log.info("%sconnection %d: %s by the control (client %s)", self.log_prefix, number,
-                     "reset" if reset else "closed", connection.name)
-        return connection is not None
+        if not connection:
+            return False
+        close, done = (connection.reset, "reset") if reset else (connection.close, "closed")
+        close("%s by the control" % done)
+        log.info("%sconnection %d: %s by the control (client %s)", self.log_prefix, number, done,
+                 connection.name)
+        return True
 
     def byte_counts(self):
         """Return the bytes of all connections: {(direction, "received" or "sent"): bytes}."""
         totals = list(self.closed_bytes)
         for connection in self.connections.values():
             connection.add_bytes(totals)
-        keys = [(direction, name) for direction in (UPSTREAM, DOWNSTREAM)
-                for name in ("received", "sent")]       # in the order of add_bytes
-        return dict(zip(keys, totals))
+        return dict(zip(itertools.product((UPSTREAM, DOWNSTREAM), ("received", "sent")), totals))
 
 
 def block_key(depth):
@@ -9133,34 +9128,27 @@ class ProxyTable(OrderedDict):
         """Remove and close a proxy."""
         self.loop.run_sync(lambda: self.pop(proxy.name).close())
 
-    def change(self, proxy, local, backend, enabled, accept=None):
+    def change(self, proxy, local=None, backend=None, enabled=None, accept=None):
         """Change the addresses of a proxy or its `accept`, or enable or disable it.
 
-        accept    how new clients are accepted; by default, this does not change
-
-        Connections are closed only if an address changes or the proxy is disabled. If the proxy
-        cannot listen on the new address, nothing changes. Raises OSError or InputError.
+        An argument that is None changes nothing. Connections are closed only if an address
+        changes or the proxy is disabled. If the proxy cannot listen on the new address, nothing
+        changes. Raises OSError or InputError.
         """
+        local = local or proxy.local
         proxy.check_port(local)
         moved = local != proxy.local and first_address(local) != proxy.listen
-        if not moved:
-            local = proxy.local
+        local = local if moved else proxy.local
+        enabled = proxy.enabled if enabled is None else enabled
         listener, accept = None, accept or proxy.accept
         if enabled and (moved or not proxy.enabled):
             listener = self.rebind(proxy, local, accept)
-        proxy.loop.run_sync(proxy.apply_change, local, backend, enabled, listener, accept)
-
-    def enable(self, proxy, enabled):
-        """Enable or disable a proxy. Raises OSError."""
-        self.change(proxy, proxy.local, proxy.backend, enabled)
-
-    def set_accept(self, proxy, accept=None):
-        """Change how a proxy accepts new clients, unless `accept` is None. Raises OSError."""
-        self.change(proxy, proxy.local, proxy.backend, proxy.enabled, accept)
+        proxy.loop.run_sync(proxy.apply_change, local, backend or proxy.backend, enabled,
+                            listener, accept)
 
     def reset(self, proxy):
         """Enable a proxy, accept clients, end all blocks, and remove all rules. Raises OSError."""
-        self.change(proxy, proxy.local, proxy.backend, enabled=True, accept=Accept())
+        self.change(proxy, enabled=True, accept=Accept())
         proxy.loop.run_sync(proxy.set_rules, [])
         proxy.loop.run_sync(proxy.set_toxics, [])
 
@@ -9187,8 +9175,7 @@ class ProxyTable(OrderedDict):
             listener.bind()
         except CannotListen as error:
             log.warning("%sdisabled: %s", proxy.log_prefix, error.strerror)
-            proxy.loop.run_sync(proxy.apply_change, proxy.local, proxy.backend, False, None,
-                                proxy.accept)
+            self.change(proxy, enabled=False)
         else:
             proxy.loop.run_sync(listener.open, proxy.loop)
 
@@ -10431,7 +10418,7 @@ def put_status(request):
     if errors:
         raise InputError(errors)
     limit = values.pop("max_connections", request.proxy.max_connections)
-    result = change_proxy_of(request, ProxyTable.set_accept, **values)
+    result = change_proxy_of(request, ProxyTable.change, **values)
     request.proxy.max_connections = limit
     return result
 
@@ -11725,7 +11712,7 @@ def update_existing(proxies, existing, proxy, fields):
             existing.loop.run_sync(functools.partial(existing.set_protocol, proxy.protocol,
                                                      overwrite_host_header=True, tls=proxy.tls))
         elif "accept" in fields:
-            proxies.set_accept(existing, proxy.accept)
+            proxies.change(existing, accept=proxy.accept)
         if not same or "max_connections" in fields:
             existing.max_connections = proxy.max_connections
         toxics = replace_toxics(existing.toxics, proxy.toxics, fields) if same else proxy.toxics
@@ -12495,21 +12482,21 @@ class Proxy(Interface):
         self._reset_record = self._last_record()
 
     def enable(self) -> None:
-        self._change(ProxyTable.enable, True)
+        self._change(ProxyTable.change, enabled=True)
 
     def disable(self) -> None:
-        self._change(ProxyTable.enable, False)
+        self._change(ProxyTable.change, enabled=False)
 
     # For Interface
 
     def _set_accept(self, accept):
-        self._change(ProxyTable.set_accept, check_field("accept", check_accept, accept))
+        self._change(ProxyTable.change, accept=check_field("accept", check_accept, accept))
 
-    def _change(self, method, *args):
+    def _change(self, method, **arguments):
         """Call a method of ProxyTable for the proxy."""
         self._check_running()
         with self._server.lock:
-            method(self._proxies, self._server, *args)
+            method(self._proxies, self._server, **arguments)
 
     def _check_running(self):
         if not self._thread:
