@@ -7783,7 +7783,7 @@ class TestProxyLifecycle(unittest.TestCase):
             send_and_read(sock, b"question")
             table, port, taken = proxy_table(proxy), proxy.port, []
 
-            def bind_listener(family, address):
+            def bind_listener(family, address, reuse_port):
                 if not taken:
                     taken.append(stack.enter_context(
                         contextlib.closing(listening_socket(port=port))))
