@@ -12,8 +12,8 @@ The table shows the medians of all rounds, and two ratios for each other proxy: 
 CPU time for each unit of work. Only ratios can be compared between machines.
 
 Each round starts new proxy processes, because the memory layout of a process affects its
-speed. In each round another proxy comes first. The backend and the clients are generator.c, if
-there is a C compiler. Otherwise they are in Python, and take a large part of the time.
+speed. In each round another proxy comes first. The backend and the clients are generator.c, so a
+C compiler is needed, and Linux.
 """
 import argparse
 import contextlib
@@ -26,7 +26,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import defaultdict, namedtuple
 
@@ -40,181 +39,14 @@ from test_vaurien import (  # noqa: E402
     cpu_seconds,
     descendants,
     find_program,
-    listening_socket,
     send_and_read,
     unused_port,
     wait_until,
 )
 
 MIB = 1 << 20
-
-
-# -- Backend ------------------------------------------------------------------
-#
-# It runs in a process of its own: `bench.py backend`, or `generator backend`.
-
-REQUESTS = {        # {workload: the request of a round trip}
-    "tcp": bytes(64),
-    "redis": b"*2\r\n$3\r\nGET\r\n$7\r\nuser:42\r\n",
-    "http": b"GET /cart HTTP/1.1\r\nHost: localhost:8000\r\nAccept: */*\r\n"
-            b"User-Agent: bench\r\n\r\n",
-}
-REPLIES = {         # {first byte of a request: the reply}; all other requests are echoed
-    b"*": b"$5\r\nhello\r\n",
-    b"G": b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 5\r\n\r\nhello",
-}
+REQUEST = bytes(64)             # the backend echoes it
 STREAM_REQUEST = b"stream"      # the reply is an endless stream of zeros
-
-
-def new_poller():
-    """Return an epoll object, or a poll object where there is no epoll.
-
-    They cost less than a selector of the standard library, and have the methods that this
-    program uses in common.
-    """
-    return getattr(select, "epoll", select.poll)()
-
-
-def run_backend():
-    """Print the backend's port, and serve connections until the process is killed."""
-    vaurien.raise_fd_limit()
-    listener, socks, buffer = listening_socket(), {}, bytearray(1 << 16)
-    listener.setblocking(False)
-    print(listener.getsockname()[1], flush=True)
-    poller = new_poller()
-    poller.register(listener, select.POLLIN)
-    while True:
-        for fd, _ in poller.poll():
-            if fd == listener.fileno():
-                with contextlib.suppress(BlockingIOError):
-                    sock = listener.accept()[0]
-                    socks[sock.fileno()] = sock
-                    poller.register(sock, select.POLLIN)
-            elif not serve_request(socks[fd], buffer):
-                poller.unregister(fd)
-                socks.pop(fd).close()
-
-
-def serve_request(sock, buffer):
-    """Read a request and send the reply. Returns whether the caller must go on with sock."""
-    try:
-        size = sock.recv_into(buffer)
-        if buffer[:size] == STREAM_REQUEST:
-            threading.Thread(target=send_stream, args=(sock.dup(),), daemon=True).start()
-            return False
-        sock.sendall(REPLIES.get(bytes(buffer[:1]), memoryview(buffer)[:size]))
-        return size > 0
-    except OSError:
-        return False
-
-
-def send_stream(sock):
-    """Send zeros until the client closes."""
-    with contextlib.suppress(OSError), sock:
-        while True:
-            sock.sendall(bytes(MIB))
-
-
-# -- Clients ------------------------------------------------------------------
-#
-# They run in a process of its own: `bench.py client`, or `generator client`. It reads jobs from
-# stdin and prints their results: one line of JSON each.
-
-def run_client():
-    """Do the jobs on stdin: lines with the arguments of run_workload."""
-    for line in sys.stdin:
-        workload, port, connections, seconds = line.split()
-        print(json.dumps(run_workload(workload, int(port), int(connections), float(seconds))),
-              flush=True)
-
-
-def run_workload(workload, port, connections, seconds):
-    """Put load on a port for this time, on this number of connections at once.
-
-    Returns (units done, seconds, median latency, 99th percentile). A unit is an exchange,
-    or a MiB for the workload "bulk", whose latencies are 0.
-    """
-    with contextlib.ExitStack() as stack:
-        if workload in ("connect", "reset"):
-            started = time.perf_counter()
-            latencies = short_connections(port, seconds, workload == "reset")
-            done = len(latencies)
-        else:
-            socks = [stack.enter_context(contextlib.closing(connect(port)))
-                     for _ in range(connections)]
-            request = REQUESTS.get(workload, STREAM_REQUEST)
-            for sock in socks:
-                sock.sendall(request)
-                sock.recv(MIB)
-            started = time.perf_counter()
-            if workload == "bulk":
-                done, latencies = receive_streams(socks, seconds) / MIB, []
-            else:
-                latencies = round_trips(socks, request, seconds)
-                done = len(latencies)
-        elapsed = time.perf_counter() - started
-    return (done, elapsed, *percentiles(latencies))
-
-
-def percentiles(latencies):
-    """Return the median and the 99th percentile; (0, 0) for an empty list."""
-    if not latencies:
-        return 0, 0
-    latencies.sort()
-    return latencies[len(latencies) // 2], latencies[len(latencies) * 99 // 100]
-
-
-def round_trips(socks, request, seconds):
-    """Send the request on all connections, then read the replies; repeat for this time.
-
-    Returns the latencies.
-    """
-    clock, buffer, latencies = time.perf_counter, bytearray(MIB), []
-    now = clock()
-    deadline = now + seconds
-    while now < deadline:
-        started = []
-        for sock in socks:
-            started.append(clock())
-            sock.send(request)
-        for sock, start in zip(socks, started):
-            sock.recv_into(buffer)
-            now = clock()
-            latencies.append(now - start)
-    return latencies
-
-
-def receive_streams(socks, seconds):
-    """Receive from all connections for this time. Returns the number of bytes."""
-    poller, buffer, size = new_poller(), bytearray(MIB), 0
-    by_fd = {sock.fileno(): sock for sock in socks}
-    for sock in socks:
-        poller.register(sock, select.POLLIN)
-    deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline:
-        if len(socks) == 1:         # without a system call that only waits
-            size += socks[0].recv_into(buffer)
-        else:
-            for fd, _ in poller.poll():
-                size += by_fd[fd].recv_into(buffer)
-    return size
-
-
-def short_connections(port, seconds, with_reset):
-    """Connect, make one exchange and close; repeat for this time. Returns the latencies."""
-    clock, buffer, latencies = time.perf_counter, bytearray(MIB), []
-    now = clock()
-    deadline = now + seconds
-    while now < deadline:
-        start = now
-        with contextlib.closing(connect(port)) as sock:
-            sock.send(REQUESTS["tcp"])
-            sock.recv_into(buffer)
-            if with_reset:
-                vaurien.reset_on_close(sock)
-        now = clock()
-        latencies.append(now - start)
-    return latencies
 
 
 # -- Bare ---------------------------------------------------------------------
@@ -227,7 +59,7 @@ def run_bare(port, backend):
     listener.bind(("127.0.0.1", port))
     listener.listen(4096)
     listener.setblocking(False)
-    poller, peers, buffer = new_poller(), {}, bytearray(1 << 18)
+    poller, peers, buffer = select.epoll(), {}, bytearray(1 << 18)
     view = memoryview(buffer)
     poller.register(listener, select.POLLIN)
     while True:
@@ -269,23 +101,9 @@ def forward_bare(source, target, buffer, view):
 
 # -- Processes ----------------------------------------------------------------
 
-def load_command(folder):
-    """Compile generator.c to a folder. Returns the command that the load's processes begin with.
-
-    Without a compiler, that is the command of this program.
-    """
-    program = os.path.join(folder, "generator")
-    compiler = find_program("cc") or find_program("gcc")
-    if compiler and subprocess.call([compiler, "-O2", "-o", program,
-                                     os.path.join(HERE, "generator.c")]) == 0:
-        return [program]
-    print("No C compiler: the load comes from Python, which takes a large part of the time.")
-    return [sys.executable, os.path.abspath(__file__)]
-
-
-def start_helper(stack, command):
-    """Start a process of the load; the stack kills it. Returns the Popen."""
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+def start_generator(stack, program, role):
+    """Start generator.c in a role; the stack kills it. Returns the Popen."""
+    process = subprocess.Popen([program, role], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                universal_newlines=True)
     for function in process.stdout.close, process.wait, process.kill, process.stdin.close:
         stack.callback(function)        # called in reverse order
@@ -294,9 +112,13 @@ def start_helper(stack, command):
 
 def start_load(stack):
     """Start the backend and the clients. Returns (the backend's port, the process of clients)."""
-    command = load_command(stack.enter_context(tempfile.TemporaryDirectory()))
-    backend = start_helper(stack, [*command, "backend"])
-    return int(backend.stdout.readline()), start_helper(stack, [*command, "client"])
+    compiler = find_program("cc") or find_program("gcc")
+    if not compiler:
+        sys.exit("a C compiler is needed, for generator.c: install gcc")
+    program = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), "generator")
+    subprocess.check_call([compiler, "-O2", "-o", program, os.path.join(HERE, "generator.c")])
+    backend = start_generator(stack, program, "backend")
+    return int(backend.stdout.readline()), start_generator(stack, program, "client")
 
 
 def resident_bytes(pid):
@@ -373,7 +195,7 @@ TOXIPROXY = ["env", "GOMAXPROCS=1", find_program("toxiproxy-server") or ""]
 
 
 def bare_command(folder, port, backend):
-    return [sys.executable, os.path.abspath(__file__), "bare", str(port), str(backend)]
+    return [sys.executable, os.path.abspath(__file__), "--bare", str(port), str(backend)]
 
 
 OTHER_PROXIES = {       # {name: (program, function)}
@@ -641,10 +463,10 @@ class FaultTarget(Target):
         """Return the median time of this number of round trips, in milliseconds."""
         seconds = []
         with contextlib.closing(connect(self.port)) as sock:
-            send_and_read(sock, REQUESTS["tcp"])
+            send_and_read(sock, REQUEST)
             for _ in range(count):
                 start = time.perf_counter()
-                send_and_read(sock, REQUESTS["tcp"])
+                send_and_read(sock, REQUEST)
                 seconds.append(time.perf_counter() - start)
         return 1000 * statistics.median_high(seconds)
 
@@ -733,17 +555,11 @@ def main():
     parser = argparse.ArgumentParser(
         description="Compare vaurien with other TCP proxies in front of the same backend.")
     parser.add_argument("--quick", action="store_true", help="two short rounds only")
-    # The roles of the processes that this one starts
-    parser.add_argument("role", nargs="?", choices=["backend", "client", "bare"],
-                        help=argparse.SUPPRESS)
-    parser.add_argument("ports", nargs="*", type=int, help=argparse.SUPPRESS)
+    # The process of the proxy "bare" gets its port and that of the backend.
+    parser.add_argument("--bare", nargs=2, type=int, metavar="PORT", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.role == "backend":
-        run_backend()
-    elif args.role == "client":
-        run_client()
-    elif args.role == "bare":
-        run_bare(*args.ports)
+    if args.bare:
+        run_bare(*args.bare)
     else:
         bench(QUICK if args.quick else FULL)
 

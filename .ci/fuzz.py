@@ -12,7 +12,6 @@ errors that the client has seen.
 A round is determined by its seed, but for the timing. Exits with status 1 if a check fails, and
 prints the seed of that round: it is the first round of a run with that seed.
 """
-import argparse
 import contextlib
 import os
 import random
@@ -24,6 +23,8 @@ from collections import Counter
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from soak import read_arguments
+
 import vaurien
 from test_vaurien import (
     SUBSTITUTE,
@@ -31,7 +32,6 @@ from test_vaurien import (
     change_toxics,
     connect,
     running_proxy,
-    setUpModule,
     wait_until,
 )
 
@@ -177,16 +177,7 @@ class Round:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Check pipelined requests while rules change.")
-    parser.add_argument("--seconds", type=float, default=60.0, metavar="N",
-                        help="how long to run (default: 60)")
-    parser.add_argument("--seed", type=int, metavar="N",
-                        default=random.SystemRandom().getrandbits(32),
-                        help="seed of the first round; each later one adds 1")
-    args = parser.parse_args()
-    setUpModule()               # silences the log
-    print("fuzz, %g s, seed %d" % (args.seconds, args.seed), flush=True)
+    args = read_arguments("fuzz", "Check pipelined requests while rules change.")
     count, deadline, problems, rounds = Counter(), time.monotonic() + args.seconds, [], 0
     while not problems and (rounds == 0 or time.monotonic() < deadline):
         seed = args.seed + rounds

@@ -2,9 +2,8 @@
 
    generator backend    print the backend's port, and serve until the process is killed
    generator client     do the jobs on stdin. Each is a line "WORKLOAD PORT CONNECTIONS SECONDS";
-                        the result is a line of JSON, as run_workload in bench.py returns it
-
-   The requests and replies are those of bench.py. */
+                        the result is a line of JSON: [units done, seconds, median latency, 99th
+                        percentile]. A unit is an exchange, or a MiB of "bulk" */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -142,8 +141,8 @@ static void end_connection(Slot *slot, int with_reset) {
     close(slot->sock);
 }
 
-/* Connect all slots. Send a request on each, and read its reply, before the time starts. Of a
-   stream read nothing yet, and for a workload of connections only start to connect. */
+/* Connect all slots, send a request on each, and read its reply, before the time starts. A stream is
+   not read yet. Short connections only begin to connect. */
 static void open_slots(Slot *slots, int count, int port, const Exchange *exchange, int short_lived) {
     for (int i = 0; i < count; i++)
         start_connect(&slots[i], i, port, exchange->reply_size, short_lived ? EPOLLOUT : EPOLLIN);

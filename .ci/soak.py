@@ -17,8 +17,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from test_vaurien import Soak, setUpModule
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Check random conversations through faults.")
+def read_arguments(name, description):
+    """Read the command line, and print the name, the time and the seed of the run."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seconds", type=float, default=60.0, metavar="N",
                         help="how long to run (default: 60)")
     parser.add_argument("--seed", type=int, metavar="N",
@@ -26,7 +27,12 @@ def main():
                         help="repeat the run that printed this seed")
     args = parser.parse_args()
     setUpModule()               # silences the log
-    print("soak, %g s, seed %d" % (args.seconds, args.seed), flush=True)
+    print("%s, %g s, seed %d" % (name, args.seconds, args.seed), flush=True)
+    return args
+
+
+def main():
+    args = read_arguments("soak", "Check random conversations through faults.")
     soak = Soak(args.seed)
     errors = soak.run(args.seconds)
     print("%(conversations)d conversations, %(bytes)d bytes received, %(chains)d chains of "
