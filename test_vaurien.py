@@ -10950,7 +10950,9 @@ class TestInterface(TempDirTestCase):
                 self.ask(interface)
                 interface.wait_for("delay", TIMEOUT)
             self.assertEqual(interface.wait_for("delay").number, 1)
-            with interface.handler("delay", sleep=0.001) as fault:
+            block = interface.handler("delay", sleep=0.001)
+            self.assertEqual(block.count, 0)
+            with block as fault:
                 for wait in fault.wait, functools.partial(interface.wait_for, "delay"):
                     with self.assertRaisesRegex(TimeoutError, "delay has not acted"):
                         wait(timeout=0)

@@ -8444,25 +8444,12 @@ class ProxyServer:
         return "seed %s%s" % (self.seed, ", reuse-port %d" % self.reuse_port
                               if self.reuse_port else "")
 
-    def wait_for_records(self, since, matches, count, timeout):
-        """Wait until `count` FaultRecords after number `since` match, or for `timeout` seconds.
-
-        matches    function that returns whether a record counts. It runs without the lock, so
-                   that the loop's thread does not wait for it
-
-        Returns the records that match, the oldest first.
-        """
-        deadline, found = time.monotonic() + timeout, []
-        while True:
-            with self.fault_recorded:
-                if self.fault_count <= since:
-                    self.fault_recorded.wait(max(0, deadline - time.monotonic()))
-                records = self.records_since(since)
-            found += filter(matches, records)
-            if len(found) >= count or time.monotonic() >= deadline:
-                return found
-            since = records[-1].number if records else since
-            time.sleep(WAIT_PAUSE)
+    def next_records(self, since, seconds):
+        """Return what records_since returns, but wait `seconds` for the first record."""
+        with self.fault_recorded:
+            if self.fault_count <= since:
+                self.fault_recorded.wait(seconds)
+            return self.records_since(since)
 
     def records_since(self, since):
         """Return the FaultRecords with a number greater than `since`, the oldest first."""
@@ -9019,6 +9006,24 @@ class ProxyServer:
         for connection in self.connections.values():
             connection.add_bytes(totals)
         return dict(zip(itertools.product((UPSTREAM, DOWNSTREAM), ("received", "sent")), totals))
+
+
+def wait_for_records(next_records, since, matches, count, timeout):
+    """Wait until `count` FaultRecords after number `since` match, or for `timeout` seconds.
+
+    next_records    ProxyServer.next_records, or a function that does the same
+    matches         function that returns whether a record counts
+
+    Returns the records that match, the oldest first.
+    """
+    deadline, found = time.monotonic() + timeout, []
+    while True:
+        records = next_records(since, max(0, deadline - time.monotonic()))
+        found += filter(matches, records)
+        if len(found) >= count or time.monotonic() >= deadline:
+            return found
+        since = records[-1].number if records else since
+        time.sleep(WAIT_PAUSE)
 
 
 def block_key(depth):
@@ -10053,16 +10058,16 @@ def handle_request(control, method, target, read_body, headers=NO_HEADERS):
     except BaseException as exc:
         # Any exception of a user's handler class becomes a response. None is from Ctrl-C, which
         # only calls Loop.stop.
-        # No local variable refers to the ApiError: its traceback refers to this frame, so they
-        # would form a reference cycle.
-        return dialect.render_error(dialect.to_api_error(exc)
-                                    or log_internal_error(exc, method, target))
+        return error_response(exc, dialect, method, target)
 
 
-def log_internal_error(exc, method, target):
-    """Log an unexpected exception. Returns the ApiError for it."""
-    log.exception("control: %r %r failed", method[:20], target[:200])
-    return ApiError(500, [("server", "", format_exception(exc))])
+def error_response(exc, dialect, method, target):
+    """Return the ApiResponse for an exception. Logs an unexpected one."""
+    error = dialect.to_api_error(exc)
+    if error is None:
+        log.exception("control: %r %r failed", method[:20], target[:200])
+        error = ApiError(500, [("server", "", format_exception(exc))])
+    return dialect.render_error(error)
 
 
 def find_routes(path, default_dialect):
@@ -10507,7 +10512,7 @@ def list_events(request):
     # The thread of the client waits. It exists anyway, as long as the client is connected. If the
     # client disconnects, the thread stays until the end of the wait.
     with request.control.waiting(seconds):
-        records = request.proxy.wait_for_records(since, matches, 1, seconds)
+        records = wait_for_records(request.proxy.next_records, since, matches, 1, seconds)
     return {"events": [record._asdict() for record in records]}
 
 
@@ -10670,7 +10675,7 @@ class Control:
 
     @contextlib.contextmanager
     def waiting(self, seconds):
-        """Count a client's thread that waits, if it waits. Raises ApiError if too many do."""
+        """Limit the number of threads within these `with` blocks that wait. Raises ApiError."""
         if not seconds:
             yield
             return
@@ -11608,9 +11613,9 @@ def put_toxics(request, proxy):
 
 
 def read_listed_toxic(proxy, value):
-    """Return the Toxic of a JSON object: the installed one if a listing is sent back.
+    """Return the Toxic of a JSON object: the installed one if it comes unchanged from a listing.
 
-    So the ttl of a toxic that a client changes nothing of does not begin again.
+    Only for another Toxic, set_toxics lets the ttl begin again.
     """
     toxic = read_toxic(value, strict=True)
     if without_moment(value) is value:
@@ -11794,24 +11799,24 @@ class Fault:
     name    the handler's name
     """
 
-    def __init__(self, interface, name, begin, end):
+    def __init__(self, interface, name, begin, end, field):
         self.name: str = name
         self._interface = interface
-        self._begin = begin         # a function that returns {field: value} of the FaultRecords
-        self._end = end             # a function that takes this dict
-        self._fields = {}
+        self._begin, self._end = begin, end     # functions: begin() -> key, end(key)
+        self._field = field         # "block" or "toxic": the field of FaultRecords with the key
+        self._key = None            # the number of the block, or the name of the toxic
         self._since = 0             # the number of the last FaultRecord before the block
-        self._until = math.inf      # that of the last FaultRecord in the block
+        self._until: float = 0      # that of the last FaultRecord in the block
 
     def __enter__(self) -> "Fault":
         self._since, self._until = self._interface._last_record(), math.inf
-        self._fields = self._begin()
+        self._key = self._begin()
         self._interface._faults.append(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._interface._faults.remove(self)
-        self._end(self._fields)
+        self._end(self._key)
         self._until = self._interface._last_record()
 
     def __repr__(self):
@@ -11842,8 +11847,8 @@ class Fault:
 
     def _owns(self, record):
         """Return whether a FaultRecord belongs to this block."""
-        return self._since < record.number <= self._until and record.change is None and all(
-            getattr(record, field) == value for field, value in self._fields.items())
+        return (self._since < record.number <= self._until and record.change is None
+                and getattr(record, self._field) == self._key)
 
 
 async def run_in_executor(function, *args):
@@ -11898,12 +11903,9 @@ class Interface:
 
         The arguments are those of add_toxic. Returns a Fault.
         """
-        def begin():
-            return {"toxic": self.add_toxic(type, name, **fields)}
-
         self._check_running()
-        return Fault(self, self._handler_name(type), begin,
-                     lambda record_fields: self._discard_toxic(record_fields["toxic"]))
+        return Fault(self, self._handler_name(type),
+                     lambda: self.add_toxic(type, name, **fields), self._discard_toxic, "toxic")
 
     @contextlib.contextmanager
     def down(self) -> "Iterator[None]":
@@ -11964,7 +11966,7 @@ class Interface:
         is_text = isinstance(behavior, str)
         if callable(behavior) or (is_text and ":" not in behavior):
             name = self._handler_name(behavior)
-            tables = [dict((options or {}).get(name, {}), **dict(fields, name=name))]
+            tables = [{**(options or {}).get(name, {}), **fields, "name": name}]
         else:
             tables = check_field("behavior", behavior_tables, behavior, options,
                                  self._handler_name)
@@ -12131,46 +12133,28 @@ class Interface:
         """Return the names of all handlers, as `list_handlers` does."""
         return self.list_handlers()
 
-    def with_behavior(self, name: "Handler", **fields: "OptionValue") -> Fault:
-        """Return a block in which only this handler acts, as `with_handler` does."""
-        return self.with_handler(name, **fields)
+    with_behavior = with_handler
 
-    # For Fault and for subclasses, which implement the methods without a body
+    # Methods of Proxy and Client
 
-    def _handler_name(self, handler: "Any") -> str:
-        """Return the name of a handler, which may be given as an object."""
-        raise NotImplementedError
+    _handler_name: "Callable[[Any], str]"   # (handler) -> name; the handler may be an object
+    _set_rules: "Callable[[Any], None]"     # (tables of read_rules)
+    _add_toxic: "Callable[[Any], str]"      # (result of toxic_table) -> name
+    _set_accept: "Callable[[Any], None]"    # (argument of check_accept)
+    _begin_block: "Callable[[Any, bool], int]"      # (table of read_rules, only) -> number
+    _end_block: "Callable[[int], None]"     # (number)
+    _last_record: "Callable[[], int]"       # () -> number of the last FaultRecord
+    # (since, matches, count, timeout) -> FaultRecords, see wait_for_records
+    _wait: "Callable[[int, Callable[[FaultRecord], bool], int, float], List[FaultRecord]]"
 
-    def _set_rules(self, tables: "Any") -> None:
-        raise NotImplementedError
-
-    def _add_toxic(self, table: "Any") -> str:
-        raise NotImplementedError
-
-    def _set_accept(self, accept: "Any") -> None:
-        raise NotImplementedError
-
-    def _begin_block(self, table: "Any", only: bool) -> int:
-        raise NotImplementedError
-
-    def _end_block(self, number: int) -> None:
-        raise NotImplementedError
-
-    def _last_record(self) -> int:
-        """Return the number of the last FaultRecord."""
-        raise NotImplementedError
-
-    def _wait(self, since: int, matches: "Callable[[FaultRecord], bool]", timeout: float,
-              count: int) -> "List[FaultRecord]":
-        """Wait until `count` records since `since` match. Returns all that do."""
-        raise NotImplementedError
+    # For Fault
 
     def _wait_for(self, name, since, matches, timeout, count):
         """Return the record number `count` of those since `since` that match.
 
         Raises TimeoutError, with all faults that there were.
         """
-        found = self._wait(since, matches, timeout, count)
+        found = self._wait(since, matches, count, timeout)
         if len(found) >= count:
             return found[count - 1]
         acted = Counter(record.handler for record in self.events(since) if record.change is None)
@@ -12201,8 +12185,8 @@ class Interface:
 
     def _block(self, table, only):
         self._check_running()
-        return Fault(self, table["name"], lambda: {"block": self._begin_block(table, only)},
-                     lambda record_fields: self._end_block(record_fields["block"]))
+        return Fault(self, table["name"], lambda: self._begin_block(table, only),
+                     self._end_block, "block")
 
     def _discard_toxic(self, name):
         """Remove a toxic, if there is one of that name."""
@@ -12226,8 +12210,6 @@ def toxic_table(fields):
             table[key] = value
         else:
             attributes[key] = value
-    if table.get("name") is None:
-        table.pop("name", None)
     return dict(table, attributes=attributes)
 
 
@@ -12247,8 +12229,8 @@ def make_local_toxic(toxic):
         raise ValueError("toxic %r: %s" % (table["type"], in_plain_words(str(error)))) from None
 
 
-def parse_endpoint(address, parse=parse_address):
-    """Parse "HOST:PORT" or (host, port). Returns (host, port). Raises ValueError."""
+def parse_endpoint(address, parse):
+    """Return parse("HOST:PORT") of such a text, or of (host, port). Raises ValueError."""
     if isinstance(address, (tuple, list)) and len(address) in (2, 4):   # 4: a socket's, of IPv6
         host, port = address[:2]
         if isinstance(host, str) and isinstance(port, (int, str)):
@@ -12536,11 +12518,11 @@ class Proxy(Interface):
     def _last_record(self):
         return self._server.fault_count
 
-    def _wait(self, since, matches, timeout, count):
+    def _wait(self, since, matches, count, timeout):
         if self._thread:                # a fork has a copy of the lock, which may be locked
             self._server.loop.check_process()
-        return self._server.wait_for_records(since, matches, count,
-                                             timeout if self._thread else 0)
+        return wait_for_records(self._server.next_records, since, matches, count,
+                                timeout if self._thread else 0)
 
 
 def check_path(path):
@@ -12653,8 +12635,7 @@ class Client(Interface):
         return self._status()["rules"]
 
     def events(self, since: int = 0) -> "List[FaultRecord]":
-        return [FaultRecord(**record)
-                for record in self.request("GET", "/events", since=since)["events"]]
+        return self._records(since=since)
 
     def list_toxics(self) -> "List[Dict[str, Any]]":
         return self.request("GET", self._proxy_path() + "/toxics", all=1)
@@ -12716,16 +12697,14 @@ class Client(Interface):
     def _last_record(self):
         return self._status()["faults"]
 
-    def _wait(self, since, matches, timeout, count):
-        deadline, found = time.monotonic() + timeout, []
-        while True:
-            seconds = max(0.0, min(deadline - time.monotonic(), EVENTS_WAIT_MAX))
-            records = [FaultRecord(**record) for record in self.request(
-                "GET", "/events", since=since, wait="%.3f" % seconds)["events"]]
-            found += filter(matches, records)
-            if len(found) >= count or time.monotonic() >= deadline:
-                return found
-            since = records[-1].number if records else since
+    def _wait(self, since, matches, count, timeout):
+        def next_records(since, seconds):
+            return self._records(since=since, wait="%.3f" % min(seconds, EVENTS_WAIT_MAX))
+        return wait_for_records(next_records, since, matches, count, timeout)
+
+    def _records(self, **query):
+        return [FaultRecord(**record)
+                for record in self.request("GET", "/events", **query)["events"]]
 
 
 def error_text(value):
@@ -12816,21 +12795,21 @@ def wait_until_ready(process, seconds):
     Raises RuntimeError, with the last line of the output, if the proxy does not print them in
     time.
     """
-    last_line, addresses = ["no output within %s seconds" % seconds], []
+    lines = []
 
     def read_stdout():
         for line in process.stdout:
-            if line.strip() == "ready":
-                addresses.append(json.loads(process.stdout.readline()))
+            lines.append(line.strip())
+            if lines[-2:-1] == ["ready"]:
                 return
-            last_line[0] = line.strip()
 
     reader = threading.Thread(target=read_stdout, daemon=True)
     reader.start()
     reader.join(seconds)
-    if not addresses:
-        raise RuntimeError("the proxy did not start: %s" % last_line[0])
-    return addresses[0]
+    if lines[-2:-1] != ["ready"]:
+        raise RuntimeError("the proxy did not start: %s" % (
+            lines[-1] if lines else "no output within %s seconds" % seconds))
+    return json.loads(lines[-1])
 
 
 def stop_proxy(pid: int) -> None:
