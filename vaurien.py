@@ -1164,20 +1164,6 @@ def option_help(function):
             if name in handler_options(function)}
 
 
-def without_moment(json_object):
-    """Return the JSON object of a rule without the keys of Rule.times_to_json.
-
-    A client may send back the rules that it has got. Input of another form keeps these keys, so
-    that they are refused.
-    """
-    until = json_object.get("until", "")
-    if not (isinstance(json_object.get("active"), bool)
-            and (until is None or type(until) in (int, float))):
-        return json_object
-    return OrderedDict((key, value) for key, value in json_object.items()
-                       if key not in ("active", "until"))
-
-
 def get_handler(name):
     """Return the handler of that name. Raises ValueError if there is none."""
     if isinstance(name, str) and name in HANDLERS:
@@ -1200,12 +1186,13 @@ def check_option(name, option, value):
 
     Raises ValueError with the end of a sentence that begins with the option's name.
     """
-    defaults = handler_options(get_handler(name))
+    function = get_handler(name)
+    defaults = handler_options(function)
     if option not in defaults:
         raise ValueError("is not an option of %s%s: it has %s" % (
             name, did_you_mean(option, [*defaults, *RULE_FIELDS]),
             ", ".join(sorted(defaults)) or "none"))
-    checks = getattr(get_handler(name), "option_checks", {})
+    checks = getattr(function, "option_checks", {})
     if option in checks:
         return checks[option](value)
     type_ = type(defaults[option])
@@ -1243,23 +1230,27 @@ RULE_FIELDS = OrderedDict((
     ("stream", Field(choice_check("both", UPSTREAM, DOWNSTREAM), "both",
                      "both, upstream or downstream: which events the handler receives")),
     ("match", Field(check_match, None, "a regular expression that a request must contain")),
-    ("after", Field(check_count, 0, "number of requests to leave alone first, of all clients"
-                               " together")),
-    ("times", Field(check_count, 0, "number of requests to act on at most, of all clients"
-                               " together; 0 is no limit")),
+    ("after", Field(check_count, 0,
+                    "number of requests to leave alone first, of all clients together")),
+    ("times", Field(check_count, 0, "number of requests to act on at most, of all clients "
+                                    "together; 0 is no limit")),
     ("of", Field(check_count, 0, "with times: act on the first `times` of every `of` requests")),
     ("start", Field(check_seconds, 0.0, "seconds, or 90s, 5m, 1h, 500ms, from the setting of the "
-                                    "rule until it acts")),
+                                        "rule until it acts")),
     ("duration", Field(check_seconds, 0.0, "seconds for which it acts then; 0 is no limit")),
     ("every", Field(check_seconds, 0.0, "seconds after which start repeats; 0 is never")),
-    ("ramp", Field(check_seconds, 0.0, "seconds in which the percentage rises from 0 to its "
-                                   "value")),
+    ("ramp", Field(check_seconds, 0.0,
+                   "seconds in which the percentage rises from 0 to its value")),
     ("ttl", Field(check_seconds, 0.0, "seconds after which the rule is removed, counted from its "
-                                  "last change; 0 is never")),
+                                      "last change; 0 is never")),
 ))
 
 
-TIME_FIELDS = ["start", "duration", "every", "ramp", "ttl"]     # those that a Schedule has
+def field_defaults():
+    """Return {field: default} of the rule fields that are attributes of a Rule: all but percent.
+    """
+    return OrderedDict((name, field.default) for name, field in RULE_FIELDS.items()
+                       if name != "percent")
 
 
 def is_rule_field(function, key):
@@ -3242,7 +3233,7 @@ DRAW_TO_PERCENT = 100 / 2 ** 64     # percent for each unit: a drawn number has 
 DRAW_BLOCK = struct.Struct(">8Q")   # the 8 numbers in one blake2b hash
 
 
-# The state of a Schedule at one moment.
+# The state of a schedule at one moment.
 #
 # active         whether the moment is in a window
 # share          the part of the percentage that counts: 0 outside of windows, less than 1 during
@@ -3251,73 +3242,112 @@ DRAW_BLOCK = struct.Struct(">8Q")   # the 8 numbers in one blake2b hash
 # next_change    the time at which `active` or `share` changes next, or NEVER
 Moment = namedtuple("Moment", "active share until next_change")
 
+RAMP_STEPS = 100        # a ramp rises in this many steps ...
+RAMP_STEP_MIN = 0.01    # ... each at least this many seconds long
 
-class Schedule:
-    """The times at which a rule, or anything else, acts. The times between are its windows.
+
+class Scheduled:
+    """The base class of Rule and Accept, which act in windows of time. This is their schedule:
 
         now       start      + duration         start + every
          |          |            |                   |            |
          |  sleeps  |  1st window|      sleeps       | 2nd window |
                      ramp: the share rises from 0 to 1
 
-    start, duration, every, ramp, ttl    seconds, as in RULE_FIELDS; 0 has no effect
-
-    It reads no clock and has no timer. `begin` and `renew` note the time; a caller sets a timer
-    for Moment.next_change and for `expires`. All times are of one clock, in seconds.
+    It reads no clock and has no timer. A caller sets a timer for Moment.next_change and for
+    `expires`. All times are of one clock, in seconds.
     """
 
-    __slots__ = ("start", "duration", "every", "ramp", "ttl", "since", "expires")
-    RAMP_STEPS = 100        # a ramp rises in this many steps ...
-    RAMP_STEP_MIN = 0.01    # ... each at least this many seconds long
+    start = duration = every = ramp = ttl = 0.0     # seconds, as in RULE_FIELDS; 0 has no effect
+    since: "Any" = None     # the time of `begin_schedule`
+    expires = NEVER         # the end of the ttl
+    moment: Moment          # a proxy that is open keeps it up to date
 
-    def __init__(self, start=0.0, duration=0.0, every=0.0, ramp=0.0, ttl=0.0):
-        self.start, self.duration, self.every, self.ramp = start, duration, every, ramp
-        self.ttl = ttl
-        self.since = None           # the time of `begin`
-        self.expires = NEVER        # the end of the ttl
+    def __init__(self, **times):
+        for name, seconds in times.items():
+            setattr(self, name, seconds)
+        self.set_active(not self.has_windows())
 
-    def is_trivial(self):
-        """Return whether all times are 0: one window without an end."""
-        return not (self.start or self.duration or self.ramp or self.ttl)
+    def has_schedule(self):
+        """Return whether any time is set."""
+        return bool(self.has_windows() or self.ramp or self.ttl)
 
     def has_windows(self):
         """Return whether windows begin or end at certain times."""
         return bool(self.start or self.duration)
 
-    def begin(self, now):
+    def begin_schedule(self, now):
         """Count all times from now on."""
         self.since = now
-        self.renew(now)
+        self.renew_ttl(now)
+        self.set_active(not self.has_windows())
 
-    def renew(self, now):
+    def renew_ttl(self, now):
         """Count the ttl from now on. The windows stay."""
         self.expires = now + self.ttl if self.ttl else NEVER
 
-    def at(self, now):
-        """Return the Moment of a time, which is not before that of `begin`."""
-        begin, repetition = self.since + self.start, NEVER
+    def set_active(self, active):
+        """Act, or do not act, until the next call of set_moment."""
+        self.set_moment(Moment(active, 1.0, NEVER, NEVER))
+
+    def set_moment(self, moment):
+        self.moment = moment
+
+    def moment_at(self, now):
+        """Return the Moment of a time, which is not before that of `begin_schedule`."""
+        begin, next_begin = self.since + self.start, NEVER
         if self.every and now >= begin:
-            # The quotient may be too small by one, because it is rounded, at the time of a sum:
-            # there a window begins, and a timer was set for it.
-            count = int((now - begin) // self.every)
-            count += now >= begin + self.every * (count + 1)
-            begin, repetition = begin + self.every * count, begin + self.every * (count + 1)
+            count = count_periods(begin, self.every, now)
+            begin, next_begin = begin + self.every * count, begin + self.every * (count + 1)
         if now < begin:
             return Moment(False, 0.0, begin, begin)
         endless = not self.duration or (self.duration == self.every and not self.ramp)
         end = NEVER if endless else begin + self.duration
         if now >= end:
-            return Moment(False, 0.0, repetition, repetition)
-        share, next_step = self.share(now, begin)
+            return Moment(False, 0.0, next_begin, next_begin)
+        share, next_step = self.ramp_share(begin, now)
         return Moment(True, share, end, min(end, next_step))
 
-    def share(self, now, begin):
+    def ramp_share(self, begin, now):
         """Return (share, time of its next change) in a window that began at `begin`."""
-        steps = max(1, min(self.RAMP_STEPS, int(self.ramp / self.RAMP_STEP_MIN)))
+        steps = max(1, min(RAMP_STEPS, int(self.ramp / RAMP_STEP_MIN)))
         step = self.ramp / steps
-        done = int((now - begin) // step) if step else steps
-        done += step > 0 and now >= begin + step * (done + 1)
+        done = count_periods(begin, step, now) if step else steps
         return (1.0, NEVER) if done >= steps else (done / steps, begin + step * (done + 1))
+
+    def times_to_json(self, to_unix):
+        """Return whether there is a window now, and until when: {"active": ..., "until": ...}.
+
+        to_unix    function that converts a time of the loop's clock to seconds since 1970
+
+        The time is that of the next change of `active`, or of the end of the ttl. It is None if
+        nothing will change. The result is empty if there are no times.
+        """
+        if not self.has_schedule():
+            return {}
+        until = min(self.moment.until, self.expires)
+        return {"active": self.moment.active, "until": to_unix(until) if until < NEVER else None}
+
+
+def count_periods(begin, period, now):
+    """Return how many whole periods have passed since `begin`, in seconds."""
+    count = int((now - begin) // period)
+    # At the exact end of a period, for which a timer was set, the quotient may be rounded down.
+    return count + (now >= begin + period * (count + 1))
+
+
+def without_moment(json_object):
+    """Return the JSON object of a rule without the keys of Scheduled.times_to_json.
+
+    A client may send back the rules that it has got. Input of another form keeps these keys, so
+    that they are refused.
+    """
+    until = json_object.get("until", "")
+    if not (isinstance(json_object.get("active"), bool)
+            and (until is None or type(until) in (int, float))):
+        return json_object
+    return OrderedDict((key, value) for key, value in json_object.items()
+                       if key not in ("active", "until"))
 
 
 class SearchTimeout(Exception):
@@ -3330,10 +3360,9 @@ class SearchLimit:
     An expression like (a+)+b takes a time that doubles with each character. The engine of `re`
     holds Python's lock during a search, so no other thread could run or end it. But the engine
     handles OS signals during a search in the main thread, and the search ends if a signal handler
-    raises an exception. So a timer of the kernel sends a signal when a search takes too long,
-    whatever its expression is. To refuse
-    expressions instead would be no remedy: there are harmless ones among those with nested
-    repeats, and slow ones among the others, like a*a*a*a*b.
+    raises an exception. So a timer of the kernel sends a signal when a search takes too long.
+    To refuse some expressions instead would be no remedy: there are harmless ones among those
+    with nested repeats, and slow ones among the others, like a*a*a*a*b.
 
     The timer counts CPU time, so a busy machine ends no search. Other threads have no limit: a
     proxy in the process of a test may stop in a search.
@@ -3365,34 +3394,6 @@ class SearchLimit:
 SEARCH_LIMIT = SearchLimit()
 
 
-class Scheduled:
-    """Something with a Schedule: a Rule, or the Accept of a proxy.
-
-    schedule    the Schedule
-    moment      the Moment of the schedule; a proxy that is open keeps it up to date
-    """
-
-    __slots__ = ("schedule", "moment")
-
-    schedule: Schedule
-
-    def set_moment(self, moment):
-        self.moment = moment
-
-    def times_to_json(self, to_unix):
-        """Return whether there is a window now, and until when: {"active": ..., "until": ...}.
-
-        to_unix    function that converts a time of the loop's clock to seconds since 1970
-
-        The time is that of the next change of `active`, or of the end of the ttl. It is None if
-        nothing will change. The result is empty if there are no times.
-        """
-        if self.schedule.is_trivial():
-            return {}
-        until = min(self.moment.until, self.schedule.expires)
-        return {"active": self.moment.active, "until": to_unix(until) if until < NEVER else None}
-
-
 class Rule(Scheduled):
     """A handler with its options, and when it acts.
 
@@ -3405,11 +3406,12 @@ class Rule(Scheduled):
     fields              the RULE_FIELDS except percent; each becomes an attribute of that name
     """
 
-    __slots__ = ("name", "handler", "options", "draw_min", "draw_max", "draw_key", "direction",
-                 "keeps_due_time", "rate_limited", "on_dropped", "blocking", "drawn_count",
-                 "acted_count", "shared", "error_logged", "instance", "toxic", "block",
-                 "match_failed", "slow_logged", "acting_max", "limit",
-                 *(field for field in RULE_FIELDS if field != "percent"))
+    toxic = None            # the name of the Toxic that the rule belongs to
+    block = None            # the number of the Block that the rule belongs to
+    instance = None         # the object to call, if the handler is blocking
+    match_failed = False    # a search has taken too long: see `matches`
+    slow_logged = False     # the log has a warning that the handler is slow already
+    error_logged = False    # the log has a traceback of the handler already
 
     per: str
     stream: str
@@ -3423,14 +3425,12 @@ class Rule(Scheduled):
         self.name = name
         self.handler = get_handler(name)
         self.draw_min, self.draw_max, self.draw_key = draw_min, draw_max, draw_key
-        for field, (_, default, _) in RULE_FIELDS.items():
-            if field != "percent":
-                setattr(self, field, fields.pop(field, default))
+        for field, default in field_defaults().items():
+            setattr(self, field, fields.pop(field, default))
         if fields:
             raise TypeError("a rule has no field %s" % ", ".join(fields))
+        super().__init__()
         self.set_options(dict(handler_options(self.handler), **options or {}))
-        self.schedule = Schedule(**{field: getattr(self, field) for field in TIME_FIELDS})
-        self.set_moment(Moment(not self.schedule.has_windows(), 1.0, NEVER, NEVER))
         self.limit = 0 if self.of else self.times       # number of requests to act on at most
         self.keeps_due_time = getattr(self.handler, "keeps_due_time", False)
         self.rate_limited = getattr(self.handler, "rate_limited", False)
@@ -3439,12 +3439,6 @@ class Rule(Scheduled):
         self.drawn_count = 0        # number of requests (or connections) it was drawn for
         self.acted_count = 0        # number of these that it has acted on
         self.shared = Counter()     # state.shared of the handler, for all connections
-        self.slow_logged = False    # the log has a warning that the handler is slow already
-        self.error_logged = False   # the log has a traceback of the handler already
-        self.instance = None        # the object to call, if the handler is blocking
-        self.match_failed = False   # a search has taken too long: see `matches`
-        self.toxic = None           # the name of the Toxic that the rule belongs to
-        self.block = None           # the number of the Block that the rule belongs to
 
     def set_options(self, options):
         """Replace the options. With some of them, a handler gets events of one direction only."""
@@ -3501,12 +3495,17 @@ class Rule(Scheduled):
         The percentage is not included, nor the stream of a toxic: each text and each API has a
         place of its own for them.
         """
-        defaults = {field: default for field, (_, default, _) in RULE_FIELDS.items()
-                    if field != "percent"}
+        defaults = field_defaults()
         if self.toxic:
             defaults.update(Toxic.DEFAULTS, stream=self.stream)
-        return OrderedDict((field, getattr(self, field)) for field, default in defaults.items()
+        return OrderedDict((field, self.field_to_json(field))
+                           for field, default in defaults.items()
                            if getattr(self, field) != default)
+
+    def field_to_json(self, field):
+        """Return the JSON value of a field: of `match`, the text of the expression."""
+        value = getattr(self, field)
+        return value.pattern.decode() if field == "match" and value else value
 
     def describe_handler(self, drawn_options=None):
         """Return the handler, its options, and the rule fields that differ from their defaults.
@@ -3516,11 +3515,11 @@ class Rule(Scheduled):
         Booleans and texts with default values are omitted.
         """
         shown = [describe_options(self.handler, dict(self.options, **drawn_options or {}))]
-        shown += ["%s=%r" % (field, value.pattern.decode()) if field == "match" else
-                  "%s=%s" % (field, value) for field, value in self.own_fields().items()]
+        shown += [("%s=%r" if field == "match" else "%s=%s") % (field, value)
+                  for field, value in self.own_fields().items()]
         return " ".join([self.name, *filter(None, shown)])
 
-    def describe(self):
+    def __str__(self):
         """Return the rule as text. That of a toxic has its name, percentage and stream, too."""
         text = self.describe_handler()
         return "toxic %s (%g:%s %s)" % (
@@ -3531,15 +3530,13 @@ class Rule(Scheduled):
         text = self.describe_handler(drawn_options)
         return "%s toxic=%s stream=%s" % (text, self.toxic, self.stream) if self.toxic else text
 
-    __str__ = describe
-
     def to_json(self):
         """Return options and fields as one flat dict, in the form that `read_rules` accepts."""
         table = dict(self.options, name=self.name, percent=self.draw_max - self.draw_min)
-        for field in RULE_FIELDS:
-            value = table.get(field, getattr(self, field, None))
-            if value is not None:       # only `match` is a compiled expression
-                table[field] = value.pattern.decode() if hasattr(value, "pattern") else value
+        for field in field_defaults():
+            table.setdefault(field, self.field_to_json(field))
+        if table["match"] is None:
+            del table["match"]
         if self.toxic:
             table["toxic"] = self.toxic
         return table
@@ -3602,12 +3599,11 @@ class ActiveRule(Counter):
 
         Returns whether the rule starts to act.
         """
-        starts = acts and not self.acts
-        if acts != self.acts:
-            self.clear()
-            self.generator = None
-        self.acts = acts
-        return starts
+        if acts == self.acts:
+            return False
+        self.acts, self.generator = acts, None
+        self.clear()
+        return acts
 
     def may_act(self):
         """Return whether the rule has acted already, or `times` permits one more request."""
@@ -3619,9 +3615,11 @@ class ActiveRule(Counter):
 
     def mark_acted(self):
         """Record that the rule has changed an event. Returns whether this is the first time."""
-        first, self.has_acted = not self.has_acted, True
-        self.rule.acted_count += first
-        return first
+        if self.has_acted:
+            return False
+        self.has_acted = True
+        self.rule.acted_count += 1
+        return True
 
 
 @functools.lru_cache(maxsize=1024, typed=True)      # toxics may get ever new names
@@ -3817,8 +3815,8 @@ class Accept(Scheduled):
     def __init__(self, mode="normal", fields=None):
         self.mode, self.fields = mode, fields or {}
         self.options = {"mode": mode}
-        self.schedule = Schedule(**self.fields)
-        self.set_moment(Moment(not self.schedule.start, 1.0, NEVER, NEVER))
+        super().__init__(**self.fields)
+        self.set_active(not self.start)     # for `bind`, before the schedule begins
 
     def current_mode(self):
         return self.mode if self.moment.active else "normal"
@@ -3837,7 +3835,7 @@ class Accept(Scheduled):
         return dict(self.fields, mode=self.mode, **self.times_to_json(to_unix))
 
 
-ACCEPT_FIELDS = [field for field in TIME_FIELDS if field != "ramp"]
+ACCEPT_FIELDS = ["start", "duration", "every", "ttl"]
 
 
 def check_accept(value):
@@ -4278,7 +4276,7 @@ class Chain:
         begun = []
         for rule, active in self.per_connection.items():
             if active is not None and active.match_buffer is None and (
-                    rule in changed or not rule.schedule.is_trivial()):
+                    rule in changed or rule.has_schedule()):
                 if active.set_acts(self.includes(active)):
                     begun.append(rule)
         self.undrawn = [rule for rule in [*self.undrawn, *new] if rule in self.rules.installed]
@@ -8571,7 +8569,7 @@ class ProxyServer:
         self.stop_listening("stopped")
         self.loop.cancel(self.rule_timer)
         for rule in self.scheduled_rules():
-            rule.schedule.since = None      # if it opens again, all times start at 0
+            rule.since = None      # if it opens again, all times start at 0
         log.info("%sstopped: connections: %d, requests: %d, faults: %s", self.log_prefix,
                  self.accepted, self.rules.request_count,
                  ", ".join("%d %s" % (count, name) for name, count in self.faults.items())
@@ -8722,8 +8720,8 @@ class ProxyServer:
                 continue
             installed.append(old)
             if old is not toxic:
-                old.rule.ttl = old.rule.schedule.ttl = toxic.rule.ttl
-                old.rule.schedule.renew(self.loop.clock())
+                old.rule.ttl = toxic.rule.ttl
+                old.rule.renew_ttl(self.loop.clock())
             if (old.toxicity, old.attributes) != (toxic.toxicity, toxic.attributes):
                 old.update(toxic.toxicity, toxic.attributes)
                 changed_rules.append(old.rule)
@@ -8766,29 +8764,28 @@ class ProxyServer:
     def scheduled_rules(self):
         """Return the rules, and the Accept, whose schedule changes with time."""
         return [rule for rule in [*self.all_rules(), self.accept]
-                if not rule.schedule.is_trivial()]
+                if rule.has_schedule()]
 
     def begin_schedules(self):
         """Let the times of new rules begin now, and set the timer for all rules."""
         now = self.loop.clock()
         for rule in self.scheduled_rules():
-            if rule.schedule.since is None:
-                rule.schedule.begin(now)
-                rule.set_moment(Moment(not rule.schedule.has_windows(), 1.0, NEVER, NEVER))
+            if rule.since is None:
+                rule.begin_schedule(now)
                 self.update_moment(rule, now)
         self.set_rule_timer()
 
     def update_moment(self, rule, now):
         """Update the moment of a rule. Records whether a window has begun or ended."""
         before = rule.moment
-        rule.set_moment(rule.schedule.at(now))
+        rule.set_moment(rule.moment_at(now))
         if rule.moment.active != before.active:
             self.record_change(rule, "begins" if rule.moment.active else "ends")
 
     def set_rule_timer(self):
         """Set the timer for the next change of a rule by its schedule, if there is one."""
         self.loop.cancel(self.rule_timer)
-        due = min([min(rule.moment.next_change, rule.schedule.expires)
+        due = min([min(rule.moment.next_change, rule.expires)
                    for rule in self.scheduled_rules()], default=NEVER)
         if due < NEVER:
             self.rule_timer = self.loop.call_at(due, self.on_rule_timer)
@@ -8799,7 +8796,7 @@ class ProxyServer:
         expired, asleep, woken = [], [], []
         for rule in self.scheduled_rules():
             share = rule.moment.share
-            if rule.schedule.expires <= now:
+            if rule.expires <= now:
                 expired.append(rule)
                 continue
             self.update_moment(rule, now)
@@ -11445,7 +11442,7 @@ def toxic_to_json(proxy, toxic):
     fields = OrderedDict((("attributes", attributes_to_json(toxic)), ("name", toxic.name),
                           ("type", toxic.rule.name), ("stream", toxic.stream),
                           ("toxicity", toxicity)))
-    fields.update(own_fields_to_json(toxic))
+    fields.update(toxic.rule.own_fields())
     fields.update(toxic.rule.times_to_json(proxy.to_unix))
     return fields
 
@@ -11459,12 +11456,6 @@ def attributes_to_json(toxic):
     defaults = handler_options(toxic.rule.handler)
     return OrderedDict((name, value) for name, value in toxic.attributes.items()
                        if name in toxiproxys or value != defaults[name])
-
-
-def own_fields_to_json(toxic):
-    """Return the rule fields of a toxic that differ from their defaults: {name: JSON value}."""
-    fields = toxic.rule.to_json()
-    return OrderedDict((name, fields[name]) for name in toxic.rule.own_fields())
 
 
 def is_toxiproxys(toxic):
@@ -11650,7 +11641,7 @@ def copy_toxic(toxic, value):
     if "toxicity" not in fields and "percent" not in fields:
         fields["toxicity"] = toxic.toxicity
     changed = make_toxic(toxic.rule.name, toxic.name,
-                         dict(own_fields_to_json(toxic), **fields, stream=toxic.rule.stream),
+                         dict(toxic.rule.own_fields(), **fields, stream=toxic.rule.stream),
                          changed_attributes, toxiproxy=True)
     changed.stream = toxic.stream
     before, after = toxic.rule.own_fields(), changed.rule.own_fields()
