@@ -9432,8 +9432,6 @@ dialog .row { margin-top: 1rem; justify-content: flex-end; }
 </dialog>
 <script nonce="NONCE">
 "use strict";
-// Texts come from other programs: names, SQL, keys. So they are written only as text nodes.
-
 const SAMPLES = 60, RECORDS = 200, NEWEST = 100;        // of a chart, of the tables
 const STATES = {on: "serves clients", refuse: "a new connect is refused",
                 drop: "a new connect gets no reply", off: "closed: all connections have ended"};
@@ -9462,16 +9460,16 @@ const assignments = values => Object.entries(values).map(([name, value]) =>
 // Return the options and rule fields that differ from their defaults, and the options above 0.
 function settings(rule) {
   const {options} = declarations.handlers[rule.name] || {options: {mode: {}}};   // of accept
-  const usual = {...declarations.fields, ...options};
+  const declared = {...declarations.fields, ...options};
   return assignments(Object.fromEntries(Object.entries(rule).filter(([name, value]) =>
-    name in usual && !["percent", "ttl"].includes(name)
-    && (value !== usual[name].default || (name in options && value > 0 && value !== true)))));
+    name in declared && !["percent", "ttl"].includes(name)
+    && (value !== declared[name].default || (name in options && value > 0 && value !== true)))));
 }
 
-function timeLeft(rule, now) {
-  if (rule.until === undefined || rule.until === null) return rule.active === false ? "over" : "";
-  return `${rule.active ? "for" : "sleeps for"} ${time(Math.max(0, rule.until - now))}, until `
-         + clock(rule.until);
+function timeLeft({active, until}, now) {
+  if (until == null) return active === false ? "over" : "";
+  const left = time(Math.max(0, until - now));
+  return `${active ? "for" : "sleeps for"} ${left}, until ${clock(until)}`;
 }
 
 // Elements
@@ -9517,19 +9515,20 @@ function sync(parent, items, key, make) {
   });
 }
 
-// Return a table, whose method `show` shows items. cells(item) returns the texts of a row, and
-// buttons(item) the elements of its last cell.
-function table(caption, heads, key, cells, buttons = () => []) {
-  const body = el("tbody");
+// Return a table whose method `show` shows items. `columns` has a function for each head, which
+// returns the text of an item. buttons(item) returns the elements of the last cell.
+function table(caption, key, columns, buttons = () => []) {
+  const heads = Object.keys(columns), cells = Object.values(columns);
+  const body = el("tbody"), label = {"aria-label": caption};
   const head = el("tr", {}, ...heads.map(text => el("th", {scope: "col"}, text)));
-  const label = {"aria-label": caption};
   const element = el("div", {class: "scroll", tabindex: "0", role: "region", ...label},
                      el("table", label, el("thead", {}, head), body));
   function make(item) {
     const row = el("tr", {}, ...heads.map((text, index) => el(index ? "td" : "th", {
       "data-head": text, ...index ? {} : {scope: "row"}})));
     row.lastChild.append(...buttons(item));
-    row.show = item => cells(item).forEach((text, index) => put(row.children[index], text));
+    row.show = item => cells.forEach(
+      (cell, index) => cell && put(row.children[index], cell(item)));
     return row;
   }
   element.show = items => sync(body, items, key, make);
@@ -9607,7 +9606,8 @@ async function act(change, question, verb) {
   $("alert").hidden = !message;
 }
 
-// A proxy
+// The parts of a proxy. Each is an element whose method `show` shows the status of the proxy.
+// `fetch` requests what the status does not have.
 
 // Return how a proxy accepts clients: a name of STATES, and its times.
 function stateOf({enabled, accept}) {
@@ -9615,104 +9615,17 @@ function stateOf({enabled, accept}) {
   return {name, active: accept.active, until: accept.until};
 }
 
-function makeProxy({name, protocol}) {
-  const body = el("div", {id: "body" + ++ids, hidden: true}), formPlace = el("div");
-  const fold = button(name, () => article.unfold(body.hidden), {
-    class: "fold", "aria-expanded": "false", "aria-controls": body.id});
-  const badge = el("span"), addresses = el("span", {class: "soft"});
-  const active = el("ul", {class: "row active", "aria-label": "active faults"});
+function tileList() {
   const tiles = {
     open: tile("Connections", count, "connections"),
     requests: tile("Requests", count, "requests per second"),
     bytes: tile("Bytes per second", bytes, "bytes per second to the backend", "to the client"),
     faults: tile("Faults", count, "faults per second"),
     latency: tile("Time to the reply", time, "median", "95th percentile")};
-  const article = el("article", {"aria-label": name},
-    el("div", {class: "row spread"}, el("h2", {}, fold), badge, addresses),
-    el("dl", {class: "tiles"}, ...Object.values(tiles)), active, body);
-  let proxy;                            // its status
-
-  const states = Object.keys(STATES).map(state => button(state, () => act(
-    () => call("POST", path(name), state === "off" ? {enabled: false} : {
-      enabled: true, accept: state === "on" ? "normal" : state}),
-    state === "off" && `Turn ${name} off? All its connections are closed.`, "Turn off"),
-    {title: STATES[state]}));
-  const faults = table("rules and toxics",
-    ["Fault", "Kind", "Settings", "Percent", "Time", "Actions"],
-    rule => JSON.stringify([rule.toxic, rule.block, rule.index, rule.name]),
-    rule => [rule.toxic || rule.name, rule.block ? "block of a test"
-             : rule.toxic ? "toxic: " + rule.name : "rule", settings(rule), rule.percent + " %",
-             timeLeft(rule, proxy.time) || "until removed"],
-    rule => rule.block ? [] : [
-      button("Change", () => edit(proxy.installed.find(
-        other => other.toxic === rule.toxic && other.index === rule.index))),
-      button("Remove", () => act(() => rule.toxic
-        ? call("DELETE", path(name, "toxics", rule.toxic))
-        : changeRules(name, (rules, indices) => rules.splice(indices[rule.index], 1)),
-        `Remove ${rule.toxic || rule.name} from ${name}?`, "Remove"), {class: "bad"})]);
-  const connections = table("connections",
-    ["Number", "Client", "Backend", "Age", "Bytes", "Held", "Requests", "Faults", "Actions"],
-    item => item.number,
-    item => [String(item.number), item.client, item.backend + (item.connected ? "" : " (waits)"),
-             time(item.age), upDown(item.bytes_up, item.bytes_down),
-             bytes(item.held_up + item.held_down), count(item.requests),
-             item.faults.slice(-3).join(", ")],
-    item => ["Close", "Reset"].map(verb => button(verb, () => act(
-      () => call("DELETE", `/connections/${item.number}${query(name)}&reset=${
-        verb === "Reset" ? "yes" : "no"}`),
-      `${verb} connection ${item.number} of ${name}?`, verb), {class: "bad"})));
-  const all = el("input", {type: "checkbox", change: () => act(() => {})}), shown = el("span");
-  const list = el("details", {toggle: () => act(() => {})}, el("summary", {}, "Connections"),
-    el("div", {class: "row soft"}, el("label", {}, all, "all"), shown), connections);
-  let records = [];
-  const log = table("fault records", ["Number", "Time", "Fault", "Options", "Toxic",
-                                      "Connection", "Request", "Text"],
-    item => item.number,
-    item => [String(item.number), clock(item.time), `${item.handler} ${item.change || ""}`,
-             settings({...item.options, name: item.handler}), item.toxic || "",
-             String(item.connection || ""), String(item.request || ""), item.text]);
-  const filter = el("input", {type: "search", input: showRecords});
-  body.append(quickFaults(name, protocol, () => proxy), el("h3", {}, "New clients"),
-    el("div", {class: "row", role: "group", "aria-label": "new clients"}, ...states),
-    el("h3", {}, "Rules and toxics"), faults, el("p", {}, button("Add a fault", () => edit())),
-    formPlace, list, el("h3", {}, "Fault records"),
-    el("div", {class: "row"}, el("label", {}, "Filter ", filter)), log);
-
-  const edit = rule => formPlace.replaceChildren(
-    faultForm(proxy, rule, () => formPlace.replaceChildren()));
-
-  function showRecords() {
-    const text = filter.value.toLowerCase();
-    log.show(records.filter(item => JSON.stringify(item).toLowerCase().includes(text)));
-  }
-
-  article.unfold = open => {
-    fold.setAttribute("aria-expanded", open);
-    body.hidden = !open;
-    if (open) act(() => {});
-  };
-  article.show = status => {
-    const {counts, rates, installed, latency: {p50, p95} = {}} = proxy = status;
-    let index = 0;
-    for (const rule of installed) if (!rule.toxic && !rule.block) rule.index = index++;
-    const state = stateOf(proxy), shown = [...state.until ? [state] : [], ...installed];
-    badge.className = "badge " + state.name;
-    put(badge, state.name);
-    put(addresses, `${proxy.listen} \u2192 ${proxy.backend} \u00b7 ${protocol}`);
-    for (const item of states)
-      item.setAttribute("aria-pressed", item.textContent === state.name);
-    sync(active, shown.length ? shown : [{}], (_, index) => index, () => {
-      const text = el("b"), more = el("span"), item = el("li", {}, text, " ", more);
-      item.show = rule => {
-        put(text, rule.toxic || rule.name || "");
-        put(more, !rule.name ? "no fault"
-            : ("percent" in rule ? `${rule.percent} % ` : "") + timeLeft(rule, proxy.time));
-      };
-      return item;
-    });
-    faults.show(installed);
+  const element = el("dl", {class: "tiles"}, ...Object.values(tiles));
+  element.show = ({open, counts, rates, latency: {p50, p95} = {}}) => {
     if (!("requests" in rates)) return;
-    tiles.open.show(count(proxy.open), count(counts.connections) + " in all", proxy.open);
+    tiles.open.show(count(open), count(counts.connections) + " in all", open);
     for (const key of ["requests", "faults"])
       tiles[key].show(count(rates[key]) + "/s", count(counts[key]) + " in all", rates[key]);
     tiles.bytes.show(upDown(rates.bytes_up, rates.bytes_down),
@@ -9721,21 +9634,155 @@ function makeProxy({name, protocol}) {
     tiles.latency.show(p50 == null ? "\u2013" : `${time(p50)}, ${time(p95)}`,
                        "median, 95th percentile", p50 || 0, p95 || 0);
   };
-  article.fetch = async () => {
-    if (body.hidden) return;
-    if (list.open) {
-      const found = (await call("GET", "/connections" + query(name)
-                                       + (all.checked ? "" : "&newest=" + NEWEST))).connections;
-      connections.show(found.reverse());
-      put(shown, `${found.length} of ${proxy.open}, the newest first`);
-    }
+  return element;
+}
+
+// Return the list of the faults and of the state that have a time.
+function activeList() {
+  const element = el("ul", {class: "row active", "aria-label": "active faults"});
+  element.show = proxy => {
+    const state = stateOf(proxy), shown = [...state.until ? [state] : [], ...proxy.installed];
+    sync(element, shown.length ? shown : [{}], (_, index) => index, () => {
+      const text = el("b"), more = el("span"), item = el("li", {}, text, " ", more);
+      item.show = rule => {
+        put(text, rule.toxic || rule.name || "");
+        put(more, !rule.name ? "no fault"
+            : ("percent" in rule ? `${rule.percent} % ` : "") + timeLeft(rule, proxy.time));
+      };
+      return item;
+    });
+  };
+  return element;
+}
+
+function stateButtons(name) {
+  const buttons = Object.keys(STATES).map(state => button(state, () => act(
+    () => call("POST", path(name), state === "off" ? {enabled: false} : {
+      enabled: true, accept: state === "on" ? "normal" : state}),
+    state === "off" && `Turn ${name} off? All its connections are closed.`, "Turn off"),
+    {title: STATES[state]}));
+  const element = el("div", {class: "row", role: "group", "aria-label": "new clients"},
+                     ...buttons);
+  element.show = proxy => {
+    for (const item of buttons)
+      item.setAttribute("aria-pressed", item.textContent === stateOf(proxy).name);
+  };
+  return element;
+}
+
+// Return the table of the rules and toxics, with the form that changes them.
+function faultTable(name) {
+  const formPlace = el("div");
+  let proxy;
+  const edit = rule => formPlace.replaceChildren(
+    faultForm(proxy, rule, () => formPlace.replaceChildren()));
+  const rows = table("rules and toxics",
+    rule => JSON.stringify([rule.toxic, rule.block, rule.index, rule.name]), {
+      Fault: rule => rule.toxic || rule.name,
+      Kind: rule => rule.block ? "block of a test" : rule.toxic ? "toxic: " + rule.name : "rule",
+      Settings: settings, Percent: rule => rule.percent + " %",
+      Time: rule => timeLeft(rule, proxy.time) || "until removed", Actions: null},
+    rule => rule.block ? [] : [
+      button("Change", () => edit(proxy.installed.find(
+        other => other.toxic === rule.toxic && other.index === rule.index))),
+      button("Remove", () => act(() => rule.toxic
+        ? call("DELETE", path(name, "toxics", rule.toxic))
+        : changeRules(name, (rules, indices) => rules.splice(indices[rule.index], 1)),
+        `Remove ${rule.toxic || rule.name} from ${name}?`, "Remove"), {class: "bad"})]);
+  const element = el("div", {}, el("h3", {}, "Rules and toxics"), rows,
+                     el("p", {}, button("Add a fault", () => edit())), formPlace);
+  element.show = status => {
+    proxy = status;
+    let index = 0;
+    for (const rule of proxy.installed) if (!rule.toxic && !rule.block) rule.index = index++;
+    rows.show(proxy.installed);
+  };
+  return element;
+}
+
+function connectionList(name) {
+  const rows = table("connections", item => item.number, {
+    Number: item => String(item.number), Client: item => item.client,
+    Backend: item => item.backend + (item.connected ? "" : " (waits)"),
+    Age: item => time(item.age), Bytes: item => upDown(item.bytes_up, item.bytes_down),
+    Held: item => bytes(item.held_up + item.held_down), Requests: item => count(item.requests),
+    Faults: item => item.faults.slice(-3).join(", "), Actions: null},
+    item => ["Close", "Reset"].map(verb => button(verb, () => act(
+      () => call("DELETE", `/connections/${item.number}${query(name)}&reset=${
+        verb === "Reset" ? "yes" : "no"}`),
+      `${verb} connection ${item.number} of ${name}?`, verb), {class: "bad"})));
+  const all = el("input", {type: "checkbox", change: () => act(() => {})}), shown = el("span");
+  const element = el("details", {toggle: () => act(() => {})}, el("summary", {}, "Connections"),
+    el("div", {class: "row soft"}, el("label", {}, all, "all"), shown), rows);
+  element.fetch = async proxy => {
+    if (!element.open) return;
+    const {connections} = await call("GET", "/connections" + query(name)
+                                            + (all.checked ? "" : "&newest=" + NEWEST));
+    rows.show(connections.reverse());
+    put(shown, `${connections.length} of ${proxy.open}, the newest first`);
+  };
+  return element;
+}
+
+function recordList(name) {
+  let records = [];
+  const rows = table("fault records", item => item.number, {
+    Number: item => String(item.number), Time: item => clock(item.time),
+    Fault: item => `${item.handler} ${item.change || ""}`,
+    Options: item => settings({...item.options, name: item.handler}),
+    Toxic: item => item.toxic || "", Connection: item => String(item.connection || ""),
+    Request: item => String(item.request || ""), Text: item => item.text});
+  const filter = el("input", {type: "search", input: show});
+  const element = el("div", {}, el("h3", {}, "Fault records"),
+    el("div", {class: "row"}, el("label", {}, "Filter ", filter)), rows);
+
+  function show() {
+    const text = filter.value.toLowerCase();
+    rows.show(records.filter(item => JSON.stringify(item).toLowerCase().includes(text)));
+  }
+
+  element.fetch = async proxy => {
     const newest = () => records.length ? records[0].number : 0;
     if (newest() > proxy.faults) records = [];      // the proxy is another one of this name
     const {events} = await call("GET", `/events${query(name)}&since=${
       Math.max(newest(), proxy.faults - RECORDS)}`);
     records = [...events.filter(item => item.number > newest()).reverse(), ...records]
       .slice(0, RECORDS);
-    showRecords();
+    show();
+  };
+  return element;
+}
+
+function makeProxy({name, protocol}) {
+  let proxy;                            // its status
+  const tiles = tileList(), active = activeList(), states = stateButtons(name);
+  const faults = faultTable(name), connections = connectionList(name), records = recordList(name);
+  const body = el("div", {id: "body" + ++ids, hidden: true},
+    quickFaults(name, protocol, () => proxy), el("h3", {}, "New clients"), states, faults,
+    connections, records);
+  const fold = button(name, () => article.unfold(body.hidden), {
+    class: "fold", "aria-expanded": "false", "aria-controls": body.id});
+  const badge = el("span"), addresses = el("span", {class: "soft"});
+  const article = el("article", {"aria-label": name},
+    el("div", {class: "row spread"}, el("h2", {}, fold), badge, addresses), tiles, active, body);
+
+  article.unfold = open => {
+    fold.setAttribute("aria-expanded", open);
+    body.hidden = !open;
+    if (open) act(() => {});
+  };
+  article.show = status => {
+    proxy = status;
+    const state = stateOf(proxy).name;
+    badge.className = "badge " + state;
+    put(badge, state);
+    put(addresses, `${proxy.listen} \u2192 ${proxy.backend} \u00b7 ${protocol}`);
+    for (const part of [tiles, active, states, faults]) part.show(proxy);
+  };
+  article.fetch = async () => {
+    if (body.hidden) return;
+    await connections.fetch(proxy);
+    await records.fetch(proxy);
   };
   views.set(name, article);
   return article;
@@ -9751,8 +9798,8 @@ function quickFaults(name, protocol, proxy) {
                   el("option", {value: ""}, "any kind"), ...choices(kinds));
   const ttl = () => +times.find(label => label.firstChild.checked).firstChild.value;
   const quick = text => act(() => {
-    const [type, usual, per] = QUICK[text];
-    const attributes = {...usual, ...text === "error" && kinds.length && {kind: kind.value}};
+    const [type, options, per] = QUICK[text];
+    const attributes = {...options, ...text === "error" && kinds.length && {kind: kind.value}};
     const exists = proxy().installed.some(rule => rule.toxic === text && rule.name === type);
     return exists ? call("POST", path(name, "toxics", text), {attributes, ttl: ttl()})
       : call("POST", path(name, "toxics"),
@@ -9770,13 +9817,13 @@ function quickFaults(name, protocol, proxy) {
 // method `read`.
 function inputs(declared, values, kinds) {
   const element = el("div", {class: "fields"}), all = element.all = {};
-  for (const [name, {type, default: usual, help, choices: texts}] of Object.entries(declared)) {
+  for (const [name, {type, default: unset, help, choices: texts}] of Object.entries(declared)) {
     const input = all[name] = texts.length ? el("select", {}, ...choices(texts)) : el("input",
       {type: {bool: "checkbox", int: "number", float: "number"}[type] || "text",
        step: type === "int" ? "1" : "any"});
     element.append(labelled(name, input, help));
-    if (type === "bool") input.checked = values[name] ?? usual;
-    else input.value = values[name] ?? usual ?? "";
+    if (type === "bool") input.checked = values[name] ?? unset;
+    else input.value = values[name] ?? unset ?? "";
     if (name === "kind" && kinds) {
       input.setAttribute("list", input.id + "kinds");
       element.append(el("datalist", {id: input.id + "kinds"}, ...choices(kinds)));
