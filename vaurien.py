@@ -5750,9 +5750,8 @@ def hide_password(text):
     return re.sub(r"\A([^:/@]*://)?.*@", r"\1...@", text, flags=re.DOTALL)
 
 
-def parse_listener(text):
-    """Parse an address to listen on, like `parse_address`. Port 0 means any free port."""
-    return parse_address(text, min_port=0)
+# Parses an address to listen on. Port 0 means any free port.
+parse_listener = functools.partial(parse_address, min_port=0)
 
 
 def is_valid_host(host):
@@ -5804,15 +5803,22 @@ def is_wildcard(host):
     return not host or any(address[0] in WILDCARD for _, address in resolve_numeric((host, 0)))
 
 
-def same_endpoint(local, backend):
-    """Return whether connecting to the backend would reach a listener at local.
+def check_backend(backend, local_addresses):
+    """Raise ValueError if connecting to the backend would reach a listener of the proxy.
 
-    Both are (host, port). Returns False if a resolver would be needed to find out.
+    local_addresses    the (host, port) of the listeners
+
+    Does nothing if a resolver would be needed to find out.
     """
     reached = reached_addresses(backend)
-    if is_wildcard(local[0]):
-        return any(port == local[1] and is_own_address(host) for host, port in reached)
-    return not reached.isdisjoint(reached_addresses(local))
+    for local in local_addresses:
+        if is_wildcard(local[0]):
+            is_own = any(port == local[1] and is_own_address(host) for host, port in reached)
+        else:
+            is_own = not reached.isdisjoint(reached_addresses(local))
+        if is_own:
+            raise ValueError("%s is the proxy's own address: it would connect to itself"
+                             % format_address(backend))
 
 
 def reached_addresses(address):
@@ -5827,12 +5833,6 @@ def reached_addresses(address):
         reached.add((LOOPBACK_OF.get(host, host), port))
     return reached
 
-
-def check_backend(backend, local_addresses):
-    """Raise ValueError if connecting to the backend would reach one of the local addresses."""
-    if any(same_endpoint(local, backend) for local in local_addresses):
-        raise ValueError("%s is the proxy's own address: it would connect to itself"
-                         % format_address(backend))
 
 
 def format_address(address):
@@ -9184,51 +9184,54 @@ class ProxyTable(OrderedDict):
 
 # -- Metrics ------------------------------------------------------------------
 #
-# The counts of all proxies, for Prometheus (GET /metrics) and StatsD. To add one, add a line
-# to METRICS and its value to `measure`.
+# The counts of all proxies, for Prometheus (GET /metrics) and StatsD.
 
-# {name: (kind, help)}, with the names that Prometheus gets
+def measure_bytes(proxy, name):
+    byte_counts = proxy.byte_counts()
+    return [({"direction": direction, "listener": proxy.listen,
+              "upstream": format_address(proxy.backend)}, byte_counts[direction, name])
+            for direction in (UPSTREAM, DOWNSTREAM)]
+
+
+# {name: (kind, help, values)}, with the names that Prometheus gets. values(proxy) returns
+# [(labels, value)], without the label `proxy`.
 METRICS = OrderedDict((
     ("toxiproxy_proxy_received_bytes_total", (
-        "counter", "Bytes from the client (upstream) and from the backend (downstream).")),
+        "counter", "Bytes from the client (upstream) and from the backend (downstream).",
+        lambda proxy: measure_bytes(proxy, "received"))),
     ("toxiproxy_proxy_sent_bytes_total", (
-        "counter", "Bytes to the backend (upstream) and to the client (downstream).")),
-    ("vaurien_connections_total", ("counter", "Clients accepted.")),
-    ("vaurien_connections_open", ("gauge", "Connections that are open.")),
-    ("vaurien_refused_connections_total", ("counter", "Clients refused by max_connections.")),
-    ("vaurien_requests_total", ("counter", "Requests begun.")),
-    ("vaurien_faults_total", ("counter", "Requests or connections that a handler acted on.")),
-    ("vaurien_fault_kinds_total", ("counter", "Faults of handlers with kinds, like errors.")),
-    ("vaurien_backend_failures_total", ("counter", "Backends that could not be connected to.")),
-    ("vaurien_latency_seconds", ("gauge", "Seconds from a request to the first byte of its reply: "
-                                          "percentiles of a sample of the last %g seconds."
-                                          % LATENCY_WINDOW)),
+        "counter", "Bytes to the backend (upstream) and to the client (downstream).",
+        lambda proxy: measure_bytes(proxy, "sent"))),
+    ("vaurien_connections_total", (
+        "counter", "Clients accepted.", lambda proxy: [({}, proxy.accepted)])),
+    ("vaurien_connections_open", (
+        "gauge", "Connections that are open.", lambda proxy: [({}, len(proxy.connections))])),
+    ("vaurien_refused_connections_total", (
+        "counter", "Clients refused by max_connections.", lambda proxy: [({}, proxy.refused)])),
+    ("vaurien_requests_total", (
+        "counter", "Requests begun.", lambda proxy: [({}, proxy.rules.request_count)])),
+    ("vaurien_faults_total", (
+        "counter", "Requests or connections that a handler acted on.", lambda proxy: [
+            ({"handler": name}, count) for name, count in sorted(proxy.faults.items())])),
+    ("vaurien_fault_kinds_total", (
+        "counter", "Faults of handlers with kinds, like errors.", lambda proxy: [
+            ({"handler": name, "kind": kind}, count)
+            for (name, kind), count in sorted(proxy.kinds.items())])),
+    ("vaurien_backend_failures_total", (
+        "counter", "Backends that could not be connected to.",
+        lambda proxy: [({}, proxy.failures)])),
+    ("vaurien_latency_seconds", (
+        "gauge", "Seconds from a request to the first byte of its reply: percentiles of a sample "
+        "of the last %g seconds." % LATENCY_WINDOW, lambda proxy: [
+            ({"quantile": "%g" % QUANTILES[name]}, seconds)
+            for name, seconds in proxy.latencies.percentiles(proxy.loop.clock()).items()])),
 ))
 
 
 def measure(proxy):
     """Return the metrics of a proxy: {name: [(labels, value)]}. Runs in the loop's thread."""
-    labels = {"proxy": proxy.name}
-    metrics = {
-        "vaurien_connections_total": [(labels, proxy.accepted)],
-        "vaurien_connections_open": [(labels, len(proxy.connections))],
-        "vaurien_refused_connections_total": [(labels, proxy.refused)],
-        "vaurien_requests_total": [(labels, proxy.rules.request_count)],
-        "vaurien_faults_total": [(dict(labels, handler=name), count)
-                                 for name, count in sorted(proxy.faults.items())],
-        "vaurien_fault_kinds_total": [(dict(labels, handler=name, kind=kind), count)
-                                      for (name, kind), count in sorted(proxy.kinds.items())],
-        "vaurien_backend_failures_total": [(labels, proxy.failures)],
-        "vaurien_latency_seconds": [
-            (dict(labels, quantile="%g" % QUANTILES[name]), seconds)
-            for name, seconds in proxy.latencies.percentiles(proxy.loop.clock()).items()]}
-    byte_counts = proxy.byte_counts()
-    for name in "received", "sent":
-        metrics["toxiproxy_proxy_%s_bytes_total" % name] = [
-            (dict(labels, direction=direction, listener=proxy.listen,
-                  upstream=format_address(proxy.backend)), byte_counts[direction, name])
-            for direction in (UPSTREAM, DOWNSTREAM)]
-    return metrics
+    return {name: [(dict(labels, proxy=proxy.name), value) for labels, value in values(proxy)]
+            for name, (_, _, values) in METRICS.items()}
 
 
 def format_metric(value):
@@ -9289,9 +9292,8 @@ class Statsd:
         for line in map(str.encode, self.metric_lines()):
             if packet and len(packet) + len(b"\n") + len(line) > STATSD_PACKET_MAX:
                 self.send_packet(packet)
-                packet = line
-            else:
-                packet = packet + b"\n" + line if packet else line
+                packet = b""
+            packet += b"\n" + line if packet else line
         if packet:
             self.send_packet(packet)
 
@@ -9304,7 +9306,7 @@ class Statsd:
         lines, before, self.last_values = [], self.last_values, {}
         for proxy in list(self.proxies.values()):
             for metric, values in measure(proxy).items():
-                kind, _ = METRICS[metric]
+                kind, _, _ = METRICS[metric]
                 for labels, value in values:
                     name = self.metric_name(metric, labels)
                     self.last_values[proxy, name] = value
@@ -11796,7 +11798,7 @@ def metrics(request):
     measurements = [proxy.loop.run_sync(measure, proxy)
                     for proxy in list(request.control.proxies.values())]
     lines = []
-    for metric, (type_, help_text) in METRICS.items():
+    for metric, (type_, help_text, _) in METRICS.items():
         lines += ["# HELP %s %s" % (metric, help_text), "# TYPE %s %s" % (metric, type_)]
         lines += ["%s{%s} %s" % (metric, format_labels(labels), format_metric(value))
                   for measurement in measurements for labels, value in measurement[metric]]
