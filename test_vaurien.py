@@ -4208,7 +4208,7 @@ class TestSchedules(unittest.TestCase):
         return connection
 
     def changes(self, proxy):
-        return [(record.handler, record.change) for record in proxy.events]
+        return [(record.handler, record.change) for record in proxy.fault_records]
 
     def test_moments_of_a_schedule(self):
         for fields, moments in [
@@ -4309,7 +4309,7 @@ class TestSchedules(unittest.TestCase):
                     proxy.loop.advance(1)
                 self.assertEqual(acted, [5, 6, 7, 15, 16, 17])
                 self.assertEqual(self.changes(proxy), [("delay", "begins"), ("delay", "ends")] * 2)
-                self.assertEqual([record[3:6] for record in proxy.events], [(0, "", 0)] * 4)
+                self.assertEqual([record[3:6] for record in proxy.fault_records], [(0, "", 0)] * 4)
                 self.assertEqual(proxy.faults, {})
 
     def test_the_end_of_a_window_ends_the_fault_of_the_current_request(self):
@@ -4438,7 +4438,7 @@ class TestSchedules(unittest.TestCase):
         self.assertEqual(self.changes(proxy), [("error", "expires"), ("delay", "expires"),
                                                ("latency", "expires")])
         self.assertEqual(connection.released[-1], toxic.rule)
-        self.assertEqual([record.toxic for record in proxy.events], [None, None, "slow"])
+        self.assertEqual([record.toxic for record in proxy.fault_records], [None, None, "slow"])
 
     def test_each_update_restarts_the_ttl_but_not_the_windows(self):
         def toxic(latency):
@@ -7085,15 +7085,15 @@ class TestAccept(unittest.TestCase):
                     seen += listener.set_mode.call_args[0][0][0]
                     loop.advance(1)
                 self.assertEqual((first_mode[0], seen), (modes[0], modes))
-                self.assertEqual([record.change for record in proxy.events], changes)
+                self.assertEqual([record.change for record in proxy.fault_records], changes)
                 self.assertEqual({(record.handler, record.options["mode"])
-                                  for record in proxy.events},
+                                  for record in proxy.fault_records},
                                  {("accept", accept.mode)} if changes else set())
                 self.assertEqual(bool(loop.timers), "every=4" in text)
                 proxy.set_accept(vaurien.Accept())
                 self.assertEqual(listener.set_mode.call_args[0], ("normal",))
                 loop.advance(100)
-                self.assertEqual((loop.timers, len(proxy.events)), ([], len(changes)))
+                self.assertEqual((loop.timers, len(proxy.fault_records)), ([], len(changes)))
                 self.assertEqual(len(proxy.rule_changes), 1)        # at the start
 
     def test_a_window_begins_and_ends_while_the_proxy_runs(self):
@@ -7712,12 +7712,12 @@ class TestFaultRecords(unittest.TestCase):
     def test_a_record_that_is_gone_gets_no_text(self):
         proxy = vaurien.ProxyServer(("127.0.0.1", 9), ("127.0.0.1", 0))
         with mock.patch.object(vaurien, "FAULT_RECORDS_KEPT", 2):
-            proxy.events = vaurien.deque(maxlen=2)
+            proxy.fault_records = vaurien.deque(maxlen=2)
             for request in range(3):
                 proxy.add_record(1, "a:1", request, "delay", {})
             proxy.set_record_text([1], b"gone")
             proxy.set_record_text([2], b"text")
-        self.assertEqual([(record.number, record.text) for record in proxy.events],
+        self.assertEqual([(record.number, record.text) for record in proxy.fault_records],
                          [(2, "text"), (3, "")])
 
     def test_events_wait_for_the_first_record_of_a_handler(self):

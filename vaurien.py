@@ -6535,7 +6535,7 @@ class Authority:
         """Return the certificate of the CA."""
         with self.lock:
             if not self.ca_pem:
-                self.ca_pem = make_certificate(self.identity("CA"), self.identity("CA"), ca=True)
+                self.ca_pem = make_certificate(self.identity("CA"), self.identity("CA"))
             return self.ca_pem
 
     def identity(self, role):
@@ -6637,7 +6637,7 @@ def der_bits(data):
 
 def der_name(common_name):
     name = common_name[:64]         # the limit of RFC 5280, appendix A
-    return der(SEQUENCE, der(SET, der(SEQUENCE, der_oid("2.5.4.3"),
+    return der(SEQUENCE, der(SET, der(SEQUENCE, der_oid("2.5.4.3"),         # commonName
                                       der(UTF8_STRING, name.encode()))))
 
 
@@ -6657,23 +6657,24 @@ def encode_point(point):
     return b"\4" + b"".join(number.to_bytes(32, "big") for number in point)
 
 
-def make_certificate(subject, issuer, hosts=(), days=(-1, 3650), ca=False):
+def make_certificate(subject, issuer, hosts=(), days=(-1, 3650)):
     """Return an X.509 certificate (RFC 5280) in PEM.
 
     subject, issuer    (common name, key, encoded public key)
-    hosts              names and addresses of the subject
+    hosts              names and addresses of the subject; a CA has none
     days               first and last day of validity, counted from now
     """
     (name, _, public), (issuer_name, issuer_key, issuer_public) = subject, issuer
     algorithm = der(SEQUENCE, der_oid(ECDSA_SHA256_OID))
     key_ids = [hashlib.sha1(key).digest() for key in (public, issuer_public)]
-    usage = b"\1\6" if ca else b"\7\x80"            # keyCertSign and cRLSign, digitalSignature
+    usage = b"\7\x80" if hosts else b"\1\6"         # digitalSignature, keyCertSign and cRLSign
+    # basicConstraints, keyUsage, subjectKeyIdentifier, authorityKeyIdentifier
     extensions = [
-        der_extension("2.5.29.19", der(SEQUENCE, TRUE if ca else b""), TRUE),
+        der_extension("2.5.29.19", der(SEQUENCE, b"" if hosts else TRUE), TRUE),
         der_extension("2.5.29.15", der(BIT_STRING, usage), TRUE),
         der_extension("2.5.29.14", der(OCTET_STRING, key_ids[0])),
         der_extension("2.5.29.35", der(SEQUENCE, der(0x80, key_ids[1])))]
-    if hosts:
+    if hosts:                                       # extKeyUsage, subjectAltName
         purposes = der_oid("1.3.6.1.5.5.7.3.1") + der_oid("1.3.6.1.5.5.7.3.2")
         extensions += [
             der_extension("2.5.29.37", der(SEQUENCE, purposes)),
@@ -6939,12 +6940,8 @@ class TlsSocket:
 
     def note_change(self):
         """Let the loop call on_change() soon."""
-        if not self.change_timer:
-            self.change_timer = self.loop.call_at(self.loop.clock(), self.call_on_change)
-
-    def call_on_change(self):
-        self.change_timer = None
-        self.on_change()
+        if not self.change_timer or not self.change_timer[CALLBACK]:
+            self.change_timer = self.loop.call_at(self.loop.clock(), self.on_change)
 
     def interest(self, wanted):
         """Return the events to watch the socket for, if its owner wants these.
@@ -8420,7 +8417,7 @@ class ProxyServer:
         self.kinds = Counter()              # {(handler, kind): its faults of that kind}
         self.failures = 0                   # connections for which no backend was reached
         self.closed_bytes = [0, 0, 0, 0]    # of closed connections: see Connection.add_bytes
-        self.events = deque(maxlen=FAULT_RECORDS_KEPT)      # FaultRecords
+        self.fault_records = deque(maxlen=FAULT_RECORDS_KEPT)
         self.fault_count = 0                # the number of the last FaultRecord
         self.rule_changes = deque(maxlen=RULE_CHANGES_KEPT)     # RuleChanges
         self.fault_recorded = threading.Condition()
@@ -8453,7 +8450,7 @@ class ProxyServer:
         """Return the FaultRecords with a number greater than `since`, the oldest first."""
         with self.fault_recorded:
             newest_first = list(itertools.takewhile(lambda record: record.number > since,
-                                                    reversed(self.events)))
+                                                    reversed(self.fault_records)))
         return newest_first[::-1]
 
     # In the loop's thread: listening
@@ -8748,6 +8745,12 @@ class ProxyServer:
         self.begin_schedules()
         self.change_connections(new, removed, changed)
 
+    def record_rule_change(self):
+        """Record the rules. With the seed, the changes and the same traffic repeat the faults."""
+        self.rule_changes.append(RuleChange(
+            self.fault_count, time.time(), self.name, self.accepted,
+            [rule.to_json() for rule in self.rules.installed]))
+
     def change_connections(self, new, removed, changed, woken=()):
         """Apply a change of the rules to the open connections: see Connection.rules_changed."""
         for rule in [*removed, *changed]:   # what it delays is released: a shared link is idle
@@ -8827,7 +8830,7 @@ class ProxyServer:
         self.replace_rules(
             [rule for rule in self.behavior if rule not in rules],
             OrderedDict((number, block) for number, block in self.blocks.items()
-                        if not any(rule in rules for rule in block.rules)),
+                        if set(rules).isdisjoint(block.rules)),
             [toxic for toxic in self.toxics if toxic.rule not in rules])
 
     def install_rules(self, behavior, blocks, toxics):
@@ -8885,12 +8888,6 @@ class ProxyServer:
 
     # In the loop's thread: called by its connections
 
-    def record_rule_change(self):
-        """Record the rules. With the seed, the changes and the same traffic repeat the faults."""
-        self.rule_changes.append(RuleChange(
-            self.fault_count, time.time(), self.name, self.accepted,
-            [rule.to_json() for rule in self.rules.installed]))
-
     def record_fault(self, connection, active, request, text):
         """Count, record and log that an ActiveRule has acted on a request.
 
@@ -8930,7 +8927,7 @@ class ProxyServer:
         with self.fault_recorded:
             record = FaultRecord(self.fault_count + 1, time.time(), self.name, connection, client,
                                  request, *fields)
-            self.events.append(record)
+            self.fault_records.append(record)
             self.fault_count += 1
             self.fault_recorded.notify_all()
         return record
@@ -8939,9 +8936,10 @@ class ProxyServer:
         """Add the first bytes of a request to the FaultRecords with these numbers."""
         with self.fault_recorded:
             for number in numbers:
-                index = number - self.events[0].number      # negative if the record is gone
+                index = number - self.fault_records[0].number   # negative if the record is gone
                 if index >= 0:
-                    self.events[index] = self.events[index]._replace(text=printable(text))
+                    record = self.fault_records[index]
+                    self.fault_records[index] = record._replace(text=printable(text))
 
     def to_unix(self, t):
         """Convert a time of the loop's clock to seconds since 1970, as in a FaultRecord."""
