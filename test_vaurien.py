@@ -7714,7 +7714,7 @@ class TestFaultRecords(unittest.TestCase):
         with mock.patch.object(vaurien, "FAULT_RECORDS_KEPT", 2):
             proxy.fault_records = vaurien.deque(maxlen=2)
             for request in range(3):
-                proxy.add_record(1, "a:1", request, "delay", {})
+                proxy.add_record(vaurien.Rule("delay"), {}, 1, "a:1", request)
             proxy.set_record_text([1], b"gone")
             proxy.set_record_text([2], b"text")
         self.assertEqual([(record.number, record.text) for record in proxy.fault_records],
@@ -7741,7 +7741,7 @@ class TestFaultRecords(unittest.TestCase):
                 send_and_read(sock, b"question")
                 self.assertEqual(call.result(), [2])
                 self.assertTrue(other.thread.is_alive())
-                proxy.loop.run_sync(proxy.add_record, 1, "a:1", 3, "error", {})
+                proxy.loop.run_sync(proxy.add_record, vaurien.Rule("error"), {}, 1, "a:1", 3)
                 self.assertEqual(other.result(), [proxy.fault_count])
             for query, text in (({"wait": "21"}, "wait must be a number of seconds from 0 to 20"),
                                 ({"handler": "dely"}, "handler must be one of .* delay?")):
@@ -11453,10 +11453,10 @@ class TestPytestPlugin(TempDirTestCase):
 
     def test_a_report_shows_the_newest_records(self):
         with running_proxy(echo, name="a", seed=1) as proxy:
+            slow, delay = vaurien.Toxic("latency", "slow").rule, vaurien.Rule("delay")
             for number in range(5):
-                proxy.add_record(1, "a:1", number, "latency", {"latency": 1, "jitter": 0}, "slow",
-                                 None, None, "downstream", "GET x")
-            proxy.add_record(0, "", 0, "delay", {"sleep": 1.0}, None, None, "ends")
+                proxy.add_record(slow, {"latency": 1, "jitter": 0}, 1, "a:1", number, text="GET x")
+            proxy.add_record(delay, {"sleep": 1.0}, change="ends")
             with mock.patch.object(vaurien, "RECORDS_REPORTED", 2):
                 lines = vaurien.report_faults(proxy).split("\n")
         self.assertEqual(lines[1:], [

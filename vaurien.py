@@ -8397,12 +8397,10 @@ class ProxyServer:
         self.seed = random.SystemRandom().getrandbits(32) if seed is None else seed
         self.rules = RuleSet(self.seed if reuse_port in (None, 1)
                              else "%d/%d" % (self.seed, reuse_port), name)
-        options = options or {}
         # Check all options, because the behavior may not name all of these handlers.
-        read_rules([dict(values, name=handler, percent=0) for handler, values in options.items()])
+        read_rules([dict(values, name=handler, percent=0)
+                    for handler, values in (options or {}).items()])
         self.blocks_begun = 0               # the number of the last Block
-        # The arguments: the rules of the behavior; the open blocks, {number: Block}, the oldest
-        # first; the toxics, in the order in which they act.
         self.install_rules(read_rules(behavior_tables(behavior, options)), OrderedDict(),
                            list(toxics))
         self.loop = None                    # set by `open`
@@ -8634,9 +8632,7 @@ class ProxyServer:
         if isinstance(port, str):       # the name of a service; the header has numbers only
             return b""
         name = format_address((host or "localhost", port))
-        default_port = ":443" if tls else ":80"
-        name = name[:-len(default_port)] if name.endswith(default_port) else name
-        return name.lower().encode("utf-8")
+        return re.sub(":443$" if tls else ":80$", "", name).lower().encode("utf-8")
 
     # In the loop's thread: rules
 
@@ -8836,6 +8832,10 @@ class ProxyServer:
     def install_rules(self, behavior, blocks, toxics):
         """Set the behavior, the open blocks and the toxics, and install those rules that act.
 
+        behavior    its rules
+        blocks      {number: Block}, the oldest first
+        toxics      in the order in which they act
+
         Creates the objects of blocking handlers. Raises InputError, and changes nothing then.
         """
         for rules in [behavior, *(block.rules for block in blocks.values()),
@@ -8899,8 +8899,8 @@ class ProxyServer:
         if options.get("kind"):
             self.kinds[rule.name, str(options["kind"])] += 1
         connection.faults = [*(connection.faults or []), rule.name][-100:]     # the last 100
-        record = self.add_record(connection.number, connection.name, request, rule.name, options,
-                                 rule.toxic, rule.block, None, rule.stream, printable(text))
+        record = self.add_record(rule, options, connection.number, connection.name, request,
+                                 text=printable(text))
         if self.recorder:
             self.recorder.write(record, active)
         if self.rules.replay:
@@ -8915,18 +8915,15 @@ class ProxyServer:
 
     def record_change(self, rule, change):
         """Record and log a change of a rule by its schedule: see FaultRecord."""
-        record = self.add_record(0, "", 0, rule.name, dict(rule.options), rule.toxic, rule.block,
-                                 change, rule.stream)
+        record = self.add_record(rule, dict(rule.options), change=change)
         log.info("%s%s: %s", self.log_prefix, rule, CHANGES[change], extra={"fault": record})
 
-    def add_record(self, connection, client, request, *fields):
-        """Add a FaultRecord with these fields, and wake up the threads that wait for one.
-
-        Returns the record.
-        """
+    def add_record(self, rule, options, connection=0, client="", request=0, change=None, text=""):
+        """Add a FaultRecord, and wake up the threads that wait for one. Returns the record."""
         with self.fault_recorded:
             record = FaultRecord(self.fault_count + 1, time.time(), self.name, connection, client,
-                                 request, *fields)
+                                 request, rule.name, options, rule.toxic, rule.block, change,
+                                 rule.stream, text)
             self.fault_records.append(record)
             self.fault_count += 1
             self.fault_recorded.notify_all()
@@ -11752,8 +11749,8 @@ def update_existing(proxies, existing, proxy, fields):
         if not same:
             proxies.change(existing, proxy.local, proxy.backend, proxy.enabled, proxy.accept)
             existing.loop.run_sync(existing.set_rules, [])
-            existing.loop.run_sync(functools.partial(existing.set_protocol, proxy.protocol,
-                                                     overwrite_host_header=True, tls=proxy.tls))
+            existing.loop.run_sync(existing.set_protocol, proxy.protocol,
+                                   proxy.overwrite_host_header, proxy.tls)
         elif "accept" in fields:
             proxies.change(existing, accept=proxy.accept)
         if not same or "max_connections" in fields:
