@@ -1512,8 +1512,6 @@ class Reply(namedtuple("Reply", "data closes substitute")):
         return super().__new__(cls, data, closes, substitute)
 
 
-NO_REPLY = Reply(b"")       # the event is dropped, and the client gets nothing for it
-
 Refusal = namedtuple("Refusal", "active_rule reply")    # the rule that replies, and its Reply
 
 
@@ -1644,8 +1642,9 @@ class Protocol:
 
     errors            {kind: data for `encode_error`}
     default_errors    the kinds of which one is drawn for a request if the user names none
-    connect_errors    the kinds that are sent only to a client that connects
+    connect_errors    the kinds that are sent to a client that connects
     fatal_errors      the kinds after which a server closes the connection
+    never_fail        the names of requests to which a server never replies with an error
     overload_error    the kind for a client that connects while there are too many connections;
                       "" if a server only closes the connection
     alpn              its names in TLS: the application protocols of ALPN (RFC 7301)
@@ -1660,6 +1659,7 @@ class Protocol:
     default_errors: tuple = ()
     connect_errors: tuple = ()
     fatal_errors: tuple = ()
+    never_fail: tuple = ()
     overload_error = ""
     server_first = False
     credentials: tuple = ()
@@ -1748,9 +1748,19 @@ class Protocol:
 
         Returns None if a server would not reply to the request with this error.
         """
-        if kind in self.connect_errors or not request.replies:
+        closes = kind in self.fatal_errors
+        is_for_requests = closes or kind not in self.connect_errors
+        if not is_for_requests or request.name in self.never_fail or not request.replies:
             return None
-        return Reply(self.encode_error(kind), closes=kind in self.fatal_errors)
+        substitute = b"" if closes else self.make_substitute(kind, request)
+        return Reply(self.encode_error(kind), closes, substitute)
+
+    def make_substitute(self, kind, request):
+        """Return the bytes that the backend gets in place of a request that fails.
+
+        A protocol may note here that the backend gets them.
+        """
+        return b""
 
     def finish_reply(self, reply, request):
         """Return the bytes of a reply. Protocols add data that is known only when it is sent."""
@@ -1777,32 +1787,35 @@ class Protocol:
         Refuses the request that begins, or the client that connects. All events pass unchanged
         if a server would not fail.
         """
-        exchange = self.refusable if to == UPSTREAM and (data or data is OPEN) else None
-        if exchange is None:
-            reply = None
-        elif exchange.request is None:
-            kind = kind or self.draw_connect_error(state)
-            reply = self.connect_error(kind, data) if kind else None
-        else:
-            kind = kind or state.random.choice(self.default_errors)
-            reply = self.error_reply(kind, exchange.request)
+        exchange, reply = self.refusable, None
+        if exchange and to == UPSTREAM and (data or data is OPEN):
+            request = exchange.request
+            kind = kind or self.draw_error(state, request)
+            reply = (self.error_reply(kind, request) if request
+                     else self.connect_error(kind, data))
         if reply is None:
             yield t, to, data
             return
         state.drawn_options = {"kind": kind}
-        if reply.closes or exchange.request:
+        if request or reply.closes:
             exchange.refusal, self.refusable = Refusal(state, reply), None
-        if reply.closes or exchange.request is None:    # without waiting for the end
-            if reply.data:
-                yield t, DOWNSTREAM, reply.data
-            if reply.closes:
-                yield from close_both(t)
+        if request and not reply.closes:
+            return                      # finish_refusal sends the error when the request ends
+        if reply.data:
+            yield t, DOWNSTREAM, reply.data
+        if reply.closes:
+            yield from close_both(t)
 
-    def draw_connect_error(self, state):
-        """Return the kind of an error for a client that connects, or ""."""
-        kinds = self.connect_errors or self.fatal_errors
+    def draw_error(self, state, request):
+        """Return the kind of an error for a request, or "" if there is none.
+
+        request    None for a client that connects
+        """
+        if request:
+            return state.random.choice(self.default_errors)
         # With a handshake, connecting counts as request 1, and fails like one.
-        return kinds[state.draw % len(kinds)] if self.server_first and kinds else ""
+        kinds = self.connect_errors if self.server_first else ()
+        return kinds[state.draw % len(kinds)] if kinds else ""
 
     def finish_refusal(self, exchange, t, to, data):
         """Yield the events that a rule makes of one event of a request that it has refused.
@@ -2117,6 +2130,7 @@ class Redis(Protocol):
         ("MAXCLIENTS", "max number of clients reached")))
     default_errors = ("LOADING", "BUSY", "OOM", "READONLY", "MISCONF", "CLUSTERDOWN")
     connect_errors = ("MAXCLIENTS",)
+    never_fail = ("QUIT", "RESET", "MULTI", "EXEC", "DISCARD")
     credentials = ("ACL", "AUTH", "CONFIG", "HELLO", "MIGRATE")
     overload_error = "MAXCLIENTS"
     # After these commands the server sends data without a request.
@@ -2229,18 +2243,9 @@ class Redis(Protocol):
         code = "ERR" if kind == "MAXCLIENTS" else kind      # Redis has no code for that error
         return ("-%s %s\r\n" % (code, self.errors[kind])).encode()
 
-    def error_reply(self, kind, request):
-        """Return the Reply to a command.
-
-        In a transaction the backend gets an unknown command, so that EXEC fails. Returns None
-        for the commands that begin or end a transaction or the connection.
-        """
-        if request.name in ("QUIT", "RESET", "MULTI", "EXEC", "DISCARD"):
-            return None
-        reply, in_multi = super().error_reply(kind, request), request.info
-        if reply and in_multi:
-            return reply._replace(substitute=self.UNKNOWN_COMMAND)
-        return reply
+    def make_substitute(self, kind, request):
+        """Return an unknown command in a transaction, so that EXEC fails."""
+        return self.UNKNOWN_COMMAND if request.info else b""
 
 
 @protocol
@@ -2264,6 +2269,7 @@ class Memcache(Protocol):
         ("TOO_MANY", "ERROR Too many open connections")))
     default_errors = ("SERVER_ERROR",)
     connect_errors = ("TOO_MANY",)
+    never_fail = ("mn",)
     overload_error = "TOO_MANY"
     STORE = {"set", "add", "replace", "append", "prepend", "cas"}
     GET = {"get", "gets", "gat", "gats"}
@@ -2324,15 +2330,11 @@ class Memcache(Protocol):
         """Return whether the backend gets `mn`: as the request, or in its place."""
         return request.name == "mn" or request.info is not None
 
-    def error_reply(self, kind, request):
-        """Return the Reply to a command, or None for `mn`, which never fails."""
-        if request.name == "mn":
-            return None
-        reply = super().error_reply(kind, request)
-        if reply is None or not self.quiet_sent:
-            return reply
+    def make_substitute(self, kind, request):
+        if not self.quiet_sent:
+            return b""
         request.info = b""
-        return reply._replace(substitute=self.FLUSH)
+        return self.FLUSH
 
     def finish_refusal(self, exchange, t, to, data):
         """Let the replies to quiet commands pass. Drop only the reply to the substitute.
@@ -2700,11 +2702,8 @@ class Mysql(Protocol):
             return mysql_packet(0, code + text.encode())
         return mysql_packet(1, code + ("#" + sqlstate + text).encode())
 
-    def error_reply(self, kind, request):
-        """Return the Reply, with substitutes if the backend has state to drop, or None."""
-        reply = super().error_reply(kind, request)
-        if reply is None or reply.closes:
-            return reply
+    def make_substitute(self, kind, request):
+        """Return commands that drop the state that the backend would drop with this error."""
         commands, statement = [], request.info.statement
         if request.name == self.PREPARE:
             # It fails, so the backend does not execute an earlier statement as the last one.
@@ -2715,7 +2714,7 @@ class Mysql(Protocol):
         if kind == self.DEADLOCK:           # it rolls back the whole transaction
             commands.append(bytes([self.QUERY]) + b"ROLLBACK")
         request.info.substitutes = len(commands)
-        return reply._replace(substitute=b"".join(mysql_packet(0, body) for body in commands))
+        return b"".join(mysql_packet(0, body) for body in commands)
 
     def finish_reply(self, reply, request):
         """Return the reply's packet with the sequence number after the request's last packet."""
@@ -2778,6 +2777,7 @@ class Postgres(Protocol):
     connect_errors = ("57P03", "53300")
     overload_error = "53300"
     fatal_errors = ("57P01", "25P03", "57P05")
+    never_fail = ("SYNC",)
     server_first = has_rows = True
     TLS, GSS, CANCEL = 80877103, 80877104, 80877102     # codes in the place of a version
     # Types of the client's messages
@@ -3002,9 +3002,8 @@ class Postgres(Protocol):
         if kind not in self.connect_errors:
             return None
         if not data:                # OPEN: wait for the client's first message
-            return NO_REPLY
-        code = int.from_bytes(data[4:8], "big")
-        if code in (self.TLS, self.GSS):
+            return Reply(b"")
+        if int.from_bytes(data[4:8], "big") in (self.TLS, self.GSS):
             return Reply(b"N")      # no encryption: the startup message follows
         return Reply(self.encode_error(kind), closes=True)
 
@@ -3013,31 +3012,27 @@ class Postgres(Protocol):
         return super().refuse_client(received) if len(received) >= 8 else None
 
     def error_reply(self, kind, request):
-        """Return the Reply to a statement, with a substitute for the backend.
+        """Return the Reply to a statement.
 
-        The substitute puts the backend's transaction into the state that the client expects
-        after the error. Returns None in these cases:
-
-        - The error is one for clients that connect.
-        - The request is a Sync, or gets no reply.
-        - The request is a ROLLBACK, or its transaction has failed already. Only an error that
-          closes the connection is sent then.
+        An error that does not close the connection is no reply to a ROLLBACK, nor to a statement
+        of a transaction that has failed already.
         """
-        if kind in self.connect_errors or request.name == "SYNC" or not request.replies:
+        only_fatal = self.status == self.FAILED or self.ROLLBACK.match(request.text)
+        if only_fatal and kind not in self.fatal_errors:
             return None
-        message = self.encode_error(kind)
-        if kind in self.fatal_errors:
-            return Reply(message, closes=True)
-        if self.status == self.FAILED or self.ROLLBACK.match(request.text):
-            return None
-        is_simple = request.name == "QUERY"
-        if not is_simple:                       # the substitute fails
-            self.skipping, request.info.ends = True, self.ERROR
-        if self.COMMIT.match(request.text):     # a COMMIT that fails rolls back
-            substitute = self.ROLLBACK_QUERY if is_simple else self.ROLLBACK_BATCH
-        else:       # the backend fails too, and the proxy drops the backend's error
-            substitute = self.INVALID_QUERY if is_simple else self.INVALID_PARSE
-        return Reply(message, substitute=substitute)
+        return super().error_reply(kind, request)
+
+    def make_substitute(self, kind, request):
+        """Return messages that put the backend's transaction into the state after the error.
+
+        The backend fails too, and the proxy drops the backend's error. But a COMMIT that fails
+        rolls back.
+        """
+        rolls_back = self.COMMIT.match(request.text)
+        if request.name == "QUERY":
+            return self.ROLLBACK_QUERY if rolls_back else self.INVALID_QUERY
+        self.skipping, request.info.ends = True, self.ERROR
+        return self.ROLLBACK_BATCH if rolls_back else self.INVALID_PARSE
 
 
 @protocol
@@ -3053,7 +3048,8 @@ class Smtp(Protocol):
         ("552", "5.3.4 Message size exceeds fixed limit"),
         ("554", "5.7.1 Transaction failed")))
     default_errors = ("450", "451", "452")
-    fatal_errors = ("421",)
+    connect_errors = fatal_errors = ("421",)
+    never_fail = ("QUIT", "MESSAGE")    # an error of a message replies to its DATA
     overload_error = "421"
     server_first = starts_tls = True
     credentials = ("AUTH",)
@@ -3110,23 +3106,8 @@ class Smtp(Protocol):
     def encode_error(self, kind):
         return ("%s %s\r\n" % (kind, self.errors[kind])).encode()
 
-    def connect_error(self, kind, data):
-        """Return the Reply that replaces the greeting, or None if this kind cannot do so."""
-        if kind not in self.fatal_errors or data is not OPEN:
-            return None
-        return Reply(self.encode_error(kind), closes=True)
-
-    def error_reply(self, kind, request):
-        """Return the Reply to a command. If the command is DATA or BDAT, the backend gets RSET.
-
-        Returns None for QUIT, and for the text of a message: the error replies to its DATA.
-        """
-        if request.name in ("QUIT", "MESSAGE"):
-            return None
-        reply = super().error_reply(kind, request)
-        if reply and request.name in ("DATA", "BDAT"):
-            return reply._replace(substitute=b"RSET\r\n")
-        return reply
+    def make_substitute(self, kind, request):
+        return b"RSET\r\n" if request.name in ("DATA", "BDAT") else b""
 
 
 @protocol
