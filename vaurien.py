@@ -1355,7 +1355,7 @@ def check_handler(path, function):
 #
 # The Framer hands each boundary to the ProtocolChain, which updates the queue of exchanges
 # before the reader continues. A reader may look at this queue (`exchanges`, `awaited`,
-# `current_request`) and set `name` and `replies` of its Requests. It never changes the queue.
+# `awaited_request`) and set `name` and `replies` of its Requests. It never changes the queue.
 #
 # The smallest protocol: one line is a request, one line is its reply.
 #
@@ -1376,7 +1376,7 @@ def check_handler(path, function):
 #                 yield LINE
 #                 yield END_OF_MESSAGE
 
-PROTOCOLS = OrderedDict((("tcp", None),))       # {name: subclass of Protocol, or None}
+PROTOCOLS = OrderedDict(tcp=None)               # {name: subclass of Protocol, or None}
 END_OF_MESSAGE = Signal("END_OF_MESSAGE")       # also an event for handlers; it is never sent
 END_OF_ROW = Signal("END_OF_ROW")               # the same
 END = END_OF_MESSAGE            # its older name, for handlers that use it
@@ -1495,6 +1495,9 @@ class Request:
     def __init__(self, text, name, replies=True, info=None, independent=True):
         self.text, self.name, self.replies, self.info = text, name, replies, info
         self.independent = independent
+
+
+NO_REQUEST = Request(b"", "", replies=False)        # for a reply that belongs to no request
 
 
 class Reply(namedtuple("Reply", "data closes substitute")):
@@ -1680,15 +1683,15 @@ class Protocol:
         """Return the exchanges that await a reply from the backend, in order."""
         return [exchange for exchange in self.exchanges if exchange.awaits_reply()]
 
-    def current_request(self):
+    def awaited_request(self):
         """Return the Request whose reply comes next.
 
-        Returns None if no reply is awaited, or if a greeting or handshake comes first.
+        Returns NO_REQUEST if no reply is awaited, or if a greeting or handshake comes first.
         """
         for exchange in self.exchanges:
             if exchange.awaits_reply():
-                return exchange.request
-        return None
+                return exchange.request or NO_REQUEST
+        return NO_REQUEST
 
     def beginning(self, request):
         """Return the first bytes of a request's text, for a fault record."""
@@ -1893,10 +1896,10 @@ class Http(Protocol):
     EVENT_STREAM = re.compile(rb"(?im)^content-type[ \t]*:[ \t]*text/event-stream\b")
     # Most clients repeat a request, or at least its header fields, and get the same reply head.
     # So each connection remembers the last ones of up to CACHED_HEAD_MAX bytes.
-    _last_request: tuple = (None, None)         # data, its Request
-    _last_fields = HeaderFields(None, None, False, False)
-    _last_reply: tuple = (None, 0)              # head, length of the body
-    _line_is_empty = False      # the line of a text/event-stream that is being read
+    last_request: tuple = (None, None)         # data, its Request
+    last_fields = HeaderFields(None, None, False, False)
+    last_reply: tuple = (None, 0)              # head, length of the body
+    line_is_empty = False      # the line of a text/event-stream that is being read
 
     def requests(self):
         empty_size = 0
@@ -1942,17 +1945,17 @@ class Http(Protocol):
         A request is parsed only if it differs from the last one, and its header fields only
         if they differ from the last ones. Raises ProtocolError.
         """
-        last_data, request = self._last_request
+        last_data, request = self.last_request
         if data != last_data:
             text = data[data.find(b"\n"):]
-            fields = self._last_fields
+            fields = self.last_fields
             if text != fields.text:
                 fields = self.parse_fields(text)
             if not fields or not data[:1].isalpha():
                 return None
             request = self.make_request(data, fields.close, fields.keep_alive)
             if len(data) <= CACHED_HEAD_MAX:
-                self._last_request, self._last_fields = (data, request), fields
+                self.last_request, self.last_fields = (data, request), fields
         # A copy, because the chain changes the Request of each exchange.
         return Request(request.text, request.name, info=request.info)
 
@@ -1976,16 +1979,14 @@ class Http(Protocol):
         while True:
             head = yield self.REPLY_HEAD
             status = int(self.STATUS_LINE.match(head).group(1))
-            request = self.current_request()
-            method = request.name if request else ""
+            method = self.awaited_request().name
             if status == 101 or (method == "CONNECT" and 200 <= status < 300):
                 raise ProtocolError("another protocol follows")
             if status < 200:                # an interim reply: the final one follows
                 continue
             if method != "HEAD" and status not in (204, 304):
-                rows = self.counts_rows and ("events" if self.EVENT_STREAM.search(head)
-                                             else "chunks")
-                yield from self.read_body(head, default_length=UNLIMITED, rows=rows)
+                rows = "events" if self.EVENT_STREAM.search(head) else "chunks"
+                yield from self.read_body(head, UNLIMITED, rows if self.counts_rows else "")
             yield END_OF_MESSAGE
 
     def parse_whole_reply(self, data):
@@ -1993,15 +1994,14 @@ class Http(Protocol):
 
         The head is parsed only if the head or the size of the body differs from the last reply's.
         """
-        request = self.current_request()
-        if not request or request.name in ("HEAD", "CONNECT"):
+        if self.awaited_request().name in ("", "HEAD", "CONNECT"):
             return False
         head_size = data.find(b"\n\r\n") + 3
         head, body_size = data[:head_size], len(data) - head_size
-        if (head, body_size) != self._last_reply:
+        if (head, body_size) != self.last_reply:
             if not self.is_common_reply(head, body_size):
                 return False
-            self._last_reply = (head, body_size) if head_size <= CACHED_HEAD_MAX else (None, 0)
+            self.last_reply = (head, body_size) if head_size <= CACHED_HEAD_MAX else (None, 0)
         return True
 
     def is_common_reply(self, head, body_size):
@@ -2020,7 +2020,7 @@ class Http(Protocol):
         """Read the body that follows a head.
 
         default_length    used if the head has no Content-Length and the body is not chunked
-        rows              the rows to report: "chunks" or "events". Otherwise there are none
+        rows              the rows to report: "chunks", "events" or none
         """
         lower_head = head.lower()
         if b"\ntransfer-encoding" in lower_head and self.CHUNKED.search(head):
@@ -2028,7 +2028,10 @@ class Http(Protocol):
             return
         match = b"\ncontent-length" in lower_head and self.LENGTH.search(head)
         size = parse_length(match.group(1)) if match else default_length
-        yield from self.read_events(size) if rows == "events" else (size,)
+        if rows == "events":
+            yield from self.read_events(size)
+        else:
+            yield size
 
     def read_events(self, size):
         """Read `size` bytes of a text/event-stream. An empty line ends an event.
@@ -2040,11 +2043,11 @@ class Http(Protocol):
             if row_ends:
                 yield END_OF_ROW
             byte = yield NeedBytes(1)
-            row_ends = byte == b"\n" and self._line_is_empty
-            self._line_is_empty = byte == b"\n" or (byte == b"\r" and self._line_is_empty)
+            row_ends = byte == b"\n" and self.line_is_empty
+            self.line_is_empty = byte == b"\n" or (byte == b"\r" and self.line_is_empty)
         return row_ends
 
-    def read_chunked_body(self, rows=""):
+    def read_chunked_body(self, rows):
         """Read a body in the chunked transfer coding, with its trailer fields."""
         while True:
             line = yield LINE
@@ -2068,7 +2071,7 @@ class Http(Protocol):
 
         Returns the head itself if it has no such value, or if `host` is empty.
         """
-        fields_offset, last = head.find(b"\n"), self._last_fields
+        fields_offset, last = head.find(b"\n"), self.last_fields
         # Most heads have the same fields as the last one.
         if head[fields_offset:] == last.text:
             return head if last.rewritten is last.text else head[:fields_offset] + last.rewritten
@@ -2140,10 +2143,7 @@ class Redis(Protocol):
     has_rows = True                                     # the items of the outermost value
     UNKNOWN_COMMAND = b"*1\r\n$7\r\nvaurien\r\n"
     REPLY_LINE = NeedMatch(rb"\n", beginning_with(rb"[$=!*~%|+:_#,(-]"), "no type of a reply")
-
-    def __init__(self, host=b""):
-        self.in_multi = False       # in a transaction: after MULTI, and before EXEC or DISCARD
-        super().__init__(host)
+    in_multi = False        # in a transaction: after MULTI, and before EXEC or DISCARD
 
     def requests(self):
         while True:
@@ -2159,25 +2159,26 @@ class Redis(Protocol):
 
         Yields the Request as soon as MATCH_WINDOW bytes of the arguments are known.
         """
-        args, window_left, request_yielded = [], MATCH_WINDOW, False
         count = 0 if line[1:2] == b"-" else parse_length(line[1:], largest=1 << 20)
-        for _ in range(count):
-            line = yield LINE
-            if line[:1] != b"$":
-                raise ProtocolError("%r in a command" % line[:20])
-            size = parse_length(line[1:])
-            if size <= window_left:
-                args.append((yield NeedBytes(size + len(b"\r\n")))[:size])
-                window_left -= size
-                continue
-            args.append((yield NeedBytes(window_left)))
-            if not request_yielded:
-                request_yielded = True
+        args, window_left = [], MATCH_WINDOW
+        for index in range(count):
+            size = self.argument_size((yield LINE))
+            if size > window_left:          # the window ends in this argument
+                args.append((yield NeedBytes(window_left)))
                 yield self.make_request(args)
-            yield size - window_left + len(b"\r\n")
-            window_left = 0
-        if not request_yielded:
-            yield self.make_request(args)
+                yield size - window_left + len(b"\r\n")
+                for _ in range(index + 1, count):
+                    yield self.argument_size((yield LINE)) + len(b"\r\n")
+                return
+            args.append((yield NeedBytes(size + len(b"\r\n")))[:size])
+            window_left -= size
+        yield self.make_request(args)
+
+    def argument_size(self, line):
+        """Return the size in the first line of a bulk string. Raises ProtocolError."""
+        if line[:1] != b"$":
+            raise ProtocolError("%r in a command" % line[:20])
+        return parse_length(line[1:])
 
     def parse_whole_request(self, data):
         """Return the Request if data is exactly one array of bulk strings, and otherwise None."""
@@ -2207,26 +2208,31 @@ class Redis(Protocol):
     def replies(self):
         while True:
             values_left = 1                 # of the reply, including nested values
-            row_size, row_end = 0, -1       # values of a row; values_left when the next one ends
+            row_size = row_end = 0          # values of a row; values_left when the next one ends
             while values_left:
                 line = yield self.REPLY_LINE
-                type_, values_left = line[:1], values_left - 1
-                if type_ in (b"$", b"=", b"!"):         # a string
+                values_left -= 1
+                if line[:1] in (b"$", b"=", b"!"):      # a string
                     if line[1:2] not in (b"-", b"?"):   # null and streamed: no length
                         yield parse_length(line[1:]) + len(b"\r\n")
-                elif type_ in self.VALUES_PER_ITEM:
-                    if line[1:2] != b"-":               # null: no values
-                        count = parse_length(line[1:]) * self.VALUES_PER_ITEM[type_]
-                        if self.counts_rows and not (values_left or row_size):
-                            row_size = self.VALUES_PER_ITEM[type_]
-                            row_end = count - row_size
-                        values_left += count
-                elif type_ == b"|":         # a map of attributes, then the value that has them
-                    values_left += 2 * parse_length(line[1:]) + 1
-                if values_left <= row_end:
+                else:
+                    nested = self.nested_values(line)
+                    if self.counts_rows and not (values_left or row_size):  # the outermost value
+                        row_size = self.VALUES_PER_ITEM.get(line[:1], 0)
+                        row_end = nested - row_size
+                    values_left += nested
+                if row_size and values_left <= row_end:
                     yield END_OF_ROW
                     row_end -= row_size
             yield END_OF_MESSAGE
+
+    def nested_values(self, line):
+        """Return the number of values that follow the first line of a value and belong to it."""
+        if line[:1] == b"|":                # a map of attributes, then the value that has them
+            return 2 * parse_length(line[1:]) + 1
+        if line[:1] not in self.VALUES_PER_ITEM or line[1:2] == b"-":       # null
+            return 0
+        return parse_length(line[1:]) * self.VALUES_PER_ITEM[line[:1]]
 
     def parse_whole_reply(self, data):
         """Return whether data is exactly one line or one bulk string."""
@@ -2271,7 +2277,8 @@ class Memcache(Protocol):
     connect_errors = ("TOO_MANY",)
     never_fail = ("mn",)
     overload_error = "TOO_MANY"
-    STORE = {"set", "add", "replace", "append", "prepend", "cas"}
+    # {command with a body: the index of the word that is the size of the body}
+    SIZE_INDEX = {"set": 4, "add": 4, "replace": 4, "append": 4, "prepend": 4, "cas": 4, "ms": 2}
     GET = {"get", "gets", "gat", "gats"}
     META = {"mg", "ms", "md", "ma", "me", "mn"}
     FLUSH, FLUSHED = b"mn\r\n", b"MN\r\n"
@@ -2283,36 +2290,34 @@ class Memcache(Protocol):
     def requests(self):
         while True:
             line = yield self.COMMAND_LINE
-            parts = line.split()
-            name = parts[0].decode("latin-1") if parts else ""
+            words = line.split()
+            name = words[0].decode("latin-1") if words else ""
             if name in ("watch", "lru_crawler"):
                 raise ProtocolError("%s starts server push" % name)
-            body_size = 0
-            if name in self.STORE or name == "ms":
-                size_index = 2 if name == "ms" else 4
-                if len(parts) <= size_index:
-                    name = ""               # no body: the backend replies with an error
-                else:
-                    body_size = parse_length(parts[size_index]) + len(b"\r\n")
-            is_quiet = name in self.META and b"q" in [part[:1] for part in parts[2:]]
-            is_noreply = parts[-1:] == [b"noreply"] and name not in self.GET
+            body_size = self.body_size(name, words)
+            is_quiet = name in self.META and b"q" in [word[:1] for word in words[2:]]
+            is_noreply = words[-1:] == [b"noreply"] and name not in self.GET
             request = Request(line.strip(), name,
                               replies=not (is_quiet or is_noreply or name == "quit"))
             yield request
-            if is_quiet:
-                self.quiet_sent = True
-            elif self.is_flush(request):
-                self.quiet_sent = False
+            self.quiet_sent = is_quiet or (self.quiet_sent and not self.is_flush(request))
             yield body_size
             yield END_OF_MESSAGE
+
+    def body_size(self, name, words):
+        """Return the size of the body that follows a command, with its line end.
+
+        Without a size there is no body, and the backend replies with an error.
+        """
+        index = self.SIZE_INDEX.get(name, 0)
+        return parse_length(words[index]) + len(b"\r\n") if 0 < index < len(words) else 0
 
     def replies(self):
         while True:
             line = yield self.REPLY_LINE
             parts = line.split()
-            type_, request = parts[0], self.current_request()
-            name = request.name if request else ""
-            is_flush = request is not None and self.is_flush(request)
+            type_, request = parts[0], self.awaited_request()
+            is_flush = self.is_flush(request)
             if type_ == b"VALUE" and len(parts) > 3:
                 yield parse_length(parts[3]) + len(b"\r\n")    # the reply ends with an END line
             elif type_ == b"VA" and len(parts) > 1:
@@ -2321,7 +2326,7 @@ class Memcache(Protocol):
                     yield END_OF_MESSAGE
             elif is_flush and type_ != b"MN":
                 continue                    # also the reply to an earlier quiet command
-            elif type_ in (b"STAT", b"ITEM", b"PREFIX") and name not in self.GET:
+            elif type_ in (b"STAT", b"ITEM", b"PREFIX") and request.name not in self.GET:
                 continue                    # a line of statistics: more lines follow
             else:
                 yield END_OF_MESSAGE
@@ -2358,6 +2363,11 @@ class Memcache(Protocol):
 def mysql_packet(sequence, body):
     """Return a packet of MySQL's protocol."""
     return len(body).to_bytes(3, "little") + bytes([sequence]) + body
+
+
+def mysql_header(header):
+    """Return (size of the body, sequence number) of the header of a packet."""
+    return int.from_bytes(header[:3], "little"), header[3]
 
 
 def mysql_integer(data, offset):
@@ -2490,8 +2500,7 @@ class Mysql(Protocol):
 
     def requests(self):
         while True:
-            header = yield NeedBytes(4)
-            size, sequence = int.from_bytes(header[:3], "little"), header[3]
+            size, sequence = mysql_header((yield NeedBytes(4)))
             if size > HEAD_MAX and not self.capabilities_known:     # perhaps TLS
                 raise ProtocolError("no packet of a login")
             if sequence or not size or self.loading:    # not the first packet of a command
@@ -2502,8 +2511,7 @@ class Mysql(Protocol):
             yield request
             yield size - len(body)
             while size == self.PACKET_MAX:
-                header = yield NeedBytes(4)
-                size, request.info.sequence = int.from_bytes(header[:3], "little"), header[3]
+                size, request.info.sequence = mysql_header((yield NeedBytes(4)))
                 yield size
             yield END_OF_MESSAGE
 
@@ -2513,13 +2521,15 @@ class Mysql(Protocol):
             self.loading = False            # an empty packet ends the data
         yield CONTINUATION
         if sequence and not self.capabilities_known:
-            flags = yield NeedBytes(min(4, size))
-            if size == 32 and int.from_bytes(flags, "little") & self.CLIENT_SSL:
+            head = yield NeedBytes(min(4, size))
+            flags, rest = int.from_bytes(head, "little"), size - len(head)
+            if size == 32 and flags & self.CLIENT_SSL:
                 # A login packet without the user's name: the whole one follows, in TLS
-                yield from self.begin_tls(size - len(flags))
-            self.capabilities_known = True
-            self.check_capabilities(int.from_bytes(flags, "little"))
-            size -= len(flags)
+                yield from self.begin_tls(rest)
+            if flags & self.CLIENT_COMPRESS:
+                raise ProtocolError("compression follows")
+            self.capabilities_known, self.flags = True, flags & self.server_flags
+            size = rest
         yield size
         yield END_OF_MESSAGE
 
@@ -2531,12 +2541,6 @@ class Mysql(Protocol):
         yield size
         yield END_OF_MESSAGE
         yield TLS_BEGINS
-
-    def check_capabilities(self, flags):
-        """Raise ProtocolError if a login packet asks for compression."""
-        self.flags = flags & self.server_flags
-        if flags & self.CLIENT_COMPRESS:
-            raise ProtocolError("compression follows")
 
     def make_request(self, body):
         """Return the Request of a command. Raises ProtocolError if replication follows."""
@@ -2571,8 +2575,8 @@ class Mysql(Protocol):
     def replies(self):
         while True:
             size, head = yield from self.read_packet()
-            request = self.current_request()
-            if request:
+            request = self.awaited_request()
+            if request is not NO_REQUEST:
                 yield from self.read_reply(request, size, head)
                 yield END_OF_MESSAGE
             elif self.awaited():
@@ -2600,13 +2604,13 @@ class Mysql(Protocol):
         Returns (size of the first one, its first bytes, HEAD_SIZE at most).
         """
         while True:
-            header = yield NeedBytes(4)
-            size = rest = int.from_bytes(header[:3], "little")
+            size, _ = mysql_header((yield NeedBytes(4)))
             head = yield NeedBytes(min(size, self.HEAD_SIZE))
             yield size - len(head)
-            while rest == self.PACKET_MAX:
-                rest = int.from_bytes((yield NeedBytes(4))[:3], "little")
-                yield rest
+            last_size = size
+            while last_size == self.PACKET_MAX:
+                last_size, _ = mysql_header((yield NeedBytes(4)))
+                yield last_size
             if not head.startswith(self.PROGRESS_REPORT):
                 return size, head
 
@@ -2730,14 +2734,14 @@ def pg_message(type_, body):
 class PostgresReply:
     """The data that Postgres keeps of a request until its reply ends.
 
-    ends          the types of messages of which each ends the reply
+    ends          the types of the messages that end the reply of an EXECUTE
     bound         whether BindComplete has arrived
     copy_ended    whether the client has sent CopyDone or CopyFail after the request
     """
 
     __slots__ = ("ends", "bound", "copy_ended")
 
-    def __init__(self, ends):
+    def __init__(self, ends=b""):
         self.ends, self.bound, self.copy_ended = ends, False, False
 
 
@@ -2810,13 +2814,13 @@ class Postgres(Protocol):
     def __init__(self, host=b""):
         self.statements = StatementTexts()      # {name: text}
         self.portals = StatementTexts()         # {name: text of the statement}
-        self.bound = (None, None)   # the portal and the Request of a Bind, until its Execute
+        self.last_request = Request(b"", "", info=PostgresReply())     # of the client
+        self.bound_portal = None    # the portal of a Bind, if that made the last request, and
+                                    #   no Execute has followed
         self.encryption_requested = False       # by TLS or GSS: the next reply is one byte
         self.status = self.IDLE     # of the transaction
         self.skipping = False       # the backend skips all messages up to the next Sync
-        self.follows_execute = False    # the last request is an EXECUTE
         self.copying = False        # the backend reads COPY data, and ignores Sync
-        self.last_reply = PostgresReply(self.READY)     # to the client's last request
         super().__init__(host)
 
     def requests(self):
@@ -2862,29 +2866,27 @@ class Postgres(Protocol):
 
         None means that the message belongs to the next request.
         """
+        last = self.last_request
         if type_ in self.CONTINUATIONS:
             if type_ in self.COPY_ENDS:
-                self.last_reply.copy_ended, self.copying = True, False
+                last.info.copy_ended, self.copying = True, False
             return CONTINUATION
         self.note_names(type_, body)
         if type_ not in self.REQUESTS:
             return None
         portal = body.partition(b"\0")[0]
-        (bound_portal, bound_request), self.bound = self.bound, (None, None)
+        bound_portal, self.bound_portal = self.bound_portal, None
         if type_ == self.EXECUTE and portal == bound_portal:
             return CONTINUATION         # the Bind has made the request
-        if bound_request:
-            self.expect_no_execute(bound_request)
-        request = self.make_request(type_, body, portal)
+        if bound_portal is not None and last.info.ends == self.EXECUTE_ENDS:
+            # No Execute of the Bind follows. Unless a rule has refused the Bind, only
+            # BindComplete or an error is its reply.
+            last.info.ends = self.BIND_ENDS
+            last.replies = last.replies and not last.info.bound
         if type_ == self.BIND:
-            self.bound = portal, request
-        return request
-
-    def expect_no_execute(self, request):
-        """Expect no further reply to a Bind than BindComplete, unless a rule has refused it."""
-        if request.info.ends == self.EXECUTE_ENDS:
-            request.info.ends = self.BIND_ENDS
-            request.replies = request.replies and not request.info.bound
+            self.bound_portal = portal
+        self.last_request = self.make_request(type_, body, portal)
+        return self.last_request
 
     def note_names(self, type_, body):
         """Keep the texts of the prepared statements and portals that a message makes.
@@ -2906,18 +2908,14 @@ class Postgres(Protocol):
 
         It gets no reply while the backend skips to the next Sync. A Sync gets none during COPY.
         """
-        follows_execute, self.follows_execute = self.follows_execute, False
-        executes = type_ in (self.BIND, self.EXECUTE)
-        self.last_reply = PostgresReply(self.EXECUTE_ENDS if executes else self.READY)
-        if executes:
-            self.follows_execute = True
+        if type_ in (self.BIND, self.EXECUTE):
             return Request(self.portals.use(portal), "EXECUTE", not self.skipping,
-                           self.last_reply)
+                           PostgresReply(self.EXECUTE_ENDS))
         if type_ == self.SYNC:      # rules that were drawn for an Execute act on its Sync too
             self.skipping = False
-            return Request(b"", "SYNC", not self.copying, self.last_reply, not follows_execute)
-        return Request(body.rstrip(b"\0") if type_ == self.QUERY else b"", "QUERY",
-                       not self.skipping, self.last_reply)
+            return Request(b"", "SYNC", not self.copying, PostgresReply(),
+                           independent=self.last_request.name != "EXECUTE")
+        return Request(body.rstrip(b"\0"), "QUERY", not self.skipping, PostgresReply())
 
     def replies(self):
         while True:
@@ -2936,24 +2934,27 @@ class Postgres(Protocol):
             yield bytes_left                    # skip the rest of the body
             if self.counts_rows and type_ in self.ROWS:
                 yield END_OF_ROW
-            yield from self.end_replies(type_)
+            if self.ends_reply(type_):
+                yield END_OF_MESSAGE
 
-    def end_replies(self, type_):
-        """Yield END_OF_MESSAGE for each reply that ends with a message of this type."""
-        request = self.current_request()
-        executes = request is not None and request.name == "EXECUTE"
+    def ends_reply(self, type_):
+        """Note a message of the backend. Returns whether it ends the reply that comes next."""
+        request = self.awaited_request()
         if type_ == self.READY:
-            yield END_OF_MESSAGE
-        elif type_ == self.ERROR and not self.awaited():
+            return True
+        if type_ == self.ERROR and not self.awaited():
             self.skip_to_sync()             # the error is that of a Parse before a Bind
-        elif executes and type_ in self.COPY_RESPONSES:
+        elif request.name != "EXECUTE":
+            return False
+        elif type_ in self.COPY_RESPONSES:
             self.copy_to_end()
-        elif executes and type_ in request.info.ends:
+        elif type_ in request.info.ends:
             if type_ == self.ERROR:
                 self.skip_to_sync()         # before the boundary releases the next exchanges
-            yield END_OF_MESSAGE
-        elif executes and type_ == self.BIND_COMPLETE:
+            return True
+        elif type_ == self.BIND_COMPLETE:
             request.info.bound = True
+        return False
 
     def read_encryption_reply(self):
         """Read the one byte that accepts (S, G) or refuses encryption."""
@@ -3091,8 +3092,7 @@ class Smtp(Protocol):
             if code == b"334":
                 self.auth_continues = True
                 continue
-            request = self.current_request()
-            name = request.name if request else ""
+            name = self.awaited_request().name
             if name == "STARTTLS" and code == b"220":
                 if not self.joins_tls:
                     raise ProtocolError("TLS follows")
@@ -3129,7 +3129,8 @@ class Tls(Protocol):
     default_errors = ("handshake_failure", "protocol_version", "internal_error",
                       "unrecognized_name")
     fatal_errors = tuple(errors)
-    VERSIONS = {b"\3\1": "TLSv1.0", b"\3\2": "TLSv1.1", b"\3\3": "TLSv1.2", b"\3\4": "TLSv1.3"}
+    VERSIONS = {b"\3\1": b"TLSv1.0", b"\3\2": b"TLSv1.1", b"\3\3": b"TLSv1.2",
+                b"\3\4": b"TLSv1.3"}
     SNI, ALPN, SUPPORTED_VERSIONS = 0, 16, 43       # types of extensions
     CLIENT_HELLO = 1            # a HandshakeType
     RECORD_MAX = 1 << 14        # bytes of a record, without its header
@@ -3171,8 +3172,7 @@ class Tls(Protocol):
                     position = end
             elif type_ == self.SUPPORTED_VERSIONS:
                 versions = [body[index:index + 2] for index in range(1, len(body), 2)]
-        versions = [self.VERSIONS[version].encode() for version in versions
-                    if version in self.VERSIONS]
+        versions = [self.VERSIONS[version] for version in versions if version in self.VERSIONS]
         return b" ".join(b",".join(field) or b"-" for field in (names, protocols, versions))
 
     def read_extensions(self, hello):
