@@ -9106,8 +9106,9 @@ class ProxyTable(OrderedDict):
         """Remove and close a proxy."""
         self.loop.run_sync(lambda: self.pop(proxy.name).close())
 
-    def change(self, proxy, local=None, backend=None, enabled=None, accept=None):
-        """Change the addresses of a proxy or its `accept`, or enable or disable it.
+    def change(self, proxy, local=None, backend=None, enabled=None, accept=None,
+               max_connections=None):
+        """Change these settings of a proxy.
 
         An argument that is None changes nothing. Connections are closed only if an address
         changes or the proxy is disabled. If the proxy cannot listen on the new address, nothing
@@ -9123,6 +9124,8 @@ class ProxyTable(OrderedDict):
             listener = self.rebind(proxy, local, accept)
         proxy.loop.run_sync(proxy.apply_change, local, backend or proxy.backend, enabled,
                             listener, accept)
+        if max_connections is not None:
+            proxy.max_connections = max_connections
 
     def reset(self, proxy):
         """Enable a proxy, accept clients, end all blocks, and remove all rules. Raises OSError."""
@@ -9952,8 +9955,8 @@ REQUEST_BODY_MAX = 1 << 20      # bytes of a request's body
 REQUEST_HEAD_MAX = 1 << 16      # bytes of a request's headers
 INT_DIGITS_MAX = 400            # digits of an integer in a body; the largest float has 309
 CLIENTS_MAX = 512               # clients connected at a time
-KEEP_ALIVE_SHARE = 0.5          # part of the clients up to which a connection stays open after a
-                                #   response; with more clients, responses say Connection: close
+KEEP_ALIVE_SHARE = 0.5          # with more clients than this share of `max_clients`, a connection
+                                #   is closed after its next response
 IDLE_TIMEOUT = 60.0             # seconds to wait for the next request, as in Toxiproxy
 READ_TIMEOUT = 10.0             # seconds to wait for the next bytes of a request
 REQUEST_TIMEOUT = 30.0          # seconds from the first byte of a request to the last byte of
@@ -10017,10 +10020,11 @@ class Dialect:
         """
         if isinstance(exc, InputError):
             return ApiError(400, [("body", field, sentence) for field, sentence in exc.errors])
+        if isinstance(exc, CannotListen):
+            return ApiError(500, [("server", "", exc.strerror)])
         return exc if isinstance(exc, ApiError) else None
 
     def render_error(self, error):
-        """Return the ApiResponse for an ApiError."""
         headers = dict(error.headers, **{"Content-Type": "application/json"})
         return ApiResponse(error.status, headers, json.dumps({"status": "error", "errors": [
             {"location": location, "name": name, "description": description}
@@ -10444,10 +10448,7 @@ def put_status(request):
             errors.append((name, "%s is not known here: there are %s" % (name, ", ".join(checks))))
     if errors:
         raise InputError(errors)
-    limit = values.pop("max_connections", request.proxy.max_connections)
-    result = change_proxy_of(request, ProxyTable.change, **values)
-    request.proxy.max_connections = limit
-    return result
+    return change_proxy_of(request, ProxyTable.change, **values)
 
 
 @route("POST", "/proxy/reset")
@@ -10457,12 +10458,9 @@ def reset_proxy(request):
 
 
 def change_proxy_of(request, method, **arguments):
-    """Call a method of ProxyTable for the proxy of a request. Raises ApiError."""
-    try:
-        with request.proxy.lock:
-            method(request.control.proxies, request.proxy, **arguments)
-    except CannotListen as error:
-        raise ApiError(500, [("server", "", error.strerror)]) from None
+    """Call a method of ProxyTable for the proxy of a request. Raises CannotListen."""
+    with request.proxy.lock:
+        method(request.control.proxies, request.proxy, **arguments)
     return {"status": "ok"}
 
 
@@ -10864,20 +10862,15 @@ class RequestHandler:
             self.rfile.close()      # super().finish() leaves it open if the last flush fails
 
     def handle(self):
-        """Respond to all requests. If the first one does not come in time, send an error."""
-        if self.wait_for_request():
-            super().handle()  # type: ignore
-        else:
-            self.send_error(408, "no request within %g seconds" % IDLE_TIMEOUT)
-
-    def handle_one_request(self):
-        """Respond to one request. If it does not come in time, end without an error."""
+        """Respond to all requests. Send an error only if the first one does not come in time."""
+        self.close_connection = False
         if not self.wait_for_request():
-            self.close_connection = True
-            return
-        self.server.set_deadline(REQUEST_TIMEOUT)
-        super().handle_one_request()  # type: ignore
-        self.server.set_deadline(None)
+            self.send_error(408, "no request within %g seconds" % IDLE_TIMEOUT)
+        while not self.close_connection:
+            self.server.set_deadline(REQUEST_TIMEOUT)
+            self.handle_one_request()
+            self.server.set_deadline(None)
+            self.close_connection = self.close_connection or not self.wait_for_request()
 
     def wait_for_request(self):
         """Wait for the first byte of a request, or for the end of the stream.
@@ -10962,7 +10955,6 @@ class RequestHandler:
         return body
 
     def send_api_response(self, response):
-        """Send an ApiResponse."""
         data = response.text.encode("utf-8")
         self.send_response(response.status)
         for name, value in response.headers.items():
@@ -11027,6 +11019,7 @@ def http_error(status, description):
 
 # Names of the expected type and of the received value in the errors of Go's decoder.
 GO_TYPES = {str: "string", bool: "bool", int: "int64", float: "float64", list: "[]", dict: "{}"}
+GO_RANGES = {int: (-INT64_MAX - 1, INT64_MAX), float: (-sys.float_info.max, sys.float_info.max)}
 JSON_TYPES = {str: "string", bool: "bool", int: "number", float: "number", list: "array",
               dict: "object", type(None): "null"}
 GO_TYPE_ERROR = "json: cannot unmarshal %s into Go %s of type %s"
@@ -11208,13 +11201,12 @@ def read_value(value, type_, field_path):
     """
     # type() and not isinstance(): bool is a subclass of int.
     valid = type(value) is type_ or (type_ is float and type(value) is int)
-    if valid and type_ is int:
-        valid = -INT64_MAX - 1 <= value <= INT64_MAX
-    elif valid and type_ is float:
-        valid = abs(value) <= sys.float_info.max        # an int may be larger
+    if valid and type_ in GO_RANGES:
+        lowest, highest = GO_RANGES[type_]
+        valid = lowest <= value <= highest
     if not valid:
         received = JSON_TYPES[type(value)]
-        if received == "number" and type_ in (int, float):
+        if received == "number" and type_ in GO_RANGES:
             received = "number %s" % str(value)[:50]
         raise bad_body(GO_TYPE_ERROR % (received, "struct field " + field_path, GO_TYPES[type_]))
     return float(value) if type_ is float else value
@@ -11587,9 +11579,8 @@ def change_proxy(proxies, proxy, fields):
         if check_field(name, PROXY_CHECKS[name], fields.get(name, current)) != current:
             raise bad_body("%s cannot be changed: delete the proxy and create it again" % name)
     checked = check_proxy_fields(fields)
-    proxies.change(proxy, local, backend, fields.get("enabled", proxy.enabled),
-                   checked.get("accept"))
-    proxy.max_connections = checked.get("max_connections", proxy.max_connections)
+    proxies.change(proxy, local, backend, fields.get("enabled"), checked.get("accept"),
+                   checked.get("max_connections"))
 
 
 @toxiproxy_route("DELETE", "/proxies/PROXY")
@@ -11707,8 +11698,8 @@ def add_or_update_proxy(proxies, proxy, fields):
     fields    the fields that `proxy` was made from
 
     If the addresses or the protocol of the existing proxy differ from those of `proxy`, it takes
-    them and the toxics, and loses its rules. Otherwise `toxics` and `rules`
-    in `fields` each replace the toxics that a listing has under this key.
+    them and the toxics, and loses its rules. Otherwise `toxics` and `rules` in `fields` each
+    replace the toxics that a listing has under this key.
 
     Returns the proxy that is in use. Raises CannotListen.
     """
@@ -11728,15 +11719,14 @@ def update_existing(proxies, existing, proxy, fields):
                 and existing.tls.fields == proxy.tls.fields
                 and existing.listen in (proxy.listen, first_address(proxy.local)))
         if not same:
+            fields = PROXY_FIELDS       # absent fields have their defaults
             proxies.change(existing, proxy.local, proxy.backend, proxy.enabled, proxy.accept)
             existing.loop.run_sync(existing.set_rules, [])
             existing.loop.run_sync(existing.set_protocol, proxy.protocol,
                                    proxy.overwrite_host_header, proxy.tls)
-        elif "accept" in fields:
-            proxies.change(existing, accept=proxy.accept)
-        if not same or "max_connections" in fields:
-            existing.max_connections = proxy.max_connections
-        toxics = replace_toxics(existing.toxics, proxy.toxics, fields) if same else proxy.toxics
+        proxies.change(existing, **{name: getattr(proxy, name)
+                                    for name in ("accept", "max_connections") if name in fields})
+        toxics = replace_toxics(existing.toxics, proxy.toxics, fields)
         if toxics != existing.toxics:
             existing.loop.run_sync(existing.set_toxics, toxics)
         return True
@@ -11757,7 +11747,7 @@ def reset(request):
     for proxy in list(proxies.values()):
         with proxy.lock:
             if proxies.get(proxy.name) is proxy:        # it has not been removed meanwhile
-                proxies.change(proxy, proxy.local, proxy.backend, True, Accept())
+                proxies.change(proxy, enabled=True, accept=Accept())
                 proxy.loop.run_sync(proxy.set_toxics, [])
 
 
@@ -12548,8 +12538,10 @@ def check_path(path):
 
 def make_recording(record, replay):
     """Return (Recorder or None, Replay or None) for two files. Raises ValueError."""
-    record, replay = (None if path is None else check_field(name, check_path, path)
-                      for name, path in (("record", record), ("replay", replay)))
+    if record is not None:
+        record = check_field("record", check_path, record)
+    if replay is not None:
+        replay = check_field("replay", check_path, replay)
     if record and record == replay:
         raise ValueError("record and replay need different files")
     return Recorder(record) if record else None, Replay(replay) if replay else None
@@ -12789,7 +12781,9 @@ def start_proxy(host: str = "localhost", port: int = 8888, http: bool = True, wa
                "--log-level", log_level, "--log-output", log_output]
     if http:
         command += ["--http", "--http-host", http_host, "--http-port", str(http_port)]
-    environment = dict(os.environ, **{TOKEN_VARIABLE: http_token} if http_token else {})
+    environment = dict(os.environ)
+    if http_token:
+        environment[TOKEN_VARIABLE] = http_token
     process = subprocess.Popen([*command, *map(str, options or ())], stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, universal_newlines=True, env=environment)
     STARTED_PROCESSES[process.pid] = process, os.getpid()
