@@ -325,30 +325,21 @@ def printable(data):
     return escape_control_chars(data.decode("utf-8", "backslashreplace"))[:BEGINNING_MAX]
 
 
-def not_negative(value):
-    return value >= 0
-
-
-def check_number(value, type_, expected, valid=not_negative):
-    """Convert a number or a text to `type_`, int or float. It must be finite.
+def number_check(type_, expected, valid=lambda number: number >= 0):
+    """Return a function check(value) that converts a number or a text to `type_`, int or float.
 
     expected    the description of a valid number, for the error: "a whole number, 0 or more"
-    valid       a function that returns whether a number is valid
-
-    Raises ValueError.
+    valid       a function that returns whether a number is valid. In any case, it must be finite
     """
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        converted = type_(value)
-        is_exact = isinstance(value, (str, type_)) or converted == value    # not int(2.5)
-        if (is_exact and not isinstance(value, bool) and valid(converted)
-                and converted < math.inf):      # false for nan too
-            return converted
-    raise ValueError("must be %s, not %r" % (expected, value))
-
-
-def number_check(type_, expected, valid=not_negative):
-    """Return a function check(value) that calls check_number with these arguments."""
-    return lambda value: check_number(value, type_, expected, valid)
+    def check(value):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            number = type_(value)
+            is_exact = isinstance(value, (str, type_)) or number == value   # not int(2.5)
+            if (is_exact and not isinstance(value, bool) and valid(number)
+                    and number < math.inf):     # false for nan too
+                return number
+        raise ValueError("must be %s, not %r" % (expected, value))
+    return check
 
 
 def did_you_mean(word, choices):
@@ -409,6 +400,7 @@ def check_token(text):
 
 
 check_count = number_check(int, "a whole number, 0 or more")
+check_amount = number_check(float, "a number, 0 or more")
 check_percent = number_check(float, "a number from 0 to 100", lambda value: 0 <= value <= 100)
 check_port = number_check(int, "a port from 0 to 65535", lambda value: 0 <= value <= 65535)
 check_toxicity = number_check(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
@@ -419,8 +411,7 @@ def check_reuse_port(value):
     """Check the number of a process that shares its port with others (man 7 socket)."""
     if not LINUX or not hasattr(socket, "SO_REUSEPORT"):
         raise ValueError("needs Linux, which spreads connections over the processes on a port")
-    return check_number(value, int, "the number of this process, 1 or more",
-                        lambda number: number >= 1)
+    return number_check(int, "the number of this process, 1 or more", lambda n: n >= 1)(value)
 
 
 def check_seconds(value):
@@ -431,7 +422,7 @@ def check_seconds(value):
         if match:
             number, unit = match.group(1), TIME_UNITS[match.group(2)]
     with contextlib.suppress(ValueError):
-        seconds = check_number(number, float, "") * unit
+        seconds = check_amount(number) * unit
         if seconds == 0 or SECONDS_MIN <= seconds <= SECONDS_MAX:
             return seconds
     raise ValueError("must be 0, or a time from 1ms to 1e9s, like 90, 90s, 5m, 1h or 500ms, not %r"
@@ -1200,11 +1191,10 @@ def check_option(name, option, value):
         return check_text(value)
     if type_ is bool:
         return check_yes_no(value)
-    expected = "a whole number, 0 or more" if type_ is int else "a number, 0 or more"
-    checked = check_number(value, type_, expected)
-    if checked > INT64_MAX:
+    number = check_count(value) if type_ is int else check_amount(value)
+    if number > INT64_MAX:
         raise ValueError("must be less than 2**63, not %r" % (value,))
-    return checked
+    return number
 
 
 def check_match(text):
@@ -3654,10 +3644,16 @@ class RuleSet:
         return DRAW_BLOCK.unpack(block_hash.digest())
 
 
-def replay_key(rule_json):
-    """Return the result of Rule.to_json without the percentage, as text."""
-    return json.dumps({field: value for field, value in rule_json.items() if field != "percent"},
+# The key of a recorded fault. `request` is 0 for a rule per connection. `rule` is the result of
+# Rule.to_json without the percentage, as text.
+FaultKey = namedtuple("FaultKey", "proxy connection request rule")
+
+
+def fault_key(proxy, connection, request, rule_json):
+    """Return the FaultKey of a rule that acts on a request."""
+    text = json.dumps({field: value for field, value in rule_json.items() if field != "percent"},
                       sort_keys=True)
+    return FaultKey(proxy, connection, request if rule_json["per"] == "request" else 0, text)
 
 
 class Replay:
@@ -3673,10 +3669,8 @@ class Replay:
     def __init__(self, path):
         """Read a file. Raises ValueError."""
         self.path = path
-        # {(proxy, connection, request, replay_key): (number drawn, count of the request)}, with
-        # request 0 for a rule per connection
-        self.faults = OrderedDict()
-        self.made = set()           # the keys of those faults that have been made again
+        self.faults = OrderedDict()     # {FaultKey: (number drawn, count of the request)}
+        self.made = set()               # the FaultKeys of the faults that were made again
         try:
             with open(path, encoding="utf-8") as file:
                 for number, line in enumerate(file, 1):
@@ -3690,54 +3684,50 @@ class Replay:
         """Add the fault of a line. Raises ValueError with its number."""
         try:
             record = json.loads(line)
-            rule = record["rule"]
             connection, request, draw, count = (
                 check_count(record[name]) for name in ("connection", "request", "draw", "count"))
-            self.faults[record["proxy"], connection, request if rule["per"] == "request" else 0,
-                        replay_key(rule)] = draw, count
-        except (ValueError, TypeError, KeyError, RecursionError):
+            key = fault_key(record["proxy"], connection, request, record["rule"])
+            self.faults[key] = draw, count
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise ValueError("line %d of %s is not a fault that --record has written"
                              % (number, self.path)) from None
 
     def rules(self, proxy):
         """Return the (rules, toxics) that have made the faults of a proxy. Raises ValueError."""
-        tables = [json.loads(key) for key in OrderedDict(
-            (fault[3], None) for fault in self.faults if fault[0] == proxy)]
+        texts = OrderedDict.fromkeys(key.rule for key in self.faults if key.proxy == proxy)
         rules, toxics = [], []
-        for table in tables:
-            name, toxic = table.pop("name", None), table.pop("toxic", None)
+        for table in map(json.loads, texts):
+            toxic = table.pop("toxic", None)
             if toxic is None:
-                rules += read_rules([dict(table, name=name, percent=0)])
+                rules += read_rules([dict(table, percent=0)])
             else:
-                fields = {field: table.pop(field) for field in list(table) if field in RULE_FIELDS}
-                toxics.append(make_toxic(name, toxic, fields, table))
+                toxics.append(make_flat_toxic(table.pop("name", None), toxic, table))
         return rules, toxics
 
     def draw(self, proxy, connection, request, rule):
         """Return (number, whether the rule acts, count of the request), as recorded.
 
-        proxy      its name
-        request    0 for a rule per connection
+        proxy    its name
         """
-        fault = self.faults.get((proxy, connection, request, replay_key(rule.to_json())))
-        return (fault[0], True, fault[1]) if fault else (0, False, 0)
+        key = fault_key(proxy, connection, request, rule.to_json())
+        number, count = self.faults.get(key, (0, 0))
+        return number, key in self.faults, count
 
     def mark_made(self, proxy, connection, request, rule):
         """Note that a rule has acted."""
-        self.made.add((proxy, connection, request if rule.per == "request" else 0,
-                       replay_key(rule.to_json())))
+        self.made.add(fault_key(proxy, connection, request, rule.to_json()))
 
     def summary(self, proxy):
         """Return a sentence about the faults of a proxy, and whether all have been made again."""
-        recorded = [fault for fault in self.faults if fault[0] == proxy]
-        missing = [fault for fault in recorded if fault not in self.made]
+        recorded = [key for key in self.faults if key.proxy == proxy]
+        missing = [key for key in recorded if key not in self.made]
         text = "replay: %d of %d faults were made again" % (len(recorded) - len(missing),
                                                              len(recorded))
         if missing:
-            _, connection, request, key = missing[0]
+            first = missing[0]
             text += "; not on connection %d%s: %s" % (
-                connection, ", request %d" % request if request else "",
-                json.loads(key).get("name"))
+                first.connection, ", request %d" % first.request if first.request else "",
+                json.loads(first.rule).get("name"))
         return text, not missing
 
 
@@ -3993,22 +3983,11 @@ def read_rules(tables):
     """
     rules, draw_min, errors = [], 0.0, []
     for table in tables:
-        fields, options = {}, {}
-        name = table.get("name")
-        try:
-            function = get_handler(name)
-        except ValueError as error:
-            errors.append(("name", str(error)))
-            function = None
-        for key, value in table.items():
-            if is_rule_field(function, key):
-                check_into(fields, errors, key, RULE_FIELDS[key].check, value)
-            elif function and key != "name":
-                check_into(options, errors, key, check_option, name, key, value)
-        errors += check_fields(name, function, fields)
+        options, fields, found = check_table(table)
+        errors += found
         percent = fields.pop("percent", 0.0 if "percent" in table else 100.0)   # 0: was invalid
-        if function and function is not dummy and not errors:   # dummy needs no rule
-            rules.append(Rule(name, options, draw_min, draw_min + percent, **fields))
+        if not errors and get_handler(table["name"]) is not dummy:      # dummy needs no rule
+            rules.append(Rule(table["name"], options, draw_min, draw_min + percent, **fields))
         draw_min += percent
     if draw_min > PERCENT_SUM_MAX:
         errors.append(("percent", "percent must add up to 100 at most, not %g: to combine faults, "
@@ -4018,13 +3997,39 @@ def read_rules(tables):
     return rules
 
 
+def check_table(table):
+    """Check the dict of one rule. Returns (options, fields, [(key, sentence)] of the errors)."""
+    options, fields, errors, function = {}, {}, [], None
+    name = table.get("name")
+    try:
+        function = get_handler(name)
+    except ValueError as error:
+        errors.append(("name", str(error)))
+    for key, value in table.items():
+        if is_rule_field(function, key):
+            check_into(fields, errors, key, RULE_FIELDS[key].check, value)
+        elif function and key != "name":
+            check_into(options, errors, key, check_option, name, key, value)
+    return options, fields, errors + check_fields(name, function, fields)
+
+
+# Toxiproxy accepts negative numbers for these attributes; they act as 0.
+MAY_BE_NEGATIVE = {"latency", "jitter", "delay", "timeout", "bytes"}
+
+
+def check_attribute(type_, name, value):
+    """Do the same as check_option, but accept the negative numbers that Toxiproxy accepts."""
+    if type(value) is int and value < 0 and name in MAY_BE_NEGATIVE:
+        return value
+    return check_option(type_, name, value)
+
+
 def make_toxic(type_, name, fields, attributes, toxiproxy=False):
     """Check all values of a toxic, and return the Toxic. Values may be JSON values or text.
 
     fields       {field: value}; the fields are toxicity, and all RULE_FIELDS
     attributes   {option: value}
-    toxiproxy    True: accept any toxicity, and negative numbers for the attributes in
-                 MAY_BE_NEGATIVE, as Toxiproxy's server does
+    toxiproxy    True: accept any toxicity, and negative numbers, as Toxiproxy's server does
 
     Raises InputError: one (field or option, sentence) for each error.
     """
@@ -4039,10 +4044,8 @@ def make_toxic(type_, name, fields, attributes, toxiproxy=False):
             errors.append((key, "%s is not a field of a toxic%s: there are %s"
                            % (key, did_you_mean(key, known), ", ".join(known))))
     for option, value in attributes.items():
-        if toxiproxy and type(value) is int and value < 0 and option in MAY_BE_NEGATIVE:
-            values[option] = value
-        else:
-            check_into(values, errors, option, check_option, type_, option, value)
+        check_into(values, errors, option, check_attribute if toxiproxy else check_option,
+                   type_, option, value)
     if "toxicity" in checked and "percent" in checked:
         errors.append(("percent", "percent and toxicity mean the same: give one of them"))
     errors += check_fields(type_, get_handler(type_), checked)
@@ -4052,8 +4055,17 @@ def make_toxic(type_, name, fields, attributes, toxiproxy=False):
     return Toxic(type_, name, toxicity, values, **checked)
 
 
-# Toxiproxy accepts negative numbers for these attributes; they act as 0.
-MAY_BE_NEGATIVE = {"latency", "jitter", "delay", "timeout", "bytes"}
+def make_flat_toxic(type_, name, values, fields=()):
+    """Return a Toxic. Raises InputError, or ValueError for an unknown type.
+
+    values    {rule field, toxicity or option: JSON value or text}
+    fields    {rule field: value} of those that are not in `values`
+    """
+    function, fields, attributes = get_handler(type_), dict(fields), {}
+    for key, value in values.items():
+        is_field = key == "toxicity" or is_rule_field(function, key)
+        (fields if is_field else attributes)[key] = value
+    return make_toxic(type_, name, fields, attributes)
 
 
 # -- Chain --------------------------------------------------------------------
@@ -8237,7 +8249,7 @@ class Recorder:
         self.is_new = False
 
     def write(self, record, active):
-        """Write a FaultRecord, and of its ActiveRule all that replay_key and Replay need."""
+        """Write a FaultRecord, and of its ActiveRule all that Replay needs."""
         line = json.dumps(dict(record._asdict(), rule=active.rule.to_json(), draw=active.draw,
                                count=active.request))
         self.thread.handle(logging.makeLogRecord({"msg": line}))
@@ -13029,20 +13041,7 @@ def parse_fault(words, taken):
     names = itertools.chain([type_], ("%s_%d" % (type_, n) for n in itertools.count(2)))
     name = texts.pop("name", None) or next(name for name in names if name not in taken)
     defaults = {field: RULE_FIELDS[field].default for field in Toxic.DEFAULTS}
-    return make_text_toxic(type_, check_field("name", check_name, name), texts, defaults)
-
-
-def make_text_toxic(type_, name, texts, fields=()):
-    """Return a Toxic. Raises InputError.
-
-    texts     {rule field, toxicity or option: text}
-    fields    {rule field: value} of those that are not in `texts`
-    """
-    fields, attributes = dict(fields), {}
-    for key, text in texts.items():
-        is_field = key == "toxicity" or is_rule_field(HANDLERS[type_], key)
-        (fields if is_field else attributes)[key] = text
-    return make_toxic(type_, name, fields, attributes)
+    return make_flat_toxic(type_, check_field("name", check_name, name), texts, defaults)
 
 
 SETTINGS = OrderedDict((name, Setting(flags.split(), *others)) for name, flags, *others in [
@@ -13505,7 +13504,7 @@ def read_ini_toxic(name, source, texts):
     type_ = texts.pop("type")
     type_.parse(import_handler)
     try:
-        return make_text_toxic(type_.text, name, {
+        return make_flat_toxic(type_.text, name, {
             key: text.text for key, text in texts.items()}), proxy_name
     except InputError as error:
         raise ValueError("%s %s" % (source, error)) from None
