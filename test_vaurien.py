@@ -12473,7 +12473,7 @@ class TestBadInput(TempDirTestCase):
         for _ in range(3000):
             text = "".join(rng.choice(alphabet) for _ in range(rng.randrange(12)))
             for parse in vaurien.parse_address, vaurien.parse_listener, vaurien.parse_behavior:
-                with self.subTest(text, parser=parse.__name__), contextlib.suppress(ValueError):
+                with self.subTest(text, parser=parse), contextlib.suppress(ValueError):
                     parse(text)
 
 
