@@ -13162,14 +13162,6 @@ class SourcedText:
             raise ValueError("%s %s" % (self.source, error)) from None
 
 
-class AppendLine(argparse.Action):
-    """Collects the texts of a repeated flag, one a line."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        texts = [getattr(namespace, self.dest, ""), values]
-        setattr(namespace, self.dest, "\n".join(filter(None, texts)))
-
-
 class Parser(argparse.ArgumentParser):
     """A parser of the command line. Its values are text. An option not given has no value.
 
@@ -13186,18 +13178,22 @@ class Parser(argparse.ArgumentParser):
         for name, setting in settings.items():
             if not setting.metavar:
                 self.add_argument(*setting.flags, dest=name, action="store_const", const="yes")
-            elif setting.metavar.endswith(" ..."):
-                self.add_argument(*setting.flags, dest=name, action=AppendLine)
             else:
-                self.add_argument(*setting.flags, dest=name)
+                action = "append" if setting.metavar.endswith(" ...") else "store"
+                self.add_argument(*setting.flags, dest=name, action=action)
 
     def error(self, message):
         raise ValueError("%s (see %s --help)" % (message, self.prog))
 
     def read_settings(self, values):
         """Return the settings among the values of a command line: {name: SourcedText}."""
-        return {name: SourcedText(setting.flags[0], values[name])
-                for name, setting in self.settings.items() if name in values}
+        texts = {}
+        for name, setting in self.settings.items():
+            if name in values:
+                value = values[name]
+                text = "\n".join(filter(None, value)) if isinstance(value, list) else value
+                texts[name] = SourcedText(setting.flags[0], text)
+        return texts
 
     def refuse(self, unknown):
         """Raise ValueError for unknown arguments. It says what the first of them may mean."""
@@ -13227,8 +13223,10 @@ def command_help(prog, introduction, settings):
     """Return the help of a command: its introduction, its settings in groups, the handlers."""
     groups = OrderedDict((title, []) for title in ("proxy", "control server", "process"))
     for name, setting in settings.items():
+        title = ("control server" if name.startswith("http") else
+                 "proxy" if setting.scope in ("proxy", "shared") else "process")
         if not name.startswith("tls"):          # see topic_help
-            groups[help_group(name, setting)].append(setting_row(setting))
+            groups[title].append(setting_row(setting))
     lines = ["usage: %s [OPTION ...]" % prog, "", introduction]
     for title, rows in groups.items():
         lines += ["", title + ":", *format_rows(rows)] if rows else []
@@ -13246,13 +13244,6 @@ def setting_row(setting):
     if not setting.metavar:
         return flags, setting.help
     return "%s %s" % (flags, setting.metavar), text_with_default(setting.help, setting.default)
-
-
-def help_group(name, setting):
-    """Return the title of a setting's group in the help."""
-    if name.startswith("http"):
-        return "control server"
-    return "proxy" if setting.scope in ("proxy", "shared") else "process"
 
 
 def topic_help(name):
@@ -13307,16 +13298,16 @@ def text_with_default(text, default):
 
 def format_rows(rows):
     """Return the lines of a table with two columns: an option, and its help."""
-    lines = []
+    lines, indent = [], " " * HELP_COLUMN
     for left, right in rows:
-        wrapped = textwrap.wrap(right, HELP_WIDTH - HELP_COLUMN)
         left = "  %s" % left
+        wrapped = textwrap.wrap(right, HELP_WIDTH, initial_indent=indent,
+                                subsequent_indent=indent) or [""]
         if len(left) > HELP_COLUMN - 2:         # too long for the first column
             lines.append(left)
-            left = ""
-        for text in wrapped or [""]:
-            lines.append(("%-*s%s" % (HELP_COLUMN, left, text)).rstrip())
-            left = ""
+        else:
+            wrapped[0] = left + wrapped[0][len(left):]
+        lines += wrapped
     return lines
 
 
@@ -13347,12 +13338,12 @@ HANDLER_FLAG = re.compile(r"--(?:handlers\.(.+)\.|behavior-([^-]+)-)([^.]+)$")
 
 def check_handler_option(handler_name, option, text):
     """Check the text of a handler's option or rule field. Raises ValueError."""
-    if option == "percent" and is_rule_field(HANDLERS[handler_name], option):
-        raise ValueError("is set in the behavior, like 20:%s" % handler_name)
-    if option in settable_fields(HANDLERS[handler_name]):
-        RULE_FIELDS[option].check(text)
-    else:
+    if not is_rule_field(HANDLERS[handler_name], option):
         check_option(handler_name, option, text)
+    elif option == "percent":
+        raise ValueError("is set in the behavior, like 20:%s" % handler_name)
+    else:
+        RULE_FIELDS[option].check(text)
 
 
 class ParsedConfig:
@@ -13390,7 +13381,9 @@ def read_arguments(argv, settings, prog="vaurien", introduction=""):
     config = (read_config(arguments["config"].parse(check_file)) if "config" in arguments else
               ParsedConfig())
     config.arguments = arguments
-    check_settings(config, ChainMap(settings, SETTINGS))
+    for texts in [arguments, config.main, *config.sections.values()]:
+        for name, sourced in texts.items():     # also those that other texts override
+            sourced.parse(ChainMap(settings, SETTINGS)[name].check)
     if "help" in values:
         topic = values["help"]
         print_safe(SourcedText("--help", topic).parse(topic_help) if topic else
@@ -13408,13 +13401,6 @@ def read_arguments(argv, settings, prog="vaurien", introduction=""):
             sourced.parse(check_handler_option, handler_name, option)
             config.options.setdefault(handler_name, {})[option] = sourced
     return config
-
-
-def check_settings(config, settings):
-    """Check all texts of a ParsedConfig, including those that other texts override."""
-    for texts in [config.arguments, config.main, *config.sections.values()]:
-        for name, text in texts.items():
-            text.parse(settings[name].check)
 
 
 def read_config(path):
@@ -14079,8 +14065,7 @@ def print_over_line(text):
 
 def make_request(port):
     """Make a GET request on a new connection, and return its Outcome."""
-    import http.client
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEMO_TIMEOUT)
+    connection = http_client.HTTPConnection("127.0.0.1", port, timeout=DEMO_TIMEOUT)
     client, failure = "", ""
     began, start = time.time(), time.monotonic()
     try:
@@ -14092,9 +14077,9 @@ def make_request(port):
             failure = "a wrong answer"
     except socket.timeout:
         failure = "no answer in %g s" % DEMO_TIMEOUT
-    except (ConnectionError, http.client.IncompleteRead):
+    except (ConnectionError, http_client.IncompleteRead):
         failure = "connection closed"
-    except (http.client.HTTPException, ValueError):
+    except (http_client.HTTPException, ValueError):
         failure = "a wrong answer"
     except OSError as error:            # for example, no free file descriptor
         failure = error.strerror or "no connection"
@@ -14110,13 +14095,9 @@ def match_faults(outcomes, records):
 
     Times are compared too, because the kernel may give a client's port to a later client.
     """
-    faults = {}
-    for outcome in outcomes:
-        end = outcome.began + outcome.seconds
-        for record in records:
-            if record.client == outcome.client and outcome.began <= record.time <= end:
-                faults[outcome] = record.handler
-    return faults
+    return {outcome: record.handler for outcome in outcomes for record in records
+            if record.client == outcome.client
+            and outcome.began <= record.time <= outcome.began + outcome.seconds}
 
 
 def format_histogram(outcomes):
@@ -14126,11 +14107,9 @@ def format_histogram(outcomes):
     the shortest time and above the longest time are left out.
     """
     counts = Counter(bar_index(outcome.seconds) for outcome in outcomes if not outcome.failure)
-    failure_counts = Counter(outcome.failure for outcome in outcomes if outcome.failure)
-    rows = []
-    if counts:
-        rows += [(BARS[index][1], counts[index]) for index in range(min(counts), max(counts) + 1)]
-    rows += sorted(failure_counts.items())
+    rows = [(BARS[index][1], counts[index])
+            for index in (range(min(counts), max(counts) + 1) if counts else ())]
+    rows += sorted(count_failures(outcomes).items())
     label_width = max(len(label) for label, _ in rows)
     longest_bar = max(count for _, count in rows)
     columns_per_request = min(1.0, (HISTOGRAM_WIDTH - label_width) / longest_bar)
@@ -14140,6 +14119,15 @@ def format_histogram(outcomes):
         bar = "#" * max(1, int(count * columns_per_request))
         lines.append("  %*s%s" % (label_width, label, "  %s %d" % (bar, count) if count else ""))
     return lines
+
+
+def count_failures(outcomes):
+    """Return how often requests failed: {failure: number of requests}."""
+    return Counter(outcome.failure for outcome in outcomes if outcome.failure)
+
+
+def answered_only(outcomes):
+    return [outcome for outcome in outcomes if not outcome.failure]
 
 
 def bar_index(seconds):
@@ -14152,20 +14140,20 @@ def summarize(outcomes, faults):
 
     faults    {Outcome: name of the handler} of the requests that met a fault
     """
-    lines = []
     unaffected = [outcome for outcome in outcomes if outcome not in faults]
-    answered = [outcome for outcome in unaffected if not outcome.failure]
-    failed = [outcome for outcome in unaffected if outcome.failure]
-    normal_seconds = median_seconds(answered)
+    answered, failures = answered_only(unaffected), count_failures(unaffected)
+    lines = []
     for handler_name in sorted(set(faults.values())):
         affected = [outcome for outcome in outcomes if faults.get(outcome) == handler_name]
-        lines.append("%d of %d requests %s." % (
-            len(affected), len(outcomes), describe_fault(handler_name, affected, normal_seconds)))
+        lines.append("%d of %d requests %s." % (len(affected), len(outcomes), describe_fault(
+            handler_name, affected, median_seconds(answered))))
     if answered:
         lines.append("%s %d were answered in %s at the median." % (
-            "The other" if faults else "All", len(answered), format_seconds(normal_seconds)))
-    if failed:
-        lines.append("%d failed without a fault: %s." % (len(failed), failed[0].failure))
+            "The other" if faults else "All", len(answered),
+            format_seconds(median_seconds(answered))))
+    if failures:
+        lines.append("%d failed without a fault: %s." % (
+            sum(failures.values()), next(iter(failures))))
     return lines
 
 
@@ -14175,12 +14163,11 @@ def describe_fault(handler_name, affected, normal_seconds):
     affected          Outcomes of the requests on which the handler acted
     normal_seconds    median time of the other requests, or 0 if none of them was answered
     """
-    failure_counts = Counter(outcome.failure for outcome in affected if outcome.failure)
-    answered = [outcome for outcome in affected if not outcome.failure]
-    if normal_seconds and not failure_counts:
+    answered, failures = answered_only(affected), count_failures(affected)
+    if normal_seconds and not failures:
         delay = max(0, median_seconds(answered) - normal_seconds)
         return "were delayed (%s), by %s at the median" % (handler_name, format_seconds(delay))
-    parts = ["%d x %s" % (count, failure) for failure, count in sorted(failure_counts.items())]
+    parts = ["%d x %s" % (count, failure) for failure, count in sorted(failures.items())]
     if answered:
         parts.append("%d x answered, in %s at the median"
                      % (len(answered), format_seconds(median_seconds(answered))))
