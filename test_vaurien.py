@@ -15658,17 +15658,25 @@ class Browser:
         """Return the value of a JavaScript expression; `arguments` has the arguments."""
         return self.send("POST", "/execute/sync", script="return " + script, args=list(args))
 
+    def wait_for(self, expression, *args):
+        """Wait, in the page, until a JavaScript expression is true. Returns its value."""
+        return self.send("POST", "/execute/async", args=list(args), script="""
+            const done = arguments[arguments.length - 1];
+            const check = () => {
+                const value = %s;
+                if (value) done(value); else setTimeout(check, 5);
+            };
+            check();""" % expression)
+
     def find(self, xpath):
         """Wait for an element that is shown, and return its path for `send`."""
-        def is_found():
-            found[:] = [element for element in self.send(
-                "POST", "/elements", using="xpath", value=xpath)
-                if self.run("(arguments[0].closest('select') || arguments[0]).checkVisibility()",
-                            element)]
-            return found
-        found = []
-        wait_until(is_found)
-        return "/element/" + next(iter(found[0].values()))
+        element = self.wait_for("""(() => {
+            const nodes = document.evaluate(arguments[0], document, null, 7, null);
+            for (let index = 0; index < nodes.snapshotLength; index++) {
+                const node = nodes.snapshotItem(index);
+                if ((node.closest("select") || node).checkVisibility()) return node;
+            }})()""".replace("arguments[0]", json.dumps(xpath)))
+        return "/element/" + next(iter(element.values()))
 
     def click(self, xpath):
         """Click as a user does: this fails if the element is hidden or covered."""
@@ -15687,8 +15695,8 @@ class Browser:
         self.type("//form//*[@id=//label[.='%s']/@for]" % label, text)
 
     def wait_for_text(self, text, within="main"):
-        wait_until(lambda: text in (self.run("document.querySelector(arguments[0])?.innerText",
-                                             within) or ""))
+        self.wait_for("document.querySelector(arguments[1])?.innerText.includes(arguments[0])",
+                      text, within)
 
     def log(self):
         """Return the new messages in the browser's console, as text."""
@@ -15721,10 +15729,18 @@ class TestBrowser(unittest.TestCase):
     def open_page(self, **arguments):
         """Open the page of a proxy_with_control. Returns the proxy."""
         proxy, self.client = self.stack.enter_context(proxy_with_control(**arguments))
+        self.stack.enter_context(mock.patch.object(vaurien, "PAGE", self.fast_page()))
         self.stack.callback(self.leave)
         self.url = "http://127.0.0.1:%d/" % self.client.port
         self.browser.open(self.url)
         return proxy
+
+    @staticmethod
+    def fast_page():
+        """Return the page, but it polls each 0.1 s instead of each second."""
+        before, period, after = vaurien.PAGE.partition("PERIOD = 1;")
+        assert period
+        return before + "PERIOD = 0.1;" + after
 
     def leave(self):
         """Close the page, and check that it has broken no rule of its policy."""
@@ -15757,11 +15773,10 @@ class TestBrowser(unittest.TestCase):
                 browser.wait_for_text("%d in all" % expected)
             for text in "\u2191 16 B \u2193 16 B in all", "1 in all":
                 browser.wait_for_text(text)
-        wait_until(lambda: browser.run(
-            "document.querySelectorAll('svg')[1].ariaLabel").startswith(
-                "requests per second in the last minute"))
-        wait_until(lambda: " " in browser.run(
-            "document.querySelectorAll('polyline')[1].getAttribute('points')"))
+        browser.wait_for("document.querySelectorAll('svg')[1].ariaLabel.startsWith("
+                         "'requests per second in the last minute')")
+        browser.wait_for("document.querySelectorAll('polyline')[1].getAttribute('points')"
+                         ".includes(' ')")
         self.assertEqual(browser.run("document.querySelectorAll('.active li').length"), 3)
 
     def test_quick_faults(self):
@@ -15848,8 +15863,7 @@ class TestBrowser(unittest.TestCase):
             self.assertIn("Remove %s from" % name, self.confirm("Remove"))
             wait_until(lambda: proxy.describe() == rules)
             browser.wait_for_text(shown, "main .active")
-            wait_until(lambda: browser.run("document.querySelector('.active').children.length")
-                       == 1)
+            browser.wait_for("document.querySelector('.active').children.length === 1")
 
     def test_on_off_refuse_and_drop(self):
         proxy = self.open_page()
@@ -15886,13 +15900,13 @@ class TestBrowser(unittest.TestCase):
             for _ in range(3):
                 send_and_read(sock, b"question")
             numbers = ("[...document.querySelectorAll('[aria-label=\"fault records\"] tbody th')]"
-                       ".map(cell => cell.textContent)")
-            wait_until(lambda: browser.run(numbers) == ["3", "2", "1"])
+                       ".map(cell => cell.textContent).join() === '%s'")
+            browser.wait_for(numbers % "3,2,1")
             with proxy.handler("latency", latency=1):
                 send_and_read(sock, b"question")
-            wait_until(lambda: browser.run(numbers) == ["4", "3", "2", "1"])
+            browser.wait_for(numbers % "4,3,2,1")
             browser.type("//input[@type='search']", "latency")
-            wait_until(lambda: browser.run(numbers) == ["4"])
+            browser.wait_for(numbers % "4")
 
     def test_heal_everything(self):
         other = self.stack.enter_context(OpenProxy("127.0.0.1:9", behavior="100:hang",
@@ -15916,7 +15930,7 @@ class TestBrowser(unittest.TestCase):
         for token in "wrong", "s3cret":
             browser.type("//input[@type='password']", token)
             browser.press("Use this token", "//form")
-            wait_until(lambda: browser.run("sessionStorage.getItem('token')") == token)
+            browser.wait_for("sessionStorage.getItem('token') === arguments[0]", token)
             browser.wait_for_text("refuses this token" if token == "wrong" else "proxies: 1",
                                   "header")
         browser.wait_for_text("no fault")
@@ -15996,11 +16010,11 @@ class TestBrowser(unittest.TestCase):
         wait_until(lambda: len(proxy.connections) == total)
         browser = self.browser
         browser.click("//summary[.='Connections']")
-        count = "document.querySelectorAll('[aria-label=\"connections\"] tbody tr').length"
-        wait_until(lambda: browser.run(count) == 100)
+        count = "document.querySelectorAll('[aria-label=\"connections\"] tbody tr').length === %d"
+        browser.wait_for(count % 100)
         browser.wait_for_text("100 of %d, the newest first" % total)
         browser.click("//label[.='all']")
-        wait_until(lambda: browser.run(count) == total)
+        browser.wait_for(count % total)
         for sock in socks[::50]:
             send_and_read(sock, b"question")
 

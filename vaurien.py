@@ -9426,6 +9426,7 @@ dialog .row { margin-top: 1rem; justify-content: flex-end; }
 <script nonce="NONCE">
 "use strict";
 const SAMPLES = 60, RECORDS = 200, NEWEST = 100;        // of a chart, of the tables
+const PERIOD = 1;               // seconds from one poll to the next
 const STATES = {on: "serves clients", refuse: "a new connect is refused",
                 drop: "a new connect gets no reply", off: "closed: all connections have ended"};
 const QUICK = {         // {name of a button and of its toxic: [handler, options, per]}
@@ -9914,7 +9915,7 @@ async function poll() {
       while (document.hidden) await new Promise(
         done => document.addEventListener("visibilitychange", done, {once: true}));
       await refresh(seconds);
-      seconds = 1;
+      seconds = PERIOD;
     } catch (error) {
       seconds = 0;
       const {status, message} = error, token = sessionStorage.getItem("token");
@@ -9924,7 +9925,7 @@ async function poll() {
       $("login").hidden = status !== 401;
       await new Promise(done => {
         retry = done;
-        if (status !== 401) setTimeout(done, 1000);
+        if (status !== 401) setTimeout(done, 1000 * PERIOD);
       });
     }
   }
