@@ -10001,17 +10001,19 @@ Route = namedtuple("Route", "function example query needs_proxy dialect status")
 
 
 class ApiError(Exception):
-    """An error response: a status, and (location, name, description) for each error.
+    """An error response.
 
     location    the part of the request with the error: body, querystring, header, path, method
                 or request; "server" for an internal error
     name        the field, parameter or header, or ""
     headers     additional headers of the response
+    errors      [(location, name, description)]: more than one for an InputError
     """
 
-    def __init__(self, status, errors, headers=()):
-        super().__init__("; ".join(description for _, _, description in errors))
-        self.status, self.errors, self.headers = status, errors, dict(headers)
+    def __init__(self, status, location, name, description, headers=()):
+        super().__init__(description)
+        self.status, self.headers = status, dict(headers)
+        self.errors = [(location, name, description)]
 
 
 class Dialect:
@@ -10032,9 +10034,11 @@ class Dialect:
         Returns None for an unexpected exception, which is a bug.
         """
         if isinstance(exc, InputError):
-            return ApiError(400, [("body", field, sentence) for field, sentence in exc.errors])
+            error = ApiError(400, "body", "", str(exc))
+            error.errors = [("body", field, sentence) for field, sentence in exc.errors]
+            return error
         if isinstance(exc, CannotListen):
-            return ApiError(500, [("server", "", exc.strerror)])
+            return ApiError(500, "server", "", exc.strerror)
         return exc if isinstance(exc, ApiError) else None
 
     def render_error(self, error):
@@ -10105,7 +10109,7 @@ def error_response(exc, dialect, method, target):
     error = dialect.to_api_error(exc)
     if error is None:
         log.exception("control: %r %r failed", method[:20], target[:200])
-        error = ApiError(500, [("server", "", format_exception(exc))])
+        error = ApiError(500, "server", "", format_exception(exc))
     return dialect.render_error(error)
 
 
@@ -10147,12 +10151,12 @@ def choose_route(routes, method, path, dialect):
     Raises ApiError: with status 404 if the path has no route, 405 if the method has none.
     """
     if not routes:
-        raise ApiError(404, [("path", "path", "there is no %s: there are %s"
-                              % (path[:200], ", ".join(ROUTES)))])
+        raise ApiError(404, "path", "path", "there is no %s: there are %s"
+                       % (path[:200], ", ".join(ROUTES)))
     route_method = "GET" if method == "HEAD" and dialect.head_as_get else method
     if route_method not in routes:
         allowed = ", ".join(sorted(routes))
-        raise ApiError(405, [("method", method[:20], "%s takes %s" % (path, allowed))],
+        raise ApiError(405, "method", method[:20], "%s takes %s" % (path, allowed),
                        {"Allow": allowed})
     return routes[route_method]
 
@@ -10162,22 +10166,22 @@ def read_request(control, chosen_route, path, names, query_text, body, headers):
     try:
         text = body.decode("utf-8", chosen_route.dialect.decode_errors)
     except UnicodeDecodeError as error:
-        raise ApiError(400, [("body", "", "the body must be UTF-8: %s" % error)]) from None
+        raise ApiError(400, "body", "", "the body must be UTF-8: %s" % error) from None
     query = dict(urls.parse_qsl(query_text, keep_blank_values=True))
     proxy_name = names.get("PROXY", query.pop("proxy", None))
     if proxy_name is None:
         proxy_name = next(iter(control.proxies), "")
     proxy = control.proxies.get(proxy_name)
     if proxy is None and chosen_route.needs_proxy:
-        raise ApiError(404 if "PROXY" in names else 400, [(
-            "querystring", "proxy", "there is no proxy %r%s: there are %s"
-            % (proxy_name[:200], did_you_mean(proxy_name[:200], control.proxies),
-               ", ".join(control.proxies) or "none yet"))])
+        raise ApiError(404 if "PROXY" in names else 400, "querystring", "proxy",
+                       "there is no proxy %r%s: there are %s" % (
+                           proxy_name[:200], did_you_mean(proxy_name[:200], control.proxies),
+                           ", ".join(control.proxies) or "none yet"))
     allowed = chosen_route.query
     for key in sorted(query):
         if allowed is not None and key not in allowed:
-            raise ApiError(400, [("querystring", key, "%s does not know %r in a query"
-                                  % (path, key[:200]))])
+            raise ApiError(400, "querystring", key,
+                           "%s does not know %r in a query" % (path, key[:200]))
     return ApiRequest(control, proxy, names, query, text, headers)
 
 
@@ -10510,10 +10514,11 @@ def list_connections(request):
     numbers = proxy.loop.run_sync(list, proxy.connections)
     newest = check_query(request, "newest", len(numbers), check_count)
     numbers = numbers[max(0, len(numbers) - newest):]
+    connections = []
     # Several calls, because each one delays the data of all connections: 100 take 0.3 ms.
-    return {"connections": [connection for first in range(0, len(numbers), 100)
-                            for connection in proxy.loop.run_sync(
-                                proxy.list_connections, numbers[first:first + 100])]}
+    for first in range(0, len(numbers), 100):
+        connections += proxy.loop.run_sync(proxy.list_connections, numbers[first:first + 100])
+    return {"connections": connections}
 
 
 @route("DELETE", "/connections/NUMBER /proxies/PROXY/connections/NUMBER", query=["reset"])
@@ -10522,7 +10527,7 @@ def close_connection(request):
     number = check_field("number", check_count, request.names["NUMBER"])
     reset = check_query(request, "reset", False, check_yes_no)
     if not request.proxy.loop.run_sync(request.proxy.close_connection, number, reset):
-        raise ApiError(404, [("path", "number", "there is no open connection %d" % number)])
+        raise ApiError(404, "path", "number", "there is no open connection %d" % number)
     return {"status": "ok"}
 
 
@@ -10557,7 +10562,7 @@ def check_query(request, name, default, check):
     try:
         return check(request.query[name]) if name in request.query else default
     except ValueError as error:
-        raise ApiError(400, [("querystring", name, "%s %s" % (name, error))]) from None
+        raise ApiError(400, "querystring", name, "%s %s" % (name, error)) from None
 
 
 @route("GET", "/changes /proxies/PROXY/changes")
@@ -10597,7 +10602,7 @@ class Control:
         """Listen. Raises CannotListen."""
         with CannotListen.naming("--http-port"):
             self.listener = Listener(self.local, self.on_accept)
-        port = self.listener.sockets[0].getsockname()[1]
+        port = self.listener.address()[1]
         host = "localhost" if is_wildcard(self.local[0]) else self.local[0]
         self.url = "http://%s" % format_address((host, port))
 
@@ -10662,8 +10667,8 @@ class Control:
         scheme, _, token = headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(
                 token.strip().encode("utf-8", "replace"), self.token.encode("utf-8")):
-            raise ApiError(401, [("header", "Authorization", "Authorization must be Bearer TOKEN, "
-                                  "where TOKEN is the value of --http-token")],
+            raise ApiError(401, "header", "Authorization", "Authorization must be Bearer TOKEN, "
+                           "where TOKEN is the value of --http-token",
                            {"WWW-Authenticate": "Bearer"})
 
     def check_origin(self, headers, is_page=False):
@@ -10675,18 +10680,17 @@ class Control:
         """
         host = headers.get("Host", "localhost")
         if not self.is_own_host(host):
-            raise ApiError(403, [(
-                "header", "Host", "Host must be an address, a name without a dot, a name under "
-                "%s, or an --http-name%s, not %r" % (
-                    ", ".join(UNREBINDABLE),
-                    "".join(" (%s)" % name for name in sorted(self.names)), host[:200]))])
+            raise ApiError(403, "header", "Host", "Host must be an address, a name without a dot, "
+                           "a name under %s, or an --http-name%s, not %r" % (
+                               ", ".join(UNREBINDABLE),
+                               "".join(" (%s)" % name for name in sorted(self.names)), host[:200]))
         own_origins = "http://" + host.lower(), "https://" + host.lower()
         origin = headers.get("Origin")
         if origin is not None and origin.lower() not in own_origins:
-            raise ApiError(403, [("header", "Origin", "cross-origin request from %r refused"
-                                  % origin[:200])])
+            raise ApiError(403, "header", "Origin",
+                           "cross-origin request from %r refused" % origin[:200])
         if headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and not is_page:
-            raise ApiError(403, [("header", "Sec-Fetch-Site", "cross-site request refused")])
+            raise ApiError(403, "header", "Sec-Fetch-Site", "cross-site request refused")
 
     def is_own_host(self, host):
         """Return whether a Host header can come from a page or a client of this server.
@@ -10713,8 +10717,8 @@ class Control:
             yield
             return
         if not self.wait_limit.acquire(blocking=False):
-            raise ApiError(503, [("querystring", "wait", "too many clients wait: try again "
-                                                         "without wait")])
+            raise ApiError(503, "querystring", "wait",
+                           "too many clients wait: try again without wait")
         try:
             yield
         finally:
@@ -10994,7 +10998,7 @@ class RequestHandler:
 
 def http_error(status, description):
     """Return the ApiError for a request that breaks the rules of HTTP or exceeds a limit."""
-    return ApiError(status, [("request", "", description)])
+    return ApiError(status, "request", "", description)
 
 
 # -- Toxiproxy ----------------------------------------------------------------
@@ -11053,9 +11057,12 @@ PROXY_FIELDS = OrderedDict((("name", str), ("listen", str), ("upstream", str),
                             ("enabled", bool), ("toxics", list), ("rules", list),
                             ("protocol", str), ("accept", None), ("max_connections", int),
                             ("tls", dict)))
-# {field: check} of those that are arguments of ProxyServer, as they are
-PROXY_CHECKS = OrderedDict((("protocol", check_protocol), ("accept", check_accept),
-                            ("max_connections", check_count), ("tls", check_tls)))
+# {field: check} of the fields that ProxyServer takes under the same name. Those that PROXY_FIELDS
+# lacks are arguments of Proxy only
+PROXY_CHECKS = OrderedDict((
+    ("timeout", check_timeout), ("protocol", check_protocol),
+    ("overwrite_host_header", check_yes_no), ("enabled", check_yes_no), ("accept", check_accept),
+    ("max_connections", check_count), ("tls", check_tls)))
 PROXY_KEYS = [*PROXY_FIELDS, "logger"]      # Toxiproxy's listings have the key Logger
 TOXIC_FIELDS = OrderedDict((("name", str), ("type", str), ("stream", str), ("toxicity", float),
                             ("attributes", dict)))
@@ -11097,7 +11104,7 @@ DIALECTS.append(("/proxies/", TOXIPROXY))
 
 
 def toxiproxy_error(status, message):
-    return ApiError(status, [("", "", message)])
+    return ApiError(status, "", "", message)
 
 
 def error_to_json(error):
@@ -11184,10 +11191,10 @@ def error_suffix(suffix):
         raise toxiproxy_error(error.status, "%s%s" % (error, suffix)) from None
 
 
-def read_json(text, strict=False):
+def read_json(text, ignore_rest=True):
     """Return the first JSON value in a text. Raises InputError.
 
-    strict    whether to refuse text after the value instead of ignoring it
+    ignore_rest    whether to ignore text after the value, as Go does; otherwise it is an error
     """
     def refuse_constant(name):
         raise ValueError("invalid number %s" % name)        # NaN or Infinity
@@ -11196,7 +11203,7 @@ def read_json(text, strict=False):
         raise bad_body("EOF")
     try:
         decoder = json.JSONDecoder(parse_int=parse_short_int, parse_constant=refuse_constant)
-        return decoder.decode(text) if strict else decoder.raw_decode(text)[0]
+        return decoder.raw_decode(text)[0] if ignore_rest else decoder.decode(text)
     except json.JSONDecodeError as error:
         cut_off = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
         raise bad_body("unexpected EOF" if cut_off else "invalid JSON: %s" % error) from None
@@ -11247,13 +11254,16 @@ def read_object(value, struct, known=None):
 
 
 def read_fields(json_object, types, struct):
-    """Return a JSON object whose values have these types. Raises InputError for the first other.
+    """Return a JSON object in which each value has the expected type. Raises InputError.
 
-    types     {key: type}; a key that is absent, or has None, may have a value of any type
+    types     {key: type}; the value of another key, or of a key with None, may have any type
     struct    Go's name of the object's type, for the error
     """
-    return {key: read_value(value, types[key], "%s.%s" % (struct, key)) if types.get(key)
-            else value for key, value in json_object.items()}
+    fields = {}
+    for key, value in json_object.items():
+        type_ = types.get(key)
+        fields[key] = read_value(value, type_, "%s.%s" % (struct, key)) if type_ else value
+    return fields
 
 
 def read_proxy_fields(value):
@@ -11290,7 +11300,7 @@ def read_proxies(text, proxies):
 
 
 def check_proxy_fields(fields):
-    """Return the values of those fields of a proxy that have a check. Raises InputError."""
+    """Return those of the fields of a proxy that are in PROXY_CHECKS. Raises InputError."""
     return {name: check_field(name, check, fields[name])
             for name, check in PROXY_CHECKS.items() if name in fields}
 
@@ -11312,8 +11322,7 @@ def make_proxy(fields, proxies):
     local = read_listen(fields.get("listen", ":0"), "listen tcp: ")
     backend = check_field("upstream", parse_upstream, fields["upstream"])
     check_field("upstream", check_backend, backend, [local])
-    return ProxyServer(backend, local, name=fields["name"], toxics=toxics,
-                       enabled=fields.get("enabled", True), **proxies.shared,
+    return ProxyServer(backend, local, name=fields["name"], toxics=toxics, **proxies.shared,
                        **check_proxy_fields(fields))
 
 
@@ -11383,8 +11392,7 @@ def read_toxic(value, strict=False):
     is_extension = type_ in HANDLERS and type_ not in TOXIPROXY_TYPES
     stream = fields.pop("stream", "both" if is_extension else DOWNSTREAM)
     if stream.lower() not in ("both", UPSTREAM, DOWNSTREAM):
-        raise toxiproxy_error(
-            400, "stream was invalid, can be either upstream or downstream")
+        raise toxiproxy_error(400, "stream was invalid, can be either upstream or downstream")
     if type_ not in HANDLERS:
         details = ": " + unknown_handler(type_) if strict else ""
         raise toxiproxy_error(400, "invalid toxic type" + details)
@@ -11592,7 +11600,7 @@ def change_proxy(proxies, proxy, fields):
         if check_field(name, PROXY_CHECKS[name], fields.get(name, current)) != current:
             raise bad_body("%s cannot be changed: delete the proxy and create it again" % name)
     checked = check_proxy_fields(fields)
-    proxies.change(proxy, local, backend, fields.get("enabled"), checked.get("accept"),
+    proxies.change(proxy, local, backend, checked.get("enabled"), checked.get("accept"),
                    checked.get("max_connections"))
 
 
@@ -11625,7 +11633,7 @@ def create_toxic(request, proxy):
                  '[{"type": "latency", "attributes": {"latency": 200}}]')
 def put_toxics(request, proxy):
     """Replace all toxics of a proxy. Unknown keys are refused."""
-    values = read_value(read_json(request.body, strict=True), list, "toxics")
+    values = read_value(read_json(request.body, ignore_rest=False), list, "toxics")
     toxics = [read_listed_toxic(proxy, value) for value in values]
     check_unique_names(toxics)
     proxy.loop.run_sync(proxy.set_toxics, toxics)
@@ -12260,6 +12268,11 @@ def parse_endpoint(address, parse):
     return parse(address)
 
 
+def check_optional(name, check, value):
+    """Return check_field(name, check, value), or None for None."""
+    return None if value is None else check_field(name, check, value)
+
+
 def check_handler_options(options):
     """Check that options are {handler: {option: value}}. Raises ValueError."""
     if not isinstance(options, dict) or not all(isinstance(o, dict) for o in options.values()):
@@ -12333,17 +12346,13 @@ class Proxy(Interface):
             check_field("local", parse_endpoint, local, parse_listener),
             check_field("behavior", behavior_tables, behavior, options, local_handler), options,
             check_field("name", check_name, check_field("name", check_text, name)),
-            None if seed is None else check_field("seed", check_count, seed),
-            check_field("timeout", check_timeout, timeout),
-            check_field("protocol", check_protocol, protocol),
-            check_field("overwrite_host_header", check_yes_no, overwrite_host_header),
-            [make_local_toxic(toxic) for toxic in toxics],
-            check_field("enabled", check_yes_no, enabled),
-            check_field("accept", check_accept, accept),
-            check_field("max_connections", check_count, max_connections),
-            check_field("tls", check_tls, tls or {}),
-            None if reuse_port is None else check_field("reuse_port", check_reuse_port,
-                                                        reuse_port))
+            check_optional("seed", check_count, seed),
+            toxics=[make_local_toxic(toxic) for toxic in toxics],
+            reuse_port=check_optional("reuse_port", check_reuse_port, reuse_port),
+            **check_proxy_fields({
+                "timeout": timeout, "protocol": protocol,
+                "overwrite_host_header": overwrite_host_header, "enabled": enabled,
+                "accept": accept, "max_connections": max_connections, "tls": tls or {}}))
         self._proxies = ProxyTable([self._server], *make_recording(record, replay))
         self._thread: "Optional[threading.Thread]" = None
 
@@ -12551,10 +12560,8 @@ def check_path(path):
 
 def make_recording(record, replay):
     """Return (Recorder or None, Replay or None) for two files. Raises ValueError."""
-    if record is not None:
-        record = check_field("record", check_path, record)
-    if replay is not None:
-        replay = check_field("replay", check_path, replay)
+    record = check_optional("record", check_path, record)
+    replay = check_optional("replay", check_path, replay)
     if record and record == replay:
         raise ValueError("record and replay need different files")
     return Recorder(record) if record else None, Replay(replay) if replay else None
