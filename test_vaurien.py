@@ -1374,7 +1374,7 @@ def undrawn_rule(name):
 
 def request_info(protocol):
     """Return the Request.info of a new request."""
-    return {"mysql": vaurien.MysqlCommand(b""), "postgres": vaurien.PostgresReply(
+    return {"mysql": vaurien.MysqlCommand(), "postgres": vaurien.PostgresReply(
         vaurien.Postgres.EXECUTE_ENDS)}.get(protocol)
 
 
@@ -1697,7 +1697,7 @@ class TestFraming(unittest.TestCase):
                 data = first + MYSQL_ROW + largest + rest + MYSQL_ROW + MYSQL_EOF
                 cut = len(first + MYSQL_ROW + largest)
                 for sizes in [len(data)], [cut - 1, 2, 3, len(data)], [cut + 4, len(data)]:
-                    request = vaurien.Request(b"", 3, info=vaurien.MysqlCommand(b""))
+                    request = vaurien.Request(b"", 3, info=vaurien.MysqlCommand())
                     self.assertEqual(
                         self.read_boundaries("mysql", data, sizes, DOWNSTREAM, [request]),
                         [(len(data), vaurien.END_OF_MESSAGE)])

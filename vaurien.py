@@ -1372,7 +1372,6 @@ END_OF_ROW = Signal("END_OF_ROW")               # the same
 END = END_OF_MESSAGE            # its older name, for handlers that use it
 CONTINUATION = Signal("CONTINUATION")
 TLS_BEGINS = Signal("TLS_BEGINS")
-TLS_HANDSHAKE = b"\x16"         # the first byte of a TLS connection
 UNLIMITED = 1 << 62             # skip all further bytes
 
 
@@ -1380,6 +1379,10 @@ def protocol(class_):
     """Register a Protocol class under its name in lower case, and return the class."""
     PROTOCOLS[class_.__name__.lower()] = class_
     return class_
+
+
+class ProtocolError(Exception):
+    """The bytes are not of the protocol. The log shows the text."""
 
 
 # The input that a reader needs. Each class has a method that takes it from the data:
@@ -1426,7 +1429,7 @@ class NeedMatch:
         if len(received) > HEAD_MAX:
             raise ProtocolError("a head of more than %d bytes" % HEAD_MAX)
         if self.match_start and not self.match_start(received):
-            raise ProtocolError("TLS" if received[:1] == TLS_HANDSHAKE else self.error)
+            raise ProtocolError("TLS" if received[:1] == b"\x16" else self.error)
         end = offset + len(received) - len(buffered)
         return (end, received, b"") if match else (end, None, received)
 
@@ -1459,10 +1462,6 @@ def beginning_with(*parts):
     return b"\\Z|" + expression
 
 
-class ProtocolError(Exception):
-    """The bytes are not of the protocol. The log shows the text."""
-
-
 # Only the first 256 bytes are checked for control characters, to save time.
 TEXT = rb"(?:%s{256}|%s{0,255}\Z)" % ((rb"[^\0-\x08\x0b\x0c\x0e-\x1f\x7f]",) * 2)
 LINE = NeedMatch(rb"\n")
@@ -1487,7 +1486,7 @@ class Request:
         self.independent = independent
 
 
-NO_REQUEST = Request(b"", "", replies=False)        # for a reply that belongs to no request
+NO_REQUEST = Request(b"", "")       # for a reply that belongs to no request
 
 
 class Reply(namedtuple("Reply", "data closes substitute")):
@@ -1506,36 +1505,6 @@ class Reply(namedtuple("Reply", "data closes substitute")):
 
 
 Refusal = namedtuple("Refusal", "active_rule reply")    # the rule that replies, and its Reply
-
-
-class StatementTexts(OrderedDict):
-    """The texts of a connection's prepared statements, {key: text}.
-
-    A client may prepare any number of them, and drop them by SQL that is not parsed. So the
-    least recently used ones are forgotten. `match` finds nothing in a text that is not known.
-    """
-
-    size = 0            # bytes of memory
-
-    def __setitem__(self, key, text):
-        self.forget(key)
-        super().__setitem__(key, text)
-        self.size += len(key) + len(text) + STATEMENT_OVERHEAD
-        while self.size > STATEMENTS_MAX:
-            self.forget(next(iter(self)))
-
-    def forget(self, key):
-        """Forget the text of a statement, if it is known."""
-        if key in self:
-            self.size -= len(key) + len(self[key]) + STATEMENT_OVERHEAD
-            del self[key]
-
-    def use(self, key):
-        """Return the text of a statement, or b"" if it is not known."""
-        if key not in self:
-            return b""
-        self.move_to_end(key)
-        return self[key]
 
 
 class Framer:
@@ -1817,12 +1786,10 @@ class Protocol:
         backend. Drops the reply to the substitute, and sends the error at the end of it.
         """
         reply = exchange.refusal.reply
-        if to == UPSTREAM:              # of the refused request
+        if to == UPSTREAM:              # a part of the refused request
             is_dropped = not exchange.complete
-        elif reply.closes:              # the client has got the error already
-            is_dropped = True
-        else:                           # of the reply to the substitute
-            is_dropped = exchange.forwarded and not exchange.reply_done
+        else:                           # a part of the reply to the substitute
+            is_dropped = reply.closes or (exchange.forwarded and not exchange.reply_done)
         if data is EOF or data is OPEN or not is_dropped:
             yield t, to, data
         elif data is not END_OF_MESSAGE or reply.closes:
@@ -1861,9 +1828,9 @@ class Http(Protocol):
     """
 
     alpn = ("http/1.1",)
-    errors = OrderedDict((
-        ("500", "Internal Server Error"), ("502", "Bad Gateway"), ("503", "Service Unavailable"),
-        ("504", "Gateway Timeout"), ("429", "Too Many Requests")))
+    errors = {
+        "500": "Internal Server Error", "502": "Bad Gateway", "503": "Service Unavailable",
+        "504": "Gateway Timeout", "429": "Too Many Requests"}
     default_errors = ("500", "502", "503", "504")
     overload_error = "503"
     has_rows = True                 # chunks, or events of a text/event-stream
@@ -1901,7 +1868,7 @@ class Http(Protocol):
                     raise ProtocolError("empty lines of more than %d bytes" % HEAD_MAX)
                 continue
             empty_size = 0
-            yield self.make_request(head, *self.connection_options(head, head.lower()))
+            yield self.make_request(head, *self.connection_options(head))
             yield from self.read_body(head, default_length=0)
             yield END_OF_MESSAGE
 
@@ -1918,12 +1885,13 @@ class Http(Protocol):
         closes = close or (minor_version == b"0" and not keep_alive)
         return Request(head.strip().replace(b"\r\n", b"\n"), method.decode(), info=closes)
 
-    def connection_options(self, head, lower_head):
+    def connection_options(self, head):
         """Return (close, keep_alive): the options in the Connection header field.
 
         A request with "Expect: 100-continue" counts as one with `close`. Its client sends the
         body only after a reply, so an error must not wait for the body.
         """
+        lower_head = head.lower()
         if b"\nconnection" not in lower_head and b"\nexpect" not in lower_head:
             return False, False
         return (bool(self.CLOSE.search(head) or self.EXPECT.search(head)),
@@ -1962,8 +1930,7 @@ class Http(Protocol):
         has_body = b"\ncontent-length" in lower_text or b"\ntransfer-encoding" in lower_text
         if not is_one_head or has_body:
             return None
-        return HeaderFields(text, self.rewrite_head(text),
-                            *self.connection_options(text, lower_text))
+        return HeaderFields(text, self.rewrite_head(text), *self.connection_options(text))
 
     def replies(self):
         while True:
@@ -1975,8 +1942,10 @@ class Http(Protocol):
             if status < 200:                # an interim reply: the final one follows
                 continue
             if method != "HEAD" and status not in (204, 304):
-                rows = "events" if self.EVENT_STREAM.search(head) else "chunks"
-                yield from self.read_body(head, UNLIMITED, rows if self.counts_rows else "")
+                rows = ""
+                if self.counts_rows:
+                    rows = "events" if self.EVENT_STREAM.search(head) else "chunks"
+                yield from self.read_body(head, default_length=UNLIMITED, rows=rows)
             yield END_OF_MESSAGE
 
     def parse_whole_reply(self, data):
@@ -2049,7 +2018,8 @@ class Http(Protocol):
                 break
             row_ends = rows == "chunks"
             if rows == "events":            # an event may begin in one chunk and end in another
-                row_ends, size = (yield from self.read_events(size)), 0
+                row_ends = yield from self.read_events(size)
+                size = 0
             yield size + len(b"\r\n")
             if row_ends:
                 yield END_OF_ROW
@@ -2103,24 +2073,24 @@ class Redis(Protocol):
     Request.info is whether the command is in a transaction.
     """
 
-    errors = OrderedDict((
-        ("LOADING", "Redis is loading the dataset in memory"),
-        ("BUSY", "Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN "
-                 "NOSAVE."),
-        ("OOM", "command not allowed when used memory > 'maxmemory'."),
-        ("READONLY", "You can't write against a read only replica."),
-        ("MISCONF", "Redis is configured to save RDB snapshots, but it's currently unable to "
-                    "persist to disk. Commands that may modify the data set are disabled, "
-                    "because this instance is configured to report errors during writes if RDB "
-                    "snapshotting fails (stop-writes-on-bgsave-error option). Please check the "
-                    "Redis logs for details about the RDB error."),
-        ("MASTERDOWN", "Link with MASTER is down and replica-serve-stale-data is set to 'no'."),
-        ("NOREPLICAS", "Not enough good replicas to write."),
-        ("CLUSTERDOWN", "The cluster is down"), ("MOVED", "3999 127.0.0.1:6381"),
-        ("ASK", "3999 127.0.0.1:6381"),
-        ("TRYAGAIN", "Multiple keys request during rehashing of slot"),
-        ("NOAUTH", "Authentication required."),
-        ("MAXCLIENTS", "max number of clients reached")))
+    errors = {
+        "LOADING": "Redis is loading the dataset in memory",
+        "BUSY": "Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN "
+                "NOSAVE.",
+        "OOM": "command not allowed when used memory > 'maxmemory'.",
+        "READONLY": "You can't write against a read only replica.",
+        "MISCONF": "Redis is configured to save RDB snapshots, but it's currently unable to "
+                   "persist to disk. Commands that may modify the data set are disabled, "
+                   "because this instance is configured to report errors during writes if RDB "
+                   "snapshotting fails (stop-writes-on-bgsave-error option). Please check the "
+                   "Redis logs for details about the RDB error.",
+        "MASTERDOWN": "Link with MASTER is down and replica-serve-stale-data is set to 'no'.",
+        "NOREPLICAS": "Not enough good replicas to write.",
+        "CLUSTERDOWN": "The cluster is down", "MOVED": "3999 127.0.0.1:6381",
+        "ASK": "3999 127.0.0.1:6381",
+        "TRYAGAIN": "Multiple keys request during rehashing of slot",
+        "NOAUTH": "Authentication required.",
+        "MAXCLIENTS": "max number of clients reached"}
     default_errors = ("LOADING", "BUSY", "OOM", "READONLY", "MISCONF", "CLUSTERDOWN")
     connect_errors = ("MAXCLIENTS",)
     never_fail = ("QUIT", "RESET", "MULTI", "EXEC", "DISCARD")
@@ -2256,13 +2226,13 @@ class Memcache(Protocol):
     sent: they may be a part of the reply to `mn`. Otherwise it is None.
     """
 
-    errors = OrderedDict((
-        ("SERVER_ERROR", "SERVER_ERROR out of memory"),
-        ("OUT_OF_MEMORY", "SERVER_ERROR out of memory storing object"),
-        ("WRITING", "SERVER_ERROR out of memory writing get response"),
-        ("TOO_LARGE", "SERVER_ERROR object too large for cache"),
-        ("CLIENT_ERROR", "CLIENT_ERROR bad data chunk"), ("ERROR", "ERROR"),
-        ("TOO_MANY", "ERROR Too many open connections")))
+    errors = {
+        "SERVER_ERROR": "SERVER_ERROR out of memory",
+        "OUT_OF_MEMORY": "SERVER_ERROR out of memory storing object",
+        "WRITING": "SERVER_ERROR out of memory writing get response",
+        "TOO_LARGE": "SERVER_ERROR object too large for cache",
+        "CLIENT_ERROR": "CLIENT_ERROR bad data chunk", "ERROR": "ERROR",
+        "TOO_MANY": "ERROR Too many open connections"}
     default_errors = ("SERVER_ERROR",)
     connect_errors = ("TOO_MANY",)
     never_fail = ("mn",)
@@ -2305,13 +2275,13 @@ class Memcache(Protocol):
     def replies(self):
         while True:
             line = yield self.REPLY_LINE
-            parts = line.split()
-            type_, request = parts[0], self.awaited_request()
+            words, request = line.split(), self.awaited_request()
+            type_ = words[0]
             is_flush = self.is_flush(request)
-            if type_ == b"VALUE" and len(parts) > 3:
-                yield parse_length(parts[3]) + len(b"\r\n")    # the reply ends with an END line
-            elif type_ == b"VA" and len(parts) > 1:
-                yield parse_length(parts[1]) + len(b"\r\n")
+            if type_ == b"VALUE" and len(words) > 3:
+                yield parse_length(words[3]) + len(b"\r\n")    # the reply ends with an END line
+            elif type_ == b"VA" and len(words) > 1:
+                yield parse_length(words[1]) + len(b"\r\n")
                 if not is_flush:            # before MN: the reply to an earlier quiet command
                     yield END_OF_MESSAGE
             elif is_flush and type_ != b"MN":
@@ -2348,6 +2318,36 @@ class Memcache(Protocol):
             yield t, to, received[:passed]
         if data is EOF:
             yield t, to, data
+
+
+class StatementTexts(OrderedDict):
+    """The texts of a connection's prepared statements, {key: text}.
+
+    A client may prepare any number of them, and drop them by SQL that is not parsed. So the
+    least recently used ones are forgotten. `match` finds nothing in a text that is not known.
+    """
+
+    size = 0            # bytes of memory
+
+    def __setitem__(self, key, text):
+        self.forget(key)
+        super().__setitem__(key, text)
+        self.size += len(key) + len(text) + STATEMENT_OVERHEAD
+        while self.size > STATEMENTS_MAX:
+            self.forget(next(iter(self)))
+
+    def forget(self, key):
+        """Forget the text of a statement, if it is known."""
+        if key in self:
+            self.size -= len(key) + len(self[key]) + STATEMENT_OVERHEAD
+            del self[key]
+
+    def use(self, key):
+        """Return the text of a statement, or b"" if it is not known."""
+        if key not in self:
+            return b""
+        self.move_to_end(key)
+        return self[key]
 
 
 def mysql_packet(sequence, body):
@@ -2400,15 +2400,16 @@ class SkipRows:
 class MysqlCommand:
     """The data that Mysql keeps of a command until its reply ends.
 
-    statement      the text of a PREPARE, or the id of the statement that the command executes
-    sequence       the sequence number of its last packet
-    substitutes    the number of commands that the backend gets in its place
+    text            its statement, or the prepared one that it executes
+    statement_id    the id of the prepared statement that it executes
+    sequence        the sequence number of its last packet
+    substitutes     the number of commands that the backend gets in its place
     """
 
-    __slots__ = ("statement", "sequence", "substitutes")
+    __slots__ = ("text", "statement_id", "sequence", "substitutes")
 
-    def __init__(self, statement):
-        self.statement, self.sequence, self.substitutes = statement, 0, 0
+    def __init__(self, text=b"", statement_id=b""):
+        self.text, self.statement_id, self.sequence, self.substitutes = text, statement_id, 0, 0
 
 
 @protocol
@@ -2431,24 +2432,24 @@ class Mysql(Protocol):
     Request.info is a MysqlCommand.
     """
 
-    errors = OrderedDict((
-        ("1205", ("HY000", "Lock wait timeout exceeded; try restarting transaction")),
-        ("1213", ("40001", "Deadlock found when trying to get lock; try restarting transaction")),
-        ("1317", ("70100", "Query execution was interrupted")),
-        ("3024", ("HY000", "Query execution was interrupted, maximum statement execution time "
-                           "exceeded")),
-        ("1969", ("70100", "Query execution was interrupted (max_statement_time exceeded)")),
-        ("1290", ("HY000", "The MySQL server is running with the --read-only option so it cannot "
-                           "execute this statement")),
-        ("1203", ("42000", "User has already more than 'max_user_connections' active "
-                           "connections")),
-        ("1053", ("08S01", "Server shutdown in progress")),
-        ("1927", ("70100", "Connection was killed")),
-        ("4031", ("HY000", "The client was disconnected by the server because of inactivity. See "
-                           "wait_timeout and interactive_timeout for configuring this behavior.")),
-        ("1040", ("08004", "Too many connections")),
-        ("1129", ("HY000", "Host is blocked because of many connection errors; unblock with "
-                           "'mysqladmin flush-hosts'"))))
+    errors = {
+        "1205": ("HY000", "Lock wait timeout exceeded; try restarting transaction"),
+        "1213": ("40001", "Deadlock found when trying to get lock; try restarting transaction"),
+        "1317": ("70100", "Query execution was interrupted"),
+        "3024": ("HY000", "Query execution was interrupted, maximum statement execution time "
+                          "exceeded"),
+        "1969": ("70100", "Query execution was interrupted (max_statement_time exceeded)"),
+        "1290": ("HY000", "The MySQL server is running with the --read-only option so it cannot "
+                          "execute this statement"),
+        "1203": ("42000", "User has already more than 'max_user_connections' active "
+                          "connections"),
+        "1053": ("08S01", "Server shutdown in progress"),
+        "1927": ("70100", "Connection was killed"),
+        "4031": ("HY000", "The client was disconnected by the server because of inactivity. See "
+                          "wait_timeout and interactive_timeout for configuring this behavior."),
+        "1040": ("08004", "Too many connections"),
+        "1129": ("HY000", "Host is blocked because of many connection errors; unblock with "
+                          "'mysqladmin flush-hosts'")}
     default_errors = ("1205", "1213", "1317", "1290")
     connect_errors = ("1040", "1129")
     overload_error = "1040"
@@ -2460,6 +2461,7 @@ class Mysql(Protocol):
     PREPARE, EXECUTE, SEND_LONG_DATA, CLOSE, RESET, FETCH, BULK_EXECUTE = (
         0x16, 0x17, 0x18, 0x19, 0x1a, 0x1c, 0xfa)
     WITHOUT_REPLY = {QUIT, SEND_LONG_DATA, CLOSE}
+    EXECUTES = {EXECUTE, BULK_EXECUTE}
     WITH_RESULTS = {QUERY, PROCESS_INFO, EXECUTE, BULK_EXECUTE}
     # BINLOG_DUMP, TABLE_DUMP, BINLOG_DUMP_GTID, CLONE, SUBSCRIBE_GROUP_REPLICATION_STREAM
     SERVER_PUSH = {0x12, 0x13, 0x1e, 0x20, 0x21}
@@ -2524,8 +2526,7 @@ class Mysql(Protocol):
         yield END_OF_MESSAGE
 
     def begin_tls(self, size):
-        """Read the rest of an SSLRequest. Raises ProtocolError if the proxy takes no part in TLS.
-        """
+        """Read the rest of an SSLRequest. Raises ProtocolError if the proxy does not join TLS."""
         if not self.joins_tls:
             raise ProtocolError("TLS follows")
         yield size
@@ -2537,9 +2538,8 @@ class Mysql(Protocol):
         command, text = body[0], self.note_statement(body)
         if command in self.SERVER_PUSH:
             raise ProtocolError("replication follows")
-        has_id = command in (self.EXECUTE, self.BULK_EXECUTE)
         return Request(text, command, replies=command not in self.WITHOUT_REPLY,
-                       info=MysqlCommand(body[1:5] if has_id else text))
+                       info=MysqlCommand(text, body[1:5]))
 
     def note_statement(self, body):
         """Return the statement of a command: its own, or the prepared one that it executes.
@@ -2554,7 +2554,7 @@ class Mysql(Protocol):
         if command == self.PREPARE:
             self.prepared = body[1:]
             return self.prepared
-        if command in (self.EXECUTE, self.BULK_EXECUTE):
+        if command in self.EXECUTES:
             if statement_id == self.LAST_PREPARED:
                 return self.prepared
             return self.statements.use(statement_id)
@@ -2671,7 +2671,7 @@ class Mysql(Protocol):
 
     def read_prepared(self, request, head):
         """Read the reply to PREPARE, after its first packet: the parameters and the columns."""
-        self.statements[head[1:5]] = request.info.statement
+        self.statements[head[1:5]] = request.info.text
         eof_count = not self.flags & self.CLIENT_DEPRECATE_EOF
         for count in head[7:9], head[5:7]:
             number = int.from_bytes(count, "little")
@@ -2680,9 +2680,9 @@ class Mysql(Protocol):
 
     def status(self, size, head):
         """Return the status flags in an OK or EOF; 0 for an ERR."""
-        offset = 3                              # after the number of warnings
         if head[:1] == self.ERR:
             return 0
+        offset = 3                              # after the number of warnings
         if size != self.EOF_SIZE:               # an OK: after two integers
             _, offset = mysql_integer(head, 1)
             _, offset = mysql_integer(head, offset)
@@ -2698,13 +2698,13 @@ class Mysql(Protocol):
 
     def make_substitute(self, kind, request):
         """Return commands that drop the state that the backend would drop with this error."""
-        commands, statement = [], request.info.statement
+        commands, statement_id = [], request.info.statement_id
         if request.name == self.PREPARE:
             # It fails, so the backend does not execute an earlier statement as the last one.
             commands.append(bytes([self.PREPARE]) + b"vaurien")
-        elif request.name in (self.EXECUTE, self.BULK_EXECUTE) and statement != self.LAST_PREPARED:
+        elif request.name in self.EXECUTES and statement_id != self.LAST_PREPARED:
             # Like EXECUTE, RESET makes the backend forget the data of SEND_LONG_DATA.
-            commands.append(bytes([self.RESET]) + statement)
+            commands.append(bytes([self.RESET]) + statement_id)
         if kind == self.DEADLOCK:           # it rolls back the whole transaction
             commands.append(bytes([self.QUERY]) + b"ROLLBACK")
         request.info.substitutes = len(commands)
@@ -2754,17 +2754,17 @@ class Postgres(Protocol):
     Request.info is a PostgresReply.
     """
 
-    errors = OrderedDict((
-        ("57014", "canceling statement due to statement timeout"),
-        ("40001", "could not serialize access due to concurrent update"),
-        ("40P01", "deadlock detected"), ("55P03", "canceling statement due to lock timeout"),
-        ("25006", "cannot execute INSERT in a read-only transaction"),
-        ("53100", "could not extend file: No space left on device"), ("53200", "out of memory"),
-        ("57P01", "terminating connection due to administrator command"),
-        ("25P03", "terminating connection due to idle-in-transaction timeout"),
-        ("57P05", "terminating connection due to idle-session timeout"),
-        ("57P03", "the database system is starting up"),
-        ("53300", "sorry, too many clients already")))
+    errors = {
+        "57014": "canceling statement due to statement timeout",
+        "40001": "could not serialize access due to concurrent update",
+        "40P01": "deadlock detected", "55P03": "canceling statement due to lock timeout",
+        "25006": "cannot execute INSERT in a read-only transaction",
+        "53100": "could not extend file: No space left on device", "53200": "out of memory",
+        "57P01": "terminating connection due to administrator command",
+        "25P03": "terminating connection due to idle-in-transaction timeout",
+        "57P05": "terminating connection due to idle-session timeout",
+        "57P03": "the database system is starting up",
+        "53300": "sorry, too many clients already"}
     alpn = ("postgresql",)
     starts_tls = True
     default_errors = ("57014", "40001", "40P01", "55P03")
@@ -2924,11 +2924,11 @@ class Postgres(Protocol):
             yield bytes_left                    # skip the rest of the body
             if self.counts_rows and type_ in self.ROWS:
                 yield END_OF_ROW
-            if self.ends_reply(type_):
+            if self.note_message(type_):
                 yield END_OF_MESSAGE
 
-    def ends_reply(self, type_):
-        """Note a message of the backend. Returns whether it ends the reply that comes next."""
+    def note_message(self, type_):
+        """Note the type of a message of the backend. Returns whether it ends a reply."""
         request = self.awaited_request()
         if type_ == self.READY:
             return True
@@ -3030,14 +3030,14 @@ class Postgres(Protocol):
 class Smtp(Protocol):
     """SMTP with PIPELINING and CHUNKING (RFC 5321, 2920, 3030)."""
 
-    errors = OrderedDict((
-        ("450", "4.2.1 mailbox busy"),
-        ("451", "4.3.0 Requested action aborted: local error in processing"),
-        ("452", "4.3.1 Insufficient system storage"),
-        ("421", "4.3.2 Service not available, closing transmission channel"),
-        ("454", "4.7.0 TLS not available due to temporary reason"),
-        ("552", "5.3.4 Message size exceeds fixed limit"),
-        ("554", "5.7.1 Transaction failed")))
+    errors = {
+        "450": "4.2.1 mailbox busy",
+        "451": "4.3.0 Requested action aborted: local error in processing",
+        "452": "4.3.1 Insufficient system storage",
+        "421": "4.3.2 Service not available, closing transmission channel",
+        "454": "4.7.0 TLS not available due to temporary reason",
+        "552": "5.3.4 Message size exceeds fixed limit",
+        "554": "5.7.1 Transaction failed"}
     default_errors = ("450", "451", "452")
     connect_errors = fatal_errors = ("421",)
     never_fail = ("QUIT", "MESSAGE")    # an error of a message replies to its DATA
@@ -3056,11 +3056,11 @@ class Smtp(Protocol):
                 yield CONTINUATION
                 yield END_OF_MESSAGE
                 continue
-            parts = line.decode("latin-1").split()
-            name = parts[0].upper() if parts else ""
+            words = line.split()
+            name = words[0].upper().decode("latin-1") if words else ""
             yield Request(line.strip(), name)
-            if name == "BDAT" and len(parts) > 1:
-                yield parse_length(parts[1].encode())
+            if name == "BDAT" and len(words) > 1:
+                yield parse_length(words[1])
             yield END_OF_MESSAGE
 
     def read_message(self):
@@ -3110,12 +3110,12 @@ class Tls(Protocol):
     """
 
     # {kind: AlertDescription} of RFC 8446, section 6
-    errors = OrderedDict((
-        ("handshake_failure", 40), ("protocol_version", 70), ("internal_error", 80),
-        ("unrecognized_name", 112), ("bad_certificate", 42), ("certificate_revoked", 44),
-        ("certificate_expired", 45), ("certificate_unknown", 46), ("unknown_ca", 48),
-        ("access_denied", 49), ("insufficient_security", 71), ("certificate_required", 116),
-        ("no_application_protocol", 120)))
+    errors = {
+        "handshake_failure": 40, "protocol_version": 70, "internal_error": 80,
+        "unrecognized_name": 112, "bad_certificate": 42, "certificate_revoked": 44,
+        "certificate_expired": 45, "certificate_unknown": 46, "unknown_ca": 48,
+        "access_denied": 49, "insufficient_security": 71, "certificate_required": 116,
+        "no_application_protocol": 120}
     default_errors = ("handshake_failure", "protocol_version", "internal_error",
                       "unrecognized_name")
     fatal_errors = tuple(errors)
@@ -3142,7 +3142,7 @@ class Tls(Protocol):
         yield Request(text, "CLIENT_HELLO")
         yield END_OF_MESSAGE
         yield NeedBytes(1)
-        yield CONTINUATION
+        yield CONTINUATION                      # all further bytes belong to this request
         yield UNLIMITED
 
     def replies(self):
