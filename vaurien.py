@@ -9600,6 +9600,8 @@ async function act(change, question, verb) {
   $("alert").hidden = !message;
 }
 
+const refreshNow = () => act(() => {});
+
 // The parts of a proxy. Each is an element whose method `show` shows the status of the proxy.
 // `fetch` requests what the status does not have.
 
@@ -9677,7 +9679,7 @@ function faultTable(name) {
       Settings: settings, Percent: rule => rule.percent + " %",
       Time: rule => timeLeft(rule, proxy.time) || "until removed", Actions: null},
     rule => rule.block ? [] : [
-      button("Change", () => edit(proxy.installed.find(
+      button("Change", () => edit(proxy.installed.find(     // `rule` may be of an older status
         other => other.toxic === rule.toxic && other.index === rule.index))),
       button("Remove", () => act(() => rule.toxic
         ? call("DELETE", path(name, "toxics", rule.toxic))
@@ -9687,7 +9689,7 @@ function faultTable(name) {
                      el("p", {}, button("Add a fault", () => edit())), formPlace);
   element.show = status => {
     proxy = status;
-    let index = 0;
+    let index = 0;                      // of a rule in the behavior
     for (const rule of proxy.installed) if (!rule.toxic && !rule.block) rule.index = index++;
     rows.show(proxy.installed);
   };
@@ -9705,8 +9707,8 @@ function connectionList(name) {
       () => call("DELETE", `/connections/${item.number}${query(name)}&reset=${
         verb === "Reset" ? "yes" : "no"}`),
       `${verb} connection ${item.number} of ${name}?`, verb), {class: "bad"})));
-  const all = el("input", {type: "checkbox", change: () => act(() => {})}), shown = el("span");
-  const element = el("details", {toggle: () => act(() => {})}, el("summary", {}, "Connections"),
+  const all = el("input", {type: "checkbox", change: refreshNow}), shown = el("span");
+  const element = el("details", {toggle: refreshNow}, el("summary", {}, "Connections"),
     el("div", {class: "row soft"}, el("label", {}, all, "all"), shown), rows);
   element.fetch = async proxy => {
     if (!element.open) return;
@@ -9763,7 +9765,7 @@ function makeProxy({name, protocol}) {
   article.unfold = open => {
     fold.setAttribute("aria-expanded", open);
     body.hidden = !open;
-    if (open) act(() => {});
+    if (open) refreshNow();
   };
   article.show = status => {
     proxy = status;
@@ -14114,7 +14116,8 @@ def format_histogram(outcomes):
     There is a bar for each range of response times, and for each kind of failure. Ranges below
     the shortest time and above the longest time are left out.
     """
-    counts = Counter(bar_index(outcome.seconds) for outcome in outcomes if not outcome.failure)
+    counts = Counter(sum(outcome.seconds >= end for end, _ in BARS)       # {index of a bar: count}
+                     for outcome in answered_only(outcomes))
     rows = [(BARS[index][1], counts[index])
             for index in (range(min(counts), max(counts) + 1) if counts else ())]
     rows += sorted(count_failures(outcomes).items())
@@ -14136,11 +14139,6 @@ def count_failures(outcomes):
 
 def answered_only(outcomes):
     return [outcome for outcome in outcomes if not outcome.failure]
-
-
-def bar_index(seconds):
-    """Return the index of the bar that counts a response time."""
-    return sum(seconds >= end for end, _ in BARS)
 
 
 def summarize(outcomes, faults):
@@ -14315,22 +14313,17 @@ def ctl_proxies(client):
     return "\n".join(lines)
 
 
-def send_toxics(client, toxics):
-    """Replace the toxics. `PUT` refuses unknown keys, which Toxiproxy's other routes ignore."""
-    client.request("PUT", client._proxy_path() + "/toxics", toxics)
-
-
-def set_toxic_fields(toxic, fields):
+def set_toxic_fields(toxic, texts):
     """Set the fields and attributes of a toxic, a JSON value, to texts."""
-    defaults = handler_options(HANDLERS[toxic["type"]]) if toxic["type"] in HANDLERS else {}
-    for name, text in fields.items():
+    function = HANDLERS.get(toxic["type"])      # None if only the server's process has it
+    for name, text in texts.items():
         if name == "toxicity":
             toxic[name] = check_field(name, check_toxicity, text)
-        elif name in ("name", "stream") or (name in RULE_FIELDS and name not in defaults):
+        elif name in ("name", "stream") or is_rule_field(function, name):
             toxic[name] = text
-        elif name in defaults:
+        elif name in handler_options(function):
             toxic["attributes"][name] = check_field(name, check_option, toxic["type"], name, text)
-        else:                           # an unknown option, or the handler is not in this file
+        else:
             toxic["attributes"][name] = parse_literal(text)
 
 
@@ -14343,11 +14336,7 @@ def ctl_add_toxic(client, type_, *fields):
     type_, texts = parse_rule_words([type_, *fields])
     toxic = {"type": type_, "attributes": {}}
     set_toxic_fields(toxic, texts)
-    toxics = client.list_toxics()
-    send_toxics(client, [*toxics, toxic])
-    added = {toxic["name"] for toxic in client.list_toxics()}
-    added -= {toxic["name"] for toxic in toxics}
-    return changed(client, "Toxic added: %s" % ", ".join(added))
+    return changed(client, "Toxic added: %s" % client._add_toxic(toxic))
 
 
 def find_toxic(toxics, name):
@@ -14360,16 +14349,16 @@ def find_toxic(toxics, name):
 
 
 def ctl_update_toxic(client, name, *fields):
+    """Change a toxic: replace all toxics, because that refuses unknown keys."""
     toxics = client.list_toxics()
     set_toxic_fields(find_toxic(toxics, name), parse_assignments(fields))
-    send_toxics(client, toxics)
+    client.request("PUT", client._proxy_path() + "/toxics", toxics)
     return changed(client, "Toxic changed: %s" % name)
 
 
 def ctl_remove_toxic(client, name):
-    toxics = client.list_toxics()
-    toxics.remove(find_toxic(toxics, name))
-    send_toxics(client, toxics)
+    find_toxic(client.list_toxics(), name)      # its error lists the toxics
+    client.remove_toxic(name)
     return changed(client, "Toxic removed: %s" % name)
 
 
