@@ -8285,6 +8285,18 @@ class TestBlockingHandlers(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "an option cannot be called 'percent'"):
             vaurien.check_handler("x", Taken)
 
+    def test_an_option_without_a_type_is_refused(self):
+        def untyped(state, t, to, data, *, size=None):
+            yield t, to, data
+
+        with self.assertRaisesRegex(ValueError, "the default of option 'size' must be a yes/no"):
+            vaurien.check_handler("untyped", untyped)
+
+    def test_fields_that_a_blocking_handler_does_not_support_are_refused(self):
+        with registered(Passes), self.assertRaises(vaurien.InputError) as caught:
+            vaurien.read_rules([{"name": "Passes", "stream": "upstream", "match": "x"}])
+        self.assertEqual([field for field, _ in caught.exception.errors], ["stream", "match"])
+
 
 # -- Page -----------------------------------------------------------------------
 

@@ -739,7 +739,7 @@ def bandwidth(state, t, to, data, *, rate=0, shared=False):
     # other rules delay until the same time may exceed the rate for a moment.
     if data is OPEN:
         state[to] = t
-    # Bytes: 10 ms of data. On a slow link that is less than a packet: then a packet, or 100 ms.
+    # 10 ms of data. If a packet is larger than that, it is a packet, but 100 ms of data at most.
     piece_size = int(max(rate * 10, min(rate * 100, SEGMENT)))
     for piece in split_chunk(data, piece_size):
         if piece:
@@ -954,7 +954,7 @@ def packet_loss(state, t, to, data, *, loss_rate=0.0, correlation=0.0, rtt=100, 
     if not (data and loss_rate):
         yield max(t, state[to]), to, data
         return
-    if state[to] < sender.sent:         # it waited for delays that are over
+    if state[to] < sender.sent:         # Chain.reset_due_times has made it earlier
         sender.sent = state[to]
         sender.in_flight.clear()
     stay = min(max(loss_rate + correlation, 1 - 1 / burst), 1 - 1 / BURST_MAX)
@@ -1028,7 +1028,7 @@ def network(state, t, to, data, *, profile="3g"):
                     (latency, {"latency": delays[index]})]
     for function, options in steps:
         part = state.part(function.__name__)
-        if data is not OPEN:            # less, if the times of other rules are over
+        if data is not OPEN:            # Chain.reset_due_times may have made state[to] earlier
             part[to] = min(part[to], state[to])
         events = [made for event in events for made in function(part, *event, **options)]
     state[to] = events[-1][0]
@@ -3234,9 +3234,9 @@ class Scheduled:
     expires = NEVER         # the end of the ttl
     moment: Moment          # a proxy that is open keeps it up to date
 
-    def __init__(self, **times):
-        for name, seconds in times.items():
-            setattr(self, name, seconds)
+    def __init__(self, **fields):       # each field becomes an attribute
+        for name, value in fields.items():
+            setattr(self, name, value)
         self.set_active(not self.has_windows())
 
     def has_schedule(self):
@@ -3396,11 +3396,7 @@ class Rule(Scheduled):
         self.name = name
         self.handler = get_handler(name)
         self.draw_min, self.draw_max, self.draw_key = draw_min, draw_max, draw_key
-        for field, default in field_defaults().items():
-            setattr(self, field, fields.pop(field, default))
-        if fields:
-            raise TypeError("a rule has no field %s" % ", ".join(fields))
-        super().__init__()
+        super().__init__(**dict(field_defaults(), **fields))
         self.set_options(dict(handler_options(self.handler), **options or {}))
         self.limit = 0 if self.of else self.times       # number of requests to act on at most
         self.keeps_due_time = getattr(self.handler, "keeps_due_time", False)
