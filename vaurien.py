@@ -13177,7 +13177,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, settings, prog):
         # "resolve": if options of two handlers have the same spelling, the later handler gets it.
         super().__init__(prog=prog, add_help=False, allow_abbrev=False,
-                         argument_default=argparse.SUPPRESS, conflict_handler="resolve")
+                         argument_default=argparse.SUPPRESS, conflict_handler="resolve",
+                         # Without a width, add_argument would import shutil to learn it.
+                         formatter_class=functools.partial(argparse.HelpFormatter,
+                                                           width=HELP_WIDTH))
         self.settings = settings
         self.add_argument("--version", action="version", version="vaurien " + __version__)
         self.add_argument("-h", "--help", nargs="?", const="")
