@@ -205,12 +205,26 @@ OTHER_PROXIES = {       # {name: (program, function)}
     "socat": ("socat", socat_command),
     "toxiproxy": ("toxiproxy-server", toxiproxy_command),
 }
+
+
+def two_processes(*argv):
+    """Return a function that returns the command of two processes of vaurien on one port."""
+    def command(folder, port, backend):
+        return ["sh", "-c", "trap 'kill $(jobs -p)' TERM; "
+                            "for n in 1 2; do \"$@\" --reuse-port $n & done; wait", "sh",
+                *vaurien_command(*argv)(folder, port, backend)]
+    return command
+
+
 VAURIEN_MODES = {       # {name: function}
     "vaurien": vaurien_command(),
     "20:delay": vaurien_command("--behavior", "20:delay", "--handlers.delay.sleep", "0"),
     "redis": vaurien_command("--protocol", "redis"),
     "http": vaurien_command("--protocol", "http"),
 }
+if vaurien.LINUX:
+    VAURIEN_MODES.update({"two": two_processes(),
+                          "redis, two": two_processes("--protocol", "redis")})
 # Requests that begin with "wait" are delayed by an hour; all others pass.
 CROWD_COMMAND = vaurien_command("--behavior", "100:delay", "--handlers.delay.sleep", "3600",
                                 "--handlers.delay.match", "^wait")
@@ -282,13 +296,13 @@ class Target:
 Workload = namedtuple("Workload", "title name connections unit modes others")
 WORKLOADS = [
     Workload("round trips, 1 connection", "tcp", 1, "/s", ["20:delay"], True),
-    Workload("round trips, 50 connections", "tcp", 50, "/s", ["20:delay"], True),
+    Workload("round trips, 50 connections", "tcp", 50, "/s", ["20:delay", "two"], True),
     Workload("bulk, 1 connection", "bulk", 1, "MiB/s", [], True),
     Workload("bulk, 8 connections", "bulk", 8, "MiB/s", [], True),
-    Workload("connect, request, close", "connect", 16, "/s", [], True),
+    Workload("connect, request, close", "connect", 16, "/s", ["two"], True),
     Workload("connect, request, reset", "reset", 16, "/s", [], True),
     Workload("redis, 1 connection", "redis", 1, "/s", ["redis"], False),
-    Workload("redis, 50 connections", "redis", 50, "/s", ["redis"], False),
+    Workload("redis, 50 connections", "redis", 50, "/s", ["redis", "redis, two"], False),
     Workload("http, 1 connection", "http", 1, "/s", ["http"], False),
     Workload("http, 50 connections", "http", 50, "/s", ["http"], False),
 ]
@@ -331,7 +345,8 @@ class Bench:
 
     def names(self, workload):
         """Return the names of the targets of a workload."""
-        return ["vaurien", *workload.modes, *(self.others if workload.others else ())]
+        modes = [mode for mode in workload.modes if mode in VAURIEN_MODES]
+        return ["vaurien", *modes, *(self.others if workload.others else ())]
 
     def workloads(self):
         """Run all workloads. Returns {(title, name): medians of Target.measure}."""
