@@ -5658,6 +5658,8 @@ RawSocket = socket.SocketType
 SOCK_NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)
 HAVE_SPLICE = hasattr(os, "splice")     # Linux, with Python 3.10 or newer
 F_SETPIPE_SZ = 1031                     # of linux/fcntl.h; in the module fcntl since Python 3.10
+SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27     # of asm-generic/socket.h
+BPF_RET = 0x06                          # of linux/bpf_common.h
 FD_EXHAUSTED = {errno.EMFILE, errno.ENFILE}
 # Errors of splice after which recv is used instead: there is no data, or this system or this
 # socket does not support splice.
@@ -6173,11 +6175,6 @@ def set_reuse_address(sock, value):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, value)
 
 
-# Of asm-generic/socket.h and linux/bpf_common.h
-SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27
-BPF_RET = 0x06
-
-
 def set_drop_filter(sock):
     """Let Linux discard all packets to a listening socket. Raises OSError.
 
@@ -6446,7 +6443,7 @@ def socket_strerror(error):
 # SSLContext.load_cert_chain reads them from a temporary file.
 
 TLS_VERSIONS = ("1.0", "1.1", "1.2", "1.3")
-# {fault: what Authority.issue makes of it}
+# {fault: the arguments of Authority.issue that make it}
 CERTIFICATE_FAULTS: "OrderedDict[str, Dict[str, Any]]" = OrderedDict((
     ("expired", {"days": (-30, -1)}),
     ("not_yet_valid", {"days": (2, 30)}),
@@ -8266,15 +8263,6 @@ class Recorder:
 # comment are for all other threads.
 
 # A rule has acted on a request.
-#
-# options    those of its handler, and the values that the handler has drawn
-# toxic      the name of the toxic that the rule belongs to, if any
-# block      the number of the Block that the rule belongs to, if any
-# change     None; or a key of CHANGES if the record is about the rule itself. Then connection
-#            and request are 0, and client and text are empty
-# stream     that of the rule
-# text       the first bytes of the request, with control characters escaped; empty until they
-#            have come, or if the protocol knows no text for the request
 if MYPY:
     class FaultRecord(NamedTuple):
         number: int
@@ -8284,12 +8272,16 @@ if MYPY:
         client: str
         request: int
         handler: str
-        options: "Dict[str, OptionValue]"
-        toxic: "Optional[str]" = None
-        block: "Optional[int]" = None
-        change: "Optional[str]" = None
-        stream: str = "both"
-        text: str = ""
+        options: "Dict[str, OptionValue]"   # of the handler, and the values that it has drawn
+        toxic: "Optional[str]" = None       # the name of the rule's toxic, if any
+        block: "Optional[int]" = None       # the number of the rule's Block, if any
+        change: "Optional[str]" = None      # a key of CHANGES if the record is about the rule
+                                            #   itself: then connection and request are 0, and
+                                            #   client and text are empty
+        stream: str = "both"                # that of the rule
+        text: str = ""                      # the first bytes of the request, printable; empty
+                                            #   until they have come, or if the protocol knows
+                                            #   no text for the request
 else:
     FaultRecord = namedtuple("FaultRecord", "number time proxy connection client request handler "
                                             "options toxic block change stream text")
@@ -8351,17 +8343,15 @@ class Latencies:
 class ProxyServer:
     """A proxy in a loop: the listener, the rules, the counts, and the fault records.
 
-    distant    the backend, (host, port); the proxy connects to it for each client
-    local      the (host, port) to listen on; port 0 picks a free one
-    behavior   in the form of behavior_tables
-    toxics     rules beside the behavior: [Toxic]
-    enabled    whether a ProxyTable opens its port
-    accept     how new clients are accepted: an Accept
-    max_connections
-               the most clients that are served at a time; 0 is no limit
-    tls        {field: value} of TLS_FIELDS
-    reuse_port
-               the number of this process among those that share the port, or None
+    distant            the backend, (host, port); the proxy connects to it for each client
+    local              the (host, port) to listen on; port 0 picks a free one
+    behavior           in the form of behavior_tables
+    toxics             rules beside the behavior: [Toxic]
+    enabled            whether a ProxyTable opens its port
+    accept             how new clients are accepted: an Accept
+    max_connections    the most clients that are served at a time; 0 is no limit
+    tls                {field: value} of TLS_FIELDS
+    reuse_port         the number of this process among those that share the port, or None
 
     The other arguments are those of Proxy. Raises ValueError.
     """
@@ -8397,9 +8387,8 @@ class ProxyServer:
         self.listener = None                # None while disabled
         self.set_backend(distant)
         self.connections = {}               # {number: Connection}, the open ones
-        self.accepted = 0
-        self.refused = 0                    # of them, clients beyond max_connections
-        self.open_refused = set()           # the numbers of those connections that are open
+        self.accepted = self.refused = 0    # clients, and those of them beyond max_connections
+        self.open_refused = set()           # the numbers of open connections of the latter
         self.faults = Counter()             # {handler: requests or connections it acted on}
         self.kinds = Counter()              # {(handler, kind): its faults of that kind}
         self.failures = 0                   # connections for which no backend was reached
