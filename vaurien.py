@@ -6891,7 +6891,7 @@ class TlsSocket:
                  "begun", "awaits_write")
 
     ALERT, HANDSHAKE = 21, 22       # types of records
-    RECV_MAX = 64 * 1024            # bytes of the largest recv: OpenSSL keeps so large a buffer
+    RECV_MAX = 64 * 1024            # bytes of the largest recv: `incoming` keeps such a buffer
     SEND_BATCH = 4 * 16384          # bytes that are encrypted for one send
 
     def __init__(self, sock, loop, on_change, timeout, context, server_side=False,
@@ -8527,7 +8527,7 @@ class ProxyServer:
         if listener:
             self.set_listener(listener)
             self.open(self.loop)
-        elif not enabled and local != self.local:
+        elif local != self.local:       # it is disabled
             self.local, self.listen = local, format_address(local)
         if was_enabled != enabled:
             log.info("proxy %s: %s by the control", self.name,
@@ -8535,11 +8535,9 @@ class ProxyServer:
 
     def close(self):
         """Close the listener and every connection."""
-        if not self.loop:               # bound, but not opened
-            if self.listener:
-                self.listener.close()
-            return
         self.stop_listening("stopped")
+        if not self.loop:               # bound, but not opened
+            return
         self.loop.cancel(self.rule_timer)
         for rule in self.scheduled_rules():
             rule.since = None      # if it opens again, all times start at 0
