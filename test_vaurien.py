@@ -13675,11 +13675,11 @@ class TestDescriptors(TempDirTestCase):
 
     def test_a_connect_waits_for_a_descriptor_until_the_timeout(self):
         self.addCleanup(setattr, vaurien.Loop, "fds_exhausted", False)
-        for case, failing_connects, reply, seconds_min in [
-                ("a descriptor gets free", 1, b"question", 0.05),
-                ("no descriptor gets free", math.inf, b"", 0.25)]:
+        for case, failing_connects, timeout, reply, seconds_min in [
+                ("a descriptor gets free", 1, TIMEOUT, b"question", 0.05),
+                ("no descriptor gets free", math.inf, 0.3, b"", 0.25)]:
             with self.subTest(case), mock.patch.object(vaurien, "RETRY_DELAY", 0.05), \
-                    running_proxy(echo, timeout=0.3) as proxy:
+                    running_proxy(echo, timeout=timeout) as proxy:
                 with self.no_descriptor_for_connects(failing_connects), \
                         connected_client(proxy) as sock:
                     start = time.monotonic()
