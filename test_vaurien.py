@@ -3171,10 +3171,10 @@ class TestProtocolChain(unittest.TestCase):
         self.assertLess(time.monotonic() - began, 5)
         play = self.play("redis")
         play.client(PING * 20000)
-        began = time.monotonic()
+        began = time.process_time()
         for _ in range(5000):
             play.backend(PONG)
-        self.assertLess(time.monotonic() - began, 1)
+        self.assertLess(time.process_time() - began, 1)
 
 
 # Conversations that know what each peer must see, while rules are added, removed and changed
@@ -4490,17 +4490,21 @@ class TestSchedules(unittest.TestCase):
     def test_held_data_goes_on_at_the_end_of_the_window(self):
         for protocol, question in ("tcp", b"question"), ("redis", b"+PING\r\n"):
             for type_ in "handler", "toxic":
-                with self.subTest(protocol, type=type_), \
-                        running_proxy(echo, protocol=protocol) as proxy, \
-                        connected_client(proxy) as sock:
-                    began = time.monotonic()
-                    with getattr(proxy, type_)("hang", duration=0.1) as fault:
-                        self.assertEqual(send_and_read(sock, question), question)
-                        self.assertGreaterEqual(time.monotonic() - began, 0.1)
-                        self.assertEqual(send_and_read(sock, question), question)
-                    self.assertEqual((fault.count, len(proxy.events())), (1, 3))
-                    with self.assertRaises(TimeoutError):       # the other records do not count
-                        proxy.wait_for("hang", timeout=0, since=proxy.events()[1].number)
+                for duration in 0.1, 10:
+                    with self.subTest(protocol, type=type_), \
+                            running_proxy(echo, protocol=protocol) as proxy, \
+                            connected_client(proxy) as sock:
+                        began = time.monotonic()
+                        with getattr(proxy, type_)("hang", duration=duration) as fault:
+                            self.assertEqual(send_and_read(sock, question), question)
+                            if not fault.count and duration == 0.1:
+                                continue    # a busy machine: the window was over
+                            self.assertGreaterEqual(time.monotonic() - began, duration)
+                            self.assertEqual(send_and_read(sock, question), question)
+                        self.assertEqual((fault.count, len(proxy.events())), (1, 3))
+                        with self.assertRaises(TimeoutError):   # the other records do not count
+                            proxy.wait_for("hang", timeout=0, since=proxy.events()[1].number)
+                        break
 
     def test_a_window_reaches_an_open_connection_that_is_idle(self):
         with running_proxy(echo) as proxy, connected_client(proxy) as sock:
@@ -4625,9 +4629,9 @@ class TestChain(unittest.TestCase):
 
     def test_an_option_may_change_the_direction_of_a_rule(self):
         toxic = vaurien.Toxic("delay", "d", stream="both")
-        self.assertEqual(toxic.rule.direction, UPSTREAM)
+        self.assertEqual(toxic.rule.directions, (UPSTREAM,))
         toxic.update(1.0, {"before": False})
-        self.assertEqual(toxic.rule.direction, DOWNSTREAM)
+        self.assertEqual(toxic.rule.directions, (DOWNSTREAM,))
 
     def test_a_fault_is_recorded_once_and_only_when_it_changes_an_event(self):
         chain = chain_of(vaurien.Rule("error", {"warmup": 1}))
@@ -4824,7 +4828,7 @@ class TestDelayQueue(unittest.TestCase):
         self.assertEqual(list(self.queue.send_buffer), [b"a", b"b"])
         self.queue.pop_due(7)
         self.assertEqual(list(self.queue.send_buffer), [b"a", b"b", b"c"])
-        self.assertEqual(self.queue.next_due(), NEVER)
+        self.assertEqual(self.queue.next_time(NEVER), NEVER)
         self.queue.release([three])
         self.queue.pop_due(7)
         self.assertEqual(list(self.queue.send_buffer), [b"a", b"b", b"c", b"d"])
@@ -4882,13 +4886,14 @@ class TestRateLimits(unittest.TestCase):
 
     def test_a_rate_limited_queue_permits_reading_again_as_time_passes(self):
         queue = vaurien.DelayQueue(DOWNSTREAM, vaurien.Budget())
-        chain = chain_of(vaurien.Rule("bandwidth", {"rate": 1000}))
+        chain = chain_of(vaurien.Rule("bandwidth", {"rate": 1000}, draw_key="a"),
+                         vaurien.Rule("latency", {"latency": 1000}, draw_key="b"))
         for t, _, data, delays in chain.process(0, DOWNSTREAM, bytes(500000)):
             queue.put(t, data, 0, delays)
         self.assertEqual(queue.read_limit(lambda: 0), 0)
-        self.assertAlmostEqual(queue.resume_reading_at(0), 0.4)
+        self.assertAlmostEqual(queue.next_time(0), 0.4)
         self.assertGreater(queue.read_limit(lambda: 0.41), 0)
-        self.assertEqual(queue.resume_reading_at(0.41), NEVER)
+        self.assertAlmostEqual(queue.next_time(0.41), 1.01)     # the first piece is due
 
     def shared_link(self, *before):
         """Return a function with which connections receive through one link of 1 KB/s.
@@ -4935,7 +4940,7 @@ class TestRateLimits(unittest.TestCase):
                 sock.sendall(bytes(int(size)))
 
         with running_proxy(serve) as proxy:
-            proxy.add_toxic("bandwidth", rate=10, shared=True, stream="downstream")
+            proxy.add_toxic("bandwidth", rate=1, shared=True, stream="downstream")
             shared = proxy.toxics[0].rule.shared
             with connected_client(proxy) as closing, connected_client(proxy) as other:
                 closing.sendall(b"100000")
@@ -9428,8 +9433,8 @@ class ToxiproxyTestCase(unittest.TestCase):
     @staticmethod
     def wait_until_delayed(proxy, connection):
         """Wait until the proxy delays bytes for the client. Returns their due time."""
-        wait_until(lambda: proxy.loop.run_sync(connection.down.next_due) < NEVER)
-        return proxy.loop.run_sync(connection.down.next_due)
+        wait_until(lambda: proxy.loop.run_sync(connection.down.next_time, NEVER) < NEVER)
+        return proxy.loop.run_sync(connection.down.next_time, NEVER)
 
 
 class TestToxiproxyApi(ToxiproxyTestCase):
@@ -10084,7 +10089,7 @@ class TestToxiproxyApi(ToxiproxyTestCase):
             "name": "p", "listen": "127.0.0.1:%d" % proxy.local[1], "upstream": upstream,
             "toxics": toxics}], 201)
         self.request("PATCH", "/proxies/p/toxics/latency_downstream", {})
-        self.assertEqual(proxy.loop.run_sync(connection.down.next_due), due)
+        self.assertEqual(proxy.loop.run_sync(connection.down.next_time, NEVER), due)
         toxics[0]["attributes"]["latency"] = 1
         self.request("PUT", "/proxies/p/toxics", toxics)
         self.assertEqual(read_exactly(sock, 8), b"question")
@@ -10518,7 +10523,7 @@ class TestDefects(ToxiproxyTestCase):
                 ("DELETE", "/b", None, 204)]:
             with self.subTest(method, path=path, body=body):
                 self.request(method, "/proxies/p/toxics" + path, body, status)
-                self.assertEqual(proxy.loop.run_sync(connection.down.next_due), due)
+                self.assertEqual(proxy.loop.run_sync(connection.down.next_time, NEVER), due)
         self.request("DELETE", "/proxies/p/toxics/a", status=204)
         self.assertEqual(read_exactly(sock, 8), b"question")
 
@@ -10604,9 +10609,9 @@ class TestDefects(ToxiproxyTestCase):
         self.add_toxic("timeout", attributes={"timeout": 3600000})
         proxy, connection = self.wait_for_connection()
         path = "/proxies/p/toxics/timeout_downstream"
-        first_due = proxy.loop.run_sync(connection.down.next_due)
+        first_due = proxy.loop.run_sync(connection.down.next_time, NEVER)
         self.request("PATCH", path, {"attributes": {"timeout": 7200000}})
-        new_due = proxy.loop.run_sync(connection.down.next_due)
+        new_due = proxy.loop.run_sync(connection.down.next_time, NEVER)
         self.assertAlmostEqual(new_due, first_due + 3600, places=3)     # one hour more
         self.assertEqual(len(proxy.loop.run_sync(lambda: list(proxy.connections))), 1)
         self.request("PATCH", path, {"attributes": {"timeout": 1}})

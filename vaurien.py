@@ -160,6 +160,7 @@ HELD_MAX_IDLE = 256 * 1024      # the most that it holds in other cases: nothing
                                 #   nothing is ever due, or a rate limit has a backlog
 HELD_TOTAL = 512 * 1024 * 1024  # the most that all delay queues of a loop hold together
 HELD_MIN = 4 * 1024             # reserved for each delay queue, even without any budget left
+HELD_LOW = HELD_MIN // 2        # a delay queue that holds no more is never full
 READ_MIN = 16 * 1024            # the smallest recv into a delay queue, as long as the queue may
                                 #   hold four times as much
 CHUNK_OVERHEAD = 400            # memory for a queued chunk besides its data, measured: 398 on
@@ -205,6 +206,8 @@ FAULT_RECORDS_KEPT = 10000      # newest fault records that each proxy keeps
 LOG_LINES_MAX = 10000           # lines of the log that wait to be written, at most
 RULE_CHANGES_KEPT = 1000        # newest changes of the rules that each proxy keeps
 LATENCIES_KEPT = 1000           # newest replies whose latency each proxy keeps
+GC_THRESHOLD = 100000           # new objects until Python searches for garbage: with its 700 to
+                                #   2,000, that takes 15 % of the time of 1,000 delayed requests
 
 # Times, in seconds
 FILL_TIMEOUT = 0.002            # after it, a connect to the own backlog counts as dropped; one
@@ -224,7 +227,7 @@ HEAD_TIMEOUT = 10.0             # for which a head of the protocol is held until
 UNRECOGNIZED_MAX = 0.3          # for which the first bytes of a client are held while it is
                                 #   unclear whether they are of the protocol
 RATE_BACKLOG = 0.1              # of data that may wait for a rate limit; with more, a delay
-                                #   queue holds HELD_MAX_IDLE at most
+                                #   queue holds READ_MIN at most
 LOG_CLOSE_TIMEOUT = 1.0         # at exit, to write the last lines of the log
 SLOW_CALL = 0.5                 # of a handler's call, from which the log warns
 WAIT_PAUSE = 0.01               # in which a thread that waits for a fault ignores others: it
@@ -243,6 +246,7 @@ LATENCY_WINDOW = 10.0           # for which a latency counts in the percentiles
 
 UPSTREAM = "upstream"       # direction: towards the backend
 DOWNSTREAM = "downstream"   # direction: towards the client
+DIRECTIONS = (UPSTREAM, DOWNSTREAM)
 NEVER = math.inf            # due time of an event that waits until its rule is removed
 
 
@@ -3411,7 +3415,8 @@ class Rule(Scheduled):
         """Replace the options. With some of them, a handler gets events of one direction only."""
         self.options = options
         choose = getattr(self.handler, "choose_direction", None)
-        self.direction = choose(options) if choose and self.stream == "both" else self.stream
+        stream = choose(options) if choose and self.stream == "both" else self.stream
+        self.directions = DIRECTIONS if stream == "both" else (stream,)
 
     def matches(self, text):
         """Return whether `match` is found in a text, which is the beginning of a request.
@@ -3619,9 +3624,13 @@ class RuleSet:
         """Replace the installed rules, which act in this order."""
         self.installed = rules
         self.counts_rows = any(rule.options.get("rows") for rule in rules)
+        # A slow link needs few bytes at once: it would hold the others for long.
+        self.recv_size = READ_MIN if any(rule.rate_limited for rule in rules) else CHUNK
         # Each rule is drawn for each request alone, as soon as the request begins.
         self.draw_ahead = not self.replay and all(
             rule.per == "request" and not rule.match for rule in rules)
+        # Otherwise: whether a request may have other active rules than the one before.
+        self.draw_later = any(rule.per == "request" or rule.match for rule in rules)
 
     def set_replay(self, replay):
         """Replace the draws by a Replay. None ends that."""
@@ -4080,7 +4089,7 @@ def make_flat_toxic(type_, name, values, fields=()):
 #   rules_changed(new, changed)    when the installed rules have changed
 #   give_up_head(now)              at the time `head_deadline`, unless that is NEVER
 
-NO_HITS: list = []      # shared by all chains, most of which never draw
+NOTHING: list = []      # shared by all chains: most of them never have a rule
 
 
 class Chain:
@@ -4105,11 +4114,11 @@ class Chain:
         self.current_request = None     # the Request whose event is being processed
         self.last_direction = None      # of the last bytes; None before any bytes
         # Rules and draws
-        self.active_rules = []          # of the current request, in the order of the rules
-        self.undrawn = []               # rules installed before any bytes of the request
+        self.active_rules = NOTHING     # of the current request, in the order of the rules
+        self.undrawn = NOTHING          # rules installed before any bytes of the request
         self.per_connection = {}        # {rule: ActiveRule or None} of the connection
         self.block = -1                 # index of a block of 8 requests: see draw_block
-        self.block_hits = NO_HITS       # [(rule, number)] for each request of this block
+        self.block_hits = NOTHING       # [(rule, number)] for each request of this block
         # For the connection
         self.newly_acted = []           # (ActiveRule, request number, request_text()) of faults
                                         #   to record
@@ -4133,13 +4142,13 @@ class Chain:
 
     def begin_request(self):
         """Count a request, and draw the rules for it."""
-        self.request += 1
-        self.event_request = self.request
-        self.rules.request_count += 1
-        self.undrawn = []
-        if not self.rules.installed:
-            self.active_rules = []
-        elif self.rules.draw_ahead:     # the same as below, for less
+        rules = self.rules
+        rules.request_count += 1
+        self.event_request = self.request = self.request + 1
+        self.undrawn = NOTHING
+        if not rules.installed:
+            self.active_rules = NOTHING
+        elif rules.draw_ahead:          # the same as below, for less
             if self.request // 8 != self.block:
                 self.draw_block(self.request // 8)
             for rule in self.rules.installed:
@@ -4149,8 +4158,8 @@ class Chain:
                                  for rule, number in hits
                                  if rule.drawn_count > rule.after
                                  and (not rule.of or rule.selects(rule.drawn_count))
-                                 ] if hits else []
-        else:
+                                 ] if hits else NOTHING
+        elif rules.draw_later or self.request == 1:
             for active in self.per_connection.values():
                 if active is not None and active.match_buffer:
                     active.match_buffer = b""
@@ -4303,7 +4312,7 @@ class Chain:
         if to is UPSTREAM:
             self.note_beginning(data)
         for active in self.active_rules:
-            if active.rule.direction in ("both", to) or active.match_buffer is not None:
+            if to in active.rule.directions or active.match_buffer is not None:
                 return None
         return data
 
@@ -4322,7 +4331,7 @@ class Chain:
 
     def recv_size(self, to):
         """Return how many bytes to receive at once."""
-        return CHUNK
+        return self.rules.recv_size
 
     def process_bytes(self, now, to, data):
         """Slow path: return the events that the rules make of bytes, as `process` does."""
@@ -4389,7 +4398,7 @@ class Chain:
         rule = active.rule
         if not active.acts and not self.matches(active, to, data):
             return [event]
-        if rule.direction not in ("both", to) or (rule.limit and not active.may_act()):
+        if to not in rule.directions or (rule.limit and not active.may_act()):
             return [event]
         active.request_number, active.current_request = self.event_request, self.current_request
         active.protocol, active.protocol_lost = self.protocol, self.protocol_lost
@@ -4429,15 +4438,16 @@ class Chain:
         """
         self.modified = True
         for _, direction, data in events:
-            if direction not in (UPSTREAM, DOWNSTREAM) or not isinstance(data, bytes):
+            if direction not in DIRECTIONS or not isinstance(data, bytes):
                 raise TypeError("a handler must yield (t, to, data), not (t, %r, %r)"
                                 % (direction, data))
-            if direction == DOWNSTREAM and data:
+            if data and direction == DOWNSTREAM:
                 self.last_direction = DOWNSTREAM
                 self.answered_early = self.answered_early or to == UPSTREAM
-        if not opening or any(data is not OPEN for _, _, data in events):
-            if active.mark_acted():
-                self.newly_acted.append((active, self.event_request, self.request_text()))
+        if not active.has_acted and (
+                not opening or any(data is not OPEN for _, _, data in events)):
+            active.mark_acted()
+            self.newly_acted.append((active, self.event_request, self.request_text()))
 
     def matches(self, active, to, data):
         """Add bytes of the client to the search for `match`, and draw the rule if it matches.
@@ -4774,7 +4784,7 @@ class ProtocolChain(Chain):
         """Return how many bytes to receive at once: few to parse, many of a body to skip."""
         awaiting = self.framer(to).awaiting
         skipped = awaiting if type(awaiting) is int else 0
-        return min(CHUNK, PARSED_CHUNK + skipped)
+        return min(self.rules.recv_size, PARSED_CHUNK + skipped)
 
     def is_idle(self):
         """Return whether no rule can act on any bytes, and no bytes are held in the chain."""
@@ -5091,6 +5101,9 @@ class Budget:
         return max(HELD_MIN, min(bound, rest // self.SHARES))
 
 
+NO_CHUNKS: "deque" = deque()     # shared by all delay queues that have never sent from a buffer
+
+
 class DelayQueue:
     """The bytes of one direction that wait to be sent, each chunk with its due time.
 
@@ -5101,7 +5114,6 @@ class DelayQueue:
     __slots__ = ("to", "budget", "queue", "order", "latest", "rate_limited_until", "send_buffer",
                  "held", "kept", "has_replies", "forwarded", "buffered_in", "buffered_out", "eof",
                  "write_closed")
-    send_buffer: deque
 
     def __init__(self, to, budget):
         self.to = to
@@ -5110,7 +5122,7 @@ class DelayQueue:
         self.order = 0          # `order` of the last event; it decides between equal due times
         self.latest = 0.0       # due time of the last byte in the queue
         self.rate_limited_until = 0.0   # when the rate limits let the last byte pass
-        self.send_buffer = ()  # type: ignore   # chunks and EOF; a deque once there are any
+        self.send_buffer = NO_CHUNKS    # chunks and EOF; a deque of its own once there are any
         self.held = 0           # bytes in queue and send_buffer, with CHUNK_OVERHEAD for each
         self.kept = 0           # bytes that the chain keeps for requests from this source
         self.has_replies = False        # some of `held` are from rules, not from the source
@@ -5148,9 +5160,11 @@ class DelayQueue:
         # An EOF that is due later does not delay bytes that come before it.
         if data or data is OPEN:
             self.latest = t
-        self.rate_limited_until = max(
-            self.rate_limited_until,
-            start + sum(seconds for rule, seconds, _ in delays if rule.rate_limited))
+        limited_until = start
+        for rule, seconds, _ in delays:
+            if rule.rate_limited:
+                limited_until += seconds
+        self.rate_limited_until = max(self.rate_limited_until, limited_until)
         self.order += 1
         self.charge(len(data))
         heapq.heappush(self.queue, (t, self.order, data, start, delays))
@@ -5173,7 +5187,7 @@ class DelayQueue:
 
     def append_due(self, data):
         """Append a chunk or EOF to send_buffer."""
-        if not self.send_buffer:
+        if self.send_buffer is NO_CHUNKS:
             self.send_buffer = deque()
         self.send_buffer.append(data)
 
@@ -5191,24 +5205,23 @@ class DelayQueue:
                 signals.append(data)
         return signals
 
-    def next_due(self):
-        return self.queue[0][0] if self.queue else NEVER
-
-    def resume_reading_at(self, now):
-        """Return when reading resumes, if a rate limit has paused it. Otherwise return NEVER."""
-        resume = self.rate_limited_until - RATE_BACKLOG
-        paused = self.queue and now < resume
-        return resume if paused else NEVER
+    def next_time(self, now):
+        """Return when an event is due, or reading resumes after a pause by a rate limit."""
+        if not self.queue:
+            return NEVER
+        due, resume = self.queue[0][0], self.rate_limited_until - RATE_BACKLOG
+        return resume if now < resume < due else due
 
     def consume(self, size):
         """Remove the first `size` bytes of send_buffer's first chunk, which have been sent."""
-        rest = self.send_buffer.popleft()[size:]    # of a memoryview, EOF or a KernelPipe
+        rest = self.send_buffer[0][size:]   # of a memoryview, EOF or a KernelPipe
         self.buffered_out += size
-        self.credit(size)
         if rest:
-            self.send_buffer.appendleft(rest)
+            self.send_buffer[0] = rest
+            self.credit(size)
         else:
-            self.credit(CHUNK_OVERHEAD)
+            self.send_buffer.popleft()
+            self.credit(size + CHUNK_OVERHEAD)
 
     def release(self, removed, changed=()):
         """Undo the delays of rules that were removed or changed. Delays of other rules remain.
@@ -5231,20 +5244,24 @@ class DelayQueue:
         self.has_replies = had_replies and self.held > 0
         return True
 
+    def is_full(self, clock):
+        """Return whether no bytes may be read into this queue now."""
+        return (self.held > HELD_LOW or self.kept > 0) and self.read_limit(clock) <= 0
+
     def read_limit(self, clock):
         """Return how many bytes may be read into this queue now. 0: the queue is full.
 
         A source that is not read slows its sender down (backpressure). The bound is HELD_MAX
-        while the first event in the queue has a due time and no rate limit delays it. Otherwise
-        it is HELD_MAX_IDLE: the sender must slow down soon. An empty queue reads no clock.
+        while the first event in the queue has a due time, but READ_MIN while a rate limit delays
+        more than RATE_BACKLOG of data: the sender must slow down soon. Without a due time it is
+        HELD_MAX_IDLE. An empty queue reads no clock.
 
         A nearly full queue counts as full. Otherwise each read would only take the place of the
         few bytes sent last, and rules that cut chunks, such as `slicer`, would cut small ones.
         """
         bound = HELD_MAX_IDLE
-        if self.queue and self.queue[0][0] < NEVER and (
-                self.rate_limited_until - RATE_BACKLOG <= clock()):
-            bound = HELD_MAX
+        if self.queue and self.queue[0][0] < NEVER:
+            bound = HELD_MAX if self.rate_limited_until - RATE_BACKLOG <= clock() else READ_MIN
         allowance = self.budget.allowance(bound)
         room = allowance - self.held - CHUNK_OVERHEAD
         if self.kept:       # it shrinks as the backend replies, so the high bound is right
@@ -5261,13 +5278,14 @@ class DelayQueue:
         """Drop all bytes and signals that are held."""
         for _, _, data, _, delays in self.queue:
             self.tell_dropped(data, delays)
-        self.queue, self.send_buffer = [], ()  # type: ignore
+        self.queue, self.send_buffer = [], NO_CHUNKS
         self.credit(self.held)
 
     def close(self):
         if self.held:
             self.discard()
-        self.keep(0)
+        if self.kept:
+            self.keep(0)
         self.budget.remove_queue()
 
 
@@ -7159,7 +7177,7 @@ WAITING, CONNECTING, CONNECTED = "waiting", "connecting", "connected"
 HANDED_OFF, LINGERING, CLOSED = "handed off", "lingering", "closed"
 
 
-NO_SPLICE = -(1 << 60)          # `bulk_reads` of links between sockets without splice: with TLS
+NO_SPLICE = -(1 << 60)          # `bulk_reads` of links that cannot use splice, such as with TLS
 
 
 class Link(DelayQueue):
@@ -7175,7 +7193,7 @@ class Link(DelayQueue):
         self.watched = 0        # the events of the source's socket that are watched: reads for
                                 #   this link, writes for the other one
         self.fast_target = None     # the target socket while the fast path is open
-        self.bulk_reads = 0     # successive large reads
+        self.bulk_reads = 0 if HAVE_SPLICE else NO_SPLICE   # successive large reads
         # To measure latencies
         self.next_measured = sys.maxsize    # upstream: the number of requests from which on the
                                             #   next one is measured
@@ -7258,9 +7276,8 @@ class Connection:
             self.chain: Chain = ProtocolChain(proxy.rules, number, protocol)
         else:
             self.chain = Chain(proxy.rules, number)
-        recv_size = PARSED_CHUNK if proxy.protocol else CHUNK
-        self.up = Link(UPSTREAM, self.loop.budget, recv_size)
-        self.down = Link(DOWNSTREAM, self.loop.budget, recv_size)
+        self.up = Link(UPSTREAM, self.loop.budget, self.chain.recv_size(UPSTREAM))
+        self.down = Link(DOWNSTREAM, self.loop.budget, self.chain.recv_size(DOWNSTREAM))
         self.up.next_measured = proxy.latencies.skips()
         self.client = self.up.source = client       # a socket; None when closed
         self.backend = None             # a socket, the source of `down`; None before connect()
@@ -7316,10 +7333,10 @@ class Connection:
         other connections. The fast path sends the bytes at once. It reads the clock only for a
         latency that is measured, and without an active rule it makes no event objects.
         """
-        target, loop, chain = link.fast_target, self.loop, self.chain
+        target, loop, chain, budget = link.fast_target, self.loop, self.chain, link.budget
         limit = link.recv_size
         if (events != EVENT_READ or target is None or link.bulk_reads >= SPLICE_AFTER
-                or loop.budget.held > loop.budget.fast_path_limit):
+                or budget.held > budget.fast_path_limit):
             limit = self.prepare_read(link, events)
             if not limit:
                 return
@@ -7341,7 +7358,7 @@ class Connection:
             if not data:
                 return
         else:
-            link.bulk_reads += HAVE_SPLICE and size >= BULK_READ
+            link.bulk_reads += size >= BULK_READ
         try:
             sent = target.send(data)
         except OSError as error:
@@ -7487,7 +7504,12 @@ class Connection:
         chain.protocol_error = ""
         if chain.successor:
             self.chain = chain.successor
-            self.up.recv_size = self.down.recv_size = CHUNK
+            self.set_recv_sizes()
+
+    def set_recv_sizes(self):
+        """Set how many bytes to receive at once, because the chain or its rules have changed."""
+        for link in self.up, self.down:
+            link.recv_size = self.chain.recv_size(link.to)
 
     def splice(self, link, target):
         """Forward bulk data through a kernel pipe, without a copy: a kind of fast path.
@@ -7629,6 +7651,7 @@ class Connection:
         """
         now = self.loop.clock()
         begun = self.chain.rules_changed(new, changed, woken)
+        self.set_recv_sizes()
         released = self.chain.release(removed, changed)
         for link in self.up, self.down:
             if link.release(removed, changed) or released:
@@ -7763,8 +7786,9 @@ class Connection:
         The kernel limits the sockets of all selectors of a user (man 7 epoll, max_user_watches).
         """
         link.watched = events
+        callback = functools.partial(self.on_ready, link) if events else None
         try:
-            self.loop.watch(link.source, events, functools.partial(self.on_ready, link))
+            self.loop.watch(link.source, events, callback)
         except OSError as error:
             log.warning("%sconnection %d: reset, because its socket cannot be watched: %s",
                         self.proxy.log_prefix, self.number, error.strerror)
@@ -7783,9 +7807,7 @@ class Connection:
         6. while TLS waits to begin on the target, which has not got the announcement yet.
         """
         clock = self.loop.clock
-        if link.eof or ((link.held or link.kept) and link.read_limit(clock) <= 0):
-            return False
-        if back.has_replies and back.read_limit(clock) <= 0:
+        if link.eof or link.is_full(clock) or (back.has_replies and back.is_full(clock)):
             return False
         if link.write_closed and self.reset_reason:
             return False
@@ -7797,8 +7819,7 @@ class Connection:
 
     def set_timer(self, now):
         """Set the timer for the next event that is due, if there is one."""
-        due = min(self.up.next_due(), self.down.next_due(), self.chain.head_deadline,
-                  self.up.resume_reading_at(now), self.down.resume_reading_at(now))
+        due = min(self.up.next_time(now), self.down.next_time(now), self.chain.head_deadline)
         if self.timer and self.timer[DUE] != due:
             self.loop.cancel(self.timer)
             self.timer = None
@@ -8077,9 +8098,11 @@ class Connection:
 
     def add_bytes(self, totals):
         """Add its bytes: [from the client, to the backend, from the backend, to the client]."""
-        for index, link in enumerate((self.up, self.down)):
-            totals[2 * index] += link.received
-            totals[2 * index + 1] += link.sent
+        up, down = self.up, self.down
+        totals[0] += up.received
+        totals[1] += up.sent
+        totals[2] += down.received
+        totals[3] += down.sent
 
 
 # -- Log ----------------------------------------------------------------------
@@ -13725,6 +13748,8 @@ def serve(services, attached):
             service.bind()
         for service in services:
             service.open(loop)
+        # The objects of connections are in no cycles, so collecting them often only costs time.
+        gc.set_threshold(GC_THRESHOLD)
         gc.collect()
         if hasattr(gc, "freeze"):       # later collections then skip the objects made so far
             gc.freeze()
