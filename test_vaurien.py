@@ -7699,7 +7699,7 @@ class TestFaultRecords(unittest.TestCase):
                 return vaurien.handle_request(control, "GET", target, bytes).status
 
             self.assertEqual(status("/events?wait=0.001"), 200)
-            with control.waiting(1):
+            with control.wait_limit:
                 self.assertEqual(status("/events?wait=0.001"), 503)
                 self.assertEqual(status("/events"), 200)
             self.assertEqual(status("/events?wait=0.001"), 200)

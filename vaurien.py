@@ -10557,8 +10557,13 @@ def list_events(request):
 
     # The thread of the client waits. It exists anyway, as long as the client is connected. If the
     # client disconnects, the thread stays until the end of the wait.
-    with request.control.waiting(seconds):
+    if seconds and not request.control.wait_limit.acquire(blocking=False):
+        raise ApiError(503, "querystring", "wait", "too many clients wait: try again without wait")
+    try:
         records = wait_for_records(request.proxy.next_records, since, matches, 1, seconds)
+    finally:
+        if seconds:
+            request.control.wait_limit.release()
     return {"events": [record._asdict() for record in records]}
 
 
@@ -10602,7 +10607,7 @@ class Control:
         self.url = ""
         self.clients = OrderedDict()        # {socket: Session}, in the order of their last use
         self.max_clients = CLIENTS_MAX
-        self.wait_limit = threading.Semaphore(CLIENTS_MAX // 2)     # threads that may wait
+        self.wait_limit = threading.Semaphore(CLIENTS_MAX // 2)     # for threads in list_events
         self.last_refusal_log = 0.0         # when a refused request was last logged
         self.loop = None
 
@@ -10717,20 +10722,6 @@ class Control:
         return bool(re.fullmatch("[0-9a-f.:]{1,45}", address) and resolve_numeric((address, 0)))
 
     # Clients
-
-    @contextlib.contextmanager
-    def waiting(self, seconds):
-        """Limit the number of threads within these `with` blocks that wait. Raises ApiError."""
-        if not seconds:
-            yield
-            return
-        if not self.wait_limit.acquire(blocking=False):
-            raise ApiError(503, "querystring", "wait",
-                           "too many clients wait: try again without wait")
-        try:
-            yield
-        finally:
-            self.wait_limit.release()
 
     def on_accept(self, raw_socket, peer):
         """Start a client thread. If there are too many clients, disconnect one of them."""
@@ -11535,23 +11526,19 @@ def listed_toxics(proxy, request):
 def proxy_to_json(proxy, request):
     """Return a proxy as a JSON value. `request` decides which toxics it lists."""
     def to_json():
-        fields = OrderedDict((
-            ("name", proxy.name), ("listen", proxy.listen),
-            ("upstream", format_address(proxy.backend)), ("enabled", proxy.enabled)))
         listed = listed_toxics(proxy, request)
-        fields["toxics"] = toxics_to_json(proxy, listed)
         rules = [toxic for toxic in proxy.toxics if toxic not in listed]
-        if rules:
-            fields["rules"] = toxics_to_json(proxy, rules)
-        if proxy.protocol:
-            fields["protocol"] = proxy.protocol_name()
-        if proxy.accept.mode != "normal":
-            fields["accept"] = proxy.accept.to_json(proxy.to_unix)
-        if proxy.max_connections:
-            fields["max_connections"] = proxy.max_connections
-        if proxy.tls.fields:
-            fields["tls"] = proxy.tls.fields
-        return fields
+        accept = proxy.accept.to_json(proxy.to_unix)
+        # Toxiproxy lacks these fields: those with their default, or without a value, are omitted.
+        extensions = (("rules", toxics_to_json(proxy, rules)),
+                      ("protocol", proxy.protocol and proxy.protocol_name()),
+                      ("accept", accept != "normal" and accept),
+                      ("max_connections", proxy.max_connections), ("tls", proxy.tls.fields))
+        return OrderedDict((
+            ("name", proxy.name), ("listen", proxy.listen),
+            ("upstream", format_address(proxy.backend)), ("enabled", proxy.enabled),
+            ("toxics", toxics_to_json(proxy, listed)),
+            *((name, value) for name, value in extensions if value)))
     return proxy.loop.run_sync(to_json)
 
 
@@ -12206,16 +12193,15 @@ class Interface:
             name = self._handler_name(name)
             if name not in self.list_handlers():
                 raise ValueError(unknown_handler(name))
-        pattern = re.compile(b"") if match is None else check_field("match", check_match, match)
-        if since is not None:
-            since = check_field("since", check_count, since)
-        else:
+        pattern = check_optional("match", check_match, match)
+        since = check_optional("since", check_count, since)
+        if since is None:
             faults = [fault for fault in self._faults if fault.name == name] or self._faults
             since = faults[-1]._since if faults else self._reset_record
 
         def matches(record):
-            return record.change is None and name in (None, record.handler) and (
-                pattern.search(record.text.encode("utf-8")) is not None)
+            return (record.change is None and name in (None, record.handler) and
+                    (pattern is None or bool(pattern.search(record.text.encode("utf-8")))))
         return since, matches
 
     def _block(self, table, only):
@@ -12803,20 +12789,29 @@ def start_proxy(host: str = "localhost", port: int = 8888, http: bool = True, wa
         raise ValueError("options must be a list of arguments, not %r" % options)
     if http_token and not http:
         raise ValueError("http_token needs http=True")
-    command = [sys.executable, "-c", BOOTSTRAP, __name__, os.path.abspath(__file__), "--attached",
-               "--backend", backend, "--protocol", protocol,
-               "--proxy", format_address((proxy_host, int(proxy_port))),
-               "--log-level", log_level, "--log-output", log_output]
+    arguments = ["--backend", backend, "--protocol", protocol,
+                 "--proxy", format_address((proxy_host, int(proxy_port))),
+                 "--log-level", log_level, "--log-output", log_output]
     if http:
-        command += ["--http", "--http-host", http_host, "--http-port", str(http_port)]
+        arguments += ["--http", "--http-host", http_host, "--http-port", str(http_port)]
     environment = dict(os.environ)
     if http_token:
         environment[TOKEN_VARIABLE] = http_token
-    process = subprocess.Popen([*command, *map(str, options or ())], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, universal_newlines=True, env=environment)
+    return start_process([*arguments, *map(str, options or ())], environment, warmup)
+
+
+def start_process(arguments, environment, seconds):
+    """Start a process of the command `vaurien`, and wait until it is ready.
+
+    Returns a ProxyProcess. Raises RuntimeError if it is not ready in these seconds.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", BOOTSTRAP, __name__, os.path.abspath(__file__), "--attached",
+         *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True,
+        env=environment)
     STARTED_PROCESSES[process.pid] = process, os.getpid()
     try:
-        addresses = wait_until_ready(process, warmup)
+        addresses = wait_until_ready(process, seconds)
     except BaseException:
         stop_proxy(process.pid)
         raise
