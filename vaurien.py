@@ -10745,16 +10745,6 @@ class Control:
         del self.clients[session.client]
         session.disconnect()
 
-    def is_crowded(self):
-        """Return whether the server closes each connection after a response.
-
-        It does so if there are many clients, or if descriptors have ever run out, because each
-        new client needs a place.
-
-        Called in a client's thread.
-        """
-        return Loop.fds_exhausted or len(self.clients) > KEEP_ALIVE_SHARE * self.max_clients
-
     def serve(self, session, peer):
         """Respond to the requests of a client, then close its connection.
 
@@ -10910,13 +10900,14 @@ class RequestHandler:
 
     def respond(self):
         """Send the response to one request."""
-        self.body_read = False
+        control, self.body_read = self.server.control, False
         # Not self.path: in newer versions of Python it has only one of several leading slashes.
         _, target, *_ = self.requestline.split()
-        response = handle_request(self.server.control, self.command, target, self.read_body,
-                                  self.headers)
-        # An unread body would be parsed as the next request.
-        if not self.body_read or self.server.control.is_crowded():
+        response = handle_request(control, self.command, target, self.read_body, self.headers)
+        is_crowded = len(control.clients) > KEEP_ALIVE_SHARE * control.max_clients
+        # Close it if other clients need the place, or because the unread body would be parsed as
+        # the next request.
+        if is_crowded or Loop.fds_exhausted or not self.body_read:
             self.close_connection = True
         self.send_api_response(response)
 
@@ -11575,16 +11566,6 @@ def update_proxy(request, proxy):
     """Change listen, upstream, enabled or accept of a proxy. Its toxics stay."""
     value = read_json(request.body)
     fields = read_proxy_fields(value)
-    change_proxy(request.control.proxies, proxy, fields)
-    log_warnings(unknown_key_warnings(value, PROXY_KEYS, "proxy " + proxy.name))
-    return proxy_to_json(proxy, request)
-
-
-def change_proxy(proxies, proxy, fields):
-    """Change those fields of a proxy that the result of read_proxy_fields contains.
-
-    If this raises InputError, ApiError or CannotListen, the proxy has not changed.
-    """
     local, backend = proxy.local, proxy.backend
     if fields.get("listen", proxy.listen) != proxy.listen:
         local = read_listen(fields["listen"])
@@ -11595,8 +11576,10 @@ def change_proxy(proxies, proxy, fields):
         if check_field(name, PROXY_CHECKS[name], fields.get(name, current)) != current:
             raise bad_body("%s cannot be changed: delete the proxy and create it again" % name)
     checked = check_proxy_fields(fields)
-    proxies.change(proxy, local, backend, checked.get("enabled"), checked.get("accept"),
-                   checked.get("max_connections"))
+    request.control.proxies.change(proxy, local, backend, checked.get("enabled"),
+                                   checked.get("accept"), checked.get("max_connections"))
+    log_warnings(unknown_key_warnings(value, PROXY_KEYS, "proxy " + proxy.name))
+    return proxy_to_json(proxy, request)
 
 
 @toxiproxy_route("DELETE", "/proxies/PROXY")
