@@ -1605,35 +1605,29 @@ class Protocol:
     """The protocol of one connection, with the state of its two readers.
 
     An error is named by its kind, such as "503" or "LOADING".
-
-    errors            {kind: data for `encode_error`}
-    default_errors    the kinds of which one is drawn for a request if the user names none
-    connect_errors    the kinds that are sent to a client that connects
-    fatal_errors      the kinds after which a server closes the connection
-    never_fail        the names of requests to which a server never replies with an error
-    overload_error    the kind for a client that connects while there are too many connections;
-                      "" if a server only closes the connection
-    alpn              its names in TLS: the application protocols of ALPN (RFC 7301)
-    starts_tls        whether TLS may begin within a connection
-    server_first      whether the server sends a greeting, or a handshake comes before the
-                      first request. The handshake then counts as request 1
-    credentials       the names of requests with passwords: no fault record shows their text
-    has_rows          whether the readers of replies find rows
     """
 
-    errors: dict = {}
-    default_errors: tuple = ()
-    connect_errors: tuple = ()
-    fatal_errors: tuple = ()
-    never_fail: tuple = ()
-    overload_error = ""
-    server_first = False
-    credentials: tuple = ()
-    has_rows = False
-    counts_rows = False             # a rule needs the rows of replies: set by the ProtocolChain
-    alpn: tuple = ()
-    starts_tls = False
-    joins_tls = False       # the proxy takes part in that TLS: set by the Connection
+    # The errors
+    errors: dict = {}               # {kind: data for `encode_error`}
+    default_errors: tuple = ()      # kinds of which one is drawn if the user names none
+    connect_errors: tuple = ()      # kinds for a client that connects; only those of them that
+                                    #   are fatal are for requests too
+    fatal_errors: tuple = ()        # kinds after which a server closes the connection
+    overload_error = ""             # the kind for a client that connects while there are too many
+                                    #   connections; "" if a server only closes the connection
+    never_fail: tuple = ()          # names of requests to which a server never replies with an
+                                    #   error
+    # The messages
+    server_first = False            # the server sends a greeting, or a handshake comes before the
+                                    #   first request. The handshake then counts as request 1
+    credentials: tuple = ()         # names of requests with passwords: no fault record shows
+                                    #   their text
+    has_rows = False                # replies have rows
+    counts_rows = False             # a rule needs these rows: set by the ProtocolChain
+    # TLS
+    alpn: tuple = ()                # names of the protocol in ALPN (RFC 7301)
+    starts_tls = False              # TLS may begin within a connection
+    joins_tls = False               # the proxy takes part in that TLS: set by the Connection
 
     def __init__(self, host=b""):
         self.host = host            # value for the Host header field; empty: do not replace it
@@ -1813,15 +1807,12 @@ def parse_length(text, largest=1 << 60):
     return int(text)
 
 
-class HeaderFields(namedtuple("HeaderFields", "text rewritten close keep_alive")):
-    """The header fields of a common HTTP request, kept to recognise them in the next one.
-
-    text                 the head from the line feed of its first line on
-    rewritten            `text` as the backend gets it; the same object if nothing was replaced
-    close, keep_alive    as Http.connection_options returns them
-    """
-
-    __slots__ = ()
+# The header fields of a common HTTP request, kept to recognise them in the next one:
+#
+#   text                 the head from the line feed of its first line on
+#   rewritten            `text` as the backend gets it; the same object if nothing was replaced
+#   close, keep_alive    as Http.connection_options returns them
+HeaderFields = namedtuple("HeaderFields", "text rewritten close keep_alive")
 
 
 @protocol
@@ -1846,7 +1837,6 @@ class Http(Protocol):
     REPLY_HEAD = NeedMatch(HEAD_END, beginning_with(
         *rb"H T T P / 1 \. [01]".split(), rb" ", rb"\d", rb"\d", rb"\d"),
         "no status line of HTTP/1")
-    STATUS_LINE = re.compile(rb"HTTP/1\.[01] (\d\d\d)")
     COMMON_STATUS = re.compile(rb"HTTP/1\.[01] (200|[45]\d\d)")
     LENGTH = re.compile(rb"(?im)^content-length[ \t]*:[ \t]*(\d+)[ \t]*\r?$")
     CHUNKED = re.compile(rb"(?im)^transfer-encoding[ \t]*:.*chunked[ \t]*\r?$")
@@ -1939,7 +1929,7 @@ class Http(Protocol):
     def replies(self):
         while True:
             head = yield self.REPLY_HEAD
-            status = int(self.STATUS_LINE.match(head).group(1))
+            status = int(head[len(b"HTTP/1.1 "):][:3])
             method = self.awaited_request().name
             if status == 101 or (method == "CONNECT" and 200 <= status < 300):
                 raise ProtocolError("another protocol follows")
@@ -1992,7 +1982,7 @@ class Http(Protocol):
         match = b"\ncontent-length" in lower_head and self.LENGTH.search(head)
         size = parse_length(match.group(1)) if match else default_length
         if rows == "events":
-            yield from self.read_events(size)
+            yield from self.read_events(size)       # END_OF_MESSAGE ends the last row
         else:
             yield size
 
@@ -2517,25 +2507,27 @@ class Mysql(Protocol):
             self.loading = False            # an empty packet ends the data
         yield CONTINUATION
         if sequence and not self.capabilities_known:
-            head = yield NeedBytes(min(4, size))
-            flags, rest = int.from_bytes(head, "little"), size - len(head)
-            if size == 32 and flags & self.CLIENT_SSL:
-                # A login packet without the user's name: the whole one follows, in TLS
-                yield from self.begin_tls(rest)
-            if flags & self.CLIENT_COMPRESS:
-                raise ProtocolError("compression follows")
-            self.capabilities_known, self.flags = True, flags & self.server_flags
-            size = rest
+            size = yield from self.read_capabilities(size)
         yield size
         yield END_OF_MESSAGE
 
-    def begin_tls(self, size):
-        """Read the rest of an SSLRequest. Raises ProtocolError if the proxy does not join TLS."""
-        if not self.joins_tls:
-            raise ProtocolError("TLS follows")
-        yield size
-        yield END_OF_MESSAGE
-        yield TLS_BEGINS
+    def read_capabilities(self, size):
+        """Read the flags with which a login packet of this size begins. Returns the size left.
+
+        An SSLRequest ends before the user's name: the whole login packet follows in TLS.
+        """
+        head = yield NeedBytes(min(4, size))
+        flags, size_left = int.from_bytes(head, "little"), size - len(head)
+        if size == 32 and flags & self.CLIENT_SSL:
+            if not self.joins_tls:
+                raise ProtocolError("TLS follows")
+            yield size_left
+            yield END_OF_MESSAGE
+            yield TLS_BEGINS
+        if flags & self.CLIENT_COMPRESS:
+            raise ProtocolError("compression follows")
+        self.capabilities_known, self.flags = True, flags & self.server_flags
+        return size_left
 
     def make_request(self, body):
         """Return the Request of a command. Raises ProtocolError if replication follows."""
@@ -2787,7 +2779,8 @@ class Postgres(Protocol):
     # Types of the backend's messages
     READY, ERROR = b"Z", b"E"       # ReadyForQuery, ErrorResponse
     COPY_RESPONSES = b"GW"          # CopyInResponse, CopyBothResponse
-    BIND_COMPLETE, BIND_ENDS = b"2", b"2E"
+    BIND_COMPLETE = b"2"
+    BIND_ENDS = b"2E"               # BindComplete, ErrorResponse: if no Execute follows
     ROWS = b"Dd"                    # DataRow, CopyData
     EXECUTE_ENDS = b"CIsE"          # CommandComplete, EmptyQuery, PortalSuspended, ErrorResponse
     # States of a transaction in ReadyForQuery. The third is T: a transaction is in progress.
@@ -2860,27 +2853,27 @@ class Postgres(Protocol):
 
         None means that the message belongs to the next request.
         """
-        last = self.last_request
         if type_ in self.CONTINUATIONS:
             if type_ in self.COPY_ENDS:
-                last.info.copy_ended, self.copying = True, False
+                self.last_request.info.copy_ended, self.copying = True, False
             return CONTINUATION
         self.note_names(type_, body)
         if type_ not in self.REQUESTS:
             return None
-        portal = body.partition(b"\0")[0]
-        bound_portal, self.bound_portal = self.bound_portal, None
-        if type_ == self.EXECUTE and portal == bound_portal:
-            return CONTINUATION         # the Bind has made the request
-        if bound_portal is not None and last.info.ends == self.EXECUTE_ENDS:
-            # No Execute of the Bind follows. Unless a rule has refused the Bind, only
-            # BindComplete or an error is its reply.
-            last.info.ends = self.BIND_ENDS
-            last.replies = last.replies and not last.info.bound
-        if type_ == self.BIND:
-            self.bound_portal = portal
+        portal, bound_portal = body.partition(b"\0")[0], self.bound_portal
+        self.bound_portal = portal if type_ == self.BIND else None
+        if bound_portal is not None:
+            if type_ == self.EXECUTE and portal == bound_portal:
+                return CONTINUATION         # the Bind has made the request
+            self.expect_no_execute(self.last_request)
         self.last_request = self.make_request(type_, body, portal)
         return self.last_request
+
+    def expect_no_execute(self, request):
+        """Expect no further reply to a Bind than BindComplete, unless a rule has refused it."""
+        if request.info.ends == self.EXECUTE_ENDS:
+            request.info.ends = self.BIND_ENDS
+            request.replies = request.replies and not request.info.bound
 
     def note_names(self, type_, body):
         """Keep the texts of the prepared statements and portals that a message makes.
