@@ -1469,6 +1469,7 @@ class TestFraming(unittest.TestCase):
             (b"set a 0 0 5\r\n" b"he\r\nl\r\n", (b"set a 0 0 5", "set")),
             (b"cas b 0 0 1 77 noreply\r\n" b"x\r\n", (b"cas b 0 0 1 77 noreply", "cas")),
             (b"ms c 3 T0\r\n" b"abc\r\n", (b"ms c 3 T0", "ms")),
+            (b"set a 0 0\r\n", (b"set a 0 0", "set")),           # without a size: no body
             (b"mg c v q\r\n", (b"mg c v q", "mg")),
             (b"mn\r\n", (b"mn", "mn")),
             (b"bogus\r\n", (b"bogus", "bogus"))]),
