@@ -161,42 +161,36 @@ HELD_MAX_IDLE = 256 * 1024      # the most that it holds in other cases: nothing
 HELD_TOTAL = 512 * 1024 * 1024  # the most that all delay queues of a loop hold together
 HELD_MIN = 4 * 1024             # reserved for each delay queue, even without any budget left
 HELD_LOW = HELD_MIN // 2        # a delay queue that holds no more is never full
-READ_MIN = 16 * 1024            # the smallest recv into a delay queue, as long as the queue may
-                                #   hold four times as much
-CHUNK_OVERHEAD = 400            # memory for a queued chunk besides its data, measured: 398 on
-                                #   Python 3.6, 336 on 3.13
-EXCHANGE_OVERHEAD = 450         # memory for an exchange that waits, measured: 433 on Python 3.6,
-                                #   363 on 3.13
-ACTIVE_RULE_OVERHEAD = 4000     # memory for an active rule of such an exchange: 960 on Python
-                                #   3.6, and 2,600 more if it uses random numbers
-KEPT_MIN = 8 * 1024             # memory for requests that a connection may use without being
-                                #   counted: enough for one or two requests
-EXPANSION = 1000                # memory for each byte of the shortest requests, such as
-                                #   b"PING\r\n", with an active rule
-STATEMENTS_MAX = 1024 * 1024    # memory for the texts of the prepared statements, and again for
-                                #   those of the portals, that a connection remembers
-STATEMENT_OVERHEAD = 210        # memory for such a text besides its bytes, measured: 210 on
-                                #   Python 3.6, 155 on 3.13
+READ_MIN = 16 * 1024            # the smallest recv into a delay queue with room for four of them
 MATCH_WINDOW = 64 * 1024        # the start of a request, in which `match` searches
 BEGINNING_MAX = 80              # the start of a request, which a fault record shows
 HEAD_MAX = 64 * 1024            # the longest head of a request or reply (nginx: 32 KiB)
-CACHED_HEAD_MAX = 1024          # the longest HTTP head that a connection remembers, to save
-                                #   parsing when the same head arrives again
+CACHED_HEAD_MAX = 1024          # the longest HTTP head that a connection need not parse twice
 BULK_READ = 64 * 1024           # the smallest recv that counts as bulk data
 COPY_MAX = 8 * 1024             # the largest chunk that is copied and tested for one complete
                                 #   message; such a copy costs nearly nothing
-KERNEL_PIPE_SIZE = 1024 * 1024  # the size of a pipe for splice: the most that Linux permits to
-                                #   users (man 7 pipe)
+KERNEL_PIPE_SIZE = 1024 * 1024  # a pipe for splice: the most that Linux permits (man 7 pipe)
 SEGMENT = 1448                  # the data of a TCP segment on Ethernet: 1460 without time stamps
 STATSD_PACKET_MAX = 1400        # the largest UDP packet: networks do not fragment it
+
+# Memory, in bytes. In brackets: the measured bytes on Python 3.6 and on 3.13
+CHUNK_OVERHEAD = 400            # for a queued chunk besides its data (398, 336)
+EXCHANGE_OVERHEAD = 450         # for an exchange that waits (433, 363)
+ACTIVE_RULE_OVERHEAD = 4000     # for an active rule of such an exchange (on 3.6: 960, and 2,600
+                                #   more if it uses random numbers)
+KEPT_MIN = 8 * 1024             # for one or two requests, which a connection need not count
+EXPANSION = 1000                # for each byte of the shortest requests, such as b"PING\r\n", with
+                                #   an active rule
+STATEMENTS_MAX = 1024 * 1024    # for the texts of the prepared statements of a connection, and
+                                #   again for those of its portals
+STATEMENT_OVERHEAD = 210        # for such a text besides its bytes (210, 155)
 
 # Counts
 SPLICE_AFTER = 4                # bulk reads of a link, in a row, before it uses splice
 KERNEL_PIPES_POOLED = 16        # empty pipes that a loop keeps for later bulk data
 BACKLOG = 4096                  # connections that wait for accept(), at most; the kernel may
                                 #   lower this limit (net.core.somaxconn)
-ACCEPT_BURST = 64               # connections that a listener accepts before the loop serves
-                                #   other sockets
+ACCEPT_BURST = 64               # connections accepted before the loop serves other sockets
 FILLERS_MAX = 16                # connections of a listener's own that must fill a backlog of 0
 SPARE_FDS = 8                   # descriptors that must be free to accept again after they ran
                                 #   out: for two sockets, a resolver, two pipes ...
@@ -209,19 +203,17 @@ LATENCIES_KEPT = 1000           # newest replies whose latency each proxy keeps
 GC_THRESHOLD = 100000           # new objects until Python searches for garbage: with its 700 to
                                 #   2,000, that takes 15 % of the time of 1,000 delayed requests
 
-# Times, in seconds
-FILL_TIMEOUT = 0.002            # after it, a connect to the own backlog counts as dropped; one
-                                #   that succeeds takes 0.1 ms
+# Times: the seconds ...
+FILL_TIMEOUT = 0.002            # until a connect to the own backlog counts as dropped; one that
+                                #   succeeds takes 0.1 ms
 LINGER_TIMEOUT = 5.0            # for a client to close after an error reply (as in nginx)
 RETRY_DELAY = 1.0               # until the next accept or connect after descriptors ran out (as
                                 #   in asyncio)
 ACCEPT_TIMEOUT = 30.0           # without a free descriptor, until waiting clients are reset
-PRECISE_WAIT = 0.005            # before a timer is due: the loop changes to a wait of higher
-                                #   precision
+PRECISE_WAIT = 0.005            # before a timer is due, in which the loop waits more precisely
 SELECT_OVERSHOOT = 0.00015      # by which select() returns later than requested
 MATCH_TIMEOUT = 0.1             # of CPU time for the longest search for `match`
-MAX_WAIT = 3600.0               # of the longest wait; epoll accepts 24 days at most (a C int of
-                                #   milliseconds)
+MAX_WAIT = 3600.0               # of the longest wait; epoll takes a C int of ms, 24 days
 HEAD_TIMEOUT = 10.0             # for which a head of the protocol is held until it is complete:
                                 #   rules act on whole requests
 UNRECOGNIZED_MAX = 0.3          # for which the first bytes of a client are held while it is
@@ -1217,32 +1209,29 @@ def check_match(text):
 # and code for its meaning in Rule or Chain. Constructors, JSON, ini files, the command line, its
 # help and the comparison of rules use this dict.
 Field = namedtuple("Field", "check default help")
-RULE_FIELDS = OrderedDict((
-    ("percent", Field(check_percent, 100.0, "how often the rule acts, from 0 to 100")),
-    ("per", Field(choice_check("request", "connection"), "request",
-                  "request: draw for each request; connection: draw once for each connection")),
-    ("stream", Field(choice_check("both", UPSTREAM, DOWNSTREAM), "both",
-                     "both, upstream or downstream: which events the handler receives")),
-    ("match", Field(check_match, None, "a regular expression that a request must contain")),
-    ("after", Field(check_count, 0,
-                    "number of requests to leave alone first, of all clients together")),
-    ("times", Field(check_count, 0, "number of requests to act on at most, of all clients "
-                                    "together; 0 is no limit")),
-    ("of", Field(check_count, 0, "with times: act on the first `times` of every `of` requests")),
-    ("start", Field(check_seconds, 0.0, "seconds, or 90s, 5m, 1h, 500ms, from the setting of the "
-                                        "rule until it acts")),
-    ("duration", Field(check_seconds, 0.0, "seconds for which it acts then; 0 is no limit")),
-    ("every", Field(check_seconds, 0.0, "seconds after which start repeats; 0 is never")),
-    ("ramp", Field(check_seconds, 0.0,
-                   "seconds in which the percentage rises from 0 to its value")),
-    ("ttl", Field(check_seconds, 0.0, "seconds after which the rule is removed, counted from its "
-                                      "last change; 0 is never")),
-))
+RULE_FIELDS = OrderedDict((name, Field(*others)) for name, *others in [
+    ("percent", check_percent, 100.0, "how often the rule acts, from 0 to 100"),
+    ("per", choice_check("request", "connection"), "request",
+     "request: draw for each request; connection: draw once for each connection"),
+    ("stream", choice_check("both", UPSTREAM, DOWNSTREAM), "both",
+     "both, upstream or downstream: which events the handler receives"),
+    ("match", check_match, None, "a regular expression that a request must contain"),
+    ("after", check_count, 0, "number of requests to leave alone first, of all clients together"),
+    ("times", check_count, 0,
+     "number of requests to act on at most, of all clients together; 0 is no limit"),
+    ("of", check_count, 0, "with times: act on the first `times` of every `of` requests"),
+    ("start", check_seconds, 0.0,
+     "seconds, or 90s, 5m, 1h, 500ms, from the setting of the rule until it acts"),
+    ("duration", check_seconds, 0.0, "seconds for which it acts then; 0 is no limit"),
+    ("every", check_seconds, 0.0, "seconds after which start repeats; 0 is never"),
+    ("ramp", check_seconds, 0.0, "seconds in which the percentage rises from 0 to its value"),
+    ("ttl", check_seconds, 0.0,
+     "seconds after which the rule is removed, counted from its last change; 0 is never"),
+])
 
 
 def field_defaults():
-    """Return {field: default} of the rule fields that are attributes of a Rule: all but percent.
-    """
+    """Return {field: default} of all fields but percent: these are attributes of each Rule."""
     return OrderedDict((name, field.default) for name, field in RULE_FIELDS.items()
                        if name != "percent")
 
@@ -13307,8 +13296,7 @@ def settable_fields(function):
     The percentage of a handler is set in --behavior. A field is also left out if the handler
     has an option of the same name.
     """
-    return [field for field in RULE_FIELDS
-            if field != "percent" and is_rule_field(function, field)]
+    return [field for field in field_defaults() if is_rule_field(function, field)]
 
 
 def option_flags(handler_name, option):
