@@ -9436,16 +9436,18 @@ const upDown = (up, down) => `\u2191 ${bytes(up)} \u2193 ${bytes(down)}`;
 const time = s => s < 1 ? number(1000 * s, " ms") : s < 100 ? number(s, " s") :
   s < 6000 ? number(s / 60, " min") : number(s / 3600, " h");
 const clock = unix => new Date(1000 * unix).toTimeString().slice(0, 8);
-const assignments = values => Object.entries(values).map(([name, value]) =>
-  `${name}=${value === true ? "yes" : value === false ? "no" : value}`).join(" ");
 
 // Return the options and rule fields that differ from their defaults, and the options above 0.
 function settings(rule) {
   const {options} = declarations.handlers[rule.name] || {options: {mode: {}}};   // of accept
-  const declared = {...declarations.fields, ...options};
-  return assignments(Object.fromEntries(Object.entries(rule).filter(([name, value]) =>
-    name in declared && !["percent", "ttl"].includes(name)
-    && (value !== declared[name].default || (name in options && value > 0 && value !== true)))));
+  const isShown = ([name, value]) => {
+    if (name in options)
+      return value !== options[name].default || (value > 0 && value !== true);
+    const field = declarations.fields[name];    // percent and ttl are shown elsewhere
+    return field && !["percent", "ttl"].includes(name) && value !== field.default;
+  };
+  return Object.entries(rule).filter(isShown).map(([name, value]) =>
+    `${name}=${value === true ? "yes" : value === false ? "no" : value}`).join(" ");
 }
 
 function timeLeft({active, until}, now) {
@@ -9457,11 +9459,11 @@ function timeLeft({active, until}, now) {
 // Elements
 
 // A value of `attributes` is a text, a boolean, or the listener of an event.
-function el(tag, attributes, ...children) {
+function el(tag, attributes = {}, ...children) {
   const space = /^(svg|poly)/.test(tag) ? "http://www.w3.org/2000/svg"
                                         : "http://www.w3.org/1999/xhtml";
   const element = document.createElementNS(space, tag);
-  for (const [name, value] of Object.entries(attributes || {})) {
+  for (const [name, value] of Object.entries(attributes)) {
     if (typeof value === "function") element.addEventListener(name, value);
     else if (typeof value === "boolean") element.toggleAttribute(name, value);
     else element.setAttribute(name, value);
@@ -9797,12 +9799,12 @@ function quickFaults(name, protocol, proxy) {
     el("div", {class: "row", role: "radiogroup", "aria-label": "time"}, ...times)));
 }
 
-// Return an element with an input for each declared option or field, with {name: input} and a
-// method `read`.
+// Return an element with an input for each declared option or field. It has {name: input} as
+// `byName`, and a method `read`, which returns {name: value}.
 function inputs(declared, values, kinds) {
-  const element = el("div", {class: "fields"}), all = element.all = {};
+  const element = el("div", {class: "fields"}), byName = element.byName = {};
   for (const [name, {type, default: unset, help, choices: texts}] of Object.entries(declared)) {
-    const input = all[name] = texts.length ? el("select", {}, ...choices(texts)) : el("input",
+    const input = byName[name] = texts.length ? el("select", {}, ...choices(texts)) : el("input",
       {type: {bool: "checkbox", int: "number", float: "number"}[type] || "text",
        step: type === "int" ? "1" : "any"});
     element.append(labelled(name, input, help));
@@ -9813,7 +9815,7 @@ function inputs(declared, values, kinds) {
       element.append(el("datalist", {id: input.id + "kinds"}, ...choices(kinds)));
     }
   }
-  element.read = () => Object.fromEntries(Object.entries(all).map(([name, input]) => [name,
+  element.read = () => Object.fromEntries(Object.entries(byName).map(([name, input]) => [name,
     input.type === "checkbox" ? input.checked : input.value === "" ? declared[name].default
       : input.type === "number" ? +input.value : input.value]));
   return element;
@@ -9865,7 +9867,7 @@ function faultForm({name, protocol}, rule, close) {
 
   async function submit(event) {
     event.preventDefault();
-    const all = {...when.all, ...options.all};
+    const all = {...when.byName, ...options.byName};
     Object.values(all).forEach(input => input.removeAttribute("aria-invalid"));
     try {
       await save();

@@ -2,7 +2,7 @@
 """Benchmark of vaurien and of other TCP proxies in front of the same backend.
 
     python3 .ci/bench.py            # five rounds
-    python3 .ci/bench.py --quick    # two short rounds: about 15 seconds
+    python3 .ci/bench.py --quick    # two short rounds: about half a minute
 
 The other proxies are haproxy, nginx, socat and toxiproxy-server, if they are installed. "bare"
 is a forwarder in Python that makes the necessary system calls and nothing else: the limit of
