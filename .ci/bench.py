@@ -210,9 +210,13 @@ OTHER_PROXIES = {       # {name: (program, function)}
 def two_processes(*argv):
     """Return a function that returns the command of two processes of vaurien on one port."""
     def command(folder, port, backend):
-        return ["sh", "-c", "trap 'kill $(jobs -p)' TERM; "
-                            "for n in 1 2; do \"$@\" --reuse-port $n & done; wait", "sh",
-                *vaurien_command(*argv)(folder, port, backend)]
+        script = """
+            "$@" --reuse-port 1 & one=$!
+            "$@" --reuse-port 2 & two=$!
+            trap "kill $one $two" TERM
+            wait
+        """
+        return ["sh", "-c", script, "sh", *vaurien_command(*argv)(folder, port, backend)]
     return command
 
 
