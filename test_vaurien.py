@@ -12586,6 +12586,18 @@ class TestProcess(TempDirTestCase):
         process.stdin.close()
         self.assertEqual(process.wait(TIMEOUT), 0)
 
+    def test_the_start_imports_only_what_a_plain_proxy_needs(self):
+        """Each of these modules would take some milliseconds."""
+        program = ("import sys; before = set(sys.modules); import vaurien; "
+                   "vaurien.serve = lambda services, attached: services[0].bind(); "
+                   "vaurien.main(['--local', 'localhost:0', '--distant', 'localhost:1']); "
+                   "print(*set(sys.modules) - before)")
+        imported = subprocess.check_output([sys.executable, "-c", program], cwd=HERE).split()
+        self.assertIn(b"vaurien", imported)
+        for name in (b"asyncio", b"configparser", b"encodings.idna", b"http.client", b"inspect",
+                     b"json", b"ssl", b"subprocess", b"tempfile", b"typing"):
+            self.assertNotIn(name, imported)
+
     def test_serve_with_and_without_proxies(self):
         self.write("toxiproxy.json", json.dumps([
             {"name": "a", "listen": "127.0.0.1:0", "upstream": "localhost:1"}]))
