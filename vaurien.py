@@ -11837,7 +11837,7 @@ class Fault:
 
         Returns the FaultRecord of the last of these faults. Raises TimeoutError.
         """
-        return self._interface._wait_for(self.name, self._since, self._owns, timeout, count)
+        return self._interface._wait_for_fault(self.name, self._since, self._owns, count, timeout)
 
     async def wait_async(self, timeout: float = 5, count: int = 1) -> FaultRecord:
         """Wait as `wait` does, without blocking the event loop of asyncio."""
@@ -12018,11 +12018,11 @@ class Interface:
 
     def enable(self) -> None:
         """Listen again after `disable`. Raises OSError if that fails."""
-        raise NotImplementedError
+        self._set_enabled(True)
 
     def disable(self) -> None:
         """Close the port and all connections, until `enable` is called."""
-        raise NotImplementedError
+        self._set_enabled(False)
 
     def set_accept(self, accept: str, **times: "Union[float, str]") -> None:
         """Accept new clients ("normal"), or let their connects fail.
@@ -12058,7 +12058,7 @@ class Interface:
                                                   lambda times: times >= 1), times)
         since, matches = self._selection(name, since, match)
         what = "any handler" if name is None else self._handler_name(name)
-        return self._wait_for(what, since, matches, timeout, times)
+        return self._wait_for_fault(what, since, matches, times, timeout)
 
     async def wait_for_async(self, name: "Optional[Handler]" = None, timeout: float = 5,
                              since: "Optional[int]" = None, times: int = 1,
@@ -12139,20 +12139,22 @@ class Interface:
     _set_rules: "Callable[[Any], None]"     # (tables of read_rules)
     _add_toxic: "Callable[[Any], str]"      # (result of toxic_table) -> name
     _set_accept: "Callable[[Any], None]"    # (argument of check_accept)
+    _set_enabled: "Callable[[bool], None]"
     _begin_block: "Callable[[Any, bool], int]"      # (table of read_rules, only) -> number
     _end_block: "Callable[[int], None]"     # (number)
     _last_record: "Callable[[], int]"       # () -> number of the last FaultRecord
-    # (since, matches, count, timeout) -> FaultRecords, see wait_for_records
-    _wait: "Callable[[int, Callable[[FaultRecord], bool], int, float], List[FaultRecord]]"
+    # (since, matches, count, timeout): see wait_for_records
+    _wait_for_records: ("Callable[[int, Callable[[FaultRecord], bool], int, float],"
+                        " List[FaultRecord]]")
 
     # For Fault
 
-    def _wait_for(self, name, since, matches, timeout, count):
+    def _wait_for_fault(self, name, since, matches, count, timeout):
         """Return the record number `count` of those since `since` that match.
 
         Raises TimeoutError, with all faults that there were.
         """
-        found = self._wait(since, matches, count, timeout)
+        found = self._wait_for_records(since, matches, count, timeout)
         if len(found) >= count:
             return found[count - 1]
         acted = Counter(record.handler for record in self.events(since) if record.change is None)
@@ -12461,13 +12463,10 @@ class Proxy(Interface):
         self._change(ProxyTable.reset)
         self._reset_record = self._last_record()
 
-    def enable(self) -> None:
-        self._change(ProxyTable.change, enabled=True)
-
-    def disable(self) -> None:
-        self._change(ProxyTable.change, enabled=False)
-
     # For Interface
+
+    def _set_enabled(self, enabled):
+        self._change(ProxyTable.change, enabled=enabled)
 
     def _set_accept(self, accept):
         self._change(ProxyTable.change, accept=check_field("accept", check_accept, accept))
@@ -12516,7 +12515,7 @@ class Proxy(Interface):
     def _last_record(self):
         return self._server.fault_count
 
-    def _wait(self, since, matches, count, timeout):
+    def _wait_for_records(self, since, matches, count, timeout):
         if self._thread:                # a fork has a copy of the lock, which may be locked
             self._server.loop.check_process()
         return wait_for_records(self._server.next_records, since, matches, count,
@@ -12657,13 +12656,10 @@ class Client(Interface):
         self.request("POST", "/proxy/reset")
         self._reset_record = self._last_record()
 
-    def enable(self) -> None:
-        self.request("POST", self._proxy_path(), {"enabled": True})
-
-    def disable(self) -> None:
-        self.request("POST", self._proxy_path(), {"enabled": False})
-
     # For Interface
+
+    def _set_enabled(self, enabled):
+        self.request("POST", self._proxy_path(), {"enabled": enabled})
 
     def _set_accept(self, accept):
         self.request("PUT", "/proxy", {"accept": accept})
@@ -12695,7 +12691,7 @@ class Client(Interface):
     def _last_record(self):
         return self._status()["faults"]
 
-    def _wait(self, since, matches, count, timeout):
+    def _wait_for_records(self, since, matches, count, timeout):
         def next_records(since, seconds):
             return self._records(since=since, wait="%.3f" % min(seconds, EVENTS_WAIT_MAX))
         return wait_for_records(next_records, since, matches, count, timeout)
