@@ -6294,10 +6294,7 @@ def bind_listener(family, address, reuse_port=None):
 
 
 def bind_socket(family, address, reuse_port=None):
-    """Return a socket that is bound to one address, with the options of a listener's sockets.
-
-    Raises OSError.
-    """
+    """Return a socket bound to one address, with the options of a listener. Raises OSError."""
     sock = RawSocket(family, socket.SOCK_STREAM)
     try:
         set_reuse_address(sock, 1)
@@ -6360,19 +6357,13 @@ class KernelPipe:
         return self
 
     def splice_from(self, source):
-        """Move the bytes that a socket has received into the pipe. Returns their number.
-
-        Raises the same exceptions as recv().
-        """
+        """Move bytes from a socket into the pipe. Returns their number. Raises like recv()."""
         self.held = os.splice(source.fileno(), self.write_fd, KERNEL_PIPE_SIZE,
                               flags=os.SPLICE_F_NONBLOCK)
         return self.held
 
     def splice_to(self, target):
-        """Move bytes from the pipe into a socket. Returns their number.
-
-        Raises the same exceptions as send().
-        """
+        """Move bytes from the pipe into a socket. Returns their number. Raises like send()."""
         return os.splice(self.read_fd, target.fileno(), self.held, flags=os.SPLICE_F_NONBLOCK)
 
     def close(self):
@@ -6477,28 +6468,24 @@ def check_tls_name(text):
 
 TlsField = namedtuple("TlsField", "check metavar help")
 # The TLS settings of a proxy: {field: TlsField}. Their flags begin with --tls-.
-TLS_FIELDS = OrderedDict((
-    ("cert", TlsField(check_certificate, "FILE|auto",
-                      "clients must use TLS: PEM file with the certificate that they get; auto "
-                      "makes one for each name that a client asks for")),
-    ("key", TlsField(check_file, "FILE", "PEM file with its key, if that is another file")),
-    ("client_ca", TlsField(check_file, "FILE", "clients must have a certificate of a CA in this "
-                                               "PEM file")),
-    ("fault", TlsField(choice_check(*CERTIFICATE_FAULTS), "FAULT",
-                       "make certificates like auto, but with a fault: "
-                       + ", ".join(CERTIFICATE_FAULTS))),
-    ("max_version", TlsField(choice_check(*TLS_VERSIONS), "VERSION",
-                             "highest TLS version for clients: " + ", ".join(TLS_VERSIONS))),
-    ("ca", TlsField(check_file, "FILE", "PEM file with the CAs that the backend's certificate "
-                                        "is checked with; by default, those of the system")),
-    ("verify", TlsField(check_yes_no, "YES|NO", "whether to check the backend's certificate; by "
-                                                "default, yes")),
-    ("sni", TlsField(check_tls_name, "NAME", "name to ask the backend for, and to check its "
-                                             "certificate for; by default, its host")),
-    ("client_cert", TlsField(check_file, "FILE", "PEM file with a certificate for the backend")),
-    ("client_key", TlsField(check_file, "FILE", "PEM file with its key, if that is another "
-                                                "file")),
-))
+TLS_FIELDS = OrderedDict((name, TlsField(*field)) for name, *field in [
+    ("cert", check_certificate, "FILE|auto",
+     "clients must use TLS: PEM file with the certificate that they get; auto makes one for each "
+     "name that a client asks for"),
+    ("key", check_file, "FILE", "PEM file with its key, if that is another file"),
+    ("client_ca", check_file, "FILE", "clients must have a certificate of a CA in this PEM file"),
+    ("fault", choice_check(*CERTIFICATE_FAULTS), "FAULT",
+     "make certificates like auto, but with a fault: " + ", ".join(CERTIFICATE_FAULTS)),
+    ("max_version", choice_check(*TLS_VERSIONS), "VERSION",
+     "highest TLS version for clients: " + ", ".join(TLS_VERSIONS)),
+    ("ca", check_file, "FILE", "PEM file with the CAs that the backend's certificate is checked "
+                               "with; by default, those of the system"),
+    ("verify", check_yes_no, "YES|NO",
+     "whether to check the backend's certificate; by default, yes"),
+    ("sni", check_tls_name, "NAME", "name to ask the backend for, and to check its certificate "
+                                    "for; by default, its host"),
+    ("client_cert", check_file, "FILE", "PEM file with a certificate for the backend"),
+    ("client_key", check_file, "FILE", "PEM file with its key, if that is another file")])
 
 
 def check_tls(value):
@@ -6746,8 +6733,7 @@ class TlsConfig:
             self.connect_context()
 
     def accept_context(self, host):
-        """Return the SSLContext for a client that asks for a name, or that connects to an address.
-        """
+        """Return the SSLContext for a client that asks for a name or connects to an address."""
         return self.cached_context("" if self.cert_file else host)
 
     def make_accept_context(self, host):
@@ -8678,10 +8664,7 @@ class ProxyServer:
         return number
 
     def end_block(self, number):
-        """Remove the rules of a block. Blocks may end in any order.
-
-        Does nothing if `set_rules` has ended the block.
-        """
+        """Remove the rules of a block, unless `set_rules` has ended it. The order is free."""
         if number in self.blocks:
             blocks = OrderedDict(self.blocks)
             del blocks[number]
@@ -8839,8 +8822,7 @@ class ProxyServer:
         self.has_blocking = any(rule.blocking for rule in rules)
 
     def create_instance(self, rule):
-        """Create the object of a rule with a blocking handler, if it has none. Raises InputError.
-        """
+        """Create the object of a blocking handler, if the rule has none. Raises InputError."""
         if rule.blocking and rule.instance is None:
             try:
                 rule.instance = rule.handler(rule.options, self)
@@ -9183,37 +9165,32 @@ def measure_bytes(proxy, name):
 
 # {name: (kind, help, values)}, with the names that Prometheus gets. values(proxy) returns
 # [(labels, value)], without the label `proxy`.
-METRICS = OrderedDict((
-    ("toxiproxy_proxy_received_bytes_total", (
-        "counter", "Bytes from the client (upstream) and from the backend (downstream).",
-        lambda proxy: measure_bytes(proxy, "received"))),
-    ("toxiproxy_proxy_sent_bytes_total", (
-        "counter", "Bytes to the backend (upstream) and to the client (downstream).",
-        lambda proxy: measure_bytes(proxy, "sent"))),
-    ("vaurien_connections_total", (
-        "counter", "Clients accepted.", lambda proxy: [({}, proxy.accepted)])),
-    ("vaurien_connections_open", (
-        "gauge", "Connections that are open.", lambda proxy: [({}, len(proxy.connections))])),
-    ("vaurien_refused_connections_total", (
-        "counter", "Clients refused by max_connections.", lambda proxy: [({}, proxy.refused)])),
-    ("vaurien_requests_total", (
-        "counter", "Requests begun.", lambda proxy: [({}, proxy.rules.request_count)])),
-    ("vaurien_faults_total", (
-        "counter", "Requests or connections that a handler acted on.", lambda proxy: [
-            ({"handler": name}, count) for name, count in sorted(proxy.faults.items())])),
-    ("vaurien_fault_kinds_total", (
-        "counter", "Faults of handlers with kinds, like errors.", lambda proxy: [
-            ({"handler": name, "kind": kind}, count)
-            for (name, kind), count in sorted(proxy.kinds.items())])),
-    ("vaurien_backend_failures_total", (
-        "counter", "Backends that could not be connected to.",
-        lambda proxy: [({}, proxy.failures)])),
-    ("vaurien_latency_seconds", (
-        "gauge", "Seconds from a request to the first byte of its reply: percentiles of a sample "
-        "of the last %g seconds." % LATENCY_WINDOW, lambda proxy: [
-            ({"quantile": "%g" % QUANTILES[name]}, seconds)
-            for name, seconds in proxy.latencies.percentiles(proxy.loop.clock()).items()])),
-))
+METRICS: "OrderedDict[str, Sequence[Any]]" = OrderedDict((name, metric) for name, *metric in [
+    ("toxiproxy_proxy_received_bytes_total", "counter",
+     "Bytes from the client (upstream) and from the backend (downstream).",
+     lambda proxy: measure_bytes(proxy, "received")),
+    ("toxiproxy_proxy_sent_bytes_total", "counter",
+     "Bytes to the backend (upstream) and to the client (downstream).",
+     lambda proxy: measure_bytes(proxy, "sent")),
+    ("vaurien_connections_total", "counter", "Clients accepted.",
+     lambda proxy: [({}, proxy.accepted)]),
+    ("vaurien_connections_open", "gauge", "Connections that are open.",
+     lambda proxy: [({}, len(proxy.connections))]),
+    ("vaurien_refused_connections_total", "counter", "Clients refused by max_connections.",
+     lambda proxy: [({}, proxy.refused)]),
+    ("vaurien_requests_total", "counter", "Requests begun.",
+     lambda proxy: [({}, proxy.rules.request_count)]),
+    ("vaurien_faults_total", "counter", "Requests or connections that a handler acted on.",
+     lambda proxy: [({"handler": name}, count) for name, count in sorted(proxy.faults.items())]),
+    ("vaurien_fault_kinds_total", "counter", "Faults of handlers with kinds, like errors.",
+     lambda proxy: [({"handler": name, "kind": kind}, count)
+                    for (name, kind), count in sorted(proxy.kinds.items())]),
+    ("vaurien_backend_failures_total", "counter", "Backends that could not be connected to.",
+     lambda proxy: [({}, proxy.failures)]),
+    ("vaurien_latency_seconds", "gauge", "Seconds from a request to the first byte of its reply: "
+     "percentiles of a sample of the last %g seconds." % LATENCY_WINDOW,
+     lambda proxy: [({"quantile": "%g" % QUANTILES[name]}, seconds) for name, seconds
+                    in proxy.latencies.percentiles(proxy.loop.clock()).items()])])
 
 
 def measure(proxy):
