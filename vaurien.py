@@ -8664,7 +8664,7 @@ class ProxyServer:
         return number
 
     def end_block(self, number):
-        """Remove the rules of a block, unless `set_rules` has ended it. The order is free."""
+        """Remove the rules of a block, if it is open still. Blocks may end in any order."""
         if number in self.blocks:
             blocks = OrderedDict(self.blocks)
             del blocks[number]
