@@ -225,10 +225,9 @@ VAURIEN_MODES = {       # {name: function}
     "20:delay": vaurien_command("--behavior", "20:delay", "--handlers.delay.sleep", "0"),
     "redis": vaurien_command("--protocol", "redis"),
     "http": vaurien_command("--protocol", "http"),
+    "two": two_processes(),
+    "redis, two": two_processes("--protocol", "redis"),
 }
-if vaurien.LINUX:
-    VAURIEN_MODES.update({"two": two_processes(),
-                          "redis, two": two_processes("--protocol", "redis")})
 # Requests that begin with "wait" are delayed by an hour; all others pass.
 CROWD_COMMAND = vaurien_command("--behavior", "100:delay", "--handlers.delay.sleep", "3600",
                                 "--handlers.delay.match", "^wait")
@@ -249,12 +248,16 @@ class Target:
         folder = tempfile.mkdtemp()
         stack.callback(shutil.rmtree, folder, True)
         self.port = unused_port()
-        process = subprocess.Popen(command(folder, self.port, backend), stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.run(command(folder, self.port, backend), stack)
+        wait_until(self.accepts)
+
+    def run(self, command, stack):
+        """Run the command of a proxy; the stack ends it."""
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
         stack.callback(process.wait)
         stack.callback(process.terminate)
         self.pid = process.pid
-        wait_until(self.accepts)
 
     def accepts(self):
         with contextlib.suppress(OSError):
@@ -322,13 +325,20 @@ TOXIC_WORKLOADS = [
 CROWD = 10000               # connections beside the one that is measured
 CROWD_WAITING = 1000        # and those of them that have a delayed request
 
-# The length of a benchmark: rounds and seconds of the workloads, and of those with a toxic; idle
-# connections whose memory is measured, part of CROWD; for faults: rounds, round trips, seconds,
-# rates in KB/s.
-Extent = namedtuple("Extent", "rounds seconds toxic_rounds toxic_seconds idle crowd_rounds crowd "
-                              "fault_rounds trips fault_seconds rates")
-FULL = Extent(5, 0.8, 3, 3, 1000, 5, 1.0, 7, 200, 3, (100, 10000, 100000))
-QUICK = Extent(2, 0.1, 1, 0.3, 500, 1, 0.2, 1, 30, 0.5, (10000,))
+# How long to measure. The rounds and seconds are of the workloads, of those with a toxic, of the
+# crowd and of the faults.
+#
+# idle     idle connections whose memory is measured
+# crowd    part of CROWD
+# trips    round trips with and without a latency
+# rates    of `bandwidth`, in KB/s
+Extent = namedtuple("Extent", "rounds seconds toxic_rounds toxic_seconds crowd_rounds "
+                              "fault_rounds fault_seconds idle crowd trips rates")
+FULL = Extent(rounds=5, seconds=0.8, toxic_rounds=3, toxic_seconds=3, crowd_rounds=5,
+              fault_rounds=7, fault_seconds=3, idle=1000, crowd=1.0, trips=200,
+              rates=(100, 10000, 100000))
+QUICK = Extent(rounds=2, seconds=0.1, toxic_rounds=1, toxic_seconds=0.3, crowd_rounds=1,
+               fault_rounds=1, fault_seconds=0.5, idle=500, crowd=0.2, trips=30, rates=(10000,))
 
 
 class Bench:
@@ -453,12 +463,7 @@ class ToxicTarget(Target):
 
     def start(self, command, backend, stack):
         self.port, self.api_port = unused_port(), unused_port()
-        process = subprocess.Popen([*command, "-port", str(self.api_port)],
-                                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
-        stack.callback(process.wait)
-        stack.callback(process.terminate)
-        self.pid = process.pid
+        self.run([*command, "-port", str(self.api_port)], stack)
         client = vaurien.Client("127.0.0.1", self.api_port)
         wait_until(lambda: vaurien.capture(client.request, "GET", "/version")[1] is None)
         client.request("POST", "/proxies", {
