@@ -564,6 +564,16 @@ class TempDirTestCase(unittest.TestCase):
         return name
 
 
+def make_server_folder():
+    """Make a folder for the files of a server: in memory if there is room. Returns its path.
+
+    A database writes its files with fsync(), which takes seconds while the disk is busy.
+    """
+    memory = "/dev/shm"
+    has_room = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 500 << 20
+    return tempfile.mkdtemp(dir=memory if has_room else None)
+
+
 def read_text(path):
     """Return the text of a file."""
     with open(path, encoding="utf-8") as file:
@@ -12665,11 +12675,12 @@ class TestProcess(TempDirTestCase):
 
     def test_a_log_that_is_not_read_does_not_block_the_proxy(self):
         """stderr was a pipe that was full: everything stopped, and SIGTERM had no effect."""
+        program = "-c", "import vaurien; vaurien.LOG_CLOSE_TIMEOUT = 0.1; vaurien.main()"
         with backend_server(echo) as (backend_port, _):
             process = self.start("--local", "127.0.0.1:0",
                                  "--distant", "127.0.0.1:%d" % backend_port,
                                  "--behavior", "100:slicer",
-                                 "--handlers.slicer.average_size", "30")
+                                 "--handlers.slicer.average_size", "30", program=program)
             port, = self.read_listening_ports(process)
             pipe_size = self.shrink_pipe(process.stderr)
             with contextlib.closing(connect(port)) as sock:
@@ -14646,7 +14657,7 @@ class TestToxiproxyClients(ToxiproxyTestCase):
 # -- Real servers with their real drivers ---------------------------------------
 
 
-LARGE_VALUE = 36 << 20      # bytes: more than two of MySQL's largest packets, of 16 MiB
+LARGE_VALUE = 33 << 20      # bytes: more than two of MySQL's largest packets, of 16 MiB
 
 
 class RealServerTests:
@@ -14679,7 +14690,7 @@ class RealServerTests:
     @classmethod
     def setUpClass(cls):
         cls.driver = cls.import_driver()
-        cls.folder = tempfile.mkdtemp()
+        cls.folder = make_server_folder()
         cls.process = None
         try:
             for _ in range(3):      # another process may have bound the port first
@@ -15225,9 +15236,24 @@ class TestPostgreSQL(RealTlsTests, unittest.TestCase):
     def query(cls, client, value):
         return client.execute("SELECT %s::int", (value,)).fetchone()[0]
 
+    hanging_connect = None
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        # The driver limits only the time to connect, to 2 s or more. Other tests run meanwhile.
+        cls.hanging_proxy = OpenProxy("127.0.0.1:%d" % cls.port, behavior="100:hang").start()
+        cls.hanging_connect = ThreadedCall(cls.connect, cls.hanging_proxy.port, 2).__enter__()
+
+    @classmethod
+    def tearDownClass(cls):
+        if cls.hanging_connect:
+            cls.hanging_proxy.stop()
+            cls.hanging_connect.__exit__()
+        super().tearDownClass()
+
     def query_with_timeout(self, client, proxy):
-        # The driver limits only the time to connect, to 2 seconds or more.
-        self.connect(proxy.port, 2)
+        self.hanging_connect.result()
 
     def transfer(self, client, data):
         return client.execute("SELECT %b::bytea", (data,), binary=True).fetchone()[0]
@@ -15391,10 +15417,11 @@ class TestMariaDB(RealTlsTests, unittest.TestCase):
         data = os.path.join(cls.folder, "data%d" % cls.port)
         user = ["--user=root"] * (os.getuid() == 0)
         certificate, ca = cls.write_tls_files()
-        cls.popen(install, "--no-defaults", "--datadir=" + data, "--skip-test-db",
+        log_size = "--innodb-log-file-size=4M"
+        cls.popen(install, "--no-defaults", "--datadir=" + data, "--skip-test-db", log_size,
                   "--auth-root-authentication-method=normal", *user).wait(TIMEOUT * 2)
         return cls.popen(find_program("mariadbd", "mysqld"), "--no-defaults", "--datadir=" + data,
-                         "--port=%d" % cls.port, "--bind-address=127.0.0.1",
+                         log_size, "--port=%d" % cls.port, "--bind-address=127.0.0.1",
                          "--socket=" + os.path.join(cls.folder, "s"),
                          "--pid-file=" + data + ".pid",
                          "--max-allowed-packet=256M", "--innodb-flush-log-at-trx-commit=0",
@@ -15673,7 +15700,7 @@ class Browser:
                     find_program("chromedriver"))
         if not all(programs):
             raise unittest.SkipTest("no chromium")
-        self.folder = tempfile.mkdtemp()
+        self.folder = make_server_folder()
         self.port = unused_port()
         self.process = subprocess.Popen(
             [programs[1], "--port=%d" % self.port], stdin=subprocess.DEVNULL,
