@@ -6272,11 +6272,15 @@ def set_stream_options(sock):
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
 
 
+LINGER_ZERO = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)      # a struct linger: on, 0 s
+
+
 def reset_on_close(sock):
     """Let close() send RST instead of FIN: SO_LINGER with a time of 0 (man 7 socket)."""
-    linger = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
-    with contextlib.suppress(OSError):      # the socket has failed already
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_ZERO)
+    except OSError:                         # the socket has failed already
+        pass
 
 
 def bind_listener(family, address, reuse_port=None):
@@ -7370,7 +7374,7 @@ class Connection:
             return 0
         if isinstance(link.source, TlsSocket) and not self.advance_tls(link):
             return 0
-        if events & EVENT_WRITE:
+        if events & link.watched & EVENT_WRITE:
             self.pump()
         if not events & EVENT_READ or link.source is None:
             return 0
