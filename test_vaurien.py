@@ -3988,6 +3988,16 @@ class TestRuleFields(TempDirTestCase):
                     self.assertEqual([(rule.options["after"], rule.after)
                                       for rule in proxy.rules.installed], [(2, 0)] * count)
 
+    def test_an_option_of_the_handler_wins_in_a_recording(self):
+        with registered(stall):
+            rule = vaurien.make_toxic("stall", "s", {}, {"after": 7, "match": "("}).rule
+            path = self.write("faults", json.dumps(
+                {"proxy": "p", "connection": 1, "request": 1, "draw": 0, "count": 1,
+                 "rule": rule.to_json()}))
+            rules, (toxic,) = vaurien.Replay(path).rules("p")
+            self.assertEqual(rules, [])
+            self.assertEqual(toxic.rule.to_json(), rule.to_json())
+
     def test_a_new_field_needs_one_line(self):
         field = vaurien.Field(vaurien.check_count, 5, "a number of nothing")
         with mock.patch.dict(vaurien.RULE_FIELDS, nothing=field):

@@ -3794,33 +3794,31 @@ class Accept(Scheduled):
         return dict(self.fields, mode=self.mode, **self.times_to_json(to_unix))
 
 
+ACCEPT_MODES = ["normal", "refuse", "drop"]
 ACCEPT_FIELDS = ["start", "duration", "every", "ttl"]
 
 
 def check_accept(value):
     """Return the Accept of a text like "refuse start=2 duration=5", or of such a JSON object."""
     mode, times = value, {}
-    if isinstance(value, dict):
-        times = dict(without_moment(value))
-        mode = times.pop("mode", value)
-    elif isinstance(value, str):
-        mode, *words = value.split() or [""]
-        times = check_accept_part(value, parse_assignments, words)
-    if mode not in ("normal", "refuse", "drop"):
+    try:
+        if isinstance(value, dict):
+            times = dict(without_moment(value))
+            mode = times.pop("mode", value)
+        elif isinstance(value, str):
+            mode, *words = value.split() or [""]
+            times = parse_assignments(words)
+        if mode in ACCEPT_MODES:
+            times = check_accept_times(mode, times)
+    except ValueError as error:
+        raise ValueError("cannot be %r: %s" % (value, error)) from None
+    if mode not in ACCEPT_MODES:
         raise ValueError("must be normal, refuse or drop, and perhaps times, like \"refuse "
                          "duration=5\", not %r" % (value,))
     if mode == "drop" and os.name == "nt":
         raise ValueError("cannot be drop on Windows, which resets clients that find the backlog "
                          "full: use refuse")
-    return Accept(mode, check_accept_part(value, check_accept_times, mode, times))
-
-
-def check_accept_part(value, check, *args):
-    """Return check(*args). Raises ValueError with the text of its error, and the whole value."""
-    try:
-        return check(*args)
-    except ValueError as error:
-        raise ValueError("cannot be %r: %s" % (value, error)) from None
+    return Accept(mode, times)
 
 
 def check_accept_times(mode, times):
