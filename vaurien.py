@@ -29,7 +29,8 @@ Each section uses only the sections above it. `grep -n '^# -- ' vaurien.py` list
 
     vocabulary    Events, Checks
     extend here   Handlers, Options, Protocols
-    engine        Rules, Chain, Delay queue, Loop, Sockets, TLS, Connection
+    engine        Rules, Chain, Delay queue, Loop, Sockets, Certificates, TLS,
+                  Connection
     service       Log, Proxy, Metrics, Page, Control, Toxiproxy, Interface, pytest
     programs      Command line, Demo, vaurienctl, Main
 
@@ -6434,17 +6435,13 @@ def socket_strerror(error):
     return getattr(socket, "errorTab", {}).get(error) or os.strerror(error)
 
 
-# -- TLS ----------------------------------------------------------------------
-#
-# The TLS settings of a proxy, certificates, and TlsSocket, which a Connection uses like a plain
-# socket. The module ssl is imported on first use.
+# -- Certificates -------------------------------------------------------------
 #
 # Certificates are made here, without a package or a program: elliptic curve P-256, ECDSA with
 # SHA-256 (FIPS 186-4), and DER (X.690). The arithmetic does not take constant time, so its keys
 # are for tests only. They exist only in this process, except for the moment in which
 # SSLContext.load_cert_chain reads them from a temporary file.
 
-TLS_VERSIONS = ("1.0", "1.1", "1.2", "1.3")
 # {fault: the arguments of Authority.issue that make it}
 CERTIFICATE_FAULTS: "OrderedDict[str, Dict[str, Any]]" = OrderedDict((
     ("expired", {"days": (-30, -1)}),
@@ -6453,96 +6450,6 @@ CERTIFICATE_FAULTS: "OrderedDict[str, Dict[str, Any]]" = OrderedDict((
     ("wrong_host", {"host": "wrong-host.invalid"}),
     ("untrusted", {"signed_by": "another CA"}),
 ))
-CERTIFICATE_DAYS = (-1, 397)        # first and last day of validity, counted from now
-PEM_MAX = 16 * 1024 * 1024          # bytes that are read of a PEM file at most
-NAMES_MAX = 1000                    # names for which a proxy keeps a certificate
-
-
-def check_certificate(text):
-    return text if text == "auto" else check_file(text)
-
-
-def check_tls_name(text):
-    if not text or not is_valid_host(text):
-        raise ValueError("must be a host name, like db.example, not %r" % text)
-    return text
-
-
-TlsField = namedtuple("TlsField", "check metavar help")
-# The TLS settings of a proxy: {field: TlsField}. Their flags begin with --tls-.
-TLS_FIELDS = OrderedDict((name, TlsField(*field)) for name, *field in [
-    ("cert", check_certificate, "FILE|auto",
-     "clients must use TLS: PEM file with the certificate that they get; auto makes one for each "
-     "name that a client asks for"),
-    ("key", check_file, "FILE", "PEM file with its key, if that is another file"),
-    ("client_ca", check_file, "FILE", "clients must have a certificate of a CA in this PEM file"),
-    ("fault", choice_check(*CERTIFICATE_FAULTS), "FAULT",
-     "make certificates like auto, but with a fault: " + ", ".join(CERTIFICATE_FAULTS)),
-    ("max_version", choice_check(*TLS_VERSIONS), "VERSION",
-     "highest TLS version for clients: " + ", ".join(TLS_VERSIONS)),
-    ("ca", check_file, "FILE", "PEM file with the CAs that the backend's certificate is checked "
-                               "with; by default, those of the system"),
-    ("verify", check_yes_no, "YES|NO",
-     "whether to check the backend's certificate; by default, yes"),
-    ("sni", check_tls_name, "NAME", "name to ask the backend for, and to check its certificate "
-                                    "for; by default, its host"),
-    ("client_cert", check_file, "FILE", "PEM file with a certificate for the backend"),
-    ("client_key", check_file, "FILE", "PEM file with its key, if that is another file")])
-
-
-def check_tls(value):
-    """Check the TLS settings of a proxy: {field: value}. Raises ValueError."""
-    if not isinstance(value, dict):
-        raise ValueError('must be like {"cert": "auto"}, not %r' % (value,))
-    fields = OrderedDict()
-    for name, given in value.items():
-        if name not in TLS_FIELDS:
-            raise ValueError("has no field %r%s: there are %s" % (
-                name, did_you_mean(name, TLS_FIELDS), ", ".join(TLS_FIELDS)))
-        if given is not None:
-            try:
-                fields[name] = TLS_FIELDS[name].check(given if name == "verify" else str(given))
-            except ValueError as error:
-                raise ValueError("%s %s" % (name, error)) from None
-    return fields
-
-
-class Authority:
-    """A CA for this run of the program. It is made when the first certificate is needed."""
-
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.identities = {}        # {role: (common name, key, encoded public key)}
-        self.ca_pem = ""            # the certificate of the CA
-
-    def pem(self):
-        """Return the certificate of the CA."""
-        with self.lock:
-            if not self.ca_pem:
-                self.ca_pem = make_certificate(self.identity("CA"), self.identity("CA"))
-            return self.ca_pem
-
-    def identity(self, role):
-        """Return the (common name, key, encoded public key) of "CA", "another CA" or "host"."""
-        if role not in self.identities:
-            key = secrets.randbelow(P256_ORDER - 1) + 1
-            self.identities[role] = "vaurien " + role, key, encode_point(multiply_generator(key))
-        return self.identities[role]
-
-    def issue(self, host, days=CERTIFICATE_DAYS, signed_by="CA"):
-        """Return a certificate for a host, and its key, in PEM.
-
-        host         a name or an address
-        days         first and last day of validity, counted from now
-        signed_by    "CA", "another CA", or "itself"
-        """
-        with self.lock:
-            _, key, public = self.identity("host")      # all hosts share one key
-            hosts = [host, "localhost", *LOOPBACK] if host in LOOPBACK else [host]
-            subject = host, key, public
-            issuer = subject if signed_by == "itself" else self.identity(signed_by)
-            return make_certificate(subject, issuer, hosts, days) + encode_key(key, public)
-
 
 P256_PRIME = 2 ** 256 - 2 ** 224 + 2 ** 192 + 2 ** 96 - 1
 P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
@@ -6686,7 +6593,103 @@ def to_pem(label, data):
     return "-----BEGIN %s-----\n%s\n-----END %s-----\n" % (label, lines, label)
 
 
+class Authority:
+    """A CA for this run of the program. It is made when the first certificate is needed."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.identities = {}        # {role: (common name, key, encoded public key)}
+        self.ca_pem = ""            # the certificate of the CA
+
+    def pem(self):
+        """Return the certificate of the CA."""
+        with self.lock:
+            if not self.ca_pem:
+                self.ca_pem = make_certificate(self.identity("CA"), self.identity("CA"))
+            return self.ca_pem
+
+    def identity(self, role):
+        """Return the (common name, key, encoded public key) of "CA", "another CA" or "host"."""
+        if role not in self.identities:
+            key = secrets.randbelow(P256_ORDER - 1) + 1
+            self.identities[role] = "vaurien " + role, key, encode_point(multiply_generator(key))
+        return self.identities[role]
+
+    def issue(self, host, days=(-1, 397), signed_by="CA"):
+        """Return a certificate for a host, and its key, in PEM.
+
+        host         a name or an address
+        days         first and last day of validity, counted from now
+        signed_by    "CA", "another CA", or "itself"
+        """
+        with self.lock:
+            _, key, public = self.identity("host")      # all hosts share one key
+            hosts = [host, "localhost", *LOOPBACK] if host in LOOPBACK else [host]
+            subject = host, key, public
+            issuer = subject if signed_by == "itself" else self.identity(signed_by)
+            return make_certificate(subject, issuer, hosts, days) + encode_key(key, public)
+
+
 AUTHORITY = Authority()
+
+
+# -- TLS ----------------------------------------------------------------------
+#
+# The TLS settings of a proxy, and TlsSocket, which a Connection uses like a plain socket. The
+# module ssl is imported on first use.
+
+TLS_VERSIONS = ("1.0", "1.1", "1.2", "1.3")
+PEM_MAX = 16 * 1024 * 1024          # bytes that are read of a PEM file at most
+NAMES_MAX = 1000                    # names for which a proxy keeps a certificate
+
+
+def check_certificate(text):
+    return text if text == "auto" else check_file(text)
+
+
+def check_tls_name(text):
+    if not text or not is_valid_host(text):
+        raise ValueError("must be a host name, like db.example, not %r" % text)
+    return text
+
+
+TlsField = namedtuple("TlsField", "check metavar help")
+# The TLS settings of a proxy: {field: TlsField}. Their flags begin with --tls-.
+TLS_FIELDS = OrderedDict((name, TlsField(*field)) for name, *field in [
+    ("cert", check_certificate, "FILE|auto",
+     "clients must use TLS: PEM file with the certificate that they get; auto makes one for each "
+     "name that a client asks for"),
+    ("key", check_file, "FILE", "PEM file with its key, if that is another file"),
+    ("client_ca", check_file, "FILE", "clients must have a certificate of a CA in this PEM file"),
+    ("fault", choice_check(*CERTIFICATE_FAULTS), "FAULT",
+     "make certificates like auto, but with a fault: " + ", ".join(CERTIFICATE_FAULTS)),
+    ("max_version", choice_check(*TLS_VERSIONS), "VERSION",
+     "highest TLS version for clients: " + ", ".join(TLS_VERSIONS)),
+    ("ca", check_file, "FILE", "PEM file with the CAs that the backend's certificate is checked "
+                               "with; by default, those of the system"),
+    ("verify", check_yes_no, "YES|NO",
+     "whether to check the backend's certificate; by default, yes"),
+    ("sni", check_tls_name, "NAME", "name to ask the backend for, and to check its certificate "
+                                    "for; by default, its host"),
+    ("client_cert", check_file, "FILE", "PEM file with a certificate for the backend"),
+    ("client_key", check_file, "FILE", "PEM file with its key, if that is another file")])
+
+
+def check_tls(value):
+    """Check the TLS settings of a proxy: {field: value}. Raises ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError('must be like {"cert": "auto"}, not %r' % (value,))
+    fields = OrderedDict()
+    for name, given in value.items():
+        if name not in TLS_FIELDS:
+            raise ValueError("has no field %r%s: there are %s" % (
+                name, did_you_mean(name, TLS_FIELDS), ", ".join(TLS_FIELDS)))
+        if given is not None:
+            try:
+                fields[name] = TLS_FIELDS[name].check(given if name == "verify" else str(given))
+            except ValueError as error:
+                raise ValueError("%s %s" % (name, error)) from None
+    return fields
 
 
 class TlsConfig:
