@@ -13003,8 +13003,12 @@ def parse_fault(words, taken):
     """
     type_, texts = parse_rule_words(words)
     import_handler(type_)
-    names = itertools.chain([type_], ("%s_%d" % (type_, n) for n in itertools.count(2)))
-    name = texts.pop("name", None) or next(name for name in names if name not in taken)
+    name = texts.pop("name", None)
+    if not name:
+        name, number = type_, 1
+        while name in taken:
+            number += 1
+            name = "%s_%d" % (type_, number)
     defaults = {field: RULE_FIELDS[field].default for field in Toxic.DEFAULTS}
     return make_flat_toxic(type_, check_field("name", check_name, name), texts, defaults)
 
@@ -13563,7 +13567,7 @@ def make_proxies(config, needs_one=True):
         values = resolve_settings(texts, PROXY_SETTINGS)
         values["toxics"] = add_network(values.pop("network"), values["toxics"] or [])
         if values["seed"] is None:
-            values["seed"] = proxies.shared["seed"]     # which ProxyTable has drawn
+            values["seed"] = proxies.shared["seed"]     # drawn by ProxyTable
         values["tls"] = {field: values.pop("tls_" + field) for field in TLS_FIELDS}
         try:
             proxies[name] = ProxyServer(name=name, options=option_texts(config), **values)
@@ -13865,13 +13869,14 @@ def write_ca(path):
 
 
 def get_token(option_text):
-    """Return the token of --http-token. If the option is not set, use the environment variable.
+    """Return the token of --http-token or of the environment variable, or None without both.
 
-    Returns None if neither is set. Raises ValueError.
+    Raises ValueError.
     """
-    token = (SourcedText("--http-token", option_text) if option_text else
-             SourcedText(TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE)))
-    return token.parse(check_token) if token.text else None
+    source, text = "--http-token", option_text
+    if not text:
+        source, text = TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE)
+    return SourcedText(source, text).parse(check_token) if text else None
 
 
 def print_error(message, status, attached=False, prog="vaurien"):
@@ -14215,12 +14220,12 @@ def parse_rule_texts(texts):
         if equals and rules and name not in rules[-1]:
             rules[-1][name] = value
         else:
-            (percent, name), = parse_behavior(text)
+            (percent, name), = parse_behavior(text)     # refuses a NAME that was given twice
             rules.append({"name": name, "percent": percent})
     return rules
 
 
-def changed(client, text):
+def change_text(client, text):
     """Return the text about a change. It names the proxy if the server has several."""
     if len(client.request("GET", "/proxies")) == 1:
         return text
@@ -14233,7 +14238,7 @@ def ctl_set_handler(client, name, *fields):
     # The values stay text, because only the server knows their types. The fields cannot be
     # keyword arguments of client.set_handler, because the user may pass the NAME `self`.
     client.request("PUT", "/behavior", dict(texts, name=name))
-    return changed(client, "Handler changed to \"%s\"" % name)
+    return change_text(client, "Handler changed to \"%s\"" % name)
 
 
 def ctl_rules(client):
@@ -14242,7 +14247,7 @@ def ctl_rules(client):
 
 def ctl_set_rules(client, first, *others):
     client.request("PUT", "/rules", {"rules": parse_rule_texts([first, *others])})
-    return changed(client, "Rules changed to %s" % ctl_rules(client))
+    return change_text(client, "Rules changed to %s" % ctl_rules(client))
 
 
 def ctl_backend(client, backend=None):
@@ -14257,18 +14262,18 @@ def ctl_accept(client, *words):
     if not words:
         return client.get_accept()
     client.set_accept(" ".join(words))
-    return changed(client, "Accept changed to %s" % client.get_accept())
+    return change_text(client, "Accept changed to %s" % client.get_accept())
 
 
 def ctl_proxies(client):
     """Return a line for each proxy: its name, its addresses, its rules."""
     lines = []
     for name, proxy in client.request("GET", "/proxies").items():
-        one = Client(client.host, client.port, client.scheme, name, client.token)
+        proxy_client = Client(client.host, client.port, client.scheme, name, client.token)
         accept = " (%s)" % check_accept(proxy["accept"]) if "accept" in proxy else ""
         lines.append("%s: %s%s for %s: %s" % (
             name, proxy["listen"] if proxy["enabled"] else "disabled", accept, proxy["upstream"],
-            ctl_rules(one)))
+            ctl_rules(proxy_client)))
     return "\n".join(lines)
 
 
@@ -14295,7 +14300,7 @@ def ctl_add_toxic(client, type_, *fields):
     type_, texts = parse_rule_words([type_, *fields])
     toxic = {"type": type_, "attributes": {}}
     set_toxic_fields(toxic, texts)
-    return changed(client, "Toxic added: %s" % client._add_toxic(toxic))
+    return change_text(client, "Toxic added: %s" % client._add_toxic(toxic))
 
 
 def find_toxic(toxics, name):
@@ -14312,26 +14317,26 @@ def ctl_update_toxic(client, name, *fields):
     toxics = client.list_toxics()
     set_toxic_fields(find_toxic(toxics, name), parse_assignments(fields))
     client.request("PUT", client._proxy_path() + "/toxics", toxics)
-    return changed(client, "Toxic changed: %s" % name)
+    return change_text(client, "Toxic changed: %s" % name)
 
 
 def ctl_remove_toxic(client, name):
     find_toxic(client.list_toxics(), name)      # its error lists the toxics
     client.remove_toxic(name)
-    return changed(client, "Toxic removed: %s" % name)
+    return change_text(client, "Toxic removed: %s" % name)
 
 
 def ctl_close(client, number, how="close"):
     reset = check_field("how", choice_check("close", "reset"), how) == "reset"
     client.close_connection(check_field("number", check_count, number), reset)
-    return changed(client, "Connection %s: %s" % (number, "reset" if reset else "closed"))
+    return change_text(client, "Connection %s: %s" % (number, "reset" if reset else "closed"))
 
 
 def change_action(method, text):
     """Return the function of an action that calls a method without arguments."""
     def function(client):
         method(client)
-        return changed(client, text)
+        return change_text(client, text)
     return function
 
 
@@ -14452,7 +14457,8 @@ def main(argv: "Optional[Sequence[str]]" = None) -> int:
     prog = "vaurienctl" if argv[:1] == ["ctl"] else "vaurien"
     try:
         try:
-            run = choose_command(argv)(argv)
+            command, arguments = choose_command(argv)
+            run = command(arguments)
         except ValueError as error:
             return print_error(error, 2, attached, prog)
         return run()
@@ -14469,16 +14475,16 @@ def main(argv: "Optional[Sequence[str]]" = None) -> int:
 
 
 def choose_command(argv):
-    """Return the function of a command, and remove its name from argv. Raises ValueError."""
+    """Return (the function of the command, its arguments). Raises ValueError."""
     if not argv or argv[0].startswith("-"):
-        return proxy_command
-    name = argv.pop(0)
+        return proxy_command, argv
+    name = argv[0]
     if name in HANDLERS or PROTOCOLS.get(name):
         raise ValueError("%s is not a command: see vaurien --help %s" % (name, name))
     if name not in COMMANDS:
         raise ValueError("unknown command %r%s: there are %s (see vaurien --help)" % (
             name, did_you_mean(name, COMMANDS), ", ".join(COMMANDS)))
-    return COMMANDS[name]
+    return COMMANDS[name], argv[1:]
 
 
 def open_standard_fds():
