@@ -6483,7 +6483,7 @@ class TestProxyFaults(unittest.TestCase):
             read_exactly(sock, len(b"question"))
             sock.sendall(b"answer")
 
-        options = {"delay": {"sleep": 0.1, "before": False}}
+        options = {"delay": {"sleep": 0.2, "before": False}}
         with running_proxy(reply_and_close, "100:delay", options=options) as proxy, \
                 connected_client(proxy) as sock:
             sock.sendall(b"question")
@@ -6539,7 +6539,7 @@ class TestProxyBackpressure(unittest.TestCase):
                         sent_count += sock.send(data[sent_count % len(data):])
                     self.assertLessEqual(proxy.loop.budget.held, held_limit)
                 self.assertLess(sent_count, unlimited)
-                self.assertGreater(proxy.loop.budget.held, vaurien.CHUNK_OVERHEAD * 2)
+                wait_until(lambda: proxy.loop.budget.held > vaurien.CHUNK_OVERHEAD * 2)
                 may_read.set()
                 set_behavior(proxy, "100:dummy")
                 sock.close()
@@ -6634,7 +6634,7 @@ class TestProxyConnects(unittest.TestCase):
 
     def test_every_address_of_the_backend_is_tried(self):
         with backend_server(echo) as (port, _), silent_address() as silent:
-            with OpenProxy("127.0.0.1:%d" % port, "127.0.0.1:0", timeout=0.3) as proxy:
+            with OpenProxy("127.0.0.1:%d" % port, "127.0.0.1:0", timeout=0.6) as proxy:
                 addresses = [(socket.AF_INET, ("127.0.0.1", unused_port())),
                              (socket.AF_INET, ("127.0.0.1", silent)),
                              (socket.AF_INET, ("127.0.0.1", port))]
@@ -9294,7 +9294,7 @@ class TestAccess(TempDirTestCase):
                     client.ask("DELETE", "/proxies/" + urllib.parse.quote(name))
 
     def test_a_request_that_takes_too_long_is_closed(self):
-        timeout = 0.15
+        timeout = 0.3
         partial_requests = [b"G",
                             b"GET / HTTP/1.1\r\nX: ",
                             b"POST /handler HTTP/1.1\r\nContent-Length: 1000\r\n\r\n"]
@@ -12814,9 +12814,9 @@ class TestProcess(TempDirTestCase):
             process.wait(TIMEOUT)
 
     def test_demo(self):
-        program = "-c", "import vaurien; vaurien.DEMO_SECONDS = 0.5; vaurien.main()"
+        program = "-c", "import vaurien; vaurien.DEMO_SECONDS = 0.8; vaurien.main()"
         processes = [self.start("demo", "--requests", "60", *argv, program=program) for argv in [
-            ("--handlers.delay.sleep", "0.3"), ("--behavior", "30:blackout,20:error")]]
+            ("--handlers.delay.sleep", "0.4"), ("--behavior", "30:blackout,20:error")]]
         outputs = []
         for process in processes:
             out, err = process.communicate(timeout=TIMEOUT)
@@ -12831,7 +12831,7 @@ class TestProcess(TempDirTestCase):
         self.check_output_with_failures(output_with_failures)
 
     def check_output_with_delays(self, out):
-        """Check the output of the demo: some of the 60 requests were delayed by 0.3 s."""
+        """Check the output of the demo: some of the 60 requests were delayed by 0.4 s."""
         delayed, total, seconds = re.search(
             r"^(\d+) of (\d+) requests were delayed \(delay\), by ([0-9.]+) s at the median\.$",
             out, re.MULTILINE).groups()
