@@ -7353,6 +7353,15 @@ class TestReusePort(TempDirTestCase):
             assert_in_use(self.port, OpenProxy("127.0.0.1:9", address).start)
             assert_in_use(self.port, vaurien.Control(address, vaurien.ProxyTable()).bind)
 
+    def test_wrong_values_are_refused(self):
+        for local, number, message in (
+                (self.port, 0, "reuse_port must be the number of this process, 1 or more, not 0"),
+                (self.port, True, "reuse_port must be the number of this process"),
+                (self.port, "one", "reuse_port must be the number of this process"),
+                (0, 1, "reuse-port needs a port, not 0")):
+            with self.subTest(number), self.assertRaisesRegex(ValueError, message):
+                vaurien.Proxy("127.0.0.1:9", ("127.0.0.1", local), reuse_port=number)
+
     def test_two_proxies_cannot_record_to_one_file(self):
         self.write("faults", "old")
         one = OpenProxy("127.0.0.1:9", record="faults")
