@@ -10985,7 +10985,7 @@ def http_error(status, description):
 # because the name to listen on must be resolved. Other proxies do not wait for it.
 #
 # Listings: typed clients (Java, .NET, Rust ...) fail if a listing has a toxic that they do not
-# know. Therefore a listing has only the toxics that Toxiproxy could have, see is_toxiproxys:
+# know. Therefore a listing has only the toxics that Toxiproxy could have, see exists_in_toxiproxy:
 #
 #   request                                         toxics of Vaurien are listed
 #   GET /proxies, GET /proxies/PROXY,               under the key `rules` of the proxy, beside
@@ -11455,13 +11455,13 @@ def attributes_to_json(toxic):
 
     Clients with fixed types may fail if a toxic has an attribute that they do not know.
     """
-    toxiproxys = TOXIPROXY_TYPES.get(toxic.rule.name, toxic.attributes)
+    known = TOXIPROXY_TYPES.get(toxic.rule.name, toxic.attributes)
     defaults = handler_options(toxic.rule.handler)
     return OrderedDict((name, value) for name, value in toxic.attributes.items()
-                       if name in toxiproxys or value != defaults[name])
+                       if name in known or value != defaults[name])
 
 
-def is_toxiproxys(toxic):
+def exists_in_toxiproxy(toxic):
     """Return whether Toxiproxy could have this toxic.
 
     It could if it has the type, the attributes and the stream, and if no rule field is set.
@@ -11486,7 +11486,7 @@ def toxics_to_json(proxy, toxics):
 def listed_toxics(proxy, request):
     """Return the toxics of a proxy that its listing has under `toxics`: with ?all=1, all."""
     return [toxic for toxic in proxy.toxics
-            if request.query.get("all") == "1" or is_toxiproxys(toxic)]
+            if request.query.get("all") == "1" or exists_in_toxiproxy(toxic)]
 
 
 def proxy_to_json(proxy, request):
@@ -11710,7 +11710,7 @@ def replace_toxics(current, new, fields):
     """Return the new toxics, and those of the current ones that `fields` does not replace."""
     names = {toxic.name for toxic in new}
     kept = [toxic for toxic in current if toxic.name not in names
-            and ("toxics" if is_toxiproxys(toxic) else "rules") not in fields]
+            and ("toxics" if exists_in_toxiproxy(toxic) else "rules") not in fields]
     return kept + new if "rules" in fields else new + kept
 
 
@@ -12196,8 +12196,6 @@ def toxic_table(fields):
 
 def make_local_toxic(toxic):
     """Return the Toxic of a dict in the form of toxic_table. Raises ValueError."""
-    if isinstance(toxic, Toxic):
-        return toxic
     if not isinstance(toxic, dict) or not toxic.get("type"):
         raise ValueError("a toxic must be a dict like {'type': 'latency', 'latency': 200}, not %r"
                          % (toxic,))
