@@ -41,6 +41,15 @@ REQUESTS_MAX = 40       # of a talk
 TIMEOUT = 30.0          # seconds without progress, after the end of all rules
 
 
+def receive_piece(sock, rng):
+    return sock.recv(rng.choice([1, 10, 1000, 100000]))
+
+
+def send_piece(sock, data, rng):
+    """Send some of the data. Returns the rest."""
+    return data[sock.send(data[:rng.choice([1, 10, 100, 10000, 1000000])]):]
+
+
 class Round:
     """A proxy, its clients and the changes of its rules.
 
@@ -119,13 +128,12 @@ class Round:
             talk.write_requests()
             ready, writable, _ = select.select([sock], [sock] if talk.to_backend else [], [], 0.05)
             if ready:
-                data = sock.recv(rng.choice([1, 10, 1000, 100000]))
+                data = receive_piece(sock, rng)
                 if not data:
                     raise EOFError("the proxy has closed the connection")
                 talk.receive(data)
             if writable:
-                size = sock.send(talk.to_backend[:rng.choice([1, 10, 100, 10000, 1000000])])
-                talk.to_backend = talk.to_backend[size:]
+                talk.to_backend = send_piece(sock, talk.to_backend, rng)
                 if rng.random() < 0.2:
                     time.sleep(rng.choice([0, 0.001, 0.005]))
             if ready or writable or not self.calm.is_set():
@@ -143,13 +151,12 @@ class Round:
                 ready, writable, _ = select.select(
                     [sock], [sock] if talk.to_client else [], [], TIMEOUT)
                 if ready:
-                    data = sock.recv(rng.choice([1, 10, 1000, 100000]))
+                    data = receive_piece(sock, rng)
                     if not data:
                         return
                     talk.serve(data)
                 if writable:
-                    size = sock.send(talk.to_client[:rng.choice([1, 10, 100, 10000, 1000000])])
-                    talk.to_client = talk.to_client[size:]
+                    talk.to_client = send_piece(sock, talk.to_client, rng)
 
     def find_talk(self, backend_address):
         """Return the Talk of the connection that the proxy has made from this address."""
