@@ -9619,15 +9619,9 @@ function activeList() {
   const element = el("ul", {class: "row active", "aria-label": "active faults"});
   element.show = proxy => {
     const state = stateOf(proxy), shown = [...state.until ? [state] : [], ...proxy.installed];
-    sync(element, shown.length ? shown : [{}], (_, index) => index, () => {
-      const text = el("b"), more = el("span"), item = el("li", {}, text, " ", more);
-      item.show = rule => {
-        put(text, rule.toxic || rule.name || "");
-        put(more, !rule.name ? "no fault"
-            : ("percent" in rule ? `${rule.percent} % ` : "") + timeLeft(rule, proxy.time));
-      };
-      return item;
-    });
+    const item = rule => el("li", {}, el("b", {}, rule.toxic || rule.name), " ",
+      ("percent" in rule ? `${rule.percent} % ` : "") + timeLeft(rule, proxy.time));
+    element.replaceChildren(...shown.length ? shown.map(item) : [el("li", {}, "no fault")]);
   };
   return element;
 }
@@ -14286,12 +14280,8 @@ def set_toxic_fields(toxic, texts):
         elif name in handler_options(function):
             toxic["attributes"][name] = check_field(name, check_option, toxic["type"], name, text)
         else:
-            toxic["attributes"][name] = parse_literal(text)
-
-
-def parse_literal(text):
-    """Return a text as a number or a boolean, if it is one in JSON."""
-    return json.loads(text) if re.fullmatch(r"true|false|\d+(\.\d+)?", text) else text
+            is_json = re.fullmatch(r"true|false|\d+(\.\d+)?", text)
+            toxic["attributes"][name] = json.loads(text) if is_json else text
 
 
 def ctl_add_toxic(client, type_, *fields):
