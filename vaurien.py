@@ -7104,22 +7104,22 @@ class TlsSocket:
         self.awaits_write = True        # so push() notes no change for the owner, which is gone
         if (self.is_open and self.closing and self.loop.running
                 and not (self.fin_sent or self.resets or self.error)):
-            self.deadline = self.loop.call_at(self.loop.clock() + self.timeout, self.abandon)
+            self.deadline = self.loop.call_at(self.loop.clock() + self.timeout, self.close_now)
             with contextlib.suppress(OSError):
                 self.loop.watch(self.sock, EVENT_WRITE, self.on_writable)
                 return
-        self.abandon()
+        self.close_now()
 
     def on_writable(self, events):
-        self.readable = False           # the connection reads no more
-        try:
+        """Continue to send after `close`, and close the socket at the end."""
+        self.readable = False           # nothing reads it, so close_notify need not wait
+        with contextlib.suppress(OSError):
             self.push()
-        except OSError:
-            self.fin_sent = True
-        if self.fin_sent:
-            self.abandon()
+            if not self.fin_sent:
+                return
+        self.close_now()
 
-    def abandon(self):
+    def close_now(self):
         self.loop.cancel(self.deadline)
         self.loop.watch(self.sock, 0)
         self.sock.close()
@@ -8218,28 +8218,28 @@ class Recorder:
             return
         try:
             fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            self.take(fd)
+            self.lock_file(fd)
         except OSError as error:
-            raise OSError(error.errno, "cannot record to %s: %s" % (self.path, (
-                "another proxy records to it: each process needs a file of its own"
-                if isinstance(error, BlockingIOError) else error.strerror))) from None
+            raise OSError(error.errno, "cannot record to %s: %s"
+                          % (self.path, error.strerror)) from None
         self.thread = LogThread(fd, lambda error: log.error(
             "cannot record to %s: %s: faults are missing there", self.path, error.strerror))
 
-    def take(self, fd):
+    def lock_file(self, fd):
         """Lock the file, and empty it if it is opened for the first time.
 
-        Closes it and raises BlockingIOError if it is locked. Only regular files are locked, and
-        only where the system can lock them.
+        Closes it and raises OSError if it is locked. Only regular files are locked, and only
+        where the system can lock them.
         """
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             return
         if os.name == "posix":
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except BlockingIOError as error:
                 os.close(fd)
-                raise
+                raise OSError(error.errno, "another proxy records to it: each process needs a "
+                                           "file of its own") from None
             except OSError:             # a file system without locks
                 pass
         if self.is_new:
@@ -9143,10 +9143,10 @@ class ProxyTable(OrderedDict):
             return Listener(local, proxy.on_accept, accept.current_mode(), proxy.reuse_port)
         except CannotListen:
             if old:
-                self.take_back(proxy, old)
+                self.bind_again(proxy, old)
             raise
 
-    def take_back(self, proxy, listener):
+    def bind_again(self, proxy, listener):
         """Bind a listener of a proxy again. If this fails, disable the proxy."""
         try:
             listener.bind()
