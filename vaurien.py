@@ -3185,7 +3185,8 @@ def check_protocol(text):
 # A rule is a handler with options, and with fields that say when it acts. A proxy has installed
 # rules: those of its behavior, and those of its toxics, which are rules with a name. For each
 # request (or connection) a number is drawn. It decides whether the rule acts, and an ActiveRule
-# is the state of a rule that does. This section knows no connections and no sockets.
+# is the state of a rule that does. The functions at the end make rules of texts and of JSON
+# objects. This section knows no connections and no sockets.
 
 PERCENT_SUM_MAX = 100.000001        # percent; the sum of 33.3 * 3 + 0.1 is accepted as 100
 DRAW_TO_PERCENT = 100 / 2 ** 64     # percent for each unit: a drawn number has 64 bits
@@ -3358,8 +3359,8 @@ class Rule(Scheduled):
 
     name                the handler's name
     options             {option: value}
-    draw_min, draw_max  percent; the rule acts if draw_min <= the number drawn < draw_max, while
-                        its schedule has a window
+    draw_min, draw_max  percent; the rule acts if draw_min <= the number drawn < draw_max, during
+                        a window of its schedule
     draw_key            text that selects the number. Rules with the same key get the same
                         number, so that at most one of them acts
     fields              the RULE_FIELDS except percent; each becomes an attribute of that name
@@ -3478,8 +3479,10 @@ class Rule(Scheduled):
     def __str__(self):
         """Return the rule as text. That of a toxic has its name, percentage and stream, too."""
         text = self.describe_handler()
-        return "toxic %s (%g:%s %s)" % (
-            self.toxic, self.draw_max - self.draw_min, self.stream, text) if self.toxic else text
+        if not self.toxic:
+            return text
+        percent = self.draw_max - self.draw_min
+        return "toxic %s (%g:%s %s)" % (self.toxic, percent, self.stream, text)
 
     def describe_fault(self, drawn_options):
         """Return the rule as text for the log, the handler first: see describe_handler."""
