@@ -11428,7 +11428,7 @@ def toxic_warnings(value, source, type_=None):
 def unknown_key_warnings(value, known, source):
     """Yield a warning for each key of a JSON object that is ignored, because it is unknown."""
     known = [key.lower() for key in known]
-    for key in map(str.lower, read_object(value, "")):
+    for key in OrderedDict.fromkeys(map(str.lower, read_object(value, ""))):
         if key not in known:
             yield "%s: the unknown key %r%s is ignored: there are %s" % (
                 source, key[:50], did_you_mean(key, known), ", ".join(known) or "none")
