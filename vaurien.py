@@ -3403,6 +3403,10 @@ class Rule(Scheduled):
         stream = choose(options) if choose and self.stream == "both" else self.stream
         self.directions = DIRECTIONS if stream == "both" else (stream,)
 
+    def is_drawn_at_once(self):
+        """Return whether the rule is drawn for each request alone, as soon as it begins."""
+        return self.per == "request" and not self.match
+
     def matches(self, text):
         """Return whether `match` is found in a text, which is the beginning of a request.
 
@@ -3613,11 +3617,10 @@ class RuleSet:
         self.counts_rows = any(rule.options.get("rows") for rule in rules)
         # A slow link needs few bytes at once: it would hold the others for long.
         self.recv_size = READ_MIN if any(rule.rate_limited for rule in rules) else CHUNK
-        # Each rule is drawn for each request alone, as soon as the request begins.
-        self.draw_ahead = not self.replay and all(
-            rule.per == "request" and not rule.match for rule in rules)
-        # Otherwise: whether a request may have other active rules than the one before.
-        self.draw_later = any(rule.per == "request" or rule.match for rule in rules)
+        # Whether the numbers of 8 requests can be drawn together: see Chain.draw_block.
+        self.draw_ahead = not self.replay and all(rule.is_drawn_at_once() for rule in rules)
+        # Whether a request may have other active rules than the one before.
+        self.changes_by_request = any(rule.per == "request" or rule.match for rule in rules)
 
     def set_replay(self, replay):
         """Replace the draws by a Replay. None ends that."""
@@ -4144,7 +4147,7 @@ class Chain:
                                  if rule.drawn_count > rule.after
                                  and (not rule.of or rule.selects(rule.drawn_count))
                                  ] if hits else NOTHING
-        elif rules.draw_later or self.request == 1:
+        elif rules.changes_by_request or self.request == 1:
             for active in self.per_connection.values():
                 if active is not None and active.match_buffer:
                     active.match_buffer = b""
@@ -4256,20 +4259,24 @@ class Chain:
         self.block = -1
         self.per_connection = {rule: active for rule, active in self.per_connection.items()
                                if rule in self.rules.installed}
-        begun = []
-        for rule, active in self.per_connection.items():
-            if active is not None and active.match_buffer is None and (
-                    rule in changed or rule.has_schedule()):
-                if active.set_acts(self.includes(active)):
-                    begun.append(rule)
+        begun = [rule for rule, active in self.per_connection.items()
+                 if (rule in changed or rule.has_schedule()) and self.begins_again(active)]
         self.undrawn = [rule for rule in [*self.undrawn, *new] if rule in self.rules.installed]
         current = {active.rule: active for active in self.active_rules if not active.is_over()}
         if self.last_direction is None:
             current.update((rule, self.draw_rule(rule, count=0)) for rule in woken
                            if rule not in current and rule not in self.undrawn
-                           and rule.per == "request" and not rule.match)
+                           and rule.is_drawn_at_once())
         self.active_rules = self.collect(current.get)
         return begun
+
+    def begins_again(self, active):
+        """Let a rule per connection act or stop, as it should now. Returns whether it begins.
+
+        active    None, or an ActiveRule; one that still searches for `match` continues to do so
+        """
+        return (active is not None and active.match_buffer is None
+                and active.set_acts(self.includes(active)))
 
     def release(self, removed, changed):
         """Undo the delays of rules that were removed or changed, as DelayQueue.release does."""
@@ -4509,6 +4516,10 @@ class Exchange:
         """Return whether the exchange has ended. Without a reply it ends with its request."""
         return self.reply_done or (
             self.complete and not (self.forwarded and self.request.replies))
+
+    def is_connecting(self):
+        """Return whether no request has begun, and no greeting has ended."""
+        return self.request is None and not self.reply_done
 
     def is_reusable(self):
         """Return whether the exchange is done, and no rule has been active in it."""
@@ -4952,8 +4963,7 @@ class ProtocolChain(Chain):
         Returns the events that may leave now. Replies of later exchanges are queued in them.
         """
         exchange = self.exchanges[-1 if to is UPSTREAM else 0]
-        is_connecting = to is UPSTREAM and exchange.request is None and not exchange.reply_done
-        self.set_exchange(exchange, is_first or is_connecting)
+        self.set_exchange(exchange, is_first or (to is UPSTREAM and exchange.is_connecting()))
         # A rule cannot refuse a complete request by the bytes that continue it (COPY data, a
         # password). So the end of these bytes is not the end of the request.
         continues = to is UPSTREAM and exchange.complete
@@ -4961,25 +4971,34 @@ class ProtocolChain(Chain):
             return []
         events = []
         for event in self.run_chain(exchange.active_rules, now, to, [(now, to, data, ())]):
-            _, direction, made, delays = event
+            _, direction, made, _ = event
             if direction == UPSTREAM and made and not continues:
                 exchange.forwarded = True
-            if made is END_OF_MESSAGE or made is END_OF_ROW:
-                continue
-            if exchange is not self.exchanges[0] and (
-                    direction == DOWNSTREAM or not (made or made is data)):
-                self.queue_event(exchange, now, direction, made, delays)
-            else:
+            if made is not END_OF_MESSAGE and made is not END_OF_ROW:
                 events.append(event)
+        if exchange is not self.exchanges[0]:
+            events = self.queue_replies(exchange, now, data, events)
         if self.modified and data is not EOF:
             self.note_end(now, events)
         return events
 
-    def queue_event(self, exchange, start, to, data, delays):
-        """Queue an event in its exchange, until that is the first one."""
-        exchange.queued_events.append((start, to, data, delays))
-        self.keep(exchange, len(data) + CHUNK_OVERHEAD)
-        self.closing = self.closing or (to == UPSTREAM and data is EOF)
+    def queue_replies(self, exchange, start, data, events):
+        """Queue replies, and signals of rules, in their exchange until that is the first one.
+
+        data    the bytes or the signal that the events were made of
+
+        Returns the other events, which may leave now.
+        """
+        may_leave = []
+        for event in events:
+            _, to, made, delays = event
+            if to == UPSTREAM and (made or made is data):
+                may_leave.append(event)
+            else:
+                exchange.queued_events.append((start, to, made, delays))
+                self.keep(exchange, len(made) + CHUNK_OVERHEAD)
+                self.closing = self.closing or (to == UPSTREAM and made is EOF)
+        return may_leave
 
     def note_end(self, now, events):
         """Note whether a rule closes or resets the connection to the client now."""
@@ -5228,6 +5247,10 @@ class DelayQueue:
             self.put(start + sum(seconds for _, seconds, _ in delays), data, start, delays)
         self.has_replies = had_replies and self.held > 0
         return True
+
+    def is_unused(self):
+        """Return whether the queue is empty, and bytes may still come."""
+        return not (self.held or self.eof or self.write_closed)
 
     def is_full(self, clock):
         """Return whether no bytes may be read into this queue now."""
@@ -7415,25 +7438,32 @@ class Connection:
         passed = chain.pass_through(link.to, data)      # data itself, other bytes, or None
         if chain.protocol and (size >= PARSED_CHUNK or link.recv_size > PARSED_CHUNK):
             link.recv_size = chain.recv_size(link.to)
-        if passed is data and target is not None:
-            if chain.kept > KEPT_MIN or self.up.kept:
-                self.note_kept()
-            return data
-        now = self.loop.clock()
-        if passed is None:              # the slow path
-            chain.modified = False
-            events = chain.process_bytes(now, link.to, bytes(data))
-            if not chain.modified:      # then all events are bytes of this direction
+        if passed is not data or target is None:
+            return self.filter_slowly(link, target, data, passed)
+        if chain.kept > KEPT_MIN or self.up.kept:
+            self.note_kept()
+        return data
+
+    def filter_slowly(self, link, target, data, passed):
+        """Continue `filter` where received bytes are not just forwarded. Returns the same.
+
+        passed    what Chain.pass_through has returned
+        """
+        now, events = self.loop.clock(), []
+        if passed is None:
+            self.chain.modified = False
+            events = self.chain.process_bytes(now, link.to, bytes(data))
+            if not self.chain.modified:     # then all events are bytes of this direction
                 passed = b"".join([made for _, _, made, _ in events])
         self.end_parsing(link)
         if passed is not None and target is not None:
             if self.chain.kept > KEPT_MIN or self.up.kept:
                 self.note_kept()
-            link.buffered_in += size - len(passed)
+            link.buffered_in += len(data) - len(passed)
             return passed
         if passed is not None:
             events = [(now, link.to, bytes(passed), ())]
-        link.buffered_in += size
+        link.buffered_in += len(data)
         self.enqueue(now, events, link)
         return None
 
@@ -7659,7 +7689,23 @@ class Connection:
 
         The slow path always leads here.
         """
-        up, down, now = self.up, self.down, self.loop.clock()
+        now = self.loop.clock()
+        signals = self.send_due(now)
+        if self.phase is CLOSED:
+            return
+        if RESET in signals:
+            self.reset("reset by a fault")
+        elif self.up.write_closed and self.down.write_closed:
+            self.finish()
+        else:
+            if self.tls_waits_for is not None:
+                self.continue_tls()
+            self.update_interest()
+            self.set_timer(now)
+
+    def send_due(self, now):
+        """Send all data that is due, as far as the targets take it. Returns signals of rules."""
+        up, down = self.up, self.down
         signals = up.pop_due(now) + down.pop_due(now) if up.queue or down.queue else ()
         if self.phase is WAITING and (signals or up.send_buffer):
             self.end_waiting(now, signals)
@@ -7667,20 +7713,7 @@ class Connection:
             self.flush(down, self.client)
         if up.send_buffer:
             self.flush(up, None if self.phase is CONNECTING else self.backend)
-        if self.phase is CLOSED:
-            return
-        if RESET in signals:
-            self.reset("reset by a fault")
-        elif up.write_closed and down.write_closed:
-            self.finish()
-        else:
-            waits = self.tls_waits_for
-            if waits is not None and not waits.held:
-                self.tls_waits_for = None
-                self.start_tls(up if waits is down else down)
-            self.update_interest()
-            if up.queue or down.queue or self.timer or self.chain.head_deadline < NEVER:
-                self.set_timer(now)
+        return signals
 
     def end_waiting(self, now, signals):
         """Connect to the backend if OPEN or bytes are due. An EOF alone ends the connection."""
@@ -7760,8 +7793,7 @@ class Connection:
             if isinstance(source, TlsSocket):
                 events = source.interest(events)
                 fast = fast and source.is_open
-            link.fast_target = back.source if fast and not (
-                link.held or link.eof or link.write_closed) else None
+            link.fast_target = back.source if fast and link.is_unused() else None
             if events != link.watched:
                 self.watch(link, events)
 
@@ -7804,7 +7836,10 @@ class Connection:
 
     def set_timer(self, now):
         """Set the timer for the next event that is due, if there is one."""
-        due = min(self.up.next_time(now), self.down.next_time(now), self.chain.head_deadline)
+        up, down, deadline = self.up, self.down, self.chain.head_deadline
+        due = deadline
+        if up.queue or down.queue:
+            due = min(up.next_time(now), down.next_time(now), deadline)
         if self.timer and self.timer[DUE] != due:
             self.loop.cancel(self.timer)
             self.timer = None
@@ -7843,6 +7878,13 @@ class Connection:
         self.tls_waits_for = link
         self.start_tls(link, received)
         link.source.note_change()       # pump() sees whether the announcement has been sent
+
+    def continue_tls(self):
+        """Begin TLS with the other peer too, once it has got the announcement."""
+        announcement = self.tls_waits_for
+        if not announcement.held:
+            self.tls_waits_for = None
+            self.start_tls(self.up if announcement is self.down else self.down)
 
     def advance_tls(self, link):
         """Handle an event of a link's TlsSocket. Returns whether the handshake is done."""
