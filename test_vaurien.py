@@ -6435,13 +6435,13 @@ class TestProxyFaults(unittest.TestCase):
     def test_a_delay_behind_a_rule_that_held_all_bytes_does_not_hold_them_for_ever(self):
         """The delay kept the time that the removed rule had given the first bytes."""
         for type_ in "hang", "bandwidth":
-            toxics = [vaurien.Toxic(type_, "first", stream="both"),
-                      vaurien.Toxic("delay", "second", 1.0, {"sleep": 0.001}, stream="both")]
+            toxics = [{"type": type_, "stream": "both"},
+                      {"type": "delay", "sleep": 0.001, "stream": "both"}]
             with self.subTest(type_), running_proxy(echo, toxics=toxics) as proxy, \
                     connected_client(proxy) as sock:
                 sock.sendall(b"abc")
                 wait_until(lambda: proxy.loop.run_sync(proxy.list_connections)[0]["bytes_up"] == 3)
-                proxy.loop.run_sync(proxy.set_toxics, toxics[1:])
+                proxy.loop.run_sync(proxy.set_toxics, proxy.toxics[1:])
                 self.assertEqual(send_and_read_all(sock, b"def").size, 6)
 
     def test_hang_delivers_all_bytes_after_it_is_removed(self):
