@@ -5742,12 +5742,13 @@ def parse_backend(text, parse=parse_address):
     return host, port, "tls"
 
 
-def require_ssl():
-    """Raise ValueError if this Python has no module ssl."""
+def require_ssl(prefix=""):
+    """Raise ValueError if this Python has no module ssl. Its text begins with the prefix."""
     try:
         ssl.SSLContext                      # noqa: B018 (this imports the module)
     except ImportError:
-        raise ValueError("needs the module ssl, which this Python does not have") from None
+        raise ValueError("%sneeds the module ssl, which this Python does not have" % prefix
+                         ) from None
 
 
 def url_error(text):
@@ -6745,10 +6746,7 @@ class TlsConfig:
         """Check that the fields fit together, and read the files. Raises ValueError."""
         fields = self.fields
         if fields:
-            try:
-                require_ssl()
-            except ValueError as error:
-                raise ValueError("%s %s" % (next(iter(fields)), error)) from None
+            require_ssl(next(iter(fields)) + " ")
         if "fault" in fields and self.cert_file:
             raise ValueError("fault makes the certificates itself: leave tls-cert out")
         if "key" in fields and not self.cert_file:
@@ -6822,7 +6820,7 @@ class TlsConfig:
             context.set_alpn_protocols(self.alpn)
         return context
 
-    def backend_name(self, host):
+    def server_name(self, host):
         """Return the name to ask a backend for."""
         return self.fields.get("sni") or host.rstrip(".") or "localhost"
 
@@ -7856,7 +7854,7 @@ class Connection:
         config, is_client = self.proxy.tls, link is self.up
         context = (config.accept_context(self.client.getsockname()[0]) if is_client
                    else config.connect_context())
-        name = None if is_client else config.backend_name(self.proxy.backend[0])
+        name = None if is_client else config.server_name(self.proxy.backend[0])
         if link.watched:
             self.loop.watch(link.source, 0)
             link.watched = 0
