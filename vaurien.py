@@ -10043,10 +10043,11 @@ class Dialect:
     decode_errors = "strict"        # argument of bytes.decode for a body that is not UTF-8
 
     def render(self, result, status):
-        """Return the ApiResponse for the result of a route: text, or a value sent as JSON."""
+        """Return the ApiResponse for the result of a route: text, a JSON value, or None."""
         if isinstance(result, str):
             return ApiResponse(status, {"Content-Type": "text/plain; charset=utf-8"}, result)
-        return ApiResponse(status, {"Content-Type": "application/json"}, json.dumps(result))
+        text = json.dumps({"status": "ok"} if result is None else result)
+        return ApiResponse(status, {"Content-Type": "application/json"}, text)
 
     def to_api_error(self, exc):
         """Return the ApiError for an exception of a route's function.
@@ -10340,7 +10341,6 @@ def get_behavior(request):
 def set_behavior(request):
     """Set a handler: JSON with its name, options and percent."""
     set_rules(request, [parse_json_object(request.body)])
-    return {"status": "ok"}
 
 
 @route("GET", "/behaviors", needs_proxy=False)
@@ -10385,7 +10385,6 @@ def put_rules(request):
         raise InputError([("rules", "the body must be "
                                     "{\"rules\": [{\"name\": ..., \"percent\": ...}, ...]}")])
     set_rules(request, [without_moment(rule) for rule in rule_dicts])
-    return {"status": "ok"}
 
 
 def set_rules(request, rule_dicts):
@@ -10406,7 +10405,6 @@ def end_block(request):
     """End a block. After the last one, the behavior acts again."""
     number = check_field("block", check_count, request.names["BLOCK"])
     request.proxy.loop.run_sync(request.proxy.end_block, number)
-    return {"status": "ok"}
 
 
 @route("GET", "/proxy")
@@ -10485,20 +10483,19 @@ def put_status(request):
             errors.append((name, "%s is not known here: there are %s" % (name, ", ".join(checks))))
     if errors:
         raise InputError(errors)
-    return change_proxy_of(request, ProxyTable.change, **values)
+    change_proxy_of(request, ProxyTable.change, **values)
 
 
 @route("POST", "/proxy/reset")
 def reset_proxy(request):
     """Enable a proxy, accept clients, and remove rules and toxics. Connections stay open."""
-    return change_proxy_of(request, ProxyTable.reset)
+    change_proxy_of(request, ProxyTable.reset)
 
 
 def change_proxy_of(request, method, **arguments):
     """Call a method of ProxyTable for the proxy of a request. Raises CannotListen."""
     with request.proxy.lock:
         method(request.control.proxies, request.proxy, **arguments)
-    return {"status": "ok"}
 
 
 @route("GET", "/ca.pem", needs_proxy=False)
@@ -10524,7 +10521,6 @@ def set_backend(request):
         raise InputError(errors)
     # set_backend raises ValueError for the proxy's own address.
     check_field("backend", proxy.loop.run_sync, proxy.set_backend, values["backend"])
-    return {"status": "ok"}
 
 
 @route("GET", "/connections /proxies/PROXY/connections", "?newest=100", query=["newest"])
@@ -10548,7 +10544,6 @@ def close_connection(request):
     reset = check_query(request, "reset", False, check_yes_no)
     if not request.proxy.loop.run_sync(request.proxy.close_connection, number, reset):
         raise ApiError(404, "path", "number", "there is no open connection %d" % number)
-    return {"status": "ok"}
 
 
 @route("GET", "/events /proxies/PROXY/events", "?since=0", query=["since", "handler", "wait"])
