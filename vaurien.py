@@ -1232,10 +1232,9 @@ RULE_FIELDS = OrderedDict((name, Field(*others)) for name, *others in [
 ])
 
 
-def field_defaults():
-    """Return {field: default} of all fields but percent: these are attributes of each Rule."""
-    return OrderedDict((name, field.default) for name, field in RULE_FIELDS.items()
-                       if name != "percent")
+# {field: default} of all fields but percent: these are attributes of each Rule.
+FIELD_DEFAULTS = OrderedDict((name, field.default) for name, field in RULE_FIELDS.items()
+                             if name != "percent")
 
 
 def is_rule_field(function, key):
@@ -3385,7 +3384,7 @@ class Rule(Scheduled):
         self.name = name
         self.handler = get_handler(name)
         self.draw_min, self.draw_max, self.draw_key = draw_min, draw_max, draw_key
-        super().__init__(**dict(field_defaults(), **fields))
+        super().__init__(**dict(FIELD_DEFAULTS, **fields))
         self.set_options(dict(handler_options(self.handler), **options or {}))
         self.limit = 0 if self.of else self.times       # number of requests to act on at most
         self.keeps_due_time = getattr(self.handler, "keeps_due_time", False)
@@ -3456,9 +3455,9 @@ class Rule(Scheduled):
         The percentage is not included, nor the stream of a toxic: each text and each API has a
         place of its own for them.
         """
-        defaults = field_defaults()
+        defaults = FIELD_DEFAULTS
         if self.toxic:
-            defaults.update(Toxic.DEFAULTS, stream=self.stream)
+            defaults = OrderedDict(defaults, **dict(Toxic.DEFAULTS, stream=self.stream))
         return OrderedDict((field, self.field_to_json(field))
                            for field, default in defaults.items()
                            if getattr(self, field) != default)
@@ -3496,7 +3495,7 @@ class Rule(Scheduled):
     def to_json(self):
         """Return options and fields as one flat dict, in the form that `read_rules` accepts."""
         table = dict(self.options, name=self.name, percent=self.draw_max - self.draw_min)
-        for field in field_defaults():
+        for field in FIELD_DEFAULTS:
             table.setdefault(field, self.field_to_json(field))
         if table["match"] is None:
             del table["match"]
@@ -13319,7 +13318,7 @@ def settable_fields(function):
     The percentage of a handler is set in --behavior. A field is also left out if the handler
     has an option of the same name.
     """
-    return [field for field in field_defaults() if is_rule_field(function, field)]
+    return [field for field in FIELD_DEFAULTS if is_rule_field(function, field)]
 
 
 def option_flags(handler_name, option):
