@@ -274,6 +274,9 @@ OPEN = Signal("OPEN")       # A client has connected. When OPEN arrives upstream
 EOF = Signal("EOF")         # The stream ends in this direction (half-close). After an EOF in
                             #   both directions the connection is closed.
 RESET = Signal("RESET")     # The proxy drops all data and resets both sockets.
+# With a protocol only, after the bytes that end there. They are never sent.
+END_OF_MESSAGE = END = Signal("END_OF_MESSAGE")     # END: its older name, for users' handlers
+END_OF_ROW = Signal("END_OF_ROW")                   # only if a rule counts rows
 
 
 # -- Checks -------------------------------------------------------------------
@@ -1361,9 +1364,6 @@ def check_handler(path, function):
 #                 yield END_OF_MESSAGE
 
 PROTOCOLS = OrderedDict(tcp=None)               # {name: subclass of Protocol, or None}
-END_OF_MESSAGE = Signal("END_OF_MESSAGE")       # also an event for handlers; it is never sent
-END_OF_ROW = Signal("END_OF_ROW")               # the same
-END = END_OF_MESSAGE            # its older name, for handlers that use it
 CONTINUATION = Signal("CONTINUATION")
 TLS_BEGINS = Signal("TLS_BEGINS")
 UNLIMITED = 1 << 62             # skip all further bytes
