@@ -306,6 +306,14 @@ class InputError(ValueError):
         self.errors = errors
 
 
+def check_field(name, check, *args):
+    """Return check(*args). Raises InputError, with the name in front, for a ValueError."""
+    try:
+        return check(*args)
+    except ValueError as error:
+        raise InputError([(name, "%s %s" % (name, error))]) from None
+
+
 def format_exception(exc):
     """Return "Type: message", or only the type if the exception's own __str__ fails."""
     try:
@@ -6711,10 +6719,8 @@ def check_tls(value):
             raise ValueError("has no field %r%s: there are %s" % (
                 name, did_you_mean(name, TLS_FIELDS), ", ".join(TLS_FIELDS)))
         if given is not None:
-            try:
-                fields[name] = TLS_FIELDS[name].check(given if name == "verify" else str(given))
-            except ValueError as error:
-                raise ValueError("%s %s" % (name, error)) from None
+            fields[name] = check_field(name, TLS_FIELDS[name].check,
+                                       given if name == "verify" else str(given))
     return fields
 
 
@@ -10205,14 +10211,6 @@ def read_request(control, chosen_route, path, names, query_text, body, headers):
     return ApiRequest(control, proxy, names, query, text, headers)
 
 
-def check_field(name, check, *args):
-    """Return check(*args). Raises InputError, with the name of the field, for a ValueError."""
-    try:
-        return check(*args)
-    except ValueError as error:
-        raise InputError([(name, "%s %s" % (name, error))]) from None
-
-
 def parse_json_object(body):
     """Return a body, which must be a JSON object, as a dict. Raises InputError."""
     try:
@@ -13154,10 +13152,7 @@ class SourcedText:
 
     def parse(self, check, *args):
         """Return check(*args, text). Raises ValueError with the source in front of the error."""
-        try:
-            return check(*args, self.text)
-        except ValueError as error:
-            raise ValueError("%s %s" % (self.source, error)) from None
+        return check_field(self.source, check, *args, self.text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -13489,11 +13484,8 @@ def read_ini_toxic(name, source, texts):
                          % (source, ", ".join(sorted(HANDLERS))))
     type_ = texts.pop("type")
     type_.parse(import_handler)
-    try:
-        return make_flat_toxic(type_.text, name, {
-            key: text.text for key, text in texts.items()}), proxy_name
-    except InputError as error:
-        raise ValueError("%s %s" % (source, error)) from None
+    plain_texts = {key: text.text for key, text in texts.items()}
+    return check_field(source, make_flat_toxic, type_.text, name, plain_texts), proxy_name
 
 
 def expand_env(text):
@@ -13678,10 +13670,8 @@ def attach_toxics(proxies, toxics):
         if any(other.name == toxic.name for other in proxy.toxics):
             raise ValueError("[toxic:%s] needs another name, because a fault has it" % toxic.name)
         proxy.toxics.append(toxic)
-        try:
-            proxy.install_rules(proxy.behavior, proxy.blocks, proxy.toxics)
-        except ValueError as error:
-            raise ValueError("[toxic:%s] %s" % (toxic.name, error)) from None
+        check_field("[toxic:%s]" % toxic.name, proxy.install_rules, proxy.behavior, proxy.blocks,
+                    proxy.toxics)
 
 
 def start_log(level, output, format_):
