@@ -6914,11 +6914,6 @@ class TlsSocket:
     `recv_into` returns all of them, up to one record (16 KiB) more than was asked for.
     """
 
-    __slots__ = ("sock", "loop", "on_change", "incoming", "outgoing", "engine", "unsent",
-                 "is_open", "error", "truncated", "truncates", "ended", "readable", "closing",
-                 "notified", "fin_sent", "resets", "deadline", "change_timer", "timeout",
-                 "begun", "awaits_write")
-
     ALERT, HANDSHAKE = 21, 22       # types of records
     RECV_MAX = 64 * 1024            # bytes of the largest recv: `incoming` keeps such a buffer
     SEND_BATCH = 4 * 16384          # bytes that are encrypted for one send
@@ -6940,10 +6935,7 @@ class TlsSocket:
         self.awaits_write = False   # whether interest() has asked for EVENT_WRITE
         self.change_timer = None
         self.deadline = loop.call_at(loop.clock() + timeout, lambda: self.fail("timed out"))
-        if received:
-            self.on_handshake_bytes(received)
-        else:
-            self.continue_handshake()
+        self.continue_handshake(received)
 
     def __getattr__(self, name):    # fileno, getpeername, getsockopt, family ...
         return getattr(self.sock, name)
@@ -6988,17 +6980,15 @@ class TlsSocket:
             self.ended = True
             self.fail(end_reason)
         elif not self.error:
-            self.on_handshake_bytes(data)
+            self.continue_handshake(data)
 
-    def on_handshake_bytes(self, data):
-        if not self.begun and data[0] not in (self.ALERT, self.HANDSHAKE):
+    def continue_handshake(self, data):
+        """Process bytes of the peer, none at the start, and send the reply."""
+        if data and not self.begun and data[0] not in (self.ALERT, self.HANDSHAKE):
             self.fail("the peer speaks no TLS, but has sent %r" % data[:16])
             return
-        self.begun = True
+        self.begun = bool(data)
         self.incoming.write(data)
-        self.continue_handshake()
-
-    def continue_handshake(self):
         try:
             self.engine.do_handshake()
         except ssl.SSLWantReadError:
@@ -7068,14 +7058,14 @@ class TlsSocket:
         """Encrypt and send bytes. Returns how many. Raises OSError like a socket."""
         if self.error:
             raise OSError(errno.EPIPE, self.error)
-        if not self.is_open or not self.push():
+        if not self.is_open or not self.send_ciphertext():
             raise BlockingIOError(errno.EAGAIN, "ciphertext waits")
         taken = 0
         while taken < len(data) and not self.unsent:
             end = min(len(data), taken + self.SEND_BATCH)
             while taken < end:
                 taken += self.engine.write(data[taken:end])     # one record
-            self.push()
+            self.send_ciphertext()
         return taken
 
     def push(self):
