@@ -4000,7 +4000,8 @@ class TestRuleFields(TempDirTestCase):
 
     def test_a_new_field_needs_one_line(self):
         field = vaurien.Field(vaurien.check_count, 5, "a number of nothing")
-        with mock.patch.dict(vaurien.RULE_FIELDS, nothing=field):
+        with mock.patch.dict(vaurien.RULE_FIELDS, nothing=field), \
+                mock.patch.dict(vaurien.FIELD_DEFAULTS, nothing=5):     # made from RULE_FIELDS
             with self.subTest("a new field"):
                 default, = vaurien.read_rules([{"name": "delay"}])
                 rule, = vaurien.read_rules([{"name": "delay", "nothing": "7"}])
