@@ -1408,8 +1408,8 @@ class NeedMatch:
     """A reader yields this to receive the bytes up to the end of a pattern's first match.
 
     end      the pattern, as bytes
-    start    a pattern that matches complete and incomplete bytes of this kind. If it has a
-             group, only bytes of the protocol match the group
+    start    a pattern that such bytes match from their first byte on, even if they are incomplete.
+             If it has a group, only bytes of the protocol match the group
     error    the text of the ProtocolError for bytes that `start` does not match
     """
 
@@ -1465,7 +1465,8 @@ def beginning_with(*parts):
 
 
 # Only the first 256 bytes are checked for control characters, to save time.
-TEXT = rb"(?:%s{256}|%s{0,255}\Z)" % ((rb"[^\0-\x08\x0b\x0c\x0e-\x1f\x7f]",) * 2)
+NO_CONTROL = rb"[^\0-\x08\x0b\x0c\x0e-\x1f\x7f]"
+TEXT = rb"(?:%s{256}|%s{0,255}\Z)" % (NO_CONTROL, NO_CONTROL)
 LINE = NeedMatch(rb"\n")
 COMMAND_LINE = NeedMatch(rb"\n", TEXT, "a control character in a command")
 
@@ -1538,13 +1539,13 @@ class Framer:
         return type(self.awaiting) is int and self.awaiting > size
 
     def recognizes(self, head):
-        """Return whether an incomplete head can only be of the protocol.
+        """Return whether the bytes of an incomplete head can only be of the protocol.
 
-        Then the first item that the reader needs is complete, or the first part of that item,
-        such as the request line of HTTP.
+        They are if the reader has received a complete item of them, or if they match the group
+        of a NeedMatch, such as the request line of HTTP.
         """
         if len(self.buffered) < len(head):
-            return True                     # the reader has got a complete item
+            return True
         if type(self.awaiting) is not NeedMatch or not self.awaiting.match_start:
             return False
         match = self.awaiting.match_start(self.buffered)
@@ -1788,12 +1789,11 @@ class Protocol:
             is_dropped = reply.closes or (exchange.forwarded and not exchange.reply_done)
         if data is EOF or data is OPEN or not is_dropped:
             yield t, to, data
-        elif data is not END_OF_MESSAGE or reply.closes:
-            pass                        # drop it
-        elif to == UPSTREAM and reply.substitute:
-            yield t, UPSTREAM, reply.substitute
-        else:
-            yield t, DOWNSTREAM, self.finish_reply(reply, exchange.request)
+        elif data is END_OF_MESSAGE and not reply.closes:
+            if to == UPSTREAM and reply.substitute:
+                yield t, UPSTREAM, reply.substitute
+            else:
+                yield t, DOWNSTREAM, self.finish_reply(reply, exchange.request)
 
 
 def parse_length(text, largest=1 << 60):
@@ -2666,10 +2666,10 @@ class Mysql(Protocol):
     def read_prepared(self, request, head):
         """Read the reply to PREPARE, after its first packet: the parameters and the columns."""
         self.statements[head[1:5]] = request.info.text
-        eof_count = not self.flags & self.CLIENT_DEPRECATE_EOF
-        for count in head[7:9], head[5:7]:
-            number = int.from_bytes(count, "little")
-            for _ in range(number + eof_count if number else 0):
+        has_eof = not self.flags & self.CLIENT_DEPRECATE_EOF        # after each list
+        for field in head[7:9], head[5:7]:
+            count = int.from_bytes(field, "little")
+            for _ in range(count + has_eof if count else 0):
                 yield from self.read_packet()
 
     def status(self, size, head):
@@ -2910,13 +2910,12 @@ class Postgres(Protocol):
             type_, message_size = struct.unpack(">cI", (yield NeedBytes(5)))
             if not type_.isalnum():
                 raise ProtocolError("%r is not a message" % type_)
-            bytes_left = message_size - 4       # of the body
-            if bytes_left < (type_ == self.READY):
+            size, status_size = message_size - 4, int(type_ == self.READY)
+            if size < status_size:
                 raise ProtocolError("a message cannot have the size %d" % message_size)
-            if type_ == self.READY:
-                self.status = yield NeedBytes(1)
-                bytes_left -= 1
-            yield bytes_left                    # skip the rest of the body
+            if status_size:
+                self.status = yield NeedBytes(status_size)
+            yield size - status_size
             if self.counts_rows and type_ in self.ROWS:
                 yield END_OF_ROW
             if self.note_message(type_):
