@@ -2585,6 +2585,7 @@ class TestProtocolChain(unittest.TestCase):
         describe, flush = pg_message(b"D", b"P\0"), pg_message(b"H")
         parsed, suspended = PG_PARSE_COMPLETE + PG_BIND_COMPLETE, pg_message(b"s")
         copy_in, copy_data = pg_message(b"G", b"\0\0\0"), pg_message(b"d", b"1\n")
+        copied = pg_message(b"C", b"COPY 1\0")
         for case, parts in [
                 ("a Parse fails before its Bind arrives",
                  [(parse, PG_ERROR), (bind + PG_EXECUTE + PG_SYNC, PG_READY)]),
@@ -2602,6 +2603,11 @@ class TestProtocolChain(unittest.TestCase):
                 ("a portal is executed in two parts",
                  [(parse + bind + PG_EXECUTE + PG_EXECUTE + PG_SYNC,
                    parsed + suspended + PG_SELECTED_1 + PG_READY)]),
+                ("a Bind without an Execute is skipped",
+                 [(parse, PG_ERROR), (bind + PG_SYNC, PG_READY)]),
+                ("a Sync is sent during COPY",
+                 [(parse + bind + PG_EXECUTE + PG_SYNC, parsed + copy_in),
+                  (copy_data + PG_SYNC + pg_message(b"c") + PG_SYNC, copied + PG_READY)]),
                 ("COPY fails before the client ends it",
                  [(parse + bind + PG_EXECUTE + PG_SYNC, parsed + copy_in),
                   (copy_data, PG_ERROR), (PG_SYNC, PG_READY)])]:
