@@ -1852,6 +1852,7 @@ class TestFraming(unittest.TestCase):
                 ("redis", UPSTREAM, b"*2\r\n$6\r\nclient\r\n$5\r\nreply\r\n"),
                 ("redis", UPSTREAM, b"*2\r\nx\r\n"),
                 ("redis", UPSTREAM, b"*x\r\n"),
+                ("redis", UPSTREAM, b"*1\r\n:3\r\n"),
                 ("redis", DOWNSTREAM, b"hello\r\n"),
                 ("redis", DOWNSTREAM, b">2\r\n"),
                 ("memcache", UPSTREAM, b"\x80\n"),
@@ -1861,6 +1862,7 @@ class TestFraming(unittest.TestCase):
                 ("mysql", UPSTREAM, mysql_login(0xA285 | 1 << 26, b"root\0\0")),     # zstd
                 ("postgres", UPSTREAM, TLS_HELLO + bytes(5)),
                 ("postgres", UPSTREAM, struct.pack(">II", 16, 80877107)),   # unknown request code
+                ("postgres", DOWNSTREAM, b"\0\0\0\0\5"),                # no type of a message
                 ("tls", UPSTREAM, TLS_HELLO + b"\0\1\2"),                   # a ServerHello
                 ("tls", UPSTREAM, TLS_HELLO + b"\0\4\1\0\0\0"),              # of no bytes
                 ("tls", UPSTREAM, TLS_HELLO + b"\xff\xff"),                  # too long
