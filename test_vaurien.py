@@ -3763,8 +3763,8 @@ class TestProtocols(unittest.TestCase):
 
     def test_errors_need_both_streams(self):
         with self.assertRaisesRegex(ValueError, "stream must be both"):
-            OpenProxy("x:1", protocol="redis", toxics=[vaurien.Toxic("error", "e")])
-        OpenProxy("x:1", protocol="redis", toxics=[vaurien.Toxic("error", "e", stream="both")])
+            OpenProxy("x:1", protocol="redis", toxics=[{"type": "error", "stream": "downstream"}])
+        OpenProxy("x:1", protocol="redis", toxics=[{"type": "error", "stream": "both"}])
 
     def test_kinds_that_a_protocol_does_not_have_are_rejected(self):
         for protocol, message in [
