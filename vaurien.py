@@ -13031,7 +13031,12 @@ def parse_fault(words, taken):
     return make_flat_toxic(type_, check_field("name", check_name, name), texts, defaults)
 
 
-SETTINGS = OrderedDict((name, Setting(flags.split(), *others)) for name, flags, *others in [
+def settings_table(rows):
+    """Return {name: Setting} of rows (name, "FLAG ...", scope, default, check, metavar, help)."""
+    return OrderedDict((name, Setting(flags.split(), *others)) for name, flags, *others in rows)
+
+
+SETTINGS = settings_table([
     ("config", "--config", "command line", None, check_file, "FILE",
      "ini file, or Toxiproxy's JSON; options of the command line override it"),
     ("local", "--local --proxy", "proxy", "localhost:8000", parse_listener, "HOST:PORT",
@@ -14196,14 +14201,14 @@ def parse_host(text):
     return host or "localhost", port, scheme or "http"
 
 
-CTL_SETTINGS = OrderedDict((
-    ("host", Setting(["--host"], "command line", "http://localhost:8080", parse_host, "URL",
-                     "URL of the control server")),
-    ("proxy", Setting(["--proxy"], "command line", None, str, "NAME",
-                      "name of the proxy (default: the first one)")),
-    ("http-token", Setting(["--http-token"], "command line", None, str, "TOKEN",
-                           "token of the control server (default: $%s)" % TOKEN_VARIABLE)),
-))
+CTL_SETTINGS = settings_table([
+    ("host", "--host", "command line", "http://localhost:8080", parse_host, "URL",
+     "URL of the control server"),
+    ("proxy", "--proxy", "command line", None, str, "NAME",
+     "name of the proxy (default: the first one)"),
+    ("http-token", "--http-token", "command line", None, str, "TOKEN",
+     "token of the control server (default: $%s)" % TOKEN_VARIABLE),
+])
 
 # function    takes a Client and the arguments of the action; returns the text to print
 # arguments   the arguments, for the help
