@@ -9865,10 +9865,12 @@ function faultForm({name, protocol}, rule, close) {
     const isToxic = kind.value === "toxic", handler = handlers[type.value];
     namePlace.hidden = !isToxic;
     options = inputs(handler.options, rule || {}, kinds[protocol]);
-    // Rule fields are texts, like 90s. Of a toxic, the server changes only two of them.
-    when = inputs(Object.fromEntries(Object.entries(fields).filter(([key]) =>
-      !(key in handler.options) && (!rule || !isToxic || ["percent", "ttl"].includes(key)))
-      .map(([key, field]) => [key, {...field, type: "str"}])), rule || {});
+    // Of a toxic that exists, the server changes only two rule fields.
+    const canSet = key => !(key in handler.options)
+      && (!rule || !isToxic || ["percent", "ttl"].includes(key));
+    const shown = Object.entries(fields).filter(([key]) => canSet(key))
+      .map(([key, field]) => [key, {...field, type: "str"}]);       // a text, like 90s
+    when = inputs(Object.fromEntries(shown), rule || {});
     place.replaceChildren(el("p", {}, handler.help), options, el("details", {open: Boolean(rule)},
       el("summary", {}, "When it acts"), when));
   }
