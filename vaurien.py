@@ -6424,8 +6424,8 @@ def start_connect(family, address, fd_limit):
         if error == errno.EINPROGRESS and LINUX:
             # A backend on this machine has accepted already. The second call returns 0 then.
             error = sock.connect_ex(address)
-        if not error and is_connected_to_itself(sock, address):
-            error = errno.ECONNREFUSED
+        if not error:
+            error = self_connect_error(sock, address)
     except OSError:
         sock.close()
         raise
@@ -6440,24 +6440,24 @@ def connect_error(sock):
     """Return the error number of a connect() that is no longer pending. 0 means success."""
     error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     try:
-        if not error and is_connected_to_itself(sock, sock.getpeername()):
-            error = errno.ECONNREFUSED
+        if not error:
+            error = self_connect_error(sock, sock.getpeername())
     except OSError:             # the backend has reset the connection: recv() reports it
         pass
     return error
 
 
-def is_connected_to_itself(sock, peer):
-    """Return whether a socket that has connected to `peer` is connected to itself.
+def self_connect_error(sock, peer):
+    """Return ECONNREFUSED if a socket that has connected to `peer` is connected to itself, or 0.
 
-    This counts as refused. If no backend listens on a port of this machine, the kernel may pick
-    the same port for the socket that connects. The two SYNs are then a simultaneous open (RFC
-    9293, 3.5). The socket is closed with RST, which makes the port free for the backend.
+    If no backend listens on a port of this machine, the kernel may pick the same port for the
+    socket that connects. The two SYNs are then a simultaneous open (RFC 9293, 3.5). The caller
+    closes the socket: with RST, which makes the port free for the backend.
     """
     if sock.getsockname() != peer:
-        return False
+        return 0
     reset_on_close(sock)
-    return True
+    return errno.ECONNREFUSED
 
 
 def socket_strerror(error):
@@ -8541,8 +8541,7 @@ class ProxyServer:
         self.accepted += 1
         connection = self.connections[self.accepted] = Connection(
             self, self.accepted, client, peer)
-        served = len(self.connections) - 1 - len(self.open_refused)
-        if not 0 < self.max_connections <= served:
+        if not self.max_connections or self.served_count() <= self.max_connections:
             connection.start()
             return
         self.refused += 1
@@ -8550,6 +8549,10 @@ class ProxyServer:
         log.info("%sconnection %d: refused: max_connections is %d (client %s)",
                  self.log_prefix, connection.number, self.max_connections, connection.name)
         connection.refuse()
+
+    def served_count(self):
+        """Return the number of open connections that are not refused."""
+        return len(self.connections) - len(self.open_refused)
 
     def apply_change(self, local, backend, enabled, listener, accept):
         """Change the addresses, `enabled` and `accept`. Close the connections if necessary.
