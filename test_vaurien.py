@@ -7894,7 +7894,8 @@ class TestProxyLifecycle(unittest.TestCase):
         """Two toxics of one type look alike without their names, streams and rule fields."""
         toxics = [vaurien.Toxic("latency", "up", 1.0, {"latency": 1}, "upstream", times=5),
                   vaurien.Toxic("latency", "down", 0.5, {"latency": 1})]
-        with running_proxy(echo, toxics=toxics[:1]) as proxy:
+        with running_proxy(echo) as proxy:
+            proxy.loop.run_sync(proxy.set_toxics, toxics[:1])
             with self.assertLogs("vaurien", "INFO") as logged:
                 proxy.loop.run_sync(proxy.set_toxics, toxics)
                 with proxy.handler("delay", sleep=0.001, match="^q u", after=1, times=3), \
