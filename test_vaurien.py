@@ -13027,11 +13027,11 @@ class TestCtl(unittest.TestCase):
             self.assertEqual(json.loads(out)["attributes"], {"latency": 200, "jitter": 5})
 
     def test_adding_and_removing_a_toxic_keeps_those_that_another_client_adds(self):
-        list_toxics = vaurien.Client.list_toxics
+        list_toxics, added = vaurien.Client.list_toxics, []
 
         def list_then_add(ctl_client):
             toxics = list_toxics(ctl_client)
-            client.add_toxic("noop", "other%d" % len(toxics))
+            added.append(client.add_toxic("noop", "other%d" % len(added)))
             return toxics
 
         with proxy_with_control() as (_, client):
@@ -13040,7 +13040,7 @@ class TestCtl(unittest.TestCase):
                     client,
                     (["add-toxic", "noop", "name=a"], "Toxic added: a"),
                     (["remove-toxic", "a"], "Toxic removed: a"))
-            self.assertEqual([toxic["name"] for toxic in client.list_toxics()], ["other1"])
+            self.assertEqual([toxic["name"] for toxic in client.list_toxics()], added)
 
     def test_times(self):
         with proxy_with_control() as (_, client):
