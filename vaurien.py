@@ -1948,11 +1948,11 @@ class Http(Protocol):
         if self.awaited_request().name in ("", "HEAD", "CONNECT"):
             return False
         head_size = data.find(b"\n\r\n") + 3
-        head, body_size = data[:head_size], len(data) - head_size
-        if (head, body_size) != self.last_reply:
-            if not self.is_common_reply(head, body_size):
+        head_and_size = data[:head_size], len(data) - head_size
+        if head_and_size != self.last_reply:
+            if not self.is_common_reply(*head_and_size):
                 return False
-            self.last_reply = (head, body_size) if head_size <= CACHED_HEAD_MAX else (None, 0)
+            self.last_reply = head_and_size if head_size <= CACHED_HEAD_MAX else (None, 0)
         return True
 
     def is_common_reply(self, head, body_size):
