@@ -2351,6 +2351,19 @@ class TestProtocolChain(unittest.TestCase):
         play.backend(b"c\r\n").assert_passes()
         self.assertEqual(play.exchange_count(), 1)
 
+    def test_an_error_follows_a_reply_that_ends_several_exchanges(self):
+        """It was lost if the reply had fewer bytes than 2 for each of these exchanges."""
+        play = self.play("memcache", error_rule(match=b"bad"))
+        passed = b"get a\r\n" + b"set b 0 0 1 noreply\r\nx\r\n" * 3
+        play.client(passed + b"get bad\r\n").assert_becomes(passed)
+        play.backend(b"END\r\n").assert_becomes(b"END\r\n" + MEMCACHE_NO_MEMORY)
+        play.client(b"get b\r\n").assert_passes()
+
+        play = self.play_postgres(error_rule("57P01", match=b"bad"))
+        play.client((pg_parse(b"", b"SELECT 1") + pg_bind(b"") + PG_EXECUTE) * 50 + PG_SYNC
+                    + pg_query(b"bad"))
+        self.assertIn(b"C57P01\0", play.backend(PG_ERROR + PG_READY).to_client)
+
     def test_an_error_is_sent_when_the_request_is_complete(self):
         play = self.play("memcache", error_rule())
         play.client(b"set a 0 0 3\r\nab").assert_held()

@@ -4595,8 +4595,8 @@ class ProtocolChain(Chain):
         self.closing = False        # a rule closes the connection: see invariant 7
         self.ended = False          # a rule has closed or reset it: later replies are dropped
         self.recognized = False     # the client has sent bytes that can only be of the protocol
-        self.last_affected = None   # the last exchange that had active rules or queued events
-                                    #   when the rules last changed
+        self.last_affected = None   # no later exchange has active rules or queued events. None:
+                                    #   no exchange has any
 
     def start(self):
         """Begin the first exchange, because a client has connected. It has no Request yet."""
@@ -4604,6 +4604,7 @@ class ProtocolChain(Chain):
         self.exchange = Exchange(self.request, self.active_rules, None,
                                  self.protocol.server_first)
         self.exchanges.append(self.exchange)
+        self.last_affected = self.exchange if self.active_rules else None
 
     def direction_changed(self, to):
         self.last_direction = to        # requests begin where the protocol finds them
@@ -4699,10 +4700,13 @@ class ProtocolChain(Chain):
         elif len(self.exchanges) == 1 and last.is_reusable():
             self.kept -= last.kept
             last.__init__(self.request, self.active_rules, request)
+            self.last_affected = None
         else:
             last = Exchange(self.request, self.active_rules, request)
             self.exchanges.append(last)
             self.keep(last, EXCHANGE_OVERHEAD + ACTIVE_RULE_OVERHEAD * len(self.active_rules))
+        if self.active_rules:
+            self.last_affected = last
 
     def continue_request(self, boundary):
         self.in_request = True
@@ -4801,11 +4805,9 @@ class ProtocolChain(Chain):
             # All bytes are in the middle of a request on which no rule acts.
             return (self.in_request and not self.closing and not self.exchanges[-1].active_rules
                     and self.protocol.request_framer.skips(size))
-        # No rule acts on the exchanges whose replies these bytes may contain: a reply has at
-        # least 2 bytes. A held head might have to be released, which needs the slow path.
-        reached = itertools.islice(self.exchanges, size // 2 + 1)
-        if not self.head and not any(exchange.active_rules or exchange.queued_events
-                                     for exchange in reached):
+        # Any exchange may become the first: one reply can end several, if requests without a
+        # reply follow. A held head might have to be released, which needs the slow path.
+        if not self.last_affected and not self.head:
             return True
         # All bytes are in the middle of a reply on which no rule acts.
         return not self.exchanges[0].active_rules and self.protocol.reply_framer.skips(size)
