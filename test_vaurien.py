@@ -7883,7 +7883,7 @@ class TestProxyLifecycle(unittest.TestCase):
                         send_and_read(sock, b"question")
                 wait_until(lambda: not proxy.connections)
                 return proxy.loop.run_sync(lambda: (
-                    len(proxy.loop.selector.get_map()),
+                    len(proxy.loop.watched),
                     proxy.loop.budget.held, proxy.loop.budget.queues))
             # Two sockets are left: the listener and the wakeup socket.
             self.assertEqual(run_connections(), (2, 0, 0))

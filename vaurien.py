@@ -5256,6 +5256,7 @@ class DelayQueue:
         self.has_replies = had_replies and self.held > 0
         return True
 
+
     def is_unused(self):
         """Return whether the queue is empty, and bytes may still come."""
         return not (self.held or self.eof or self.write_closed)
@@ -5324,8 +5325,8 @@ def capture(function, *args):
 make_selector_key = functools.partial(tuple.__new__, selectors.SelectorKey)
 
 
-class EpollSelector(selectors.BaseSelector):
-    """A faster selectors.EpollSelector.
+class EpollSelector:
+    """A faster selectors.EpollSelector, with the methods that Loop calls.
 
     - A poll has room for MAX_EVENTS events, however many sockets are registered.
     - No Python function is called for an event.
@@ -5358,22 +5359,20 @@ class EpollSelector(selectors.BaseSelector):
     def close(self):
         self.epoll.close()
 
-    def register(self, fileobj, events, data=None):
-        fd = fileobj.fileno()
+    def register(self, sock, events, callback):
+        fd = sock.fileno()
         self.epoll.register(fd, self.MASKS[events])
-        key = self.keys[fd] = make_selector_key((fileobj, fd, events, data))
-        return key
+        self.keys[fd] = make_selector_key((sock, fd, events, callback))
 
-    def modify(self, fileobj, events, data=None):
-        fd = fileobj.fileno()
+    def modify(self, sock, events, callback):
+        fd = sock.fileno()
         self.epoll.modify(fd, self.MASKS[events])
-        key = self.keys[fd] = make_selector_key((fileobj, fd, events, data))
-        return key
+        self.keys[fd] = make_selector_key((sock, fd, events, callback))
 
-    def unregister(self, fileobj):
-        fd = fileobj.fileno()
+    def unregister(self, sock):
+        fd = sock.fileno()
         self.epoll.unregister(fd)
-        return self.keys.pop(fd)
+        del self.keys[fd]
 
     def select(self, timeout=None):
         poll = self.epoll.poll
@@ -5412,9 +5411,6 @@ class EpollSelector(selectors.BaseSelector):
         self.backoff = 0 if events else min(self.BACKOFF_MAX, max(1, 2 * self.backoff))
         self.skips = self.backoff
         return events or None
-
-    def get_map(self):
-        return self.keys
 
 
 def raise_fd_limit():
@@ -5595,12 +5591,8 @@ class Loop:
         A handler of an OS signal may use this, too.
         """
         self.calls.append((function, args))
-        try:
-            self.wakeup_send.send(b"!")
-        except BlockingIOError:
-            pass                        # the socket is full, so the loop wakes up anyway
-        except OSError:
-            pass                        # the loop is closed
+        with contextlib.suppress(OSError):      # the loop is closed, or the socket is full, so
+            self.wakeup_send.send(b"!")         #   that the loop wakes up anyway
 
     def on_wakeup(self, events):
         """Empty the wakeup socket, and run the queued calls."""
@@ -7185,16 +7177,17 @@ NO_SPLICE = -(1 << 60)          # `bulk_reads` of links that cannot use splice, 
 class Link(DelayQueue):
     """One direction of a connection: its source socket and its delay queue."""
 
-    __slots__ = ("source", "watched", "fast_target", "bulk_reads", "recv_size", "asked",
+    __slots__ = ("source", "target", "watched", "fast_events", "bulk_reads", "recv_size", "asked",
                  "next_measured")
 
     def __init__(self, to, budget, recv_size):
-        super().__init__(to, budget)
+        DelayQueue.__init__(self, to, budget)       # faster than super()
         self.recv_size = recv_size      # bytes of the largest recv, at the moment
-        self.source = None      # a socket, or a TlsSocket
+        self.source = None      # a socket, or a TlsSocket; None before connect()
+        self.target = None      # the same for the other peer; None until it is connected
         self.watched = 0        # the events of the source's socket that are watched: reads for
                                 #   this link, writes for the other one
-        self.fast_target = None     # the target socket while the fast path is open
+        self.fast_events = 0    # the events for the fast path: EVENT_READ, or 0 if it is closed
         self.bulk_reads = 0 if HAVE_SPLICE else NO_SPLICE   # successive large reads
         # To measure latencies
         self.next_measured = sys.maxsize    # upstream: the number of requests from which on the
@@ -7202,8 +7195,8 @@ class Link(DelayQueue):
         self.asked = 0.0        # downstream: when a measured request came whose reply is still
                                 #   to be sent; 0 if there is none
 
-    def buffer_unsent(self, data):
-        """Buffer bytes of the fast path that the target does not take now."""
+    def put_due(self, data):
+        """Queue a memoryview or a KernelPipe whose bytes are due now."""
         self.buffered_in += len(data)
         self.charge(len(data))
         self.append_due(data)
@@ -7281,8 +7274,9 @@ class Connection:
         self.up = Link(UPSTREAM, self.loop.budget, self.chain.recv_size(UPSTREAM))
         self.down = Link(DOWNSTREAM, self.loop.budget, self.chain.recv_size(DOWNSTREAM))
         self.up.next_measured = proxy.latencies.skips()
-        self.client = self.up.source = client       # a socket; None when closed
-        self.backend = None             # a socket, the source of `down`; None before connect()
+        # The two sockets; None before connect(), and when closed
+        self.client = self.up.source = self.down.target = client
+        self.backend = None
         self.phase = WAITING
         self.addresses = None           # of the backend, still to be tried
         self.deadline = None            # for connecting to the backend
@@ -7312,7 +7306,7 @@ class Connection:
         else:
             self.connect_backend()
             self.update_interest()
-            if self.up.fast_target is not None:     # most clients have sent a request by now
+            if self.up.fast_events:     # most clients have sent a request by now
                 self.on_ready(self.up, EVENT_READ)
 
     def refuse(self):
@@ -7335,14 +7329,12 @@ class Connection:
         other connections. The fast path sends the bytes at once. It reads the clock only for a
         latency that is measured, and without an active rule it makes no event objects.
         """
-        target, loop, chain, budget = link.fast_target, self.loop, self.chain, link.budget
-        limit = link.recv_size
-        if (events != EVENT_READ or target is None or link.bulk_reads >= SPLICE_AFTER
+        loop, chain, budget, limit = self.loop, self.chain, link.budget, link.recv_size
+        if (events != link.fast_events or link.bulk_reads >= SPLICE_AFTER
                 or budget.held > budget.fast_path_limit):
             limit = self.prepare_read(link, events)
             if not limit:
                 return
-            target = link.fast_target
         try:
             size = link.source.recv_into(loop.buffer, limit)
         except OSError as error:
@@ -7355,14 +7347,14 @@ class Connection:
                 chain.direction_changed(link.to) >= link.next_measured):
             self.note_request()
         data = loop.view[:size]
-        if chain.protocol or chain.active_rules or target is None:
-            data = self.filter(link, target, data)
+        if chain.protocol or chain.active_rules or not link.fast_events:
+            data = self.filter(link, data)
             if not data:
                 return
         else:
             link.bulk_reads += size >= BULK_READ
         try:
-            sent = target.send(data)
+            sent = link.target.send(data)
         except OSError as error:
             self.on_forward_error(link, data, error)
             return
@@ -7399,8 +7391,7 @@ class Connection:
             self.pump()
         if not events & EVENT_READ or link.source is None:
             return 0
-        if link.fast_target is not None and link.bulk_reads >= SPLICE_AFTER and (
-                self.splice(link, link.fast_target)):
+        if link.fast_events and link.bulk_reads >= SPLICE_AFTER and self.splice(link):
             return 0
         limit = link.read_limit(self.loop.clock)
         if limit <= 0 or self.phase is HANDED_OFF:      # the event is older than this state
@@ -7416,14 +7407,12 @@ class Connection:
             return CHUNK
         return max(1, (link.budget.allowance(HELD_MAX) - link.held - link.kept) // EXPANSION)
 
-    def filter(self, link, target, data):
+    def filter(self, link, data):
         """Run received bytes through the chain. Returns the bytes to send immediately.
 
-        target    None if the fast path is closed: then bytes are queued in any case
-
-        Bytes that a rule has changed or delayed are queued, too, and None is returned. Bytes
-        that are not returned are counted here, and all others in on_ready. Bytes of a client
-        that has got its last reply are dropped.
+        Returns None if the bytes were queued instead: a rule has changed or delayed them, or the
+        fast path is closed. Bytes that are not returned are counted here, and all others in
+        on_ready. Bytes of a client that has got its last reply are dropped.
         """
         chain, size = self.chain, len(data)
         if self.phase is LINGERING:
@@ -7432,13 +7421,13 @@ class Connection:
         passed = chain.pass_through(link.to, data)      # data itself, other bytes, or None
         if chain.protocol and (size >= PARSED_CHUNK or link.recv_size > PARSED_CHUNK):
             link.recv_size = chain.recv_size(link.to)
-        if passed is not data or target is None:
-            return self.filter_slowly(link, target, data, passed)
-        if chain.kept > KEPT_MIN or self.up.kept:
+        if passed is not data or not link.fast_events:
+            passed = self.filter_slowly(link, data, passed)
+        if passed is not None and (self.chain.kept > KEPT_MIN or self.up.kept):
             self.note_kept()
-        return data
+        return passed
 
-    def filter_slowly(self, link, target, data, passed):
+    def filter_slowly(self, link, data, passed):
         """Continue `filter` where received bytes are not just forwarded. Returns the same.
 
         passed    what Chain.pass_through has returned
@@ -7450,12 +7439,10 @@ class Connection:
             if not self.chain.modified:     # then all events are bytes of this direction
                 passed = b"".join([made for _, _, made, _ in events])
         self.end_parsing(link)
-        if passed is not None and target is not None:
-            if self.chain.kept > KEPT_MIN or self.up.kept:
-                self.note_kept()
-            link.buffered_in += len(data) - len(passed)
-            return passed
         if passed is not None:
+            if link.fast_events:
+                link.buffered_in += len(data) - len(passed)
+                return passed
             events = [(now, link.to, bytes(passed), ())]
         link.buffered_in += len(data)
         self.enqueue(now, events, link)
@@ -7493,8 +7480,7 @@ class Connection:
             self.pump()
 
     def on_part_sent(self, link, unsent):
-        """Measure a latency that ends with bytes of the fast path. Buffer the unsent ones.
-        """
+        """Note a reply whose latency is measured. Buffer the bytes that were not sent."""
         if link.asked:
             self.note_reply()
         if unsent:
@@ -7502,7 +7488,7 @@ class Connection:
 
     def buffer_unsent(self, link, data):
         """Buffer bytes of the fast path that the target does not accept now."""
-        link.buffer_unsent(memoryview(bytes(data)))
+        link.put_due(memoryview(bytes(data)))
         self.update_interest()
 
     def on_protocol_error(self):
@@ -7520,7 +7506,7 @@ class Connection:
         for link in self.up, self.down:
             link.recv_size = self.chain.recv_size(link.to)
 
-    def splice(self, link, target):
+    def splice(self, link):
         """Forward bulk data through a kernel pipe, without a copy: a kind of fast path.
 
         Returns False if the caller must use recv: there is no data, no descriptor for a pipe,
@@ -7543,9 +7529,9 @@ class Connection:
             link.bulk_reads = 0
         if not size:
             self.release_pipe(pipe)
-            return self.phase is CLOSED or link.eof
-        link.buffer_unsent(pipe)
-        self.flush(link, target)
+            return link.eof
+        link.put_due(pipe)
+        self.flush(link)
         if link.send_buffer or link.write_closed:
             self.pump()
         return True
@@ -7560,12 +7546,11 @@ class Connection:
     def on_eof(self, link):
         """Pass an EOF of the source on: at once on the fast path, otherwise through the chain."""
         link.eof = True
-        target = link.fast_target
-        if target is None or self.chain.protocol or self.chain.active_rules:
+        if self.chain.protocol or self.chain.active_rules or not link.fast_events:
             self.process_signal(link.to, EOF)
-        elif not self.close_write(link, target):
-            self.pump()
-        elif link.write_closed and self.up.write_closed and self.down.write_closed:
+            return
+        self.close_write(link)
+        if self.up.write_closed and self.down.write_closed:
             self.finish()
         else:
             self.update_interest()
@@ -7605,8 +7590,7 @@ class Connection:
 
     def is_drained(self):
         """Return whether both sides are connected and no data is held."""
-        return self.backend is not None and self.phase is not CONNECTING and not (
-            self.up.queue or self.up.send_buffer or self.down.queue or self.down.send_buffer)
+        return self.phase is CONNECTED and not (self.up.held or self.down.held)
 
     def take_back(self, close_reason):
         """Continue after a blocking handler has finished. Close if there is a close_reason."""
@@ -7646,12 +7630,12 @@ class Connection:
 
     def add_text(self):
         """Add the first bytes of request 1 to its FaultRecords, if they have come."""
-        chain = self.chain
-        text = chain.request_text() if chain.event_request == 1 else b""
-        if text:
+        if self.chain.event_request == 1:
+            text = self.chain.request_text()
+            if not text:
+                return
             self.proxy.set_record_text(self.textless, text)
-        if text or self.chain.event_request > 1:
-            self.textless = ()
+        self.textless = ()
 
     def rules_changed(self, new, removed, changed, woken=()):
         """Apply a change of the installed rules. Release data that removed or changed ones held.
@@ -7703,10 +7687,9 @@ class Connection:
         signals = up.pop_due(now) + down.pop_due(now) if up.queue or down.queue else ()
         if self.phase is WAITING and (signals or up.send_buffer):
             self.end_waiting(now, signals)
-        if down.send_buffer:
-            self.flush(down, self.client)
-        if up.send_buffer:
-            self.flush(up, None if self.phase is CONNECTING else self.backend)
+        for link in down, up:
+            if link.send_buffer:
+                self.flush(link)
         return signals
 
     def end_waiting(self, now, signals):
@@ -7718,9 +7701,10 @@ class Connection:
             self.up.write_closed = True
             self.down.put(now, EOF, now)
 
-    def flush(self, link, target):
+    def flush(self, link):
         """Send the data that is due, until the target takes no more."""
-        while link.send_buffer and target is not None and self.phase is not CLOSED:
+        target = link.target
+        while link.send_buffer and target is not None:
             data = link.send_buffer[0]
             try:
                 if link.write_closed:       # drop what is behind the EOF
@@ -7728,7 +7712,7 @@ class Connection:
                     link.credit(len(data) + CHUNK_OVERHEAD)
                 elif data is EOF:
                     link.consume(0)
-                    self.close_write(link, target)
+                    self.close_write(link)
                 elif isinstance(data, KernelPipe):
                     link.consume(data.splice_to(target))
                     if not data.held:       # consume() has subtracted the bytes
@@ -7742,24 +7726,22 @@ class Connection:
             except OSError:
                 self.on_send_error(link)
 
-    def close_write(self, link, target):
-        """Half-close the target. Returns False if the target has failed.
+    def close_write(self, link):
+        """Half-close the target.
 
         No FIN is sent if a reset or a close of the socket follows at once, unless close_notify
         of TLS has to come before it.
         """
         link.write_closed = True
-        is_tls = isinstance(target, TlsSocket)
+        is_tls = isinstance(link.target, TlsSocket)
         if is_tls:
-            target.truncates = self.is_truncated(link)
+            link.target.truncates = self.is_truncated(link)
         if self.reset_reason or (not is_tls and self.up.write_closed and self.down.write_closed):
-            return True
+            return
         try:
-            target.shutdown(socket.SHUT_WR)
-            return True
+            link.target.shutdown(socket.SHUT_WR)
         except OSError:
             self.on_send_error(link)
-            return False
 
     # Interest in socket events
 
@@ -7787,7 +7769,7 @@ class Connection:
             if isinstance(source, TlsSocket):
                 events = source.interest(events)
                 fast = fast and source.is_open
-            link.fast_target = back.source if fast and link.is_unused() else None
+            link.fast_events = EVENT_READ if fast and link.is_unused() else 0
             if events != link.watched:
                 self.watch(link, events)
 
@@ -7830,10 +7812,9 @@ class Connection:
 
     def set_timer(self, now):
         """Set the timer for the next event that is due, if there is one."""
-        up, down, deadline = self.up, self.down, self.chain.head_deadline
-        due = deadline
+        up, down, due = self.up, self.down, self.chain.head_deadline
         if up.queue or down.queue:
-            due = min(up.next_time(now), down.next_time(now), deadline)
+            due = min(due, up.next_time(now), down.next_time(now))
         if self.timer and self.timer[DUE] != due:
             self.loop.cancel(self.timer)
             self.timer = None
@@ -7858,10 +7839,10 @@ class Connection:
             link.source, self.loop, functools.partial(self.on_tls_change, link),
             self.proxy.timeout, context, is_client, name, received)
         if is_client:
-            self.client = sock
+            self.client = self.down.target = sock
         else:
-            self.backend = sock
-        self.up.fast_target = self.down.fast_target = None
+            self.backend = self.up.target = sock
+        self.up.fast_events = self.down.fast_events = 0
         self.up.bulk_reads = self.down.bulk_reads = NO_SPLICE
 
     def begin_tls(self, link):
@@ -7942,25 +7923,25 @@ class Connection:
         if self.phase is not CONNECTING or self.backend is not None:
             return                      # it has ended, or given up, in the meantime
         self.addresses = list(addresses or ())
-        self.connect_next(error)
+        self.connect_next(getattr(error, "strerror", error))
         self.pump()
 
-    def connect_next(self, error):
-        """Start to connect to the next address. `error` says why the last one failed, or None."""
+    def connect_next(self, reason):
+        """Start to connect to the next address. `reason` says why the last one failed, or None."""
         while self.addresses:
-            address = self.addresses.pop(0)
+            family, sockaddr = self.addresses[0]
             try:
-                family, sockaddr = address
                 self.backend, pending = start_connect(family, sockaddr, self.loop.fd_limit)
-            except OSError as exc:
-                if exc.errno in FD_EXHAUSTED:
+            except OSError as error:
+                if error.errno in FD_EXHAUSTED:
                     Loop.fds_exhausted = True
-                    self.addresses.insert(0, address)
                     self.set_deadline(self.loop.clock() + RETRY_DELAY, self.retry_connect)
                     return
-                if error is None or not address_unavailable(exc):
-                    error = exc
+                if reason is None or not address_unavailable(error):
+                    reason = error.strerror
+                del self.addresses[0]
                 continue
+            del self.addresses[0]
             self.down.source = self.backend
             if pending:
                 # Each address gets its share of the time, so that a silent one does not use
@@ -7971,7 +7952,7 @@ class Connection:
             else:
                 self.set_connected()
             return
-        self.connect_failed(getattr(error, "strerror", None) or error or "no address found")
+        self.connect_failed(reason or "no address found")
 
     def set_deadline(self, t, callback):
         """Set the connection's deadline: call back at t. Replaces the previous one."""
@@ -7991,7 +7972,7 @@ class Connection:
         error = connect_error(self.backend)
         if error:
             self.close_backend()
-            self.connect_next(OSError(error, socket_strerror(error)))
+            self.connect_next(socket_strerror(error))
         else:
             self.set_connected()
         self.pump()
@@ -7999,6 +7980,7 @@ class Connection:
     def set_connected(self):
         """The backend is connected: the time for it no longer runs. TLS has a time of its own."""
         self.phase = CONNECTED
+        self.up.target = self.backend
         self.loop.cancel(self.deadline_timer)
         if self.proxy.backend[2:] and self.proxy.has_blocking:
             self.connect_failed("a blocking handler works without TLS only")
@@ -8076,9 +8058,8 @@ class Connection:
             if self.down.watched:
                 self.loop.watch(self.backend, 0)
             self.backend.close()
-            self.backend = self.down.source = None
-            self.up.fast_target = self.down.fast_target = None
-            self.down.watched = 0
+            self.backend = self.down.source = self.up.target = None
+            self.up.fast_events = self.down.fast_events = self.down.watched = 0
 
     def reset(self, reason):
         """Close both sockets with RST."""
@@ -8100,7 +8081,7 @@ class Connection:
         if self.up.watched:
             self.loop.watch(self.client, 0)
         self.client.close()
-        self.client = self.up.source = self.up.fast_target = self.down.fast_target = None
+        self.client = self.up.source = self.down.target = None
         for timer in self.timer, self.deadline_timer:
             if timer:
                 self.loop.cancel(timer)
