@@ -120,11 +120,14 @@ class Round:
                     talk.problems.append("client: " + vaurien.format_exception(error))
 
     def converse(self, sock, talk, rng):
-        """Send the requests and read the replies, in random pieces."""
+        """Send the requests and read the replies, in random pieces.
+
+        The end is when the client has all replies, and the backend the requests without one.
+        """
         sock.setblocking(False)
         progress = time.monotonic()
         while not (talk.is_over() and talk.sent_count == len(talk.requests)
-                   and not talk.to_backend):
+                   and not talk.to_backend and talk.silent.issubset(talk.log)):
             talk.write_requests()
             ready, writable, _ = select.select([sock], [sock] if talk.to_backend else [], [], 0.05)
             if ready:
