@@ -15521,7 +15521,7 @@ class TestMariaDB(RealTlsTests, unittest.TestCase):
 
     def transfer(self, client, data):
         with client.cursor() as cursor:
-            # The driver needs seconds to escape so many bytes as a parameter.
+            # As a parameter, the driver would escape the bytes, which takes seconds.
             literal = data.replace(b"\\", b"\\\\").replace(b"'", b"\\'")
             cursor.execute(b"SELECT CAST(_binary'%s' AS BINARY)" % literal)
             return cursor.fetchone()[0]
