@@ -5670,26 +5670,27 @@ class Loop:
 
 # -- Sockets ------------------------------------------------------------------
 #
-# HOST:PORT as users write it, and its socket addresses; listeners; connecting without waiting;
-# and pipes in the kernel.
+# This section parses the text HOST:PORT of users and finds its socket addresses. It contains the
+# listener, the non-blocking connect, and the pipes in the kernel.
 
-LOOPBACK = ("127.0.0.1", "::1")     # localhost, whatever the hosts file contains (RFC 6761)
+LOOPBACK = ("127.0.0.1", "::1")     # of the name localhost, without the hosts file (RFC 6761)
 WILDCARD = ("0.0.0.0", "::")        # all addresses of this machine
 # {wildcard address: the address that connecting to it reaches}
 LOOPBACK_OF = dict(zip(WILDCARD, LOOPBACK))
 
-# The base class of socket.socket. It has all methods that a proxy needs, and creating and closing
-# one takes half the time.
+# The base class of socket.socket has all methods that a proxy needs. To create and close a
+# RawSocket takes half the time that a socket.socket takes.
 RawSocket = socket.SocketType
-SOCK_NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)
+SOCK_NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)     # macOS and Windows lack this flag
 HAVE_SPLICE = hasattr(os, "splice")     # Linux, with Python 3.10 or newer
 F_SETPIPE_SZ = 1031                     # of linux/fcntl.h; in the module fcntl since Python 3.10
 SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27     # of asm-generic/socket.h
 BPF_RET = 0x06                          # of linux/bpf_common.h
-FD_EXHAUSTED = {errno.EMFILE, errno.ENFILE}
-# Errors of splice after which recv is used instead: there is no data, or this system or this
-# socket does not support splice.
+FD_EXHAUSTED = {errno.EMFILE, errno.ENFILE}     # of this process, of the system
+# After these errors of splice, a link uses recv instead: there is no data, or this system or
+# this socket does not support splice.
 SPLICE_UNAVAILABLE = {errno.EAGAIN, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EBADF}
+# After these errors of a non-blocking connect(), the kernel continues to connect.
 CONNECT_PENDING = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}
 
 
@@ -5702,9 +5703,9 @@ def parse_address(text, min_port=1):
     if "/" in text:
         raise ValueError(message)
     host, colon, port = text.strip().rpartition(":")
-    if re.fullmatch(r"(?s)\[.*:.*\]", host):
+    if re.fullmatch(r"(?s)\[.*:.*\]", host):        # an IPv6 address in brackets
         host = host[1:-1]
-    elif re.search(r"[][:]", host):
+    elif re.search(r"[][:]", host):                 # brackets or colons in other places
         raise ValueError("must be [HOST]:PORT where the host is an IPv6 address, like "
                          "[::1]:8000, not %r" % shown)
     if not colon or not re.fullmatch("[0-9]{1,5}", port):
@@ -5722,19 +5723,23 @@ TLS_SCHEMES = {"tls": None, "https": 443, "rediss": 6379, "smtps": 465, "ldaps":
 
 
 def parse_backend(text, parse=parse_address):
-    """Parse the address of a backend: like `parse_address`, or a URL like tls://db.example:443.
+    """Parse the address of a backend: HOST:PORT, or for TLS a URL like tls://db.example:443.
+
+    parse    the function that parses HOST:PORT
 
     Returns (host, port), or (host, port, "tls") for a URL. Raises ValueError.
     """
-    scheme, separator, rest = text.strip().partition("://")
+    scheme, separator, location = text.strip().partition("://")
     scheme = scheme.lower()
     if not separator or scheme not in TLS_SCHEMES:
         return parse(text)
-    rest = rest[:-1] if rest.endswith("/") else rest
-    if TLS_SCHEMES[scheme] and re.fullmatch(r"\[[^]]*\]|[^:/]*", rest):
-        rest = "%s:%s" % (rest, TLS_SCHEMES[scheme])
+    location = location[:-1] if location.endswith("/") else location
+    lacks_port = re.fullmatch(r"\[[^]]*\]|[^:/]*", location)
+    default_port = TLS_SCHEMES[scheme]
+    if lacks_port and default_port:
+        location = "%s:%d" % (location, default_port)
     try:
-        host, port = parse_address(rest)
+        host, port = parse_address(location)
     except ValueError:
         raise ValueError("must be like %s://HOST:PORT, without a path or a user, not %r"
                          % (scheme, hide_password(text))) from None
@@ -5743,7 +5748,7 @@ def parse_backend(text, parse=parse_address):
 
 
 def require_ssl(prefix=""):
-    """Raise ValueError if this Python has no module ssl. Its text begins with the prefix."""
+    """Raise ValueError if this Python has no module ssl. The error begins with the prefix."""
     try:
         ssl.SSLContext                      # noqa: B018 (this imports the module)
     except ImportError:
@@ -5752,7 +5757,8 @@ def require_ssl(prefix=""):
 
 
 def url_error(text):
-    """Return the error message for a URL in place of HOST:PORT."""
+    """Return the error message for a URL that is given instead of HOST:PORT."""
+    # SCHEME://USER:PASSWORD@HOST:PORT, in which only the scheme is necessary.
     scheme, host, port = re.match(
         r"(.*?)://(?:.*@)?(\[[^]]*\]|[^/:?#]*)(?::(\d+))?", text, re.DOTALL).groups()
     default_port = {"http": "80", "https": "443"}.get(scheme.lower(), "PORT")
@@ -5761,9 +5767,10 @@ def url_error(text):
 
 
 def hide_password(text):
-    """Replace the user and the password of a URL, if it has them, by three dots.
+    """Return an address or a URL with three dots in place of its user and password.
 
-    A password may contain "/" and "@", so everything up to the last "@" is replaced.
+    A password may contain "/" and "@". Therefore all text before the last "@" is replaced,
+    except the scheme.
     """
     return re.sub(r"\A([^:/@]*://)?.*@", r"\1...@", text, flags=re.DOTALL)
 
@@ -5775,7 +5782,7 @@ parse_listener = functools.partial(parse_address, min_port=0)
 def encode_host(host):
     """Return a host name as bytes. Raises UnicodeError.
 
-    For the codec idna, Python imports tables, which takes 5 ms. ASCII needs none.
+    An ASCII name does not use the codec idna, because Python takes 5 ms to import its tables.
     """
     return host.encode("ascii" if re.fullmatch("[!-~]*", host) else "idna")
 
@@ -5783,7 +5790,8 @@ def encode_host(host):
 def is_valid_host(host):
     """Return whether a host is empty, an IPv6 address, or a name that a resolver accepts.
 
-    A name has labels of 1 to 63 bytes. It has at most 253 bytes, not counting a final dot.
+    A name consists of labels of 1 to 63 bytes with dots between the labels. A final dot may
+    follow. Without the final dot, a name has at most 253 bytes.
     """
     if ":" in host:
         return bool(re.fullmatch(r"[0-9A-Fa-f:.]+(%[\w.-]+)?", host))
@@ -5791,13 +5799,14 @@ def is_valid_host(host):
         name = encode_host(host).decode("ascii")
     except UnicodeError:
         return False
-    return len(name) <= 254 and bool(re.fullmatch(r"([\w-]{1,63}(\.[\w-]{1,63})*\.?)?", name))
+    return len(name.rstrip(".")) <= 253 and bool(
+        re.fullmatch(r"([\w-]{1,63}(\.[\w-]{1,63})*\.?)?", name))
 
 
 def normalize_host(host):
-    """Return a host name for comparison: in lower case, IDNA-encoded, without a final dot.
+    """Return a host name in a form that can be compared: in lower case and IDNA-encoded.
 
-    A name that IDNA cannot encode is only converted to lower case.
+    The result has no final dot. A name that IDNA cannot encode is only converted to lower case.
     """
     try:
         return host.lower().rstrip(".").encode("idna").decode("ascii")
@@ -5811,7 +5820,7 @@ def is_loopback(host):
 
 
 def is_own_address(host):
-    """Return whether an IP address is one of this machine's: a socket can be bound to it."""
+    """Return whether an IP address belongs to this machine: a socket can be bound to it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as sock:
@@ -5824,7 +5833,8 @@ def is_own_address(host):
 def is_wildcard(host):
     """Return whether a listener on this host accepts clients on all addresses of this machine.
 
-    Then it has both address families, as in Toxiproxy: an empty host, 0.0.0.0 and :: are the same.
+    Such a host is empty, 0.0.0.0 or ::, which mean the same, as in Toxiproxy: the listener has
+    a socket for IPv4 and a socket for IPv6.
     """
     return not host or any(address[0] in WILDCARD for _, address in resolve_numeric((host, 0)))
 
@@ -5834,7 +5844,7 @@ def check_backend(backend, local_addresses):
 
     local_addresses    the (host, port) of the listeners
 
-    Does nothing if a resolver would be needed to find out.
+    A backend whose name needs a resolver is not checked.
     """
     reached = reached_addresses(backend)
     for local in local_addresses:
@@ -5860,11 +5870,12 @@ def reached_addresses(address):
     return reached
 
 
-
 def format_address(address):
-    """Return (host, port, ...) as text, with an IPv6 host in brackets. See parse_backend for TLS.
+    """Return an address as text, like db.example:80, [::1]:80 or tls://db.example:443.
 
-    The port may also be the name of a service, or "" if it is missing: see parse_upstream.
+    address    (host, port), (host, port, "tls"), or a socket address, which has more fields
+               for IPv6. The port may be a number, the name of a service, or "" if it is missing:
+               see parse_upstream
     """
     host, port = address[:2]
     scheme = "tls://" if address[2:] == ("tls",) else ""
@@ -5885,20 +5896,20 @@ def resolve(address, wildcard=LOOPBACK, flags=0):
         raise OSError(errno.EINVAL, "missing port in address")
     known_hosts = {"localhost": LOOPBACK, "": wildcard}.get(host.lower())
     if known_hosts:
-        flags |= socket.AI_NUMERICHOST      # they are numeric, so no resolver is needed
+        flags |= socket.AI_NUMERICHOST      # getaddrinfo() uses no resolver for IP addresses
     addresses = []
-    for name in known_hosts or [host]:
+    for host_or_ip in known_hosts or [host]:
         for family, _, _, _, sockaddr in socket.getaddrinfo(
-                encode_host(name), port, type=socket.SOCK_STREAM, flags=flags):
+                encode_host(host_or_ip), port, type=socket.SOCK_STREAM, flags=flags):
             if (family, sockaddr) not in addresses:
                 addresses.append((family, sockaddr))
     return addresses
 
 
 def resolve_numeric(address):
-    """Return the addresses like `resolve`, or an empty list if a resolver is needed.
+    """Return the socket addresses of (host, port, ...), or [] if a resolver is needed.
 
-    The name localhost and an empty host need none.
+    The name localhost and an empty host need no resolver.
     """
     try:
         return resolve(address, flags=socket.AI_NUMERICHOST)
@@ -5907,7 +5918,7 @@ def resolve_numeric(address):
 
 
 def address_unavailable(error):
-    """Return whether this machine lacks the address or its family: for example, it has no IPv6."""
+    """Return whether an error means that this machine lacks the address, or all of IPv6."""
     return error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EINVAL)
 
 
@@ -5916,12 +5927,13 @@ class CannotListen(OSError):
 
     address    the address, as text
     reason     the system's error message
-    setting    where the user has set the address, if that is known: "--http-port"
+    setting    the setting with the address, such as "--http-port", or "" if it is unknown
     """
 
     setting = ""
 
     def __init__(self, error, address, mode="normal"):
+        """`error` is the system's OSError. `mode` is the mode of Listener that has failed."""
         self.address = format_address(address)
         self.reason = error.strerror or str(error)
         if mode != "normal":
@@ -5931,7 +5943,7 @@ class CannotListen(OSError):
     @classmethod
     @contextlib.contextmanager
     def naming(cls, setting):
-        """Set the setting of each CannotListen that is raised in a with block."""
+        """Set the attribute `setting` of a CannotListen that the with statement's body raises."""
         try:
             yield
         except cls as error:
@@ -5942,25 +5954,26 @@ class CannotListen(OSError):
 class Listener:
     """Accepts connections on all addresses of a host, on one port. Runs in the loop's thread.
 
-    The kernel replies to a client's SYN before a program sees the client. So these modes apply
-    to all new clients; open connections continue:
+    The kernel replies to a client's SYN before a program sees the client. Therefore a mode
+    applies to all new clients. Open connections continue. The modes are:
 
       mode      state of the sockets                                   a new connect
       normal    they listen, and the loop watches them                 succeeds
       refuse    they are bound, but do not listen                      gets ECONNREFUSED (RST)
-      drop      they listen, but connections of the listener itself,   gets no reply, and
-                the fillers, keep the backlog full                     succeeds once normal
+      drop      they listen, but the fillers, which are connections    gets no reply until the
+                of the listener to itself, keep the backlog full       mode is normal again
 
-    In the mode drop a socket is always readable, because a filler waits. So it is not watched.
+    In the mode drop, each socket is always readable, because a filler waits in its backlog.
+    Therefore the loop does not watch the sockets.
 
     With reuse_port, other processes listen on the port too, and the kernel spreads new connects
-    over the sockets that listen. So `refuse` leaves all connects to the other processes, and
-    `drop` acts on a share of the connects: a filter discards them, because the fillers could
-    reach the other processes.
+    over the listening sockets. A listener with the mode refuse leaves all connects to the other
+    processes. A listener with the mode drop discards its share of the connects with a packet
+    filter. It has no fillers, because these could reach the other processes.
     """
 
     last_warning = -RETRY_DELAY     # when any listener last warned that it cannot accept
-    burst = 1.0                     # connections to accept in a row: it adapts, see `accept`
+    burst = 1.0                     # the most connections that the next `accept` accepts
 
     def __init__(self, local, on_accept, mode="normal", reuse_port=None):
         """Bind the port. on_accept(client, peer) gets each connection. Raises CannotListen.
@@ -5971,9 +5984,9 @@ class Listener:
         self.on_accept = on_accept
         self.mode = mode
         self.reuse_port = reuse_port
-        self.locks = []                 # sockets whose names are those of this process
-        self.fillers = {}               # {address of the socket: socket}
-        self.paused_since = None        # when accepting was paused; None if it is not
+        self.locks = []                 # sockets whose names are locks: see lock_number
+        self.fillers = {}               # {local address of a filler: its socket}
+        self.paused_since = None        # when accepting was paused; None if it is not paused
         self.bind()
 
     def __str__(self):
@@ -5988,8 +6001,9 @@ class Listener:
         self.loop = None
         self.sockets = listen(self.local, self.reuse_port)
         host, _ = self.local
-        self.local = host, self.address()[1]    # the port that replaces port 0
-        mode, self.mode = self.mode, "normal"
+        _, bound_port, *_ = self.address()
+        self.local = host, bound_port           # in place of port 0
+        mode, self.mode = self.mode, "normal"   # the new sockets listen; set_mode() follows
         try:
             if self.reuse_port:
                 self.lock_number()
@@ -6001,8 +6015,9 @@ class Listener:
     def lock_number(self):
         """Raise CannotListen if another listener on these addresses has the same reuse_port.
 
-        The name of an abstract socket is a lock that ends with its process (man 7 unix). It
-        belongs to a network namespace, as ports do.
+        The name of an abstract socket serves as a lock (man 7 unix). Only one socket can have
+        the name, and the kernel frees the name when the process ends. Abstract names belong to
+        a network namespace, as ports do.
         """
         for sock in self.sockets:
             address = sock.getsockname()
@@ -6023,23 +6038,24 @@ class Listener:
             self.watch(sock)
 
     def watch(self, sock):
-        """Call `accept` whenever a client waits. Does nothing unless the mode is normal."""
+        """Let the loop call `accept` when a client waits. Only the mode normal needs this."""
         if self.mode == "normal":
             self.loop.watch(sock, EVENT_READ, functools.partial(self.accept, sock))
 
     def set_mode(self, mode):
-        """Change the mode. Clients that wait in the backlog are accepted first.
+        """Change the mode, after accepting the clients that wait in the backlog.
 
-        If no descriptors are left for them, `refuse` resets them, and with `drop` they go on
-        waiting. If the new mode is not possible, sets the mode normal and raises CannotListen.
+        If no descriptor is left for these clients, the mode refuse resets them, and in the mode
+        drop they continue to wait. If the new mode is not possible, the mode becomes normal.
+        Raises CannotListen then.
         """
         if mode == self.mode:
             return
         for address, filler in list(self.fillers.items()):
-            if not is_connected(filler):        # otherwise `accept_one` finds its other end
+            if not is_connected(filler):        # `accept_one` closes the connected fillers
                 del self.fillers[address]
                 filler.close()
-        for sock in self.sockets:
+        for sock in self.sockets:               # each mode is reached from the mode normal
             self.listen_again(sock)
         if mode != "normal":
             self.leave_normal(mode)
@@ -6049,12 +6065,15 @@ class Listener:
                 self.watch(sock)
 
     def leave_normal(self, mode):
-        """Let the kernel refuse or drop connects. Raises CannotListen, and undoes it then."""
-        self.mode = mode                        # so that `pause` does not watch a socket again
+        """Let the kernel refuse or drop connects.
+
+        If a socket does not permit this, sets the mode normal again and raises CannotListen.
+        """
+        self.mode = mode                        # now `watch` after a `pause` does nothing
         for index, sock in enumerate(self.sockets):
             if self.loop:
                 self.loop.watch(sock, 0)
-                for _ in range(BACKLOG):
+                for _ in range(BACKLOG):        # accept the clients that wait
                     if not self.accept_one(sock):
                         break
             address = sock.getsockname()
@@ -6070,11 +6089,11 @@ class Listener:
                 raise CannotListen(error, address, mode) from None
 
     def listen_again(self, sock):
-        """Let a socket accept connections, whatever the mode was. Raises CannotListen."""
+        """Let a socket accept connections after any mode. Raises CannotListen."""
         try:
-            set_reuse_address(sock, 1)          # refuse_connects() has changed it
+            set_reuse_address(sock, 1)          # refuse_connects() has set the option to 0
             if self.reuse_port:
-                with contextlib.suppress(FileNotFoundError):    # it has no filter
+                with contextlib.suppress(FileNotFoundError):    # the socket has no filter
                     sock.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
             sock.listen(BACKLOG)
         except OSError as error:
@@ -6086,7 +6105,9 @@ class Listener:
         The kernel drops a SYN while the backlog is full (man 2 listen). On Linux, a backlog of 0
         holds one connection. On macOS, 0 means the largest backlog.
         """
-        self.add_filler(sock)           # before Linux could send SYN cookies
+        # While a backlog of 0 is empty, Linux replies to a SYN with a SYN cookie. Therefore the
+        # first filler connects before the backlog is 0.
+        self.add_filler(sock)
         sock.listen(0 if LINUX else 1)
         for _ in range(FILLERS_MAX):
             if not is_connected(self.add_filler(sock)):
@@ -6094,9 +6115,10 @@ class Listener:
         raise OSError(errno.ENOTSUP, "this system accepts clients beyond the backlog")
 
     def add_filler(self, sock):
-        """Connect to a listening socket, for FILL_TIMEOUT at most. Returns the filler.
+        """Connect to a listening socket, and wait FILL_TIMEOUT at most. Raises OSError.
 
-        A connect that gets no reply continues: the kernel may only be slow. Raises OSError.
+        Returns the filler. If its connect has no reply yet, the connect continues: the kernel
+        may be slow, and put the connection into the backlog later.
         """
         filler = RawSocket(sock.family, socket.SOCK_STREAM)
         try:
@@ -6113,11 +6135,11 @@ class Listener:
     def accept(self, sock, events):
         """Accept the connections that wait, `burst` at most.
 
-        An accept() that finds no connection costs a system call. Therefore the burst grows
-        after a full burst, and halves otherwise.
+        An accept() that finds no connection wastes a system call. Therefore the burst grows
+        after a full burst, and halves after one with fewer connections.
         """
         burst = self.burst
-        self.burst = max(1.0, burst / 2)            # for the returns within the loop
+        self.burst = max(1.0, burst / 2)            # unless the burst turns out to be full
         for _ in range(int(burst)):
             # An earlier callback may have closed the socket, or changed the mode.
             if (sock not in self.sockets or self.mode != "normal"
@@ -6126,7 +6148,11 @@ class Listener:
         self.burst = min(ACCEPT_BURST, 1.25 * burst)
 
     def accept_one(self, sock):
-        """Accept a connection. Returns False if none waits, or none can be accepted now."""
+        """Accept a connection. Returns False if the caller should stop for now.
+
+        The reason may be that no connection waits, or that no resources are left for one. In
+        the second case, accepting pauses.
+        """
         reason = self.loop.capacity_error()
         if reason:
             self.pause(sock, reason)
@@ -6152,17 +6178,19 @@ class Listener:
             client.close()
             return True
         try:
-            # If the client has closed the connection, macOS returns no peer.
+            # If the client has closed the connection, macOS returns no peer. getpeername() then
+            # raises OSError.
             self.on_accept(client, peer or client.getpeername())
         except OSError:
             client.close()
         return True
 
     def pause(self, sock, reason):
-        """Stop accepting for RETRY_DELAY. Logs the reason, unless a listener has just done so.
+        """Stop accepting for RETRY_DELAY. Logs the reason, at most once in this time.
 
-        Resets the clients that wait if accepting has been paused for ACCEPT_TIMEOUT. The open
-        connections may be waiting for them: two proxies may be the backends of each other.
+        After ACCEPT_TIMEOUT without an accepted client, resets the clients that wait. Two
+        proxies may be the backends of each other. The open connections of such a proxy wait for
+        these clients, so without the reset no descriptor would ever become free.
         """
         now = self.loop.clock()
         if self.paused_since is None:
@@ -6195,6 +6223,7 @@ class Listener:
                 client.close()
 
     def close(self):
+        """Close all sockets, which frees the port."""
         for sock in self.sockets:
             if self.loop:
                 self.loop.watch(sock, 0)
@@ -6205,7 +6234,7 @@ class Listener:
 
 
 def set_reuse_address(sock, value):
-    """Set SO_REUSEADDR, except on Windows: there, it would let two processes use one port."""
+    """Set SO_REUSEADDR, except on Windows, where the option lets two processes use one port."""
     if os.name == "posix":
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, value)
 
@@ -6216,16 +6245,18 @@ def set_drop_filter(sock):
     The filter is a program of one instruction: accept 0 bytes of the packet
     (linux/Documentation/networking/filter.rst).
     """
-    program = array.array("B", struct.pack("=HBBI", BPF_RET, 0, 0, 0))
+    program = array.array("B", struct.pack("=HBBI", BPF_RET, 0, 0, 0))      # a sock_filter
     address, _ = program.buffer_info()
-    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, address))
+    sock_fprog = struct.pack("HP", 1, address)          # number of instructions, and a pointer
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, sock_fprog)
 
 
 def refuse_connects(sock):
     """Let the kernel refuse connects to a listening socket, but keep its port. Raises OSError.
 
-    Returns the socket, or on another system than Linux a new one, which is bound but does not
-    listen. Without SO_REUSEADDR, no other program can bind the port.
+    On Linux, the socket stops listening, and is returned. On other systems, the socket is
+    closed, and a new socket is returned, which is bound to the port but does not listen.
+    SO_REUSEADDR is switched off, so no other program can bind the port.
     """
     family, address = sock.family, sock.getsockname()
     set_reuse_address(sock, 0)
@@ -6239,7 +6270,7 @@ def refuse_connects(sock):
 
 
 def is_connected(sock):
-    """Return whether connect() has succeeded."""
+    """Return whether the connect() of a socket has succeeded."""
     try:
         return bool(sock.getpeername())
     except OSError:
@@ -6252,9 +6283,11 @@ def listen(local, reuse_port=None):
     Port 0 means any port that is free on all of them. With reuse_port, other processes may
     listen on the port too. Raises CannotListen.
     """
-    # The kernel picks a port that is free on the first address. If that port is in use on the
-    # next address, try another one.
-    for _ in range(20 if local[1] == 0 else 1):
+    # For port 0, the kernel picks a port that is free on the first address. If this port is in
+    # use on the next address, another attempt gets another port.
+    _, port = local
+    attempts = 20 if port == 0 else 1
+    for _ in range(attempts):
         sockets, error = try_listen(local, reuse_port)
         if error is None or (sockets and address_unavailable(error)):
             return sockets
@@ -6266,10 +6299,10 @@ def listen(local, reuse_port=None):
 
 
 def try_listen(local, reuse_port=None):
-    """Listen on the addresses of (host, port), up to the first error.
+    """Listen on the addresses of (host, port), in order.
 
-    Skips the addresses that this machine lacks. Returns (sockets, error): error is the last
-    CannotListen, or None.
+    An address that this machine lacks is skipped. After any other error, the addresses that
+    follow are not tried. Returns (sockets, error): error is the last CannotListen, or None.
     """
     host, port = local
     try:
@@ -6281,7 +6314,7 @@ def try_listen(local, reuse_port=None):
         address = (host, port, *ipv6_fields)
         try:
             sockets.append(bind_listener(family, address, reuse_port))
-            port = sockets[0].getsockname()[1]      # on all addresses, in place of port 0
+            _, port, *_ = sockets[0].getsockname()  # on all addresses, in place of port 0
         except OSError as exc:
             error = CannotListen(exc, address)
             if not address_unavailable(exc):
@@ -6311,7 +6344,10 @@ def reset_on_close(sock):
 
 def bind_listener(family, address, reuse_port=None):
     """Return a socket that listens on one address. Raises OSError."""
-    if LINUX and not address[1]:        # shutdown() gives up a port that the kernel has picked
+    _, port, *_ = address
+    if LINUX and port == 0:
+        # If bind() picks the port itself, shutdown() frees the port: refuse_connects() would
+        # lose it. So the first socket finds a free port, which the second socket is bound to.
         with contextlib.closing(bind_socket(family, address)) as sock:
             address = sock.getsockname()
     sock = bind_socket(family, address, reuse_port)
@@ -6343,9 +6379,10 @@ def bind_socket(family, address, reuse_port=None):
 
 
 def first_address(local):
-    """Return the first address of a listener at local as text, in the form of Toxiproxy.
+    """Return the first address of a listener at (host, port), as Toxiproxy writes it.
 
-    Toxiproxy writes all addresses as [::]. Raises CannotListen if the host cannot be resolved.
+    Toxiproxy writes the wildcard address as [::], for example [::]:8000. Raises CannotListen if
+    the host cannot be resolved.
     """
     host, port = local
     if is_wildcard(host):
@@ -6360,21 +6397,21 @@ def first_address(local):
 class KernelPipe:
     """A pipe in the kernel, through which splice moves bytes between sockets without a copy.
 
-    A delay queue uses it like bytes: len(pipe) is the number of bytes in the pipe, and pipe[n:]
-    is the pipe after n bytes have been sent.
+    A delay queue uses a pipe like a bytes object: len(pipe) is the number of bytes in the pipe,
+    and pipe[n:] is the pipe after n bytes have been sent.
     """
 
     __slots__ = ("read_fd", "write_fd", "held")
 
     def __init__(self, fd_limit=math.inf):
-        """Raises OSError if no descriptors below fd_limit are left."""
+        """Create the pipe. Raises OSError if no descriptors below fd_limit are left."""
         self.read_fd, self.write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.held = 0
         if max(self.read_fd, self.write_fd) >= fd_limit:
             self.close()
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        # This fails if the user's pipes have reached a limit (man 7 pipe). The pipe then keeps
-        # its smaller default size.
+        # The call fails if the pipes of the user have reached a limit (man 7 pipe). The pipe
+        # then keeps its default size, which is smaller.
         with contextlib.suppress(OSError):
             fcntl.fcntl(self.write_fd, F_SETPIPE_SZ, KERNEL_PIPE_SIZE)
 
@@ -6382,18 +6419,27 @@ class KernelPipe:
         return self.held
 
     def __getitem__(self, unsent):
-        """Subtract the bytes before the slice `unsent`, which splice_to has already sent."""
+        """Return the pipe itself for pipe[n:], after subtracting n bytes.
+
+        `unsent` is the slice object of [n:]. splice_to() has already taken the n bytes.
+        """
         self.held -= unsent.start
         return self
 
     def splice_from(self, source):
-        """Move bytes from a socket into the pipe. Returns their number. Raises like recv()."""
+        """Move bytes from a socket into the empty pipe. Raises OSError like recv().
+
+        Returns the number of bytes.
+        """
         self.held = os.splice(source.fileno(), self.write_fd, KERNEL_PIPE_SIZE,
                               flags=os.SPLICE_F_NONBLOCK)
         return self.held
 
     def splice_to(self, target):
-        """Move bytes from the pipe into a socket. Returns their number. Raises like send()."""
+        """Move bytes from the pipe into a socket. Raises OSError like send().
+
+        Returns the number of bytes.
+        """
         return os.splice(self.read_fd, target.fileno(), self.held, flags=os.SPLICE_F_NONBLOCK)
 
     def close(self):
@@ -6404,8 +6450,9 @@ class KernelPipe:
 def start_connect(family, address, fd_limit):
     """Start to connect, without waiting. Raises OSError.
 
-    Returns (socket, pending). If pending is False, the socket is connected. fd_limit is that of
-    the loop.
+    fd_limit    the descriptor of the socket must be below this number
+
+    Returns (socket, pending). If pending is False, the socket is connected.
     """
     sock = RawSocket(family, socket.SOCK_STREAM | SOCK_NONBLOCK)
     try:
@@ -6416,7 +6463,8 @@ def start_connect(family, address, fd_limit):
         set_stream_options(sock)
         error = sock.connect_ex(address)
         if error == errno.EINPROGRESS and LINUX:
-            # A backend on this machine has accepted already. The second call returns 0 then.
+            # If the backend runs on this machine, the handshake is complete already, although
+            # the first call does not say so. The second call then returns 0.
             error = sock.connect_ex(address)
         if not error:
             error = self_connect_error(sock, address)
@@ -6442,11 +6490,14 @@ def connect_error(sock):
 
 
 def self_connect_error(sock, peer):
-    """Return ECONNREFUSED if a socket that has connected to `peer` is connected to itself, or 0.
+    """Return ECONNREFUSED if a socket is connected to itself, otherwise 0.
 
-    If no backend listens on a port of this machine, the kernel may pick the same port for the
-    socket that connects. The two SYNs are then a simultaneous open (RFC 9293, 3.5). The caller
-    closes the socket: with RST, which makes the port free for the backend.
+    peer    the address that the socket has connected to
+
+    While no backend listens on a port of this machine, the kernel may pick this port for the
+    socket that connects. The SYN then reaches the socket that has sent it, which TCP accepts as
+    a simultaneous open (RFC 9293, 3.5). The caller closes the socket. The close sends RST, so
+    the port is free for the backend at once.
     """
     if sock.getsockname() != peer:
         return 0
@@ -6455,9 +6506,9 @@ def self_connect_error(sock, peer):
 
 
 def socket_strerror(error):
-    """Return the message for the error number of a socket function.
+    """Return the message for an error number of a socket function.
 
-    On Windows, os.strerror() does not know these numbers, but the socket module does.
+    On Windows, only the socket module knows these numbers; os.strerror() does not.
     """
     return getattr(socket, "errorTab", {}).get(error) or os.strerror(error)
 
