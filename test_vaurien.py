@@ -1815,7 +1815,7 @@ class TestFraming(unittest.TestCase):
                 reader = ProtocolReader(protocol)
                 for data in [head] + [block] * 10:
                     reader.feed(UPSTREAM, data)
-                self.assertLessEqual(reader.buffered_size(UPSTREAM), vaurien.MATCH_WINDOW)
+                self.assertLessEqual(reader.buffered_size(UPSTREAM), vaurien.MATCH_MAX)
                 self.assertEqual(reader.error(UPSTREAM), "")
 
     def ends_of_mail(self, body, sizes):
@@ -4047,12 +4047,12 @@ class TestRules(unittest.TestCase):
     def test_draws_for_ever_new_toxics_use_a_bounded_memory(self):
         """Each name that was ever drawn kept its hash: 14 MiB after 20,000 long names."""
         rule_set = rule_set_of()
-        first = rule_set.draw_block("toxic 0", 1, 0)
+        first = rule_set.draw_batch("toxic 0", 1, 0)
         for index in range(5000):
-            rule_set.draw_block("toxic %d" % index, 1, 0)
+            rule_set.draw_batch("toxic %d" % index, 1, 0)
         cache = vaurien.hash_prefix.cache_info()
         self.assertLessEqual(cache.currsize, 1024)
-        self.assertEqual(rule_set.draw_block("toxic 0", 1, 0), first)
+        self.assertEqual(rule_set.draw_batch("toxic 0", 1, 0), first)
 
     def test_behaviors_are_parsed(self):
         for text, behavior in [
@@ -4151,8 +4151,8 @@ class TestRules(unittest.TestCase):
                 rule_set.install(rule_set.installed[:-1])
                 chain.rules_changed([])
             chain.begin_request()
-            block, index = divmod(request, 8)
-            draw = rule_set.draw_block("behavior", connection, block)[index]
+            batch, index = divmod(request, 8)
+            draw = rule_set.draw_batch("behavior", connection, batch)[index]
             percent = 100 * draw / 2 ** 64
             self.assertEqual([active_rule.rule for active_rule in chain.active_rules],
                              [rule for rule in rule_set.installed
@@ -4615,7 +4615,7 @@ class TestMatch(unittest.TestCase):
 
     def test_only_the_first_bytes_of_a_long_request_are_searched(self):
         chain = chain_of(vaurien.Rule("hang", match=vaurien.check_match("hit")))
-        chain.process(0, UPSTREAM, bytes(vaurien.MATCH_WINDOW))
+        chain.process(0, UPSTREAM, bytes(vaurien.MATCH_MAX))
         self.assertEqual(process_event(chain, 0, UPSTREAM, b"hit").t, 0)
 
     def test_bad_expressions_are_refused(self):
@@ -7302,12 +7302,12 @@ class TestReusePort(TempDirTestCase):
         def draws(number):
             proxy = vaurien.ProxyServer(("127.0.0.1", 9), ("127.0.0.1", 8), name="n", seed=7,
                                         reuse_port=number)
-            return proxy.rules.draw_block("behavior", 5, 1)
+            return proxy.rules.draw_batch("behavior", 5, 1)
 
         self.assertEqual(draws(1), draws(None))
         for number in 2, 3, 10 ** 20:
             digest = hashlib.blake2b(b"7/%d n behavior 5 1" % number).digest()
-            self.assertEqual(draws(number), vaurien.DRAW_BLOCK.unpack(digest))
+            self.assertEqual(draws(number), vaurien.DRAW_BATCH.unpack(digest))
 
     def test_the_kernel_spreads_clients_and_each_mode_acts_on_the_share_of_its_proxy(self):
         with self.two_proxies() as (one, two):
@@ -7560,7 +7560,7 @@ class TestLatencies(unittest.TestCase):
                 self.assertEqual(latencies.percentiles(1000), expected)
 
     def test_old_samples_do_not_count(self):
-        latencies, window = vaurien.Latencies(), vaurien.LATENCY_WINDOW
+        latencies, window = vaurien.Latencies(), vaurien.LATENCY_AGE_MAX
         latencies.add(100, 98)
         self.assertEqual(latencies.percentiles(100 + window)["p50"], 2)
         self.assertEqual(latencies.percentiles(101 + window), {})

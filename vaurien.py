@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Vaurien, the chaos TCP proxy.
 
-It sits between an application and a backend (MySQL, PostgreSQL, Redis, memcached, an HTTP
-API) and misbehaves on purpose, so that a test can ask: does my application survive when the
-database restarts, when the cache is down, when replies are slow, cut, reset or wrong?
+Vaurien sits between an application and a backend (MySQL, PostgreSQL, Redis, memcached, an HTTP
+API) and misbehaves on purpose. So a test can ask: does my application survive when the database
+restarts, when the cache is down, or when replies are slow, cut, reset or wrong?
 
     python3 vaurien.py demo
     python3 vaurien.py --local localhost:8000 --distant google.com:80 \\
@@ -12,7 +12,7 @@ database restarts, when the cache is down, when replies are slow, cut, reset or 
 
 This one file needs nothing but the standard library of Python 3.6 or newer.
 
-The path of a chunk, that is, of the bytes of one recv:
+The path of a chunk (the bytes that one recv has returned):
 
                      one Connection
                      +-----------------------------------------------------------+
@@ -22,8 +22,8 @@ The path of a chunk, that is, of the bytes of one recv:
                      +-----------------------------------------------------------+
     Loop: wakes for ready sockets, for the next due chunk, and for calls of other threads
 
-A handler is a function. It receives one event with its time, and yields the events to pass on
-instead. It never sleeps, reads no clock and touches no socket.
+A handler is a function. It receives one event, which includes the time, and yields the events
+that take its place. A handler never blocks, reads no clock and uses no socket.
 
 Each section uses only the sections above it. `grep -n '^# -- ' vaurien.py` lists them:
 
@@ -36,31 +36,40 @@ Each section uses only the sections above it. `grep -n '^# -- ' vaurien.py` list
 
 Glossary:
 
-    client, backend        the two peers
+    client, backend        the program that connects to Vaurien, the server that Vaurien
+                           connects to
     upstream, downstream   towards the backend, towards the client
-    event                  (t, to, data): when it is due, its direction, bytes or a signal
+    event                  (t, to, data): the due time, the direction, and bytes or a signal
     rule                   a handler with options, and the fields that say when it acts
     behavior               rules of a proxy that share one draw: at most one of them acts
     toxic                  a rule of a proxy with a name and a draw of its own
     toxicity               the probability that a toxic acts, from 0 to 1
-    draw                   a random number, fixed by the seed: it decides whether a rule acts
-    window                 a time in which a rule acts, from `start` on and for `duration`
-    ttl                    the time to live: the rule is removed after it
+    block                  the rules that a test sets for the body of a `with` statement
+    installed rule         a rule that a proxy uses now. Blocks may replace the behavior
+    draw                   the random number that decides whether a rule acts on a request or a
+                           connection. The seed determines all draws
+    window                 a period in which a rule acts. It begins at the time `start` and has the
+                           length `duration`. The window of TCP is called congestion window
+    sleep                  a rule sleeps outside of its windows: it does not act
+    ramp                   the begin of a window, while the percentage rises from 0
+    ttl                    the time to live: after this time, the rule is removed
     schedule               the windows of a rule, its ramp and its ttl
     active rule            a rule drawn for one request or connection, with its state
     chain                  the active rules of a connection, in order
     delay queue            the bytes of one direction, each chunk with its due time
     link                   a delay queue together with its source socket
-    budget                 the limit of the bytes in all delay queues of a loop together
+    budget                 the limit for the bytes in all delay queues of a loop together
     fast path              recv and send in one callback
-    slow path              through the chain and the delay queue
+    slow path              from recv through the chain and the delay queue to send
     exchange               a request and its reply
     boundary               a position in a stream where a request or reply begins or ends
+    head                   the first bytes of a request or reply, which tell what it is and how
+                           long it is, like the header of an HTTP message
     row                    a part of a reply: a row of a result, an element of an array, a chunk
                            of a body, or an event of a stream
     framer                 finds the boundaries in one direction of a connection
-    fault record           an entry of the log and the API: a rule acted on a request, its window
-                           began or ended, or its ttl expired
+    fault record           an entry of the log and the API: a rule has acted on a request, its
+                           window has begun or ended, or its ttl has ended
 
 To add
 
@@ -71,7 +80,8 @@ To add
     a rule field   one line in RULE_FIELDS, in the section Options, and code for its meaning in
                    Rule or Chain
 
-PYTEST_DONT_REWRITE: to pytest, this file is a plugin without assertions.
+PYTEST_DONT_REWRITE (pytest loads this file as a plugin. This word tells pytest that the file has
+no assertions to rewrite.)
 """
 import argparse
 import atexit
@@ -101,7 +111,7 @@ import warnings
 from collections import ChainMap, Counter, OrderedDict, deque, namedtuple
 from selectors import EVENT_READ, EVENT_WRITE
 
-MYPY = False                    # True for type checkers only: importing `typing` takes time
+MYPY = False                    # type checkers assume True. Importing `typing` would take time
 if MYPY:
     from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator  # noqa: I001
     from typing import List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
@@ -115,12 +125,12 @@ if MYPY:
 
 try:
     import fcntl
-except ImportError:             # Windows has none
+except ImportError:             # Windows has no fcntl
     pass
 
 
 class LazyModule:
-    """A module that is imported on first use, because imports would slow down the start."""
+    """A module that is imported on first use. To import it earlier would slow down the start."""
 
     def __init__(self, name):
         self.name = name
@@ -151,104 +161,112 @@ log = logging.getLogger("vaurien")
 LINUX = sys.platform.startswith("linux")
 
 # Sizes, in bytes. A chunk is the data of one recv.
-CHUNK = 256 * 1024              # the largest recv; larger ones were not faster
-PARSED_CHUNK = 8 * 1024         # the largest recv while a protocol is parsed, unless more bytes
-                                #   are skipped: parsing takes up to 50 ms for these, and the
-                                #   loop serves no other connection in the meantime
-HELD_MAX = 16 * 1024 * 1024     # the most that a delay queue holds while a rule delays it: 1 GB/s
-                                #   for 16 ms. A lower limit would make latency limit bandwidth
-HELD_MAX_IDLE = 256 * 1024      # the most that it holds in other cases: nothing is delayed,
-                                #   nothing is ever due, or a rate limit has a backlog
-HELD_TOTAL = 512 * 1024 * 1024  # the most that all delay queues of a loop hold together
-HELD_MIN = 4 * 1024             # reserved for each delay queue, even without any budget left
-HELD_LOW = HELD_MIN // 2        # a delay queue that holds no more is never full
-READ_MIN = 16 * 1024            # the smallest recv into a delay queue with room for four of them
-MATCH_WINDOW = 64 * 1024        # the start of a request, in which `match` searches
-BEGINNING_MAX = 80              # the start of a request, which a fault record shows
+CHUNK = 256 * 1024              # the largest recv. A larger recv was not faster
+PARSED_CHUNK = 8 * 1024         # the largest recv of bytes that a protocol parses. To parse 8 KiB
+                                #   takes 50 ms at most, and the loop serves no other connection
+                                #   in the meantime. Bytes that are skipped do not count
+HELD_MAX = 16 * 1024 * 1024     # the most bytes in a delay queue while a rule delays bytes: 16 ms
+                                #   at 1 GB/s. With a lower limit, latency would reduce the rate
+HELD_MAX_IDLE = 256 * 1024      # the most bytes in a delay queue at other times: no rule delays
+                                #   bytes, or the first bytes never become due
+HELD_TOTAL = 512 * 1024 * 1024  # the most bytes in all delay queues of a loop together
+HELD_MIN = 4 * 1024             # the bytes that each delay queue may hold in any case
+HELD_LOW = HELD_MIN // 2        # a delay queue that holds at most these bytes is not full, so its
+                                #   exact limit need not be computed
+READ_MIN = 16 * 1024            # a delay queue with room for less than this counts as full, unless
+                                #   the room is a quarter of its limit. So no recv is too small
+MATCH_MAX = 64 * 1024           # the first bytes of a request, in which `match` searches
+BEGINNING_MAX = 80              # the first bytes of a request, which a fault record shows
 HEAD_MAX = 64 * 1024            # the longest head of a request or reply (nginx: 32 KiB)
 CACHED_HEAD_MAX = 1024          # the longest HTTP head that a connection need not parse twice
 BULK_READ = 64 * 1024           # the smallest recv that counts as bulk data
-COPY_MAX = 8 * 1024             # the largest chunk that is copied and tested for one complete
-                                #   message; such a copy costs nearly nothing
-KERNEL_PIPE_SIZE = 1024 * 1024  # a pipe for splice: the most that Linux permits (man 7 pipe)
-SEGMENT = 1448                  # the data of a TCP segment on Ethernet: 1460 without time stamps
-STATSD_PACKET_MAX = 1400        # the largest UDP packet: networks do not fragment it
+COPY_MAX = 8 * 1024             # the largest chunk that is copied, to test whether it is exactly
+                                #   one message. The time for such a copy is negligible
+KERNEL_PIPE_SIZE = 1024 * 1024  # a pipe for splice: the largest that Linux permits (man 7 pipe)
+SEGMENT = 1448                  # the data of a TCP segment on Ethernet, with time stamps
+STATSD_PACKET_MAX = 1400        # the largest UDP packet to send. Networks fragment larger packets
 
-# Memory, in bytes. In brackets: the measured bytes on Python 3.6 and on 3.13
-CHUNK_OVERHEAD = 400            # for a queued chunk besides its data (398, 336)
-EXCHANGE_OVERHEAD = 450         # for an exchange that waits (433, 363)
+# Memory, in bytes. In brackets: the bytes measured on Python 3.6 and on 3.13
+CHUNK_OVERHEAD = 400            # for a queued chunk, without its data (398, 336)
+EXCHANGE_OVERHEAD = 450         # for an exchange that waits for its reply (433, 363)
 ACTIVE_RULE_OVERHEAD = 4000     # for an active rule of such an exchange (on 3.6: 960, and 2,600
-                                #   more if it uses random numbers)
-KEPT_MIN = 8 * 1024             # for one or two requests, which a connection need not count
-EXPANSION = 1000                # for each byte of the shortest requests, such as b"PING\r\n", with
-                                #   an active rule
+                                #   more if the rule uses random numbers)
+KEPT_MIN = 8 * 1024             # if the requests of a connection take less memory, the memory is
+                                #   not counted. One or two requests take less
+EXPANSION = 1000                # for each byte received, if requests are as short as b"PING\r\n"
+                                #   and a rule is active for each of them
 STATEMENTS_MAX = 1024 * 1024    # for the texts of the prepared statements of a connection, and
-                                #   again for those of its portals
-STATEMENT_OVERHEAD = 210        # for such a text besides its bytes (210, 155)
+                                #   the same again for the texts of its portals
+STATEMENT_OVERHEAD = 210        # for such a text, without its bytes (210, 155)
 
 # Counts
-SPLICE_AFTER = 4                # bulk reads of a link, in a row, before it uses splice
+SPLICE_AFTER = 4                # a link uses splice after this many bulk reads in a row
 KERNEL_PIPES_POOLED = 16        # empty pipes that a loop keeps for later bulk data
-BACKLOG = 4096                  # connections that wait for accept(), at most; the kernel may
-                                #   lower this limit (net.core.somaxconn)
+BACKLOG = 4096                  # connections that wait for accept(), at most. The kernel may use
+                                #   a lower limit (net.core.somaxconn)
 ACCEPT_BURST = 64               # connections accepted before the loop serves other sockets
-FILLERS_MAX = 16                # connections of a listener's own that must fill a backlog of 0
-SPARE_FDS = 8                   # descriptors that must be free to accept again after they ran
+FILLERS_MAX = 16                # connections that a listener in mode `drop` makes to itself, at
+                                #   most, until its backlog is full
+SPARE_FDS = 8                   # file descriptors that must be free to accept again after they ran
                                 #   out: for two sockets, a resolver, two pipes ...
-CONTROL_FDS = 32                # descriptors that the control server has for itself, at most
-FDS_MIN = 32                    # the lowest limit of descriptors with which `serve` starts
+CONTROL_FDS = 32                # file descriptors reserved for the control server, at most
+FDS_MIN = 32                    # `serve` does not start with a lower limit of file descriptors
 FAULT_RECORDS_KEPT = 10000      # newest fault records that each proxy keeps
 LOG_LINES_MAX = 10000           # lines of the log that wait to be written, at most
 RULE_CHANGES_KEPT = 1000        # newest changes of the rules that each proxy keeps
 LATENCIES_KEPT = 1000           # newest replies whose latency each proxy keeps
-GC_THRESHOLD = 100000           # new objects until Python searches for garbage: with its 700 to
-                                #   2,000, that takes 15 % of the time of 1,000 delayed requests
+GC_THRESHOLD = 100000           # new objects until Python searches for garbage. With Python's own
+                                #   threshold (700 to 2,000), the searches take 15 % of the time
+                                #   of 1,000 delayed requests
 
-# Times: the seconds ...
-FILL_TIMEOUT = 0.002            # until a connect to the own backlog counts as dropped; one that
-                                #   succeeds takes 0.1 ms
-LINGER_TIMEOUT = 5.0            # for a client to close after an error reply (as in nginx)
-RETRY_DELAY = 1.0               # until the next accept or connect after descriptors ran out (as
-                                #   in asyncio)
-ACCEPT_TIMEOUT = 30.0           # without a free descriptor, until waiting clients are reset
-PRECISE_WAIT = 0.005            # before a timer is due, in which the loop waits more precisely
-SELECT_OVERSHOOT = 0.00015      # by which select() returns later than requested
-MATCH_TIMEOUT = 0.1             # of CPU time for the longest search for `match`
-MAX_WAIT = 3600.0               # of the longest wait; epoll takes a C int of ms, 24 days
-HEAD_TIMEOUT = 10.0             # for which a head of the protocol is held until it is complete:
-                                #   rules act on whole requests
-UNRECOGNIZED_MAX = 0.3          # for which the first bytes of a client are held while it is
-                                #   unclear whether they are of the protocol
-RATE_BACKLOG = 0.1              # of data that may wait for a rate limit; with more, a delay
-                                #   queue holds READ_MIN at most
-LOG_CLOSE_TIMEOUT = 1.0         # at exit, to write the last lines of the log
-SLOW_CALL = 0.5                 # of a handler's call, from which the log warns
-WAIT_PAUSE = 0.01               # in which a thread that waits for a fault ignores others: it
-                                #   would take the CPU from the loop for each one
-STATSD_INTERVAL = 1.0           # between two reports to the StatsD server
-LATENCY_WINDOW = 10.0           # for which a latency counts in the percentiles
+# Times, in seconds
+FILL_TIMEOUT = 0.002            # a listener that fills its own backlog waits this long for one
+                                #   connect. A connect that the kernel accepts takes 0.1 ms
+LINGER_TIMEOUT = 5.0            # time for a client to close after an error reply (as in nginx)
+RETRY_DELAY = 1.0               # time until the next accept or connect after file descriptors ran
+                                #   out (as in asyncio)
+ACCEPT_TIMEOUT = 30.0           # after this time without a free file descriptor, the clients that
+                                #   wait for accept() are reset
+PRECISE_WAIT = 0.005            # when a timer is due in less, the loop uses a more precise wait
+SELECT_OVERSHOOT = 0.00015      # select() returns later than requested by this time
+MATCH_TIMEOUT = 0.1             # CPU time of the longest search for `match`
+MAX_WAIT = 3600.0               # the longest wait of the selector. The time that epoll can wait
+                                #   is limited too: a C int of milliseconds, 24 days
+HEAD_TIMEOUT = 10.0             # the proxy holds an incomplete head for this time, so that rules
+                                #   can act on the whole request
+UNRECOGNIZED_MAX = 0.3          # the proxy holds the first bytes of a client for this time, if
+                                #   they may be of the protocol or not
+RATE_BACKLOG = 0.1              # if the data that waits for a rate limit takes longer to send, a
+                                #   delay queue holds READ_MIN bytes at most
+LOG_CLOSE_TIMEOUT = 1.0         # time to write the last lines of the log at exit
+SLOW_CALL = 0.5                 # the log warns if a call of a handler takes longer
+WAIT_PAUSE = 0.01               # a thread that waits for a fault checks only after such pauses. To
+                                #   check each fault would take CPU time from the loop
+STATSD_INTERVAL = 1.0           # time between two reports to the StatsD server
+LATENCY_AGE_MAX = 10.0          # the percentiles include the latencies of this time
 
 
 # -- Events -------------------------------------------------------------------
 #
 # An event is a tuple (t, to, data):
 #
-#   t       when it is due, in seconds of the loop's clock
-#   to      its direction
+#   t       the time when the event is due, in seconds of the loop's clock
+#   to      the direction: UPSTREAM or DOWNSTREAM
 #   data    bytes, or a signal about the stream itself
 
 UPSTREAM = "upstream"       # direction: towards the backend
 DOWNSTREAM = "downstream"   # direction: towards the client
 DIRECTIONS = (UPSTREAM, DOWNSTREAM)
-NEVER = math.inf            # due time of an event that waits until its rule is removed
+NEVER = math.inf            # due time of an event that waits until the rule that yielded the
+                            #   event is removed
 
 
 class Signal(bytes):
     """The data of an event without bytes.
 
-    A signal has the length 0, and a slice of a signal is the signal itself. So a handler that
+    A signal has the length 0, and each slice of a signal is the signal itself. So a handler that
     only delays, counts or cuts bytes needs no code for signals. To recognise a signal, a
-    handler tests its identity: `data is EOF`.
+    handler tests the identity: `data is EOF`.
     """
 
     name: str
@@ -264,31 +282,33 @@ class Signal(bytes):
     def __getitem__(self, key):
         return self
 
-    # Compare by identity: as bytes, all signals would be equal to b"".
+    # Compare by identity: all signals are empty bytes, which would be equal.
     __eq__, __ne__, __hash__ = object.__eq__, object.__ne__, object.__hash__
 
 
-OPEN = Signal("OPEN")       # A client has connected. When OPEN arrives upstream, the proxy
-                            #   connects to the backend. A rule drawn for the connection gets
-                            #   OPEN in both directions, and again when its options change.
+OPEN = Signal("OPEN")       # A client has connected. When the OPEN of direction UPSTREAM is due,
+                            #   the proxy connects to the backend. A rule drawn for the
+                            #   connection gets an OPEN of each direction, and again when the
+                            #   options of the rule change.
 EOF = Signal("EOF")         # The stream ends in this direction (half-close). After an EOF in
                             #   both directions the connection is closed.
 RESET = Signal("RESET")     # The proxy drops all data and resets both sockets.
-# With a protocol only, after the bytes that end there. They are never sent.
-END_OF_MESSAGE = END = Signal("END_OF_MESSAGE")     # END: its older name, for users' handlers
+# The next two signals exist with a protocol only. Each follows the last bytes of a request, a
+# reply or a row. Handlers receive them, and the peers do not.
+END_OF_MESSAGE = END = Signal("END_OF_MESSAGE")     # END is an older name, for users' handlers
 END_OF_ROW = Signal("END_OF_ROW")                   # only if a rule counts rows
 
 
 # -- Checks -------------------------------------------------------------------
 #
-# A check validates one value that a user has supplied, as text or as a JSON value. It returns
-# the parsed value. If the value is invalid, it raises ValueError with the end of a sentence
+# A check is a function that validates one value of a user: a text or a JSON value. A check returns
+# the parsed value. If the value is invalid, the check raises ValueError with the end of a sentence
 # ("must be ..."). The caller puts the name of the option, key or field before this text.
 
 INT64_MAX = 2 ** 63 - 1     # the largest number that Toxiproxy accepts (int64 in Go)
-NAME_MAX = 255              # characters of the longest name of a proxy or toxic
-TIME_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}    # {unit of a time: its seconds}
-SECONDS_MIN, SECONDS_MAX = 0.001, 1e9   # the shortest and the longest time that is not 0
+NAME_MAX = 255              # the most characters in the name of a proxy or toxic
+TIME_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}    # {unit: seconds in a unit}
+SECONDS_MIN, SECONDS_MAX = 0.001, 1e9   # the limits of a time. 0 is valid too
 YES, NO = ("yes", "true", "on", "1"), ("no", "false", "off", "0")
 TOKEN_VARIABLE = "VAURIEN_HTTP_TOKEN"   # the environment variable that replaces --http-token
 
@@ -307,7 +327,7 @@ class InputError(ValueError):
 
 
 def check_field(name, check, *args):
-    """Return check(*args). Raises InputError, with the name in front, for a ValueError."""
+    """Return check(*args). Raises InputError with "NAME must be ..." if the check fails."""
     try:
         return check(*args)
     except ValueError as error:
@@ -315,7 +335,7 @@ def check_field(name, check, *args):
 
 
 def format_exception(exc):
-    """Return "Type: message", or only the type if the exception's own __str__ fails."""
+    """Return "Type: message", or "Type" if the __str__ of a user's exception class fails."""
     try:
         return "%s: %s" % (type(exc).__name__, exc)
     except BaseException:
@@ -324,7 +344,7 @@ def format_exception(exc):
 
 def escape_control_chars(text):
     """Return the text with unprintable characters escaped, as in Python's repr."""
-    if text.isprintable():
+    if text.isprintable():      # the usual case, without a loop
         return text
     return "".join(char if char.isprintable() else ascii(char).strip("'") for char in text)
 
@@ -338,27 +358,35 @@ def number_check(type_, expected, valid=lambda number: number >= 0):
     """Return a function check(value) that converts a number or a text to `type_`, int or float.
 
     expected    the description of a valid number, for the error: "a whole number, 0 or more"
-    valid       a function that returns whether a number is valid. In any case, it must be finite
+    valid       a function that returns whether a finite number is valid. Infinite numbers and
+                NaN are always invalid
     """
     def check(value):
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
+        refusal = ValueError("must be %s, not %r" % (expected, value))
+        if isinstance(value, bool):     # to Python, True is the number 1
+            raise refusal
+        try:
             number = type_(value)
-            is_exact = isinstance(value, (str, type_)) or number == value   # not int(2.5)
-            if (is_exact and not isinstance(value, bool) and valid(number)
-                    and number < math.inf):     # false for nan too
-                return number
-        raise ValueError("must be %s, not %r" % (expected, value))
+        except (TypeError, ValueError, OverflowError):
+            raise refusal from None
+        if number != value and not isinstance(value, str):      # rounded, like int(2.5)
+            raise refusal
+        if not -math.inf < number < math.inf or not valid(number):
+            raise refusal
+        return number
     return check
 
 
 def did_you_mean(word, choices):
-    """Return " (did you mean X?)" if one of the choices resembles an unknown word, or "".
+    """Return " (did you mean X?)" if one of the choices resembles an unknown word, otherwise "".
 
     Every error about an unknown name has this text after the name.
     """
-    similar = {choice.lower(): choice for choice in choices}
-    found = isinstance(word, str) and difflib.get_close_matches(word.lower(), similar, 1, 0.7)
-    return " (did you mean %s?)" % similar[found[0]] if found else ""
+    if not isinstance(word, str):
+        return ""
+    by_lower_case = {choice.lower(): choice for choice in choices}
+    similar = difflib.get_close_matches(word.lower(), by_lower_case, n=1, cutoff=0.7)
+    return " (did you mean %s?)" % by_lower_case[similar[0]] if similar else ""
 
 
 def choice_check(*choices):
@@ -368,12 +396,12 @@ def choice_check(*choices):
             raise ValueError("must be one of %s, not %r%s" % (
                 ", ".join(choices), value, did_you_mean(value, choices)))
         return value
-    check.choices = choices  # type: ignore
+    check.choices = choices     # type: ignore    # for the page, which shows them as a list
     return check
 
 
 def check_yes_no(value):
-    """Convert a boolean, or a text that configparser accepts as one, to a bool."""
+    """Convert a boolean, or a text that configparser accepts as a boolean, to a bool."""
     text = str(value).strip().lower()
     if text not in YES and text not in NO:
         raise ValueError("must be yes or no, not %r" % (value,))
@@ -382,19 +410,20 @@ def check_yes_no(value):
 
 def check_text(value):
     """Convert a text or a whole number to text."""
-    if not isinstance(value, (str, int)) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, (str, int)):    # a bool is an int
         raise ValueError("must be text, not %r" % (value,))
     return str(value)
 
 
 def check_file(text):
+    """Check the path of a file. The file need not exist."""
     if not isinstance(text, str) or not text or "\0" in text:
         raise ValueError("must be the path of a file, not %r" % (text,))
     return text
 
 
 def check_name(name):
-    """Check the name of a proxy or a toxic. Log lines contain names, so they must be printable."""
+    """Check the name of a proxy or a toxic. It must be printable, because the log contains it."""
     if len(name) > NAME_MAX or not name.isprintable():
         raise ValueError("must be at most %d printable characters, not %r"
                          % (NAME_MAX, name[:50]))
@@ -417,7 +446,10 @@ check_timeout = number_check(float, "a number of seconds, more than 0", lambda v
 
 
 def check_reuse_port(value):
-    """Check the number of a process that shares its port with others (man 7 socket)."""
+    """Check the N of --reuse-port N, the number of this process.
+
+    Other processes listen on the same port: SO_REUSEPORT, man 7 socket.
+    """
     if not LINUX or not hasattr(socket, "SO_REUSEPORT"):
         raise ValueError("needs Linux, which spreads connections over the processes on a port")
     return number_check(int, "the number of this process, 1 or more", lambda n: n >= 1)(value)
@@ -425,7 +457,7 @@ def check_reuse_port(value):
 
 def check_seconds(value):
     """Convert a number of seconds, or a text like "90s", "5m", "1h" or "500ms", to seconds."""
-    number, unit = value, 1.0
+    number, unit = value, TIME_UNITS["s"]
     if isinstance(value, str):
         match = re.fullmatch(r"(.*[0-9.])\s*(ms|s|m|h)\s*", value)
         if match:
@@ -2109,10 +2141,10 @@ class Redis(Protocol):
     def read_array(self, line):
         """Read a command that is an array of bulk strings. `line` is its first line.
 
-        Yields the Request as soon as MATCH_WINDOW bytes of the arguments are known.
+        Yields the Request as soon as MATCH_MAX bytes of the arguments are known.
         """
         count = 0 if line[1:2] == b"-" else parse_length(line[1:], largest=1 << 20)
-        args, window_left = [], MATCH_WINDOW
+        args, window_left = [], MATCH_MAX
         for index in range(count):
             size = self.argument_size((yield LINE))
             if size > window_left:          # the window ends in this argument
@@ -2490,7 +2522,7 @@ class Mysql(Protocol):
             if sequence or not size or self.loading:    # not the first packet of a command
                 yield from self.read_continuation(size, sequence)
                 continue
-            body = yield NeedBytes(min(size, MATCH_WINDOW))
+            body = yield NeedBytes(min(size, MATCH_MAX))
             request = self.make_request(body)
             yield request
             yield size - len(body)
@@ -2839,7 +2871,7 @@ class Postgres(Protocol):
             if not type_.isalpha() or size < 0:
                 raise ProtocolError("%r is not a message" % type_)
             if type_ in self.WITH_TEXT:
-                body = yield NeedBytes(min(size, MATCH_WINDOW))
+                body = yield NeedBytes(min(size, MATCH_MAX))
             boundary = self.make_boundary(type_, body)
             if boundary is not None:
                 yield boundary
@@ -3196,7 +3228,7 @@ def check_protocol(text):
 
 PERCENT_SUM_MAX = 100.000001        # percent; the sum of 33.3 * 3 + 0.1 is accepted as 100
 DRAW_TO_PERCENT = 100 / 2 ** 64     # percent for each unit: a drawn number has 64 bits
-DRAW_BLOCK = struct.Struct(">8Q")   # the 8 numbers in one blake2b hash
+DRAW_BATCH = struct.Struct(">8Q")   # the 8 numbers in one blake2b hash
 
 
 # The state of a schedule at one moment.
@@ -3593,7 +3625,7 @@ class ActiveRule(Counter):
 
 @functools.lru_cache(maxsize=1024, typed=True)      # toxics may get ever new names
 def hash_prefix(seed, proxy_name, draw_key):
-    """Return the hash that all numbers of a draw key begin with: see RuleSet.draw_block."""
+    """Return the hash that all numbers of a draw key begin with: see RuleSet.draw_batch."""
     return hashlib.blake2b(("%s %s %s " % (seed, proxy_name, draw_key)).encode())
 
 
@@ -3623,7 +3655,7 @@ class RuleSet:
         self.counts_rows = any(rule.options.get("rows") for rule in rules)
         # A slow link needs few bytes at once: it would hold the others for long.
         self.recv_size = READ_MIN if any(rule.rate_limited for rule in rules) else CHUNK
-        # Whether the numbers of 8 requests can be drawn together: see Chain.draw_block.
+        # Whether the numbers of 8 requests can be drawn together: see Chain.draw_batch.
         self.draw_ahead = not self.replay and all(rule.is_drawn_at_once() for rule in rules)
         # Whether a request may have other active rules than the one before.
         self.changes_by_request = any(rule.per == "request" or rule.match for rule in rules)
@@ -3633,16 +3665,16 @@ class RuleSet:
         self.replay = replay
         self.install(self.installed)
 
-    def draw_block(self, draw_key, connection, block):
-        """Return the numbers for a block of 8 requests: a tuple of 8 ints of 64 bits.
+    def draw_batch(self, draw_key, connection, batch):
+        """Return the numbers for a batch of 8 requests: a tuple of 8 ints of 64 bits.
 
         connection    the connection's number
-        block         0 for the connection itself (as request 0) and requests 1 to 7, 1 for
+        batch         0 for the connection itself (as request 0) and requests 1 to 7, 1 for
                       requests 8 to 15, and so on
         """
-        block_hash = hash_prefix(self.seed, self.proxy_name, draw_key).copy()
-        block_hash.update(b"%d %d" % (connection, block))
-        return DRAW_BLOCK.unpack(block_hash.digest())
+        batch_hash = hash_prefix(self.seed, self.proxy_name, draw_key).copy()
+        batch_hash.update(b"%d %d" % (connection, batch))
+        return DRAW_BATCH.unpack(batch_hash.digest())
 
 
 # The key of a recorded fault. `request` is 0 for a rule per connection. `rule` is the result of
@@ -4096,7 +4128,7 @@ class Chain:
 
     __slots__ = ("rules", "connection", "request", "last_direction", "active_rules", "undrawn",
                  "per_connection", "newly_acted", "event_request", "protocol_lost", "protocol",
-                 "current_request", "answered_early", "modified", "block", "block_hits",
+                 "current_request", "answered_early", "modified", "batch", "batch_hits",
                  "protocol_error", "successor", "head_deadline", "kept", "encrypted", "beginning")
 
     def __init__(self, rules, connection):
@@ -4111,8 +4143,8 @@ class Chain:
         self.active_rules = NOTHING     # of the current request, in the order of the rules
         self.undrawn = NOTHING          # rules installed before any bytes of the request
         self.per_connection = {}        # {rule: ActiveRule or None} of the connection
-        self.block = -1                 # index of a block of 8 requests: see draw_block
-        self.block_hits = NOTHING       # [(rule, number)] for each request of this block
+        self.batch = -1                 # index of a batch of 8 requests: see draw_batch
+        self.batch_hits = NOTHING       # [(rule, number)] for each request of this batch
         # For the connection
         self.newly_acted = []           # (ActiveRule, request number, request_text()) of faults
                                         #   to record
@@ -4143,11 +4175,11 @@ class Chain:
         if not rules.installed:
             self.active_rules = NOTHING
         elif rules.draw_ahead:          # the same as below, for less
-            if self.request // 8 != self.block:
-                self.draw_block(self.request // 8)
+            if self.request // 8 != self.batch:
+                self.draw_batch(self.request // 8)
             for rule in self.rules.installed:
                 rule.drawn_count += 1
-            hits = self.block_hits[self.request % 8]
+            hits = self.batch_hits[self.request % 8]
             self.active_rules = [ActiveRule(rule, rule.drawn_count, number)
                                  for rule, number in hits
                                  if rule.drawn_count > rule.after
@@ -4176,12 +4208,12 @@ class Chain:
 
     # Drawing
 
-    def draw_block(self, block):
-        """Draw all rules for the 8 requests of a block at once. Only used if rules.draw_ahead."""
-        self.block, self.block_hits = block, [[] for _ in range(8)]
+    def draw_batch(self, batch):
+        """Draw all rules for the 8 requests of a batch at once. Only used if rules.draw_ahead."""
+        self.batch, self.batch_hits = batch, [[] for _ in range(8)]
         for rule in self.rules.installed:
-            draws = self.rules.draw_block(rule.draw_key, self.connection, block)
-            for hits, number in zip(self.block_hits, draws):
+            draws = self.rules.draw_batch(rule.draw_key, self.connection, batch)
+            for hits, number in zip(self.batch_hits, draws):
                 if rule.includes(number):
                     hits.append((rule, number))
 
@@ -4198,7 +4230,7 @@ class Chain:
         request = self.request if rule.per == "request" else 0
         if self.rules.replay:
             return self.rules.replay.draw(self.rules.proxy_name, self.connection, request, rule)
-        number = self.rules.draw_block(rule.draw_key, self.connection, request // 8)[request % 8]
+        number = self.rules.draw_batch(rule.draw_key, self.connection, request // 8)[request % 8]
         acts = rule.includes(number) and rule.selects(rule.drawn_count)
         return number, acts, rule.drawn_count
 
@@ -4262,7 +4294,7 @@ class Chain:
 
         Returns the changed and woken rules per connection that begin now.
         """
-        self.block = -1
+        self.batch = -1
         self.per_connection = {rule: active for rule, active in self.per_connection.items()
                                if rule in self.rules.installed}
         begun = [rule for rule, active in self.per_connection.items()
@@ -4453,8 +4485,8 @@ class Chain:
         Returns whether the rule acts.
         """
         buffered = active.match_buffer
-        if to == UPSTREAM and data and buffered is not None and len(buffered) < MATCH_WINDOW:
-            active.match_buffer = buffered + data[:MATCH_WINDOW - len(buffered)]
+        if to == UPSTREAM and data and buffered is not None and len(buffered) < MATCH_MAX:
+            active.match_buffer = buffered + data[:MATCH_MAX - len(buffered)]
             if self.rules.replay or active.rule.matches(active.match_buffer):
                 active.draw, active.acts, active.request = self.draw_number(active.rule)
                 active.match_buffer = None
@@ -4616,7 +4648,7 @@ class ProtocolChain(Chain):
         The text of the Request decides at once whether `match` matches.
         """
         if rule.match and not (self.current_request and (self.rules.replay or rule.matches(
-                self.current_request.text[:MATCH_WINDOW]))):
+                self.current_request.text[:MATCH_MAX]))):
             return None
         draw, acts, drawn_count = self.draw_number(rule, count)
         return ActiveRule(rule, drawn_count, draw, acts)
@@ -8404,14 +8436,14 @@ class Latencies:
 
     def add(self, replied, asked):
         """Add the times of a reply and of its request, and forget those before the window."""
-        while self.samples and self.samples[0][0] < replied - LATENCY_WINDOW:
+        while self.samples and self.samples[0][0] < replied - LATENCY_AGE_MAX:
             self.samples.popleft()
         self.samples.append((replied, asked))
 
     def percentiles(self, now):
         """Return {name: seconds} of the samples in the window; empty if there are none."""
         seconds = sorted(replied - asked for replied, asked in self.samples
-                         if replied >= now - LATENCY_WINDOW)
+                         if replied >= now - LATENCY_AGE_MAX)
         return OrderedDict((name, seconds[math.ceil(len(seconds) * share) - 1])
                            for name, share in QUANTILES.items() if seconds)
 
@@ -9267,7 +9299,7 @@ METRICS: "OrderedDict[str, Sequence[Any]]" = OrderedDict((name, metric) for name
     ("vaurien_backend_failures_total", "counter", "Backends that could not be connected to.",
      lambda proxy: [({}, proxy.failures)]),
     ("vaurien_latency_seconds", "gauge", "Seconds from a request to the first byte of its reply: "
-     "percentiles of a sample of the last %g seconds." % LATENCY_WINDOW,
+     "percentiles of a sample of the last %g seconds." % LATENCY_AGE_MAX,
      lambda proxy: [({"quantile": "%g" % QUANTILES[name]}, seconds) for name, seconds
                     in proxy.latencies.percentiles(proxy.loop.clock()).items()])])
 
