@@ -1780,33 +1780,32 @@ class Protocol:
         """
         exchange, reply = self.refusable, None
         if exchange and to == UPSTREAM and (data or data is OPEN):
-            request = exchange.request
-            kind = kind or self.draw_error(state, request)
-            reply = (self.error_reply(kind, request) if request
-                     else self.connect_error(kind, data))
+            kind, reply = self.choose_error(state, exchange.request, data, kind)
         if reply is None:
             yield t, to, data
             return
         state.drawn_options = {"kind": kind}
-        if request or reply.closes:
+        if exchange.request or reply.closes:
             exchange.refusal, self.refusable = Refusal(state, reply), None
-        if request and not reply.closes:
+        if exchange.request and not reply.closes:
             return                      # finish_refusal sends the error when the request ends
         if reply.data:
             yield t, DOWNSTREAM, reply.data
         if reply.closes:
             yield from close_both(t)
 
-    def draw_error(self, state, request):
-        """Return the kind of an error for a request, or "" if there is none.
+    def choose_error(self, state, request, data, kind):
+        """Return (kind, Reply) of an error for a request, or for a client that connects.
 
-        request    None for a client that connects
+        The kind is drawn if it is empty. The Reply is None if a server would not fail.
         """
         if request:
-            return state.random.choice(self.default_errors)
+            kind = kind or state.random.choice(self.default_errors)
+            return kind, self.error_reply(kind, request)
         # With a handshake, connecting counts as request 1, and fails like one.
-        kinds = self.connect_errors if self.server_first else ()
-        return kinds[state.draw % len(kinds)] if kinds else ""
+        if self.server_first and self.connect_errors and not kind:
+            kind = self.connect_errors[state.draw % len(self.connect_errors)]
+        return kind, self.connect_error(kind, data)
 
     def finish_refusal(self, exchange, t, to, data):
         """Yield the events that a rule makes of one event of a request that it has refused.
