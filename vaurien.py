@@ -10032,49 +10032,54 @@ poll();
 
 # -- Control ------------------------------------------------------------------
 #
-# The HTTP control server. Tests use it to change proxies while they run. handle_request shows
-# the steps from a request to its response.
+# The HTTP control server. Tests use the control server to change running proxies. handle_request
+# shows the steps from a request to its response.
 #
-# Each route has a dialect, which decides the format of results and errors. If a path has no
-# route, the prefix of the path decides the format of the error.
+# A dialect is a format of results and errors: that of Vaurien or that of Toxiproxy. Each route
+# has a dialect. For the error about a path without a route, the path's prefix decides.
 #
 # Threads: the control server's loop has a thread of its own. The loop accepts clients, and
-# disconnects clients that exceed a time limit. Each client has a client thread, which calls the
-# functions of routes. These functions change a proxy only by `proxy.loop.run_sync(function, ...)`.
+# disconnects clients that exceed a time limit. Each client has a client thread, which reads the
+# client's requests and calls the functions of routes. These functions change a proxy only by
+# `proxy.loop.run_sync(function, ...)`.
 #
 # To add a route: write a function that takes an ApiRequest, and decorate it with @route.
 # `GET /` lists the route with the first line of the function's docstring.
 
 ROUTES = OrderedDict()          # {path: {method: Route}}; a segment in capitals matches any name
-DIALECTS = []                   # [(prefix, Dialect)] of paths without a route; a path without
-                                #   such a prefix has the dialect of the control server
+DIALECTS = []                   # [(prefix, Dialect)] for paths without a route; for any other
+                                #   prefix, the control server has a default dialect
 REQUEST_BODY_MAX = 1 << 20      # bytes of a request's body
 REQUEST_HEAD_MAX = 1 << 16      # bytes of a request's headers
 INT_DIGITS_MAX = 400            # digits of an integer in a body; the largest float has 309
 CLIENTS_MAX = 512               # clients connected at a time
-KEEP_ALIVE_SHARE = 0.5          # with more clients than this share of `max_clients`, a connection
-                                #   is closed after its next response
+KEEP_ALIVE_SHARE = 0.5          # if more clients than this share of `max_clients` are connected,
+                                #   each connection is closed after its next response
 IDLE_TIMEOUT = 60.0             # seconds to wait for the next request, as in Toxiproxy
 READ_TIMEOUT = 10.0             # seconds to wait for the next bytes of a request
 REQUEST_TIMEOUT = 30.0          # seconds from the first byte of a request to the last byte of
                                 #   its response
-EVENTS_WAIT_MAX = 20.0          # seconds that `GET /events` waits at most; less than
+EVENTS_WAIT_MAX = 20.0          # seconds that `GET /events` waits at most. It must be less than
                                 #   REQUEST_TIMEOUT
-MEASURE_MAX = 10.0              # seconds that `GET /status` measures rates at most
+MEASURE_MAX = 10.0              # seconds for which `GET /status` measures rates at most
 NO_HEADERS = types.MappingProxyType({})
-PAGE_HEADER = "X-Fetch-Site"    # the page sends it with the value "same-origin"
+PAGE_HEADER = "X-Fetch-Site"    # the web page sends this header with the value "same-origin"
 
-# Domains in which an attacker from the Internet can register no name: RFC 6761 and RFC 6762, the
-# names of ICANN and RFC 8375 for private networks, and the services of Kubernetes. So no name
-# under them can be used for DNS rebinding, and neither can a name without a dot.
+# In a DNS rebinding attack, an attacker registers a host name that resolves to the address of
+# this server. A browser then lets the attacker's page send requests to this server.
+#
+# These are domains in which an attacker from the Internet cannot register a name: those of RFC
+# 6761 and RFC 6762, those of ICANN and RFC 8375 for private networks, and that of services in
+# Kubernetes. So a Host header with a name in these domains shows that there is no attack.
 UNREBINDABLE = (".localhost", ".local", ".internal", ".test", ".home.arpa", ".svc")
 
 # The argument of a route's function.
 #
 # control    the Control that received the request
-# proxy      the Proxy that the path or ?proxy=NAME names, by default the first one; None if
-#            there is no such proxy
-# names      {segment in capitals of the route's path: name in the request's path}
+# proxy      the ProxyServer that the path or ?proxy=NAME names, by default the first proxy; None
+#            if there is no such proxy
+# names      {segment in capitals of the route's path: name in the request's path}, such as
+#            {"PROXY": "redis"} if the path is /proxies/redis
 # query      {key: value} of the query, without the key `proxy`
 # body       text
 # headers    {name: value}, or another object with the method `get`
@@ -10087,11 +10092,12 @@ Route = namedtuple("Route", "function example query needs_proxy dialect status")
 class ApiError(Exception):
     """An error response.
 
-    location    the part of the request with the error: body, querystring, header, path, method
-                or request; "server" for an internal error
+    location    the part of the request with the error: "body", "querystring", "header", "path"
+                or "method"; "request" if the request breaks the rules of HTTP or exceeds a
+                limit; "server" for an internal error
     name        the field, parameter or header, or ""
     headers     additional headers of the response
-    errors      [(location, name, description)]: more than one for an InputError
+    errors      [(location, name, description)]; an InputError may give several
     """
 
     def __init__(self, status, location, name, description, headers=()):
@@ -10127,6 +10133,7 @@ class Dialect:
         return exc if isinstance(exc, ApiError) else None
 
     def render_error(self, error):
+        """Return the ApiResponse for an ApiError."""
         headers = dict(error.headers, **{"Content-Type": "application/json"})
         return ApiResponse(error.status, headers, json.dumps({"status": "error", "errors": [
             {"location": location, "name": name, "description": description}
@@ -10140,9 +10147,9 @@ def route(methods, paths, example="", query=(), needs_proxy=True, dialect=VAURIE
     """Return a decorator that registers a function for all these methods and paths.
 
     methods, paths    text, separated by spaces
-    example           for `GET /`: the body of an example, or its query if the method is GET
-    query             the keys that a query may have beside `proxy`; None accepts all keys
-    needs_proxy       whether to refuse a request whose proxy does not exist
+    example           an example, which `GET /` shows: of a query for GET, otherwise of a body
+    query             the keys that a query may have besides `proxy`; None accepts all keys
+    needs_proxy       whether a request is refused if its proxy does not exist
     dialect           the Dialect of results and errors
     status            the status of the response to a successful request
 
@@ -10170,7 +10177,8 @@ def handle_request(control, method, target, read_body, headers=NO_HEADERS):
     """
     without_fragment, _, _ = target.partition("#")
     path, _, query = without_fragment.partition("?")
-    path = re.sub("^//+", "/", path)    # a client may append "/proxies" to "http://host/"
+    # A client that appends "/proxies" to "http://host/" requests "//proxies".
+    path = re.sub("^//+", "/", path)
     routes, names, dialect = find_routes(path, control.dialect)
     try:
         is_page = path == "/" and method in ("GET", "HEAD") and accepts_html(headers)
@@ -10184,13 +10192,13 @@ def handle_request(control, method, target, read_body, headers=NO_HEADERS):
     except ConnectionError:
         raise
     except BaseException as exc:
-        # Any exception of a user's handler class becomes a response. None is from Ctrl-C, which
-        # only calls Loop.stop.
+        # Not only an Exception: the code of a user's handler may raise SystemExit. Ctrl-C raises
+        # no KeyboardInterrupt here, because its signal handler only calls Loop.stop.
         return error_response(exc, dialect, method, target)
 
 
 def error_response(exc, dialect, method, target):
-    """Return the ApiResponse for an exception. Logs an unexpected one."""
+    """Return the ApiResponse for an exception. Logs an unexpected exception."""
     error = dialect.to_api_error(exc)
     if error is None:
         log.exception("control: %r %r failed", method[:20], target[:200])
@@ -10201,8 +10209,8 @@ def error_response(exc, dialect, method, target):
 def find_routes(path, default_dialect):
     """Return ({method: Route}, {segment in capitals: name}, Dialect) for a path.
 
-    Both dicts are empty if the path has no route. The Dialect is then that of the path's prefix
-    in DIALECTS, or default_dialect.
+    If the path has no route, both dicts are empty, and the Dialect is that of the path's prefix
+    in DIALECTS. If DIALECTS has no such prefix, the Dialect is default_dialect.
     """
     segments = path.split("/")
     for pattern, routes in ROUTES.items():
@@ -10217,13 +10225,15 @@ def find_routes(path, default_dialect):
 def match_segments(pattern, segments):
     """Compare a path with the path of a route, both as lists of segments.
 
-    Returns {segment in capitals: name}, or None if the path does not match.
+    Returns {segment in capitals: name}, or None if the path does not match:
+
+        ["", "proxies", "PROXY"] and ["", "proxies", "redis"]    {"PROXY": "redis"}
     """
     if len(pattern) != len(segments):
         return None
     names = {}
     for expected, segment in zip(pattern, segments):
-        if segment and expected.isupper():
+        if expected.isupper() and segment:      # a name is never empty
             names[expected] = urls.unquote(segment)
         elif segment != expected:
             return None
@@ -10233,7 +10243,8 @@ def match_segments(pattern, segments):
 def choose_route(routes, method, path, dialect):
     """Return the Route for a method.
 
-    Raises ApiError: with status 404 if the path has no route, 405 if the method has none.
+    Raises ApiError: with status 404 if there is no route for the path, 405 if there is none for
+    this method of the path.
     """
     if not routes:
         raise ApiError(404, "path", "path", "there is no %s: there are %s"
@@ -10253,20 +10264,21 @@ def read_request(control, chosen_route, path, names, query_text, body, headers):
     except UnicodeDecodeError as error:
         raise ApiError(400, "body", "", "the body must be UTF-8: %s" % error) from None
     query = dict(urls.parse_qsl(query_text, keep_blank_values=True))
-    proxy_name = names.get("PROXY", query.pop("proxy", None))
-    if proxy_name is None:
-        proxy_name = next(iter(control.proxies), "")
+    first_proxy_name = next(iter(control.proxies), "")
+    name_in_query = query.pop("proxy", first_proxy_name)
+    proxy_name = names.get("PROXY", name_in_query)
     proxy = control.proxies.get(proxy_name)
     if proxy is None and chosen_route.needs_proxy:
-        raise ApiError(404 if "PROXY" in names else 400, "querystring", "proxy",
+        is_in_path = "PROXY" in names
+        raise ApiError(404 if is_in_path else 400, "querystring", "proxy",
                        "there is no proxy %r%s: there are %s" % (
                            proxy_name[:200], did_you_mean(proxy_name[:200], control.proxies),
                            ", ".join(control.proxies) or "none yet"))
-    allowed = chosen_route.query
-    for key in sorted(query):
-        if allowed is not None and key not in allowed:
-            raise ApiError(400, "querystring", key,
-                           "%s does not know %r in a query" % (path, key[:200]))
+    allowed = query if chosen_route.query is None else chosen_route.query
+    unknown = sorted(set(query) - set(allowed))
+    if unknown:
+        raise ApiError(400, "querystring", unknown[0],
+                       "%s does not know %r in a query" % (path, unknown[0][:200]))
     return ApiRequest(control, proxy, names, query, text, headers)
 
 
@@ -10285,7 +10297,7 @@ def parse_json_object(body):
 def parse_short_int(text):
     """Return int(text). Raises ValueError if the text is longer than INT_DIGITS_MAX.
 
-    The time of int() grows with the square of the number of digits.
+    The limit is there because the time of int() grows with the square of the number of digits.
     """
     if len(text) > INT_DIGITS_MAX:
         raise ValueError("an integer may have %d digits at most, not %d"
@@ -10314,12 +10326,15 @@ def index(request):
 
 
 def accepts_html(headers):
-    """Return whether a client is a browser that loads a page. curl accepts */*."""
+    """Return whether the client is a browser that loads a page. curl sends `Accept: */*`."""
     return "text/html" in headers.get("Accept", "").lower()
 
 
 def page_response():
-    """Return the ApiResponse with the page. Only its own script and style may run."""
+    """Return the ApiResponse with the page.
+
+    The headers forbid the browser to run any script or style without this response's nonce.
+    """
     nonce = os.urandom(16).hex()
     return ApiResponse(200, {
         "Content-Type": "text/html; charset=utf-8",
@@ -10335,7 +10350,7 @@ def page_response():
 def curl_arguments(url, method, path, example):
     """Return the arguments of curl for the example of a Route."""
     if method == "GET":
-        return url + path + example
+        return url + path + example         # the example is a query
     data = "-d '%s' " % example if example else ""
     option = "" if method == "POST" and data else "-X %s " % method     # curl's -d implies POST
     return option + data + url + path
@@ -10367,21 +10382,24 @@ def list_handlers(request):
 @route("GET", "/declarations", needs_proxy=False)
 def list_declarations(request):
     """Return the declarations of handlers and rule fields, and the errors of each protocol."""
-    handlers = OrderedDict((name, {"help": summary(function), "options": OrderedDict(
-        (option, declaration(default, option_help(function).get(option, ""),
-                             getattr(function, "option_checks", {}).get(option)))
-        for option, default in handler_options(function).items())})
-        for name, function in HANDLERS.items())
+    handlers = OrderedDict()
+    for name, function in HANDLERS.items():
+        helps, checks = option_help(function), getattr(function, "option_checks", {})
+        options = OrderedDict(
+            (option, declaration(default, helps.get(option, ""), checks.get(option)))
+            for option, default in handler_options(function).items())
+        handlers[name] = {"help": summary(function), "options": options}
     fields = OrderedDict((name, declaration(field.default, field.help, field.check))
                          for name, field in RULE_FIELDS.items())
     return {"handlers": handlers, "fields": fields, "kinds": {
-        name: list(protocol.errors) if protocol else [] for name, protocol in PROTOCOLS.items()}}
+        name: list(protocol.errors) if protocol else []     # tcp is None in PROTOCOLS
+        for name, protocol in PROTOCOLS.items()}}
 
 
 def declaration(default, help_text, check):
     """Return the declaration of an option or a rule field as a JSON value.
 
-    The type is that of the default: bool, int, float, or str also for a default of None.
+    The type is that of the default: bool, int, float or str. For a default of None it is str.
     """
     return {"type": "str" if default is None else type(default).__name__, "default": default,
             "help": help_text, "choices": list(getattr(check, "choices", ()))}
@@ -10419,8 +10437,8 @@ def rules_to_json(proxy, rules):
     rule_dicts, previous_max = [], 0.0
     for rule in rules:
         if rule.draw_min > previous_max:
-            # No rule acts on requests with a draw in this gap. A dummy of the same size lets
-            # `PUT /rules` restore the gap from this result.
+            # No rule acts if a draw is between previous_max and draw_min: the behavior has a
+            # dummy there. The result shows this dummy, so that `PUT /rules` accepts the result.
             rule_dicts.append({"name": "dummy", "percent": rule.draw_min - previous_max})
         rule_dicts.append(dict(rule.to_json(), **rule.times_to_json(proxy.to_unix)))
         previous_max = rule.draw_max
@@ -10430,9 +10448,9 @@ def rules_to_json(proxy, rules):
 @route("PUT", "/rules",
        '{"rules": [{"name": "delay", "percent": 20}, {"name": "hang", "percent": 5}]}')
 def put_rules(request):
-    """Replace all rules. They share one draw: at most one of them acts on a request."""
+    """Replace the rules of the behavior: at most one of them acts on a request."""
     body = parse_json_object(request.body)
-    for key in "seed", "blocks":        # the body may be the result of `GET /rules`
+    for key in "seed", "blocks":        # ignored: the body may be the result of `GET /rules`
         body.pop(key, None)
     rule_dicts = body.pop("rules", None)
     is_list = isinstance(rule_dicts, list) and all(isinstance(rule, dict) for rule in rule_dicts)
@@ -10440,17 +10458,18 @@ def put_rules(request):
     if has_other_keys or not is_list:
         raise InputError([("rules", "the body must be "
                                     "{\"rules\": [{\"name\": ..., \"percent\": ...}, ...]}")])
+    # without_moment removes `active` and `until`, which `GET /rules` adds.
     set_rules(request, [without_moment(rule) for rule in rule_dicts])
 
 
 def set_rules(request, rule_dicts):
-    """Replace the rules of the request's proxy. Raises InputError."""
+    """Replace the behavior of the request's proxy by these rules. Raises InputError."""
     request.proxy.loop.run_sync(request.proxy.set_rules, read_rules(rule_dicts))
 
 
 @route("POST", "/blocks", '{"name": "delay", "sleep": 2}', query=["only"], status=201)
 def begin_block(request):
-    """Begin a block: a rule beside the rules of other open blocks, or with ?only=yes alone."""
+    """Let a rule act until its block ends; ?only=yes stops the rules of earlier blocks."""
     rules = read_rules([parse_json_object(request.body)])
     only = check_field("only", check_yes_no, request.query.get("only", "no"))
     return {"block": request.proxy.loop.run_sync(request.proxy.begin_block, rules, only)}
@@ -10458,7 +10477,7 @@ def begin_block(request):
 
 @route("DELETE", "/blocks/BLOCK")
 def end_block(request):
-    """End a block. After the last one, the behavior acts again."""
+    """End a block. After the last block, the behavior acts again."""
     number = check_field("block", check_count, request.names["BLOCK"])
     request.proxy.loop.run_sync(request.proxy.end_block, number)
 
@@ -10481,7 +10500,7 @@ def state_to_json(proxy):
 
 @route("GET", "/status", "?seconds=1", query=["seconds"], needs_proxy=False)
 def measure_status(request):
-    """Return state, counts, latency and rules of all proxies, and their rates in some seconds."""
+    """Return state, counts, latency and rules of all proxies; ?seconds=N measures rates, too."""
     seconds = check_query(request, "seconds", 0, number_check(
         float, "0, or a number of seconds from 0.01 to %g" % MEASURE_MAX,
         lambda value: value == 0 or 0.01 <= value <= MEASURE_MAX))
@@ -10492,13 +10511,13 @@ def measure_status(request):
         return {"version": __version__, "proxies": [
             proxy.loop.run_sync(status_to_json, proxy, before)
             for proxy, before in zip(proxies, earlier)
-            if request.control.proxies.get(proxy.name) is proxy]}
-    except RuntimeError:                # the proxies have stopped in the meantime
+            if request.control.proxies.get(proxy.name) is proxy]}   # not removed meanwhile
+    except RuntimeError:    # the proxies have stopped: close the connection without a response
         raise ConnectionAbortedError from None
 
 
 def count_all(proxy):
-    """Return the time of the loop's clock, and {name: count since the start}."""
+    """Return the time of the loop's clock, and {name: count since the start of the proxy}."""
     byte_counts = proxy.byte_counts()
     return proxy.loop.clock(), OrderedDict([
         ("connections", proxy.accepted), ("requests", proxy.rules.request_count),
@@ -10510,10 +10529,11 @@ def count_all(proxy):
 def status_to_json(proxy, before):
     """Return the state, the counts, the rates and the installed rules of a proxy as a JSON value.
 
-    before    an earlier result of count_all; None: return no rates
+    before    the result of an earlier count_all: rates are measured from then to now. None: the
+              result has no rates
     """
     now, counts = count_all(proxy)
-    since, earlier_counts = before or (now, {})
+    since, earlier_counts = before or (now, {})     # without earlier counts, no rates
     return OrderedDict(
         state_to_json(proxy), protocol=proxy.protocol_name(), time=round(time.time(), 3),
         open=len(proxy.connections), counts=counts,
@@ -10529,7 +10549,7 @@ def status_to_json(proxy, before):
 
 @route("PUT", "/proxy", '{"accept": "refuse"}')
 def put_status(request):
-    """Change how new clients are accepted, or the most clients that are served at a time."""
+    """Change how new clients are accepted, or how many are served at a time."""
     checks = {"accept": check_accept, "max_connections": check_count}
     body, values, errors = parse_json_object(request.body), {}, []
     for name in sorted(body):
@@ -10549,7 +10569,10 @@ def reset_proxy(request):
 
 
 def change_proxy_of(request, method, **arguments):
-    """Call a method of ProxyTable for the proxy of a request. Raises CannotListen."""
+    """Call a method of ProxyTable for the proxy of a request, with the proxy's lock.
+
+    Raises CannotListen.
+    """
     with request.proxy.lock:
         method(request.control.proxies, request.proxy, **arguments)
 
@@ -10581,13 +10604,14 @@ def set_backend(request):
 
 @route("GET", "/connections /proxies/PROXY/connections", "?newest=100", query=["newest"])
 def list_connections(request):
-    """Return the open connections, or only the newest, and the bytes that each one holds."""
+    """Return the open connections, each with the bytes it holds; ?newest=N: only the last N."""
     proxy = request.proxy
-    numbers = proxy.loop.run_sync(list, proxy.connections)
+    numbers = proxy.loop.run_sync(list, proxy.connections)      # in the order of their begin
     newest = check_query(request, "newest", len(numbers), check_count)
-    numbers = numbers[max(0, len(numbers) - newest):]
+    numbers = numbers[-newest:] if newest else []       # numbers[-0:] would be all of them
     connections = []
-    # Several calls, because each one delays the data of all connections: 100 take 0.3 ms.
+    # A call delays the data of all connections. So each call lists only 100 connections, which
+    # takes 0.3 ms.
     for first in range(0, len(numbers), 100):
         connections += proxy.loop.run_sync(proxy.list_connections, numbers[first:first + 100])
     return {"connections": connections}
@@ -10604,9 +10628,9 @@ def close_connection(request):
 
 @route("GET", "/events /proxies/PROXY/events", "?since=0", query=["since", "handler", "wait"])
 def list_events(request):
-    """Return the fault records after number `since`; `wait` has seconds to wait for the first.
+    """Return the fault records after number ?since=N; ?wait=SECONDS waits for the first.
 
-    With a `handler`, these are faults: records of its windows are left out.
+    ?handler=NAME selects the faults of a handler. Records about its windows are left out.
     """
     since = check_query(request, "since", 0, check_count)
     seconds = check_query(request, "wait", 0, number_check(
@@ -10615,11 +10639,14 @@ def list_events(request):
     name = check_query(request, "handler", None, choice_check(*HANDLERS, Accept.name))
 
     def matches(record):
+        if name is None:
+            return True
         is_fault = record.change is None
-        return name is None or (record.handler == name and (is_fault or name == Accept.name))
+        # "accept" makes no faults: all its records are about windows.
+        return record.handler == name and (is_fault or name == Accept.name)
 
-    # The thread of the client waits. It exists anyway, as long as the client is connected. If the
-    # client disconnects, the thread stays until the end of the wait.
+    # This client thread waits here. If the client disconnects, the thread still waits until the
+    # end of `seconds`. So that such threads do not fill the server, wait_limit limits them.
     if seconds and not request.control.wait_limit.acquire(blocking=False):
         raise ApiError(503, "querystring", "wait", "too many clients wait: try again without wait")
     try:
@@ -10631,7 +10658,7 @@ def list_events(request):
 
 
 def check_query(request, name, default, check):
-    """Return check(value) for a key of the query, or the default if it is absent.
+    """Return check(value) for a key of the query. If the key is absent, return the default.
 
     Raises ApiError.
     """
@@ -10643,7 +10670,7 @@ def check_query(request, name, default, check):
 
 @route("GET", "/changes /proxies/PROXY/changes")
 def list_changes(request):
-    """Return the rules at the start, and all later ones: with the seed, they repeat a run."""
+    """Return the seed, the first rules and all later ones: with these, a run can be repeated."""
     changes = request.proxy.loop.run_sync(lambda: list(request.proxy.rule_changes))
     return {"seed": request.proxy.seed, "changes": [change._asdict() for change in changes]}
 
@@ -10655,9 +10682,9 @@ class Control:
 
     local      the (host, port) to listen on
     proxies    the ProxyTable that the routes show and change
-    token      the bearer token that clients must send; None if they need none
-    names      Host names to accept, beside those that is_own_host accepts
-    dialect    the Dialect of errors about paths without a route
+    token      the bearer token that clients must send; None if clients need no token
+    names      further host names that a request may have in its Host header: see is_own_host
+    dialect    the Dialect of errors about paths that have no route and no prefix in DIALECTS
     """
 
     def __init__(self, local, proxies, token=None, names=(), dialect=VAURIEN_1):
@@ -10665,13 +10692,14 @@ class Control:
         self.proxies = proxies
         self.dialect = dialect
         self.token = token
+        # An empty host to listen on means all addresses, and is no name.
         self.names = set(map(normalize_host, [local[0], *names])) - {""}
         self.listener = None
         self.url = ""
         self.clients = OrderedDict()        # {socket: Session}, in the order of their last use
         self.max_clients = CLIENTS_MAX
-        self.wait_limit = threading.Semaphore(CLIENTS_MAX // 2)     # for threads in list_events
-        self.last_refusal_log = 0.0         # when a refused request was last logged
+        self.wait_limit = threading.Semaphore(CLIENTS_MAX // 2)     # threads in list_events
+        self.last_refusal_log = 0.0         # the time.monotonic() when a refusal was last logged
         self.loop = None
 
     def bind(self):
@@ -10683,15 +10711,19 @@ class Control:
         self.url = "http://%s" % format_address((host, port))
 
     def open(self, proxies_loop):
-        """Start to accept clients, in the thread of a new loop.
+        """Start to accept clients, in a new thread with a loop of its own.
 
-        proxies_loop    the loop of the proxies. The control server must respond even while that
-                        loop is busy, or its connections have used up the descriptors
+        proxies_loop    the loop of the proxies
+
+        The control server responds even while the proxies' loop is busy, because its own loop
+        runs in another thread. It responds even if connections of the proxies have used up their
+        descriptors, because it reserves some descriptors for itself.
         """
+        # The class is made here, because the import of http.server would slow down the start.
         self.request_handler_class = type(
             "HttpRequestHandler", (RequestHandler, http_server.BaseHTTPRequestHandler), {})
-        # At most a quarter of the descriptors: the proxies need the others.
-        fd_limit = raise_fd_limit() or 4 * CLIENTS_MAX      # 0 if it is unknown
+        # Clients use at most a quarter of the descriptors: the proxies need the others.
+        fd_limit = raise_fd_limit() or 4 * CLIENTS_MAX      # 0 means that the limit is unknown
         self.max_clients = max(4, min(CLIENTS_MAX, fd_limit // 4))
         proxies_loop.fd_limit = fd_limit - min(CONTROL_FDS, fd_limit // 4)
         self.loop = Loop()
@@ -10709,9 +10741,9 @@ class Control:
     def close(self):
         if self.loop:
             self.loop.stop()
-            self.thread.join()
+            self.thread.join()          # the loop is not thread-safe: wait until it has ended
         if self.listener:
-            self.listener.close()
+            self.listener.close()       # removes its sockets from the loop
         if self.loop:
             self.loop.close()
 
@@ -10720,8 +10752,9 @@ class Control:
     def check_access(self, headers, is_page=False):
         """Raise ApiError, and log it, unless a request with these headers is permitted.
 
-        is_page    whether it is for the page, which is the same for everyone and has no data. So
-                   it needs no token, and the page of another site may have a link to it
+        is_page    whether the request is for the web page. The page is the same for everyone and
+                   has no data. So a request for it needs no token, and may come from a link on
+                   another site
         """
         try:
             if not self.token:
@@ -10738,11 +10771,13 @@ class Control:
     def check_token(self, headers):
         """Raise ApiError unless the client has sent the token.
 
-        The origin need not be checked: a page of another site does not know the token.
+        With a token, check_origin is not needed: a page of another site does not know the token.
         """
         scheme, _, token = headers.get("Authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(
-                token.strip().encode("utf-8", "replace"), self.token.encode("utf-8")):
+        # compare_digest takes as long for any wrong token, so its time reveals no part of ours.
+        is_right = hmac.compare_digest(token.strip().encode("utf-8", "replace"),
+                                       self.token.encode("utf-8"))
+        if scheme.lower() != "bearer" or not is_right:
             raise ApiError(401, "header", "Authorization", "Authorization must be Bearer TOKEN, "
                            "where TOKEN is the value of --http-token",
                            {"WWW-Authenticate": "Bearer"})
@@ -10750,11 +10785,11 @@ class Control:
     def check_origin(self, headers, is_page=False):
         """Raise ApiError if a browser has sent the request for a page of another site.
 
-        The headers Origin (RFC 6454) and Sec-Fetch-Site (Fetch Metadata) show this. They do not
-        show a DNS rebinding attack, in which the attacker's host name resolves to the address
-        of this server. In such an attack, the Host header has the attacker's host name.
+        The headers Origin (RFC 6454) and Sec-Fetch-Site (Fetch Metadata) show the site. But the
+        browser takes the page of a DNS rebinding attack for a page of this server: only the Host
+        header shows such an attack.
         """
-        host = headers.get("Host", "localhost")
+        host = headers.get("Host", "localhost")     # browsers always send it
         if not self.is_own_host(host):
             raise ApiError(403, "header", "Host", "Host must be an address, a name without a dot, "
                            "a name under %s, or an --http-name%s, not %r" % (
@@ -10765,29 +10800,33 @@ class Control:
         if origin is not None and origin.lower() not in own_origins:
             raise ApiError(403, "header", "Origin",
                            "cross-origin request from %r refused" % origin[:200])
-        if headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and not is_page:
+        is_cross_site = headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")
+        if is_cross_site and not is_page:
             raise ApiError(403, "header", "Sec-Fetch-Site", "cross-site request refused")
 
     def is_own_host(self, host):
-        """Return whether a Host header can come from a page or a client of this server.
+        """Return whether a Host header shows that a request is not of a DNS rebinding attack.
 
-        That is: it has an IP address, one of the accepted names, a name without a dot, or a name
-        under a domain in UNREBINDABLE.
+        In such an attack, the header has a host name that the attacker has registered: see
+        UNREBINDABLE. So these are safe: an IP address, one of `names`, a name without a dot, and
+        a name under a domain in UNREBINDABLE.
         """
         name = normalize_host(re.sub(r":\d*$", "", host.strip()))       # without the port
-        if name in self.names or re.fullmatch(r"[a-z0-9_-]{1,63}", name):
+        is_without_dot = re.fullmatch(r"[a-z0-9_-]{1,63}", name)
+        if name in self.names or is_without_dot:
             return True
         if name.endswith(UNREBINDABLE) and is_valid_host(name):
             return True
         is_bracketed = name.startswith("[") and name.endswith("]")      # an IPv6 address
         address = name[1:-1] if is_bracketed else name
-        # IP addresses have only these characters, and 45 of them at most.
+        # An IP address has only these characters, at most 45. resolve_numeric would also accept
+        # an empty text.
         return bool(re.fullmatch("[0-9a-f.:]{1,45}", address) and resolve_numeric((address, 0)))
 
     # Clients
 
     def on_accept(self, raw_socket, peer):
-        """Start a client thread. If there are too many clients, disconnect one of them."""
+        """Start a client thread. If there are too many clients, first disconnect one of them."""
         while len(self.clients) >= self.max_clients:
             self.disconnect_least_used()
         # The client thread needs the methods of socket.socket, such as makefile.
@@ -10802,23 +10841,23 @@ class Control:
 
         If all clients are within a request, disconnect the one whose request began first.
         """
-        # `clients` is in the order of last use, and a session has a timer during a request.
-        idle = (session for session in self.clients.values() if not session.timer)
-        session = next(idle, None) or next(iter(self.clients.values()))
+        # `clients` is in the order of last use. A session has a timer only during a request.
+        sessions = self.clients.values()
+        session = next((session for session in sessions if not session.timer), None)
+        session = session or next(iter(sessions))
         del self.clients[session.client]
         session.disconnect()
 
     def serve(self, session, peer):
         """Respond to the requests of a client, then close its connection.
 
-        Before it closes the connection, it reads until the client closes. Otherwise unread
-        input would make the kernel send RST, and the client could lose the last response.
-
         Called in the client's thread.
         """
         with session.client as client:
             self.request_handler_class(client, peer, session)   # handles all requests
             client.shutdown(socket.SHUT_WR)
+            # Read until the client closes. A close with unread bytes would send RST, and because
+            # of it the client could lose the last response.
             session.set_deadline(LINGER_TIMEOUT)
             client.settimeout(1)
             for _ in range(1000):       # a limit for a client that sends without end
@@ -10826,19 +10865,23 @@ class Control:
                     break
 
     def on_client_done(self, session, error):
-        """Close a client whose thread has ended or could not be started."""
+        """Forget a client whose thread has ended or could not be started, and close its socket.
+
+        error    the exception that ended the thread, or None
+        """
         self.clients.pop(session.client, None)
         session.set_timer(None)
         session.client.close()
-        if error and not isinstance(error, OSError):
+        if error and not isinstance(error, OSError):        # OSError: the network failed
             log.error("control: %s", format_exception(error))
 
 
 class Session:
     """A client of the control server, with the deadline of its current request.
 
-    Only the loop's thread uses the timer, so a client thread sets it by a queued call. The loop
-    runs queued calls in order. on_client_done is the last of them, so it cancels the last timer.
+    Only the loop's thread uses `timer`. A client thread queues a call of set_timer for the loop.
+    The loop runs the queued calls of a client in order, and on_client_done is the last of these
+    calls. So no timer is left when a client thread has ended.
     """
 
     def __init__(self, control, client):
@@ -10847,7 +10890,7 @@ class Session:
         self.timer = None
 
     def set_deadline(self, seconds):
-        """Disconnect the client after this many seconds, or never if it is None.
+        """Disconnect the client after this many seconds. None cancels the deadline.
 
         Called in the client's thread.
         """
@@ -10856,19 +10899,20 @@ class Session:
         loop.call_soon_threadsafe(self.set_timer, t)
 
     def set_timer(self, t):
-        """Disconnect the client at t, or never if t is None. Replaces the previous timer.
+        """Disconnect the client at the time t. Replaces the previous timer; None cancels it.
 
-        The timer is set at the beginning and at the end of each request, so this also makes the
-        client the last one in `clients`. Called in the loop's thread.
+        Called in the loop's thread.
         """
         loop = self.control.loop
         loop.cancel(self.timer)
         self.timer = None if t is None else loop.call_at(t, self.disconnect)
+        # set_timer is called at the beginning and at the end of each request. So the order of
+        # `clients` is that of their last use.
         if self.client in self.control.clients:
             self.control.clients.move_to_end(self.client)
 
     def disconnect(self):
-        """Shut the connection down. A client thread that waits for the client then ends.
+        """Shut the connection down. This also ends a client thread that waits for the client.
 
         Called in the loop's thread.
         """
@@ -10877,21 +10921,21 @@ class Session:
 
 
 class LimitedReader:
-    """A wrapper of a binary file, with a limit for the total length of the lines read."""
+    """A wrapper of a binary file. Its readline has a limit for all lines together."""
 
     def __init__(self, file):
         self.file = file
-        self.bytes_left = math.inf          # that readline may still read
+        self.bytes_left = math.inf          # the bytes that readline may still read
 
     def __getattr__(self, name):
         return getattr(self.file, name)
 
     def readline(self, size):
-        # The byte after the limit shows that the line exceeds it.
+        # One byte more than the limit: if it is there, the line is too long.
         line = self.file.readline(min(size, self.bytes_left + 1))
         self.bytes_left -= len(line)
         if self.bytes_left < 0:
-            raise http_client.LineTooLong("head")
+            raise http_client.LineTooLong("head")       # http.server then sends status 431
         return line
 
 
@@ -10903,19 +10947,19 @@ class RequestHandler:
     Time limits: the first byte of a request must come within IDLE_TIMEOUT, and each further
     read and write has READ_TIMEOUT. From the first byte of a request to the end of its response,
     the session's deadline applies too. Without the deadline, a client could keep its thread busy
-    with one byte every few seconds.
+    by sending one byte every few seconds.
     """
 
     protocol_version = "HTTP/1.1"
     server_version = "vaurien/" + __version__
     disable_nagle_algorithm = True
-    wbufsize = -1                   # buffered: head and body are sent in one segment
-    command = requestline = ""      # send_error needs both, even if no request has been read
+    wbufsize = -1                   # buffer: head and body of a response leave in one segment
+    command = requestline = ""      # send_error reads both, even if no request has been read
     server: Session
     rfile: LimitedReader
 
     def __getattr__(self, name):
-        """Return `respond` as do_GET, do_PUT and so on, which http.server looks up."""
+        """Return `respond` for do_GET, do_PUT and so on, the methods that http.server calls."""
         if name.startswith("do_"):
             return self.respond
         raise AttributeError(name)
@@ -10928,18 +10972,23 @@ class RequestHandler:
         try:
             super().finish()  # type: ignore
         finally:
-            self.rfile.close()      # super().finish() leaves it open if the last flush fails
+            self.rfile.close()      # if the last flush fails, super().finish() leaves it open
 
     def handle(self):
-        """Respond to all requests. Send an error only if the first one does not come in time."""
+        """Respond to all requests of the client.
+
+        A client that sends no first request in time gets an error. Between two requests, a
+        client may expect the connection to be closed, so it gets none.
+        """
         self.close_connection = False
         if not self.wait_for_request():
-            self.send_error(408, "no request within %g seconds" % IDLE_TIMEOUT)
+            self.send_error(408, "no request within %g seconds" % IDLE_TIMEOUT)     # and close
         while not self.close_connection:
             self.server.set_deadline(REQUEST_TIMEOUT)
             self.handle_one_request()
             self.server.set_deadline(None)
-            self.close_connection = self.close_connection or not self.wait_for_request()
+            if not self.close_connection and not self.wait_for_request():
+                self.close_connection = True
 
     def wait_for_request(self):
         """Wait for the first byte of a request, or for the end of the stream.
@@ -10955,7 +11004,10 @@ class RequestHandler:
         return True
 
     def parse_request(self):
-        """Read the headers, up to REQUEST_HEAD_MAX. Returns False if the request is invalid."""
+        """Read the headers, REQUEST_HEAD_MAX bytes at most.
+
+        Returns False, and has sent an error, if the request is invalid.
+        """
         self.rfile.bytes_left = REQUEST_HEAD_MAX
         valid = super().parse_request()  # type: ignore
         self.rfile.bytes_left = math.inf
@@ -10964,12 +11016,10 @@ class RequestHandler:
     def respond(self):
         """Send the response to one request."""
         control, self.body_read = self.server.control, False
-        # Not self.path: in newer versions of Python it has only one of several leading slashes.
-        _, target, *_ = self.requestline.split()
-        response = handle_request(control, self.command, target, self.read_body, self.headers)
+        response = handle_request(control, self.command, self.path, self.read_body, self.headers)
         is_crowded = len(control.clients) > KEEP_ALIVE_SHARE * control.max_clients
-        # Close it if other clients need the place, or because the unread body would be parsed as
-        # the next request.
+        # Close the connection if other clients need its place or its descriptor. Close it also if
+        # the body has not been read: the body would be parsed as the next request.
         if is_crowded or Loop.fds_exhausted or not self.body_read:
             self.close_connection = True
         self.send_api_response(response)
@@ -11041,7 +11091,8 @@ class RequestHandler:
     def send_error(self, code, message=None, explain=None):
         """Send an error response to a request that could not be parsed."""
         self.close_connection = True
-        self.request_version = self.protocol_version    # for HTTP/0.9, only a body would be sent
+        # Until a request has been parsed, http.server assumes HTTP/0.9, which has no headers.
+        self.request_version = self.protocol_version
         self.send_api_response(VAURIEN_1.render_error(http_error(code, message or explain or "")))
         self.wfile.flush()
 
