@@ -11107,67 +11107,72 @@ def http_error(status, description):
 
 # -- Toxiproxy ----------------------------------------------------------------
 #
-# The API of Toxiproxy 2.12: named proxies, and toxics on them. A toxic is a rule with a name,
-# and its type is the name of a handler. Errors have the texts of Toxiproxy's server. Bodies
-# follow the rules of Go's JSON decoder:
+# The API of Toxiproxy 2.12: named proxies, and toxics on these proxies. A toxic is a rule with a
+# name. The type of a toxic is the name of a handler. Errors have the texts of Toxiproxy's server.
+# Bodies follow the rules of Go's JSON decoder:
 #
 #   * keys may be in upper or lower case
 #   * unknown keys are ignored
 #   * a key with the value null counts as absent
 #   * a value of a wrong type is an error
 #
-# The functions that read bodies raise InputError for errors that begin with "bad request body",
-# and ApiError for errors with another text or status.
+# The functions that read bodies raise InputError or ApiError. Toxiproxy's text for an InputError
+# begins with "bad request body". An ApiError has any other text or status.
 #
-# Threads: client threads call the functions of routes. A request that changes a proxy holds
-# its lock, so that two requests cannot change the same proxy at once. A change may take long,
-# because the name to listen on must be resolved. Other proxies do not wait for it.
+# Threads: client threads call the functions of routes. During a request that changes a proxy, the
+# client thread holds the proxy's lock. So two requests never change the same proxy at once. A
+# change may take seconds, because the host to listen on must be resolved. Requests about other
+# proxies do not wait for this.
 #
-# Listings: typed clients (Java, .NET, Rust ...) fail if a listing has a toxic that they do not
-# know. Therefore a listing has only the toxics that Toxiproxy could have, see exists_in_toxiproxy:
+# Listings: typed clients (Java, .NET, Rust ...) fail if a listing has a toxic that Toxiproxy
+# lacks. Therefore the key `toxics` has only toxics that Toxiproxy could have: see
+# exists_in_toxiproxy. The other toxics of a proxy are called Vaurien's toxics here:
 #
-#   request                                         toxics of Vaurien are listed
-#   GET /proxies, GET /proxies/PROXY,               under the key `rules` of the proxy, beside
-#   POST and PATCH of a proxy, POST /populate       `toxics`; no such key if there are none
-#   GET /proxies/PROXY/toxics                       not at all
-#   any of these with the query ?all=1              among the others; no key `rules`
-#   requests about one toxic, PUT .../toxics        as they are: the client has named them
+#   request                                         where Vaurien's toxics are in the response
+#   GET /proxies, GET /proxies/PROXY,               under the key `rules` of the proxy; the key is
+#   POST and PATCH of a proxy, POST /populate       absent if there are none
+#   GET /proxies/PROXY/toxics                       nowhere
+#   any of these with the query ?all=1              among Toxiproxy's toxics; no key `rules`
+#   requests about one toxic, PUT .../toxics        like Toxiproxy's: the client has named them
 #
-# Requests that create a proxy accept `rules` too, so that a listing may be sent back.
+# A client may send back a listing: requests that create a proxy accept the key `rules` too.
 #
 # To add a route: write a function, and decorate it with @toxiproxy_route. A new rule field needs
 # no change in this section.
 
-# Names of the expected type and of the received value in the errors of Go's decoder.
+# {expected type: its name in the errors of Go's JSON decoder}
 GO_TYPES = {str: "string", bool: "bool", int: "int64", float: "float64", list: "[]", dict: "{}"}
+# {expected type: (lowest, highest) value that Go accepts}
 GO_RANGES = {int: (-INT64_MAX - 1, INT64_MAX), float: (-sys.float_info.max, sys.float_info.max)}
+# {type of the received value: its name in these errors}
 JSON_TYPES = {str: "string", bool: "bool", int: "number", float: "number", list: "array",
               dict: "object", type(None): "null"}
+# Go's error for a wrong type, with three texts: received value, place, expected type
 GO_TYPE_ERROR = "json: cannot unmarshal %s into Go %s of type %s"
-# The types of these errors, for readers who do not know Go: see in_plain_words.
+# {Go's name of a type: its name for readers who do not know Go}. See in_plain_words.
 PLAIN_TYPES = {"string": "text", "bool": "true or false", "int64": "a whole number",
                "float64": "a number", "[]": "a list", "{}": "an object",
                "[]toxiproxy.Proxy": "a list of proxies", "toxiproxy.Proxy": "an object",
                "toxics.ToxicWrapper": "an object", "attributes": "an object"}
-# {type: its attributes}
+# {type of Toxiproxy's toxics: its attributes}
 TOXIPROXY_TYPES = {
     "noop": (), "latency": ("latency", "jitter"), "bandwidth": ("rate",),
     "slicer": ("average_size", "size_variation", "delay"), "slow_close": ("delay",),
     "timeout": ("timeout",), "reset_peer": ("timeout",), "limit_data": ("bytes",),
     "packet_loss": ("loss_rate", "correlation")}
-UNRELEASED_TYPES = {"packet_loss"}      # of its main branch: clients of a release lack them
-# {field: type, or None if any type is possible}
+UNRELEASED_TYPES = {"packet_loss"}      # only in Toxiproxy's main branch: clients lack them
+# {field of a proxy: type, or None if any type is possible}
 PROXY_FIELDS = OrderedDict((("name", str), ("listen", str), ("upstream", str),
                             ("enabled", bool), ("toxics", list), ("rules", list),
                             ("protocol", str), ("accept", None), ("max_connections", int),
                             ("tls", dict)))
-# {field: check} of the fields that ProxyServer takes under the same name. Those that PROXY_FIELDS
-# lacks are arguments of Proxy only
+# {field: check} of the fields that ProxyServer takes under the same name. If PROXY_FIELDS lacks a
+# field, the field is an argument of Proxy and not part of the API.
 PROXY_CHECKS = OrderedDict((
     ("timeout", check_timeout), ("protocol", check_protocol),
     ("overwrite_host_header", check_yes_no), ("enabled", check_yes_no), ("accept", check_accept),
     ("max_connections", check_count), ("tls", check_tls)))
-PROXY_KEYS = [*PROXY_FIELDS, "logger"]      # Toxiproxy's listings have the key Logger
+PROXY_KEYS = [*PROXY_FIELDS, "logger"]      # known keys; Toxiproxy's listings have Logger
 TOXIC_FIELDS = OrderedDict((("name", str), ("type", str), ("stream", str), ("toxicity", float),
                             ("attributes", dict)))
 TOXIC_KEYS = OrderedDict.fromkeys([*TOXIC_FIELDS, *RULE_FIELDS])
@@ -11182,7 +11187,7 @@ class ToxiproxyDialect(Dialect):
     router_texts = {"path": "404 page not found\n", "method": ""}
 
     def render(self, result, status):
-        """Return the ApiResponse for a result. For None, it has no body and status 204."""
+        """Return the ApiResponse for a result. None gives a response with status 204."""
         if result is None:
             return ApiResponse(204, {}, "")
         return ApiResponse(status, {"Content-Type": "application/json"}, dump_json(result))
@@ -11196,7 +11201,7 @@ class ToxiproxyDialect(Dialect):
         return super().to_api_error(exc)
 
     def render_error(self, error):
-        location = error.errors[0][0]
+        location, _, _ = error.errors[0]
         if location in self.router_texts:
             return text_response(error.status, self.router_texts[location])
         response = text_response(error.status, dump_json(error_to_json(error)) + "\n")
@@ -11208,10 +11213,12 @@ DIALECTS.append(("/proxies/", TOXIPROXY))
 
 
 def toxiproxy_error(status, message):
+    """Return an ApiError with the two things that an error of Toxiproxy has."""
     return ApiError(status, "", "", message)
 
 
 def error_to_json(error):
+    """Return the JSON value that Toxiproxy sends for an ApiError."""
     return OrderedDict((("error", str(error)), ("status", error.status)))
 
 
@@ -11228,23 +11235,24 @@ def dump_json(value):
 def toxiproxy_route(methods, path, example="", status=200):
     """Return a decorator that registers a function for these methods of a path.
 
-    The function is called with the ApiRequest, and with the Proxy and the Toxic that the path
-    names. It returns a JSON value, None for status 204, or an ApiResponse. During the call,
-    the lock of this proxy is held, unless the method is GET.
+    The function takes the ApiRequest, and the ProxyServer and the Toxic that the path names. The
+    function returns a JSON value, None for status 204, or an ApiResponse. During a call of the
+    function, the lock of this proxy is held, unless the method is GET.
     """
     def register(function):
         @functools.wraps(function)
         def call(request):
-            # Toxiproxy's server refuses browsers, too.
-            if request.headers.get("User-Agent", "").startswith("Mozilla/") and (
-                    not is_from_own_page(request.headers)):
+            is_browser = request.headers.get("User-Agent", "").startswith("Mozilla/")
+            if is_browser and not is_from_own_page(request.headers):
+                # Toxiproxy's server refuses all browsers, with this response.
                 return text_response(403, "User agent not allowed\n")
             with contextlib.ExitStack() as stack:
                 if methods != "GET" and "PROXY" in request.names and request.proxy:
                     stack.enter_context(request.proxy.lock)
                 return function(request, *find_path_objects(request))
 
-        # find_path_objects raises Toxiproxy's own error if the proxy does not exist.
+        # needs_proxy is False because find_path_objects raises Toxiproxy's error if the proxy
+        # does not exist. query is None because Toxiproxy ignores unknown keys of a query.
         route(methods, path, example, query=None, needs_proxy=False, dialect=TOXIPROXY,
               status=status)(call)
         return function
@@ -11252,11 +11260,15 @@ def toxiproxy_route(methods, path, example="", status=200):
 
 
 def is_from_own_page(headers):
-    """Return whether a browser's request comes from a page of the control server itself.
+    """Return whether a browser's request comes from the page of the control server itself.
 
-    The page of another site can send neither header. Browsers forbid it to set Sec-Fetch-Site,
-    which they send only to hosts that they trust. For a header with another name they ask the
-    server first, with the method OPTIONS, which is refused.
+    One of two headers shows this with the value "same-origin":
+
+    Sec-Fetch-Site    The browser itself sends it, but only to https and to localhost. No page can
+                      set it.
+    PAGE_HEADER       The control server's page sets it. If the page of another site does so, the
+                      browser first asks the server with the method OPTIONS (CORS), and the
+                      server refuses.
     """
     return "same-origin" in (headers.get("Sec-Fetch-Site"), headers.get(PAGE_HEADER))
 
@@ -11266,7 +11278,7 @@ def find_path_objects(request):
     if "PROXY" not in request.names:
         return []
     proxy = request.proxy
-    # The proxy was looked up without the lock: another request may have removed it since then.
+    # request.proxy was looked up without the lock: another request may have removed the proxy.
     if proxy is None or request.control.proxies.get(proxy.name) is not proxy:
         raise toxiproxy_error(404, "proxy not found")
     if "TOXIC" not in request.names:
@@ -11286,7 +11298,10 @@ def bad_body(text):
 
 @contextlib.contextmanager
 def error_suffix(suffix):
-    """Append the position in the body to each InputError and ApiError of a with block."""
+    """Append a suffix to the text of an InputError or ApiError that a `with` block raises.
+
+    suffix    the position in the body
+    """
     try:
         yield
     except InputError as error:
@@ -11305,25 +11320,29 @@ def read_json(text, ignore_rest=True):
     text = text.lstrip(" \t\r\n")
     if not text:
         raise bad_body("EOF")
+    decoder = json.JSONDecoder(parse_int=parse_short_int, parse_constant=refuse_constant)
     try:
-        decoder = json.JSONDecoder(parse_int=parse_short_int, parse_constant=refuse_constant)
-        return decoder.raw_decode(text)[0] if ignore_rest else decoder.decode(text)
+        if not ignore_rest:
+            return decoder.decode(text)
+        value, _ = decoder.raw_decode(text)
+        return value
     except json.JSONDecodeError as error:
+        # "Unterminated string": the closing quote is missing.
         cut_off = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
         raise bad_body("unexpected EOF" if cut_off else "invalid JSON: %s" % error) from None
     except RecursionError:
         raise bad_body("nested too deeply") from None
-    except ValueError as error:     # of refuse_constant or parse_short_int
+    except ValueError as error:     # from refuse_constant or parse_short_int
         raise bad_body(str(error)) from None
 
 
 def read_value(value, type_, field_path):
     """Return a JSON value if it has the expected type. Otherwise raises InputError.
 
-    type_         the expected type; float also accepts an int, which is converted
-    field_path    Go's name of the struct and the field, for the error
+    type_         the expected type; if it is float, an int is valid too, and is converted
+    field_path    Go's name of the struct and the field, for the error: "Proxy.enabled"
     """
-    # type() and not isinstance(): bool is a subclass of int.
+    # Not isinstance(): bool is a subclass of int, so True would be valid for an int.
     valid = type(value) is type_ or (type_ is float and type(value) is int)
     if valid and type_ in GO_RANGES:
         lowest, highest = GO_RANGES[type_]
@@ -11337,13 +11356,14 @@ def read_value(value, type_, field_path):
 
 
 def read_object(value, struct, known=None):
-    """Return a JSON object as a dict without the keys that are null.
+    """Return a JSON object as a dict, without the keys whose value is null.
 
+    value     the JSON object. The value null counts as {}
     struct    Go's name of the type, for the error
-    known     the known keys: they may be in another case in the object, and other keys are
-              ignored. None keeps all keys as they are
+    known     the keys to return. In the object they may be in upper or lower case. None returns
+              all keys as they are
 
-    Returns {} for null. Raises InputError for any other value.
+    Raises InputError if the value is not an object.
     """
     if value is None:
         return {}
@@ -11358,10 +11378,12 @@ def read_object(value, struct, known=None):
 
 
 def read_fields(json_object, types, struct):
-    """Return a JSON object in which each value has the expected type. Raises InputError.
+    """Return a JSON object if each value has the expected type. Otherwise raises InputError.
 
-    types     {key: type}; the value of another key, or of a key with None, may have any type
+    types     {key: type}. The type None permits any value; so does a key that is absent here
     struct    Go's name of the object's type, for the error
+
+    In the result, an int is a float where a float is expected.
     """
     fields = {}
     for key, value in json_object.items():
@@ -11374,23 +11396,24 @@ def read_proxy_fields(value):
     """Return the known fields of a JSON object for a proxy: {name: value}. Raises InputError."""
     fields = read_fields(read_object(value, "toxiproxy.Proxy", PROXY_FIELDS), PROXY_FIELDS,
                          "Proxy")
-    if fields.get("listen") == "":
+    if fields.get("listen") == "":      # Go then listens on all addresses and a free port
         fields["listen"] = ":0"
     return fields
 
 
 def read_proxies(text, proxies):
-    """Return the proxies of a JSON array, which are not open yet: [(Proxy, fields, JSON object)].
+    """Make the proxies that a JSON array describes, without opening them.
 
-    Raises InputError or ApiError.
+    Returns [(ProxyServer, fields, JSON object)]; see read_proxy_fields for the fields. Raises
+    InputError or ApiError.
     """
     values = read_json(text)
     if values is None:
         values = []
     if not isinstance(values, list):
         raise bad_body(GO_TYPE_ERROR % (JSON_TYPES[type(values)], "value", "[]toxiproxy.Proxy"))
-    # There are three checks, each for the whole array. So if there are several errors, a wrong
-    # type is reported first, as by Go's decoder, then a wrong value, then a duplicate name.
+    # Each of the three loops checks the whole array. So if there are several errors, a wrong type
+    # is reported first, as by Go's decoder, then a wrong value, then a duplicate name.
     all_fields = [read_proxy_fields(value) for value in values]
     new_proxies, names = [], set()
     for index, fields in enumerate(all_fields, 1):
@@ -11404,15 +11427,19 @@ def read_proxies(text, proxies):
 
 
 def check_proxy_fields(fields):
-    """Return those of the fields of a proxy that are in PROXY_CHECKS. Raises InputError."""
+    """Check the fields of a proxy that are in PROXY_CHECKS, and return only these fields.
+
+    Raises InputError.
+    """
     return {name: check_field(name, check, fields[name])
             for name, check in PROXY_CHECKS.items() if name in fields}
 
 
 def make_proxy(fields, proxies):
-    """Return a Proxy with the fields that read_proxy_fields returns. It is not open yet.
+    """Return a ProxyServer, which is not open yet. Raises InputError or ApiError.
 
-    Raises InputError or ApiError.
+    fields     the result of read_proxy_fields
+    proxies    the ProxyTable, whose shared settings the new proxy has
     """
     for name in "name", "upstream":
         if not fields.get(name):
@@ -11439,44 +11466,56 @@ def check_unique_names(toxics):
 def parse_upstream(text):
     """Parse the address of a backend into (host, port). Raises ValueError.
 
-    Toxiproxy checks the port only when a client connects. Therefore the port may be missing, and
-    is then "", or be the name of a service, like http. Otherwise it is a number.
+    The port is a number, the name of a service like "http", or "" if the text has no port:
+    Toxiproxy accepts all of these, because it checks the port only when a client connects.
     """
     try:
         return parse_backend(text)
     except ValueError:
         host, _, port = text.partition(":")
-        if host and is_valid_host(host) and re.fullmatch("([A-Za-z][A-Za-z0-9-]*)?", port):
+        is_service_or_missing = re.fullmatch("([A-Za-z][A-Za-z0-9-]*)?", port)
+        if host and is_valid_host(host) and is_service_or_missing:
             return host, port
         raise
 
 
 def read_listen(text, prefix=""):
-    """Return the (host, port) of an address to listen on. The port may be the name of a service.
+    """Return the (host, port) of an address to listen on.
 
-    Raises ApiError, with the prefix and the text of Go's net package, for a missing port, one
-    of five digits or more, or an unknown service. Raises InputError for other errors.
+    text      "HOST:PORT" or "HOST:SERVICE", like "localhost:http"
+    prefix    for the errors of Go's net package: a text that comes first
+
+    Raises ApiError with the text of Go's net package for a missing port, a number that is too
+    high, and an unknown service. Raises InputError for any other error.
     """
-    host, _, service = text.rpartition(":")
+    host, _, port_text = text.rpartition(":")
     try:
-        if re.fullmatch("[A-Za-z][A-Za-z0-9-]*", service) and ":" in text:
-            text = "%s:%d" % (host, socket.getservbyname(service, "tcp"))
+        if re.fullmatch("[A-Za-z][A-Za-z0-9-]*", port_text) and ":" in text:
+            text = "%s:%d" % (host, socket.getservbyname(port_text, "tcp"))
         return parse_listener(text)
-    except OSError:
-        raise toxiproxy_error(500, "%slookup tcp/%s: unknown port" % (prefix, service)) from None
+    except OSError:                     # from getservbyname
+        raise toxiproxy_error(500, "%slookup tcp/%s: unknown port" % (prefix, port_text)
+                              ) from None
     except ValueError as error:
         if ":" not in text:
             raise toxiproxy_error(500, "%saddress %s: missing port in address"
                                   % (prefix, text)) from None
-        if re.fullmatch(r"\d{5,}", service) and ":" not in host and is_valid_host(host):
-            raise toxiproxy_error(500, "%saddress %s: invalid port" % (prefix, service)) from None
+        is_too_high = re.fullmatch(r"\d{5,}", port_text)
+        if is_too_high and ":" not in host and is_valid_host(host):
+            raise toxiproxy_error(500, "%saddress %s: invalid port" % (prefix, port_text)
+                                  ) from None
         raise InputError([("listen", "listen %s" % error)]) from None
 
 
 def read_toxic_object(value, known):
-    """Return the fields of a JSON object for a toxic. See read_object. Raises InputError."""
+    """Return the fields of a JSON object for a toxic, with unchecked values.
+
+    known    the keys to return; None: all keys
+
+    Raises InputError if the value is not an object.
+    """
     if isinstance(value, dict):
-        value = without_moment(value)
+        value = without_moment(value)           # a listing has the keys `active` and `until`
     json_object = read_object(value, "toxics.ToxicWrapper", known)
     if json_object.get("attributes") == []:     # PHP encodes an empty array like this
         json_object["attributes"] = {}
@@ -11486,8 +11525,8 @@ def read_toxic_object(value, known):
 def read_toxic(value, strict=False):
     """Return the Toxic that a JSON object describes. Raises InputError or ApiError.
 
-    strict    whether to refuse input that Toxiproxy accepts: unknown keys, any toxicity,
-              negative numbers
+    strict    whether to refuse three kinds of input that Toxiproxy accepts: unknown keys, a
+              toxicity that is not from 0 to 1, and negative numbers
     """
     fields = read_fields(read_toxic_object(value, None if strict else TOXIC_KEYS), TOXIC_FIELDS,
                          "ToxicWrapper")
@@ -11503,7 +11542,8 @@ def read_toxic(value, strict=False):
     name = fields.pop("name", "") or "%s_%s" % (type_, stream)
     check_field("name", check_name, name)
     attributes = read_attributes(type_, fields.pop("attributes", {}), strict)
-    # The toxicity and the rule fields are left. If strict, make_toxic refuses unknown keys.
+    # `fields` now has the toxicity and the rule fields. If `strict` is set, it may also have
+    # unknown keys, which make_toxic refuses.
     toxic = make_toxic(type_, name, dict(fields, stream=stream.lower()), attributes,
                        toxiproxy=not strict)
     toxic.stream = stream       # as the client wrote it, perhaps in upper case
@@ -11513,7 +11553,7 @@ def read_toxic(value, strict=False):
 def read_attributes(type_, value, strict=False):
     """Return the options of a handler in a JSON object: {option: value}. Raises InputError.
 
-    strict    whether to return unknown keys too, instead of ignoring them
+    strict    whether the result has unknown keys too; otherwise they are ignored
     """
     types = {option: type(default)
              for option, default in handler_options(HANDLERS[type_]).items()}
@@ -11522,14 +11562,25 @@ def read_attributes(type_, value, strict=False):
 
 
 def in_plain_words(message):
-    """Return the message of an error with GO_TYPE_ERROR replaced: "enabled must be a number"."""
-    pattern = GO_TYPE_ERROR % (r"(.+?)", r"(?:value|struct field \S*?(\w+))", r"(\S+)")
-    return re.sub(pattern, lambda match: "%s must be %s, not %s" % (
-        match.group(2) or "it", PLAIN_TYPES[match.group(3)], match.group(1)), message)
+    """Return the message of an error without the words of Go. For example, of
+
+        json: cannot unmarshal string into Go struct field Proxy.enabled of type bool
+
+    it returns "enabled must be true or false, not string". Other messages stay as they are.
+    """
+    place = r"(?:value|struct field \S*?(?P<field>\w+))"
+    pattern = GO_TYPE_ERROR % (r"(?P<received>.+?)", place, r"(?P<type>\S+)")
+
+    def replace(match):
+        subject = match.group("field") or "it"      # no field: the whole JSON value is meant
+        return "%s must be %s, not %s" % (
+            subject, PLAIN_TYPES[match.group("type")], match.group("received"))
+
+    return re.sub(pattern, replace, message)
 
 
-# Warnings about input that Toxiproxy accepts. Each function takes a JSON object that has been
-# read without an error, and yields texts.
+# Warnings about input that Toxiproxy accepts. Each of the functions *_warnings takes a JSON
+# object that has been read without an error, and yields texts.
 
 def log_warnings(texts):
     for text in texts:
@@ -11545,7 +11596,7 @@ def proxy_warnings(value):
         yield ("%s: it has no listen, so it accepts clients from all machines; localhost:0 would "
                "accept only clients of this machine" % source)
     if ":" not in fields["upstream"]:
-        yield "%s: its upstream %r has no port, so no client can be connected to it" % (
+        yield "%s: its upstream %r has no port, so the proxy cannot connect to it" % (
             source, fields["upstream"])
     for toxic in [*fields.get("toxics", ()), *fields.get("rules", ())]:
         yield from toxic_warnings(toxic, source)
@@ -11568,7 +11619,7 @@ def toxic_warnings(value, source, type_=None):
 
 
 def unknown_key_warnings(value, known, source):
-    """Yield a warning for each key of a JSON object that is ignored, because it is unknown."""
+    """Yield a warning for each unknown key of a JSON object. Such keys are ignored."""
     known = [key.lower() for key in known]
     for key in OrderedDict.fromkeys(map(str.lower, read_object(value, ""))):
         if key not in known:
@@ -11579,6 +11630,7 @@ def unknown_key_warnings(value, known, source):
 # Writing
 
 def toxic_to_json(proxy, toxic):
+    """Return a toxic as a JSON object: Toxiproxy's keys, then those of Vaurien."""
     # Toxiproxy writes 1, and not 1.0.
     toxicity = int(toxic.toxicity) if toxic.toxicity == int(toxic.toxicity) else toxic.toxicity
     fields = OrderedDict((("attributes", attributes_to_json(toxic)), ("name", toxic.name),
@@ -11590,10 +11642,11 @@ def toxic_to_json(proxy, toxic):
 
 
 def attributes_to_json(toxic):
-    """Return the attributes of a toxic. Omit those that Toxiproxy lacks, if they are the default.
+    """Return the attributes of a toxic. Omit an attribute with its default if Toxiproxy lacks it.
 
-    Clients with fixed types may fail if a toxic has an attribute that they do not know.
+    Typed clients (Java, .NET, Rust ...) may fail if a toxic has an attribute that Toxiproxy lacks.
     """
+    # If Toxiproxy lacks the type, list all attributes.
     known = TOXIPROXY_TYPES.get(toxic.rule.name, toxic.attributes)
     defaults = handler_options(toxic.rule.handler)
     return OrderedDict((name, value) for name, value in toxic.attributes.items()
@@ -11603,7 +11656,8 @@ def attributes_to_json(toxic):
 def exists_in_toxiproxy(toxic):
     """Return whether Toxiproxy could have this toxic.
 
-    It could if it has the type, the attributes and the stream, and if no rule field is set.
+    It could if a release of Toxiproxy knows the type, the attributes and the stream, and if no
+    rule field is set.
     """
     type_ = toxic.rule.name
     return (type_ in TOXIPROXY_TYPES and type_ not in UNRELEASED_TYPES
@@ -11623,21 +11677,21 @@ def toxics_to_json(proxy, toxics):
 
 
 def listed_toxics(proxy, request):
-    """Return the toxics of a proxy that its listing has under `toxics`: with ?all=1, all."""
+    """Return the toxics that a listing of the proxy has under `toxics`: all if ?all=1."""
     return [toxic for toxic in proxy.toxics
             if request.query.get("all") == "1" or exists_in_toxiproxy(toxic)]
 
 
 def proxy_to_json(proxy, request):
-    """Return a proxy as a JSON value. `request` decides which toxics it lists."""
+    """Return a proxy as a JSON object. The query of the request selects the listed toxics."""
     def to_json():
         listed = listed_toxics(proxy, request)
         rules = [toxic for toxic in proxy.toxics if toxic not in listed]
         accept = proxy.accept.to_json(proxy.to_unix)
-        # Toxiproxy lacks these fields: those with their default, or without a value, are omitted.
+        # Toxiproxy lacks these fields. A field is omitted if it is empty or has its default.
         extensions = (("rules", toxics_to_json(proxy, rules)),
-                      ("protocol", proxy.protocol and proxy.protocol_name()),
-                      ("accept", accept != "normal" and accept),
+                      ("protocol", proxy.protocol_name() if proxy.protocol else ""),
+                      ("accept", "" if accept == "normal" else accept),
                       ("max_connections", proxy.max_connections), ("tls", proxy.tls.fields))
         return OrderedDict((
             ("name", proxy.name), ("listen", proxy.listen),
@@ -11652,7 +11706,7 @@ def proxy_to_json(proxy, request):
 @toxiproxy_route("GET", "/proxies")
 def list_proxies(request):
     """Return all proxies with their toxics; ?all=1 lists toxics that Toxiproxy lacks, too."""
-    proxies = dict(request.control.proxies)
+    proxies = dict(request.control.proxies)     # a copy: other threads may remove proxies
     return OrderedDict((name, proxy_to_json(proxies[name], request)) for name in sorted(proxies))
 
 
@@ -11687,7 +11741,8 @@ def update_proxy(request, proxy):
         backend = check_field("upstream", parse_upstream, fields["upstream"])
     check_field("upstream", check_backend, backend, [local])
     for name, current in ("protocol", proxy.protocol_name()), ("tls", proxy.tls.fields):
-        if check_field(name, PROXY_CHECKS[name], fields.get(name, current)) != current:
+        requested = check_field(name, PROXY_CHECKS[name], fields.get(name, current))
+        if requested != current:
             raise bad_body("%s cannot be changed: delete the proxy and create it again" % name)
     checked = check_proxy_fields(fields)
     request.control.proxies.change(proxy, local, backend, checked.get("enabled"),
@@ -11733,16 +11788,18 @@ def put_toxics(request, proxy):
 
 
 def read_listed_toxic(proxy, value):
-    """Return the Toxic of a JSON object: the installed one if it comes unchanged from a listing.
+    """Return the Toxic that a JSON object describes.
 
-    Only for another Toxic, set_toxics lets the ttl begin again.
+    If the client sends back a toxic of a listing without a change, return the Toxic that the
+    proxy already has. For any other Toxic, set_toxics would begin the ttl again.
     """
     toxic = read_toxic(value, strict=True)
-    if without_moment(value) is value:
+    is_listed = without_moment(value) is not value      # it has `active` and `until`
+    if not is_listed:
         return toxic
     fields = without_moment(toxic_to_json(proxy, toxic))
-    return next((other for other in proxy.toxics
-                 if without_moment(toxic_to_json(proxy, other)) == fields), toxic)
+    return next((existing for existing in proxy.toxics
+                 if without_moment(toxic_to_json(proxy, existing)) == fields), toxic)
 
 
 @toxiproxy_route("GET", "/proxies/PROXY/toxics/TOXIC")
@@ -11759,7 +11816,8 @@ def update_toxic(request, proxy, toxic):
     proxy.loop.run_sync(proxy.set_toxics, [changed if other is toxic else other
                                            for other in proxy.toxics])
     log_warnings(toxic_warnings(value, "proxy " + proxy.name, toxic.rule.name))
-    return toxic_to_json(proxy, toxic)      # which now has the values of `changed`
+    # set_toxics has given the values of `changed` to `toxic`, which stays installed.
+    return toxic_to_json(proxy, toxic)
 
 
 def copy_toxic(toxic, value):
@@ -11767,17 +11825,17 @@ def copy_toxic(toxic, value):
     known = [key for key in TOXIC_KEYS if key not in ("name", "type", "stream")]
     fields = read_fields(read_toxic_object(value, known), TOXIC_FIELDS, "")
     changed_attributes = read_attributes(toxic.rule.name, fields.pop("attributes", {}))
-    if "toxicity" not in fields and "percent" not in fields:
+    if "toxicity" not in fields and "percent" not in fields:    # both mean the same
         fields["toxicity"] = toxic.toxicity
     changed = make_toxic(toxic.rule.name, toxic.name,
                          dict(toxic.rule.own_fields(), **fields, stream=toxic.rule.stream),
                          changed_attributes, toxiproxy=True)
-    changed.stream = toxic.stream
+    changed.stream = toxic.stream       # as its creator wrote it, perhaps in upper case
     before, after = toxic.rule.own_fields(), changed.rule.own_fields()
     for name in RULE_FIELDS:
         if before.get(name) != after.get(name) and name != "ttl":
             raise bad_body("%s cannot be changed: remove the toxic and add it again" % name)
-    # make_toxic has checked the changed attributes. The other attributes stay.
+    # `changed` has defaults for the attributes that the client has not sent: keep the old values.
     changed.update(changed.toxicity, dict(toxic.attributes, **changed_attributes))
     return changed
 
@@ -11800,7 +11858,7 @@ def populate(request):
             log_warnings(proxy_warnings(value))
     except (InputError, ApiError, CannotListen) as exc:
         result = error_to_json(TOXIPROXY.to_api_error(exc))
-    # If a proxy cannot listen, earlier proxies have changed: list them beside the error.
+    # If a proxy cannot listen, the proxies before it have changed: list them beside the error.
     result["proxies"] = [proxy_to_json(proxy, request) for proxy in populated] or None
     return TOXIPROXY.render(result, result.get("status", 201))
 
@@ -11810,47 +11868,62 @@ def add_or_update_proxy(proxies, proxy, fields):
 
     fields    the fields that `proxy` was made from
 
-    If the addresses or the protocol of the existing proxy differ from those of `proxy`, it takes
-    them and the toxics, and loses its rules. Otherwise `toxics` and `rules` in `fields` each
-    replace the toxics that a listing has under this key.
-
-    Returns the proxy that is in use. Raises CannotListen.
+    Returns the proxy that is in use: `proxy` or the existing one. Raises CannotListen.
     """
     while not proxies.add(proxy):
         existing = proxies.get(proxy.name)
+        # If another request has removed the existing proxy meanwhile, add `proxy` again.
         if existing and update_existing(proxies, existing, proxy, fields):
             return existing
     return proxy
 
 
 def update_existing(proxies, existing, proxy, fields):
-    """Update a proxy for add_or_update_proxy. Returns False if it has been removed meanwhile."""
+    """Update a proxy. Returns False, and changes nothing, if it has been removed meanwhile.
+
+    existing    the proxy to update
+    proxy       a ProxyServer with the new values, which is never opened
+    fields      the fields that `proxy` was made from
+
+    If both proxies have the same addresses, protocol and options of TLS, these fields change if
+    they are in `fields`: accept, max_connections, toxics and rules. Otherwise the existing proxy
+    becomes like `proxy`: it takes all settings and toxics, and its behavior ends.
+    """
     with existing.lock:
         if proxies.get(proxy.name) is not existing:
             return False
         same = (existing.backend == proxy.backend and existing.protocol is proxy.protocol
                 and existing.tls.fields == proxy.tls.fields
                 and existing.listen in (proxy.listen, first_address(proxy.local)))
+        names = fields if same else PROXY_FIELDS        # of the fields to take from `proxy`
         if not same:
-            fields = PROXY_FIELDS       # absent fields have their defaults
             proxies.change(existing, proxy.local, proxy.backend, proxy.enabled, proxy.accept)
             existing.loop.run_sync(existing.set_rules, [])
             existing.loop.run_sync(existing.set_protocol, proxy.protocol,
                                    proxy.overwrite_host_header, proxy.tls)
         proxies.change(existing, **{name: getattr(proxy, name)
-                                    for name in ("accept", "max_connections") if name in fields})
-        toxics = replace_toxics(existing.toxics, proxy.toxics, fields)
+                                    for name in ("accept", "max_connections") if name in names})
+        toxics = replace_toxics(existing.toxics, proxy.toxics, names)
         if toxics != existing.toxics:
             existing.loop.run_sync(existing.set_toxics, toxics)
         return True
 
 
-def replace_toxics(current, new, fields):
-    """Return the new toxics, and those of the current ones that `fields` does not replace."""
-    names = {toxic.name for toxic in new}
-    kept = [toxic for toxic in current if toxic.name not in names
-            and ("toxics" if exists_in_toxiproxy(toxic) else "rules") not in fields]
-    return kept + new if "rules" in fields else new + kept
+def replace_toxics(current, new, names):
+    """Return the new toxics, and the current toxics that are not replaced.
+
+    names    if they contain "toxics", the current toxics that a listing has under `toxics` are
+             replaced; if they contain "rules", those that it has under `rules`. A new toxic
+             replaces the current toxic of the same name, too
+
+    The toxics under `toxics` come first.
+    """
+    new_names = {toxic.name for toxic in new}
+    kept = [toxic for toxic in current if toxic.name not in new_names
+            and ("toxics" if exists_in_toxiproxy(toxic) else "rules") not in names]
+    # If `rules` is replaced, the kept toxics are those under `toxics`, otherwise those under
+    # `rules`.
+    return kept + new if "rules" in names else new + kept
 
 
 @toxiproxy_route("POST", "/reset")
@@ -11859,7 +11932,7 @@ def reset(request):
     proxies = request.control.proxies
     for proxy in list(proxies.values()):
         with proxy.lock:
-            if proxies.get(proxy.name) is proxy:        # it has not been removed meanwhile
+            if proxies.get(proxy.name) is proxy:        # not removed meanwhile
                 proxies.change(proxy, enabled=True, accept=Accept())
                 proxy.loop.run_sync(proxy.set_toxics, [])
 
