@@ -6546,12 +6546,13 @@ def socket_strerror(error):
 
 # -- Certificates -------------------------------------------------------------
 #
-# Certificates are made here, without a package or a program: elliptic curve P-256, ECDSA with
-# SHA-256 (FIPS 186-4), and DER (X.690). The arithmetic does not take constant time, so its keys
-# are for tests only. They exist only in this process, except for the moment in which
-# SSLContext.load_cert_chain reads them from a temporary file.
+# This section makes certificates without a package or a program. The keys are of the elliptic
+# curve P-256, the signatures are ECDSA with SHA-256 (FIPS 186-4), and the encoding is DER
+# (X.690). The time of the arithmetic depends on the keys, which an attacker could measure.
+# Therefore the keys are for tests only. They exist only in the memory of this process, except
+# while SSLContext.load_cert_chain reads them from a temporary file.
 
-# {fault: the arguments of Authority.issue that make it}
+# {fault of a certificate: the arguments with which Authority.issue makes the fault}
 CERTIFICATE_FAULTS: "OrderedDict[str, Dict[str, Any]]" = OrderedDict((
     ("expired", {"days": (-30, -1)}),
     ("not_yet_valid", {"days": (2, 30)}),
@@ -6560,6 +6561,7 @@ CERTIFICATE_FAULTS: "OrderedDict[str, Dict[str, Any]]" = OrderedDict((
     ("untrusted", {"signed_by": "another CA"}),
 ))
 
+# The parameters of the curve (FIPS 186-4, D.1.2.3), and the object identifiers of X.509.
 P256_PRIME = 2 ** 256 - 2 ** 224 + 2 ** 192 + 2 ** 96 - 1
 P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 P256_GENERATOR = (0x6B17D1F2E12C4247F8BCE6E563A440F277037D812DEB33A0F4A13945D898C296,
@@ -6571,23 +6573,26 @@ ECDSA_SHA256_OID = "1.2.840.10045.4.3.2"
 def multiply_generator(factor):
     """Return the point (x, y) that is `factor` times the generator of P-256, 0 < factor < order.
 
-    Double and add, in Jacobian coordinates: dbl-2001-b and madd of the Explicit-Formulas Database.
+    Each bit of the factor after the first doubles the point, and each 1 of these bits adds the
+    generator. Jacobian coordinates x, y, z stand for the point (x / z^2, y / z^3). With them,
+    only the end needs a division. The formulas are dbl-2001-b and madd of the Explicit-Formulas
+    Database.
     """
     p, (gx, gy) = P256_PRIME, P256_GENERATOR
     x, y, z = gx, gy, 1
-    for bit in bin(factor)[3:]:
-        delta, gamma = z * z % p, y * y % p
+    for bit in bin(factor)[3:]:                 # after "0b1"
+        delta, gamma = z * z % p, y * y % p     # double
         beta, alpha = x * gamma % p, 3 * (x - delta) * (x + delta) % p
         x, z = (alpha * alpha - 8 * beta) % p, 2 * y * z % p
         y = (alpha * (4 * beta - x) - 8 * gamma * gamma) % p
         if bit == "1":
-            square = z * z % p
+            square = z * z % p                  # add the generator
             h, r = (gx * square - x) % p, (gy * square * z - y) % p
             hh = h * h % p
             hhh, v = h * hh % p, x * hh % p
             x, z = (r * r - hhh - 2 * v) % p, z * h % p
             y = (r * (v - x) - y * hhh) % p
-    inverse = pow(z, p - 2, p)
+    inverse = pow(z, p - 2, p)                  # 1 / z, by Fermat's little theorem
     return x * inverse ** 2 % p, y * inverse ** 3 % p
 
 
@@ -6595,8 +6600,10 @@ def sign(key, message):
     """Return the ECDSA signature of a message, in DER."""
     digest = int.from_bytes(hashlib.sha256(message).digest(), "big")
     nonce = secrets.randbelow(P256_ORDER - 1) + 1
-    r = multiply_generator(nonce)[0] % P256_ORDER
-    s = pow(nonce, P256_ORDER - 2, P256_ORDER) * (digest + r * key) % P256_ORDER
+    x, _ = multiply_generator(nonce)
+    r = x % P256_ORDER
+    inverse = pow(nonce, P256_ORDER - 2, P256_ORDER)        # 1 / nonce
+    s = inverse * (digest + r * key) % P256_ORDER
     return der(SEQUENCE, der_int(r), der_int(s))
 
 
@@ -6607,22 +6614,31 @@ TRUE = b"\1\1\xff"
 
 
 def der(tag, *parts):
-    """Return a DER value that contains these parts."""
+    """Return a value in DER. Its content is the joined parts."""
     body = b"".join(parts)
-    size = len(body).to_bytes((len(body).bit_length() + 7) // 8 or 1, "big")
-    if len(body) >= 128:
-        size = bytes([0x80 | len(size)]) + size
-    return bytes([tag]) + size + body
+    size = len(body)
+    if size < 128:
+        encoded_size = bytes([size])
+    else:                               # the number of the bytes of the size comes first
+        size_bytes = size.to_bytes((size.bit_length() + 7) // 8, "big")
+        encoded_size = bytes([0x80 | len(size_bytes)]) + size_bytes
+    return bytes([tag]) + encoded_size + body
 
 
 def der_int(number):
+    """Return a positive number in DER. Its first bit is 0, because 1 is the sign."""
     return der(INTEGER, number.to_bytes(number.bit_length() // 8 + 1, "big"))
 
 
 def der_oid(text):
-    first, second, *rest = map(int, text.split("."))
+    """Return an object identifier like 1.2.840 in DER (X.690, 8.19).
+
+    The first two numbers share a byte. Each other number has 7 bits in each byte, and the
+    eighth bit is 1 in all bytes except the last.
+    """
+    first, second, *others = map(int, text.split("."))
     encoded = bytes([40 * first + second])
-    for number in rest:
+    for number in others:
         digits = [number & 127]
         while number > 127:
             number >>= 7
@@ -6632,28 +6648,32 @@ def der_oid(text):
 
 
 def der_bits(data):
+    """Return a bit string in DER. It has 0 unused bits in its last byte."""
     return der(BIT_STRING, b"\0", data)
 
 
 def der_name(common_name):
+    """Return an X.501 name in DER, which consists of the common name only."""
     name = common_name[:64]         # the limit of RFC 5280, appendix A
     return der(SEQUENCE, der(SET, der(SEQUENCE, der_oid("2.5.4.3"),         # commonName
                                       der(UTF8_STRING, name.encode()))))
 
 
 def der_extension(oid, value, *critical):
+    """Return an X.509 extension in DER. `critical` is TRUE for a critical one, or missing."""
     return der(SEQUENCE, der_oid(oid), *critical, der(OCTET_STRING, value))
 
 
 def alternative_name(host):
     """Return the GeneralName of an address or a name (RFC 5280, 4.2.1.6)."""
     try:
-        return der(0x87, ipaddress.ip_address(host).packed)
+        return der(0x87, ipaddress.ip_address(host).packed)     # an iPAddress
     except ValueError:
-        return der(0x82, host.encode("idna"))
+        return der(0x82, host.encode("idna"))                   # a dNSName
 
 
 def encode_point(point):
+    """Return a point as 65 bytes: 4 for the uncompressed form, x, and y (SEC 1, 2.3.3)."""
     return b"\4" + b"".join(number.to_bytes(32, "big") for number in point)
 
 
@@ -6665,28 +6685,41 @@ def make_certificate(subject, issuer, hosts=(), days=(-1, 3650)):
     days               first and last day of validity, counted from now
     """
     (name, _, public), (issuer_name, issuer_key, issuer_public) = subject, issuer
+    serial_number = secrets.randbits(120) | 1 << 119
     algorithm = der(SEQUENCE, der_oid(ECDSA_SHA256_OID))
-    key_ids = [hashlib.sha1(key).digest() for key in (public, issuer_public)]
-    usage = b"\7\x80" if hosts else b"\1\6"         # digitalSignature, keyCertSign and cRLSign
+    times = [time.strftime("%y%m%d%H%M%SZ", time.gmtime(time.time() + day * 86400)).encode()
+             for day in days]
+    key_algorithm = der(SEQUENCE, der_oid(PUBLIC_KEY_OID), der_oid(P256_OID))
+    body = der(
+        SEQUENCE,
+        der(0xA0, der_int(2)),                      # version 3
+        der_int(serial_number),
+        algorithm,
+        der_name(issuer_name),
+        der(SEQUENCE, *(der(UTC_TIME, t) for t in times)),
+        der_name(name),
+        der(SEQUENCE, key_algorithm, der_bits(public)),
+        der(0xA3, der(SEQUENCE, *make_extensions(public, issuer_public, hosts))))
+    return to_pem("CERTIFICATE", der(SEQUENCE, body, algorithm, der_bits(sign(issuer_key, body))))
+
+
+def make_extensions(public, issuer_public, hosts):
+    """Return the extensions of a certificate, each in DER (RFC 5280, 4.2.1)."""
+    is_ca = not hosts
+    usage = b"\1\6" if is_ca else b"\7\x80"         # keyCertSign and cRLSign, digitalSignature
+    key_id, issuer_key_id = (hashlib.sha1(key).digest() for key in (public, issuer_public))
     # basicConstraints, keyUsage, subjectKeyIdentifier, authorityKeyIdentifier
     extensions = [
-        der_extension("2.5.29.19", der(SEQUENCE, b"" if hosts else TRUE), TRUE),
+        der_extension("2.5.29.19", der(SEQUENCE, TRUE if is_ca else b""), TRUE),
         der_extension("2.5.29.15", der(BIT_STRING, usage), TRUE),
-        der_extension("2.5.29.14", der(OCTET_STRING, key_ids[0])),
-        der_extension("2.5.29.35", der(SEQUENCE, der(0x80, key_ids[1])))]
-    if hosts:                                       # extKeyUsage, subjectAltName
+        der_extension("2.5.29.14", der(OCTET_STRING, key_id)),
+        der_extension("2.5.29.35", der(SEQUENCE, der(0x80, issuer_key_id)))]
+    if not is_ca:                                   # extKeyUsage, subjectAltName
         purposes = der_oid("1.3.6.1.5.5.7.3.1") + der_oid("1.3.6.1.5.5.7.3.2")
         extensions += [
             der_extension("2.5.29.37", der(SEQUENCE, purposes)),
             der_extension("2.5.29.17", der(SEQUENCE, *map(alternative_name, hosts)))]
-    times = [time.strftime("%y%m%d%H%M%SZ", time.gmtime(time.time() + day * 86400)).encode()
-             for day in days]
-    body = der(SEQUENCE, der(0xA0, der_int(2)), der_int(secrets.randbits(120) | 1 << 119),
-               algorithm, der_name(issuer_name), der(SEQUENCE, *(der(UTC_TIME, t) for t in times)),
-               der_name(name), der(SEQUENCE, der(SEQUENCE, der_oid(PUBLIC_KEY_OID),
-                                                 der_oid(P256_OID)), der_bits(public)),
-               der(0xA3, der(SEQUENCE, *extensions)))
-    return to_pem("CERTIFICATE", der(SEQUENCE, body, algorithm, der_bits(sign(issuer_key, body))))
+    return extensions
 
 
 def encode_key(key, public):
@@ -6697,16 +6730,20 @@ def encode_key(key, public):
 
 
 def to_pem(label, data):
+    """Return data as a PEM block with a label, like CERTIFICATE (RFC 7468)."""
     text = base64.b64encode(data).decode()
     lines = "\n".join(text[index:index + 64] for index in range(0, len(text), 64))
     return "-----BEGIN %s-----\n%s\n-----END %s-----\n" % (label, lines, label)
 
 
 class Authority:
-    """A CA for this run of the program. It is made when the first certificate is needed."""
+    """A certificate authority (CA) for this run of the program.
+
+    Its key and its certificate are made on first use. Any thread may call `pem` and `issue`.
+    """
 
     def __init__(self):
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()    # two threads must not make two keys of a CA
         self.identities = {}        # {role: (common name, key, encoded public key)}
         self.ca_pem = ""            # the certificate of the CA
 
@@ -6718,18 +6755,23 @@ class Authority:
             return self.ca_pem
 
     def identity(self, role):
-        """Return the (common name, key, encoded public key) of "CA", "another CA" or "host"."""
+        """Return the (common name, key, encoded public key) of "CA", "another CA" or "host".
+
+        The caller holds the lock.
+        """
         if role not in self.identities:
             key = secrets.randbelow(P256_ORDER - 1) + 1
             self.identities[role] = "vaurien " + role, key, encode_point(multiply_generator(key))
         return self.identities[role]
 
     def issue(self, host, days=(-1, 397), signed_by="CA"):
-        """Return a certificate for a host, and its key, in PEM.
+        """Return a certificate for a host, and the key of the certificate, in PEM.
 
         host         a name or an address
         days         first and last day of validity, counted from now
         signed_by    "CA", "another CA", or "itself"
+
+        A certificate for a loopback address is also for the other one and for localhost.
         """
         with self.lock:
             _, key, public = self.identity("host")      # all hosts share one key
@@ -6744,12 +6786,12 @@ AUTHORITY = Authority()
 
 # -- TLS ----------------------------------------------------------------------
 #
-# The TLS settings of a proxy, and TlsSocket, which a Connection uses like a plain socket. The
-# module ssl is imported on first use.
+# This section contains the TLS settings of a proxy, and TlsSocket, which a Connection uses like
+# a plain socket. The module ssl is imported on first use.
 
 TLS_VERSIONS = ("1.0", "1.1", "1.2", "1.3")
-PEM_MAX = 16 * 1024 * 1024          # bytes that are read of a PEM file at most
-NAMES_MAX = 1000                    # names for which a proxy keeps a certificate
+PEM_MAX = 16 * 1024 * 1024          # the most bytes that are read from a PEM file
+NAMES_MAX = 1000                    # the most names for which a proxy keeps a certificate
 
 
 def check_certificate(text):
@@ -6766,22 +6808,26 @@ TlsField = namedtuple("TlsField", "check metavar help")
 # The TLS settings of a proxy: {field: TlsField}. Their flags begin with --tls-.
 TLS_FIELDS = OrderedDict((name, TlsField(*field)) for name, *field in [
     ("cert", check_certificate, "FILE|auto",
-     "clients must use TLS: PEM file with the certificate that they get; auto makes one for each "
-     "name that a client asks for"),
-    ("key", check_file, "FILE", "PEM file with its key, if that is another file"),
+     "clients must use TLS: PEM file with the certificate for the clients; auto makes a "
+     "certificate for each name that a client asks for"),
+    ("key", check_file, "FILE", "PEM file with the key of this certificate, if the key is in "
+                                "another file"),
     ("client_ca", check_file, "FILE", "clients must have a certificate of a CA in this PEM file"),
     ("fault", choice_check(*CERTIFICATE_FAULTS), "FAULT",
      "make certificates like auto, but with a fault: " + ", ".join(CERTIFICATE_FAULTS)),
     ("max_version", choice_check(*TLS_VERSIONS), "VERSION",
      "highest TLS version for clients: " + ", ".join(TLS_VERSIONS)),
-    ("ca", check_file, "FILE", "PEM file with the CAs that the backend's certificate is checked "
-                               "with; by default, those of the system"),
+    ("ca", check_file, "FILE", "PEM file with the CAs that may have signed the backend's "
+                               "certificate; by default, the CAs of the system"),
     ("verify", check_yes_no, "YES|NO",
      "whether to check the backend's certificate; by default, yes"),
-    ("sni", check_tls_name, "NAME", "name to ask the backend for, and to check its certificate "
-                                    "for; by default, its host"),
-    ("client_cert", check_file, "FILE", "PEM file with a certificate for the backend"),
-    ("client_key", check_file, "FILE", "PEM file with its key, if that is another file")])
+    ("sni", check_tls_name, "NAME", "name that the proxy asks the backend for, and that the "
+                                    "backend's certificate must have; by default, the backend's "
+                                    "host"),
+    ("client_cert", check_file, "FILE", "PEM file with a certificate that the proxy shows to "
+                                        "the backend"),
+    ("client_key", check_file, "FILE", "PEM file with the key of this certificate, if the key "
+                                       "is in another file")])
 
 
 def check_tls(value):
@@ -6808,11 +6854,14 @@ class TlsConfig:
     """
 
     def __init__(self, fields, alpn=()):
-        """alpn: names of application protocols to agree on. Raises InputError."""
+        """Read the files of the fields. Raises InputError.
+
+        alpn    names of application protocols: the proxy agrees on one with each peer (RFC 7301)
+        """
         self.fields = OrderedDict((name, value) for name, value in fields.items()
                                   if value is not None)
         self.alpn = list(alpn)
-        self.accepts = not {"cert", "fault"}.isdisjoint(self.fields)
+        self.accepts = "cert" in self.fields or "fault" in self.fields
         cert = self.fields.get("cert", "auto")
         self.cert_file = "" if cert == "auto" else cert
         self.cached_context = functools.lru_cache(NAMES_MAX)(self.make_accept_context)
@@ -6823,10 +6872,14 @@ class TlsConfig:
             raise InputError([("tls", "tls-%s" % error)]) from None
 
     def check(self):
-        """Check that the fields fit together, and read the files. Raises ValueError."""
+        """Check that the fields fit together, and read the files. Raises ValueError.
+
+        The error begins with the name of a field. `__init__` adds the prefix "tls-".
+        """
         fields = self.fields
         if fields:
-            require_ssl(next(iter(fields)) + " ")
+            first_field = next(iter(fields))
+            require_ssl(first_field.replace("_", "-") + " ")
         if "fault" in fields and self.cert_file:
             raise ValueError("fault makes the certificates itself: leave tls-cert out")
         if "key" in fields and not self.cert_file:
@@ -6837,15 +6890,19 @@ class TlsConfig:
         if "client_key" in fields and "client_cert" not in fields:
             raise ValueError("client-key needs tls-client-cert")
         if self.accepts:
-            self.accept_context(LOOPBACK[0])
-        if not {"ca", "client_cert"}.isdisjoint(fields):
-            self.connect_context()
+            self.accept_context(LOOPBACK[0])    # this reads the files
+        if "ca" in fields or "client_cert" in fields:
+            self.connect_context()              # this reads the files
 
     def accept_context(self, host):
-        """Return the SSLContext for a client that asks for a name or connects to an address."""
+        """Return the SSLContext for a client.
+
+        host    the name that the client asks for, or the address that it has connected to
+        """
         return self.cached_context("" if self.cert_file else host)
 
     def make_accept_context(self, host):
+        """Return a new SSLContext for clients. A certificate that it needs is for this host."""
         fields = self.fields
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         if self.cert_file:
@@ -6853,9 +6910,11 @@ class TlsConfig:
         else:
             self.load_new_certificate(context, host)
             context.set_servername_callback(self.on_server_name)
+        # TlsSocket cannot handle a second handshake. Python 3.6 has no such option.
         context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
         if hasattr(context, "num_tickets"):     # since Python 3.8
-            # A client that never reads gets no bytes that would turn its FIN into a RST.
+            # After the handshake, OpenSSL would send session tickets. If a client only sends, it
+            # leaves them unread. A close with unread bytes sends RST instead of FIN.
             context.num_tickets = 0
         if "client_ca" in fields:
             load_cas(context, fields["client_ca"], "client-ca")
@@ -6867,10 +6926,10 @@ class TlsConfig:
         return context
 
     def load_new_certificate(self, context, host):
-        """Let a context use a new certificate for a host, with the fault of the settings."""
+        """Let a context use a new certificate for a host, with the field `fault` if it is set."""
         fault = CERTIFICATE_FAULTS.get(self.fields.get("fault", ""), {})
-        arguments = dict({"host": host}, **fault)
-        fd, path = tempfile.mkstemp()       # with mode 0600
+        arguments = dict({"host": host}, **fault)       # wrong_host replaces the host
+        fd, path = tempfile.mkstemp()       # only this user may read the file
         try:
             with open(fd, "w") as file:
                 file.write(AUTHORITY.issue(**arguments))
@@ -6879,7 +6938,7 @@ class TlsConfig:
             os.unlink(path)
 
     def on_server_name(self, ssl_object, name, context):
-        """Use the certificate for the name that the client asks for."""
+        """Use the certificate for the name that the client asks for. The module ssl calls this."""
         if name and is_valid_host(name):
             ssl_object.context = self.accept_context(name.lower())
 
@@ -6901,15 +6960,15 @@ class TlsConfig:
         return context
 
     def server_name(self, host):
-        """Return the name to ask a backend for."""
+        """Return the name that the proxy asks a backend for: SNI (RFC 6066, 3)."""
         return self.fields.get("sni") or host.rstrip(".") or "localhost"
 
 
 def require_pem(path, label, setting):
-    """Raise ValueError, which names the setting, if a file has no PEM block with a label."""
+    """Raise ValueError, with the setting's name, if a file has no PEM block with this label."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError("it is no regular file")   # reading a FIFO would wait
+            raise ValueError("it is no regular file")   # open() waits for the writer of a FIFO
         with open(path, encoding="latin-1") as file:
             text = file.read(PEM_MAX)
     except (OSError, ValueError) as error:
@@ -6933,12 +6992,16 @@ def load_cas(context, path, setting):
 
 
 def load_certificate(context, path, key_path, setting, key_setting):
-    """Let a context use the certificate and the key of files. Raises ValueError."""
+    """Let a context use the certificate and the key in these files. Raises ValueError.
+
+    key_path                the file with the key, or None if `path` has both
+    setting, key_setting    the names of the settings, for errors
+    """
     key_path = key_path or path
     require_pem(path, "CERTIFICATE", setting)
     require_pem(key_path, "PRIVATE KEY", key_setting)
 
-    def refuse_password():          # without it, OpenSSL would ask on the terminal
+    def refuse_password():          # by default, OpenSSL asks for a password on the terminal
         raise ValueError("%s must have no password: %s" % (key_setting, key_path))
     try:
         context.load_cert_chain(path, key_path, refuse_password)
@@ -6951,63 +7014,77 @@ def load_certificate(context, path, key_path, setting, key_setting):
 
 
 def limit_version(context, max_version):
-    """Let a context use no TLS version above this one."""
+    """Let a context use no TLS version above max_version."""
     with warnings.catch_warnings():
+        # Newer versions of Python deprecate these options, but Python 3.6 has no others.
         warnings.simplefilter("ignore", DeprecationWarning)
         for version in TLS_VERSIONS[TLS_VERSIONS.index(max_version) + 1:]:
-            context.options |= getattr(ssl, "OP_NO_TLSv" + version.replace(".0", "").replace(
-                ".", "_"))
-        if max_version in ("1.0", "1.1"):       # which OpenSSL permits at this level only
+            suffix = version.replace(".0", "").replace(".", "_")    # "1" or "1_1"
+            context.options |= getattr(ssl, "OP_NO_TLSv" + suffix)
+        if max_version in ("1.0", "1.1"):       # OpenSSL needs the security level 0 for these
             context.set_ciphers("ALL:@SECLEVEL=0")
             if hasattr(ssl, "TLSVersion"):      # since Python 3.7
                 context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
 
 
 def tls_error_text(error):
-    """Return the reason of an SSLError or a CertificateError, without its decoration."""
+    """Return the reason of an SSLError or a CertificateError.
+
+    The text "[SSL: REASON] reason (_ssl.c:1007)" becomes "reason".
+    """
     return re.sub(r"^\[.*?\] | \(_ssl[.]c:\d+\)$", "", str(error)) or type(error).__name__
 
 
 class TlsSocket:
-    """TLS on a socket that does not block. A Connection uses it like a plain socket.
+    """TLS on a non-blocking socket. A Connection uses a TlsSocket like a plain socket.
 
-    It is an SSLObject between two buffers for ciphertext. SSLSocket would not do: its shutdown()
-    loses the state of TLS, its unwrap() fails while data arrives, and it may hold decrypted
-    bytes of which no selector knows.
+    A TlsSocket has an SSLObject, which encrypts and decrypts, and two buffers for ciphertext.
+    The class SSLSocket does not fit, for three reasons. Its shutdown() loses the state of TLS.
+    Its unwrap() fails while data arrives. And SSLSocket may hold decrypted bytes, which no
+    selector reports.
 
-    is_open      whether the handshake has succeeded
-    error        why TLS has failed, or ""
-    ended        whether the peer has closed its side
-    truncated    whether it has done so without close_notify
-    truncates    whether `shutdown` sends no close_notify either
-    readable     whether `recv_into` would return something without an event of the socket
+    is_open               whether the handshake has succeeded
+    error                 why TLS has failed, or ""
+    ended                 whether the peer has ended its stream
+    lacks_close_notify    whether the peer has ended its stream without close_notify
+    skip_close_notify     whether `shutdown` should send no close_notify; the owner sets this
+    readable              whether `recv_into` has something to return without an event of the
+                          socket: bytes, the end of the stream, or an error
 
-    `interest` returns the events to watch the socket for. If they change without an event of
-    the socket, a timer calls on_change() soon: at the end of the handshake, when ciphertext
-    begins to wait, and when `recv_into` has more to return. At most SEND_BATCH bytes of
-    ciphertext wait. Decrypted bytes never wait, because no selector would report them:
-    `recv_into` returns all of them, up to one record (16 KiB) more than was asked for.
+    `interest` returns the events to watch the socket for. In three cases this result changes
+    without an event of the socket: the handshake has ended, ciphertext begins to wait, or
+    `readable` becomes true. Then a timer calls on_change() soon.
+
+    At most SEND_BATCH bytes of ciphertext wait. Decrypted bytes never wait: `recv_into` returns
+    all of them, even if they are more than was asked for, by one record (16 KiB) at most.
     """
 
     ALERT, HANDSHAKE = 21, 22       # types of records
-    RECV_MAX = 64 * 1024            # bytes of the largest recv: `incoming` keeps such a buffer
-    SEND_BATCH = 4 * 16384          # bytes that are encrypted for one send
+    RECV_MAX = 64 * 1024            # bytes of the largest recv; `incoming` never shrinks again
+    SEND_BATCH = 4 * 16384          # bytes that are encrypted for one send: 4 records
 
     def __init__(self, sock, loop, on_change, timeout, context, server_side=False,
                  server_hostname=None, received=b""):
-        """Begin the handshake. `timeout` is its limit, in seconds."""
+        """Begin the handshake, which may take `timeout` seconds.
+
+        on_change          function without arguments, for changes without an event of the socket
+        server_side        whether the peer is a client
+        server_hostname    the name that the peer must have if it is a server, or None
+        received           the first bytes of the peer, if they have been received already
+        """
         self.sock, self.loop, self.on_change, self.timeout = sock, loop, on_change, timeout
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.engine = context.wrap_bio(self.incoming, self.outgoing, server_side, server_hostname)
-        self.unsent = b""           # ciphertext that the socket does not take
-        self.is_open = self.ended = self.truncated = self.truncates = self.readable = False
+        self.unsent = b""           # ciphertext that the socket has not taken yet
+        self.is_open = self.ended = self.readable = False
+        self.lacks_close_notify = self.skip_close_notify = False
         self.error = ""
         self.begun = False          # whether the peer has sent something
         self.closing = False        # whether shutdown() was called: close_notify and FIN follow
         self.notified = False       # whether close_notify is encrypted
         self.fin_sent = False
         self.resets = False         # whether close() sends RST
-        self.awaits_write = False   # whether interest() has asked for EVENT_WRITE
+        self.awaits_write = False   # whether the loop watches the socket for EVENT_WRITE
         self.change_timer = None
         self.deadline = loop.call_at(loop.clock() + timeout, lambda: self.fail("timed out"))
         self.continue_handshake(received)
@@ -7022,31 +7099,39 @@ class TlsSocket:
 
     def note_change(self):
         """Let the loop call on_change() soon."""
-        if not self.change_timer or not self.change_timer[CALLBACK]:
+        is_pending = self.change_timer and self.change_timer[CALLBACK]
+        if not is_pending:
             self.change_timer = self.loop.call_at(self.loop.clock(), self.on_change)
 
     def interest(self, wanted):
-        """Return the events to watch the socket for, if its owner wants these.
+        """Return the events to watch the socket for. The caller must watch the socket for them.
 
-        During the handshake the owner's wish is ignored: the socket is ready to write nearly
-        always, so a wish to write would wake up the loop again and again.
+        wanted    the events that the owner of the TlsSocket wants
         """
-        if not self.is_open:
-            wanted = EVENT_READ
-        elif self.readable and wanted & EVENT_READ:
-            self.note_change()
+        if self.is_open:
+            events = wanted
+            if self.readable and wanted & EVENT_READ:
+                self.note_change()      # no event of the socket will tell the owner to read
+        else:
+            # The owner cannot send during the handshake. But the socket is nearly always
+            # writable, so EVENT_WRITE would wake up the loop again and again.
+            events = EVENT_READ
         if self.unsent:
-            wanted |= EVENT_WRITE
-        self.awaits_write = bool(wanted & EVENT_WRITE)
-        return wanted
+            events |= EVENT_WRITE
+        self.awaits_write = bool(events & EVENT_WRITE)
+        return events
 
     # The handshake
 
     def shake_hands(self):
-        """Receive bytes, and continue the handshake. Drop them after it has failed."""
+        """Receive bytes, and continue the handshake with them.
+
+        After the handshake has failed, the bytes are dropped. A close with unread bytes would
+        send RST, which could destroy the alert to the peer.
+        """
         try:
             data, end_reason = self.sock.recv(self.RECV_MAX), "closed by the peer"
-        except BlockingIOError:         # the socket is writable
+        except BlockingIOError:         # the event was EVENT_WRITE only
             self.push_quietly()
             return
         except OSError as error:
@@ -7058,7 +7143,7 @@ class TlsSocket:
             self.continue_handshake(data)
 
     def continue_handshake(self, data):
-        """Process bytes of the peer, none at the start, and send the reply."""
+        """Process bytes from the peer, and send the reply. At the start, there may be no bytes."""
         if data and not self.begun and data[0] not in (self.ALERT, self.HANDSHAKE):
             self.fail("the peer speaks no TLS, but has sent %r" % data[:16])
             return
@@ -7068,16 +7153,18 @@ class TlsSocket:
             self.engine.do_handshake()
         except ssl.SSLWantReadError:
             self.push_quietly()
-        except (OSError, ssl.CertificateError) as error:    # the latter is a ValueError on 3.6
+        except (OSError, ssl.CertificateError) as error:
+            # On Python 3.6, a CertificateError is no OSError, but a ValueError.
             self.fail(tls_error_text(error))
         else:
-            self.is_open = self.readable = True     # bytes may have come with the last message
+            self.is_open = True
+            self.readable = True        # `incoming` may contain bytes after the last message
             self.loop.cancel(self.deadline)
             self.push_quietly()
             self.note_change()
 
     def fail(self, reason):
-        """End the handshake. An alert may be on its way to the peer."""
+        """End the handshake with an error. Send the alert that OpenSSL may have encrypted."""
         self.error = self.error or reason
         self.loop.cancel(self.deadline)
         self.push_quietly()
@@ -7089,48 +7176,53 @@ class TlsSocket:
         return self.sock.fileno()
 
     def recv_into(self, buffer, size):
-        """Receive `size` bytes of ciphertext at most. Returns the size of their content.
+        """Receive at most `size` bytes of ciphertext, and decrypt them into the buffer.
 
-        Returns 0 at the end of the stream. Raises OSError like a socket, or after an alert.
+        Returns the number of decrypted bytes, or 0 at the end of the stream. Raises OSError like
+        a socket, and after an alert.
         """
-        count, was_readable, self.readable = 0, self.readable, False
-        if not (self.error or self.ended):
-            if not was_readable:            # otherwise the bytes have come already
-                data = self.sock.recv(min(size, self.RECV_MAX))
-                self.truncated = not data   # unless close_notify is found below
-                self.incoming.write(data)
+        has_ciphertext, self.readable = self.readable, False
+        count = 0
+        if not self.error and not self.ended:
+            if not has_ciphertext:
+                ciphertext = self.sock.recv(min(size, self.RECV_MAX))
+                self.incoming.write(ciphertext)
+                self.lacks_close_notify = not ciphertext    # decrypt() may find close_notify
             count = self.decrypt(memoryview(buffer))
             self.push_quietly()             # the reply to a KeyUpdate, or an alert
         if count:
-            self.readable = self.ended or bool(self.error)      # that is for the next call
+            self.readable = self.ended or bool(self.error)      # the next call reports this
             if self.readable:
                 self.note_change()
         elif self.error:
             raise OSError(errno.ECONNABORTED, self.error)
         elif not self.ended:
-            raise BlockingIOError(errno.EAGAIN, "no whole record")
+            raise BlockingIOError(errno.EAGAIN, "no complete record")
         return count
 
     def decrypt(self, view):
-        """Decrypt all whole records into a buffer. Returns their size."""
+        """Decrypt all complete records into a buffer. Returns the number of decrypted bytes.
+
+        If the stream ends or fails after these bytes, sets `ended` or `error`.
+        """
         count, size = 0, 1
         try:
             while size:
                 size = self.engine.read(len(view) - count, view[count:])
                 count += size
-        except ssl.SSLWantReadError:
-            self.ended = self.truncated
+        except ssl.SSLWantReadError:        # no complete record is left
+            self.ended = self.lacks_close_notify
             return count
-        except ssl.SSLZeroReturnError:      # close_notify, after that of this side
-            pass
+        except ssl.SSLZeroReturnError:      # close_notify, if this side has sent its own before
+            pass                            #   (otherwise, read() returns 0)
         except OSError as error:            # an alert, or bytes that are not of TLS
             self.error = tls_error_text(error)
             return count
-        self.ended, self.truncated = True, False    # close_notify
+        self.ended, self.lacks_close_notify = True, False
         return count
 
     def send(self, data):
-        """Encrypt and send bytes. Returns how many. Raises OSError like a socket."""
+        """Encrypt and send bytes. Returns the number of bytes taken. Raises OSError."""
         if self.error:
             raise OSError(errno.EPIPE, self.error)
         if not self.is_open or not self.send_ciphertext():
@@ -7144,22 +7236,21 @@ class TlsSocket:
         return taken
 
     def push(self):
-        """Send the ciphertext that waits, and the end of the stream after it. Raises OSError.
+        """Send the ciphertext that waits. Raises OSError.
 
-        Returns whether no ciphertext waits any more.
+        After a call of `shutdown`, also send close_notify and FIN as soon as possible.
         """
-        is_sent = self.send_ciphertext()
-        if is_sent and self.closing:
-            self.encrypt_close_notify()
-            is_sent = self.send_ciphertext()
-            if is_sent and not self.fin_sent and (
-                    self.notified or self.truncates or self.error):
-                self.fin_sent = True
-                self.sock.shutdown(socket.SHUT_WR)
-        return is_sent
+        if not self.send_ciphertext() or not self.closing:
+            return
+        self.encrypt_close_notify()
+        if not self.send_ciphertext() or self.fin_sent:
+            return
+        if self.notified or self.skip_close_notify or self.error:
+            self.fin_sent = True
+            self.sock.shutdown(socket.SHUT_WR)
 
     def send_ciphertext(self):
-        """Send the ciphertext that waits. Returns whether none waits any more. Raises OSError."""
+        """Send the ciphertext that waits. Returns whether all of it is sent. Raises OSError."""
         self.unsent = self.unsent or self.outgoing.read()
         while self.unsent:
             try:
@@ -7172,32 +7263,36 @@ class TlsSocket:
         return True
 
     def push_quietly(self):
-        """Like `push`, while reading: the next send() reports the error."""
+        """Call `push`, and ignore an OSError: the next send() raises the error again."""
         with contextlib.suppress(OSError):
             self.push()
 
     def encrypt_close_notify(self):
         """Encrypt close_notify, once, and not before all received bytes are read."""
-        if not self.is_open or self.truncates or self.error or self.notified:
+        if not self.is_open or self.skip_close_notify or self.error or self.notified:
             return
-        if self.readable and not self.ended:    # unwrap() would fail at bytes that are unread
-            return                              # recv_into() pushes again
+        if self.readable and not self.ended:
+            return                  # unwrap() fails at unread bytes; recv_into() pushes again
         self.notified = True
-        with contextlib.suppress(OSError, ValueError):      # the peer has sent no close_notify
+        # unwrap() encrypts close_notify first. It raises if that of the peer has not come yet.
+        with contextlib.suppress(OSError, ValueError):
             self.engine.unwrap()
 
     def shutdown(self, how):
-        """Send close_notify and FIN, as soon as the handshake and the ciphertext permit it."""
+        """Send close_notify and FIN, after the handshake and after the ciphertext that waits.
+
+        `how` is SHUT_WR in every call.
+        """
         self.closing = True
         self.push()
 
     def close(self):
-        """Close the socket. Ciphertext that waits is sent first, unless a reset was asked for."""
+        """Close the socket. Ciphertext that waits is sent first, unless the close is a reset."""
         self.loop.cancel(self.change_timer)
         self.loop.cancel(self.deadline)
-        self.awaits_write = True        # so push() notes no change for the owner, which is gone
-        if (self.is_open and self.closing and self.loop.running
-                and not (self.fin_sent or self.resets or self.error)):
+        self.awaits_write = True        # now send_ciphertext() never calls on_change()
+        can_send = self.is_open and self.loop.running and not self.resets and not self.error
+        if can_send and self.closing and not self.fin_sent:
             self.deadline = self.loop.call_at(self.loop.clock() + self.timeout, self.close_now)
             with contextlib.suppress(OSError):
                 self.loop.watch(self.sock, EVENT_WRITE, self.on_writable)
@@ -7205,8 +7300,8 @@ class TlsSocket:
         self.close_now()
 
     def on_writable(self, events):
-        """Continue to send after `close`, and close the socket at the end."""
-        self.readable = False           # nothing reads it, so close_notify need not wait
+        """Continue to send after `close`. Close the socket at the end, or after an error."""
+        self.readable = False           # the owner reads no more: close_notify need not wait
         with contextlib.suppress(OSError):
             self.push()
             if not self.fin_sent:
@@ -7214,6 +7309,7 @@ class TlsSocket:
         self.close_now()
 
     def close_now(self):
+        """Close the socket without sending more."""
         self.loop.cancel(self.deadline)
         self.loop.watch(self.sock, 0)
         self.sock.close()
@@ -7817,7 +7913,7 @@ class Connection:
         link.write_closed = True
         is_tls = isinstance(link.target, TlsSocket)
         if is_tls:
-            link.target.truncates = self.is_truncated(link)
+            link.target.skip_close_notify = self.is_truncated(link)
         if self.reset_reason or (not is_tls and self.up.write_closed and self.down.write_closed):
             return
         try:
@@ -7985,7 +8081,7 @@ class Connection:
         ends it in the backend's place, as if the backend had died.
         """
         if link.eof:
-            return isinstance(link.source, TlsSocket) and link.source.truncated
+            return isinstance(link.source, TlsSocket) and link.source.lacks_close_notify
         return not self.chain.answered_early
 
     # Connecting to the backend
