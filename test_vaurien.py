@@ -1123,7 +1123,7 @@ class TestPacketLoss(unittest.TestCase):
         chain = self.chain(self.Draws([]), loss_rate=0.01)
         chain.process(0, DOWNSTREAM, bytes(20 << 20))
         sender = chain.active_rules[0]["sender downstream"]
-        self.assertLessEqual(len(sender.in_flight), vaurien.WINDOW_MAX + 1)
+        self.assertLessEqual(len(sender.in_flight), vaurien.CWND_MAX + 1)
 
     def test_content_and_order_are_intact(self):
         data = random_data(400000)

@@ -479,40 +479,43 @@ def format_value(value):
 
 # -- Handlers -----------------------------------------------------------------
 #
-# A handler is a generator function that is called for one event. It yields the events to pass on
-# instead of that event: later, cut, changed, sent in the other direction, or none at all.
+# A handler is a generator function. It is called with one event, and yields the events that take
+# the place of this event: for example the same event at a later time, fewer or other bytes, an
+# event in the other direction, or no event. The arguments:
 #
-#   state    the memory of the handler for one request, or for one connection: an ActiveRule. It
-#            is a Counter, so the value of a key that was never set is 0. Its attributes:
-#              random            a random.Random; the same --seed gives the same numbers
-#              request           the number of this request (or connection) at the proxy,
-#                                counted from 1 since the rule was installed
+#   state    the memory of the handler for one request or one connection. It is an ActiveRule,
+#            which is a Counter: a key that was never set has the value 0. The attributes:
+#              random            a random.Random. The same --seed gives the same random numbers
+#              request           the number of this request (or connection) at the proxy. The first
+#                                one after the rule was installed has the number 1
 #              request_number    the number of the current request in its connection
-#              stream            the rule's stream: UPSTREAM, DOWNSTREAM or "both". The handler
-#                                receives only events of this direction
+#              stream            the stream of the rule: UPSTREAM, DOWNSTREAM or "both". The
+#                                handler receives only events of this direction
 #              shared            a Counter shared by all states of this rule at this proxy
-#              protocol          the Protocol of the connection; None for tcp
+#              protocol          the Protocol of the connection. None for tcp
 #              protocol_lost     True after the connection has fallen back to tcp
-#              current_request   the Request that the event belongs to; None without a
-#                                protocol, and while the client connects
-#              received_at       when the proxy has received the event; t is later if other rules
-#                                have delayed it
-#              draw              the number that decided that the rule acts
-#              drawn_options     {option: value} for the fault record: values that the handler has
-#                                drawn, because the user has given none
-#   t        when the event happens. If the handler yields an earlier time, t is used
-#   to       UPSTREAM or DOWNSTREAM. To reply to the peer, yield the opposite direction
-#   data     bytes or a signal:
-#              OPEN              a rule drawn for the connection receives OPEN in each direction
-#                                when it begins to act, also on a connection that is open
-#                                already, and again when its options change
+#              current_request   the Request that the event belongs to. None without a protocol,
+#                                and while the client connects
+#              received_at       the time when the proxy received the event. The time `t` is later
+#                                if other rules have delayed the event
+#              draw              the random number that decided that the rule acts
+#              drawn_options     {option: value} for the fault record. The handler sets it if the
+#                                user left an option empty, and the handler drew a value
+#   t        the time of the event. If the handler yields an event with an earlier time, that event
+#            gets the time t
+#   to       UPSTREAM or DOWNSTREAM. A handler replies to the sender of the event by yielding an
+#            event of the opposite direction
+#   data     bytes, or one of these signals:
+#              OPEN              a rule drawn for the connection gets an OPEN of each direction:
+#                                when the rule begins to act, even if the connection was open
+#                                before, and when the options of the rule change
 #              EOF               the peer has closed or reset its connection
 #              END_OF_MESSAGE    with a protocol: the end of each request and reply
-#              END_OF_ROW        with a protocol: the end of each row of a reply, if an installed
-#                                rule has an option `rows` that is not 0
-#            A handler may also yield RESET
-#   *, ...   the options. The default of an option gives its type (bool, int, float, str), and
-#            a line of the docstring gives its help
+#              END_OF_ROW        with a protocol: the end of each row of a reply. It comes only
+#                                while an installed rule has an option `rows` that is not 0
+#            A handler may also yield the signal RESET
+#   *, ...   the options. The type of an option (bool, int, float or str) is the type of its
+#            default. The help of an option is a line of the docstring
 #
 # The smallest handler, complete with command line, ini file, both APIs and help:
 #
@@ -525,8 +528,8 @@ def format_value(value):
 #         if not data or state.random.random() * 100 >= percent_lost:
 #             yield t, to, data
 #
-# To add a handler to this file, write it in this section. A handler in a user's own module is
-# named by its dotted path on the command line, or registered with `@vaurien.handler`.
+# To add a handler to this file, write it in this section. For a handler in a module of their own,
+# users write the dotted path on the command line, or they use `@vaurien.handler` in a test.
 
 HANDLERS = OrderedDict()        # {name: handler}
 
@@ -538,17 +541,18 @@ def handler(function: "Function") -> "Function":
 
 
 def with_attributes(**attributes: "Any") -> "Callable[[Function], Function]":
-    """Return a decorator that sets attributes of a handler. Each of these may be missing:
+    """Return a decorator that sets attributes of a handler. The attributes, all of them optional:
 
-    option_checks       {option: check} of options that accept only some values: see Checks
-    choose_direction    see only_direction
-    changes_replies     see changes_replies
-    rate_limited        see rate_limited
-    keeps_due_time      True: state[to] has a time before which no further chunk passes. After
-                        the release of data that other rules have delayed, Chain.reset_due_times
-                        makes it earlier
-    on_dropped          function (rule, to, size) to call for bytes that are dropped after the
-                        handler has delayed them
+    option_checks       {option: check} for options that accept only some values. The section
+                        Checks says what a check is
+    choose_direction    set by the decorator only_direction
+    changes_replies     set by the decorator changes_replies
+    rate_limited        set by the decorator rate_limited
+    keeps_due_time      True: state[to] is a time before which the handler lets no chunk pass. If
+                        another rule is removed, the data that it delayed is released.
+                        Chain.reset_due_times then makes state[to] earlier
+    on_dropped          a function (rule, to, size). It is called for each chunk that is dropped
+                        after the handler has delayed it
     """
     def decorate(function):
         for name, value in attributes.items():
@@ -560,9 +564,9 @@ def with_attributes(**attributes: "Any") -> "Callable[[Function], Function]":
 def rate_limited(function: "Function") -> "Function":
     """Mark a handler that delays chunks like a slow link.
 
-    The handler keeps in state[to] the time when the link will have sent all chunks so far.
-    DelayQueue.read_limit lets less data wait for such a link, so that the source slows down
-    soon.
+    The handler sets state[to] to the time when the slow link has sent all chunks so far. A delay
+    queue holds little data for a slow link (DelayQueue.read_limit). So the proxy soon stops to
+    read, and the source slows down.
     """
     return with_attributes(rate_limited=True, keeps_due_time=True)(function)
 
@@ -571,13 +575,14 @@ def only_direction(
         choose: "Callable[[Dict[str, Any]], str]") -> "Callable[[Function], Function]":
     """Return a decorator for a handler that needs events of one direction only.
 
-    choose(options)    returns this direction. A `stream` in the rule takes precedence
+    choose    a function (options) that returns this direction. If the rule has the field
+              `stream`, that direction is used instead
     """
     return with_attributes(choose_direction=choose)
 
 
 def changes_replies(function: "Function") -> "Function":
-    """Mark a handler that changes replies only. Its rule cannot have the stream "upstream"."""
+    """Mark a handler that changes replies only. Its rules cannot have the stream "upstream"."""
     return with_attributes(changes_replies=True)(function)
 
 
@@ -596,11 +601,13 @@ def delay(state, t, to, data, *, sleep=1.0, before=True):
     sleep    seconds to wait
     before   yes: delay connecting and the request; no: delay the first byte of the reply
     """
-    if data is OPEN:
-        state[to], state["delayed_request"] = t + sleep, 0      # no request yet
-    elif data and state["delayed_request"] != state.request_number:
-        state[to], state["delayed_request"] = t + sleep, state.request_number
-    yield max(t, state[to]), to, data
+    if data is OPEN:            # the client connects, or the rule has new options
+        state[to] = t + sleep
+        state["delayed_request"] = 0
+    elif data and state["delayed_request"] != state.request_number:     # the first bytes
+        state[to] = t + sleep
+        state["delayed_request"] = state.request_number
+    yield max(t, state[to]), to, data       # no later bytes overtake the first bytes
 
 
 @handler
@@ -612,7 +619,9 @@ def error(state, t, to, data, *, inject=False, warmup=0, kind=""):
     warmup   number of requests of the proxy to leave alone first
     kind     an error of the protocol, like 503, LOADING, 1213 or 57P01; default: one is drawn
     """
-    if state.request <= warmup or (state.protocol_lost and not inject):
+    if state.request <= warmup:
+        yield t, to, data
+    elif state.protocol_lost and not inject:    # random bytes are only for proxies of tcp
         yield t, to, data
     elif state.protocol and not inject:
         yield from state.protocol.reply_with_error(state, t, to, data, kind)
@@ -624,9 +633,10 @@ def error(state, t, to, data, *, inject=False, warmup=0, kind=""):
             middle = len(data) // 2
             yield t, to, data[:middle] + random_bytes(state.random, 100) + data[middle:]
         else:
-            # The last two bytes end a line: a client that waits for a whole line continues.
+            # The random bytes end with a line end, so that a client that reads a whole line
+            # does not wait for more.
             yield t, to, random_bytes(state.random, 998) + b"\r\n"
-    elif inject:                # later bytes of the reply pass; without inject they are dropped
+    elif inject:                # later bytes of the reply pass. Without inject they are dropped
         yield t, to, data
 
 
@@ -640,9 +650,9 @@ def transient(state, t, to, data, *, agitate=1, inject=False, warmup=0, kind="")
     warmup   number of requests of the proxy that pass before the first one fails
     kind     an error of the protocol, like 503, LOADING, 1213 or 57P01; default: one is drawn
     """
-    # A request counts when its first byte arrives. Connecting does not count.
-    # state["position"] is its place among those that count, from 1, or 0 if it has none yet.
-    connecting = state.protocol and not state.current_request
+    # state["position"] is the number of this request among the counted requests, or 0 if this
+    # request is not counted yet. A request is counted when its first byte arrives.
+    connecting = state.protocol and not state.current_request       # not a request
     if data and not connecting and not state["position"] and state.request > warmup:
         state.shared["counted"] += 1
         state["position"] = state.shared["counted"]
@@ -673,7 +683,7 @@ def abort(state, t, to, data):
     """A lost reply: the backend gets the request, then the client's connection is closed."""
     if to == UPSTREAM or data is OPEN:
         yield t, to, data
-    else:                       # the first bytes, or the end, of the reply
+    else:                       # the reply begins, or the backend has closed without a reply
         yield from close_both(t)
 
 
@@ -684,19 +694,21 @@ def abort(state, t, to, data):
 def cut(state, t, to, data, *, bytes=0, rows=0, how="close"):
     """A backend that dies while it replies: only the first part of each reply passes.
 
-    bytes    bytes of the reply that pass; with rows, bytes that pass after these rows
-    rows     with a protocol: whole rows that pass, like rows of a result, elements of an array
-             (Redis), chunks or events of a text/event-stream (HTTP)
+    bytes    number of bytes of the reply that pass; with rows: of bytes after these rows
+    rows     with a protocol: number of whole rows that pass, like rows of a result, elements of
+             an array (Redis), chunks or events of a text/event-stream (HTTP)
     how      close; reset (RST); or hang: the rest waits until the rule is removed
     """
     if state["request"] != state.request_number:        # the first event of a reply
         state.clear()
         state["request"] = state.request_number
-    state["rows"] += data is END_OF_ROW
+    if data is END_OF_ROW:
+        state["rows"] += 1
     if not data or state["rows"] < rows:
         yield t, to, data
         return
-    passing = data[:max(0, bytes - state["passed"])]    # state["passed"] counts after the rows
+    # state["passed"] is the number of bytes that have passed after the whole rows.
+    passing = data[:max(0, bytes - state["passed"])]
     state["passed"] += len(passing)
     rest = data[len(passing):]
     if passing:
@@ -708,17 +720,20 @@ def cut(state, t, to, data, *, bytes=0, rows=0, how="close"):
         yield from [(t, to, RESET)] if how == "reset" else close_both(t)
 
 
-# The handlers below have the names, options and units of Toxiproxy's toxics. The defaults of
-# their rule fields differ:
+# The handlers from here on are like Toxiproxy's toxics. Those of Toxiproxy's own toxics have the
+# same names, options and units. When a handler acts depends on where it is used:
 #
-#   as a toxic        drawn for each connection; acts on the downstream stream
-#   in a behavior     drawn for each request; acts on both streams
+#   as a toxic        it is drawn for each connection, and gets the downstream events
+#   in a behavior     it is drawn for each request, and gets the events of both directions
 
 HANDLERS["noop"] = dummy
 
 
 def pareto_deviation(rng):
-    """Return a deviation with the mean 0: Pareto's distribution with the shape 3, as in netem."""
+    """Return a random deviation from the mean, for a jitter of 1. The formula is that of netem.
+
+    Pareto's distribution with the shape 3 has the mean 1.5 and the variance 3 / 4.
+    """
     return ((1 - rng.random()) ** (-1 / 3) - 1.5) * 4 / 3
 
 
@@ -726,13 +741,13 @@ def draw_lognormal(rng, mean, deviation):
     """Return a number of the lognormal distribution with this mean and standard deviation."""
     if not mean:
         return 0
-    variance = math.log1p((deviation / mean) ** 2)      # of the logarithm
-    return mean * math.exp(rng.gauss(0, 1) * math.sqrt(variance) - variance / 2)
+    log_variance = math.log1p((deviation / mean) ** 2)      # the variance of the logarithm
+    return mean * math.exp(rng.gauss(0, 1) * math.sqrt(log_variance) - log_variance / 2)
 
 
-# {distribution: a function (rng, mean, jitter) that draws a delay in milliseconds}. The names are
-# those of netem, and so are the formulas of pareto and paretonormal (iproute2, netem/pareto.c
-# and paretonormal.c). The lognormal distribution is the one of WireMock.
+# {distribution: a function (rng, mean, jitter) that draws a delay in milliseconds}. The first four
+# names are from netem, as are the formulas of pareto and paretonormal (iproute2, netem/pareto.c
+# and netem/paretonormal.c). WireMock has a lognormal distribution.
 DISTRIBUTIONS = OrderedDict((
     ("uniform", lambda rng, mean, jitter: mean + rng.uniform(-jitter, jitter)),
     ("normal", lambda rng, mean, jitter: rng.gauss(mean, jitter)),
@@ -774,19 +789,21 @@ def bandwidth(state, t, to, data, *, rate=0, shared=False):
     rate     kilobytes (1000 bytes) per second; 0 lets nothing through
     shared   yes: one link for all connections of the proxy, first come, first served
     """
-    # state[to] is the time when the link will have sent all chunks of this connection so far, and
-    # state.shared[to] that for all connections. A chunk takes its turn on a shared link when it
-    # is received, so that chunks that other rules delay block no others. The price: chunks that
-    # other rules delay until the same time may exceed the rate for a moment.
+    # state[to] is the time when the link has sent all chunks of this connection so far.
+    # state.shared[to] is this time for the chunks of all connections. On a shared link, a chunk
+    # gets its place in line when the proxy receives it. So a chunk that another rule delays does
+    # not make other connections wait. The price: if several of these delayed chunks become due
+    # at one time, they exceed the rate for a moment.
     if data is OPEN:
         state[to] = t
-    # 10 ms of data. If a packet is larger than that, it is a packet, but 100 ms of data at most.
+    # To let bytes arrive evenly, a piece is what the link sends in 10 ms. On a slow link, a piece
+    # is one packet, or what the link sends in 100 ms, if that is less.
     piece_size = int(max(rate * 10, min(rate * 100, SEGMENT)))
     for piece in split_chunk(data, piece_size):
         if piece:
             seconds = len(piece) / (rate * 1000) if rate > 0 else NEVER
             state[to] = max(t, state[to]) + seconds
-            if shared and t < NEVER:
+            if shared and t < NEVER:        # chunks that another rule holds need no time
                 state.shared[to] = max(state.received_at, state.shared[to]) + seconds
                 state[to] = max(state[to], state.shared[to])
         yield max(t, state[to]), to, piece
@@ -829,10 +846,12 @@ def timeout(state, t, to, data, *, timeout=0):
 
     timeout  milliseconds after the rule begins to act; 0 never closes
     """
-    if data is OPEN or "began" not in state:    # a rule drawn for a request gets no OPEN
-        state.setdefault("began", t)            # kept when OPEN comes again with new options
+    is_first = "began" not in state     # of a rule drawn for a request, this may not be OPEN
+    if is_first:
+        state["began"] = t
+    if is_first or data is OPEN:        # with another OPEN, the rule has new options
         close_at = state["began"] + timeout / 1000 if timeout > 0 else NEVER
-        yield from close_both(close_at)         # released at once when the rule is removed
+        yield from close_both(close_at)     # when the rule is removed, both EOFs are due at once
     if not data:
         yield t, to, data
 
@@ -859,47 +878,65 @@ def limit_data(state, t, to, data, *, bytes=0):
     if not data:
         yield t, to, data
         return
-    allowed = data[:max(0, bytes - state[to])]      # state[to] counts the bytes that passed
+    allowed = data[:max(0, bytes - state[to])]      # state[to] is the number of passed bytes
     state[to] += len(allowed)
     yield t, to, allowed
     if state[to] >= bytes:
         yield from close_both(t)
 
 
-RTO_MIN, RTO_MAX = 0.2, 120.0   # seconds that Linux waits for an acknowledgement, besides the RTT
-RETRANSMISSIONS = 15    # the default of Linux (man 7 tcp, tcp_retries2)
-BURST_MAX = 100         # segments: the longest mean burst of losses
-WINDOW_MAX = 4144       # segments in flight, at most: 6 MiB, the default of Linux (tcp_rmem)
+# Linux waits for an acknowledgement for a round trip and RTO_MIN. After each further time-out it
+# doubles this time, up to RTO_MAX. (RTO: retransmission time-out, in seconds)
+RTO_MIN, RTO_MAX = 0.2, 120.0
+RETRANSMISSIONS = 15    # of one segment, at most: the default of Linux (man 7 tcp, tcp_retries2)
+BURST_MAX = 100         # segments that are lost in a row, on average, at most
+CWND_MAX = 4144         # the largest congestion window, in segments: 6 MiB, which is the default
+                        #   of Linux (tcp_rmem)
 
 
-# rtt: seconds of the round trip; loss_rate: the share of the segments that are lost; stay: the
-# probability that a segment is lost after a lost one; rng: a random.Random for these draws
-TcpPath = namedtuple("TcpPath", "rtt loss_rate stay rng")
+# The network between a TcpSender and its receiver.
+#
+# rtt                the round trip, in seconds
+# loss_rate          the share of the segments that are lost
+# loss_after_loss    the probability of a loss directly after a loss
+# rng                a random.Random that draws the losses
+TcpPath = namedtuple("TcpPath", "rtt loss_rate loss_after_loss rng")
 
 
 class TcpSender:
     """The sender of one direction, in TCP with the congestion control of Reno (RFC 5681).
 
-    A bulk transfer reduces the window up to a round trip earlier than a real one, which must
-    notice the loss first. Its throughput is then that of Linux: 0.82 to 0.92 of the formula of
-    Mathis, instead of 1.01 to 1.12. Measured on Linux: 0.82 to 0.94.
+    cwnd is the congestion window: how many segments may be sent but not acknowledged. In slow
+    start, each acknowledgement raises cwnd by 1. From ssthresh on, cwnd grows by 1 in each round
+    trip. A loss reduces cwnd.
+
+    In a bulk transfer, cwnd is reduced as soon as a segment is lost. A real sender learns of the
+    loss a round trip later. With this deviation the throughput is nearer to that of Linux, as a
+    fraction of the formula of Mathis:
+
+        Linux, measured               0.82 to 0.94
+        with the deviation            0.82 to 0.92
+        without it                    1.01 to 1.12
     """
 
     def __init__(self):
-        self.sent = 0.0             # when it has sent the last segment
-        self.in_flight = deque()    # when it gets the acknowledgements of the segments under way
-        self.window = 10.0          # the congestion window, in segments; at first as in RFC 6928
-        self.threshold = math.inf   # the window at which slow start ends
-        self.repair = None          # "fast" or "time-out", if a loss will reduce the window
-        self.recovers_until = 0.0   # further losses until then do not reduce the window again
+        self.sent = 0.0             # the time when the last segment was sent
+        self.in_flight = deque()    # for each segment that is sent and not acknowledged: the time
+                                    #   when its acknowledgement arrives
+        self.cwnd = 10.0            # in segments; the first value is that of RFC 6928
+        self.ssthresh = math.inf    # the cwnd at which slow start ends
+        self.repair = None          # "fast" or "time-out" after a loss, until cwnd is reduced
+        self.recovers_until = 0.0   # losses before this time do not reduce cwnd again
         self.losing = False         # the last segment was lost
 
     def arrival(self, t, path, behind, is_bulk):
-        """Send a segment that is ready at t. Returns when it arrives; a lost one, when repaired.
+        """Send a segment that is ready at t. Returns the time when the segment arrives.
 
-        behind     the number of segments that follow at once
-        is_bulk    further segments follow them. Otherwise those that follow leave at the same
-                   time as a lost one, so the window is reduced later
+        behind     the number of segments of the same chunk that follow
+        is_bulk    whether more chunks follow. If not, the segments behind leave before a sender
+                   can learn of this loss, so `send` reduces cwnd later
+
+        A lost segment arrives when a retransmission arrives.
         """
         sent, delay = self.send(t), 0
         if self.loses(path):
@@ -909,60 +946,69 @@ class TcpSender:
             if timed_out:
                 self.repair = "time-out"
             if is_bulk:
-                self.reduce_window()
-        # During a fast repair, the acknowledgements of later segments come in time.
-        self.in_flight.append(sent + path.rtt + (delay if delay > path.rtt else 0))
+                self.reduce_cwnd()
+        # A fast repair takes one round trip. Meanwhile the acknowledgements of later segments
+        # arrive, so the acknowledgement of this segment does not count as late.
+        late = delay if delay > path.rtt else 0
+        self.in_flight.append(sent + path.rtt + late)
         return sent + delay
 
     def send(self, t):
-        """Return when it sends a segment that is ready at t, because the window may be full."""
+        """Return the time when a segment that is ready at t is sent: it may wait for cwnd."""
         in_flight, now = self.in_flight, max(t, self.sent)
-        is_used = 2 * len(in_flight) >= self.window     # otherwise the window does not grow
-        while in_flight and (in_flight[0] <= now or len(in_flight) >= self.window):
-            if is_used and self.window < WINDOW_MAX:
-                self.window += 1 if self.window < self.threshold else 1 / self.window
+        may_grow = 2 * len(in_flight) >= self.cwnd      # not if most of cwnd is unused
+        # Take the acknowledgements that have arrived. While cwnd is full, wait for the next.
+        while in_flight and (in_flight[0] <= now or len(in_flight) >= self.cwnd):
+            if may_grow and self.cwnd < CWND_MAX:
+                self.cwnd += 1 if self.cwnd < self.ssthresh else 1 / self.cwnd
             now = max(now, in_flight.popleft())
-            if now > self.sent:
-                self.reduce_window()
+            if now > self.sent:     # all segments that left with a lost segment have left
+                self.reduce_cwnd()
         self.sent = now
         return now
 
-    def reduce_window(self):
-        """Reduce the window after a loss, once."""
+    def reduce_cwnd(self):
+        """Reduce cwnd, if a loss has not reduced it yet (RFC 5681, 3.1 and 3.2)."""
         if self.repair:
-            self.threshold = max(2.0, (len(self.in_flight) + 1) / 2)
-            self.window = 1.0 if self.repair == "time-out" else self.threshold
+            self.ssthresh = max(2.0, (len(self.in_flight) + 1) / 2)     # 1: the lost segment
+            self.cwnd = 1.0 if self.repair == "time-out" else self.ssthresh
             self.repair = None
 
     def loses(self, path):
         """Draw whether a segment is lost, by Gilbert's model.
 
-        The share of the lost segments is loss_rate, whatever `stay` is.
+        The probability of a loss depends on whether the last segment was lost. The two
+        probabilities are such that loss_rate is the share of the lost segments in the long run.
         """
-        begin = path.loss_rate * (1 - path.stay) / max(1 - path.loss_rate, 1e-9)
-        self.losing = path.rng.random() < (path.stay if self.losing else begin)
+        probability = path.loss_after_loss
+        if not self.losing:
+            probability = (path.loss_rate * (1 - path.loss_after_loss)
+                           / max(1 - path.loss_rate, 1e-9))     # never divide by 0
+        self.losing = path.rng.random() < probability
         return self.losing
 
     def draw_repair(self, path, behind, is_bulk):
-        """Return (how much later a lost segment arrives, whether that takes a time-out).
+        """Return (delay of a lost segment in seconds, whether the sender has a time-out).
 
-        The arguments are those of `arrival`. The times are those measured with Linux 6.18:
+        `arrival` has the same arguments. The delays were measured with Linux 6.18:
 
-            three or more behind it             1 RTT: three acknowledgements ask for it again
-            the last ones of several segments   2 RTT: the tail loss probe (RFC 8985)
-            the only segment                    RTT + 200 ms: the retransmission time-out
-            a retransmission is lost too        time-outs that double follow
+            three or more segments follow       1 RTT: three acknowledgements report the loss
+            one or two follow, or others are    2 RTT: the tail loss probe (RFC 8985)
+            in flight
+            no other segment is in flight       RTT + 200 ms: the retransmission time-out
+            a retransmission is lost too        further time-outs, each twice as long
         """
         timeout = path.rtt + RTO_MIN
-        if min(behind + 3 * is_bulk, self.window - 1) >= 3:
+        following = min(math.inf if is_bulk else behind, self.cwnd - 1)
+        if following >= 3:
             delay = path.rtt
         elif behind or self.in_flight:
             delay = min(2 * path.rtt, timeout)
         else:
             delay = timeout
-        timed_out = delay == timeout
+        timed_out = delay == timeout        # also if the probe would come later
         for count in range(RETRANSMISSIONS):
-            if path.rng.random() >= path.loss_rate:
+            if path.rng.random() >= path.loss_rate:     # the retransmission arrives
                 break
             delay += min(timeout * 2 ** count, RTO_MAX)
             timed_out = True
@@ -977,17 +1023,17 @@ class TcpSender:
 def packet_loss(state, t, to, data, *, loss_rate=0.0, correlation=0.0, rtt=100, burst=1.0):
     """A link that loses packets, as TCP shows it: no byte is lost, but bytes arrive later.
 
-    A packet that is lost alone arrives 200 ms and a round trip later, with other packets behind it
-    a round trip later. A bulk transfer gets the throughput of a sender that reduces its rate at
-    each loss: 1.22 * 1448 bytes / (rtt * sqrt(loss_rate)), at most (Mathis et al. 1997).
+    A lost packet arrives a round trip later if other packets follow, otherwise 200 ms and a round
+    trip later. The sender slows down after each loss. So the throughput of a bulk transfer is at
+    most 1.22 * 1448 bytes / (rtt * sqrt(loss_rate)) (Mathis et al. 1997).
 
     loss_rate    share of the packets that are lost, from 0 to 1
     correlation  added to the probability of a loss directly after a loss, from 0 to 1
-    rtt          milliseconds of the round trip that TCP assumes; it delays nothing else
+    rtt          milliseconds of the round trip that TCP assumes; adds no other latency
     burst        mean number of packets that are lost in a row; alternative to correlation
     """
     # state[to] is the time when the last segment arrives.
-    sender = state["sender " + to]
+    sender = state["sender " + to]      # 0 if there is no TcpSender yet
     if data is OPEN or not sender:
         sender = state["sender " + to] = TcpSender()
     if data is OPEN:
@@ -995,29 +1041,38 @@ def packet_loss(state, t, to, data, *, loss_rate=0.0, correlation=0.0, rtt=100, 
     if not (data and loss_rate):
         yield max(t, state[to]), to, data
         return
-    if state[to] < sender.sent:         # Chain.reset_due_times has made it earlier
+    if state[to] < sender.sent:         # Chain.reset_due_times has made state[to] earlier
         sender.sent = state[to]
         sender.in_flight.clear()
-    stay = min(max(loss_rate + correlation, 1 - 1 / burst), 1 - 1 / BURST_MAX)
-    path = TcpPath(rtt / 1000, loss_rate, stay, state.random)
-    is_bulk = len(data) >= READ_MIN or sender.sent > t      # the sender has more
+    # A burst of n segments on average ends after each segment with the probability 1 / n.
+    loss_after_loss = min(max(loss_rate + correlation, 1 - 1 / burst), 1 - 1 / BURST_MAX)
+    path = TcpPath(rtt / 1000, loss_rate, loss_after_loss, state.random)
+    # After a large chunk, or if chunks come faster than they are sent, more chunks will follow.
+    is_bulk = len(data) >= READ_MIN or sender.sent > t
     start = 0
     for offset in range(0, len(data), SEGMENT):
         behind = (len(data) - offset - 1) // SEGMENT
         arrival = sender.arrival(t, path, behind, is_bulk)
-        if arrival > state[to]:         # the segments before it arrive earlier
+        if arrival > state[to]:         # the segments before this one arrive together, earlier
             if offset > start:
                 yield max(t, state[to]), to, data[start:offset]
             start, state[to] = offset, arrival
     yield max(t, state[to]), to, data[start:]
 
 
-# rate and delay: of (upstream, downstream), in kbit/s and in milliseconds; loss: of all packets
-Network = namedtuple("Network", "rate delay loss")
-# Sources. ATC: Facebook's Augmented Traffic Control, utils/profiles. NLC: Apple's Network Link
-# Conditioner; its 3G, Edge and DSL are ATC's 3G-Average, Edge-Average and DSL. Chrome and Firefox:
-# the throttling of their developer tools, of whose latencies each direction gets half. comcast:
-# the table in the README of github.com/tylertreat/comcast, with half of the latency each way.
+# rates     kbit/s: (upstream, downstream)
+# delays    milliseconds: (upstream, downstream)
+# loss      the share of the packets that are lost, from 0 to 1
+Network = namedtuple("Network", "rates delays loss")
+# Sources:
+#
+#   ATC                Facebook's Augmented Traffic Control, utils/profiles
+#   NLC                Apple's Network Link Conditioner. Its 3G, Edge and DSL are the same as ATC's
+#                      3G-Average, Edge-Average and DSL
+#   Chrome, Firefox    the network throttling of their developer tools. Half of the latency is for
+#                      each direction
+#   comcast            the README of github.com/tylertreat/comcast. Half of the latency is for each
+#                      direction
 NETWORKS = OrderedDict((
     ("2g", Network((18, 20), (650, 650), 0.02)),            # ATC 2G-DevelopingRural
     ("2g-urban", Network((32, 35), (650, 650), 0)),         # ATC 2G-DevelopingUrban
@@ -1038,8 +1093,8 @@ NETWORKS = OrderedDict((
     ("cable", Network((1000, 6000), (2, 2), 0)),            # ATC
     ("wifi", Network((33000, 40000), (1, 1), 0)),           # NLC
     ("wifi-lossy", Network((30000, 30000), (20, 20), 0.002)),    # comcast
-    # A geostationary satellite: the delay of RFC 2488 (2), the loss of comcast, and the rates that
-    # providers advertise
+    # A geostationary satellite: the delay is that of RFC 2488 (section 2), the loss that of
+    # comcast, and the rates are those that providers advertise.
     ("satellite", Network((3000, 25000), (279, 279), 0.002)),
     ("very-bad", Network((1000, 1000), (500, 500), 0.1)),   # NLC Very Bad Network
 ))
@@ -1058,32 +1113,36 @@ def network(state, t, to, data, *, profile="3g"):
              fast-3g, 4g, lte, dial-up, dsl, dsl-poor, cable, wifi, wifi-lossy, satellite or
              very-bad
     """
+    # The three handlers below act one after the other, each with a state of its own.
     # state[to] is the time when the last bytes arrive.
     rates, delays, loss = NETWORKS[profile]
-    index, rtt = to == DOWNSTREAM, sum(delays)
+    index, rtt = DIRECTIONS.index(to), sum(delays)
     if data is OPEN and to == UPSTREAM:
-        t += rtt / 1000
+        t += rtt / 1000         # connecting takes a round trip
     events = [(t, to, data)]
     steps: "Any" = [(packet_loss, {"loss_rate": loss, "rtt": rtt}),
-                    (bandwidth, {"rate": rates[index] / 8}),
+                    (bandwidth, {"rate": rates[index] / 8}),        # kbit to kilobytes
                     (latency, {"latency": delays[index]})]
     for function, options in steps:
-        part = state.part(function.__name__)
+        substate = state.substate(function.__name__)
         if data is not OPEN:            # Chain.reset_due_times may have made state[to] earlier
-            part[to] = min(part[to], state[to])
-        events = [made for event in events for made in function(part, *event, **options)]
+            substate[to] = min(substate[to], state[to])
+        events = [made for event in events for made in function(substate, *event, **options)]
     state[to] = events[-1][0]
     yield from events
 
 
-PIECES_MAX = 1000   # most pieces of one chunk: each costs CHUNK_OVERHEAD bytes and a system call
+PIECES_MAX = 1000   # the most pieces of one chunk. Each takes CHUNK_OVERHEAD and a system call
 
 
 def split_chunk(data, size, variation=0, rng=None):
-    """Yield the pieces of a chunk. A signal, or a chunk with a `size` of 0, is one piece.
+    """Yield the pieces of a chunk. A signal is yielded whole, and so is a chunk if `size` is 0.
 
-    Each piece has `size` bytes. With `rng`, a random.Random, it has up to `variation` bytes more
-    or less. Pieces are larger if there would be more than PIECES_MAX of them.
+    size         the bytes of each piece
+    variation    with `rng`: the most bytes that a piece has more or less than `size`
+    rng          a random.Random that draws this variation, or None
+
+    Pieces are larger than that if there would be more than PIECES_MAX of them.
     """
     if not data or size <= 0:
         yield data
@@ -1091,8 +1150,8 @@ def split_chunk(data, size, variation=0, rng=None):
     minimum = max(1, len(data) // PIECES_MAX)
     start = 0
     while start < len(data):
-        drawn = rng.randint(size - variation, size + variation) if rng else size
-        end = start + max(minimum, drawn)
+        piece_size = rng.randint(size - variation, size + variation) if rng else size
+        end = start + max(minimum, piece_size)
         yield data[start:end]
         start = end
 
@@ -1104,20 +1163,21 @@ def close_both(t):
 
 
 def random_bytes(rng, size):
-    """Return random bytes from a random.Random. Its method randbytes needs Python 3.9."""
+    """Return random bytes from a random.Random. (The method randbytes needs Python 3.9.)"""
     return rng.getrandbits(8 * size).to_bytes(size, "little")
 
 
 # -- Options ------------------------------------------------------------------
 #
-# The base class of blocking handlers; the options of a handler, read from its declaration; the
-# fields that every rule has beside them; and the import of users' handlers. A parameter
-# `function` is a handler: a generator function, or a subclass of BaseHandler.
+# This section has the base class of blocking handlers, functions that read the options of a
+# handler from its declaration, the fields that every rule has beside the options of its handler,
+# and the import of users' handlers. A parameter `function` is a handler: a generator function, or
+# a subclass of BaseHandler.
 
 class BaseHandler:
-    """A blocking handler: it receives the sockets and may block, in a thread of its own.
+    """A blocking handler: it runs in a thread of its own, gets the sockets, and may block.
 
-    name       the name under which load_handler also registers it, if not empty
+    name       a second name under which load_handler registers the class, or ""
     options    {option: (help, type, default)}
 
     One object serves all connections of a proxy, several at the same time.
@@ -1125,8 +1185,8 @@ class BaseHandler:
 
     name = ""
     options: dict = {}
-    blocking = True     # for is_blocking_handler. The base class may be from another copy of
-                        #   this file, which issubclass would not recognise
+    blocking = True     # for is_blocking_handler. issubclass would not recognise a handler whose
+                        #   base class is from another copy of this file
 
     def __init__(self, settings: "Optional[Dict[str, OptionValue]]" = None,
                  proxy: "Any" = None) -> None:
@@ -1137,11 +1197,13 @@ class BaseHandler:
 
     def __call__(self, client_sock: "socket.socket", backend_sock: "socket.socket",
                  to_backend: bool) -> None:
-        """Forward the readable data: from the client if to_backend, else from the backend.
+        """Receive from one peer, which has sent data, and send to the other peer.
 
-        The source has data to read. If the handler leaves some data unread, it is called again
-        at once. Data that it reads and does not send is lost. The sockets are valid during this
-        call only. If the handler raises an exception or closes a socket, the connection ends.
+        to_backend    True: receive from the client. False: receive from the backend
+
+        If the handler leaves data unread, it is called again at once. Data that the handler reads
+        and does not send is lost. The sockets are valid during this call only. If the handler
+        raises an exception or closes a socket, the connection ends.
         """
         raise NotImplementedError
 
@@ -1161,8 +1223,15 @@ class BaseHandler:
     def _get_data(self, client_sock: "socket.socket",
                   backend_sock: "Optional[socket.socket]" = None, to_backend: bool = True,
                   buffer: int = CHUNK) -> bytes:
-        """Receive from the source. Returns b"" at the end of the stream or after an error."""
-        source = client_sock if to_backend or backend_sock is None else backend_sock
+        """Receive from the client if to_backend, otherwise from the backend.
+
+        buffer    the most bytes to receive
+
+        Returns b"" at the end of the stream or after an error.
+        """
+        source = client_sock
+        if backend_sock is not None and not to_backend:
+            source = backend_sock
         try:
             return source.recv(buffer)
         except OSError:
@@ -1170,7 +1239,7 @@ class BaseHandler:
 
 
 def is_blocking_handler(function):
-    """Return whether a handler is a subclass of BaseHandler, from any copy of this file."""
+    """Return whether a handler is a subclass of BaseHandler."""
     return isinstance(function, type) and getattr(function, "blocking", False)
 
 
@@ -1187,40 +1256,43 @@ def summary(function):
 
 
 def option_help(function):
-    """Return {option: help} of a handler."""
+    """Return {option: help} of a handler. Options without help are missing."""
     if is_blocking_handler(function):
-        return {name: text for name, (text, _, _) in function.options.items()}
-    lines = re.findall(r"^(\w+) {2,}(\S.*(?:\n +\S.*)*)$", inspect.getdoc(function) or "",
-                       re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in lines
+        return {name: help_text for name, (help_text, _, _) in function.options.items()}
+    # An option, two or more spaces, and its help, whose further lines begin with a space
+    entries = re.findall(r"^(\w+) {2,}(\S.*(?:\n +\S.*)*)$", inspect.getdoc(function) or "",
+                         re.MULTILINE)
+    return {name: " ".join(help_text.split()) for name, help_text in entries
             if name in handler_options(function)}
 
 
 def get_handler(name):
-    """Return the handler of that name. Raises ValueError if there is none."""
+    """Return the handler of that name. Raises ValueError if no handler has the name."""
     if isinstance(name, str) and name in HANDLERS:
         return HANDLERS[name]
     raise ValueError(unknown_handler(name))
 
 
 def unknown_handler(name):
-    """Return the error for a name that no handler has."""
-    shown = name[:50] if isinstance(name, str) else name
+    """Return the text of the error for a name that no handler has."""
+    shown = name[:50] if isinstance(name, str) else name        # JSON may have any value here
     return "unknown handler %r%s: there are %s" % (
         shown, did_you_mean(shown, HANDLERS), ", ".join(sorted(HANDLERS)))
 
 
 def check_option(name, option, value):
-    """Convert a value to the type of a handler's option. Returns the converted value.
+    """Return the value of an option, converted to the type of the option.
 
-    name     the handler's name
-    value    text, or a JSON value
+    name      the name of the handler
+    option    the name of the option
+    value     a text or a JSON value
 
-    Raises ValueError with the end of a sentence that begins with the option's name.
+    Raises ValueError with the end of a sentence. The beginning of the sentence is the option.
     """
     function = get_handler(name)
     defaults = handler_options(function)
     if option not in defaults:
+        # The user may also have misspelled a rule field.
         raise ValueError("is not an option of %s%s: it has %s" % (
             name, did_you_mean(option, [*defaults, *RULE_FIELDS]),
             ", ".join(sorted(defaults)) or "none"))
@@ -1244,38 +1316,38 @@ def check_match(text):
         raise ValueError("must be a regular expression, not %r" % (text,))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")     # FutureWarning: "[[" may change its meaning
-            return re.compile(text.encode("utf-8"))
+            warnings.simplefilter("ignore")     # a FutureWarning, for example about "[["
+            return re.compile(text.encode("utf-8"))     # requests are bytes
     except (re.error, UnicodeError, RecursionError, OverflowError) as error:
         raise ValueError("must be a regular expression, not %r: %s" % (text, error)) from None
 
 
-# The fields that each rule has beside its handler and options. To add a field, add a line here
-# and code for its meaning in Rule or Chain. Constructors, JSON, ini files, the command line, its
-# help and the comparison of rules use this dict.
+# The fields that each rule has beside its handler and the handler's options: {name: Field}. To add
+# a field, add a line here and code for its meaning in Rule or Chain. This dict declares the field
+# for constructors, JSON, ini files, the command line and its help, and the comparison of rules.
 Field = namedtuple("Field", "check default help")
 RULE_FIELDS = OrderedDict((name, Field(*others)) for name, *others in [
     ("percent", check_percent, 100.0, "how often the rule acts, from 0 to 100"),
     ("per", choice_check("request", "connection"), "request",
      "request: draw for each request; connection: draw once for each connection"),
     ("stream", choice_check("both", UPSTREAM, DOWNSTREAM), "both",
-     "both, upstream or downstream: which events the handler receives"),
-    ("match", check_match, None, "a regular expression that a request must contain"),
+     "direction of the events that the handler receives: both, upstream or downstream"),
+    ("match", check_match, None, "a regular expression that must be found in a request"),
     ("after", check_count, 0, "number of requests to leave alone first, of all clients together"),
     ("times", check_count, 0,
      "number of requests to act on at most, of all clients together; 0 is no limit"),
     ("of", check_count, 0, "with times: act on the first `times` of every `of` requests"),
     ("start", check_seconds, 0.0,
-     "seconds, or 90s, 5m, 1h, 500ms, from the setting of the rule until it acts"),
-    ("duration", check_seconds, 0.0, "seconds for which it acts then; 0 is no limit"),
-    ("every", check_seconds, 0.0, "seconds after which start repeats; 0 is never"),
+     "time until the rule begins to act: seconds, or like 90s, 5m, 1h, 500ms"),
+    ("duration", check_seconds, 0.0, "seconds from start until the rule stops; 0 is no limit"),
+    ("every", check_seconds, 0.0, "seconds after which start and duration repeat; 0 is never"),
     ("ramp", check_seconds, 0.0, "seconds in which the percentage rises from 0 to its value"),
     ("ttl", check_seconds, 0.0,
      "seconds after which the rule is removed, counted from its last change; 0 is never"),
 ])
 
 
-# {field: default} of all fields but percent: these are attributes of each Rule.
+# {field: default} of the fields that are attributes of a Rule: all of them but percent.
 FIELD_DEFAULTS = OrderedDict((name, field.default) for name, field in RULE_FIELDS.items()
                              if name != "percent")
 
@@ -1288,13 +1360,13 @@ def is_rule_field(function, key):
 def load_handler(name, path):
     """Import a user's handler by its dotted path and register it under a name.
 
-    Only the command line and ini files may import handlers, never the control API.
-    Raises ValueError.
+    Only the command line and ini files may import handlers. The control API must not, because an
+    import runs code. Raises ValueError.
     """
     module_name, _, attribute = path.rpartition(".")
     with contextlib.suppress(OSError):      # the working directory may have been removed
         if os.getcwd() not in sys.path and "" not in sys.path:
-            sys.path.insert(0, os.getcwd())     # the installed command `vaurien` lacks it
+            sys.path.insert(0, os.getcwd())     # for the installed command `vaurien`
     try:
         function = getattr(importlib.import_module(module_name), attribute)
     except (Exception, SystemExit) as exc:      # the user's module may raise anything
@@ -1307,11 +1379,11 @@ def load_handler(name, path):
 
 
 def local_handler(handler):
-    """Return the name of a handler of this process, and register it if necessary.
+    """Return the name under which a handler is registered. Registers it first if necessary.
 
     handler    a name, a dotted path, or the handler itself
 
-    Raises ValueError.
+    Raises ValueError. The caller runs in the process of the proxy.
     """
     if isinstance(handler, str):
         if handler not in HANDLERS and "." in handler:
@@ -1322,16 +1394,16 @@ def local_handler(handler):
     existing = HANDLERS.get(name)
     if existing is not handler:
         check_handler(name, handler)
-        if existing is not None and existing.__module__ == __name__:
+        if existing is not None and existing.__module__ == __name__:    # a handler of this file
             raise ValueError("%r is a handler of Vaurien: give your handler another name" % name)
         HANDLERS[name] = handler
     return name
 
 
 def check_handler(path, function):
-    """Raise ValueError unless an imported object can be called as a handler.
+    """Raise ValueError if an object of a user cannot be used as a handler.
 
-    path    the dotted path of the object, for the error
+    path    the dotted path or the name of the object, for the error
     """
     expected = ("it must be a function (state, t, to, data, *, option=default ...), or a class "
                 "that inherits from vaurien.handlers.BaseHandler")
@@ -1340,7 +1412,7 @@ def check_handler(path, function):
             if isinstance(function, type):
                 raise TypeError("it is a class that does not inherit from BaseHandler")
             signature = inspect.signature(function)
-            signature.bind(None, None, None, None)
+            signature.bind(None, None, None, None)      # raises TypeError if they do not fit
             for parameter in list(signature.parameters.values())[4:]:
                 if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
                     raise TypeError("%r is no option, because it comes before the *"
@@ -1352,7 +1424,7 @@ def check_handler(path, function):
         if type(default) not in (bool, int, float, str):
             raise ValueError("%r: the default of option %r must be a yes/no, a number "
                              "or text, not %r" % (path, option, default))
-        if option in ("name", "percent"):       # JSON and ini files use these for the rule
+        if option in ("name", "percent"):       # in JSON and ini files, these are rule fields
             raise ValueError("%r: an option cannot be called %r: each rule has a field of that "
                              "name" % (path, option))
 
@@ -3586,13 +3658,16 @@ class ActiveRule(Counter):
     opaque = property(lambda self: self.protocol_lost)
     chance = property(lambda self: self.draw)
 
-    def part(self, name):
-        """Return the state of a handler that this handler calls: it has counts of its own."""
-        parts: "Any" = self
-        if name not in parts:
-            parts[name] = ActiveRule(self.rule, self.request, self.draw)
-            parts[name].generator = self.random
-        return parts[name]
+    def substate(self, name):
+        """Return the state for a handler that the handler of this rule calls.
+
+        name    the name of the called handler, which has counts of its own
+        """
+        substates: "Any" = self
+        if name not in substates:
+            substates[name] = ActiveRule(self.rule, self.request, self.draw)
+            substates[name].generator = self.random
+        return substates[name]
 
     def set_acts(self, acts):
         """Start or stop to act, because the percentage or the moment of the rule has changed.
