@@ -7384,6 +7384,7 @@ class TestReusePort(TempDirTestCase):
             with self.subTest(number), self.assertRaisesRegex(ValueError, message):
                 vaurien.Proxy("127.0.0.1:9", ("127.0.0.1", local), reuse_port=number)
 
+    @unittest.skipUnless(vaurien.fcntl, "this system cannot lock a file in this way")
     def test_two_proxies_cannot_record_to_one_file(self):
         self.write("faults", "old")
         one = OpenProxy("127.0.0.1:9", record="faults")

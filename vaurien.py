@@ -126,7 +126,7 @@ if MYPY:
 try:
     import fcntl
 except ImportError:             # Windows has no fcntl
-    pass
+    fcntl = None                # type: ignore[assignment]
 
 
 class LazyModule:
@@ -8506,7 +8506,7 @@ class Recorder:
         """
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             return
-        if os.name == "posix":
+        if fcntl:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
