@@ -744,7 +744,7 @@ class TestHandlers(unittest.TestCase):
         for request, is_changed in (1, False), (2, False), (3, True), (4, True):
             with self.subTest(request=request):
                 chain = chain_of(vaurien.Rule("error", {"warmup": 2}))
-                while chain.request < request:
+                while chain.request_count < request:
                     chain.begin_request()
                 chain.process(0, UPSTREAM, b"q")
                 reply = process_event(chain, 1, DOWNSTREAM, b"a").data
@@ -2241,7 +2241,7 @@ class Playbook:
         exchanges = [(exchange.number, exchange.forwarded, exchange.complete, exchange.reply_done,
                       exchange.request and (exchange.request.name, exchange.request.text))
                      for exchange in chain.exchanges]
-        return (chain.request, chain.event_request, chain.in_request, chain.head_forwarded,
+        return (chain.request_count, chain.current_number, chain.in_request, chain.head_forwarded,
                 self.drawn_request_count(), self.reader.pending_count(), exchanges)
 
 
@@ -2565,9 +2565,9 @@ class TestProtocolChain(unittest.TestCase):
                                       ("a query and a Sync", pg_query(b"SELECT 1") + PG_SYNC, 2)]:
             with self.subTest(case):
                 play = self.play_postgres(vaurien.Rule("dummy"))
-                connecting = play.chain.request
+                connecting = play.chain.request_count
                 play.client(messages)
-                self.assertEqual(play.chain.request - connecting, count)
+                self.assertEqual(play.chain.request_count - connecting, count)
 
     def test_copy_by_an_extended_query_ignores_sync(self):
         """The Sync during COPY gets no reply. So the reply at the end belongs to `bad`."""
@@ -4117,7 +4117,7 @@ class TestRules(unittest.TestCase):
             chain = chains[connection]
             chain.begin_request()
             for active_rule in chain.active_rules:
-                handlers[connection, chain.request] = active_rule.rule.name
+                handlers[connection, chain.request_count] = active_rule.rule.name
         self.assertEqual(handlers, expected)
 
     def test_the_draws_are_the_same_on_every_python(self):
@@ -4789,7 +4789,7 @@ class TestChain(unittest.TestCase):
             for _ in range(3):
                 send_and_read(sock, b"q")
             chain = next(iter(proxy.connections.values())).chain
-            self.assertEqual(chain.request, 3)
+            self.assertEqual(chain.request_count, 3)
 
 
 # -- Delay queue ----------------------------------------------------------------

@@ -3729,7 +3729,7 @@ class RuleSet:
         self.counts_rows = any(rule.options.get("rows") for rule in rules)
         # A slow link needs few bytes at once: it would hold the others for long.
         self.recv_size = READ_MIN if any(rule.rate_limited for rule in rules) else CHUNK
-        # Whether the numbers of 8 requests can be drawn together: see Chain.draw_batch.
+        # Whether the numbers of 8 requests can be drawn together: see Chain.begin_batch.
         self.draw_ahead = not self.replay and all(rule.is_drawn_at_once() for rule in rules)
         # Whether a request may have other active rules than the one before.
         self.changes_by_request = any(rule.per == "request" or rule.match for rule in rules)
@@ -4178,18 +4178,23 @@ def make_flat_toxic(type_, name, values, fields=()):
 # A chain runs the events of one connection through its active rules, one rule after the other.
 # It has no delay queue and no timer.
 #
-# The class Chain is for tcp, and ProtocolChain for connections with a protocol. A Connection
-# calls both in the same way:
+# The class Chain is for tcp, ProtocolChain for connections with a protocol, and RefusingChain for
+# clients beyond max_connections. A Connection calls all of them in the same way:
 #
 #   start()                        when a client has connected
-#   direction_changed(to)          before bytes that go the other way than the last ones
+#   direction_changed(to)          before bytes whose direction is not that of the last bytes
 #   pass_through(to, data)         fast path: returns bytes on which no rule acts
 #   process_bytes(now, to, data)   slow path: returns the events that the rules make of bytes
 #   process(now, to, signal)       returns the events that the rules make of a signal
-#   rules_changed(new, changed)    when the installed rules have changed
 #   give_up_head(now)              at the time `head_deadline`, unless that is NEVER
+#
+# and after a change of the installed rules:
+#
+#   rules_changed(new, changed)    returns further rules that begin to act
+#   release(removed, changed)      undoes delays of these rules
+#   process_open(now, to, rules)   returns the events that the rules that begin make of OPEN
 
-NOTHING: list = []      # shared by all chains: most of them never have a rule
+NOTHING: list = []      # the empty list of all chains without an active rule, to save memory
 
 
 class Chain:
@@ -4200,24 +4205,25 @@ class Chain:
     parsing, if client and backend take turns.
     """
 
-    __slots__ = ("rules", "connection", "request", "last_direction", "active_rules", "undrawn",
-                 "per_connection", "newly_acted", "event_request", "protocol_lost", "protocol",
-                 "current_request", "answered_early", "modified", "batch", "batch_hits",
-                 "protocol_error", "successor", "head_deadline", "kept", "encrypted", "beginning")
+    __slots__ = ("rules", "connection", "request_count", "current_number", "current_request",
+                 "last_direction", "active_rules", "undrawn", "per_connection", "batch",
+                 "batch_hits", "newly_acted", "modified", "answered_early", "kept", "beginning",
+                 "protocol", "protocol_lost", "protocol_error", "successor", "head_deadline",
+                 "encrypted")
 
     def __init__(self, rules, connection):
         self.rules = rules              # the proxy's RuleSet
         self.connection = connection    # its number
         # Requests
-        self.request = 0                # number of the current request
-        self.event_request = 0          # number of the request whose event is being processed
-        self.current_request = None     # the Request whose event is being processed
+        self.request_count = 0          # requests begun in this connection
+        self.current_number = 0         # the number of the request whose event is being processed
+        self.current_request = None     # the Request of this number, in a ProtocolChain
         self.last_direction = None      # of the last bytes; None before any bytes
         # Rules and draws
         self.active_rules = NOTHING     # of the current request, in the order of the rules
-        self.undrawn = NOTHING          # rules installed before any bytes of the request
-        self.per_connection = {}        # {rule: ActiveRule or None} of the connection
-        self.batch = -1                 # index of a batch of 8 requests: see draw_batch
+        self.undrawn = NOTHING          # new rules, which the first bytes of the client draw
+        self.per_connection = {}        # {rule per connection: its ActiveRule}
+        self.batch = -1                 # index of a batch of 8 requests: see begin_batch
         self.batch_hits = NOTHING       # [(rule, number)] for each request of this batch
         # For the connection
         self.newly_acted = []           # (ActiveRule, request number, request_text()) of faults
@@ -4244,45 +4250,42 @@ class Chain:
         """Count a request, and draw the rules for it."""
         rules = self.rules
         rules.request_count += 1
-        self.event_request = self.request = self.request + 1
-        self.undrawn = NOTHING
+        request = self.request_count = self.current_number = self.request_count + 1
         if not rules.installed:
             self.active_rules = NOTHING
-        elif rules.draw_ahead:          # the same as below, for less
-            if self.request // 8 != self.batch:
-                self.draw_batch(self.request // 8)
-            for rule in self.rules.installed:
+        elif rules.draw_ahead:          # the same as below, but faster
+            if request // 8 != self.batch:
+                self.begin_batch(request // 8)
+            for rule in rules.installed:
                 rule.drawn_count += 1
-            hits = self.batch_hits[self.request % 8]
+            hits = self.batch_hits[request % 8]
             self.active_rules = [ActiveRule(rule, rule.drawn_count, number)
                                  for rule, number in hits
-                                 if rule.drawn_count > rule.after
-                                 and (not rule.of or rule.selects(rule.drawn_count))
-                                 ] if hits else NOTHING
-        elif rules.changes_by_request or self.request == 1:
+                                 if rule.selects(rule.drawn_count)] if hits else NOTHING
+        elif rules.changes_by_request or request == 1:
             for active in self.per_connection.values():
-                if active is not None and active.match_buffer:
+                if active.match_buffer:
                     active.match_buffer = b""
             self.active_rules = self.collect(self.draw_rule)
 
     def direction_changed(self, to):
-        """Note the direction of the next bytes, which differs from that of the last bytes.
+        """Note the direction of the next bytes, which is not that of the last bytes.
 
-        A request begins when the client sends after the backend has sent. Before the first bytes
-        of the connection, the rules that were installed since its start are drawn.
+        A request begins when the client sends after the backend has sent. The first bytes of the
+        connection draw the rules that were installed after its start.
 
-        Returns the number of requests until now. A protocol does not count this one yet.
+        Returns request_count. With a protocol, it does not include a request that begins now.
         """
         last, self.last_direction = self.last_direction, to
         if last is DOWNSTREAM:
             self.begin_request()
         elif last is None and self.undrawn:
             self.redraw(self.undrawn)
-        return self.request
+        return self.request_count
 
     # Drawing
 
-    def draw_batch(self, batch):
+    def begin_batch(self, batch):
         """Draw all rules for the 8 requests of a batch at once. Only used if rules.draw_ahead."""
         self.batch, self.batch_hits = batch, [[] for _ in range(8)]
         for rule in self.rules.installed:
@@ -4291,69 +4294,56 @@ class Chain:
                 if rule.includes(number):
                     hits.append((rule, number))
 
-    def draw_number(self, rule, count=1):
+    def draw_number(self, rule):
         """Draw the number that decides whether a rule acts on the current request.
-
-        count    0 if the request is counted already, because the rule was drawn for it while it
-                 was asleep
 
         A rule per connection has one number for all requests, that of request 0. Returns
         (number, whether the rule acts, rule.drawn_count). A Replay replaces all three.
         """
-        rule.drawn_count += count
-        request = self.request if rule.per == "request" else 0
+        request = self.request_count if rule.per == "request" else 0
         if self.rules.replay:
             return self.rules.replay.draw(self.rules.proxy_name, self.connection, request, rule)
         number = self.rules.draw_batch(rule.draw_key, self.connection, request // 8)[request % 8]
         acts = rule.includes(number) and rule.selects(rule.drawn_count)
         return number, acts, rule.drawn_count
 
-    def draw_rule(self, rule, count=1):
-        """Draw a rule for the current request. Returns its ActiveRule, or None if it does not act.
+    def draw_rule(self, rule):
+        """Count the current request for a rule, and draw the rule for it.
 
-        A rule with `match` is drawn later, when the request matches. A rule per connection
-        has an ActiveRule also if it does not act. `count` is that of draw_number.
+        Returns its ActiveRule, or None if it does not act. A rule per connection has an ActiveRule
+        also if it does not act. A rule with `match` has one that searches the request, and is
+        counted and drawn when the request matches.
         """
         if rule.match:
             return ActiveRule(rule, rule.drawn_count, acts=False, match_buffer=b"")
-        number, acts, drawn_count = self.draw_number(rule, count)
+        rule.drawn_count += 1
+        return self.draw_counted(rule)
+
+    def draw_counted(self, rule):
+        """Draw a rule for a request that is counted already. Returns the same as draw_rule."""
+        number, acts, drawn_count = self.draw_number(rule)
         if not acts and rule.per == "request":
             return None
         return ActiveRule(rule, drawn_count, number, acts)
 
-    def includes(self, active):
-        """Return whether a rule per connection, which is drawn already, acts now."""
-        rule = active.rule
-        if self.rules.replay:
-            return self.draw_number(rule, count=0)[1] and not rule.sleeps()
-        return rule.includes(active.draw) and rule.selects(active.request)
-
-    def collect(self, for_request):
+    def collect(self, draw):
         """Return the active rules of the current request, in rule order.
 
-        for_request    function that returns the ActiveRule, or None, of a rule per request
+        draw    function that returns the ActiveRule, or None, of a rule per request
         """
         collected = []
         for rule in self.rules.installed:
-            if rule.per == "request":
-                active = for_request(rule)
-            elif rule in self.per_connection and not self.awaits_match(rule):
-                active = self.per_connection[rule]
-            else:
-                active = self.per_connection[rule] = self.draw_rule(rule)
+            active = draw(rule) if rule.per == "request" else self.per_connection.get(rule)
+            if active is None and rule.per == "connection":
+                active = self.draw_rule(rule)
+                if active is not None:
+                    self.per_connection[rule] = active
             if active is not None and (active.acts or active.match_buffer is not None):
                 collected.append(active)
         return collected
 
-    def awaits_match(self, rule):
-        """Return whether a rule per connection still waits for a request that matches.
-
-        Without a protocol it is drawn once: its ActiveRule searches each request.
-        """
-        return False
-
     def redraw(self, rules):
-        """Draw these rules again for the current request. Keep the other active rules."""
+        """Draw these rules for the current request. Keep the other active rules."""
         current = {active.rule: active for active in self.active_rules}
         self.active_rules = self.collect(
             lambda rule: self.draw_rule(rule) if rule in rules else current.get(rule))
@@ -4361,41 +4351,47 @@ class Chain:
     def rules_changed(self, new, changed=(), woken=()):
         """Apply a change of the installed rules.
 
-        Removed rules stop acting, and rules that sleep now. New rules per connection begin now.
-        New rules per request begin with the next request, or with the current one if it has no
-        bytes yet. A changed rule keeps its state. Woken rules, whose percentage rises because
-        of their schedule, begin like new ones.
+        new        they begin with the next request, or with the current one if it has no bytes
+                   yet. But rules per connection begin now
+        changed    their options or percentages are changed; they keep their state
+        woken      their percentage rises because of their schedule; they begin like new ones
+
+        All other rules stop if they are no longer installed, or sleep now.
 
         Returns the changed and woken rules per connection that begin now.
         """
         self.batch = -1
+        installed = self.rules.installed
         self.per_connection = {rule: active for rule, active in self.per_connection.items()
-                               if rule in self.rules.installed}
+                               if rule in installed}
         begun = [rule for rule, active in self.per_connection.items()
-                 if (rule in changed or rule.has_schedule()) and self.begins_again(active)]
-        self.undrawn = [rule for rule in [*self.undrawn, *new] if rule in self.rules.installed]
+                 if (rule in changed or rule.has_schedule()) and self.update_acts(active)]
+        self.undrawn = [rule for rule in [*self.undrawn, *new] if rule in installed]
         current = {active.rule: active for active in self.active_rules if not active.is_over()}
-        if self.last_direction is None:
-            current.update((rule, self.draw_rule(rule, count=0)) for rule in woken
-                           if rule not in current and rule not in self.undrawn
-                           and rule.is_drawn_at_once())
+        for rule in woken if self.last_direction is None else ():
+            if rule.is_drawn_at_once() and rule not in current and rule not in self.undrawn:
+                current[rule] = self.draw_counted(rule)
         self.active_rules = self.collect(current.get)
         return begun
 
-    def begins_again(self, active):
+    def update_acts(self, active):
         """Let a rule per connection act or stop, as it should now. Returns whether it begins.
 
-        active    None, or an ActiveRule; one that still searches for `match` continues to do so
+        A rule that still searches for `match` continues to do so.
         """
-        return (active is not None and active.match_buffer is None
-                and active.set_acts(self.includes(active)))
+        rule = active.rule
+        if active.match_buffer is not None:
+            return False
+        if self.rules.replay:
+            return active.set_acts(self.draw_number(rule)[1] and not rule.sleeps())
+        return active.set_acts(rule.includes(active.draw) and rule.selects(active.request))
 
     def release(self, removed, changed):
         """Undo the delays of rules that were removed or changed, as DelayQueue.release does."""
         return False
 
     def reset_due_times(self, to, latest):
-        """Let rules go on from the time `latest`, to which a release moved the last chunk."""
+        """Let rules continue from the time `latest`, to which a release moved the last chunk."""
         for active in self.all_active_rules():
             if active.rule.keeps_due_time and active.acts:
                 active[to] = min(active[to], latest)
@@ -4422,8 +4418,8 @@ class Chain:
 
     def note_beginning(self, data):
         """Note the first bytes of the current request, for fault records."""
-        if self.beginning[0] != self.request:
-            self.beginning = self.request, bytes(data[:BEGINNING_MAX])
+        if self.beginning[0] != self.request_count:
+            self.beginning = self.request_count, bytes(data[:BEGINNING_MAX])
 
     def request_text(self):
         """Return the first bytes of the request whose event is being processed.
@@ -4431,7 +4427,7 @@ class Chain:
         Returns b"" if they have not come, or if no rule was active when they came.
         """
         number, text = self.beginning
-        return text if number == self.event_request else b""
+        return text if number == self.current_number else b""
 
     def recv_size(self, to):
         """Return how many bytes to receive at once."""
@@ -4445,43 +4441,43 @@ class Chain:
         """Return the events of a held head. Without a protocol, no head is held."""
         return []
 
-    def process(self, t, to, data):
+    def process(self, now, to, data):
         """Run an event through the active rules.
 
         Returns [(t, to, data, delays)]. `delays` has (rule, seconds, from_open) for each rule
-        that has delayed the event. `from_open`: the rule produced the event in answer to OPEN.
+        that has delayed the event. `from_open`: the rule has made the event of OPEN.
         """
-        return self.run_chain(self.active_rules, t, to, [(t, to, data, ())])
+        return self.run_chain(self.active_rules, now, to, [(now, to, data, ())])
 
-    def process_open(self, t, directions, rules=None):
+    def process_open(self, now, directions, rules=None):
         """Give OPEN to rules that begin now: the handler may make events of it.
 
-        rules    the rules that begin, or whose options have changed, on an open connection.
-                 None means that the connection itself begins: all rules per connection
+        rules    those that begin, or whose options have changed, on an open connection. None: the
+                 connection itself begins, and with it all rules per connection
 
         Returns these events, without OPEN itself, after they have passed the later rules.
         """
+        rules = self.per_connection if rules is None else rules
         all_events = []
         for index, active in enumerate(self.active_rules):
-            begins = active.rule.per == "connection" if rules is None else active.rule in rules
-            for to in directions if begins else ():
-                events = self.run_chain([active], t, to, [(t, to, OPEN, ())], opening=True)
-                if events == [(t, to, RESET, ())]:      # the handler failed: only reset
+            for to in directions if active.rule in rules else ():
+                events = self.run_chain([active], now, to, [(now, to, OPEN, ())], opening=True)
+                if events == [(now, to, RESET, ())]:    # the handler has failed: only reset
                     return events
                 events = [event for event in events if event[2] is not OPEN]
-                all_events += self.run_chain(self.active_rules[index + 1:], t, to, events)
+                all_events += self.run_chain(self.active_rules[index + 1:], now, to, events)
         return all_events
 
-    def run_chain(self, active_rules, t, to, events, opening=False):
+    def run_chain(self, active_rules, now, to, events, opening=False):
         """Run events through some active rules, one after the other.
 
-        t, to      of the event that they were made of
+        to         the direction of the event that they were made of
         opening    whether that event is an OPEN that only one rule gets: see process_open
 
         If a handler raises any exception, the result is one RESET.
         """
         for active in active_rules:
-            active.received_at = t
+            active.received_at = now
             if active.rule.blocking:     # it gets the sockets: see Connection.hand_off
                 continue
             try:
@@ -4490,21 +4486,21 @@ class Chain:
                            for made in self.run_rule(active, event, opening)])
             except BaseException as exc:    # of the handler: Ctrl-C only calls Loop.stop
                 log.error("connection %d, request %d: handler %s failed and the connection is "
-                          "reset: %s", self.connection, self.event_request, active.rule.name,
+                          "reset: %s", self.connection, self.current_number, active.rule.name,
                           format_exception(exc), exc_info=not active.rule.error_logged)
                 active.rule.error_logged = self.modified = True
-                return [(t, to, RESET, ())]
+                return [(now, to, RESET, ())]
         return events
 
     def run_rule(self, active, event, opening):
         """Return the events that one active rule makes of one event."""
         t, to, data, delays = event
         rule = active.rule
-        if not active.acts and not self.matches(active, to, data):
+        if not active.acts and not self.search(active, to, data):
             return [event]
         if to not in rule.directions or (rule.limit and not active.may_act()):
             return [event]
-        active.request_number, active.current_request = self.event_request, self.current_request
+        active.request_number, active.current_request = self.current_number, self.current_request
         active.protocol, active.protocol_lost = self.protocol, self.protocol_lost
         events = self.call_handler(active, t, to, data)
         if events == [(t, to, data)]:
@@ -4538,8 +4534,7 @@ class Chain:
                             % ", ".join(map(repr, made))[:200]) from None
 
     def note_changes(self, active, to, events, opening):
-        """Record that a rule has changed an event into these. Raises TypeError if one is invalid.
-        """
+        """Note that a rule has changed an event into these. Raises TypeError if one is invalid."""
         self.modified = True
         for _, direction, data in events:
             if direction not in DIRECTIONS or not isinstance(data, bytes):
@@ -4551,18 +4546,19 @@ class Chain:
         if not active.has_acted and (
                 not opening or any(data is not OPEN for _, _, data in events)):
             active.mark_acted()
-            self.newly_acted.append((active, self.event_request, self.request_text()))
+            self.newly_acted.append((active, self.current_number, self.request_text()))
 
-    def matches(self, active, to, data):
+    def search(self, active, to, data):
         """Add bytes of the client to the search for `match`, and draw the rule if it matches.
 
         Returns whether the rule acts.
         """
-        buffered = active.match_buffer
+        rule, buffered = active.rule, active.match_buffer
         if to == UPSTREAM and data and buffered is not None and len(buffered) < MATCH_MAX:
             active.match_buffer = buffered + data[:MATCH_MAX - len(buffered)]
-            if self.rules.replay or active.rule.matches(active.match_buffer):
-                active.draw, active.acts, active.request = self.draw_number(active.rule)
+            if self.rules.replay or rule.matches(active.match_buffer):
+                rule.drawn_count += 1
+                active.draw, active.acts, active.request = self.draw_number(rule)
                 active.match_buffer = None
         return active.acts
 
@@ -4587,10 +4583,10 @@ class RefusingChain(Chain):
     def pass_through(self, to, data):
         return None                     # no byte is for the backend
 
-    def process(self, t, to, data):
+    def process(self, now, to, data):
         self.modified = True
         if data is EOF:
-            return [(t, to, data, ())]
+            return [(now, to, data, ())]
         self.received += data
         reply = Reply(b"", closes=True)
         if self.refusing_protocol:
@@ -4598,8 +4594,8 @@ class RefusingChain(Chain):
         if not reply:
             return []
         self.received, self.answered_early = b"", bool(reply.data)
-        events = [(t, DOWNSTREAM, reply.data)] if reply.data else []
-        return [(*event, ()) for event in [*events, *(close_both(t) if reply.closes else ())]]
+        events = [(now, DOWNSTREAM, reply.data), *(close_both(now) if reply.closes else ())]
+        return [(*event, ()) for event in events]
 
 
 class Exchange:
@@ -4633,10 +4629,6 @@ class Exchange:
         """Return whether no request has begun, and no greeting has ended."""
         return self.request is None and not self.reply_done
 
-    def is_reusable(self):
-        """Return whether the exchange is done, and no rule has been active in it."""
-        return not self.active_rules and self.is_done()
-
     def awaits_reply(self):
         """Return whether the backend still owes the reply."""
         expects = self.request.replies if self.request else self.handshake
@@ -4662,12 +4654,13 @@ class ProtocolChain(Chain):
     Then exchanges at the front that are done are removed, except the last exchange. The events
     queued in the exchange that is now the first are released.
 
-    While any rule is installed, the head of a request is held until the head is complete. So
-    a rule can act on the whole request. A client that has sent no request yet may speak another
-    protocol: its bytes are held for UNRECOGNIZED_MAX at most, unless they are recognized as
-    a head. Later heads are held for HEAD_TIMEOUT, because a pause of the client, or of the
-    network, must not end the parsing. Then they are forwarded, and rules that act on the whole
-    request do not act on it.
+    While any rule is installed, the head of a request is held until it is complete. So rules can
+    act on whole requests. But a head is only held for
+
+        UNRECOGNIZED_MAX    while the client has sent no bytes that can only be of the protocol:
+                            it may speak another one, and then the parsing ends
+        HEAD_TIMEOUT        later: a pause of the client or the network must not end the parsing.
+                            The head is forwarded, and no rule per request acts on this request
 
     A rule may refuse a request when it gets the head. Exchange.refusal is set then.
 
@@ -4680,8 +4673,8 @@ class ProtocolChain(Chain):
     4. Only the first event of a request can refuse it, and only if the backend has got none of
        its bytes. So a second rule cannot refuse it, nor a rule that begins to act later.
     5. A rule that has refused a request still sends the reply if it is then removed or changed.
-    6. Nothing waits for a rule that sleeps or is not installed: neither in a delay queue nor in
-       an exchange, and no active rule keeps the time that another rule has given its events.
+    6. Nothing waits for a rule that sleeps or is not installed: neither in a delay queue, nor in
+       an exchange, nor for a time that another rule keeps (see reset_due_times).
     7. After a refusal that closes the connection, the backend gets no further bytes. After a
        rule has closed or reset it, the client gets no further replies.
     """
@@ -4707,33 +4700,30 @@ class ProtocolChain(Chain):
     def start(self):
         """Begin the first exchange, because a client has connected. It has no Request yet."""
         self.begin_request()
-        self.exchange = Exchange(self.request, self.active_rules, None,
+        self.exchange = Exchange(self.request_count, self.active_rules, None,
                                  self.protocol.server_first)
         self.exchanges.append(self.exchange)
         self.last_affected = self.exchange if self.active_rules else None
 
     def direction_changed(self, to):
         self.last_direction = to        # requests begin where the protocol finds them
-        return self.request
+        return self.request_count
 
-    def draw_rule(self, rule, count=1):
-        """Draw a rule for the current request. Returns its ActiveRule, or None if it does not act.
+    def draw_rule(self, rule):
+        """Do the same as Chain.draw_rule. But the request is complete, so it is searched at once.
 
-        The text of the Request decides at once whether `match` matches.
+        A rule per connection that has not matched yet returns None: later requests are searched.
         """
         if rule.match and not (self.current_request and (self.rules.replay or rule.matches(
                 self.current_request.text[:MATCH_MAX]))):
             return None
-        draw, acts, drawn_count = self.draw_number(rule, count)
-        return ActiveRule(rule, drawn_count, draw, acts)
-
-    def awaits_match(self, rule):
-        return rule.match and self.per_connection[rule] is None
+        rule.drawn_count += 1
+        return self.draw_counted(rule)
 
     def rules_changed(self, new, changed=(), woken=()):
         # The new rules begin with the last exchange.
         last = self.exchanges[-1]
-        self.set_exchange(last, is_first=last.request is None and self.last_direction is None)
+        self.set_exchange(last, last.request is None and self.last_direction is None)
         begun = super().rules_changed(new, changed, woken)
         self.protocol.counts_rows = self.rules.counts_rows
         self.last_affected = None
@@ -4754,17 +4744,19 @@ class ProtocolChain(Chain):
         else:
             rules = [active for active in exchange.active_rules
                      if active.rule in self.rules.installed and not active.is_over()]
-        refusing = [exchange.refusal.active_rule] if exchange.refusal else []
-        return [active for active in refusing if not any(active is rule for rule in rules)] + rules
+        refusal = exchange.refusal
+        if refusal and not any(active is refusal.active_rule for active in rules):
+            rules = [refusal.active_rule, *rules]
+        return rules
 
-    def set_exchange(self, exchange, is_first=False):
+    def set_exchange(self, exchange, is_refusable):
         """Note the exchange that the next event belongs to.
 
-        is_first    whether a rule may refuse the request, or the client, at this event
+        is_refusable    whether a rule may refuse the request, or the client, at this event
         """
         self.exchange = exchange
-        self.current_request, self.event_request = exchange.request, exchange.number
-        self.protocol.refusable = exchange if is_first and not exchange.refusal else None
+        self.current_request, self.current_number = exchange.request, exchange.number
+        self.protocol.refusable = exchange if is_refusable and not exchange.refusal else None
 
     def release(self, removed, changed):
         """Undo the delays of rules that were removed or changed, as DelayQueue.release does.
@@ -4784,86 +4776,67 @@ class ProtocolChain(Chain):
 
     # Boundaries
 
+    def apply(self, to, boundary):
+        """Change the queue of exchanges by a boundary: see the table of the class."""
+        if boundary is END_OF_MESSAGE:
+            if to is UPSTREAM:
+                self.end_request()
+            else:
+                self.exchanges[0].reply_done = True
+        elif boundary is TLS_BEGINS:
+            self.encrypted = b""            # split_encrypted sets the bytes
+        elif boundary is not END_OF_ROW:
+            self.in_request = True
+            if not self.recognized:
+                self.recognize()
+            if boundary is not CONTINUATION:
+                self.begin_exchange(boundary)
+
     def begin_exchange(self, request):
         """Draw the rules for a request whose head is complete, and queue an exchange for it."""
         last = self.exchanges[-1]
-        self.in_request = True
-        if not self.recognized:
-            self.recognize()
-        self.current_request = request
-        connecting = last.request is None and not last.handshake
-        if not connecting:
-            if request.independent:
-                self.begin_request()
-        elif self.rules.installed:         # the rules without `match` were drawn on connecting
-            self.redraw([*self.undrawn, *(rule for rule in self.rules.installed if rule.match)])
-            self.undrawn = []
-        if self.head_forwarded:         # too late for rules that act on the whole request
-            self.active_rules = [active for active in self.active_rules
-                                 if active.rule.per == "connection"]
-        if connecting:
+        is_first = last.request is None and not last.handshake
+        self.draw_for(request, is_first)
+        if is_first:
             last.request, last.active_rules, last.reply_done = request, self.active_rules, False
-        elif len(self.exchanges) == 1 and last.is_reusable():
+        elif len(self.exchanges) == 1 and not last.active_rules and last.is_done():     # reuse it
             self.kept -= last.kept
-            last.__init__(self.request, self.active_rules, request)
+            last.__init__(self.request_count, self.active_rules, request)
             self.last_affected = None
         else:
-            last = Exchange(self.request, self.active_rules, request)
+            last = Exchange(self.request_count, self.active_rules, request)
             self.exchanges.append(last)
             self.keep(last, EXCHANGE_OVERHEAD + ACTIVE_RULE_OVERHEAD * len(self.active_rules))
         if self.active_rules:
             self.last_affected = last
 
-    def continue_request(self, boundary):
-        self.in_request = True
-        if not self.recognized:
-            self.recognize()
+    def draw_for(self, request, is_first):
+        """Draw the rules for a request.
+
+        is_first    whether rules were drawn for it when the client connected. Then draw only those
+                    with `match`, and those that were installed since then
+        """
+        self.current_request = request
+        if not is_first:
+            if request.independent:
+                self.begin_request()
+        elif self.rules.installed:
+            self.redraw([*self.undrawn, *(rule for rule in self.rules.installed if rule.match)])
+        if self.head_forwarded:         # too late for rules that act on the whole request
+            self.active_rules = [active for active in self.active_rules
+                                 if active.rule.per == "connection"]
 
     def recognize(self):
         """Hold heads for HEAD_TIMEOUT from now on."""
         self.recognized, self.head_deadline = True, NEVER
 
-    def end_request(self, boundary):
+    def end_request(self):
         last = self.exchanges[-1]
         self.in_request = self.head_forwarded = False
         if last.request is not None:
             last.complete = True
             # No rule searches in the text any more.
             last.request.text = self.protocol.beginning(last.request) if last.active_rules else b""
-
-    def end_reply(self, boundary):
-        self.exchanges[0].reply_done = True
-
-    def end_row(self, boundary):
-        pass                                # only for the rules
-
-    def begin_tls(self, boundary):
-        self.encrypted = b""                # split_encrypted sets the bytes
-
-    TRANSITIONS = {
-        (UPSTREAM, Request): begin_exchange,
-        (UPSTREAM, CONTINUATION): continue_request,
-        (UPSTREAM, END_OF_MESSAGE): end_request,
-        (DOWNSTREAM, END_OF_MESSAGE): end_reply,
-        (DOWNSTREAM, END_OF_ROW): end_row,
-        (UPSTREAM, TLS_BEGINS): begin_tls,
-        (DOWNSTREAM, TLS_BEGINS): begin_tls,
-    }
-
-    def apply(self, to, boundary):
-        """Change the queue of exchanges by a boundary, see the table of the class."""
-        kind = Request if type(boundary) is Request else boundary
-        self.TRANSITIONS[to, kind](self, boundary)
-
-    def pop_done(self):
-        """Remove the first exchange if it is done and not the last. Return whether it did so."""
-        if len(self.exchanges) == 1 or not self.exchanges[0].is_done():
-            return False
-        first = self.exchanges.popleft()
-        self.kept -= first.kept
-        if first is self.last_affected:
-            self.last_affected = None
-        return True
 
     def keep(self, exchange, size):
         """Count bytes of memory that are freed with an exchange."""
@@ -4873,8 +4846,13 @@ class ProtocolChain(Chain):
     def release_done(self, now):
         """Remove exchanges that are done. Returns the events that are released by that."""
         events = []
-        while self.pop_done():
-            events += self.take_queued(self.exchanges[0], now)
+        while len(self.exchanges) > 1 and self.exchanges[0].is_done():
+            done = self.exchanges.popleft()
+            self.kept -= done.kept
+            if done is self.last_affected:
+                self.last_affected = None
+            if self.exchanges[0].queued_events:
+                events += self.take_queued(self.exchanges[0], now)
         return events
 
     def take_queued(self, exchange, now):
@@ -4898,25 +4876,20 @@ class ProtocolChain(Chain):
         skipped = awaiting if type(awaiting) is int else 0
         return min(self.rules.recv_size, PARSED_CHUNK + skipped)
 
-    def is_idle(self):
-        """Return whether no rule can act on any bytes, and no bytes are held in the chain."""
-        return not (self.rules.installed or self.last_affected or self.head or self.closing)
-
     def may_pass(self, to, size):
-        """Return whether no rule can act on the next bytes, though the chain is not idle.
-
-        Changes nothing.
-        """
-        if to is UPSTREAM:
-            # All bytes are in the middle of a request on which no rule acts.
-            return (self.in_request and not self.closing and not self.exchanges[-1].active_rules
-                    and self.protocol.request_framer.skips(size))
+        """Return whether no rule can act on the next bytes."""
         # Any exchange may become the first: one reply can end several, if requests without a
         # reply follow. A held head might have to be released, which needs the slow path.
-        if not self.last_affected and not self.head:
-            return True
-        # All bytes are in the middle of a reply on which no rule acts.
-        return not self.exchanges[0].active_rules and self.protocol.reply_framer.skips(size)
+        affected = self.last_affected or self.head
+        if to is UPSTREAM:
+            affected = affected or self.rules.installed or self.closing
+        return not affected or self.is_inside(to, size)
+
+    def is_inside(self, to, size):
+        """Return whether the next bytes are inside a request or reply on which no rule acts."""
+        exchange = self.exchanges[-1 if to is UPSTREAM else 0]
+        return (not exchange.active_rules and self.framer(to).skips(size)
+                and (to is DOWNSTREAM or (self.in_request and not self.closing)))
 
     def pass_through(self, to, data):
         """Fast path: apply the boundaries in bytes on which no rule can act.
@@ -4926,29 +4899,26 @@ class ProtocolChain(Chain):
         path.
         """
         size, end = len(data), 0        # end: of the last message, or of its head
+        if not self.may_pass(to, size):
+            return None
         try:
-            idle = self.is_idle()
-            may_pass = idle or self.may_pass(to, size)
-            if may_pass and size <= COPY_MAX:
-                passed = self.pass_whole(to, data)
-                if passed is not None:
-                    return passed
-            if idle and to is UPSTREAM and self.protocol.host:      # a head may be rewritten
-                may_pass = self.may_pass(to, size)
-            if not may_pass:
-                return None
+            passed = self.pass_whole(to, data) if size <= COPY_MAX else None
+            if passed is not None:
+                return passed
+            if to is UPSTREAM and self.protocol.host and not self.is_inside(to, size):
+                return None             # a head may have to be rewritten
             for offset, boundary in self.framer(to).feed(data, size):
                 end = offset
                 self.apply(to, boundary)
                 if to is UPSTREAM:
                     self.exchanges[-1].forwarded = True
-                self.pop_all_done()
+                self.release_done(0.0)      # no exchange has queued events
                 if self.encrypted is not None:
                     return self.split_encrypted(to, bytes(data), end)
         except ProtocolError as error:
             # No rule can act on the rest either. So no event of it has to be queued.
             self.process_part(0.0, to, bytes(data[end:]))
-            self.fall_back(0.0, to, error)
+            self.fall_back(0.0, to, str(error))
             return bytes(data)
         if to is UPSTREAM:
             self.head_forwarded = not self.in_request and end < size
@@ -4966,21 +4936,16 @@ class ProtocolChain(Chain):
         if not parsed:
             return None
         if to is DOWNSTREAM:
-            self.end_reply(END_OF_MESSAGE)
+            self.exchanges[0].reply_done = True
         else:
-            self.begin_exchange(parsed)
+            self.apply(to, parsed)
             self.exchanges[-1].forwarded = True
-            self.end_request(END_OF_MESSAGE)
+            self.end_request()
             if self.protocol.host:
                 data = self.protocol.rewrite_head(message)
         if len(self.exchanges) > 1:         # pipelined: those before may be done now
-            self.pop_all_done()
+            self.release_done(0.0)
         return data
-
-    def pop_all_done(self):
-        """Remove exchanges that are done from the front of the queue."""
-        while self.pop_done():
-            pass
 
     def process_bytes(self, now, to, data):
         """Slow path: return the events that the rules make of bytes, and apply boundaries."""
@@ -5003,7 +4968,7 @@ class ProtocolChain(Chain):
                     return events
         except ProtocolError as error:
             events += self.process_part(now, to, data[start:])
-            return events + self.fall_back(now, to, error)
+            return events + self.fall_back(now, to, str(error))
         return events + self.process_part(now, to, data[start:])
 
     def split_encrypted(self, to, data, end):
@@ -5042,16 +5007,12 @@ class ProtocolChain(Chain):
         return head
 
     def give_up_head(self, now):
-        """Hold a head no longer, which is incomplete. Returns its events.
-
-        A head that is not recognized is not of the protocol. Bytes of another one are forwarded:
-        rules that act on whole requests do not act on this one.
-        """
+        """Stop holding an incomplete head: see "Theory of operation". Returns its events."""
         if self.recognized:
             self.head_forwarded = True
             return self.flush_head(now)
-        return self.fall_back(now, UPSTREAM, ProtocolError(
-            "no whole line or message in the first %g s" % UNRECOGNIZED_MAX))
+        return self.fall_back(
+            now, UPSTREAM, "no whole line or message in the first %g s" % UNRECOGNIZED_MAX)
 
     def process_boundary(self, now, to, boundary):
         """Apply a boundary. Returns the events of the rules, and those that are released."""
@@ -5064,20 +5025,20 @@ class ProtocolChain(Chain):
             return []
         events = self.release_done(now)
         head = self.take_head()
-        is_first = boundary is not CONTINUATION and not self.head_forwarded
+        is_refusable = boundary is not CONTINUATION and not self.head_forwarded
         if boundary is not CONTINUATION:
             head = self.protocol.rewrite_head(head)
-        return events + (self.process_in_exchange(now, to, head, is_first) if head else [])
+        return events + (self.process_in_exchange(now, to, head, is_refusable) if head else [])
 
-    def process_in_exchange(self, now, to, data, is_first=False):
+    def process_in_exchange(self, now, to, data, is_refusable=False):
         """Run bytes or a signal through the rules of the exchange that they belong to.
 
-        is_first    whether the data is the whole head of a request
+        is_refusable    whether the data is the whole head of a request
 
         Returns the events that may leave now. Replies of later exchanges are queued in them.
         """
         exchange = self.exchanges[-1 if to is UPSTREAM else 0]
-        self.set_exchange(exchange, is_first or (to is UPSTREAM and exchange.is_connecting()))
+        self.set_exchange(exchange, is_refusable or (to is UPSTREAM and exchange.is_connecting()))
         # A rule cannot refuse a complete request by the bytes that continue it (COPY data, a
         # password). So the end of these bytes is not the end of the request.
         continues = to is UPSTREAM and exchange.complete
@@ -5126,51 +5087,44 @@ class ProtocolChain(Chain):
         The rule of a refusal finishes the refusal, instead of calling its handler.
         """
         exchange = self.exchange
-        if exchange.refusal is None or exchange.refusal.active_rule is not active:
-            events = super().run_rule(active, event, opening)
-            if exchange.refusal and exchange.refusal.reply.closes:
-                self.closing = True
-            return events
-        t, to, data, delays = event
-        events = list(self.protocol.finish_refusal(exchange, t, to, data))
-        if events == [(t, to, data)]:
-            return [event]
-        self.note_changes(active, to, events, opening)
-        return [(due, direction, made, delays) for due, direction, made in events]
+        if exchange.refusal and exchange.refusal.active_rule is active:
+            t, to, data, delays = event
+            events = list(self.protocol.finish_refusal(exchange, t, to, data))
+            if events == [(t, to, data)]:
+                return [event]
+            self.note_changes(active, to, events, opening)
+            return [(due, direction, made, delays) for due, direction, made in events]
+        events = super().run_rule(active, event, opening)
+        if exchange.refusal and exchange.refusal.reply.closes:
+            self.closing = True
+        return events
 
-    def process(self, t, to, data):
+    def process(self, now, to, data):
         """Run a signal through the active rules. The bytes of a held head come before it."""
-        return (self.flush_head(t) if to is UPSTREAM else []) + self.process_in_exchange(
-            t, to, data)
+        events = self.flush_head(now) if to is UPSTREAM else []
+        return events + self.process_in_exchange(now, to, data)
 
-    def flush_head(self, t):
+    def flush_head(self, now):
         """Return the event that forwards the bytes of a held head unchanged, if there is one."""
         head = self.take_head()
-        return [(t, UPSTREAM, head, ())] if head else []
+        return [(now, UPSTREAM, head, ())] if head else []
 
     def fall_back(self, now, to, error):
         """Stop parsing, because bytes were not of the protocol. Continue as tcp.
 
-        Sets `protocol_error`. Stores the Chain that replaces this one in `successor`. But if the
-        client's bytes are wrong while error replies are still to be sent, this chain stays, and
-        passes the client's further bytes. Returns the events of all that was held.
+        error    why, as text; the connection logs it
+
+        Stores the Chain that replaces this one in `successor`. But if the client's bytes are
+        wrong while error replies are still to be sent, this chain stays, and passes the client's
+        further bytes. Returns the events of all that was held.
         """
-        self.protocol_error = str(error)
+        self.protocol_error = error
         self.modified = True
-        if to is UPSTREAM and any(
-                exchange.queued_events or (exchange.refusal and exchange.complete
-                                           and not exchange.is_done())
-                for exchange in self.exchanges):
+        if to is UPSTREAM and self.owes_error():
             self.protocol.request_framer.restart(read_opaque())
             self.in_request = True
             return self.flush_head(now)
-        chain = self.successor = Chain(self.rules, self.connection)
-        chain.request = chain.event_request = self.request
-        chain.last_direction, chain.protocol_lost = self.last_direction, True
-        chain.per_connection = {rule: active for rule, active in self.per_connection.items()
-                                if active is not None}
-        chain.active_rules, chain.newly_acted = self.active_rules, self.newly_acted
-        chain.answered_early = self.answered_early
+        self.successor = chain = self.make_successor()
         events = [event for exchange in self.exchanges
                   for event in self.take_queued(exchange, now)]
         if self.head:
@@ -5179,12 +5133,27 @@ class ProtocolChain(Chain):
             events += chain.process(now, UPSTREAM, self.head)
         return events
 
+    def owes_error(self):
+        """Return whether a rule has refused a request, and its error is still to be sent."""
+        return any(exchange.queued_events or (exchange.refusal and exchange.complete
+                                              and not exchange.is_done())
+                   for exchange in self.exchanges)
+
+    def make_successor(self):
+        """Return a Chain that continues as tcp, with the same active rules."""
+        chain = Chain(self.rules, self.connection)
+        chain.request_count = chain.current_number = self.request_count
+        chain.last_direction, chain.protocol_lost = self.last_direction, True
+        chain.active_rules, chain.per_connection = self.active_rules, self.per_connection
+        chain.newly_acted, chain.answered_early = self.newly_acted, self.answered_early
+        return chain
+
 
 # -- Delay queue --------------------------------------------------------------
 #
-# The bytes of one direction between its two sockets, each chunk with the time when it is due;
-# and the budget that bounds the bytes of all queues together. It knows no sockets and reads
-# no clock.
+# The bytes of one direction on their way from one socket to the other, each chunk with its due
+# time; and the budget, the limit of the bytes in all these queues together. This section knows
+# no sockets.
 
 class Budget:
     """The bytes that all delay queues of a loop may hold together: a hard bound.
@@ -5237,7 +5206,7 @@ class DelayQueue:
         self.to = to
         self.budget = budget
         self.queue = []         # heap of (due, order, data, start, delays): see `put`
-        self.order = 0          # `order` of the last event; it decides between equal due times
+        self.order = 0          # number of the last event; it orders equal due times
         self.latest = 0.0       # due time of the last byte in the queue
         self.rate_limited_until = 0.0   # when the rate limits let the last byte pass
         self.send_buffer = NO_CHUNKS    # chunks and EOF; a deque of its own once there are any
@@ -5275,8 +5244,7 @@ class DelayQueue:
             return
         if data is not RESET:
             t = max(t, self.latest)
-        # An EOF that is due later does not delay bytes that come before it.
-        if data or data is OPEN:
+        if data or data is OPEN:        # an EOF does not delay bytes that are put after it
             self.latest = t
         limited_until = start
         for rule, seconds, _ in delays:
@@ -7495,7 +7463,7 @@ class HandOff:
             peer_gone = isinstance(exc, OSError)        # most likely; not a bug
             log.log(logging.INFO if peer_gone else logging.ERROR,
                     "connection %d, request %d: handler %s failed and the connection is closed: "
-                    "%s", connection.number, connection.chain.request, rule.name,
+                    "%s", connection.number, connection.chain.request_count, rule.name,
                     format_exception(exc),
                     exc_info=not (rule.error_logged or peer_gone) and exc)
             rule.error_logged = rule.error_logged or not peer_gone
@@ -7619,7 +7587,7 @@ class Connection:
         """Note when a request came, to measure its latency. If one is measured, do nothing."""
         if not self.down.asked:
             self.down.asked = self.loop.clock()
-            self.up.next_measured = self.chain.request + self.proxy.latencies.skips()
+            self.up.next_measured = self.chain.request_count + self.proxy.latencies.skips()
 
     def note_reply(self):
         """Note when the client has got the first byte of the reply to a measured request."""
@@ -7748,7 +7716,7 @@ class Connection:
         """Log that bytes were not of the protocol, and use the chain's successor for tcp."""
         chain = self.chain
         log.info("%sconnection %d, request %d: protocol parsing stopped, continuing as tcp: %s",
-                 self.proxy.log_prefix, self.number, chain.request, chain.protocol_error)
+                 self.proxy.log_prefix, self.number, chain.request_count, chain.protocol_error)
         chain.protocol_error = ""
         if chain.successor:
             self.chain = chain.successor
@@ -7835,7 +7803,7 @@ class Connection:
                 return True
             self.phase = HANDED_OFF
             if active.mark_acted():
-                self.proxy.record_fault(self, active, self.chain.request,
+                self.proxy.record_fault(self, active, self.chain.request_count,
                                         self.chain.request_text())
             handoff.start()
         self.update_interest()
@@ -7883,12 +7851,12 @@ class Connection:
 
     def add_text(self):
         """Add the first bytes of request 1 to its FaultRecords, if they have come."""
-        if self.chain.event_request == 1:
-            text = self.chain.request_text()
-            if not text:
-                return
+        chain = self.chain
+        text = chain.request_text() if chain.current_number == 1 else b""
+        if text:
             self.proxy.set_record_text(self.textless, text)
-        self.textless = ()
+        if text or self.chain.current_number > 1:
+            self.textless = ()
 
     def rules_changed(self, new, removed, changed, woken=()):
         """Apply a change of the installed rules. Release data that removed or changed ones held.
@@ -9213,7 +9181,7 @@ class ProxyServer:
             log.debug("%sconnection %d, client %s: %s after %.3f s, %d bytes up, %d bytes down, "
                       "requests: %d", self.log_prefix, connection.number, connection.name,
                       reason, self.loop.clock() - connection.began, connection.up.received,
-                      connection.down.received, connection.chain.request)
+                      connection.down.received, connection.chain.request_count)
 
     # In the loop's thread: for the control server
 
@@ -9228,7 +9196,7 @@ class ProxyServer:
             "connected": connection.backend is not None and connection.phase is not CONNECTING,
             "age": round(now - connection.began, 3),
             "bytes_up": connection.up.received, "bytes_down": connection.down.received,
-            "requests": connection.chain.request,
+            "requests": connection.chain.request_count,
             "held_up": connection.up.held + connection.up.kept,
             "held_down": connection.down.held,
             "faults": connection.faults or [],
