@@ -2215,18 +2215,18 @@ class Redis(Protocol):
         Yields the Request as soon as MATCH_MAX bytes of the arguments are known.
         """
         count = 0 if line[1:2] == b"-" else parse_length(line[1:], largest=1 << 20)
-        args, window_left = [], MATCH_MAX
+        args, text_left = [], MATCH_MAX
         for index in range(count):
             size = self.argument_size((yield LINE))
-            if size > window_left:          # the window ends in this argument
-                args.append((yield NeedBytes(window_left)))
+            if size > text_left:          # the text for `match` ends in this argument
+                args.append((yield NeedBytes(text_left)))
                 yield self.make_request(args)
-                yield size - window_left + len(b"\r\n")
+                yield size - text_left + len(b"\r\n")
                 for _ in range(index + 1, count):
                     yield self.argument_size((yield LINE)) + len(b"\r\n")
                 return
             args.append((yield NeedBytes(size + len(b"\r\n")))[:size])
-            window_left -= size
+            text_left -= size
         yield self.make_request(args)
 
     def argument_size(self, line):
