@@ -6676,8 +6676,8 @@ class TestProxyConnects(unittest.TestCase):
                     connection, = proxy.connections.values()
                     due = proxy.loop.run_sync(
                         lambda: connection.deadline_timer[vaurien.DUE])
-                    self.assertGreaterEqual(due, connection.deadline - 60 + 20)
-                    self.assertLessEqual(due, before + (connection.deadline - before) / 3
+                    self.assertGreaterEqual(due, connection.connect_deadline - 60 + 20)
+                    self.assertLessEqual(due, before + (connection.connect_deadline - before) / 3
                                          + (proxy.loop.clock() - before))
 
     def test_a_silent_backend_times_out_and_does_not_block_other_connections(self):
@@ -7733,7 +7733,7 @@ class TestFaultRecords(unittest.TestCase):
             read_exactly(sock, 8)
             send_and_read(sock, b"question")
             self.assertEqual([record.text for record in proxy.events()], ["", "question"])
-            self.assertEqual(proxy.connections[1].textless, ())
+            self.assertEqual(proxy.connections[1].records_without_text, ())
 
     def test_a_record_has_the_toxic_and_its_stream(self):
         toxics = [{"type": "latency", "name": "slow", "latency": 1}]
@@ -7760,7 +7760,8 @@ class TestFaultRecords(unittest.TestCase):
     def test_the_log_shows_the_addresses_of_remote_clients_only(self):
         with running_proxy(echo) as proxy, mock.patch.object(vaurien, "is_loopback") as loopback:
             active = vaurien.ActiveRule(vaurien.Rule("delay"), 1)
-            connection = mock.Mock(number=1, faults=None, textless=(), peer=("192.0.2.1", 5))
+            connection = mock.Mock(number=1, faults=(), records_without_text=(),
+                                   peer=("192.0.2.1", 5))
             connection.name = "192.0.2.1:5"
             for loopback.return_value, suffix in ((True, ""), (False, " (client 192.0.2.1:5)")):
                 with self.assertLogs("vaurien", "INFO") as logged:
@@ -14364,7 +14365,7 @@ class SoakProxy(OpenProxy):
 
         def record_closed(connection, reason):
             on_connection_closed(connection, reason)
-            self.closed[connection.name] = set(connection.faults or ()), reason
+            self.closed[connection.name] = set(connection.faults), reason
 
         self._server.on_connection_closed = record_closed
 

@@ -57,7 +57,7 @@ Glossary:
     active rule            a rule drawn for one request or connection, with its state
     chain                  the active rules of a connection, in order
     delay queue            the bytes of one direction, each chunk with its due time
-    link                   a delay queue together with its source socket
+    link                   a delay queue with its two sockets: the source and the target
     budget                 the limit for the bytes in all delay queues of a loop together
     fast path              recv and send in one callback
     slow path              from recv through the chain and the delay queue to send
@@ -5416,9 +5416,9 @@ class EpollSelector:
     MAX_EVENTS = 256        # of one poll, so that timers do not wait too long
     SPIN_TIME = 0.00008     # seconds of a busy poll: about the cost of sleeping and waking up
     PREEMPTED = 0.001       # seconds after which another process must have had the CPU
-    BACKOFF_MAX = 8         # most busy polls skipped after busy polls without events
-    BACKOFF_PREEMPTED = 512     # busy polls skipped after a preemption, because another one
-                                #   may cost a whole time slice
+    BACKOFF_MAX = 8         # the most busy polls to skip after some without events
+    BACKOFF_PREEMPTED = 512     # busy polls to skip after a preemption: another one may cost a
+                                #   whole time slice
 
     def __init__(self, clock=time.monotonic):
         self.epoll = select.epoll()
@@ -5546,7 +5546,7 @@ class Loop:
         self.selector = selector or (EpollSelector if hasattr(select, "epoll")
                                      else selectors.DefaultSelector)()
         self.watched = set()                # the sockets in the selector
-        self.timers = []                    # a heap of [t, order, callback or None]
+        self.timers = []                    # a heap
         self.order = 0                      # of the last timer
         self.cancelled_count = 0            # number of cancelled timers in the heap
         self.calls = deque()                # (function, args) queued by other threads
@@ -7391,12 +7391,11 @@ class TlsSocket:
 WAITING, CONNECTING, CONNECTED = "waiting", "connecting", "connected"
 HANDED_OFF, LINGERING, CLOSED = "handed off", "lingering", "closed"
 
-
 NO_SPLICE = -(1 << 60)          # `bulk_reads` of links that cannot use splice, such as with TLS
 
 
 class Link(DelayQueue):
-    """One direction of a connection: its source socket and its delay queue."""
+    """One direction of a connection: its two sockets and its delay queue."""
 
     __slots__ = ("source", "target", "watched", "fast_events", "bulk_reads", "recv_size", "asked",
                  "next_measured")
@@ -7411,10 +7410,8 @@ class Link(DelayQueue):
         self.fast_events = 0    # the events for the fast path: EVENT_READ, or 0 if it is closed
         self.bulk_reads = 0 if HAVE_SPLICE else NO_SPLICE   # successive large reads
         # To measure latencies
-        self.next_measured = sys.maxsize    # upstream: the number of requests from which on the
-                                            #   next one is measured
-        self.asked = 0.0        # downstream: when a measured request came whose reply is still
-                                #   to be sent; 0 if there is none
+        self.next_measured = sys.maxsize    # upstream: after this many requests, one is measured
+        self.asked = 0.0        # downstream: when the request came that is being measured, or 0
 
     def put_due(self, data):
         """Queue a memoryview or a KernelPipe whose bytes are due now."""
@@ -7441,9 +7438,6 @@ class HandOff:
         self.connection, self.rule, self.to_backend = connection, rule, to_backend
         self.socks = [socket.fromfd(sock.fileno(), sock.family, socket.SOCK_STREAM)
                       for sock in (connection.client, connection.backend)]
-
-    def start(self):
-        self.connection.loop.run_in_thread(self.run, self.on_done)
 
     def run(self):
         """Call the handler, in the thread. Returns whether it left both sockets open."""
@@ -7478,8 +7472,8 @@ class Connection:
     """A client, the backend connected for it, and the data between them."""
 
     __slots__ = ("proxy", "loop", "number", "peer", "chain", "up", "down", "client", "backend",
-                 "phase", "tls_waits_for", "addresses", "deadline", "reset_reason", "faults",
-                 "textless", "timer", "deadline_timer", "began")
+                 "phase", "tls_waits_for", "addresses", "connect_deadline", "reset_reason",
+                 "faults", "records_without_text", "timer", "deadline_timer", "began")
 
     def __init__(self, proxy, number, client, peer):
         self.proxy = proxy
@@ -7500,15 +7494,15 @@ class Connection:
         self.backend = None
         self.phase = WAITING
         self.addresses = None           # of the backend, still to be tried
-        self.deadline = None            # for connecting to the backend
+        self.connect_deadline = None    # the time limit for connecting to the backend
         self.reset_reason = ""          # a peer has gone: reset when its data is delivered
-        self.faults = None              # names of the handlers that have acted
-        self.textless = ()              # the numbers of FaultRecords of request 1 that were made
+        self.faults = ()                # names of the handlers that have acted
+        self.records_without_text = ()  # the numbers of FaultRecords of request 1 that were made
                                         #   before its first bytes came
         self.timer = None               # for the next event that is due
         self.deadline_timer = None      # for connecting, and for lingering
         self.began = self.loop.clock()
-        self.tls_waits_for = None       # a link: TLS begins on its target when it is empty
+        self.tls_waits_for = None       # the link on whose target TLS begins when it is empty
         if proxy.tls.accepts and not proxy.joins_tls():
             self.start_tls(self.up)
 
@@ -7550,7 +7544,8 @@ class Connection:
         other connections. The fast path sends the bytes at once. It reads the clock only for a
         latency that is measured, and without an active rule it makes no event objects.
         """
-        loop, chain, budget, limit = self.loop, self.chain, link.budget, link.recv_size
+        loop, chain, budget = self.loop, self.chain, link.budget
+        limit = link.recv_size
         if (events != link.fast_events or link.bulk_reads >= SPLICE_AFTER
                 or budget.held > budget.fast_path_limit):
             limit = self.prepare_read(link, events)
@@ -7584,7 +7579,7 @@ class Connection:
             self.on_part_sent(link, data[sent:])
 
     def note_request(self):
-        """Note when a request came, to measure its latency. If one is measured, do nothing."""
+        """Measure the latency of a request that comes now, unless another one is measured."""
         if not self.down.asked:
             self.down.asked = self.loop.clock()
             self.up.next_measured = self.chain.request_count + self.proxy.latencies.skips()
@@ -7623,8 +7618,8 @@ class Connection:
         return min(limit, link.recv_size, self.parse_limit(link))
 
     def parse_limit(self, link):
-        """Return how many bytes may be read if each of them needs EXPANSION bytes of memory."""
-        if link is self.down or link.recv_size > PARSED_CHUNK:      # they are not all requests
+        """Return how many bytes may be read, so that there is memory for the requests in them."""
+        if link is self.down or link.recv_size > PARSED_CHUNK:  # replies, or bytes to skip
             return CHUNK
         return max(1, (link.budget.allowance(HELD_MAX) - link.held - link.kept) // EXPANSION)
 
@@ -7782,12 +7777,11 @@ class Connection:
         The handler gets them only when both sides are connected and all data is delivered.
         Until then the source stays unread. Returns whether a blocking handler is active.
         """
-        try:
+        data = b""
+        with contextlib.suppress(OSError):
             data = link.source.recv(BEGINNING_MAX, socket.MSG_PEEK)
-            if not data:
-                return False            # EOF is not for the handler
-        except OSError:
-            return False                # on_ready() handles it
+        if not data:                    # on_ready() handles an EOF and an error
+            return False
         if self.chain.last_direction is not link.to:
             self.chain.direction_changed(link.to)
         active = self.chain.blocking_rule()
@@ -7805,7 +7799,7 @@ class Connection:
             if active.mark_acted():
                 self.proxy.record_fault(self, active, self.chain.request_count,
                                         self.chain.request_text())
-            handoff.start()
+            self.loop.run_in_thread(handoff.run, handoff.on_done)
         self.update_interest()
         return True
 
@@ -7845,18 +7839,18 @@ class Connection:
         newly_acted, self.chain.newly_acted = self.chain.newly_acted, []
         for fault in newly_acted:
             self.proxy.record_fault(self, *fault)
-        if self.textless:
+        if self.records_without_text:
             self.add_text()
         self.pump()
 
     def add_text(self):
         """Add the first bytes of request 1 to its FaultRecords, if they have come."""
-        chain = self.chain
-        text = chain.request_text() if chain.current_number == 1 else b""
-        if text:
-            self.proxy.set_record_text(self.textless, text)
-        if text or self.chain.current_number > 1:
-            self.textless = ()
+        if self.chain.current_number == 1:
+            text = self.chain.request_text()
+            if not text:                # they come later
+                return
+            self.proxy.set_record_text(self.records_without_text, text)
+        self.records_without_text = ()
 
     def rules_changed(self, new, removed, changed, woken=()):
         """Apply a change of the installed rules. Release data that removed or changed ones held.
@@ -7908,9 +7902,10 @@ class Connection:
         signals = up.pop_due(now) + down.pop_due(now) if up.queue or down.queue else ()
         if self.phase is WAITING and (signals or up.send_buffer):
             self.end_waiting(now, signals)
-        for link in down, up:
-            if link.send_buffer:
-                self.flush(link)
+        if down.send_buffer:
+            self.flush(down)
+        if up.send_buffer:
+            self.flush(up)
         return signals
 
     def end_waiting(self, now, signals):
@@ -8067,8 +8062,9 @@ class Connection:
         self.up.bulk_reads = self.down.bulk_reads = NO_SPLICE
 
     def begin_tls(self, link):
-        """TLS begins within the connection: at once with the peer that has announced it, which is
-        the link's source, and with the other peer after that has got the announcement.
+        """Begin TLS within the connection, because the link's source has announced it.
+
+        TLS with the other peer begins when that has got the announcement: see continue_tls.
         """
         received, self.chain.encrypted = self.chain.encrypted, None
         self.tls_waits_for = link
@@ -8120,8 +8116,9 @@ class Connection:
             self.close("no TLS")
 
     def is_truncated(self, link):
-        """Return whether a stream ends without close_notify: that of its source did, or a rule
-        ends it in the backend's place, as if the backend had died.
+        """Return whether a link's stream ends without close_notify, as if its sender had died.
+
+        It does if the stream of the source has, or if a rule ends it without a reply of its own.
         """
         if link.eof:
             return isinstance(link.source, TlsSocket) and link.source.lacks_close_notify
@@ -8132,19 +8129,24 @@ class Connection:
     def connect_backend(self):
         """Resolve the backend's name, then try one address after the other."""
         self.phase = CONNECTING
-        self.deadline = self.loop.clock() + self.proxy.timeout
+        self.connect_deadline = self.loop.clock() + self.proxy.timeout
         if self.proxy.addresses:
             self.addresses = list(self.proxy.addresses)
             self.connect_next(None)
         else:
-            self.set_deadline(self.deadline, lambda: self.connect_failed("timed out"))
+            self.set_deadline(self.connect_deadline, lambda: self.connect_failed("timed out"))
             self.proxy.resolve_backend(self.on_resolved)
 
     def on_resolved(self, addresses, error):
         if self.phase is not CONNECTING or self.backend is not None:
             return                      # it has ended, or given up, in the meantime
         self.addresses = list(addresses or ())
-        self.connect_next(getattr(error, "strerror", error))
+        self.connect_again(getattr(error, "strerror", error))
+
+    def connect_again(self, reason):
+        """Continue with the next address, as connect_next does. A pending connect() has failed."""
+        self.close_backend()
+        self.connect_next(reason)
         self.pump()
 
     def connect_next(self, reason):
@@ -8168,8 +8170,8 @@ class Connection:
                 # Each address gets its share of the time, so that a silent one does not use
                 # up the time of the others.
                 now = self.loop.clock()
-                share = (self.deadline - now) / (1 + len(self.addresses))
-                self.set_deadline(now + share, self.on_connect_timeout)
+                share = (self.connect_deadline - now) / (1 + len(self.addresses))
+                self.set_deadline(now + share, lambda: self.connect_again("timed out"))
             else:
                 self.set_connected()
             return
@@ -8182,9 +8184,8 @@ class Connection:
 
     def retry_connect(self):
         """Try again after descriptors had run out."""
-        if self.loop.clock() < self.deadline:
-            self.connect_next(None)
-            self.pump()
+        if self.loop.clock() < self.connect_deadline:
+            self.connect_again(None)
         else:
             self.connect_failed(os.strerror(errno.EMFILE))
 
@@ -8192,14 +8193,13 @@ class Connection:
         """A pending connect() has succeeded or failed."""
         error = connect_error(self.backend)
         if error:
-            self.close_backend()
-            self.connect_next(socket_strerror(error))
+            self.connect_again(socket_strerror(error))
         else:
             self.set_connected()
-        self.pump()
+            self.pump()
 
     def set_connected(self):
-        """The backend is connected: the time for it no longer runs. TLS has a time of its own."""
+        """The backend is connected. TLS, if it begins now, has a time limit of its own."""
         self.phase = CONNECTED
         self.up.target = self.backend
         self.loop.cancel(self.deadline_timer)
@@ -8207,11 +8207,6 @@ class Connection:
             self.connect_failed("a blocking handler works without TLS only")
         elif self.proxy.backend[2:]:
             self.start_tls(self.down)
-
-    def on_connect_timeout(self):
-        self.close_backend()
-        self.connect_next("timed out")
-        self.pump()
 
     def connect_failed(self, reason):
         """No address of the backend could be connected: close the client."""
@@ -9119,7 +9114,7 @@ class ProxyServer:
         self.faults[rule.name] += 1
         if options.get("kind"):
             self.kinds[rule.name, str(options["kind"])] += 1
-        connection.faults = [*(connection.faults or []), rule.name][-100:]     # the last 100
+        connection.faults = (*connection.faults, rule.name)[-100:]     # the last 100
         record = self.add_record(rule, options, connection.number, connection.name, request,
                                  text=printable(text))
         if self.recorder:
@@ -9127,7 +9122,7 @@ class ProxyServer:
         if self.rules.replay:
             self.rules.replay.mark_made(self.name, connection.number, request, rule)
         if not text and request == 1:
-            connection.textless = (*connection.textless, record.number)
+            connection.records_without_text = (*connection.records_without_text, record.number)
         log.info("%s%s: connection %d, request %d%s%s", self.log_prefix,
                  rule.describe_fault(active.drawn_options), connection.number, request,
                  record.text and ", " + record.text,
@@ -9199,7 +9194,7 @@ class ProxyServer:
             "requests": connection.chain.request_count,
             "held_up": connection.up.held + connection.up.kept,
             "held_down": connection.down.held,
-            "faults": connection.faults or [],
+            "faults": list(connection.faults),
         } for connection in map(self.connections.get, numbers) if connection]
 
     def close_connection(self, number, reset=False):
