@@ -12102,25 +12102,25 @@ def format_labels(labels):
 # -- Interface ----------------------------------------------------------------
 #
 # Proxy and Client are for tests. A Proxy runs in the process of the test. A Client sends requests
-# to the control server of a proxy in another process, or on another host. Both have the methods
-# of Interface, so a test can use either of them. start_proxy and stop_proxy start and stop a
-# proxy in a process of its own.
+# to the control server of a proxy in another process, or on another host. Both classes have the
+# methods of Interface, so a test can use either class. start_proxy and stop_proxy start and stop
+# a proxy in a process of its own.
 #
 # Threads: several threads may share a Proxy or a Client. A Proxy has a loop in a thread of its
 # own. A Client opens a connection for each request.
 #
-# To add a method: add it to Interface. If it needs the proxy itself, implement it in Proxy, with
-# a function that runs in the loop's thread, and in Client, with a request to a route.
+# To add a method: add it to Interface. If the method needs the proxy itself, implement it twice:
+# in Proxy, with a function that runs in the loop's thread, and in Client, with a request.
 
 class Fault:
-    """A handler that acts during a `with` block of a test, and the faults that it has made there.
+    """A `with` block of a test in which a handler acts, and the faults of this block.
 
         with proxy.handler("delay", sleep=2) as fault:
             ...
             fault.wait()                # until the handler has acted
         assert fault.count == 1
 
-    Proxy.handler, Proxy.with_handler and Proxy.toxic return a Fault, and Client's methods too.
+    The methods `handler`, `with_handler` and `toxic` of Proxy and Client return a Fault.
 
     name    the handler's name
     """
@@ -12132,7 +12132,7 @@ class Fault:
         self._field = field         # "block" or "toxic": the field of FaultRecords with the key
         self._key = None            # the number of the block, or the name of the toxic
         self._since = 0             # the number of the last FaultRecord before the block
-        self._until: float = 0      # that of the last FaultRecord in the block
+        self._until: float = 0      # the number of the last one in the block; math.inf meanwhile
 
     def __enter__(self) -> "Fault":
         self._since, self._until = self._interface._last_record(), math.inf
@@ -12154,16 +12154,16 @@ class Fault:
 
     @property
     def count(self) -> int:
-        """The number of requests, or of connections, that the handler has acted on."""
+        """The number of requests, or of connections, on which the handler has acted."""
         return len(self.events())
 
     def wait(self, timeout: float = 5, count: int = 1) -> FaultRecord:
         """Wait until the handler has acted in this block.
 
         timeout    seconds to wait at most
-        count      how often it must have acted
+        count      the number of faults to wait for
 
-        Returns the FaultRecord of the last of these faults. Raises TimeoutError.
+        Returns the FaultRecord of fault number `count` of this block. Raises TimeoutError.
         """
         return self._interface._wait_for_fault(self.name, self._since, self._owns, count, timeout)
 
@@ -12172,57 +12172,59 @@ class Fault:
         return await run_in_executor(self.wait, timeout, count)
 
     def _owns(self, record):
-        """Return whether a FaultRecord belongs to this block."""
+        """Return whether a FaultRecord is of a fault in this block."""
         return (self._since < record.number <= self._until and record.change is None
                 and getattr(record, self._field) == self._key)
 
 
 async def run_in_executor(function, *args):
-    """Run a function that blocks in a thread of asyncio's executor. Returns its result."""
+    """Run a blocking function in a thread of asyncio's executor. Returns its result."""
     return await asyncio.get_event_loop().run_in_executor(None, function, *args)
 
 
 class Interface:
     """The methods that Proxy and Client share.
 
-    A handler is given by its name, like "delay", or as the function or class itself. Its options
-    and the rule fields (percent, per, stream, match, after, times, of, start, duration, every,
-    ramp, ttl) are keyword arguments. Times are seconds, or texts like "90s", "5m" or "500ms".
+    A handler is given by its name, like "delay", or as the function or class itself. The options
+    of the handler are keyword arguments. So are the rule fields: percent, per, stream, match,
+    after, times, of, start, duration, every, ramp and ttl. Times are numbers of seconds, or texts
+    like "90s", "5m" or "500ms".
 
     Invalid arguments raise ValueError.
     """
 
     def __init__(self):
-        self._faults = []       # the open blocks, the last one began last
+        self._faults = []       # the Faults whose `with` block is open, in the order of begin
         self._reset_record = 0  # the number of the last FaultRecord before the last reset
 
     # Faults during a `with` block
 
     def handler(self, name: "Handler", **fields: "OptionValue") -> Fault:
-        """Return a block in which a handler acts instead of the behavior.
+        """Return a `with` block in which a handler acts instead of the behavior.
 
             with proxy.handler("error", percent=20, times=3) as fault:
                 ...
 
-        Blocks add up: in a block within a block, both handlers act, and each has its own draw. In
-        a block of `dummy` nothing acts. Blocks may end in any order. After the last one, the
-        behavior acts again. Toxics act all the time.
+        In a block within a block, the handlers of both blocks act, and each has its own draw. In
+        a block of the handler `dummy`, no other handler acts, except in toxics. Blocks may end in
+        any order. After the last block, the behavior acts again. Toxics act in and out of blocks.
 
         Returns a Fault. Raises RuntimeError if the proxy is not running.
         """
         name = self._handler_name(name)
-        return self._block(dict(fields, name=name), only=name == "dummy")
+        # `only`, because in a block of dummy the handlers of outer blocks must not act.
+        return self._block(dict(fields, name=name), only=(name == "dummy"))
 
     def with_handler(self, name: "Handler", **fields: "OptionValue") -> Fault:
-        """Return a block in which only this handler acts, as in Vaurien 1.x.
+        """Return a `with` block in which only this handler acts, as in Vaurien 1.x.
 
-        Unlike blocks of `handler`, these do not add up: the handlers of the outer blocks do not
-        act until this block ends.
+        Within a block of `with_handler`, the handlers of outer blocks do not act. Within a block
+        of `handler` they do.
         """
         return self._block(dict(fields, name=self._handler_name(name)), only=True)
 
     def toxic(self, type: "Handler", name: "Optional[str]" = None, **fields: "Any") -> Fault:
-        """Return a block with a toxic, which acts beside the behavior and other toxics.
+        """Return a `with` block with a toxic, which acts beside the behavior and other toxics.
 
             with proxy.toxic("latency", latency=200, jitter=50):
                 ...
@@ -12249,25 +12251,28 @@ class Interface:
     def refusing(self, **times: "Union[float, str]") -> "ContextManager[None]":
         """Refuse new clients during a `with` block, as if no server listened on the port.
 
-        times    start, duration, every and ttl, if not all of the block is meant: see set_accept
+        times    start, duration, every and ttl, as in set_accept, to refuse clients only during
+                 windows within the block
 
         A new connect fails with ECONNREFUSED at once. Open connections continue.
         """
         return self._accepting("refuse", times)
 
     def dropping(self, **times: "Union[float, str]") -> "ContextManager[None]":
-        """Let new clients time out during a `with` block, as behind a firewall that drops.
+        """Let connects of new clients time out during a `with` block.
 
-        times    as in `refusing`
+        times    start, duration, every and ttl, as in set_accept, to do this only during windows
+                 within the block
 
-        A new connect gets no reply. If the client still waits after the block, it is connected
-        when it sends its next SYN; the first one is sent again after one second. Open connections
-        continue. Not possible on Windows.
+        A new connect gets no reply, as if a firewall dropped the packets. TCP sends the SYN of
+        a connect again, first after one second. If the client still waits after the block, the
+        next SYN connects it. Open connections continue. Not possible on Windows.
         """
         return self._accepting("drop", times)
 
     @contextlib.contextmanager
     def _accepting(self, accept, times):
+        """Set how new clients are accepted during a `with` block."""
         before = self.get_accept()
         self.set_accept(accept, **times)
         try:
@@ -12283,11 +12288,11 @@ class Interface:
         """Replace the behavior.
 
         behavior    "20:delay,5:error", {"delay": 20, "error": 5}, [(20, "delay"), (5, "error")],
-                    or a handler, which then acts on all requests
+                    or a single handler, which by default acts on all requests
         options     {handler: {option: value}}
-        fields      options and rule fields of a single handler
+        fields      options and rule fields; only permitted for a single handler
 
-        Open blocks end: their handlers act no more.
+        The handlers of open blocks act no longer.
         """
         is_text = isinstance(behavior, str)
         if callable(behavior) or (is_text and ":" not in behavior):
@@ -12310,42 +12315,44 @@ class Interface:
 
         type      the handler, like "latency"
         name      by default the type and the stream, like "latency_downstream"
-        fields    options of the handler, and the rule fields. Instead of `percent` there may be
-                  a `toxicity` from 0 to 1. By default, a type of Toxiproxy acts downstream, any
-                  other handler acts in both directions, and a toxic is drawn for each connection
+        fields    options of the handler, and rule fields. A `toxicity` from 0 to 1 may replace
+                  `percent`
 
-        Returns the name. Raises ValueError if the name is taken.
+        These defaults differ from those of other rules: a toxic is drawn for each connection
+        (per), and if its type is one of Toxiproxy's, it acts downstream only (stream).
+
+        Returns the name. Raises ValueError if the proxy has a toxic of this name already.
         """
         type = self._handler_name(type)
         table = toxic_table(dict(fields, type=type, name=name))
         return self._add_toxic(table)
 
     def remove_toxic(self, name: str) -> None:
-        """Remove a toxic. The data that it delays is sent at once.
+        """Remove a toxic. The data that the toxic delays is sent at once.
 
-        Raises ValueError if there is none.
+        Raises ValueError if there is no toxic of this name.
         """
         raise NotImplementedError
 
     def close_connection(self, number: int, reset: bool = False) -> None:
         """Close an open connection, or reset it.
 
-        number    its number, as `connections` returns it
+        number    the number of the connection, as `connections` returns it
 
-        Raises ValueError if there is none.
+        Raises ValueError if there is no open connection of this number.
         """
         raise NotImplementedError
 
     def reset(self) -> None:
-        """Let everything pass: accept clients, remove all rules and toxics, and end all blocks.
+        """Enable the proxy, accept clients, remove all rules and toxics, and end all blocks.
 
-        A proxy that is disabled is enabled. Connections, the backend and the fault records stay.
-        `wait_for` no longer counts faults from before.
+        Connections, the backend and the fault records stay. By default, `count` and `wait_for`
+        ignore faults from before the reset.
         """
         raise NotImplementedError
 
     def enable(self) -> None:
-        """Listen again after `disable`. Raises OSError if that fails."""
+        """Listen again after `disable`. Raises OSError if the proxy cannot listen."""
         self._set_enabled(True)
 
     def disable(self) -> None:
@@ -12353,13 +12360,14 @@ class Interface:
         self._set_enabled(False)
 
     def set_accept(self, accept: str, **times: "Union[float, str]") -> None:
-        """Accept new clients ("normal"), or let their connects fail.
+        """Set how new clients are accepted, until the next change.
 
-        accept    "normal", "refuse" (see `refusing`) or "drop" (see `dropping`)
-        times     start, duration, every and ttl, as of a rule: outside of these windows, clients
-                  are accepted. They may be in the text too: "refuse start=2 duration=5"
+        accept    "normal"; "refuse": a connect fails at once, see `refusing`; or "drop": a
+                  connect times out, see `dropping`
+        times     start, duration, every and ttl, as for a rule. Outside of these windows, clients
+                  are accepted. The times may be in the text too: "refuse start=2 duration=5"
 
-        Raises OSError if this system cannot do so.
+        Raises OSError if this operating system cannot refuse or drop connects.
         """
         self._set_accept(dict(times, mode=accept) if times else accept)
 
@@ -12375,10 +12383,10 @@ class Interface:
         """Wait until a handler has acted.
 
         timeout    seconds to wait at most
-        times      how often it must have acted
+        times      the number of faults to wait for
 
-        The other arguments are those of `count`. Returns the FaultRecord of the last of these
-        faults. Raises TimeoutError.
+        The other arguments select these faults, as in `count`. Returns the FaultRecord of fault
+        number `times` among them. Raises TimeoutError.
         """
         timeout = check_field("timeout", number_check(float, "a number of seconds, 0 or more"),
                               timeout)
@@ -12398,12 +12406,13 @@ class Interface:
               since: "Optional[int]" = None) -> int:
         """Return how often a handler has acted.
 
-        name     the handler; by default, all handlers count
-        match    a regular expression: only faults of requests whose `text` contains it count.
-                 This is the `text` of a fault record, with 80 characters at most
-        since    the number of a fault record: only later ones count. By default, faults count
-                 from the begin of the innermost open block with this handler. If there is none,
-                 they count from the begin of the innermost open block, or from the last reset
+        name     the handler; by default, the faults of all handlers count
+        match    a regular expression. Only faults count whose fault record has a match in `text`,
+                 which is the beginning of the request: 80 characters at most
+        since    the number of a fault record: only later faults count. By default, faults count
+                 that were made in the innermost open `with` block of this handler. If there is no
+                 such block, faults count from the begin of the innermost open block of any
+                 handler. If no block is open, they count from the last reset
         """
         since, matches = self._selection(name, since, match)
         return sum(map(matches, self.events(since)))
@@ -12411,8 +12420,9 @@ class Interface:
     def events(self, since: int = 0) -> "List[FaultRecord]":
         """Return the fault records with a number greater than `since`, the oldest first.
 
-        The field `change` is None in the record of a fault. In other records it is "begins" or
-        "ends" for a window of a rule, or "expires" for a rule that was removed after its ttl.
+        A record whose field `change` is None is about a fault. Otherwise the record is about the
+        rule itself: its window "begins" or "ends", or the rule "expires" after its ttl.
+
         The proxy keeps the last 10,000 records. The list is a copy.
         """
         raise NotImplementedError
@@ -12430,11 +12440,11 @@ class Interface:
         raise NotImplementedError
 
     def get_accept(self) -> str:
-        """Return how new clients are accepted, as set_accept takes it: "refuse duration=5"."""
+        """Return how new clients are accepted, as text for set_accept: "refuse duration=5"."""
         raise NotImplementedError
 
     def get_handler(self) -> str:
-        """Return the names of the handlers that act, joined by commas."""
+        """Return the names of the handlers of the behavior or of open blocks, joined by commas."""
         raise NotImplementedError
 
     def list_handlers(self) -> "List[str]":
@@ -12446,13 +12456,13 @@ class Interface:
         raise NotImplementedError
 
     def list_toxics(self) -> "List[Dict[str, Any]]":
-        """Return the toxics in the JSON form of Toxiproxy's API, one dict for each."""
+        """Return one dict for each toxic, in the JSON form of Toxiproxy's API."""
         raise NotImplementedError
 
     # The names of Vaurien 1.9
 
     def get_behavior(self) -> str:
-        """Return the names of the handlers that act, as `get_handler` does."""
+        """Return the names of the handlers, joined by commas, as `get_handler` does."""
         return self.get_handler()
 
     def list_behaviors(self) -> "List[str]":
@@ -12461,9 +12471,9 @@ class Interface:
 
     with_behavior = with_handler
 
-    # Methods of Proxy and Client
+    # Methods that Proxy and Client implement
 
-    _handler_name: "Callable[[Any], str]"   # (handler) -> name; the handler may be an object
+    _handler_name: "Callable[[Any], str]"   # (handler: its name, function or class) -> name
     _set_rules: "Callable[[Any], None]"     # (tables of read_rules)
     _add_toxic: "Callable[[Any], str]"      # (result of toxic_table) -> name
     _set_accept: "Callable[[Any], None]"    # (argument of check_accept)
@@ -12478,9 +12488,13 @@ class Interface:
     # For Fault
 
     def _wait_for_fault(self, name, since, matches, count, timeout):
-        """Return the record number `count` of those since `since` that match.
+        """Wait for a fault. Returns its FaultRecord, or raises TimeoutError.
 
-        Raises TimeoutError, with all faults that there were.
+        name       the handler, for the error
+        since      the number of a FaultRecord: only later faults count
+        matches    function that returns whether the fault of a FaultRecord counts
+        count      the number of faults that must count; the last of them is returned
+        timeout    seconds
         """
         found = self._wait_for_records(since, matches, count, timeout)
         if len(found) >= count:
@@ -12491,9 +12505,10 @@ class Interface:
             ", ".join("%d %s" % (times, handler) for handler, times in acted.items()) or "none"))
 
     def _selection(self, name, since, match):
-        """Return (number, function): the function selects the FaultRecords after this number.
+        """Return (number, matches) for the arguments of `count`. Raises ValueError.
 
-        The arguments are those of `count`. Raises ValueError.
+        Those FaultRecords count that come after this number and for which matches(record) is
+        true.
         """
         if name is not None:
             name = self._handler_name(name)
@@ -12502,22 +12517,30 @@ class Interface:
         pattern = check_optional("match", check_match, match)
         since = check_optional("since", check_count, since)
         if since is None:
-            faults = [fault for fault in self._faults if fault.name == name] or self._faults
-            since = faults[-1]._since if faults else self._reset_record
+            blocks_of_handler = [fault for fault in self._faults if fault.name == name]
+            open_blocks = blocks_of_handler or self._faults
+            since = open_blocks[-1]._since if open_blocks else self._reset_record
 
         def matches(record):
-            return (record.change is None and name in (None, record.handler) and
-                    (pattern is None or bool(pattern.search(record.text.encode("utf-8")))))
+            is_fault = record.change is None
+            if not is_fault or name not in (None, record.handler):
+                return False
+            return pattern is None or bool(pattern.search(record.text.encode("utf-8")))
         return since, matches
 
     def _block(self, table, only):
+        """Return the Fault of a block.
+
+        table    a dict for read_rules
+        only     whether the rules of outer blocks do not act in this block
+        """
         self._check_running()
         return Fault(self, table["name"], lambda: self._begin_block(table, only),
                      self._end_block, "block")
 
     def _discard_toxic(self, name):
-        """Remove a toxic, if there is one of that name."""
-        with contextlib.suppress(ValueError):       # reset() has removed it already
+        """Remove a toxic, unless it has been removed already."""
+        with contextlib.suppress(ValueError):       # raised if reset() has removed the toxic
             self.remove_toxic(name)
 
     def _check_running(self):
@@ -12527,8 +12550,10 @@ class Interface:
 def toxic_table(fields):
     """Return a toxic in the JSON form of Toxiproxy's API.
 
-    fields    its type, name, stream, toxicity, rule fields and attributes. Options of the handler
-              may stand in `attributes` or beside them
+    fields    the type, name, stream, toxicity, attributes and rule fields of the toxic. An option
+              of the handler may be in `attributes`, or have a key of its own
+
+    In the result, all options are in `attributes`.
     """
     table, attributes = {}, dict(fields.get("attributes") or {})
     function = HANDLERS.get(fields.get("type"))
@@ -12541,12 +12566,15 @@ def toxic_table(fields):
 
 
 def make_local_toxic(toxic):
-    """Return the Toxic of a dict in the form of toxic_table. Raises ValueError."""
+    """Return the Toxic that a dict describes. Raises ValueError.
+
+    toxic    a dict as for toxic_table. Its type may be a handler's function or class
+    """
     if not isinstance(toxic, dict) or not toxic.get("type"):
         raise ValueError("a toxic must be a dict like {'type': 'latency', 'latency': 200}, not %r"
                          % (toxic,))
     table = toxic_table(dict(toxic, type=local_handler(toxic["type"])))
-    try:        # encode and decode, so that the values have the types that the API gets
+    try:        # encode and decode: read_toxic expects the types of JSON, like list for a tuple
         return read_toxic(json.loads(json.dumps(table)), strict=True)
     except TypeError as error:          # json cannot encode a value
         raise ValueError("toxic %r: %s" % (table["type"], error)) from None
@@ -12555,9 +12583,12 @@ def make_local_toxic(toxic):
 
 
 def parse_endpoint(address, parse):
-    """Return parse("HOST:PORT") of such a text, or of (host, port). Raises ValueError."""
-    if isinstance(address, (tuple, list)) and len(address) in (2, 4):   # 4: a socket's, of IPv6
-        host, port = address[:2]
+    """Return the result of parse("HOST:PORT"). Raises ValueError.
+
+    address    "HOST:PORT", (host, port), or an address of an IPv6 socket, which has four items
+    """
+    if isinstance(address, (tuple, list)) and len(address) in (2, 4):
+        host, port, *_ = address
         if isinstance(host, str) and isinstance(port, (int, str)):
             address = ("[%s]:%s" if ":" in host else "%s:%s") % (host, port)
     if not isinstance(address, str):
@@ -12567,13 +12598,18 @@ def parse_endpoint(address, parse):
 
 
 def check_optional(name, check, value):
-    """Return check_field(name, check, value), or None for None."""
+    """Return check_field(name, check, value). If the value is None, return None."""
     return None if value is None else check_field(name, check, value)
 
 
 def check_handler_options(options):
-    """Check that options are {handler: {option: value}}. Raises ValueError."""
-    if not isinstance(options, dict) or not all(isinstance(o, dict) for o in options.values()):
+    """Check that options are {handler: {option: value}}. Raises ValueError.
+
+    Returns {handler's name: {option: value}}. In `options`, a handler may be its function.
+    """
+    is_valid = isinstance(options, dict) and all(
+        isinstance(values, dict) for values in options.values())
+    if not is_valid:
         raise ValueError("must be {handler: {option: value}}, not %r" % (options,))
     return {local_handler(handler): values for handler, values in options.items()}
 
@@ -12587,42 +12623,47 @@ class Proxy(Interface):
                 ...
             assert fault.count == 1
 
-    It runs from `start` to `stop`, or during a `with` or an `async with` block. It can be started
-    again. A forked process may leave the block: this has no effect. Other methods raise
-    RuntimeError there.
+    The proxy runs from `start` to `stop`, or during a `with` or an `async with` block. It can be
+    started again. In a fork of this process, the end of the block has no effect, and methods that
+    need the proxy raise RuntimeError.
 
     Args:
         distant     the backend, "HOST:PORT" or (host, port); the proxy connects to it for each
                     client
-        local       the address to listen on, in the same form; port 0 picks a free one
-        behavior    "PERCENT:HANDLER,..." of the requests, {handler: percent}, or
-                    [(percent, handler)]. A handler is a name, a dotted path like "mine.stutter",
-                    or, in a dict or a list, the function itself
+        local       the address to listen on, "HOST:PORT" or (host, port); port 0 picks a free port
+        behavior    the percentage of requests on which each handler acts:
+                    "PERCENT:HANDLER,...", {handler: percent}, or [(percent, handler)]. A handler
+                    is a name or a dotted path like "mine.stutter". In a dict or a list, it may be
+                    the function itself
         options     {handler: {option: value}}
-        name        for the log and the draws
-        seed        a whole number: the same seed gives the same faults; None draws one
-        timeout     seconds to connect to the backend, all its addresses together
+        name        the name of the proxy. The log has it, and the draws depend on it
+        seed        a whole number: with the same seed, a test gets the same faults. None draws a
+                    seed
+        timeout     seconds to connect to the backend, for all its addresses together
         protocol    the application protocol: tcp, http, redis, memcache, mysql, postgres, smtp
                     or tls
         overwrite_host_header
-                    http: whether to replace the Host header with the backend's
+                    for http: whether the proxy replaces the Host header of requests by the
+                    backend's name
         toxics      rules beside the behavior: [{"type": "latency", "latency": 200}]. The keys are
-                    the arguments of add_toxic; `attributes` may have the options, as in Toxiproxy
+                    the arguments of add_toxic. As in Toxiproxy, the options may be in a dict
+                    `attributes`
         enabled     False: do not listen until `enable` is called
         tls         the options of TLS, without "tls-": {"cert": "auto", "max_version": "1.2"}.
                     `vaurien --help tls` lists them
         accept      how new clients are accepted, as in set_accept
         max_connections
-                    the most clients that are served at a time; further ones get the protocol's
-                    error for too many connections, or are closed; 0 is no limit
-        record      a file to which `start` writes each fault
-        replay      a file that `record` has written: the same faults are made again, on the same
-                    connections and requests, whatever the percentages of the rules say
-        reuse_port  the number, 1 or more, of this process among those that share the port; the
-                    draws depend on it. Only on Linux
+                    the number of clients that are served at a time, at most; 0 is no limit. A
+                    further client gets the protocol's error for too many connections. If the
+                    protocol has no such error, the connection is closed
+        record      a file to which each fault is written, from `start` on
+        replay      a file that `record` has written. The faults in it are made again, on the same
+                    connections and requests. The percentages of the rules have no effect
+        reuse_port  for several processes that share one port: the number of this process, 1 or
+                    more. The draws depend on it. Only on Linux
 
     Raises:
-        ValueError      an argument is invalid; the message names it
+        ValueError      an argument is invalid; the message names the argument
         OSError         `start` or `enable` cannot listen, or `start` cannot write a recording
         RuntimeError    the proxy is not running, or `start` is called while it runs
         TimeoutError    `wait_for` has waited too long
@@ -12657,9 +12698,9 @@ class Proxy(Interface):
     # Start and stop
 
     def start(self) -> "Proxy":
-        """Listen, in a new thread. Returns the proxy itself.
+        """Listen, and run the proxy in a new thread. Returns the proxy itself.
 
-        Raises OSError if it cannot listen, and RuntimeError if it runs already.
+        Raises OSError if the proxy cannot listen, and RuntimeError if it runs already.
         """
         if self._thread:
             raise RuntimeError("the proxy is running already")
@@ -12671,13 +12712,17 @@ class Proxy(Interface):
         return self
 
     def stop(self) -> None:
-        """Close everything, and wait until the thread has ended. Does nothing if not running."""
+        """Close the port and all connections, and wait until the thread has ended.
+
+        Does nothing if the proxy is not running.
+        """
         if self._thread and not self._server.loop.is_forked():
             loop = self._server.loop
             loop.stop()
             self._thread.join()
             self._thread = None
-            self._proxies.close()           # the loop's thread has ended: this thread may do it
+            # The loop's thread has ended: this thread may now do what only that thread does.
+            self._proxies.close()
             loop.close()
 
     def __enter__(self) -> "Proxy":
@@ -12687,7 +12732,7 @@ class Proxy(Interface):
         self.stop()
 
     async def __aenter__(self) -> "Proxy":
-        return self.start()                 # waits for no peer
+        return self.start()                 # takes no time: it waits for no peer
 
     async def __aexit__(self, *exception: object) -> None:
         await run_in_executor(self.stop)
@@ -12715,7 +12760,7 @@ class Proxy(Interface):
 
     @property
     def ca(self) -> str:
-        """The certificate, in PEM, of the CA that makes those of tls={"cert": "auto"}."""
+        """The certificate, in PEM, of the CA that tls={"cert": "auto"} uses."""
         return AUTHORITY.pem()
 
     @property
@@ -12725,12 +12770,12 @@ class Proxy(Interface):
 
     @property
     def failures(self) -> int:
-        """The number of connections for which no backend was reached."""
+        """The number of connections for which the proxy could not connect to the backend."""
         return self._server.failures
 
     @property
     def faults(self) -> "CounterOf[str]":
-        """{handler: number of requests or connections that it has acted on}."""
+        """{handler: number of requests or connections on which the handler has acted}."""
         return Counter(self._server.faults)
 
     def address(self) -> "Tuple[str, int]":
@@ -12739,8 +12784,10 @@ class Proxy(Interface):
         if not port:
             raise RuntimeError("the proxy has no port before it is enabled")
         if self._server.listener:
-            host = self._server.listener.address()[0]
-        return "localhost" if host in ("", *WILDCARD) else host, port
+            host, _ = self._server.listener.address()
+        if host in ("", *WILDCARD):     # all addresses of this machine
+            host = "localhost"
+        return host, port
 
     def get_backend(self) -> str:
         return format_address(self._server.backend)
@@ -12806,7 +12853,7 @@ class Proxy(Interface):
     def _check_running(self):
         if not self._thread:
             raise RuntimeError('the proxy is not running; use "with" or start()')
-        if self._thread is threading.current_thread():      # it would wait for itself
+        if self._thread is threading.current_thread():      # the thread would wait for itself
             raise RuntimeError("a handler cannot call a method of its proxy")
 
     def _call(self, function, *args):
@@ -12842,19 +12889,27 @@ class Proxy(Interface):
         return self._server.fault_count
 
     def _wait_for_records(self, since, matches, count, timeout):
-        if self._thread:                # a fork has a copy of the lock, which may be locked
+        if not self._thread:            # a proxy that is not running makes no faults: do not wait
+            timeout = 0
+        else:       # in a fork, the copy of the lock for the records may be locked for ever
             self._server.loop.check_process()
-        return wait_for_records(self._server.next_records, since, matches, count,
-                                timeout if self._thread else 0)
+        return wait_for_records(self._server.next_records, since, matches, count, timeout)
 
 
 def check_path(path):
-    """Return the path of a file as text. It may be an object, as of pathlib."""
+    """Return the path of a file as text.
+
+    path    text, or an object like a pathlib.Path
+    """
     return check_file(os.fspath(path) if isinstance(path, os.PathLike) else path)
 
 
 def make_recording(record, replay):
-    """Return (Recorder or None, Replay or None) for two files. Raises ValueError."""
+    """Return (Recorder or None, Replay or None). Raises ValueError.
+
+    record    the path of the file to write, or None
+    replay    the path of the file to read, or None
+    """
     record = check_optional("record", check_path, record)
     replay = check_optional("replay", check_path, replay)
     if record and record == replay:
@@ -12872,8 +12927,8 @@ class Client(Interface):
         token         the server's --http-token, if it has one
 
     Raises:
-        ValueError      the server refuses a request; the message is the server's
-        OSError         there is no server, or no control server, at this address
+        ValueError      the server refuses a request; the message is from the server
+        OSError         no control server listens on this address
         TimeoutError    `wait_for` has waited too long
     """
 
@@ -12901,13 +12956,14 @@ class Client(Interface):
         if query:
             path += "?" + urls.urlencode(query)
         response, text = self._exchange(method, path, None if body is None else json.dumps(body))
+        is_error = response.status >= 400
         is_json = response.getheader("Content-Type", "").startswith("application/json") or (
-            response.status >= 400 and text.startswith("{"))    # as Toxiproxy sends errors
+            is_error and text.startswith("{"))      # the type of Toxiproxy's errors is text/plain
         try:
             value = json.loads(text) if is_json else text
         except (ValueError, RecursionError):
             raise OSError("not a vaurien control server") from None
-        if response.status >= 400:
+        if is_error:
             raise ValueError(error_text(value) or "HTTP %d: %s" % (response.status, value))
         return value
 
@@ -12915,14 +12971,14 @@ class Client(Interface):
 
     @property
     def ca(self) -> str:
-        """The certificate, in PEM, of the CA that makes those of tls-cert auto."""
+        """The certificate, in PEM, of the CA that tls-cert auto uses."""
         return self.request("GET", "/ca.pem")
 
     def _exchange(self, method, path, body):
-        """Send a request. Returns the response of http.client, and the text of its body."""
+        """Send a request. Returns (response, text): a http.client.HTTPResponse and its body."""
         class_name = {"http": "HTTPConnection", "https": "HTTPSConnection"}.get(self.scheme, "")
         connection_class = getattr(http_client, class_name, None)
-        if connection_class is None:        # also for https, if this Python has no ssl module
+        if connection_class is None:    # http.client has no HTTPSConnection without module ssl
             raise ValueError("scheme must be http or https, not %r" % self.scheme)
         connection = connection_class(self.host, self.port, timeout=30)
         try:
@@ -12940,7 +12996,9 @@ class Client(Interface):
 
     def address(self) -> "Tuple[str, int]":
         host, port = parse_listener(self._status()["listen"])
-        return self.host if host in ("", *WILDCARD) else host, port
+        if host in ("", *WILDCARD):     # all addresses of the server's machine
+            host = self.host
+        return host, port
 
     def get_backend(self) -> str:
         return self.request("GET", "/backend")["backend"]
@@ -13023,6 +13081,7 @@ class Client(Interface):
         return wait_for_records(next_records, since, matches, count, timeout)
 
     def _records(self, **query):
+        """Return the FaultRecords that `GET /events` returns for a query."""
         return [FaultRecord(**record)
                 for record in self.request("GET", "/events", **query)["events"]]
 
@@ -13033,12 +13092,13 @@ def error_text(value):
         return ""
     if "errors" in value:               # the format of Vaurien's own routes
         return "; ".join(error["description"] for error in value["errors"])
-    return str(value.get("error", ""))
+    return str(value.get("error", ""))  # the format of Toxiproxy's routes
 
 
-# The program of the process that start_proxy starts. Its first two arguments are the name that
-# this module was imported by and the path of this file. The program runs the file as a module
-# with this name and the name `vaurien`. A user's handler that imports either gets this module.
+# The program of the process that start_proxy starts. It imports this file as a module, and calls
+# `main`. Its first two arguments are the name by which this process has imported the module, and
+# the path of the file. A user's handler may import the module by that name or as `vaurien`:
+# without sys.modules, it would get a second copy of the module, in which it would be registered.
 BOOTSTRAP = """\
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location(*sys.argv[1:3])
@@ -13053,7 +13113,7 @@ STARTED_PROCESSES = {}      # {pid: (Popen, pid of the process that called start
 
 
 class ProxyProcess(int):
-    """The pid of a proxy that start_proxy has started.
+    """The pid of the process of a proxy that start_proxy has started.
 
     port         the port on which the proxy listens
     http_port    the port of its control server; 0 if it has none
@@ -13070,17 +13130,20 @@ def start_proxy(host: str = "localhost", port: int = 8888, http: bool = True, wa
                 log_level: str = "info", log_output: str = "-") -> "ProxyProcess":
     """Start a proxy in a process of its own, and wait until it listens.
 
-    Returns its pid, a ProxyProcess: an int whose attributes `port` and `http_port` are the ports
-    in use, also if proxy_port or http_port is 0, which picks a free port.
-
-    host, port       the backend (backend_host and backend_port mean the same)
-    http             whether to start its control server, on http_host and http_port
-    http_token       the bearer token that clients of the control server must send, if any
-    warmup           seconds to wait until the proxy listens
+    host, port       the backend; backend_host and backend_port are other names for these
+    proxy_host, proxy_port
+                     the address on which the proxy listens; port 0 picks a free port
+    http             whether to start the control server, on http_host and http_port
+    http_token       the bearer token that clients of the control server must send; None: they
+                     need no token
+    warmup           seconds to wait, at most, until the proxy listens
     options          further arguments of the command line, like ["--behavior", "20:delay"]
 
-    Raises RuntimeError, with the error of the proxy, if it cannot start. The proxy runs until
-    `stop_proxy` is called or this process ends, even if this process is killed.
+    Returns the pid of the process, as a ProxyProcess: an int whose attributes `port` and
+    `http_port` are the ports that were picked. Raises RuntimeError, with the error of the proxy,
+    if the proxy cannot start.
+
+    The proxy runs until `stop_proxy` is called or this process ends, even if it is killed.
     """
     backend = format_address((backend_host or host, int(backend_port or port)))
     if isinstance(options, str):
@@ -13101,7 +13164,11 @@ def start_proxy(host: str = "localhost", port: int = 8888, http: bool = True, wa
 def start_process(arguments, environment, seconds):
     """Start a process of the command `vaurien`, and wait until it is ready.
 
-    Returns a ProxyProcess. Raises RuntimeError if it is not ready in these seconds.
+    arguments      the arguments of the command
+    environment    the environment variables of the process
+    seconds        the time to wait, at most
+
+    Returns a ProxyProcess. Raises RuntimeError if the process is not ready in time.
     """
     process = subprocess.Popen(
         [sys.executable, "-c", BOOTSTRAP, __name__, os.path.abspath(__file__), "--attached",
@@ -13121,23 +13188,27 @@ def start_process(arguments, environment, seconds):
 
 
 def wait_until_ready(process, seconds):
-    """Wait until a proxy prints "ready" and its addresses. Returns those: see announce_ready.
+    """Wait until a proxy prints the line "ready" and, in the next line, its addresses.
 
-    Raises RuntimeError, with the last line of the output, if the proxy does not print them in
-    time.
+    Returns the addresses: see announce_ready. Raises RuntimeError, with the last line of the
+    output, if the proxy does not print the addresses in time.
     """
     lines = []
+
+    def is_ready():
+        return len(lines) >= 2 and lines[-2] == "ready"
 
     def read_stdout():
         for line in process.stdout:
             lines.append(line.strip())
-            if lines[-2:-1] == ["ready"]:
+            if is_ready():
                 return
 
+    # A thread, because a read of a pipe has no time limit.
     reader = threading.Thread(target=read_stdout, daemon=True)
     reader.start()
     reader.join(seconds)
-    if lines[-2:-1] != ["ready"]:
+    if not is_ready():
         raise RuntimeError("the proxy did not start: %s" % (
             lines[-1] if lines else "no output within %s seconds" % seconds))
     return json.loads(lines[-1])
@@ -13151,7 +13222,7 @@ def stop_proxy(pid: int) -> None:
     if not isinstance(pid, int) or pid not in STARTED_PROCESSES:
         raise ValueError("no proxy was started as process %r" % (pid,))
     process, _ = STARTED_PROCESSES.pop(pid)
-    with contextlib.suppress(OSError):      # raised if other code has reaped the process
+    with contextlib.suppress(OSError):      # raised if other code has waited for the process
         process.terminate()
     try:
         process.wait(5)
@@ -13164,9 +13235,9 @@ def stop_proxy(pid: int) -> None:
 
 @atexit.register
 def stop_started_proxies():
-    """Stop the proxies that this process has started. A forked child leaves them running."""
+    """Stop the proxies that this process has started."""
     for pid, (_, starter_pid) in list(STARTED_PROCESSES.items()):
-        if starter_pid == os.getpid():
+        if starter_pid == os.getpid():      # not those that the parent of a fork has started
             stop_proxy(pid)
 
 
