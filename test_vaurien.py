@@ -10162,6 +10162,19 @@ class TestToxiproxyApi(ToxiproxyTestCase):
             ({"after": 3}, 400, "after cannot be changed")])
         self.assertEqual(self.request("PATCH", path, {"percent": 50})["toxicity"], 0.5)
 
+    def test_a_refused_change_of_a_toxic_changes_nothing(self):
+        """The installed rule had the refused option, and every later change was refused too."""
+        self.create_proxy()
+        self.add_toxic("error")
+        path = "/proxies/p/toxics/error_downstream"
+        before = self.request("GET", path)
+        self.check_errors("PATCH", path, [({"attributes": {"kind": "500"}}, 400, "kind needs")])
+        self.check_errors("PUT", "/proxies/p/toxics", [
+            ([dict(before, toxicity=0.5), {"type": "cut", "attributes": {"rows": 1}}], 400,
+             "rows needs")])
+        self.assertEqual(self.request("GET", path), before)
+        self.add_toxic("noop")
+
     def test_vauriens_delay_applies_to_each_request_on_any_stream(self):
         sock = self.connect(self.create_proxy())
         for attributes in {"sleep": 0.01}, {"sleep": 0.01, "before": False}:

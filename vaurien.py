@@ -8919,9 +8919,13 @@ class ProxyServer:
 
         A toxic that exists already keeps its state. If its toxicity or an attribute changes,
         the data that it delays is released. Its ttl begins again, unless `toxics` has the very
-        same object.
+        same object. Raises InputError, and changes nothing then.
         """
         current = {toxic.name: toxic for toxic in self.toxics}
+        for toxic in toxics:            # before any of them changes a rule that is installed
+            self.check_rule(toxic.rule)
+            if toxic.name not in current:
+                self.create_instance(toxic.rule)
         installed, changed_rules = [], []
         for toxic in toxics:
             old = current.get(toxic.name)
