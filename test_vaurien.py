@@ -11237,7 +11237,7 @@ class TestReplay(TempDirTestCase):
         self.assertEqual(len(logs.output), 1)
         self.assertIn("cannot record to /dev/full: ", logs.output[0])
 
-    CLIENTS, REQUESTS = 30, 8
+    CLIENTS, REQUESTS = 50, 8
     BEHAVIOR = [{"name": "delay", "percent": 20, "sleep": 0.001},
                 {"name": "error", "percent": 15},
                 {"name": "delay", "percent": 15, "sleep": 0.002, "match": "PING"},
