@@ -11102,6 +11102,14 @@ class TestInterface(TempDirTestCase):
             with self.assertRaisesRegex(RuntimeError, "no port before it is enabled"):
                 proxy.address()
 
+    def test_clients_can_connect_to_the_address(self):
+        for local, host in (("127.0.0.1:0", "127.0.0.1"), ("[::1]:0", "::1"), (":0", "localhost")):
+            if host == "::1" and not has_ipv6():
+                continue
+            with self.subTest(local), vaurien.Proxy("127.0.0.1:9", local) as proxy:
+                self.assertEqual(proxy.address(), (host, proxy.port))
+                socket.create_connection(proxy.address()).close()
+
     def test_invalid_arguments_are_named(self):
         for arguments, message in (
                 ({"distant": 6379}, "distant must be HOST:PORT or .host, port., .* not 6379"),

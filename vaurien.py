@@ -12788,7 +12788,7 @@ class Proxy(Interface):
         if not port:
             raise RuntimeError("the proxy has no port before it is enabled")
         if self._server.listener:
-            host, _ = self._server.listener.address()
+            host, *_ = self._server.listener.address()      # an IPv6 address has four items
         if host in ("", *WILDCARD):     # all addresses of this machine
             host = "localhost"
         return host, port
