@@ -4221,19 +4221,17 @@ class Chain:
         self.last_direction = None      # of the last bytes; None before any bytes
         # Rules and draws
         self.active_rules = NOTHING     # of the current request, in the order of the rules
-        self.undrawn = NOTHING          # new rules, which the first bytes of the client draw
+        self.undrawn = NOTHING          # rules installed later; the first bytes draw them
         self.per_connection = {}        # {rule per connection: its ActiveRule}
         self.batch = -1                 # index of a batch of 8 requests: see begin_batch
         self.batch_hits = NOTHING       # [(rule, number)] for each request of this batch
-        # For the connection
-        self.newly_acted = []           # (ActiveRule, request number, request_text()) of faults
-                                        #   to record
+        # Read by the connection
+        self.newly_acted = []           # [(ActiveRule, request number, request_text())]
         self.modified = False           # a rule has changed an event (the caller resets this)
         self.answered_early = False     # a rule has replied in the backend's place
-        self.kept = 0                   # bytes of memory for requests that wait for a reply, and
-                                        #   for replies and heads that wait
-        self.beginning = 0, b""         # the number and the first bytes of a request that had
-                                        #   active rules. A ProtocolChain has them in the Request
+        self.kept = 0                   # bytes of memory for exchanges, and what waits in them
+        self.beginning = 0, b""         # (number, first bytes) of the last request that had
+                                        #   active rules, in a Chain without a protocol
         # The protocol
         self.protocol = None            # the Protocol, of a ProtocolChain
         self.protocol_lost = False      # True after a fall back from a protocol to tcp
@@ -4264,7 +4262,7 @@ class Chain:
                                  if rule.selects(rule.drawn_count)] if hits else NOTHING
         elif rules.changes_by_request or request == 1:
             for active in self.per_connection.values():
-                if active.match_buffer:
+                if active.match_buffer:         # the search ends with its request
                     active.match_buffer = b""
             self.active_rules = self.collect(self.draw_rule)
 
@@ -4387,11 +4385,11 @@ class Chain:
         return active.set_acts(rule.includes(active.draw) and rule.selects(active.request))
 
     def release(self, removed, changed):
-        """Undo the delays of rules that were removed or changed, as DelayQueue.release does."""
+        """Return False: only a ProtocolChain holds events whose delays could be undone."""
         return False
 
     def reset_due_times(self, to, latest):
-        """Let rules continue from the time `latest`, to which a release moved the last chunk."""
+        """Let rules that keep a due time continue from `latest`, that of the last chunk now."""
         for active in self.all_active_rules():
             if active.rule.keeps_due_time and active.acts:
                 active[to] = min(active[to], latest)
@@ -4472,7 +4470,8 @@ class Chain:
         """Run events through some active rules, one after the other.
 
         to         the direction of the event that they were made of
-        opening    whether that event is an OPEN that only one rule gets: see process_open
+        opening    whether that event is an OPEN that only one rule gets: see process_open. A rule
+                   that only delays it has not acted
 
         If a handler raises any exception, the result is one RESET.
         """
@@ -4680,7 +4679,7 @@ class ProtocolChain(Chain):
     """
 
     __slots__ = ("exchanges", "exchange", "head", "in_request", "head_forwarded",
-                 "last_affected", "closing", "ended", "recognized")
+                 "last_affected", "drops_requests", "drops_replies", "recognized")
 
     def __init__(self, rules, connection, protocol):
         super().__init__(rules, connection)
@@ -4691,8 +4690,8 @@ class ProtocolChain(Chain):
         self.head = b""             # bytes of a head that is not complete yet
         self.in_request = False     # the next bytes of the client continue a request
         self.head_forwarded = False     # bytes of an incomplete head have been forwarded
-        self.closing = False        # a rule closes the connection: see invariant 7
-        self.ended = False          # a rule has closed or reset it: later replies are dropped
+        self.drops_requests = False     # a rule closes the connection: see invariant 7
+        self.drops_replies = False      # a rule has closed or reset it
         self.recognized = False     # the client has sent bytes that can only be of the protocol
         self.last_affected = None   # no later exchange has active rules or queued events. None:
                                     #   no exchange has any
@@ -4723,7 +4722,8 @@ class ProtocolChain(Chain):
     def rules_changed(self, new, changed=(), woken=()):
         # The new rules begin with the last exchange.
         last = self.exchanges[-1]
-        self.set_exchange(last, last.request is None and self.last_direction is None)
+        self.set_exchange(
+            last, is_refusable=last.request is None and self.last_direction is None)
         begun = super().rules_changed(new, changed, woken)
         self.protocol.counts_rows = self.rules.counts_rows
         self.last_affected = None
@@ -4795,7 +4795,7 @@ class ProtocolChain(Chain):
     def begin_exchange(self, request):
         """Draw the rules for a request whose head is complete, and queue an exchange for it."""
         last = self.exchanges[-1]
-        is_first = last.request is None and not last.handshake
+        is_first = last.request is None and not last.handshake      # it began with the connection
         self.draw_for(request, is_first)
         if is_first:
             last.request, last.active_rules, last.reply_done = request, self.active_rules, False
@@ -4882,14 +4882,14 @@ class ProtocolChain(Chain):
         # reply follow. A held head might have to be released, which needs the slow path.
         affected = self.last_affected or self.head
         if to is UPSTREAM:
-            affected = affected or self.rules.installed or self.closing
+            affected = affected or self.rules.installed or self.drops_requests
         return not affected or self.is_inside(to, size)
 
     def is_inside(self, to, size):
         """Return whether the next bytes are inside a request or reply on which no rule acts."""
         exchange = self.exchanges[-1 if to is UPSTREAM else 0]
         return (not exchange.active_rules and self.framer(to).skips(size)
-                and (to is DOWNSTREAM or (self.in_request and not self.closing)))
+                and (to is DOWNSTREAM or (self.in_request and not self.drops_requests)))
 
     def pass_through(self, to, data):
         """Fast path: apply the boundaries in bytes on which no rule can act.
@@ -4950,7 +4950,7 @@ class ProtocolChain(Chain):
     def process_bytes(self, now, to, data):
         """Slow path: return the events that the rules make of bytes, and apply boundaries."""
         events, start = [], 0
-        if self.ignores(to):
+        if self.drops(to):
             return events
         try:
             framer = self.framer(to)
@@ -4961,7 +4961,7 @@ class ProtocolChain(Chain):
                     events += self.process_part(now, to, data[start:offset])
                 events += self.process_boundary(now, to, boundary)
                 start = offset
-                if self.ignores(to):
+                if self.drops(to):
                     return events
                 if self.encrypted is not None:
                     self.split_encrypted(to, data, start)
@@ -4978,17 +4978,17 @@ class ProtocolChain(Chain):
         self.framer(to).restart(protocol.requests() if to is UPSTREAM else protocol.replies())
         return data[:end]
 
-    def ignores(self, to):
+    def drops(self, to):
         """Return whether further bytes are dropped: a real server would not read or send them."""
-        return self.closing if to is UPSTREAM else self.ended
+        return self.drops_requests if to is UPSTREAM else self.drops_replies
 
     def process_part(self, now, to, data):
         """Process bytes without a boundary. Bytes of an incomplete head are held."""
-        if to is UPSTREAM and not self.in_request:
-            if data:
-                self.hold(now, data)
-            return []
-        return self.process_in_exchange(now, to, data) if data else []
+        if data and (self.in_request or to is DOWNSTREAM):
+            return self.process_in_exchange(now, to, data)
+        if data:
+            self.hold(now, data)
+        return []
 
     def hold(self, now, data):
         """Hold bytes of an incomplete head. The framer has a copy of them."""
@@ -5023,17 +5023,19 @@ class ProtocolChain(Chain):
         self.apply(to, boundary)
         if boundary is TLS_BEGINS:
             return []
-        events = self.release_done(now)
-        head = self.take_head()
-        is_refusable = boundary is not CONTINUATION and not self.head_forwarded
-        if boundary is not CONTINUATION:
+        events, head = self.release_done(now), self.take_head()
+        is_request = boundary is not CONTINUATION
+        if is_request:
             head = self.protocol.rewrite_head(head)
-        return events + (self.process_in_exchange(now, to, head, is_refusable) if head else [])
+        if head:
+            events += self.process_in_exchange(
+                now, to, head, is_refusable=is_request and not self.head_forwarded)
+        return events
 
     def process_in_exchange(self, now, to, data, is_refusable=False):
         """Run bytes or a signal through the rules of the exchange that they belong to.
 
-        is_refusable    whether the data is the whole head of a request
+        is_refusable    whether the data is the whole head of a request, which a rule may refuse
 
         Returns the events that may leave now. Replies of later exchanges are queued in them.
         """
@@ -5067,17 +5069,17 @@ class ProtocolChain(Chain):
         may_leave = []
         for event in events:
             _, to, made, delays = event
-            if to == UPSTREAM and (made or made is data):
+            if to == UPSTREAM and (made or made is data):       # of the client, for the backend
                 may_leave.append(event)
             else:
                 exchange.queued_events.append((start, to, made, delays))
                 self.keep(exchange, len(made) + CHUNK_OVERHEAD)
-                self.closing = self.closing or (to == UPSTREAM and made is EOF)
+                self.drops_requests = self.drops_requests or (to == UPSTREAM and made is EOF)
         return may_leave
 
     def note_end(self, now, events):
         """Note whether a rule closes or resets the connection to the client now."""
-        self.ended = self.ended or any(
+        self.drops_replies = self.drops_replies or any(
             due <= now and (data is RESET or (data is EOF and to == DOWNSTREAM))
             for due, to, data, _ in events)
 
@@ -5096,7 +5098,7 @@ class ProtocolChain(Chain):
             return [(due, direction, made, delays) for due, direction, made in events]
         events = super().run_rule(active, event, opening)
         if exchange.refusal and exchange.refusal.reply.closes:
-            self.closing = True
+            self.drops_requests = True
         return events
 
     def process(self, now, to, data):
@@ -5234,7 +5236,7 @@ class DelayQueue:
         """Queue an event. Bytes and EOF keep their order, but a RESET overtakes them.
 
         t         when the event is due
-        start     when the event happened that it was made of
+        start     when the event came that it was made of
         delays    the rules that have delayed it, as Chain.process returns them
         """
         if not data and not isinstance(data, Signal):
@@ -5342,10 +5344,14 @@ class DelayQueue:
     def read_limit(self, clock):
         """Return how many bytes may be read into this queue now. 0: the queue is full.
 
-        A source that is not read slows its sender down (backpressure). The bound is HELD_MAX
-        while the first event in the queue has a due time, but READ_MIN while a rate limit delays
-        more than RATE_BACKLOG of data: the sender must slow down soon. Without a due time it is
-        HELD_MAX_IDLE. An empty queue reads no clock.
+        A source that is not read slows its sender down (backpressure). The queue may hold
+
+            READ_MIN         while a rate limit delays more than RATE_BACKLOG of data: the sender
+                             must slow down soon
+            HELD_MAX         otherwise, while the first event has a due time
+            HELD_MAX_IDLE    while there is no event, or the first one is never due
+
+        An empty queue reads no clock.
 
         A nearly full queue counts as full. Otherwise each read would only take the place of the
         few bytes sent last, and rules that cut chunks, such as `slicer`, would cut small ones.
@@ -5355,7 +5361,7 @@ class DelayQueue:
             bound = HELD_MAX if self.rate_limited_until - RATE_BACKLOG <= clock() else READ_MIN
         allowance = self.budget.allowance(bound)
         room = allowance - self.held - CHUNK_OVERHEAD
-        if self.kept:       # it shrinks as the backend replies, so the high bound is right
+        if self.kept:       # the highest bound, because replies of the backend free it
             room = min(room, self.budget.allowance(HELD_MAX) - self.held - self.kept)
         return min(CHUNK, room) if room >= min(READ_MIN, allowance / 4) else 0
 
