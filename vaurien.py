@@ -5428,16 +5428,11 @@ class EpollSelector:
 
     def __init__(self, clock=time.monotonic):
         self.epoll = select.epoll()
+        self.fileno, self.close = self.epoll.fileno, self.epoll.close
         self.keys = {}
         self.clock = clock
         self.skips = 0      # the next busy polls to skip
         self.backoff = 0    # busy polls to skip after the last one; 0 if it returned events
-
-    def fileno(self):
-        return self.epoll.fileno()
-
-    def close(self):
-        self.epoll.close()
 
     def register(self, sock, events, callback):
         fd = sock.fileno()
@@ -5455,22 +5450,18 @@ class EpollSelector:
         del self.keys[fd]
 
     def select(self, timeout=None):
-        poll = self.epoll.poll
-        events = poll(0, self.MAX_EVENTS)       # without sleeping
+        events = self.epoll.poll(0, self.MAX_EVENTS)    # without sleeping
         if not events and timeout != 0:
-            events = self.busy_poll()
-            if events is None:
-                events = poll(-1 if timeout is None else timeout, self.MAX_EVENTS)
+            events = self.busy_poll(-1 if timeout is None else timeout)
         # Look up all keys before any callback runs: a callback may close a socket and open
         # another one that gets the same descriptor.
         keys, ready, both = self.keys, self.READY.get, self.BOTH_EVENTS
         return [(keys[fd], ready(mask, both)) for fd, mask in events]
 
-    def busy_poll(self):
-        """Poll for about as long as sleeping and waking up would take.
+    def busy_poll(self, timeout):
+        """Poll for about as long as sleeping and waking up would take. Then sleep.
 
-        Returns events, an empty list if a timer may be due, or None if the caller should
-        sleep. Yields the CPU before each poll.
+        Returns the events. Yields the CPU before each poll.
 
         Many peers reply faster than a process wakes up. Polling for as long as a sleep costs,
         before sleeping, takes at most twice the optimal time (Karlin et al., Empirical Studies
@@ -5478,7 +5469,7 @@ class EpollSelector:
         """
         if self.skips:
             self.skips -= 1
-            return None
+            return self.epoll.poll(timeout, self.MAX_EVENTS)
         clock, events, elapsed = self.clock, [], 0.0
         began = clock()
         while not events and elapsed < self.SPIN_TIME:
@@ -5490,7 +5481,7 @@ class EpollSelector:
             return events               # even an empty list: a timer may be due
         self.backoff = 0 if events else min(self.BACKOFF_MAX, max(1, 2 * self.backoff))
         self.skips = self.backoff
-        return events or None
+        return events or self.epoll.poll(timeout, self.MAX_EVENTS)
 
 
 def raise_fd_limit():
@@ -7903,7 +7894,7 @@ class Connection:
             self.set_timer(now)
 
     def send_due(self, now):
-        """Send all data that is due, as far as the targets take it. Returns signals of rules."""
+        """Send all data that is due, as far as the targets take it. Returns OPENs and RESETs."""
         up, down = self.up, self.down
         signals = up.pop_due(now) + down.pop_due(now) if up.queue or down.queue else ()
         if self.phase is WAITING and (signals or up.send_buffer):
@@ -8150,7 +8141,7 @@ class Connection:
         self.connect_again(getattr(error, "strerror", error))
 
     def connect_again(self, reason):
-        """Continue with the next address, as connect_next does. A pending connect() has failed."""
+        """Close the socket that has failed to connect, if there is one, then connect_next."""
         self.close_backend()
         self.connect_next(reason)
         self.pump()
