@@ -8322,7 +8322,8 @@ class Connection:
 
 # -- Log ----------------------------------------------------------------------
 #
-# The formats of the log, a thread that writes lines to a file, and the recording of faults.
+# This section contains the formats of the log, a thread that writes lines to a file, and the
+# recording of faults.
 
 class Formatter(logging.Formatter):
     """A log formatter that writes a message in one line, and indents a traceback.
@@ -8342,7 +8343,7 @@ class Formatter(logging.Formatter):
 class JsonFormatter(logging.Formatter):
     """A log formatter that writes a message as a JSON object in one line."""
 
-    converter = time.gmtime  # type: ignore
+    converter = time.gmtime  # type: ignore     # formatTime() calls this: the times are UTC
     default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
 
     def format(self, record):
@@ -8362,12 +8363,12 @@ LOG_FORMATTERS = OrderedDict((      # {format of --log-format: its formatter}
 class LogThread(logging.Handler):
     """A log handler that writes the lines in a thread of its own, to a file descriptor.
 
-    A write to a pipe blocks while nothing reads it, and a write to a file blocks while its disk
-    does. The loop must not wait for this. To make stderr non-blocking would be no remedy: the
-    other processes that share its open file would find it non-blocking too. So `emit` only
-    appends to `lines`, LOG_LINES_MAX at most. Further lines are dropped and counted.
+    A write blocks while a pipe is full, or while a disk is busy. The loop must not wait for
+    this. A non-blocking stderr is no solution, because stderr would become non-blocking for all
+    processes that share its open file. Therefore `emit` only appends the line to `lines`. While
+    LOG_LINES_MAX lines wait, further lines are dropped and counted.
 
-    logging calls `close` when Python exits. It waits LOG_CLOSE_TIMEOUT at most.
+    When Python exits, the module logging calls `close`, which waits for the last lines.
     """
 
     def __init__(self, fd, on_error=None):
@@ -8378,10 +8379,11 @@ class LogThread(logging.Handler):
         self.lines = deque()            # lines that are not written yet
         self.dropped = 0                # number of lines dropped since the last write
         self.closing = False
-        self.changed = threading.Condition()    # of the three attributes above
+        self.changed = threading.Condition()    # guards the three attributes above
         self.thread = threading.Thread(target=self.write_lines, name="log", daemon=True)
 
     def emit(self, record):
+        """Queue the line of a record. The first line starts the thread."""
         try:
             line = self.format(record)
             if not self.closing and not self.thread.is_alive():
@@ -8397,6 +8399,7 @@ class LogThread(logging.Handler):
             self.changed.notify()
 
     def close(self):
+        """Let the thread write the lines that wait, for LOG_CLOSE_TIMEOUT at most."""
         with self.changed:
             self.closing = True
             self.changed.notify()
@@ -8423,7 +8426,7 @@ class LogThread(logging.Handler):
             except OSError as error:    # the disk is full, or the pipe is closed
                 if self.on_error:
                     self.on_error(error)
-                    self.on_error = None
+                    self.on_error = None        # report only the first error
 
     def write(self, data):
         """Write all data. Raises OSError."""
@@ -8435,9 +8438,9 @@ class LogThread(logging.Handler):
 
 
 class Recorder:
-    """Writes each fault of the proxies to a file, a JSON object in each line, for Replay.
+    """Writes each fault of the proxies to a file, as a line with a JSON object.
 
-    path    of the file; its content is replaced when the first proxy starts
+    path    the file, which Replay can read; the first `open` deletes its old content
     """
 
     def __init__(self, path):
@@ -8446,7 +8449,7 @@ class Recorder:
         self.thread = None
 
     def open(self):
-        """Open the file. After a `close`, further faults are appended. Raises OSError."""
+        """Open the file. If it was open before, further faults are appended. Raises OSError."""
         if self.thread:
             return
         try:
@@ -8459,10 +8462,10 @@ class Recorder:
             "cannot record to %s: %s: faults are missing there", self.path, error.strerror))
 
     def lock_file(self, fd):
-        """Lock the file, and empty it if it is opened for the first time.
+        """Lock the file, and empty it when it is opened for the first time.
 
-        Closes it and raises OSError if it is locked. Only regular files are locked, and only
-        where the system can lock them.
+        If another process has locked the file, closes `fd` and raises OSError. Does nothing for
+        a pipe or a device.
         """
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             return
@@ -8480,15 +8483,16 @@ class Recorder:
         self.is_new = False
 
     def write(self, record, active):
-        """Write a FaultRecord, and of its ActiveRule all that Replay needs."""
+        """Write a FaultRecord, and the values of its ActiveRule that Replay needs."""
         line = json.dumps(dict(record._asdict(), rule=active.rule.to_json(), draw=active.draw,
                                count=active.request))
         self.thread.handle(logging.makeLogRecord({"msg": line}))
 
     def close(self):
+        """Write the faults that wait, and close the file."""
         if self.thread:
             self.thread.close()
-            if not self.thread.thread.is_alive():       # otherwise it still writes
+            if not self.thread.thread.is_alive():       # a thread that still writes needs the fd
                 os.close(self.thread.fd)
             self.thread = None
 
@@ -8496,11 +8500,11 @@ class Recorder:
 # -- Proxy --------------------------------------------------------------------
 #
 # A proxy keeps the state that its connections share: the listener, the rules, the counts, and
-# the fault records. A ProxyTable holds the proxies of one process. Once a proxy is open, its
-# methods below a comment "In the loop's thread" run only in that thread. The methods above the
-# comment are for all other threads.
+# the fault records. A ProxyTable holds the proxies of one process. Comments between the methods
+# of a class say in which thread the methods below the comment run while a proxy is open.
 
-# A rule has acted on a request.
+# A fault record. A rule has acted on a request, or the schedule of a rule has changed the rule.
+# The class and the namedtuple have the same fields; only type checkers need the class.
 if MYPY:
     class FaultRecord(NamedTuple):
         number: int
@@ -8513,13 +8517,13 @@ if MYPY:
         options: "Dict[str, OptionValue]"   # of the handler, and the values that it has drawn
         toxic: "Optional[str]" = None       # the name of the rule's toxic, if any
         block: "Optional[int]" = None       # the number of the rule's Block, if any
-        change: "Optional[str]" = None      # a key of CHANGES if the record is about the rule
-                                            #   itself: then connection and request are 0, and
+        change: "Optional[str]" = None      # a key of CHANGES if the schedule has changed the
+                                            #   rule: then connection and request are 0, and
                                             #   client and text are empty
-        stream: str = "both"                # that of the rule
+        stream: str = "both"                # the stream of the rule
         text: str = ""                      # the first bytes of the request, printable; empty
-                                            #   until they have come, or if the protocol knows
-                                            #   no text for the request
+                                            #   before these bytes arrive, or if the protocol
+                                            #   has no text for the request
 else:
     FaultRecord = namedtuple("FaultRecord", "number time proxy connection client request handler "
                                             "options toxic block change stream text")
@@ -8529,17 +8533,17 @@ else:
 CHANGES = {"begins": "a window begins", "ends": "the window ends",
            "expires": "removed, because its ttl has expired"}
 
-# The rules of a proxy have changed, or the proxy has started.
+# A record of the rules that a proxy has, after each change of the rules and after the start.
 #
 # after         the number of the last fault record before the change
-# connection    the number of the last client that had connected
+# connection    the number of the last client before the change
 # rules         the new rules, in the form of Rule.to_json
 RuleChange = namedtuple("RuleChange", "after time proxy connection rules")
 
-# The rules that act while a `with` block of a test is open.
+# The rules that act instead of the behavior while a `with` statement of a test runs its body.
 #
-# rules    the list of rules; they share one draw
-# only     whether no other rules of the behavior, and of blocks that were open before, act
+# rules    the list of rules, which share one draw
+# only     whether the rules of earlier blocks stop acting while this block is open
 Block = namedtuple("Block", "rules only")
 
 
@@ -8547,45 +8551,49 @@ QUANTILES = OrderedDict((("p50", 0.5), ("p95", 0.95)))     # {name of a percenti
 
 
 class Latencies:
-    """The newest latencies: from a request to the first byte of its reply that the client gets.
+    """The latencies of a proxy in the last LATENCY_AGE_MAX seconds.
 
-    An idle proxy measures every request. A busy one measures a random sample, because to measure
+    A latency is the time from a request to the first byte of its reply that the client gets. An
+    idle proxy measures every request. A busy proxy measures a random sample, because to measure
     each request would cost 4 % of a round trip.
     """
 
-    SAMPLES_PER_STEP = 64       # samples in the window for each request that is left out
+    SAMPLES_PER_STEP = 64       # for this many samples, one more request is left out on average
 
     def __init__(self):
         self.samples = deque(maxlen=LATENCIES_KEPT)     # (time of the reply, time of the request)
-        self.random = random.Random(0)      # not that of the module, which a user may have seeded
+        self.random = random.Random(0)      # a user may have seeded the generator of the module
 
     def skips(self):
-        """Return how many requests of a connection to leave out before the next measured one."""
+        """Return how many requests a connection leaves out before it measures the next request.
+
+        The number is random, with an average that grows with the number of samples.
+        """
         mean = len(self.samples) // self.SAMPLES_PER_STEP
         return int(2 * mean * self.random.random()) if mean else 0
 
     def add(self, replied, asked):
-        """Add the times of a reply and of its request, and forget those before the window."""
+        """Add a sample: the times of a reply and of its request. Remove samples that are old."""
         while self.samples and self.samples[0][0] < replied - LATENCY_AGE_MAX:
             self.samples.popleft()
         self.samples.append((replied, asked))
 
     def percentiles(self, now):
-        """Return {name: seconds} of the samples in the window; empty if there are none."""
-        seconds = sorted(replied - asked for replied, asked in self.samples
-                         if replied >= now - LATENCY_AGE_MAX)
-        return OrderedDict((name, seconds[math.ceil(len(seconds) * share) - 1])
-                           for name, share in QUANTILES.items() if seconds)
+        """Return {name: seconds}, or {} if no sample is of the last LATENCY_AGE_MAX seconds."""
+        latencies = sorted(replied - asked for replied, asked in self.samples
+                           if replied >= now - LATENCY_AGE_MAX)
+        return OrderedDict((name, latencies[math.ceil(len(latencies) * share) - 1])
+                           for name, share in QUANTILES.items() if latencies)
 
 
 class ProxyServer:
     """A proxy in a loop: the listener, the rules, the counts, and the fault records.
 
     distant            the backend, (host, port); the proxy connects to it for each client
-    local              the (host, port) to listen on; port 0 picks a free one
-    behavior           in the form of behavior_tables
-    toxics             rules beside the behavior: [Toxic]
-    enabled            whether a ProxyTable opens its port
+    local              the (host, port) to listen on; port 0 means any free port
+    behavior           in one of the forms that behavior_tables takes
+    toxics             rules that act beside the behavior: [Toxic]
+    enabled            whether a ProxyTable opens the port of the proxy
     accept             how new clients are accepted: an Accept
     max_connections    the most clients that are served at a time; 0 is no limit
     tls                {field: value} of TLS_FIELDS
@@ -8612,6 +8620,7 @@ class ProxyServer:
         self.max_connections = max_connections
         self.timeout = timeout
         self.seed = random.SystemRandom().getrandbits(32) if seed is None else seed
+        # Processes that share a port need different draws. The first draws like a single process.
         self.rules = RuleSet(self.seed if reuse_port in (None, 1)
                              else "%d/%d" % (self.seed, reuse_port), name)
         # Check all options, because the behavior may not name all of these handlers.
@@ -8625,36 +8634,40 @@ class ProxyServer:
         self.listener = None                # None while disabled
         self.set_backend(distant)
         self.connections = {}               # {number: Connection}, the open ones
-        self.accepted = self.refused = 0    # clients, and those of them beyond max_connections
-        self.open_refused = set()           # the numbers of open connections of the latter
+        self.accepted = 0                   # number of clients, including refused clients
+        self.refused = 0                    # number of clients beyond max_connections
+        self.open_refused = set()           # numbers of the open connections of refused clients
         self.faults = Counter()             # {handler: requests or connections it acted on}
-        self.kinds = Counter()              # {(handler, kind): its faults of that kind}
-        self.failures = 0                   # connections for which no backend was reached
+        self.kinds = Counter()              # {(handler, kind): faults of the handler and kind}
+        self.failures = 0                   # connections for which the backend was not reached
         self.closed_bytes = [0, 0, 0, 0]    # of closed connections: see Connection.add_bytes
         self.fault_records = deque(maxlen=FAULT_RECORDS_KEPT)
         self.fault_count = 0                # the number of the last FaultRecord
         self.rule_changes = deque(maxlen=RULE_CHANGES_KEPT)     # RuleChanges
         self.fault_recorded = threading.Condition()
         self.latencies = Latencies()
-        self.recorder = None                # set by the ProxyTable, as rules.replay
+        self.recorder = None                # set by ProxyTable.begin, like rules.replay
         self.lookups = {}                   # {backend: callbacks that wait for its addresses}
         self.lock = threading.RLock()       # held during changes that take several steps
 
     # In any thread
 
     def check_port(self, local):
-        """Raise InputError if processes cannot share the port of (host, port)."""
+        """Raise InputError for (host, 0) if processes share the port."""
         if self.reuse_port and local[1] == 0:
             raise InputError([("listen", "reuse-port needs a port, not 0: each process would get "
                                          "a port of its own")])
 
     def describe_seed(self):
-        """Return what the draws depend on, as text: "seed 7", or "seed 7, reuse-port 2"."""
+        """Return the settings that decide the draws: "seed 7", or "seed 7, reuse-port 2"."""
         return "seed %s%s" % (self.seed, ", reuse-port %d" % self.reuse_port
                               if self.reuse_port else "")
 
     def next_records(self, since, seconds):
-        """Return what records_since returns, but wait `seconds` for the first record."""
+        """Return the FaultRecords with a number greater than `since`, the oldest first.
+
+        Waits for the first record, `seconds` at most.
+        """
         with self.fault_recorded:
             if self.fault_count <= since:
                 self.fault_recorded.wait(seconds)
@@ -8675,10 +8688,10 @@ class ProxyServer:
                                    self.reuse_port))
 
     def set_listener(self, listener):
-        """Use a listener, which has bound its port."""
+        """Use a listener whose port is bound."""
         self.listener, self.local = listener, listener.local
         host, port = self.local
-        # Toxiproxy writes all addresses as [::].
+        # Toxiproxy writes the wildcard address as [::].
         self.listen = format_address(("::", port) if is_wildcard(host) else listener.address())
 
     def open(self, loop):
@@ -8697,7 +8710,7 @@ class ProxyServer:
                      "because it does not get the certificate of the backend", self.log_prefix)
 
     def set_accept(self, accept):
-        """Use an Accept. Raises CannotListen, and changes nothing then."""
+        """Use an Accept. If the listener cannot, raises CannotListen and changes nothing."""
         before, self.accept = self.accept, accept
         if accept is before:
             return
@@ -8713,7 +8726,7 @@ class ProxyServer:
         self.begin_schedules()
 
     def apply_accept(self):
-        """Let the listener accept clients as it should now. Raises CannotListen."""
+        """Give the listener the mode that the Accept has now. Raises CannotListen."""
         if self.listener:
             self.listener.set_mode(self.accept.current_mode())
 
@@ -8732,7 +8745,7 @@ class ProxyServer:
     def on_accept(self, client, peer):
         """Start a connection for a new client. `client` is its socket, `peer` its address."""
         client.setblocking(False)
-        if not LINUX:                   # on Linux, it inherits the options from the listener
+        if not LINUX:           # on Linux, the socket inherits these options from the listener
             set_stream_options(client)
         self.accepted += 1
         connection = self.connections[self.accepted] = Connection(
@@ -8753,9 +8766,11 @@ class ProxyServer:
     def apply_change(self, local, backend, enabled, listener, accept):
         """Change the addresses, `enabled` and `accept`. Close the connections if necessary.
 
-        listener    a new Listener at local, or None to keep the old one
+        backend     a backend that check_backend has accepted
+        listener    a new Listener at local, or None to keep the old listener
 
-        Raises CannotListen, and changes nothing then.
+        If the listener cannot have the mode of `accept`, raises CannotListen and changes
+        nothing.
         """
         self.set_accept(accept)
         reason = "%s by the control" % ("changed" if enabled else "disabled")
@@ -8768,7 +8783,7 @@ class ProxyServer:
         if listener:
             self.set_listener(listener)
             self.open(self.loop)
-        elif local != self.local:       # it is disabled
+        elif local != self.local:       # the proxy is disabled: it binds the port later
             self.local, self.listen = local, format_address(local)
         if was_enabled != enabled:
             log.info("proxy %s: %s by the control", self.name,
@@ -8781,7 +8796,7 @@ class ProxyServer:
             return
         self.loop.cancel(self.rule_timer)
         for rule in self.scheduled_rules():
-            rule.since = None      # if it opens again, all times start at 0
+            rule.since = None           # begin_schedules() starts the schedule at the next open
         log.info("%sstopped: connections: %d, requests: %d, faults: %s", self.log_prefix,
                  self.accepted, self.rules.request_count,
                  ", ".join("%d %s" % (count, name) for name, count in self.faults.items())
@@ -8801,9 +8816,10 @@ class ProxyServer:
         self.set_checked_backend(backend)
 
     def set_checked_backend(self, backend):
+        """Connect new clients to a backend that check_backend has accepted."""
         is_tls = len(backend) > 2           # (host, port, "tls")
-        if is_tls:      # read the CAs now, because that takes milliseconds; the context is kept
-            self.tls.connect_context()
+        if is_tls:                          # make the context now, because the first client
+            self.tls.connect_context()      #   would wait for it for milliseconds
         self.backend = backend
         self.addresses = resolve_numeric(backend)       # empty if a resolver is needed
 
@@ -8825,7 +8841,7 @@ class ProxyServer:
             self.loop.run_in_thread(lambda: resolve(backend), on_done)
 
     def set_protocol(self, protocol, overwrite_host_header, tls):
-        """Use another protocol or TlsConfig for new connections. Closes the open ones if so."""
+        """Use these settings for new connections. Close the open connections after a change."""
         before = self.protocol, self.overwrite_host_header, self.tls.fields
         if before != (protocol, overwrite_host_header, tls.fields):
             self.protocol, self.overwrite_host_header = protocol, overwrite_host_header
@@ -8833,13 +8849,14 @@ class ProxyServer:
             self.drop_connections("changed by the control")
 
     def protocol_name(self):
-        """Return the name of the protocol, as `protocol` takes it."""
+        """Return the name of the protocol, as the argument `protocol` takes it."""
         return self.protocol.__name__.lower() if self.protocol else "tcp"
 
     def joins_tls(self):
-        """Return whether the proxy takes part in TLS that begins within a connection."""
+        """Return whether the proxy decrypts TLS that begins within a connection (STARTTLS)."""
+        backend_is_tls = len(self.backend) > 2      # TLS from the start
         return bool(self.tls.accepts and self.protocol and self.protocol.starts_tls
-                    and not self.backend[2:])
+                    and not backend_is_tls)
 
     def host_header(self):
         """Return the value of the Host header for the backend, or b"" to keep the client's."""
@@ -8854,9 +8871,9 @@ class ProxyServer:
     # In the loop's thread: rules
 
     def acting_rules(self):
-        """Return the lists of rules that act now: that of the behavior, or those of open blocks.
+        """Return lists of rules: the list of each block that acts, or the list of the behavior.
 
-        The rules of one list share one draw.
+        A block acts instead of the behavior. The rules of one list share one draw.
         """
         acting = []
         for block in self.blocks.values():
@@ -8865,16 +8882,16 @@ class ProxyServer:
 
     def describe(self):
         """Return the behavior and the toxics as text: "20:delay sleep=1.0, 80:dummy"."""
-        acting = self.acting_rules()
-        parts = [describe_shares(rules) for rules in acting if rules or len(acting) == 1]
-        return ", ".join(["; ".join(parts), *map(str, self.toxics)])
+        # A list without rules is the behavior 100:dummy. It is shown only if no list has rules.
+        acting = [rules for rules in self.acting_rules() if rules] or [[]]
+        return ", ".join(["; ".join(map(describe_shares, acting)), *map(str, self.toxics)])
 
     def handler_names(self):
         """Return the names of the behavior's handlers, joined by commas."""
         return ",".join(rule.name for rules in self.acting_rules() for rule in rules) or "dummy"
 
     def use_rules_of(self, replay):
-        """If only the handler dummy is set, install the rules of a Replay. Raises ValueError."""
+        """Install the rules of a Replay, unless the user has set rules. Raises ValueError."""
         if all(rule.name == "dummy" for rule in self.all_rules()):
             try:
                 rules, toxics = replay.rules(self.name)
@@ -8890,8 +8907,8 @@ class ProxyServer:
     def begin_block(self, rules, only):
         """Let the rules of a block act. Returns the number of the block.
 
-        The draws of a block depend on the number of blocks that are open. So the same blocks
-        with the same seed have the same faults, whatever other tests have run before.
+        The block gets the first draw key that no open block has. So a test draws the same
+        numbers in each run with the same seed, even if other tests run before.
         """
         number = self.blocks_begun + 1
         used_keys = {rule.draw_key for block in self.blocks.values() for rule in block.rules}
@@ -8905,7 +8922,7 @@ class ProxyServer:
         return number
 
     def end_block(self, number):
-        """Remove the rules of a block, if it is open still. Blocks may end in any order."""
+        """Remove the rules of a block, if the block is still open. Blocks may end in any order."""
         if number in self.blocks:
             blocks = OrderedDict(self.blocks)
             del blocks[number]
@@ -8914,23 +8931,25 @@ class ProxyServer:
     def set_toxics(self, toxics):
         """Replace the toxics.
 
-        A toxic that exists already keeps its state. If its toxicity or an attribute changes,
-        the data that it delays is released. Its ttl begins again, unless `toxics` has the very
-        same object. Raises InputError, and changes nothing then.
+        A new toxic may differ from a current toxic only in its toxicity, attributes and ttl.
+        Then the current toxic remains, with its state, and takes these values. Its ttl begins
+        again. If its toxicity or an attribute changes, the data that it delays is released.
+
+        Raises InputError, and changes nothing then.
         """
         current = {toxic.name: toxic for toxic in self.toxics}
-        for toxic in toxics:            # before any of them changes a rule that is installed
+        for toxic in toxics:            # a refused toxic must not change an installed rule
             self.check_rule(toxic.rule)
             if toxic.name not in current:
                 self.create_instance(toxic.rule)
-        installed, changed_rules = [], []
+        toxics_after, changed_rules = [], []
         for toxic in toxics:
             old = current.get(toxic.name)
             if old is None or not old.same_rule(toxic):
-                installed.append(toxic)
+                toxics_after.append(toxic)
                 continue
-            installed.append(old)
-            if old is not toxic:
+            toxics_after.append(old)
+            if old is not toxic:        # a caller may repeat a current toxic: its ttl goes on
                 old.rule.ttl = toxic.rule.ttl
                 old.rule.renew_ttl(self.loop.clock())
             if (old.toxicity, old.attributes) != (toxic.toxicity, toxic.attributes):
@@ -8938,7 +8957,7 @@ class ProxyServer:
                 changed_rules.append(old.rule)
                 if old.rule.instance:
                     old.rule.instance.update_settings(old.rule.options)
-        self.replace_rules(self.behavior, self.blocks, installed, changed_rules)
+        self.replace_rules(self.behavior, self.blocks, toxics_after, changed_rules)
 
     def replace_rules(self, behavior, blocks, toxics, changed=()):
         """Install the rules of the behavior, blocks and toxics, also on open connections.
@@ -8960,14 +8979,19 @@ class ProxyServer:
         self.change_connections(new, removed, changed)
 
     def record_rule_change(self):
-        """Record the rules. With the seed, the changes and the same traffic repeat the faults."""
+        """Record the installed rules, so that a user can set them at the same points again.
+
+        Then the same seed and the same traffic lead to the same faults.
+        """
         self.rule_changes.append(RuleChange(
             self.fault_count, time.time(), self.name, self.accepted,
             [rule.to_json() for rule in self.rules.installed]))
 
     def change_connections(self, new, removed, changed, woken=()):
         """Apply a change of the rules to the open connections: see Connection.rules_changed."""
-        for rule in [*removed, *changed]:   # what it delays is released: a shared link is idle
+        for rule in [*removed, *changed]:
+            # The data that the rule delays is released. So if its connections share the
+            # bandwidth of a link, this link is idle: remove its times.
             rule.shared.pop(UPSTREAM, None)
             rule.shared.pop(DOWNSTREAM, None)
         for connection in list(self.connections.values()):
@@ -8979,12 +9003,12 @@ class ProxyServer:
                 *(toxic.rule for toxic in self.toxics)]
 
     def scheduled_rules(self):
-        """Return the rules, and the Accept, whose schedule changes with time."""
+        """Return the rules that have a schedule, and the Accept if it has a schedule."""
         return [rule for rule in [*self.all_rules(), self.accept]
                 if rule.has_schedule()]
 
     def begin_schedules(self):
-        """Let the times of new rules begin now, and set the timer for all rules."""
+        """Start the schedules of new rules, and set the timer for all schedules."""
         now = self.loop.clock()
         for rule in self.scheduled_rules():
             if rule.since is None:
@@ -8993,7 +9017,7 @@ class ProxyServer:
         self.set_rule_timer()
 
     def update_moment(self, rule, now):
-        """Update the moment of a rule. Records whether a window has begun or ended."""
+        """Set the moment of a rule for now. If a window has begun or ended, record this."""
         before = rule.moment
         rule.set_moment(rule.moment_at(now))
         if rule.moment.active != before.active:
@@ -9008,23 +9032,23 @@ class ProxyServer:
             self.rule_timer = self.loop.call_at(due, self.on_rule_timer)
 
     def on_rule_timer(self):
-        """Let windows begin and end and ramps rise, and remove what has expired."""
+        """Follow the schedules: windows begin and end, ramps rise, and rules expire."""
         now = self.loop.clock()
         expired, asleep, woken = [], [], []
         for rule in self.scheduled_rules():
-            share = rule.moment.share
             if rule.expires <= now:
                 expired.append(rule)
                 continue
+            share_before = rule.moment.share
             self.update_moment(rule, now)
-            if rule is self.accept:
+            if rule is self.accept:         # apply_accept() follows
                 continue
-            if share and rule.sleeps():
+            if share_before > 0 and rule.sleeps():
                 asleep.append(rule)
-            elif rule.moment.share > share:
+            elif rule.moment.share > share_before:
                 woken.append(rule)
-        if asleep or woken:
-            self.change_connections([], asleep, [], woken)
+        if asleep or woken:                 # to a connection, a rule that sleeps is removed
+            self.change_connections(new=[], removed=asleep, changed=[], woken=woken)
         if expired:
             self.remove_expired(expired)
         self.set_rule_timer()
@@ -9034,12 +9058,12 @@ class ProxyServer:
             log.warning("%s%s", self.log_prefix, error.strerror)
 
     def remove_expired(self, rules):
-        """Remove rules, and the Accept, at the end of their ttl. A block ends with its rule."""
+        """Remove rules whose ttl has ended, and perhaps the Accept. A block ends with its rule."""
         for rule in rules:
             self.record_change(rule, "expires")
         if self.accept in rules:
             self.accept = Accept()
-            if len(rules) == 1:
+            if len(rules) == 1:         # only the Accept has expired
                 return
         self.replace_rules(
             [rule for rule in self.behavior if rule not in rules],
@@ -9048,13 +9072,14 @@ class ProxyServer:
             [toxic for toxic in self.toxics if toxic.rule not in rules])
 
     def install_rules(self, behavior, blocks, toxics):
-        """Set the behavior, the open blocks and the toxics, and install those rules that act.
+        """Set the behavior, the open blocks and the toxics. Install the rules of those that act.
 
-        behavior    its rules
+        behavior    a list of rules; it does not act while a block is open
         blocks      {number: Block}, the oldest first
-        toxics      in the order in which they act
+        toxics      a list of toxics, in the order in which they act
 
-        Creates the objects of blocking handlers. Raises InputError, and changes nothing then.
+        Creates the objects of blocking handlers. If a rule does not fit the protocol, raises
+        InputError and changes nothing.
         """
         for rules in [behavior, *(block.rules for block in blocks.values()),
                       [toxic.rule for toxic in toxics]]:
@@ -9089,7 +9114,11 @@ class ProxyServer:
             self.check_error_rule(rule)
 
     def check_error_rule(self, rule):
-        """Raise InputError if the proxy's protocol has no error of this kind, or no reply."""
+        """Raise InputError if a rule of `error` or `transient` does not fit the protocol.
+
+        The protocol must have the kind of error, if the rule has a kind. A rule that replies
+        instead of the backend needs both directions.
+        """
         kind = rule.options["kind"]
         if kind and self.protocol is None:
             raise InputError([("kind", "kind needs --protocol: tcp has no error kinds, not %r"
@@ -9098,17 +9127,18 @@ class ProxyServer:
             raise InputError([("kind", "kind must be one of %s, the errors of %s, not %r%s" % (
                 ", ".join(self.protocol.errors), self.protocol_name(), kind,
                 did_you_mean(kind, self.protocol.errors)))])
-        replies = self.protocol and not rule.options["inject"]      # instead of the backend
+        # `inject` damages the reply of the backend instead. Without a protocol, all rules do.
+        replies = self.protocol and not rule.options["inject"]
         if replies and rule.stream != "both":
             raise InputError([("stream", "stream must be both for %s, because it replies instead "
                                          "of the backend" % rule.name)])
 
     # In the loop's thread: called by its connections
 
-    def record_fault(self, connection, active, request, text):
+    def record_fault(self, connection, active, request, beginning):
         """Count, record and log that an ActiveRule has acted on a request.
 
-        text    the first bytes of the request, or b"" if they are unknown
+        beginning    the first bytes of the request, or b"" if they are unknown
         """
         rule = active.rule
         options = dict(rule.options, **active.drawn_options)
@@ -9117,12 +9147,12 @@ class ProxyServer:
             self.kinds[rule.name, str(options["kind"])] += 1
         connection.faults = (*connection.faults, rule.name)[-100:]     # the last 100
         record = self.add_record(rule, options, connection.number, connection.name, request,
-                                 text=printable(text))
+                                 text=printable(beginning))
         if self.recorder:
             self.recorder.write(record, active)
         if self.rules.replay:
             self.rules.replay.mark_made(self.name, connection.number, request, rule)
-        if not text and request == 1:
+        if not beginning and request == 1:      # set_record_text() adds the text later
             connection.records_without_text = (*connection.records_without_text, record.number)
         log.info("%s%s: connection %d, request %d%s%s", self.log_prefix,
                  rule.describe_fault(active.drawn_options), connection.number, request,
@@ -9131,7 +9161,7 @@ class ProxyServer:
                  extra={"fault": record})
 
     def record_change(self, rule, change):
-        """Record and log a change of a rule by its schedule: see FaultRecord."""
+        """Record and log a change of a rule by its schedule. `change` is a key of CHANGES."""
         record = self.add_record(rule, dict(rule.options), change=change)
         log.info("%s%s: %s", self.log_prefix, rule, CHANGES[change], extra={"fault": record})
 
@@ -9146,17 +9176,18 @@ class ProxyServer:
             self.fault_recorded.notify_all()
         return record
 
-    def set_record_text(self, numbers, text):
+    def set_record_text(self, numbers, beginning):
         """Add the first bytes of a request to the FaultRecords with these numbers."""
         with self.fault_recorded:
+            oldest_number = self.fault_records[0].number
             for number in numbers:
-                index = number - self.fault_records[0].number   # negative if the record is gone
-                if index >= 0:
+                index = number - oldest_number
+                if index >= 0:          # older records have been removed
                     record = self.fault_records[index]
-                    self.fault_records[index] = record._replace(text=printable(text))
+                    self.fault_records[index] = record._replace(text=printable(beginning))
 
     def to_unix(self, t):
-        """Convert a time of the loop's clock to seconds since 1970, as in a FaultRecord."""
+        """Convert a time of the loop's clock to seconds since 1970, as FaultRecords have them."""
         return round(t + time.time() - self.loop.clock(), 3)
 
     def on_connect_failed(self, connection, reason):
@@ -9167,7 +9198,7 @@ class ProxyServer:
                     connection.name)
 
     def on_connection_closed(self, connection, reason):
-        """Remove and log a closed connection, but keep its byte counts."""
+        """Remove and log a closed connection. The counts of its bytes are kept."""
         del self.connections[connection.number]
         if connection.number in self.open_refused:
             self.open_refused.remove(connection.number)
@@ -9182,7 +9213,10 @@ class ProxyServer:
     # In the loop's thread: for the control server
 
     def list_connections(self, numbers=None):
-        """Return one dict for each open connection, or for each one with these numbers."""
+        """Return a list with a dict for each open connection.
+
+        numbers    only the connections with these numbers, or None
+        """
         now = self.loop.clock()
         if numbers is None:
             numbers = self.connections
@@ -9199,7 +9233,7 @@ class ProxyServer:
         } for connection in map(self.connections.get, numbers) if connection]
 
     def close_connection(self, number, reset=False):
-        """Close or reset a connection. Returns False if there is none with this number."""
+        """Close or reset a connection. Returns False if no connection has this number."""
         connection = self.connections.get(number)
         if not connection:
             return False
@@ -9214,30 +9248,33 @@ class ProxyServer:
         totals = list(self.closed_bytes)
         for connection in self.connections.values():
             connection.add_bytes(totals)
+        # The keys have the order of the four numbers in Connection.add_bytes.
         return dict(zip(itertools.product((UPSTREAM, DOWNSTREAM), ("received", "sent")), totals))
 
 
 def wait_for_records(next_records, since, matches, count, timeout):
-    """Wait until `count` FaultRecords after number `since` match, or for `timeout` seconds.
+    """Wait until `count` FaultRecords match, but at most `timeout` seconds.
 
     next_records    ProxyServer.next_records, or a function that does the same
+    since           the number of a record: only later records count
     matches         function that returns whether a record counts
 
     Returns the records that match, the oldest first.
     """
-    deadline, found = time.monotonic() + timeout, []
+    deadline, found, last_number = time.monotonic() + timeout, [], since
     while True:
-        records = next_records(since, max(0, deadline - time.monotonic()))
+        records = next_records(last_number, max(0, deadline - time.monotonic()))
         found += filter(matches, records)
         if len(found) >= count or time.monotonic() >= deadline:
             return found
-        since = records[-1].number if records else since
-        time.sleep(WAIT_PAUSE)
+        if records:
+            last_number = records[-1].number
+        time.sleep(WAIT_PAUSE)          # otherwise this thread would wake up for each record
 
 
-def block_key(depth):
-    """Return the draw key of a block, while `depth` other blocks are open."""
-    return "block %d" % depth if depth else "behavior"
+def block_key(index):
+    """Return a draw key for blocks: "behavior", "block 1", "block 2" for 0, 1, 2."""
+    return "block %d" % index if index else "behavior"
 
 
 def describe_shares(rules):
@@ -9255,11 +9292,12 @@ class ProxyTable(OrderedDict):
 
     recorder  a Recorder of the faults, or None
     replay    a Replay that replaces the draws, or None
-    shared    the settings of proxies that are created while it runs: seed, timeout, reuse_port.
-              A seed of None draws one
+    shared    the settings of proxies that are created later: seed, timeout, reuse_port. If the
+              seed is None, a seed is drawn
 
-    Every change to a proxy runs in the loop's thread, which never waits for a peer. If a change
-    takes several steps, the thread that makes it holds the proxy's `lock` during all of them.
+    Each step of a change runs in the loop's thread, which never waits for a peer. Another
+    thread may make a change of several steps. This thread holds the proxy's `lock` from the
+    first step until the last step.
     """
 
     def __init__(self, proxies=(), recorder=None, replay=None, **shared):
@@ -9303,12 +9341,13 @@ class ProxyTable(OrderedDict):
         proxy.open(self.loop)
 
     def close(self):
+        """Close the proxies and the recording."""
         for proxy in self.values():
             proxy.close()
         if self.recorder:
             self.recorder.close()
 
-    # For other threads, which hold the proxy's `lock`. `add` needs no lock
+    # In other threads than the loop's. The caller holds the proxy's `lock`, except for `add`
 
     def add(self, proxy):
         """Add a proxy, and open it if it is enabled. Returns False if the name is taken.
@@ -9352,8 +9391,10 @@ class ProxyTable(OrderedDict):
         """
         local = local or proxy.local
         proxy.check_port(local)
+        # Two texts may mean the same address, such as localhost:80 and 127.0.0.1:80.
         moved = local != proxy.local and first_address(local) != proxy.listen
-        local = local if moved else proxy.local
+        if not moved:
+            local = proxy.local
         enabled = proxy.enabled if enabled is None else enabled
         listener, accept = None, accept or proxy.accept
         if enabled and (moved or not proxy.enabled):
@@ -9370,11 +9411,11 @@ class ProxyTable(OrderedDict):
         proxy.loop.run_sync(proxy.set_toxics, [])
 
     def rebind(self, proxy, local, accept):
-        """Return a new listener at local, with this mode. Raises CannotListen.
+        """Return a new listener at local, with the mode of `accept`. Raises CannotListen.
 
-        An old listener on the same port could prevent the new one. Therefore it is closed
-        first, and opened again if the new one fails. If another process has taken the port
-        meanwhile, the proxy is disabled.
+        An old listener on the same port could prevent the new listener. Therefore the old
+        listener is closed first. If the new listener fails, the old listener is bound again. If
+        another process has taken the port meanwhile, the proxy is disabled.
         """
         old = proxy.listener if local[1] == proxy.local[1] else None
         if old:
@@ -9399,17 +9440,19 @@ class ProxyTable(OrderedDict):
 
 # -- Metrics ------------------------------------------------------------------
 #
-# The counts of all proxies, for Prometheus (GET /metrics) and StatsD.
+# This section makes metrics of the counts of all proxies, for Prometheus (GET /metrics) and for
+# StatsD.
 
 def measure_bytes(proxy, name):
+    """Return [(labels, bytes)] for both directions. `name` is "received" or "sent"."""
     byte_counts = proxy.byte_counts()
     return [({"direction": direction, "listener": proxy.listen,
               "upstream": format_address(proxy.backend)}, byte_counts[direction, name])
             for direction in (UPSTREAM, DOWNSTREAM)]
 
 
-# {name: (kind, help, values)}, with the names that Prometheus gets. values(proxy) returns
-# [(labels, value)], without the label `proxy`.
+# {name for Prometheus: (kind, help, values)}. values(proxy) is a function that returns
+# [(labels, value)]. `measure` adds the label `proxy`.
 METRICS: "OrderedDict[str, Sequence[Any]]" = OrderedDict((name, metric) for name, *metric in [
     ("toxiproxy_proxy_received_bytes_total", "counter",
      "Bytes from the client (upstream) and from the backend (downstream).",
@@ -9421,16 +9464,16 @@ METRICS: "OrderedDict[str, Sequence[Any]]" = OrderedDict((name, metric) for name
      lambda proxy: [({}, proxy.accepted)]),
     ("vaurien_connections_open", "gauge", "Connections that are open.",
      lambda proxy: [({}, len(proxy.connections))]),
-    ("vaurien_refused_connections_total", "counter", "Clients refused by max_connections.",
+    ("vaurien_refused_connections_total", "counter", "Clients beyond max_connections, refused.",
      lambda proxy: [({}, proxy.refused)]),
-    ("vaurien_requests_total", "counter", "Requests begun.",
+    ("vaurien_requests_total", "counter", "Requests that have begun.",
      lambda proxy: [({}, proxy.rules.request_count)]),
     ("vaurien_faults_total", "counter", "Requests or connections that a handler acted on.",
      lambda proxy: [({"handler": name}, count) for name, count in sorted(proxy.faults.items())]),
-    ("vaurien_fault_kinds_total", "counter", "Faults of handlers with kinds, like errors.",
+    ("vaurien_fault_kinds_total", "counter", "Faults of handlers with the option kind.",
      lambda proxy: [({"handler": name, "kind": kind}, count)
                     for (name, kind), count in sorted(proxy.kinds.items())]),
-    ("vaurien_backend_failures_total", "counter", "Backends that could not be connected to.",
+    ("vaurien_backend_failures_total", "counter", "Clients whose backend could not be reached.",
      lambda proxy: [({}, proxy.failures)]),
     ("vaurien_latency_seconds", "gauge", "Seconds from a request to the first byte of its reply: "
      "percentiles of a sample of the last %g seconds." % LATENCY_AGE_MAX,
@@ -9513,14 +9556,14 @@ class Statsd:
 
     def metric_lines(self):
         """Return a line for each gauge, and for each counter that has grown."""
-        lines, before, self.last_values = [], self.last_values, {}
+        lines, previous_values, self.last_values = [], self.last_values, {}
         for proxy in list(self.proxies.values()):
             for metric, values in measure(proxy).items():
                 kind, _, _ = METRICS[metric]
                 for labels, value in values:
                     name = self.metric_name(metric, labels)
                     self.last_values[proxy, name] = value
-                    increase = value - before.get((proxy, name), 0)
+                    increase = value - previous_values.get((proxy, name), 0)
                     if kind == "gauge":
                         lines.append("%s:%s|g" % (name, format_metric(value)))
                     elif increase:
@@ -9529,10 +9572,12 @@ class Statsd:
 
     def metric_name(self, metric, labels):
         """Return the StatsD name of a metric, like vaurien.PROXY.received_bytes.upstream."""
-        parts = [labels["proxy"], re.sub("^(vaurien|toxiproxy_proxy)_|_total$", "", metric),
-                 labels.get("direction") or labels.get("handler"), labels.get("kind"),
-                 "quantile" in labels and "p%g" % (100 * float(labels["quantile"]))]
-        return ".".join(["vaurien"] + [re.sub(r"[^\w-]", "_", part) for part in parts if part])
+        short_name = re.sub("^(vaurien|toxiproxy_proxy)_|_total$", "", metric)
+        parts = ["vaurien", labels["proxy"], short_name]
+        parts += [labels[label] for label in ("direction", "handler", "kind") if label in labels]
+        if "quantile" in labels:
+            parts.append("p%g" % (100 * float(labels["quantile"])))
+        return ".".join(re.sub(r"[^\w-]", "_", part) for part in parts)
 
     def close(self):
         """Send the last metrics, and close the socket."""
