@@ -10216,7 +10216,7 @@ poll();
 # shows the steps from a request to its response.
 #
 # A dialect is a format of results and errors: that of Vaurien or that of Toxiproxy. Each route
-# has a dialect. For the error about a path without a route, the path's prefix decides.
+# has a dialect. If a path has no route, DIALECTS has the dialect of the error.
 #
 # Threads: the control server's loop has a thread of its own. The loop accepts clients, and
 # disconnects clients that exceed a time limit. Each client has a client thread, which reads the
@@ -10246,12 +10246,16 @@ NO_HEADERS = types.MappingProxyType({})
 PAGE_HEADER = "X-Fetch-Site"    # the web page sends this header with the value "same-origin"
 
 # In a DNS rebinding attack, an attacker registers a host name that resolves to the address of
-# this server. A browser then lets the attacker's page send requests to this server.
+# this server. A browser then lets the attacker's page send requests to this server. The Host
+# header of these requests has the attacker's host name.
 #
-# These are domains in which an attacker from the Internet cannot register a name: those of RFC
-# 6761 and RFC 6762, those of ICANN and RFC 8375 for private networks, and that of services in
-# Kubernetes. So a Host header with a name in these domains shows that there is no attack.
-UNREBINDABLE = (".localhost", ".local", ".internal", ".test", ".home.arpa", ".svc")
+# In these domains, an attacker from the Internet cannot register a name.
+UNREBINDABLE = (".localhost",       # this machine (RFC 6761)
+                ".local",           # names of multicast DNS (RFC 6762)
+                ".internal",        # private networks (ICANN)
+                ".test",            # tests (RFC 6761)
+                ".home.arpa",       # home networks (RFC 8375)
+                ".svc")             # services in Kubernetes
 
 # The argument of a route's function.
 #
@@ -10272,12 +10276,14 @@ Route = namedtuple("Route", "function example query needs_proxy dialect status")
 class ApiError(Exception):
     """An error response.
 
+    status      the HTTP status
     location    the part of the request with the error: "body", "querystring", "header", "path"
                 or "method"; "request" if the request breaks the rules of HTTP or exceeds a
                 limit; "server" for an internal error
     name        the field, parameter or header, or ""
     headers     additional headers of the response
-    errors      [(location, name, description)]; an InputError may give several
+    errors      [(location, name, description)], with the arguments of __init__. The ApiError for
+                an InputError may have several
     """
 
     def __init__(self, status, location, name, description, headers=()):
@@ -10290,7 +10296,7 @@ class Dialect:
     """The format of results and errors. This base class implements the JSON of Vaurien 1.x."""
 
     head_as_get = True              # whether a route for GET also accepts HEAD
-    decode_errors = "strict"        # argument of bytes.decode for a body that is not UTF-8
+    decode_errors = "strict"        # the argument `errors` of bytes.decode, for the body
 
     def render(self, result, status):
         """Return the ApiResponse for the result of a route: text, a JSON value, or None."""
@@ -10405,9 +10411,8 @@ def find_routes(path, default_dialect):
 def match_segments(pattern, segments):
     """Compare a path with the path of a route, both as lists of segments.
 
-    Returns {segment in capitals: name}, or None if the path does not match:
-
-        ["", "proxies", "PROXY"] and ["", "proxies", "redis"]    {"PROXY": "redis"}
+    Returns {segment in capitals: name}, or None if the path does not match. For example,
+    ["", "proxies", "PROXY"] and ["", "proxies", "redis"] give {"PROXY": "redis"}.
     """
     if len(pattern) != len(segments):
         return None
@@ -10538,7 +10543,7 @@ def curl_arguments(url, method, path, example):
 
 @route("GET", "/handler")
 def get_handler_name(request):
-    """Return the name of the active handler, as text."""
+    """Return the name of the current handler, as text."""
     return request.proxy.handler_names()
 
 
@@ -10587,7 +10592,7 @@ def declaration(default, help_text, check):
 
 @route("GET", "/behavior")
 def get_behavior(request):
-    """Return the name of the active handler, as JSON."""
+    """Return the name of the current handler, as JSON."""
     return {"behavior": request.proxy.handler_names()}
 
 
@@ -10617,8 +10622,8 @@ def rules_to_json(proxy, rules):
     rule_dicts, previous_max = [], 0.0
     for rule in rules:
         if rule.draw_min > previous_max:
-            # No rule acts if a draw is between previous_max and draw_min: the behavior has a
-            # dummy there. The result shows this dummy, so that `PUT /rules` accepts the result.
+            # No rule acts on a request whose draw is between previous_max and draw_min. In the
+            # result, a dummy has this range: `PUT /rules` gives each rule the next range.
             rule_dicts.append({"name": "dummy", "percent": rule.draw_min - previous_max})
         rule_dicts.append(dict(rule.to_json(), **rule.times_to_json(proxy.to_unix)))
         previous_max = rule.draw_max
@@ -10775,10 +10780,11 @@ def set_backend(request):
     body, proxy, values = parse_json_object(request.body), request.proxy, {}
     errors = [(name, "%s is not known here: the only field is backend" % name)
               for name in sorted(set(body) - {"backend"})]
+    # str(): parse_backend has an error for any text, a number included.
     check_into(values, errors, "backend", parse_backend, str(body.get("backend", "")))
     if errors:
         raise InputError(errors)
-    # set_backend raises ValueError for the proxy's own address.
+    # ProxyServer.set_backend raises ValueError for the proxy's own address.
     check_field("backend", proxy.loop.run_sync, proxy.set_backend, values["backend"])
 
 
@@ -10825,8 +10831,8 @@ def list_events(request):
         # "accept" makes no faults: all its records are about windows.
         return record.handler == name and (is_fault or name == Accept.name)
 
-    # This client thread waits here. If the client disconnects, the thread still waits until the
-    # end of `seconds`. So that such threads do not fill the server, wait_limit limits them.
+    # This client thread waits for the records, even if its client disconnects meanwhile.
+    # wait_limit keeps other client threads free for other requests.
     if seconds and not request.control.wait_limit.acquire(blocking=False):
         raise ApiError(503, "querystring", "wait", "too many clients wait: try again without wait")
     try:
@@ -10850,7 +10856,7 @@ def check_query(request, name, default, check):
 
 @route("GET", "/changes /proxies/PROXY/changes")
 def list_changes(request):
-    """Return the seed, the first rules and all later ones: with these, a run can be repeated."""
+    """Return the seed, and the rules at the start and after each change, to repeat a run."""
     changes = request.proxy.loop.run_sync(lambda: list(request.proxy.rule_changes))
     return {"seed": request.proxy.seed, "changes": [change._asdict() for change in changes]}
 
@@ -10886,8 +10892,10 @@ class Control:
         """Listen. Raises CannotListen."""
         with CannotListen.naming("--http-port"):
             self.listener = Listener(self.local, self.on_accept)
-        port = self.listener.address()[1]
-        host = "localhost" if is_wildcard(self.local[0]) else self.local[0]
+        host, _ = self.local
+        _, port, *_ = self.listener.address()       # not port 0, which picks a free port
+        if is_wildcard(host):
+            host = "localhost"
         self.url = "http://%s" % format_address((host, port))
 
     def open(self, proxies_loop):
@@ -10905,7 +10913,8 @@ class Control:
         # Clients use at most a quarter of the descriptors: the proxies need the others.
         fd_limit = raise_fd_limit() or 4 * CLIENTS_MAX      # 0 means that the limit is unknown
         self.max_clients = max(4, min(CLIENTS_MAX, fd_limit // 4))
-        proxies_loop.fd_limit = fd_limit - min(CONTROL_FDS, fd_limit // 4)
+        reserved = min(CONTROL_FDS, fd_limit // 4)
+        proxies_loop.fd_limit = fd_limit - reserved
         self.loop = Loop()
         self.listener.open(self.loop)
         self.thread = threading.Thread(target=self.loop.run, name="control", daemon=True)
@@ -10954,7 +10963,8 @@ class Control:
         With a token, check_origin is not needed: a page of another site does not know the token.
         """
         scheme, _, token = headers.get("Authorization", "").partition(" ")
-        # compare_digest takes as long for any wrong token, so its time reveals no part of ours.
+        # compare_digest takes the same time for all wrong tokens. With ==, a client could guess
+        # the token byte by byte by measuring the time.
         is_right = hmac.compare_digest(token.strip().encode("utf-8", "replace"),
                                        self.token.encode("utf-8"))
         if scheme.lower() != "bearer" or not is_right:
@@ -11034,13 +11044,13 @@ class Control:
         Called in the client's thread.
         """
         with session.client as client:
-            self.request_handler_class(client, peer, session)   # handles all requests
+            self.request_handler_class(client, peer, session)   # __init__ handles all requests
             client.shutdown(socket.SHUT_WR)
-            # Read until the client closes. A close with unread bytes would send RST, and because
-            # of it the client could lose the last response.
+            # Read until the client closes: a close with unread bytes sends RST. After an RST, the
+            # client could lose the last response.
             session.set_deadline(LINGER_TIMEOUT)
             client.settimeout(1)
-            for _ in range(1000):       # a limit for a client that sends without end
+            for _ in range(1000):       # a limit, because a client may send without end
                 if not client.recv(65536):
                     break
 
@@ -11101,7 +11111,7 @@ class Session:
 
 
 class LimitedReader:
-    """A wrapper of a binary file. Its readline has a limit for all lines together."""
+    """A binary file whose readline has a limit for the length of all lines together."""
 
     def __init__(self, file):
         self.file = file
@@ -11111,7 +11121,7 @@ class LimitedReader:
         return getattr(self.file, name)
 
     def readline(self, size):
-        # One byte more than the limit: if it is there, the line is too long.
+        # Read one byte more than the limit: if there is such a byte, the line is too long.
         line = self.file.readline(min(size, self.bytes_left + 1))
         self.bytes_left -= len(line)
         if self.bytes_left < 0:
@@ -11157,12 +11167,13 @@ class RequestHandler:
     def handle(self):
         """Respond to all requests of the client.
 
-        A client that sends no first request in time gets an error. Between two requests, a
-        client may expect the connection to be closed, so it gets none.
+        A client that sends no first request in time gets an error. A client that sends no further
+        request gets no error: the connection is only closed.
         """
         self.close_connection = False
         if not self.wait_for_request():
-            self.send_error(408, "no request within %g seconds" % IDLE_TIMEOUT)     # and close
+            # send_error sets close_connection.
+            self.send_error(408, "no request within %g seconds" % IDLE_TIMEOUT)
         while not self.close_connection:
             self.server.set_deadline(REQUEST_TIMEOUT)
             self.handle_one_request()
@@ -11173,7 +11184,7 @@ class RequestHandler:
     def wait_for_request(self):
         """Wait for the first byte of a request, or for the end of the stream.
 
-        Returns False after IDLE_TIMEOUT.
+        Returns False if neither comes within IDLE_TIMEOUT.
         """
         self.connection.settimeout(IDLE_TIMEOUT)
         try:
@@ -11239,7 +11250,8 @@ class RequestHandler:
         self.wfile.flush()      # sends "100 Continue", if the client waits for it
         body = bytearray()
         while True:
-            size_text, _, _ = self.rfile.readline(100).partition(b";")  # without extensions
+            # After a semicolon there may be extensions, which are ignored.
+            size_text, _, _ = self.rfile.readline(100).partition(b";")
             if not re.fullmatch(b"[0-9A-Fa-f]{1,8}", size_text.strip()):
                 raise http_error(400, "a chunk must begin with its length")
             size = int(size_text, 16)
@@ -11249,18 +11261,19 @@ class RequestHandler:
                 raise http_error(413, "a body may have %d bytes at most" % REQUEST_BODY_MAX)
             body += self.rfile.read(size)
             if self.rfile.read(2) != b"\r\n":
-                raise http_error(400, "a chunk must have the length that it begins with")
+                raise http_error(400, "a chunk must have as many bytes as its length says")
         while self.rfile.readline(1000).strip():        # ignore trailers
             pass
         return body
 
     def send_api_response(self, response):
+        """Write an ApiResponse to the client."""
         data = response.text.encode("utf-8")
         self.send_response(response.status)
         for name, value in response.headers.items():
             self.send_header(name, value)
         self.send_header("X-Toxiproxy-Request-Id", os.urandom(10).hex())
-        if response.status != 204:      # 204 means no body
+        if response.status != 204:      # a response with status 204 has no body
             self.send_header("Content-Length", str(len(data)))
         if self.close_connection:
             self.send_header("Connection", "close")
@@ -11296,8 +11309,9 @@ def http_error(status, description):
 #   * a key with the value null counts as absent
 #   * a value of a wrong type is an error
 #
-# The functions that read bodies raise InputError or ApiError. Toxiproxy's text for an InputError
-# begins with "bad request body". An ApiError has any other text or status.
+# The functions that read bodies raise InputError or ApiError. The response for an InputError has
+# status 400 and a text that begins with "bad request body". An ApiError has its own status and
+# text.
 #
 # Threads: client threads call the functions of routes. During a request that changes a proxy, the
 # client thread holds the proxy's lock. So two requests never change the same proxy at once. A
@@ -11312,8 +11326,8 @@ def http_error(status, description):
 #   GET /proxies, GET /proxies/PROXY,               under the key `rules` of the proxy; the key is
 #   POST and PATCH of a proxy, POST /populate       absent if there are none
 #   GET /proxies/PROXY/toxics                       nowhere
-#   any of these with the query ?all=1              among Toxiproxy's toxics; no key `rules`
-#   requests about one toxic, PUT .../toxics        like Toxiproxy's: the client has named them
+#   all of these with the query ?all=1              among the other toxics; no key `rules`
+#   requests about one toxic, PUT .../toxics        like other toxics: the client has named them
 #
 # A client may send back a listing: requests that create a proxy accept the key `rules` too.
 #
@@ -11327,7 +11341,7 @@ GO_RANGES = {int: (-INT64_MAX - 1, INT64_MAX), float: (-sys.float_info.max, sys.
 # {type of the received value: its name in these errors}
 JSON_TYPES = {str: "string", bool: "bool", int: "number", float: "number", list: "array",
               dict: "object", type(None): "null"}
-# Go's error for a wrong type, with three texts: received value, place, expected type
+# Go's error for a wrong type: (received value, place, Go's name of the expected type)
 GO_TYPE_ERROR = "json: cannot unmarshal %s into Go %s of type %s"
 # {Go's name of a type: its name for readers who do not know Go}. See in_plain_words.
 PLAIN_TYPES = {"string": "text", "bool": "true or false", "int64": "a whole number",
@@ -11363,7 +11377,7 @@ class ToxiproxyDialect(Dialect):
 
     head_as_get = False
     decode_errors = "replace"
-    # {location: body} of the errors that Toxiproxy's HTTP router sends, which are not JSON.
+    # {location of an ApiError: body}. Toxiproxy's HTTP router sends these errors, not as JSON.
     router_texts = {"path": "404 page not found\n", "method": ""}
 
     def render(self, result, status):
@@ -11393,7 +11407,7 @@ DIALECTS.append(("/proxies/", TOXIPROXY))
 
 
 def toxiproxy_error(status, message):
-    """Return an ApiError with the two things that an error of Toxiproxy has."""
+    """Return an ApiError. An error of Toxiproxy has only a status and a message."""
     return ApiError(status, "", "", message)
 
 
@@ -11409,6 +11423,7 @@ def text_response(status, text):
 
 
 def dump_json(value):
+    """Return a value as JSON without spaces, as Go's encoder writes it."""
     return json.dumps(value, separators=(",", ":"))
 
 
@@ -11442,19 +11457,21 @@ def toxiproxy_route(methods, path, example="", status=200):
 def is_from_own_page(headers):
     """Return whether a browser's request comes from the page of the control server itself.
 
-    One of two headers shows this with the value "same-origin":
+    One of these headers then has the value "same-origin". A page of another site can set neither:
 
-    Sec-Fetch-Site    The browser itself sends it, but only to https and to localhost. No page can
-                      set it.
-    PAGE_HEADER       The control server's page sets it. If the page of another site does so, the
-                      browser first asks the server with the method OPTIONS (CORS), and the
-                      server refuses.
+    Sec-Fetch-Site    Browsers set this header themselves, but only for https and for localhost.
+    PAGE_HEADER       The control server's page sets this header. If another site's page sets it,
+                      the browser first asks the server with the method OPTIONS (CORS), and the
+                      server refuses that method.
     """
     return "same-origin" in (headers.get("Sec-Fetch-Site"), headers.get(PAGE_HEADER))
 
 
 def find_path_objects(request):
-    """Return the objects that the path names: [], [Proxy] or [Proxy, Toxic]. Raises ApiError."""
+    """Return the objects that the path names: [], [ProxyServer] or [ProxyServer, Toxic].
+
+    Raises ApiError.
+    """
     if "PROXY" not in request.names:
         return []
     proxy = request.proxy
@@ -11493,7 +11510,7 @@ def error_suffix(suffix):
 def read_json(text, ignore_rest=True):
     """Return the first JSON value in a text. Raises InputError.
 
-    ignore_rest    whether to ignore text after the value, as Go does; otherwise it is an error
+    ignore_rest    whether text after the value is ignored, as in Go, or is an error
     """
     def refuse_constant(name):
         raise ValueError("invalid number %s" % name)        # NaN or Infinity
@@ -11507,8 +11524,9 @@ def read_json(text, ignore_rest=True):
         value, _ = decoder.raw_decode(text)
         return value
     except json.JSONDecodeError as error:
-        # "Unterminated string": the closing quote is missing.
-        cut_off = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
+        at_end = error.pos >= len(text.rstrip())
+        # Python's error for a string without closing quote has the position of its beginning.
+        cut_off = at_end or error.msg.startswith("Unterminated string")
         raise bad_body("unexpected EOF" if cut_off else "invalid JSON: %s" % error) from None
     except RecursionError:
         raise bad_body("nested too deeply") from None
@@ -11522,7 +11540,7 @@ def read_value(value, type_, field_path):
     type_         the expected type; if it is float, an int is valid too, and is converted
     field_path    Go's name of the struct and the field, for the error: "Proxy.enabled"
     """
-    # Not isinstance(): bool is a subclass of int, so True would be valid for an int.
+    # type() and not isinstance(), which would accept True for an int.
     valid = type(value) is type_ or (type_ is float and type(value) is int)
     if valid and type_ in GO_RANGES:
         lowest, highest = GO_RANGES[type_]
@@ -11560,10 +11578,10 @@ def read_object(value, struct, known=None):
 def read_fields(json_object, types, struct):
     """Return a JSON object if each value has the expected type. Otherwise raises InputError.
 
-    types     {key: type}. The type None permits any value; so does a key that is absent here
+    types     {key: type}. If a key of the object is absent here or has None, any value is valid
     struct    Go's name of the object's type, for the error
 
-    In the result, an int is a float where a float is expected.
+    Where a float is expected, an int is converted.
     """
     fields = {}
     for key, value in json_object.items():
@@ -11584,16 +11602,16 @@ def read_proxy_fields(value):
 def read_proxies(text, proxies):
     """Make the proxies that a JSON array describes, without opening them.
 
-    Returns [(ProxyServer, fields, JSON object)]; see read_proxy_fields for the fields. Raises
-    InputError or ApiError.
+    Returns [(ProxyServer, fields, JSON object)]. The fields are those of read_proxy_fields.
+    Raises InputError or ApiError.
     """
     values = read_json(text)
     if values is None:
         values = []
     if not isinstance(values, list):
         raise bad_body(GO_TYPE_ERROR % (JSON_TYPES[type(values)], "value", "[]toxiproxy.Proxy"))
-    # Each of the three loops checks the whole array. So if there are several errors, a wrong type
-    # is reported first, as by Go's decoder, then a wrong value, then a duplicate name.
+    # Three loops, each over the whole array: if there are several errors, the first kind of these
+    # is reported: a wrong type (as by Go's decoder), a wrong value, a duplicate name.
     all_fields = [read_proxy_fields(value) for value in values]
     new_proxies, names = [], set()
     for index, fields in enumerate(all_fields, 1):
@@ -11663,10 +11681,10 @@ def read_listen(text, prefix=""):
     """Return the (host, port) of an address to listen on.
 
     text      "HOST:PORT" or "HOST:SERVICE", like "localhost:http"
-    prefix    for the errors of Go's net package: a text that comes first
+    prefix    the beginning of each error of Go's net package
 
-    Raises ApiError with the text of Go's net package for a missing port, a number that is too
-    high, and an unknown service. Raises InputError for any other error.
+    Raises ApiError with the text of Go's net package if the port is missing or too high, or if
+    the service is unknown. Raises InputError for any other error.
     """
     host, _, port_text = text.rpartition(":")
     try:
@@ -11688,14 +11706,14 @@ def read_listen(text, prefix=""):
 
 
 def read_toxic_object(value, known):
-    """Return the fields of a JSON object for a toxic, with unchecked values.
+    """Return the fields of a JSON object for a toxic. Their values are not checked.
 
-    known    the keys to return; None: all keys
+    known    the keys to return; None returns all keys
 
     Raises InputError if the value is not an object.
     """
     if isinstance(value, dict):
-        value = without_moment(value)           # a listing has the keys `active` and `until`
+        value = without_moment(value)       # without `active` and `until`, which a listing has
     json_object = read_object(value, "toxics.ToxicWrapper", known)
     if json_object.get("attributes") == []:     # PHP encodes an empty array like this
         json_object["attributes"] = {}
@@ -11785,8 +11803,8 @@ def proxy_warnings(value):
 def toxic_warnings(value, source, type_=None):
     """Yield the warnings about a JSON object for a toxic.
 
-    source    the name of the toxic's proxy, for the texts
-    type_     the toxic's type if the object does not define it
+    source    the proxy, at the beginning of each text: "proxy redis"
+    type_     the type of the toxic, if the object does not have it
     """
     fields = read_toxic_object(value, TOXIC_KEYS)
     type_ = type_ or fields["type"]
@@ -11799,7 +11817,10 @@ def toxic_warnings(value, source, type_=None):
 
 
 def unknown_key_warnings(value, known, source):
-    """Yield a warning for each unknown key of a JSON object. Such keys are ignored."""
+    """Yield a warning for each unknown key of a JSON object. Such keys are ignored.
+
+    source    the object, at the beginning of each text: "proxy redis, toxic slow"
+    """
     known = [key.lower() for key in known]
     for key in OrderedDict.fromkeys(map(str.lower, read_object(value, ""))):
         if key not in known:
@@ -11846,10 +11867,9 @@ def exists_in_toxiproxy(toxic):
 
 
 def toxics_to_json(proxy, toxics):
-    """Return toxics of a proxy as JSON values.
+    """Return toxics of a proxy as JSON objects, as in Toxiproxy sorted by direction.
 
-    They are sorted by direction: upstream, downstream, both. The toxics of one direction stay in
-    their order.
+    The order is upstream, downstream, both. The toxics of one direction stay in their order.
     """
     order = [UPSTREAM, DOWNSTREAM, "both"]
     return [toxic_to_json(proxy, toxic)
@@ -11857,13 +11877,13 @@ def toxics_to_json(proxy, toxics):
 
 
 def listed_toxics(proxy, request):
-    """Return the toxics that a listing of the proxy has under `toxics`: all if ?all=1."""
-    return [toxic for toxic in proxy.toxics
-            if request.query.get("all") == "1" or exists_in_toxiproxy(toxic)]
+    """Return the toxics that a listing of a proxy has under the key `toxics`."""
+    list_all = request.query.get("all") == "1"
+    return [toxic for toxic in proxy.toxics if list_all or exists_in_toxiproxy(toxic)]
 
 
 def proxy_to_json(proxy, request):
-    """Return a proxy as a JSON object. The query of the request selects the listed toxics."""
+    """Return a proxy as a JSON object. `request` is for listed_toxics."""
     def to_json():
         listed = listed_toxics(proxy, request)
         rules = [toxic for toxic in proxy.toxics if toxic not in listed]
@@ -11885,7 +11905,7 @@ def proxy_to_json(proxy, request):
 
 @toxiproxy_route("GET", "/proxies")
 def list_proxies(request):
-    """Return all proxies with their toxics; ?all=1 lists toxics that Toxiproxy lacks, too."""
+    """Return all proxies with their toxics; ?all=1 includes toxics that Toxiproxy lacks."""
     proxies = dict(request.control.proxies)     # a copy: other threads may remove proxies
     return OrderedDict((name, proxy_to_json(proxies[name], request)) for name in sorted(proxies))
 
@@ -11893,7 +11913,7 @@ def list_proxies(request):
 @toxiproxy_route("POST", "/proxies", '{"name": "redis", "listen": "localhost:26379", '
                                      '"upstream": "localhost:6379"}', status=201)
 def create_proxy(request):
-    """Create a proxy. Its `toxics` act from the first connection on."""
+    """Create a proxy. Its `toxics` act on all its connections."""
     proxies = request.control.proxies
     value = read_json(request.body)
     proxy = make_proxy(read_proxy_fields(value), proxies)
@@ -11939,14 +11959,14 @@ def delete_proxy(request, proxy):
 
 @toxiproxy_route("GET", "/proxies/PROXY/toxics")
 def list_toxics(request, proxy):
-    """Return the toxics of a proxy; ?all=1 lists toxics that Toxiproxy lacks, too."""
+    """Return the toxics of a proxy; ?all=1 includes toxics that Toxiproxy lacks."""
     return proxy.loop.run_sync(lambda: toxics_to_json(proxy, listed_toxics(proxy, request)))
 
 
 @toxiproxy_route("POST", "/proxies/PROXY/toxics",
                  '{"type": "latency", "attributes": {"latency": 200}}')
 def create_toxic(request, proxy):
-    """Add a toxic. It acts on open connections too; ?strict=1 refuses unknown keys."""
+    """Add a toxic, which also acts on open connections; ?strict=1 refuses unknown keys."""
     value = read_json(request.body)
     toxic = read_toxic(value, strict=request.query.get("strict") == "1")
     toxics = [*proxy.toxics, toxic]
@@ -11970,11 +11990,13 @@ def put_toxics(request, proxy):
 def read_listed_toxic(proxy, value):
     """Return the Toxic that a JSON object describes.
 
-    If the client sends back a toxic of a listing without a change, return the Toxic that the
-    proxy already has. For any other Toxic, set_toxics would begin the ttl again.
+    A client may send back an unchanged toxic of a listing. For this, the function returns the
+    Toxic object that the proxy has already: for a new object, set_toxics would begin the ttl
+    again.
     """
     toxic = read_toxic(value, strict=True)
-    is_listed = without_moment(value) is not value      # it has `active` and `until`
+    # Only listings have `active` and `until`, which without_moment removes.
+    is_listed = without_moment(value) is not value
     if not is_listed:
         return toxic
     fields = without_moment(toxic_to_json(proxy, toxic))
@@ -11996,7 +12018,7 @@ def update_toxic(request, proxy, toxic):
     proxy.loop.run_sync(proxy.set_toxics, [changed if other is toxic else other
                                            for other in proxy.toxics])
     log_warnings(toxic_warnings(value, "proxy " + proxy.name, toxic.rule.name))
-    # set_toxics has given the values of `changed` to `toxic`, which stays installed.
+    # set_toxics keeps the object `toxic`, and gives it the values of `changed`.
     return toxic_to_json(proxy, toxic)
 
 
@@ -12015,7 +12037,8 @@ def copy_toxic(toxic, value):
     for name in RULE_FIELDS:
         if before.get(name) != after.get(name) and name != "ttl":
             raise bad_body("%s cannot be changed: remove the toxic and add it again" % name)
-    # `changed` has defaults for the attributes that the client has not sent: keep the old values.
+    # make_toxic has set the attributes that the client did not send to their defaults: use the
+    # values of `toxic` instead.
     changed.update(changed.toxicity, dict(toxic.attributes, **changed_attributes))
     return changed
 
@@ -12030,7 +12053,7 @@ def delete_toxic(request, proxy, toxic):
                                       '"upstream": "localhost:6379", '
                                       '"toxics": [{"type": "latency"}]}]')
 def populate(request):
-    """Create or change these proxies. If one is invalid, nothing is changed."""
+    """Create or change several proxies. If one of them is invalid, nothing is changed."""
     proxies, populated, result = request.control.proxies, [], OrderedDict()
     try:
         for proxy, fields, value in read_proxies(request.body, proxies):
@@ -12039,6 +12062,7 @@ def populate(request):
     except (InputError, ApiError, CannotListen) as exc:
         result = error_to_json(TOXIPROXY.to_api_error(exc))
     # If a proxy cannot listen, the proxies before it have changed: list them beside the error.
+    # For an empty list, Go writes null.
     result["proxies"] = [proxy_to_json(proxy, request) for proxy in populated] or None
     return TOXIPROXY.render(result, result.get("status", 201))
 
@@ -12067,7 +12091,8 @@ def update_existing(proxies, existing, proxy, fields):
 
     If both proxies have the same addresses, protocol and options of TLS, these fields change if
     they are in `fields`: accept, max_connections, toxics and rules. Otherwise the existing proxy
-    becomes like `proxy`: it takes all settings and toxics, and its behavior ends.
+    becomes like `proxy`: it takes all settings and toxics, and the rules of its behavior are
+    removed.
     """
     with existing.lock:
         if proxies.get(proxy.name) is not existing:
@@ -12075,7 +12100,7 @@ def update_existing(proxies, existing, proxy, fields):
         same = (existing.backend == proxy.backend and existing.protocol is proxy.protocol
                 and existing.tls.fields == proxy.tls.fields
                 and existing.listen in (proxy.listen, first_address(proxy.local)))
-        names = fields if same else PROXY_FIELDS        # of the fields to take from `proxy`
+        names = fields if same else PROXY_FIELDS    # the names of the fields to take from `proxy`
         if not same:
             proxies.change(existing, proxy.local, proxy.backend, proxy.enabled, proxy.accept)
             existing.loop.run_sync(existing.set_rules, [])
@@ -12092,17 +12117,18 @@ def update_existing(proxies, existing, proxy, fields):
 def replace_toxics(current, new, names):
     """Return the new toxics, and the current toxics that are not replaced.
 
-    names    if they contain "toxics", the current toxics that a listing has under `toxics` are
-             replaced; if they contain "rules", those that it has under `rules`. A new toxic
-             replaces the current toxic of the same name, too
+    A listing has each current toxic under one of two keys, "toxics" or "rules". The toxics of a
+    key are replaced if `names` contains the key. A new toxic also replaces a current toxic of
+    the same name.
 
-    The toxics under `toxics` come first.
+    In the result, the toxics of the key "toxics" come before those of "rules".
     """
     new_names = {toxic.name for toxic in new}
-    kept = [toxic for toxic in current if toxic.name not in new_names
-            and ("toxics" if exists_in_toxiproxy(toxic) else "rules") not in names]
-    # If `rules` is replaced, the kept toxics are those under `toxics`, otherwise those under
-    # `rules`.
+    kept = []
+    for toxic in current:
+        key = "toxics" if exists_in_toxiproxy(toxic) else "rules"
+        if key not in names and toxic.name not in new_names:
+            kept.append(toxic)
     return kept + new if "rules" in names else new + kept
 
 
@@ -12140,9 +12166,9 @@ def metrics(request):
 
 def format_labels(labels):
     """Return labels in the text format of Prometheus: name="value",..."""
-    return ",".join('%s="%s"' % (name, str(value).replace("\\", "\\\\").replace('"', '\\"')
-                                 .replace("\n", "\\n"))
-                    for name, value in sorted(labels.items()))
+    def escape(value):
+        return str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return ",".join('%s="%s"' % (name, escape(value)) for name, value in sorted(labels.items()))
 
 
 # -- Interface ----------------------------------------------------------------
@@ -12597,7 +12623,7 @@ def toxic_table(fields):
     """Return a toxic in the JSON form of Toxiproxy's API.
 
     fields    the type, name, stream, toxicity, attributes and rule fields of the toxic. An option
-              of the handler may be in `attributes`, or have a key of its own
+              of the handler may be in `attributes`, or may itself be a key
 
     In the result, all options are in `attributes`.
     """
@@ -12937,7 +12963,7 @@ class Proxy(Interface):
     def _wait_for_records(self, since, matches, count, timeout):
         if not self._thread:            # a proxy that is not running makes no faults: do not wait
             timeout = 0
-        else:       # in a fork, the copy of the lock for the records may be locked for ever
+        else:       # in a fork, the lock of the records may be locked and never be released
             self._server.loop.check_process()
         return wait_for_records(self._server.next_records, since, matches, count, timeout)
 
