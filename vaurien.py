@@ -796,8 +796,8 @@ def bandwidth(state, t, to, data, *, rate=0, shared=False):
     # at one time, they exceed the rate for a moment.
     if data is OPEN:
         state[to] = t
-    # To let bytes arrive evenly, a piece is what the link sends in 10 ms. On a slow link, a piece
-    # is one packet, or what the link sends in 100 ms, if that is less.
+    # So that bytes arrive evenly, the link sends each piece in 10 ms. On a slow link, a piece is
+    # one packet, or the bytes of 100 ms if these are fewer.
     piece_size = int(max(rate * 10, min(rate * 100, SEGMENT)))
     for piece in split_chunk(data, piece_size):
         if piece:
@@ -992,11 +992,10 @@ class TcpSender:
 
         `arrival` has the same arguments. The delays were measured with Linux 6.18:
 
-            three or more segments follow       1 RTT: three acknowledgements report the loss
-            one or two follow, or others are    2 RTT: the tail loss probe (RFC 8985)
-            in flight
-            no other segment is in flight       RTT + 200 ms: the retransmission time-out
-            a retransmission is lost too        further time-outs, each twice as long
+            three or more segments follow          1 RTT: three acknowledgements report the loss
+            some segments follow or are in flight  2 RTT: the tail loss probe (RFC 8985)
+            no other segment is in flight          RTT + 200 ms: the retransmission time-out
+            a retransmission is lost too           further time-outs, each twice as long
         """
         timeout = path.rtt + RTO_MIN
         following = min(math.inf if is_bulk else behind, self.cwnd - 1)
@@ -3292,45 +3291,45 @@ def check_protocol(text):
 # -- Rules --------------------------------------------------------------------
 #
 # A rule is a handler with options, and with fields that say when it acts. A proxy has installed
-# rules: those of its behavior, and those of its toxics, which are rules with a name. For each
-# request (or connection) a number is drawn. It decides whether the rule acts, and an ActiveRule
-# is the state of a rule that does. The functions at the end make rules of texts and of JSON
-# objects. This section knows no connections and no sockets.
+# rules: the rules of its behavior, of open blocks and of its toxics. For each request (or
+# connection) a number is drawn. The number decides whether the rule acts. An ActiveRule is the
+# state of a rule that acts. The last functions of the section make rules from texts and from JSON
+# objects. This section uses no connections and no sockets.
 
-PERCENT_SUM_MAX = 100.000001        # percent; the sum of 33.3 * 3 + 0.1 is accepted as 100
-DRAW_TO_PERCENT = 100 / 2 ** 64     # percent for each unit: a drawn number has 64 bits
-DRAW_BATCH = struct.Struct(">8Q")   # the 8 numbers in one blake2b hash
+PERCENT_SUM_MAX = 100.000001        # percent. Rounding makes the sum 33.3 * 3 + 0.1 exceed 100
+DRAW_TO_PERCENT = 100 / 2 ** 64     # a drawn number has 64 bits. Times this, it is a percentage
+DRAW_BATCH = struct.Struct(">8Q")   # one blake2b hash (64 bytes) has 8 numbers of 64 bits
 
 
-# The state of a schedule at one moment.
+# The state of a schedule at one time.
 #
-# active         whether the moment is in a window
-# share          the part of the percentage that counts: 0 outside of windows, less than 1 during
-#                a ramp, otherwise 1
-# until          the time at which `active` changes next, or NEVER
-# next_change    the time at which `active` or `share` changes next, or NEVER
+# active         True in a window
+# share          the fraction of the percentage with which the rule acts: 0 outside of windows,
+#                between 0 and 1 during a ramp, otherwise 1
+# until          the time of the next change of `active`, or NEVER
+# next_change    the time of the next change of `active` or `share`, or NEVER
 Moment = namedtuple("Moment", "active share until next_change")
 
-RAMP_STEPS = 100        # a ramp rises in this many steps ...
-RAMP_STEP_MIN = 0.01    # ... each at least this many seconds long
+RAMP_STEPS = 100        # a ramp has this many steps ...
+RAMP_STEP_MIN = 0.01    # ... or fewer, so that a step takes at least this many seconds
 
 
 class Scheduled:
-    """The base class of Rule and Accept, which act in windows of time. This is their schedule:
+    """The base class of Rule and Accept: objects that act in windows. The schedule of an object:
 
-        now       start      + duration         start + every
-         |          |            |                   |            |
-         |  sleeps  |  1st window|      sleeps       | 2nd window |
-                     ramp: the share rises from 0 to 1
+        begin_schedule    since + start    + duration         + every
+              |                |               |                 |            |
+              |     sleeps     |  1st window   |     sleeps      | 2nd window |
+                                ramp: the share rises from 0 to 1
 
-    It reads no clock and has no timer. A caller sets a timer for Moment.next_change and for
-    `expires`. All times are of one clock, in seconds.
+    The object reads no clock and has no timer. Its caller sets a timer for Moment.next_change and
+    for `expires`. All times are seconds of one clock.
     """
 
-    start = duration = every = ramp = ttl = 0.0     # seconds, as in RULE_FIELDS; 0 has no effect
-    since: "Any" = None     # the time of `begin_schedule`
+    start = duration = every = ramp = ttl = 0.0     # seconds, as in RULE_FIELDS. 0 has no effect
+    since: "Any" = None     # the time when begin_schedule was called
     expires = NEVER         # the end of the ttl
-    moment: Moment          # a proxy that is open keeps it up to date
+    moment: Moment          # the current one, which a proxy that is open keeps up to date
 
     def __init__(self, **fields):       # each field becomes an attribute
         for name, value in fields.items():
@@ -3338,38 +3337,40 @@ class Scheduled:
         self.set_active(not self.has_windows())
 
     def has_schedule(self):
-        """Return whether any time is set."""
+        """Return whether a window, a ramp or a ttl is set."""
         return bool(self.has_windows() or self.ramp or self.ttl)
 
     def has_windows(self):
-        """Return whether windows begin or end at certain times."""
+        """Return whether a window is set. Otherwise the object always acts."""
         return bool(self.start or self.duration)
 
     def begin_schedule(self, now):
-        """Count all times from now on."""
+        """Start the schedule: `start` and the ttl are measured from `now`."""
         self.since = now
         self.renew_ttl(now)
         self.set_active(not self.has_windows())
 
     def renew_ttl(self, now):
-        """Count the ttl from now on. The windows stay."""
+        """Measure the ttl from `now`. The windows do not change."""
         self.expires = now + self.ttl if self.ttl else NEVER
 
     def set_active(self, active):
-        """Act, or do not act, until the next call of set_moment."""
+        """Set a first Moment, until the proxy sets that of the schedule."""
         self.set_moment(Moment(active, 1.0, NEVER, NEVER))
 
     def set_moment(self, moment):
+        """Set the current Moment. A Rule does more: it overrides this method."""
         self.moment = moment
 
     def moment_at(self, now):
-        """Return the Moment of a time, which is not before that of `begin_schedule`."""
-        begin, next_begin = self.since + self.start, NEVER
+        """Return the Moment of the time `now`, which is not before `since`."""
+        begin, next_begin = self.since + self.start, NEVER      # of the current or first window
         if self.every and now >= begin:
             count = count_periods(begin, self.every, now)
             begin, next_begin = begin + self.every * count, begin + self.every * (count + 1)
         if now < begin:
             return Moment(False, 0.0, begin, begin)
+        # Without a ramp, windows without a gap between them are one window.
         endless = not self.duration or (self.duration == self.every and not self.ramp)
         end = NEVER if endless else begin + self.duration
         if now >= end:
@@ -3378,19 +3379,26 @@ class Scheduled:
         return Moment(True, share, end, min(end, next_step))
 
     def ramp_share(self, begin, now):
-        """Return (share, time of its next change) in a window that began at `begin`."""
+        """Return (share, time of the next change of the share) in a window.
+
+        begin    the time when the window began
+        """
+        if not self.ramp:
+            return 1.0, NEVER
         steps = max(1, min(RAMP_STEPS, int(self.ramp / RAMP_STEP_MIN)))
-        step = self.ramp / steps
-        done = count_periods(begin, step, now) if step else steps
-        return (1.0, NEVER) if done >= steps else (done / steps, begin + step * (done + 1))
+        step_seconds = self.ramp / steps
+        done = count_periods(begin, step_seconds, now)
+        if done >= steps:
+            return 1.0, NEVER
+        return done / steps, begin + step_seconds * (done + 1)
 
     def times_to_json(self, to_unix):
-        """Return whether there is a window now, and until when: {"active": ..., "until": ...}.
+        """Return {"active": ..., "until": ...}, or {} if there is no schedule.
 
-        to_unix    function that converts a time of the loop's clock to seconds since 1970
+        to_unix    a function that converts a time of the loop's clock to seconds since 1970
 
-        The time is that of the next change of `active`, or of the end of the ttl. It is None if
-        nothing will change. The result is empty if there are no times.
+        "active" tells whether a window is open. "until" is the time when this changes, or the end
+        of the ttl, or None if neither will come.
         """
         if not self.has_schedule():
             return {}
@@ -3399,21 +3407,24 @@ class Scheduled:
 
 
 def count_periods(begin, period, now):
-    """Return how many whole periods have passed since `begin`, in seconds."""
+    """Return how many whole periods of `period` seconds have passed from `begin` to `now`."""
     count = int((now - begin) // period)
-    # At the exact end of a period, for which a timer was set, the quotient may be rounded down.
-    return count + (now >= begin + period * (count + 1))
+    # A timer calls at the exact end of a period. The quotient may then be rounded down.
+    if now >= begin + period * (count + 1):
+        count += 1
+    return count
 
 
 def without_moment(json_object):
-    """Return the JSON object of a rule without the keys of Scheduled.times_to_json.
+    """Return the JSON object of a rule without the keys that Scheduled.times_to_json has added.
 
-    A client may send back the rules that it has got. Input of another form keeps these keys, so
-    that they are refused.
+    So a client may send back the rules that it has received. If the values are not of the form
+    that times_to_json gives them, the keys stay, and the caller refuses them.
     """
     until = json_object.get("until", "")
-    if not (isinstance(json_object.get("active"), bool)
-            and (until is None or type(until) in (int, float))):
+    has_active = isinstance(json_object.get("active"), bool)
+    has_until = until is None or type(until) in (int, float)
+    if not has_active or not has_until:
         return json_object
     return OrderedDict((key, value) for key, value in json_object.items()
                        if key not in ("active", "until"))
@@ -3424,24 +3435,26 @@ class SearchTimeout(Exception):
 
 
 class SearchLimit:
-    """A time limit for the searches of a with block. It works in the main thread only.
+    """A time limit for the searches in the body of `with SEARCH_LIMIT:`, in the main thread only.
 
-    An expression like (a+)+b takes a time that doubles with each character. The engine of `re`
-    holds Python's lock during a search, so no other thread could run or end it. But the engine
-    handles OS signals during a search in the main thread, and the search ends if a signal handler
-    raises an exception. So a timer of the kernel sends a signal when a search takes too long.
-    To refuse some expressions instead would be no remedy: there are harmless ones among those
-    with nested repeats, and slow ones among the others, like a*a*a*a*b.
+    With an expression like (a+)+b, the time of a search doubles with each character. During a
+    search, the module `re` holds the GIL, so no other thread runs, and none could end the search.
+    But in the main thread, `re` handles OS signals during a search. If a signal handler raises an
+    exception, the search ends. So a timer of the kernel sends a signal when a search takes too
+    long. To refuse slow expressions would need a test for them. Nested repeats are no such test:
+    some are harmless, and a*a*a*a*b is slow without them.
 
-    The timer counts CPU time, so a busy machine ends no search. Other threads have no limit: a
-    proxy in the process of a test may stop in a search.
+    The timer counts CPU time, so that a search does not end because the machine is busy. In other
+    threads, the searches have no limit. So the proxy in the process of a test may hang in a
+    search.
     """
 
-    active = False          # the main thread handles signals: `serve` sets this
-    searching = False
+    active = False          # True in the command `serve`, whose proxies run in the main thread
+    searching = False       # a search is going on
 
     def enable(self):
-        if hasattr(signal, "setitimer"):        # Windows has none
+        """Make the limit work. The main thread calls this."""
+        if hasattr(signal, "setitimer"):        # Windows does not have setitimer
             signal.signal(signal.SIGVTALRM, self.on_signal)
             self.active = True
 
@@ -3464,22 +3477,22 @@ SEARCH_LIMIT = SearchLimit()
 
 
 class Rule(Scheduled):
-    """A handler with its options, and when it acts.
+    """A handler with its options, and the fields that say when it acts.
 
     name                the handler's name
     options             {option: value}
-    draw_min, draw_max  percent; the rule acts if draw_min <= the number drawn < draw_max, during
-                        a window of its schedule
-    draw_key            text that selects the number. Rules with the same key get the same
-                        number, so that at most one of them acts
-    fields              the RULE_FIELDS except percent; each becomes an attribute of that name
+    draw_min, draw_max  percent. In a window, the rule acts if the drawn number, as a percentage,
+                        is at least draw_min and less than draw_max
+    draw_key            a text. Rules with the same draw key get the same drawn number. If their
+                        percentages do not overlap, at most one of these rules acts
+    fields              the RULE_FIELDS except percent. Each becomes an attribute of its name
     """
 
     toxic = None            # the name of the Toxic that the rule belongs to
     block = None            # the number of the Block that the rule belongs to
-    instance = None         # the object to call, if the handler is blocking
+    instance = None         # the BaseHandler object of the rule, if the handler is blocking
     match_failed = False    # a search has taken too long: see `matches`
-    slow_logged = False     # the log has a warning that the handler is slow already
+    slow_logged = False     # the log has a warning already that the handler is slow
     error_logged = False    # the log has a traceback of the handler already
 
     per: str
@@ -3496,28 +3509,35 @@ class Rule(Scheduled):
         self.draw_min, self.draw_max, self.draw_key = draw_min, draw_max, draw_key
         super().__init__(**dict(FIELD_DEFAULTS, **fields))
         self.set_options(dict(handler_options(self.handler), **options or {}))
-        self.limit = 0 if self.of else self.times       # number of requests to act on at most
+        self.limit = self.times     # number of requests to act on at most; 0 is no limit
+        if self.of:                 # then `times` applies to every `of` requests: see `selects`
+            self.limit = 0
         self.keeps_due_time = getattr(self.handler, "keeps_due_time", False)
         self.rate_limited = getattr(self.handler, "rate_limited", False)
         self.on_dropped = getattr(self.handler, "on_dropped", None)
-        self.blocking = is_blocking_handler(self.handler)   # then chains skip the rule
-        self.drawn_count = 0        # number of requests (or connections) it was drawn for
-        self.acted_count = 0        # number of these that it has acted on
+        self.blocking = is_blocking_handler(self.handler)   # not called by chains
+        self.drawn_count = 0        # number of requests (or connections) with a draw of the rule
+        self.acted_count = 0        # number of requests (or connections) that it has acted on
         self.shared = Counter()     # state.shared of the handler, for all connections
 
     def set_options(self, options):
-        """Replace the options. With some of them, a handler gets events of one direction only."""
+        """Replace the options, and set the directions of the events that the handler gets."""
         self.options = options
+        stream = self.stream
         choose = getattr(self.handler, "choose_direction", None)
-        stream = choose(options) if choose and self.stream == "both" else self.stream
+        if choose and stream == "both":     # the handler needs one direction: see only_direction
+            stream = choose(options)
         self.directions = DIRECTIONS if stream == "both" else (stream,)
 
     def is_drawn_at_once(self):
-        """Return whether the rule is drawn for each request alone, as soon as it begins."""
+        """Return whether the rule is drawn for each request when the request begins.
+
+        A rule with `match` is drawn when the request matches.
+        """
         return self.per == "request" and not self.match
 
-    def matches(self, text):
-        """Return whether `match` is found in a text, which is the beginning of a request.
+    def matches(self, data):
+        """Return whether `match` is found in the first bytes of a request.
 
         After a search that took too long, the rule matches no more requests.
         """
@@ -3525,11 +3545,11 @@ class Rule(Scheduled):
             return False
         try:
             with SEARCH_LIMIT:
-                return self.match.search(text) is not None
+                return self.match.search(data) is not None
         except SearchTimeout:
             self.match_failed = True
             log.error("rule %s: it acts on no more requests, because the search for match took "
-                      "more than %g s of CPU time in %d bytes", self, MATCH_TIMEOUT, len(text))
+                      "more than %g s of CPU time in %d bytes", self, MATCH_TIMEOUT, len(data))
             return False
 
     def includes(self, number):
@@ -3541,48 +3561,48 @@ class Rule(Scheduled):
 
         count    the number of the request: drawn_count at the time of its draw
         """
-        return count > self.after and not (
-            self.of and (count - self.after - 1) % self.of >= self.times)
+        index = count - self.after - 1      # 0 for the first request that `after` permits
+        if index < 0:
+            return False
+        return self.of == 0 or index % self.of < self.times
 
     def set_moment(self, moment):
-        """Use a Moment of the schedule. It limits the drawn numbers with which the rule acts."""
+        """Set the current Moment. It determines the drawn numbers with which the rule acts."""
         super().set_moment(moment)
-        self.acting_max = self.draw_max if moment.share == 1 else (
-            self.draw_min + moment.share * (self.draw_max - self.draw_min))
+        self.acting_max = self.draw_max
+        if moment.share < 1:
+            self.acting_max = self.draw_min + moment.share * (self.draw_max - self.draw_min)
 
     def set_draw_max(self, draw_max):
         """Change the percentage."""
         self.draw_max = draw_max
-        self.set_moment(self.moment)
+        self.set_moment(self.moment)        # computes acting_max
 
     def sleeps(self):
-        """Return whether the rule acts on nothing now, whatever is drawn for it."""
-        return not self.moment.share
+        """Return whether the rule is outside of its windows, or at the begin of a ramp."""
+        return self.moment.share == 0
 
     def own_fields(self):
         """Return {field: value} of the rule fields that differ from their defaults.
 
-        The percentage is not included, nor the stream of a toxic: each text and each API has a
-        place of its own for them.
+        Callers write the percentage, and the stream of a toxic, separately. So these are missing.
         """
         defaults = FIELD_DEFAULTS
-        if self.toxic:
+        if self.toxic:          # its own stream as the default leaves the stream out
             defaults = OrderedDict(defaults, **dict(Toxic.DEFAULTS, stream=self.stream))
         return OrderedDict((field, self.field_to_json(field))
                            for field, default in defaults.items()
                            if getattr(self, field) != default)
 
     def field_to_json(self, field):
-        """Return the JSON value of a field: of `match`, the text of the expression."""
+        """Return the JSON value of a field. For `match`, this is the text of the expression."""
         value = getattr(self, field)
         return value.pattern.decode() if field == "match" and value else value
 
     def describe_handler(self, drawn_options=None):
-        """Return the handler, its options, and the rule fields that differ from their defaults.
+        """Return text: the handler, its options, and the rule fields that have no default value.
 
-        drawn_options    {option: value} in place of options: see ActiveRule
-
-        Booleans and texts with default values are omitted.
+        drawn_options    {option: value}, which replace options of the rule: see ActiveRule
         """
         shown = [describe_options(self.handler, dict(self.options, **drawn_options or {}))]
         shown += [("%s=%r" if field == "match" else "%s=%s") % (field, value)
@@ -3590,7 +3610,7 @@ class Rule(Scheduled):
         return " ".join([self.name, *filter(None, shown)])
 
     def __str__(self):
-        """Return the rule as text. That of a toxic has its name, percentage and stream, too."""
+        """Return the rule as text. For a toxic, this includes the name, percentage and stream."""
         text = self.describe_handler()
         if not self.toxic:
             return text
@@ -3598,14 +3618,17 @@ class Rule(Scheduled):
         return "toxic %s (%g:%s %s)" % (self.toxic, percent, self.stream, text)
 
     def describe_fault(self, drawn_options):
-        """Return the rule as text for the log, the handler first: see describe_handler."""
+        """Return the rule as text for a fault record. The text begins with the handler.
+
+        drawn_options    as in describe_handler
+        """
         text = self.describe_handler(drawn_options)
         return "%s toxic=%s stream=%s" % (text, self.toxic, self.stream) if self.toxic else text
 
     def to_json(self):
         """Return options and fields as one flat dict, in the form that `read_rules` accepts."""
         table = dict(self.options, name=self.name, percent=self.draw_max - self.draw_min)
-        for field in FIELD_DEFAULTS:
+        for field in FIELD_DEFAULTS:        # an option takes precedence: see is_rule_field
             table.setdefault(field, self.field_to_json(field))
         if table["match"] is None:
             del table["match"]
@@ -3615,7 +3638,10 @@ class Rule(Scheduled):
 
 
 def describe_options(function, options):
-    """Return options of a handler as text, without booleans and texts that are the default."""
+    """Return options as text, like "sleep=1.0".
+
+    Booleans and texts are left out if they have the default value. Numbers are always shown.
+    """
     defaults = handler_options(function)
     return " ".join("%s=%s" % (option, format_value(value)) for option, value in options.items()
                     if value != defaults[option] or not isinstance(value, (bool, str)))
@@ -3624,35 +3650,36 @@ def describe_options(function, options):
 class ActiveRule(Counter):
     """The state of a rule for one request or connection: the `state` that its handler gets.
 
-    The handler counts in it; the section Handlers describes the public attributes. Two kinds of
-    rules that do not act have an ActiveRule too, whose `acts` is False: a rule that still
-    searches a request for its `match`, and a rule per connection that does not act on this one.
+    The section Handlers describes the public attributes. `acts` is False in two cases: a rule
+    with `match` still searches the request, or a rule per connection does not act on this
+    connection.
     """
 
     request_number = 0
     received_at = 0.0
     protocol = current_request = generator = None
     protocol_lost = False
-    drawn_options: dict = {}            # a handler that draws an option sets it
+    drawn_options: dict = {}            # {option: value}, set by a handler that draws the value
 
     def __init__(self, rule, request, draw=0, acts=True, match_buffer=None):
-        # Counter.__init__ is not called, because it only costs time.
+        # Counter.__init__ is not called, to save time: it would only add counts.
         self.rule = rule
         self.shared = rule.shared
         self.stream = rule.stream
         self.request = request          # rule.drawn_count at the time of the draw
-        self.draw = draw                # the number that was drawn; it seeds `random`
+        self.draw = draw                # the drawn number, which is also the seed of `random`
         self.acts = acts
-        self.match_buffer = match_buffer    # bytes searched so far; None after the draw
+        self.match_buffer = match_buffer    # the bytes searched for `match`; None after the draw
         self.has_acted = False          # the rule has changed an event of this request
 
     @property
     def random(self):
-        if self.generator is None:      # most handlers need no random numbers
+        """The random.Random of this state. Most handlers never use it, so it is made here."""
+        if self.generator is None:
             self.generator = random.Random(self.draw)
         return self.generator
 
-    # Older names of four attributes, for users' handlers.
+    # Older names of four attributes, for users' handlers
     turn = property(lambda self: self.request_number)
     asked = property(lambda self: self.current_request)
     opaque = property(lambda self: self.protocol_lost)
@@ -3670,26 +3697,35 @@ class ActiveRule(Counter):
         return substates[name]
 
     def set_acts(self, acts):
-        """Start or stop to act, because the percentage or the moment of the rule has changed.
+        """Set `acts`, after a change of the rule's percentage or moment.
 
-        Returns whether the rule starts to act.
+        A rule that begins to act gets an empty state. Returns True if the rule begins to act, and
+        False if it stops, or if nothing changes.
         """
         if acts == self.acts:
             return False
-        self.acts, self.generator = acts, None
+        self.acts = acts
         self.clear()
+        self.generator = None
         return acts
 
     def may_act(self):
-        """Return whether the rule has acted already, or `times` permits one more request."""
-        return self.has_acted or not 0 < self.rule.limit <= self.rule.acted_count
+        """Return whether `times` lets the rule act on this request.
+
+        A request on which the rule has acted already is counted, and the rule continues to act.
+        """
+        limit = self.rule.limit
+        return self.has_acted or limit == 0 or self.rule.acted_count < limit
 
     def is_over(self):
-        """Return whether the rule has stopped to act on this request, because it sleeps."""
+        """Return whether the rule no longer acts on this request, because the rule sleeps now."""
         return self.acts and self.rule.sleeps()
 
     def mark_acted(self):
-        """Record that the rule has changed an event. Returns whether this is the first time."""
+        """Note that the rule has changed an event of this request, and count the request.
+
+        Returns True the first time, and False if the request is counted already.
+        """
         if self.has_acted:
             return False
         self.has_acted = True
@@ -3697,62 +3733,68 @@ class ActiveRule(Counter):
         return True
 
 
-@functools.lru_cache(maxsize=1024, typed=True)      # toxics may get ever new names
+# The size of the cache is limited, because toxics may get new names again and again.
+@functools.lru_cache(maxsize=1024, typed=True)
 def hash_prefix(seed, proxy_name, draw_key):
-    """Return the hash that all numbers of a draw key begin with: see RuleSet.draw_batch."""
+    """Return the hash object to which RuleSet.draw_batch adds the connection and the batch."""
     return hashlib.blake2b(("%s %s %s " % (seed, proxy_name, draw_key)).encode())
 
 
 class RuleSet:
     """The installed rules of one proxy, and the numbers that are drawn for them.
 
-    A number is a pure function of the seed, the proxy's name, the draw key, the number of the
-    connection and the number of the request in it. Threads and timing have no influence, so
-    the same seed gives the same faults on every Python. One hash gives the numbers of 8
-    successive requests. The seed of a process with --reuse-port N is "SEED/N" here, unless N is 1.
+    A drawn number depends only on the seed, the name of the proxy, the draw key, the number of
+    the connection and the number of the request in the connection. Threads and timing have no
+    influence. So the same seed gives the same faults on every version of Python. In the processes
+    with --reuse-port 2 and higher, `seed` is "SEED/2" and so on. So each process draws other
+    numbers.
 
-    `after` and `times`, and the options warmup and agitate, count the requests of all
-    connections in their order of arrival. A count for each connection would be useless to
-    clients that connect for each request. So if several clients send at the same time, their
-    timing decides which requests these counts leave out.
+    The fields `after` and `times` and the options `warmup` and `agitate` count the requests of
+    all connections, in the order of arrival. Counts for each connection would be useless to
+    clients that open a connection for each request. The price: if several clients send at the
+    same time, their timing decides which requests these fields select.
     """
 
     def __init__(self, seed, proxy_name):
         self.seed, self.proxy_name = seed, proxy_name
-        self.replay = None      # a Replay that replaces the draws
+        self.replay = None      # a Replay that replaces the draws, or None
         self.install([])
-        self.request_count = 0  # requests begun at this proxy
+        self.request_count = 0  # number of requests that have begun at this proxy
 
     def install(self, rules):
-        """Replace the installed rules, which act in this order."""
+        """Replace the installed rules. Rules act in the order of the list."""
         self.installed = rules
         self.counts_rows = any(rule.options.get("rows") for rule in rules)
-        # A slow link needs few bytes at once: it would hold the others for long.
+        # A rate limit lets few bytes pass at once. After a large recv the other bytes would wait.
         self.recv_size = READ_MIN if any(rule.rate_limited for rule in rules) else CHUNK
-        # Whether the numbers of 8 requests can be drawn together: see Chain.begin_batch.
+        # True: the numbers of 8 requests can be drawn together: see Chain.begin_batch.
         self.draw_ahead = not self.replay and all(rule.is_drawn_at_once() for rule in rules)
-        # Whether a request may have other active rules than the one before.
+        # False: all requests of a connection have the same active rules.
         self.changes_by_request = any(rule.per == "request" or rule.match for rule in rules)
 
     def set_replay(self, replay):
-        """Replace the draws by a Replay. None ends that."""
+        """Replace the draws by a Replay, or draw again if `replay` is None."""
         self.replay = replay
-        self.install(self.installed)
+        self.install(self.installed)        # computes draw_ahead
 
     def draw_batch(self, draw_key, connection, batch):
-        """Return the numbers for a batch of 8 requests: a tuple of 8 ints of 64 bits.
+        """Return the drawn numbers of 8 successive requests: a tuple of 8 ints of 64 bits.
 
-        connection    the connection's number
-        batch         0 for the connection itself (as request 0) and requests 1 to 7, 1 for
-                      requests 8 to 15, and so on
+        connection    the number of the connection
+        batch         the number of a request in the connection // 8. The first batch has the
+                      number of the connection itself in place of a request 0
         """
         batch_hash = hash_prefix(self.seed, self.proxy_name, draw_key).copy()
         batch_hash.update(b"%d %d" % (connection, batch))
         return DRAW_BATCH.unpack(batch_hash.digest())
 
 
-# The key of a recorded fault. `request` is 0 for a rule per connection. `rule` is the result of
-# Rule.to_json without the percentage, as text.
+# The key of a recorded fault.
+#
+# proxy         the name of the proxy
+# connection    the number of the connection
+# request       the number of the request in the connection; 0 for a rule per connection
+# rule          JSON text: the result of Rule.to_json without the percentage
 FaultKey = namedtuple("FaultKey", "proxy connection request rule")
 
 
@@ -3766,29 +3808,29 @@ def fault_key(proxy, connection, request, rule_json):
 class Replay:
     """The faults that a Recorder has written. They replace the draws of all rules.
 
-    A rule acts on the requests, or connections, on which it has acted in the recorded run, and
-    on no others, whatever its percentage, `match`, `after`, `times` and `of` say. The same rules
-    must be set; only their percentages may differ. A connection has its number by the order of
-    accept. So if clients connect at the same time, their timing decides which of them gets
-    which faults.
+    A rule acts on a request, or a connection, if it has acted on that request or connection in
+    the recorded run. The percentage, `match`, `after`, `times` and `of` have no effect. The rules
+    must be the same as in the recorded run, except for their percentages. Connections are
+    numbered in the order of accept. So if clients connect at the same time, their timing decides
+    which client gets which faults.
     """
 
     def __init__(self, path):
-        """Read a file. Raises ValueError."""
+        """Read a file that a Recorder has written. Raises ValueError."""
         self.path = path
-        self.faults = OrderedDict()     # {FaultKey: (number drawn, count of the request)}
+        self.faults = OrderedDict()     # {FaultKey: (drawn number, ActiveRule.request)}
         self.made = set()               # the FaultKeys of the faults that were made again
         try:
             with open(path, encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
-                    self.add(number, line)
+                for line_number, line in enumerate(file, 1):
+                    self.add(line_number, line)
         except OSError as error:
             raise ValueError("cannot read %s: %s" % (path, error.strerror)) from None
         except UnicodeDecodeError:
             raise ValueError("%s is not a file that --record has written" % path) from None
 
-    def add(self, number, line):
-        """Add the fault of a line. Raises ValueError with its number."""
+    def add(self, line_number, line):
+        """Add the fault of a line. Raises ValueError, which names the line number."""
         try:
             record = json.loads(line)
             connection, request, draw, count = (
@@ -3797,35 +3839,42 @@ class Replay:
             self.faults[key] = draw, count
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise ValueError("line %d of %s is not a fault that --record has written"
-                             % (number, self.path)) from None
+                             % (line_number, self.path)) from None
 
     def rules(self, proxy):
-        """Return the (rules, toxics) that have made the faults of a proxy. Raises ValueError."""
+        """Return the (rules, toxics) that have made the faults of a proxy. Raises ValueError.
+
+        proxy    the name of the proxy
+        """
         texts = OrderedDict.fromkeys(key.rule for key in self.faults if key.proxy == proxy)
         rules, toxics = [], []
         for table in map(json.loads, texts):
-            toxic = table.pop("toxic", None)
-            if toxic is None:
+            toxic_name = table.pop("toxic", None)
+            if toxic_name is None:      # the Replay, not the percentage, decides when it acts
                 rules += read_rules([dict(table, percent=0)])
             else:
-                toxics.append(make_flat_toxic(table.pop("name", None), toxic, table))
+                toxics.append(make_flat_toxic(table.pop("name", None), toxic_name, table))
         return rules, toxics
 
     def draw(self, proxy, connection, request, rule):
-        """Return (number, whether the rule acts, count of the request), as recorded.
+        """Return (drawn number, whether the rule acts, ActiveRule.request), as recorded.
 
-        proxy    its name
+        proxy         the name of the proxy
+        connection    the number of the connection
+        request       the number of the request in the connection
         """
         key = fault_key(proxy, connection, request, rule.to_json())
-        number, count = self.faults.get(key, (0, 0))
-        return number, key in self.faults, count
+        if key not in self.faults:
+            return 0, False, 0
+        number, count = self.faults[key]
+        return number, True, count
 
     def mark_made(self, proxy, connection, request, rule):
-        """Note that a rule has acted."""
+        """Note that a rule has acted, for `summary`."""
         self.made.add(fault_key(proxy, connection, request, rule.to_json()))
 
     def summary(self, proxy):
-        """Return a sentence about the faults of a proxy, and whether all have been made again."""
+        """Return (a sentence about the faults of a proxy, whether all were made again)."""
         recorded = [key for key in self.faults if key.proxy == proxy]
         missing = [key for key in recorded if key not in self.made]
         text = "replay: %d of %d faults were made again" % (len(recorded) - len(missing),
@@ -3839,16 +3888,17 @@ class Replay:
 
 
 class Toxic:
-    """A rule with a name, which acts independently of a proxy's behavior and other toxics.
+    """A rule with a name. Its draw is independent of the behavior and of other toxics.
 
-    name        text, unique on its proxy; the draw key contains it
-    toxicity    how often the rule acts, from 0 to 1
-    attributes  {option: value} as the user wrote them; a negative number acts as 0
+    type_       the name of the handler
+    name        a text, unique on the proxy. The draw key contains this name
+    toxicity    the probability that the rule acts, from 0 to 1
+    attributes  {option: value} as the user wrote them. Negative numbers act as 0
     stream      "upstream", "downstream" or "both", in upper or lower case
     fields      other RULE_FIELDS of the rule
     """
 
-    # Toxiproxy's defaults of two rule fields. Other fields have the default of RULE_FIELDS.
+    # The defaults of two rule fields, as in Toxiproxy. The other defaults are in RULE_FIELDS.
     DEFAULTS = {"per": "connection", "stream": DOWNSTREAM}
 
     def __init__(self, type_, name, toxicity=1.0, attributes=None, stream=DOWNSTREAM, **fields):
@@ -3861,19 +3911,21 @@ class Toxic:
         self.update(toxicity, attributes or {})
 
     def update(self, toxicity, attributes):
-        """Set the toxicity and these attributes, and change the rule accordingly."""
+        """Set the toxicity and some attributes, and change the rule accordingly."""
         self.toxicity = toxicity
         self.attributes.update(attributes)
-        # Toxiproxy accepts negative numbers, and treats them like 0.
-        self.rule.set_options(
-            {option: value if isinstance(value, str) else type(value)(max(value, 0))
-             for option, value in self.attributes.items()})
+        options = {}
+        for option, value in self.attributes.items():
+            is_negative = not isinstance(value, str) and value < 0
+            # Toxiproxy accepts negative numbers, and treats them like 0.
+            options[option] = type(value)(0) if is_negative else value
+        self.rule.set_options(options)
         self.rule.set_draw_max(100.0 * toxicity)
 
     def same_rule(self, other):
-        """Return whether another toxic differs only in its toxicity, attributes and ttl."""
-        return (self.stream, self.rule.name, dict(self.rule.own_fields(), ttl=0)) == (
-            other.stream, other.rule.name, dict(other.rule.own_fields(), ttl=0))
+        """Return whether another toxic differs in its toxicity, attributes and ttl at most."""
+        own, others = (dict(toxic.rule.own_fields(), ttl=0) for toxic in (self, other))
+        return (self.stream, self.rule.name, own) == (other.stream, other.rule.name, others)
 
     def __str__(self):
         return str(self.rule)
@@ -3882,11 +3934,12 @@ class Toxic:
 class Accept(Scheduled):
     """How a proxy accepts new clients, and when.
 
-    mode      a mode of Listener: "normal", "refuse" or "drop"; outside of windows it is "normal"
-    fields    {field: seconds}: those of ACCEPT_FIELDS that are given
+    mode      a mode of Listener in a window: "normal", "refuse" or "drop"
+    fields    {field: seconds}, without fields of ACCEPT_FIELDS that the user has not given
     """
 
-    name = "accept"             # these five are for FaultRecords, as in a Rule
+    # For fault records, an Accept has these attributes of a Rule, and `options`.
+    name = "accept"
     toxic = block = None
     stream = "both"
 
@@ -3894,9 +3947,11 @@ class Accept(Scheduled):
         self.mode, self.fields = mode, fields or {}
         self.options = {"mode": mode}
         super().__init__(**self.fields)
-        self.set_active(not self.start)     # for `bind`, before the schedule begins
+        # A listener starts in the mode that it has when the schedule begins.
+        self.set_active(not self.start)
 
     def current_mode(self):
+        """Return the mode at this time. Outside of windows, it is "normal"."""
         return self.mode if self.moment.active else "normal"
 
     def to_text(self):
@@ -3907,7 +3962,10 @@ class Accept(Scheduled):
         return "accept " + self.to_text()
 
     def to_json(self, to_unix):
-        """Return the mode, or an object if there are times. Rule.times_to_json has `to_unix`."""
+        """Return the mode, or a dict of the mode and the fields if there are fields.
+
+        to_unix    a function that converts a time of the loop's clock to seconds since 1970
+        """
         if not self.fields:
             return self.mode
         return dict(self.fields, mode=self.mode, **self.times_to_json(to_unix))
@@ -3918,17 +3976,14 @@ ACCEPT_FIELDS = ["start", "duration", "every", "ttl"]
 
 
 def check_accept(value):
-    """Return the Accept of a text like "refuse start=2 duration=5", or of such a JSON object."""
-    mode, times = value, {}
+    """Return the Accept of a text or a JSON object. Raises ValueError.
+
+    value    "refuse start=2 duration=5", or {"mode": "refuse", "start": 2, "duration": 5}
+    """
     try:
-        if isinstance(value, dict):
-            times = dict(without_moment(value))
-            mode = times.pop("mode", value)
-        elif isinstance(value, str):
-            mode, *words = value.split() or [""]
-            times = parse_assignments(words)
+        mode, fields = split_accept(value)
         if mode in ACCEPT_MODES:
-            times = check_accept_times(mode, times)
+            fields = check_accept_fields(mode, fields)
     except ValueError as error:
         raise ValueError("cannot be %r: %s" % (value, error)) from None
     if mode not in ACCEPT_MODES:
@@ -3937,19 +3992,33 @@ def check_accept(value):
     if mode == "drop" and os.name == "nt":
         raise ValueError("cannot be drop on Windows, which resets clients that find the backlog "
                          "full: use refuse")
-    return Accept(mode, times)
+    return Accept(mode, fields)
 
 
-def check_accept_times(mode, times):
-    """Return those of the times that are not 0: {field: seconds}. Raises ValueError."""
+def split_accept(value):
+    """Return (mode, {field: value}) of a text or a JSON object. None of them are checked.
+
+    Raises ValueError for a text whose words are not NAME=VALUE.
+    """
+    if isinstance(value, dict):
+        fields = dict(without_moment(value))
+        return fields.pop("mode", None), fields
+    if isinstance(value, str):
+        mode, *words = value.split() or [""]
+        return mode, parse_assignments(words)
+    return None, {}
+
+
+def check_accept_fields(mode, fields):
+    """Return {field: seconds} of the fields that are not 0. Raises InputError."""
     checked, errors = {}, []
-    for name, value in times.items():
+    for name, value in fields.items():
         if name in ACCEPT_FIELDS:
             check_into(checked, errors, name, check_seconds, value)
         else:
             errors.append((name, "%s is not known here%s: there are %s" % (
                 name, did_you_mean(name, ACCEPT_FIELDS), ", ".join(ACCEPT_FIELDS))))
-    if times and mode == "normal":
+    if fields and mode == "normal":
         errors.append(("mode", "normal has no times, but refuse and drop have them"))
     errors += check_times(checked)
     if errors:
@@ -3960,30 +4029,30 @@ def check_accept_times(mode, times):
 def parse_behavior(text):
     """Parse "20:delay,5:error" into [(20.0, "delay"), (5.0, "error")].
 
-    The percentages refer to requests. If their sum is below 100, the other requests pass
+    The percentages are shares of the requests. If their sum is below 100, the other requests pass
     unchanged. Raises ValueError.
     """
-    shares = []
-    for part in text.split(","):
-        percent, colon, name = part.strip().partition(":")
+    pairs = []
+    for item in text.split(","):
+        percent, colon, name = item.strip().partition(":")
         if not colon or not name.strip():
             raise ValueError("must be PERCENT:HANDLER[,PERCENT:HANDLER ...], "
                              "like 20:delay,5:error, not %r" % text)
         try:
-            shares.append((check_percent(percent), name.strip()))
+            pairs.append((check_percent(percent), name.strip()))
         except ValueError:
             raise ValueError("must be PERCENT:HANDLER with a percentage from 0 to 100, not %r"
-                             % part.strip()) from None
-    total = sum(percent for percent, _ in shares)
+                             % item.strip()) from None
+    total = sum(percent for percent, _ in pairs)
     if total > PERCENT_SUM_MAX:
         raise ValueError("must add up to 100 percent at most, not %g: %r: at most one "
                          "handler acts on a request; to combine faults, use --fault or toxics"
                          % (total, text))
-    return shares
+    return pairs
 
 
 def parse_assignments(texts):
-    """Return {name: value} of NAME=VALUE texts. Raises ValueError."""
+    """Return {name: value} of texts of the form NAME=VALUE. Raises ValueError."""
     fields = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -3994,9 +4063,9 @@ def parse_assignments(texts):
 
 
 def parse_rule_words(words):
-    """Return (handler, {name: text}) of the words of one rule. Raises ValueError.
+    """Return (handler name, {name: text}) of the words that describe a rule. Raises ValueError.
 
-    words    HANDLER or HANDLER.NAME=VALUE, and any number of NAME=VALUE
+    words    the first is HANDLER, or HANDLER.NAME=VALUE; all others are NAME=VALUE
     """
     handler_name, equals, value = words[0].partition("=")
     if not equals:
@@ -4010,21 +4079,22 @@ def parse_rule_words(words):
 def behavior_tables(behavior, options=None, resolve=lambda name: name):
     """Return a behavior as a list of dicts, one for each rule, as `read_rules` takes them.
 
-    behavior    "PERCENT:HANDLER,...", {handler: percent}, [(percent, handler)], or such a list
+    behavior    "PERCENT:HANDLER,...", {handler: percent}, [(percent, handler)], or a list of
+                dicts as `read_rules` takes them
     options     {handler: {option: value}}
-    resolve     a function that returns the name of a handler in the behavior. It may raise
-                ValueError
+    resolve     a function that returns the name of a handler, because a behavior in Python may
+                have the handler itself. The function may raise ValueError
 
     Raises ValueError with the end of a sentence.
     """
-    expected = ValueError("must be PERCENT:HANDLER[,PERCENT:HANDLER ...], like 20:delay,5:error, "
-                          "{handler: percent} or [(percent, handler)], not %r" % (behavior,))
+    refusal = ValueError("must be PERCENT:HANDLER[,PERCENT:HANDLER ...], like 20:delay,5:error, "
+                         "{handler: percent} or [(percent, handler)], not %r" % (behavior,))
     if isinstance(behavior, str):
         behavior = parse_behavior(behavior)
     elif isinstance(behavior, dict):
         behavior = [(percent, handler) for handler, percent in behavior.items()]
     if not isinstance(behavior, (list, tuple)):
-        raise expected
+        raise refusal
     tables = []
     for item in behavior:
         if isinstance(item, dict) and "name" in item:
@@ -4033,12 +4103,17 @@ def behavior_tables(behavior, options=None, resolve=lambda name: name):
             percent, name = item[0], resolve(item[1])
             tables.append(dict((options or {}).get(name, {}), name=name, percent=percent))
         else:
-            raise expected
+            raise refusal
     return tables
 
 
 def check_fields(name, function, fields):
-    """Return the fields that a handler does not support: [(field, sentence)]."""
+    """Return [(field, sentence)] of the errors in the fields of one rule.
+
+    name        the name of the handler
+    function    the handler
+    fields      {field: checked value}
+    """
     errors = []
     stream = fields.get("stream", "both")
     if getattr(function, "changes_replies", False) and stream == UPSTREAM:
@@ -4055,7 +4130,7 @@ def check_fields(name, function, fields):
 
 
 def check_times(fields):
-    """Return the fields about times and counts that do not fit together: [(field, sentence)]."""
+    """Return [(field, sentence)] of the times and counts that do not fit together."""
     errors = []
     duration, every = fields.get("duration", 0), fields.get("every", 0)
     times, of = fields.get("times", 0), fields.get("of", 0)
@@ -4071,7 +4146,7 @@ def check_times(fields):
 
 
 def check_into(target, errors, key, check, *args):
-    """Set target[key] to check(*args), or append (key, sentence) to errors if that fails."""
+    """Set target[key] to check(*args), or append (key, sentence) to errors if the check fails."""
     try:
         target[key] = check(*args)
     except ValueError as error:
@@ -4081,29 +4156,36 @@ def check_into(target, errors, key, check, *args):
 def read_rules(tables):
     """Return the rules of one behavior. At most one of them acts on a request.
 
-    tables    one dict for each rule: its handler's name as "name", and each option or rule
-              field that differs from its default
+    tables    one dict for each rule: {"name": the name of the handler, key: value}. A key is an
+              option or a rule field. Missing keys have their default
 
     Raises InputError with one sentence for each error.
     """
-    rules, draw_min, errors = [], 0.0, []
+    # Each rule gets a range of the drawn numbers. A range begins where the range before it ends.
+    rules, total, errors = [], 0.0, []
     for table in tables:
-        options, fields, found = check_table(table)
-        errors += found
-        percent = fields.pop("percent", 0.0 if "percent" in table else 100.0)   # 0: was invalid
+        options, fields, table_errors = check_table(table)
+        errors += table_errors
+        default = 0.0 if "percent" in table else 100.0      # an invalid percentage counts as 0
+        percent = fields.pop("percent", default)
         if not errors and get_handler(table["name"]) is not dummy:      # dummy needs no rule
-            rules.append(Rule(table["name"], options, draw_min, draw_min + percent, **fields))
-        draw_min += percent
-    if draw_min > PERCENT_SUM_MAX:
+            rules.append(Rule(table["name"], options, draw_min=total, draw_max=total + percent,
+                              **fields))
+        total += percent
+    if total > PERCENT_SUM_MAX:
         errors.append(("percent", "percent must add up to 100 at most, not %g: to combine faults, "
-                                  "use --fault or toxics" % draw_min))
+                                  "use --fault or toxics" % total))
     if errors:
         raise InputError(errors)
     return rules
 
 
 def check_table(table):
-    """Check the dict of one rule. Returns (options, fields, [(key, sentence)] of the errors)."""
+    """Check the dict of one rule: see read_rules. Returns (options, fields, errors).
+
+    options, fields    {key: checked value} of the valid ones
+    errors             [(key, sentence)]
+    """
     options, fields, errors, function = {}, {}, [], None
     name = table.get("name")
     try:
@@ -4118,12 +4200,12 @@ def check_table(table):
     return options, fields, errors + check_fields(name, function, fields)
 
 
-# Toxiproxy accepts negative numbers for these attributes; they act as 0.
+# Toxiproxy accepts negative numbers for these attributes, and treats them like 0.
 MAY_BE_NEGATIVE = {"latency", "jitter", "delay", "timeout", "bytes"}
 
 
 def check_attribute(type_, name, value):
-    """Do the same as check_option, but accept the negative numbers that Toxiproxy accepts."""
+    """Return the value of an option, as check_option does, but allow some negative numbers."""
     if type(value) is int and value < 0 and name in MAY_BE_NEGATIVE:
         return value
     return check_option(type_, name, value)
@@ -4132,11 +4214,12 @@ def check_attribute(type_, name, value):
 def make_toxic(type_, name, fields, attributes, toxiproxy=False):
     """Check all values of a toxic, and return the Toxic. Values may be JSON values or text.
 
-    fields       {field: value}; the fields are toxicity, and all RULE_FIELDS
+    type_        the name of the handler
+    fields       {field: value} of RULE_FIELDS and "toxicity"
     attributes   {option: value}
     toxiproxy    True: accept any toxicity, and negative numbers, as Toxiproxy's server does
 
-    Raises InputError: one (field or option, sentence) for each error.
+    Raises InputError with one (field or option, sentence) for each error.
     """
     checks = {key: field.check for key, field in RULE_FIELDS.items()}
     checks["toxicity"] = float if toxiproxy else check_toxicity
@@ -4156,20 +4239,26 @@ def make_toxic(type_, name, fields, attributes, toxiproxy=False):
     errors += check_fields(type_, get_handler(type_), checked)
     if errors:
         raise InputError(errors)
-    toxicity = checked.pop("toxicity", checked.pop("percent", 100.0) / 100)
+    percent = checked.pop("percent", 100.0)
+    toxicity = checked.pop("toxicity", percent / 100)
     return Toxic(type_, name, toxicity, values, **checked)
 
 
 def make_flat_toxic(type_, name, values, fields=()):
-    """Return a Toxic. Raises InputError, or ValueError for an unknown type.
+    """Return a Toxic, from a dict that has fields and options together.
 
+    type_     the name of the handler
     values    {rule field, toxicity or option: JSON value or text}
-    fields    {rule field: value} of those that are not in `values`
+    fields    {rule field: value} of further rule fields
+
+    Raises InputError, or ValueError for an unknown handler.
     """
     function, fields, attributes = get_handler(type_), dict(fields), {}
     for key, value in values.items():
-        is_field = key == "toxicity" or is_rule_field(function, key)
-        (fields if is_field else attributes)[key] = value
+        if key == "toxicity" or is_rule_field(function, key):
+            fields[key] = value
+        else:
+            attributes[key] = value
     return make_toxic(type_, name, fields, attributes)
 
 
