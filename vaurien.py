@@ -9678,10 +9678,14 @@ class Statsd:
 
 # -- Page ---------------------------------------------------------------------
 #
-# The web page of the control server. It polls `GET /status` each second while it is visible, and
-# makes its forms from `GET /declarations`. It uses no other resource, and no other program than
-# a browser. All texts in it are written as text nodes, because names, SQL and keys come from
-# peers; the Content-Security-Policy excludes the other ways. NONCE is replaced for each response.
+# The web page of the control server: HTML, a style sheet and a script in one text. The page polls
+# `GET /status` each second while it is visible, and makes its forms from `GET /declarations`. All
+# its data come from the control server. The page loads no other file, so it works offline.
+#
+# Names, SQL and keys on the page come from peers, and may contain HTML. So the script writes every
+# text as a text node, which a browser never parses as HTML. The header Content-Security-Policy
+# also forbids every script and style sheet without the right nonce attribute. The server replaces
+# NONCE with new random characters in each response.
 
 PAGE = r"""<!DOCTYPE html>
 <html lang="en">
@@ -9778,19 +9782,25 @@ dialog .row { margin-top: 1rem; justify-content: flex-end; }
 </dialog>
 <script nonce="NONCE">
 "use strict";
-const SAMPLES = 60, RECORDS = 200, NEWEST = 100;        // of a chart, of the tables
+const SAMPLES = 60;             // points of a chart
+const RECORDS = 200;            // the most rows in the table of fault records
+const NEWEST = 100;             // the most rows in the table of connections
 const PERIOD = 1;               // seconds from one poll to the next
 const STATES = {on: "serves clients", refuse: "a new connect is refused",
                 drop: "a new connect gets no reply", off: "closed: all connections have ended"};
-const QUICK = {         // {name of a button and of its toxic: [handler, options, per]}
+const QUICK = {         // quick faults: {name of button and toxic: [handler, options, per]}
   slow: ["delay", {sleep: 1}, "request"], hang: ["hang", {}, "connection"],
   down: ["blackout", {}, "connection"], error: ["error", {}, "request"]};
 const views = new Map();        // {name of a proxy: its article}
-let declarations, retry, ids = 0;
+let declarations;               // the response of GET /declarations
+let retry;                      // a function that ends the pause after a failed poll
+let ids = 0;                    // number of ids that this script has made
 
 // Texts
 
 const number = (value, unit) => (value < 10 ? +value.toFixed(1) : Math.round(value)) + unit;
+
+// Return a value with a unit. Each unit is a thousand times the unit before.
 function scaled(value, ...units) {
   for (; value >= 1000 && units.length > 1; units.shift()) value /= 1000;
   return number(value, units[0]);
@@ -9802,19 +9812,23 @@ const time = s => s < 1 ? number(1000 * s, " ms") : s < 100 ? number(s, " s") :
   s < 6000 ? number(s / 60, " min") : number(s / 3600, " h");
 const clock = unix => new Date(1000 * unix).toTimeString().slice(0, 8);
 
-// Return the options and rule fields that differ from their defaults, and the options above 0.
+// Return the settings of a rule as text, like "sleep=2 after=10": each option and rule field that
+// differs from its default, and each number above 0 among the options.
 function settings(rule) {
-  const {options} = declarations.handlers[rule.name] || {options: {mode: {}}};   // of accept
+  // A fault record may be about `accept`, which is no handler. It has one option, `mode`.
+  const {options} = declarations.handlers[rule.name] || {options: {mode: {}}};
   const isShown = ([name, value]) => {
     if (name in options)
       return value !== options[name].default || (value > 0 && value !== true);
-    const field = declarations.fields[name];    // percent and ttl are shown elsewhere
+    // Other columns of the table show percent and ttl.
+    const field = declarations.fields[name];
     return field && !["percent", "ttl"].includes(name) && value !== field.default;
   };
   return Object.entries(rule).filter(isShown).map(([name, value]) =>
     `${name}=${value === true ? "yes" : value === false ? "no" : value}`).join(" ");
 }
 
+// Return how long a rule still acts or sleeps. Times are in seconds since 1970.
 function timeLeft({active, until}, now) {
   if (until == null) return active === false ? "over" : "";
   const left = time(Math.max(0, until - now));
@@ -9823,7 +9837,8 @@ function timeLeft({active, until}, now) {
 
 // Elements
 
-// A value of `attributes` is a text, a boolean, or the listener of an event.
+// Return a new element. A value of `attributes` is a text, a boolean, or, for the name of an
+// event, the function to call.
 function el(tag, attributes = {}, ...children) {
   const space = /^(svg|poly)/.test(tag) ? "http://www.w3.org/2000/svg"
                                         : "http://www.w3.org/1999/xhtml";
@@ -9850,8 +9865,9 @@ function labelled(text, input, help = "") {
             el("small", {id: input.id + "help"}, help));
 }
 
-// Let `parent` have a child for each item. An item with the same key keeps its element, and so
-// the focus too.
+// Let `parent` have one child for each item, in the same order. key(item) identifies an item, and
+// make(item) returns a new child. An item that already has a child keeps this child, because a
+// new one would not have the focus.
 function sync(parent, items, key, make) {
   const keys = items.map(key), wanted = new Set(keys);
   for (const child of [...parent.children]) if (!wanted.delete(child.key)) child.remove();
@@ -9864,8 +9880,9 @@ function sync(parent, items, key, make) {
   });
 }
 
-// Return a table whose method `show` shows items. `columns` has a function for each head, which
-// returns the text of an item. buttons(item) returns the elements of the last cell.
+// Return a table. Its method show(items) shows a row for each item. `columns` is {column head:
+// a function that returns the text of an item}. buttons(item) returns the buttons of the last
+// cell. key(item) identifies an item.
 function table(caption, key, columns, buttons = () => []) {
   const heads = Object.keys(columns), cells = Object.values(columns);
   const body = el("tbody"), label = {"aria-label": caption};
@@ -9884,7 +9901,9 @@ function table(caption, key, columns, buttons = () => []) {
   return element;
 }
 
-// Return a number with a chart of its last minute.
+// Return an element with a title, a text, and a chart of the last SAMPLES values. unit(value)
+// returns a value as text. `lines` are the names of the lines of the chart. The method `show`
+// takes the text, a note below the chart, and a new value for each line.
 function tile(title, unit, ...lines) {
   const shapes = lines.flatMap(() => [el("polygon"), el("polyline")]), samples = [];
   const chart = el("svg", {viewBox: `0 0 ${SAMPLES - 1} 20`, preserveAspectRatio: "none",
@@ -9911,6 +9930,8 @@ function tile(title, unit, ...lines) {
 
 // Requests
 
+// Send a request, and return the JSON value of the response. Throws an Error with the server's
+// message and the HTTP status if the server refuses the request.
 async function call(method, path, body) {
   const token = sessionStorage.getItem("token");
   const response = await fetch(path, {
@@ -9927,14 +9948,16 @@ async function call(method, path, body) {
 const query = name => "?proxy=" + encodeURIComponent(name);
 const path = (...names) => "/proxies/" + names.map(encodeURIComponent).join("/");
 
-// Change the rules of a behavior. change(rules, indices) gets the indices of those that act.
+// Change the rules of a behavior. change(rules, indices) changes the array `rules`. The handler
+// dummy has no row in the table of rules, so `indices` maps the index of a row to its rule.
 async function changeRules(name, change) {
   const {rules} = await call("GET", "/rules" + query(name));
   change(rules, rules.flatMap((rule, index) => rule.name === "dummy" ? [] : [index]));
   await call("PUT", "/rules" + query(name), {rules});
 }
 
-// Make a change, and show its effect at once. A question is asked first, if there is one.
+// Call `change`, which sends requests, and refresh the page at once. If there is a question, the
+// user must confirm it first, with the button `verb`.
 async function act(change, question, verb) {
   if (question) {
     put($("question"), question);
@@ -9957,14 +9980,16 @@ async function act(change, question, verb) {
 
 const refreshNow = () => act(() => {});
 
-// The parts of a proxy. Each is an element whose method `show` shows the status of the proxy.
-// `fetch` requests what the status does not have.
-
-// Return how a proxy accepts clients: a name of STATES, and its times.
+// Return how a proxy accepts clients: {name: a name of STATES, active, until}. The server sends
+// `accept` as a text, or as an object if it has times.
 function stateOf({enabled, accept}) {
   const mode = accept.mode || accept, name = !enabled ? "off" : mode === "normal" ? "on" : mode;
   return {name, active: accept.active, until: accept.until};
 }
+
+// Each function from here to makeProxy returns an element that is a part of a proxy's article.
+// The element's method show(status) shows the status of the proxy. Some elements need data that
+// the status does not have: their method `fetch` requests these data and shows them.
 
 function tileList() {
   const tiles = {
@@ -9988,7 +10013,8 @@ function tileList() {
   return element;
 }
 
-// Return the list of the faults and of the state that have a time.
+// Return the list of the installed rules. If the proxy will change its state at a known time, the
+// state is the first item.
 function activeList() {
   const element = el("ul", {class: "row active", "aria-label": "active faults"});
   element.show = proxy => {
@@ -10028,7 +10054,8 @@ function faultTable(name) {
       Settings: settings, Percent: rule => rule.percent + " %",
       Time: rule => timeLeft(rule, proxy.time) || "until removed", Actions: null},
     rule => rule.block ? [] : [
-      button("Change", () => edit(proxy.installed.find(     // `rule` may be of an older status
+      // `rule` may have older options: the button was made for an earlier status.
+      button("Change", () => edit(proxy.installed.find(
         other => other.toxic === rule.toxic && other.index === rule.index))),
       button("Remove", () => act(() => rule.toxic
         ? call("DELETE", path(name, "toxics", rule.toxic))
@@ -10038,7 +10065,7 @@ function faultTable(name) {
                      el("p", {}, button("Add a fault", () => edit())), formPlace);
   element.show = status => {
     proxy = status;
-    let index = 0;                      // of a rule in the behavior
+    let index = 0;                      // the position of a rule in the behavior
     for (const rule of proxy.installed) if (!rule.toxic && !rule.block) rule.index = index++;
     rows.show(proxy.installed);
   };
@@ -10088,7 +10115,8 @@ function recordList(name) {
 
   element.fetch = async proxy => {
     const newest = () => records.length ? records[0].number : 0;
-    if (newest() > proxy.faults) records = [];      // the proxy is another one of this name
+    // A new proxy has the name of a removed one. Its fault records begin with number 1 again.
+    if (newest() > proxy.faults) records = [];
     const {events} = await call("GET", `/events${query(name)}&since=${
       Math.max(newest(), proxy.faults - RECORDS)}`);
     records = [...events.filter(item => item.number > newest()).reverse(), ...records]
@@ -10098,8 +10126,9 @@ function recordList(name) {
   return element;
 }
 
+// Return the article of a proxy.
 function makeProxy({name, protocol}) {
-  let proxy;                            // its status
+  let proxy;                            // the newest status of the proxy
   const tiles = tileList(), active = activeList(), states = stateButtons(name);
   const faults = faultTable(name), connections = connectionList(name), records = recordList(name);
   const body = el("div", {id: "body" + ++ids, hidden: true},
@@ -10133,7 +10162,9 @@ function makeProxy({name, protocol}) {
   return article;
 }
 
-// Return the buttons that each add or renew a toxic of their name.
+// Return a button for each quick fault. The button adds a toxic with its own name. If this toxic
+// exists, the button sets its options, and its ttl begins again. proxy() returns the newest
+// status of the proxy.
 function quickFaults(name, protocol, proxy) {
   const kinds = declarations.kinds[protocol] || [], group = "time" + ++ids;
   const times = [["for 30 s", 30], ["for 5 min", 300], ["until removed", 0]].map(
@@ -10158,8 +10189,9 @@ function quickFaults(name, protocol, proxy) {
     el("div", {class: "row", role: "radiogroup", "aria-label": "time"}, ...times)));
 }
 
-// Return an element with an input for each declared option or field. It has {name: input} as
-// `byName`, and a method `read`, which returns {name: value}.
+// Return an element with an input for each declared option or rule field. Its attribute `byName`
+// is {name: input}. Its method `read` returns {name: value}. `values` are the first values of
+// the inputs, and `kinds` the suggestions for the option `kind`.
 function inputs(declared, values, kinds) {
   const element = el("div", {class: "fields"}), byName = element.byName = {};
   for (const [name, {type, default: unset, help, choices: texts}] of Object.entries(declared)) {
@@ -10180,7 +10212,8 @@ function inputs(declared, values, kinds) {
   return element;
 }
 
-// Return the form for a new fault, or for a change of `rule`.
+// Return a form that changes `rule`, or, without a rule, a form that adds a fault. close() removes
+// the form.
 function faultForm({name, protocol}, rule, close) {
   const {handlers, fields, kinds} = declarations;
   const type = el("select", {change: build}, ...choices(Object.keys(handlers)));
@@ -10202,7 +10235,7 @@ function faultForm({name, protocol}, rule, close) {
     const isToxic = kind.value === "toxic", handler = handlers[type.value];
     namePlace.hidden = !isToxic;
     options = inputs(handler.options, rule || {}, kinds[protocol]);
-    // Of a toxic that exists, the server changes only two rule fields.
+    // The server can change only two rule fields of an existing toxic.
     const canSet = key => !(key in handler.options)
       && (!rule || !isToxic || ["percent", "ttl"].includes(key));
     const shown = Object.entries(fields).filter(([key]) => canSet(key))
@@ -10245,8 +10278,10 @@ function faultForm({name, protocol}, rule, close) {
   return form;
 }
 
-// The loop
+// Polling
 
+// Request the status of all proxies, and show it. The server counts for this number of seconds to
+// measure the rates. With 0, it responds at once, without rates.
 async function refresh(seconds) {
   declarations = declarations || await call("GET", "/declarations");
   const {version, proxies} = await call("GET", "/status?seconds=" + seconds);
@@ -10262,6 +10297,8 @@ async function refresh(seconds) {
   await Promise.all([...views.values()].map(view => view.fetch()));
 }
 
+// Refresh the page again and again while it is visible. After a failed poll, wait for PERIOD. If
+// the server needs a token, wait until the user enters it.
 async function poll() {
   for (let seconds = 0; ; ) {
     try {
@@ -13404,23 +13441,29 @@ def stop_started_proxies():
 
 # -- pytest -------------------------------------------------------------------
 #
-# This module is a plugin of pytest, for `pytest_plugins = ["vaurien"]` in the top conftest.py. It
-# imports pytest only when pytest calls pytest_configure.
+# This module is also a plugin of pytest. To load the plugin, write `pytest_plugins = ["vaurien"]`
+# in the conftest.py of the top directory. pytest calls the functions and methods whose names
+# begin with `pytest_`.
 
-RECORDS_REPORTED = 100      # newest fault records in the report of a test that fails
+RECORDS_REPORTED = 100      # the most fault records of a proxy in the report of a failed test
 
 
 def pytest_addoption(parser):
     """Add the option of the plugin to pytest's command line."""
-    with contextlib.suppress(ValueError):       # a copy of this module has added it
+    # pytest raises ValueError if another copy of this module has already added the option.
+    with contextlib.suppress(ValueError):
         parser.getgroup("vaurien").addoption(
             "--vaurien-seed", metavar="N",
-            help="seed of the proxies of the fixture vaurien; by default, one is drawn")
+            help="seed of the proxies of the fixture vaurien; by default, a random seed")
 
 
 def pytest_configure(config):
-    """Register the fixture and the reports. pytest-xdist passes a seed that was drawn on."""
-    import pytest  # type: ignore
+    """Register the fixture and the reports, and draw a seed if the user has given none.
+
+    The drawn seed becomes the value of the option. So pytest-xdist passes this seed to all of its
+    worker processes.
+    """
+    import pytest  # type: ignore       # not at the top: only this plugin needs pytest
     seed = getattr(config.option, "vaurien_seed", None)
     try:
         seed = random.SystemRandom().getrandbits(32) if seed is None else check_count(seed)
@@ -13431,31 +13474,44 @@ def pytest_configure(config):
 
 
 def make_pytest_plugin(pytest, seed):
-    """Return a plugin: an object whose methods pytest finds by their names."""
+    """Return the plugin object, with the fixture and the reports.
+
+    pytest    the module pytest, whose decorators the class needs
+    seed      the seed of a proxy, unless its test gives another seed
+    """
     class PytestPlugin:
         def __init__(self):
-            self.proxies = {}       # {item: Proxies that its fixture has made}
+            self.proxies = {}       # {test item: [Proxy]}: those that the fixture has started
 
         def pytest_report_header(self):
+            """Return the line that pytest prints before the first test."""
             return "vaurien: --vaurien-seed=%d" % seed
 
         @pytest.fixture
         def vaurien(self, request):
-            """A function that starts a proxy for the test, with the arguments of Proxy."""
+            """A function that starts a proxy. It takes the arguments of Proxy.
+
+            The proxies of a test stop when the test ends.
+            """
             proxies = self.proxies[request.node] = []
             with contextlib.ExitStack() as stack:
                 def start(distant, *args, **kwargs):
-                    proxy = Proxy(distant, *args, **dict({"seed": seed}, **kwargs))
-                    proxies.append(stack.enter_context(proxy))
+                    kwargs.setdefault("seed", seed)
+                    proxy = stack.enter_context(Proxy(distant, *args, **kwargs))
+                    proxies.append(proxy)
                     return proxy
                 yield start
 
         @pytest.hookimpl(hookwrapper=True)
         def pytest_runtest_makereport(self, item, call):
+            """Add the faults of a test's proxies to the report, if the test has failed.
+
+            pytest makes three reports for each test: "setup", "call" and "teardown".
+            """
             outcome = yield
             report = outcome.get_result()
             proxies = self.proxies.get(item, ())
-            if report.when == "teardown":       # the last report of a test
+            if report.when == "teardown":       # the last report of the test
                 self.proxies.pop(item, None)
             if report.failed and proxies:
                 report.sections.append(("vaurien", "\n".join(map(report_faults, proxies))))
@@ -13470,14 +13526,24 @@ def report_faults(proxy):
         proxy.name, proxy.get_backend(), proxy.describe(), proxy.seed, proxy.count())]
     if len(records) > RECORDS_REPORTED:
         lines.append("  ... the last %d of %d records:" % (RECORDS_REPORTED, len(records)))
-    for record in records[-RECORDS_REPORTED:]:
-        handler = HANDLERS.get(record.handler)
-        what = [record.handler, handler and describe_options(handler, record.options),
-                record.toxic and "toxic=%s stream=%s" % (record.toxic, record.stream)]
-        where = CHANGES.get(record.change) or "connection %d, request %d%s" % (
-            record.connection, record.request, record.text and ", " + record.text)
-        lines.append("  %d. %s: %s" % (record.number, " ".join(filter(None, what)), where))
+    lines += ["  " + describe_record(record) for record in records[-RECORDS_REPORTED:]]
     return "\n".join(lines)
+
+
+def describe_record(record):
+    """Return a FaultRecord as one line of text."""
+    words = [record.handler]
+    if record.handler in HANDLERS:      # the record of an Accept has the name "accept" instead
+        words.append(describe_options(HANDLERS[record.handler], record.options))
+    if record.toxic:
+        words.append("toxic=%s stream=%s" % (record.toxic, record.stream))
+    if record.change:
+        place = CHANGES[record.change]
+    else:
+        place = "connection %d, request %d" % (record.connection, record.request)
+        if record.text:
+            place += ", " + record.text
+    return "%d. %s: %s" % (record.number, " ".join(filter(None, words)), place)
 
 
 # -- Command line -------------------------------------------------------------
