@@ -12330,16 +12330,17 @@ class Fault:
         self._field = field         # "block" or "toxic": the field of FaultRecords with the key
         self._key = None            # the number of the block, or the name of the toxic
         self._since = 0             # the number of the last FaultRecord before the block
-        self._until: float = 0      # the number of the last one in the block; math.inf meanwhile
+        self._until: float = 0      # the number of the last FaultRecord in the block, or math.inf
+                                    #   while the block is open
 
     def __enter__(self) -> "Fault":
         self._since, self._until = self._interface._last_record(), math.inf
         self._key = self._begin()
-        self._interface._faults.append(self)
+        self._interface._open_faults.append(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._interface._faults.remove(self)
+        self._interface._open_faults.remove(self)
         self._end(self._key)
         self._until = self._interface._last_record()
 
@@ -12392,7 +12393,7 @@ class Interface:
     """
 
     def __init__(self):
-        self._faults = []       # the Faults whose `with` block is open, in the order of begin
+        self._open_faults = []  # the Faults whose `with` block is open, in the order of begin
         self._reset_record = 0  # the number of the last FaultRecord before the last reset
 
     # Faults during a `with` block
@@ -12449,7 +12450,7 @@ class Interface:
     def refusing(self, **times: "Union[float, str]") -> "ContextManager[None]":
         """Refuse new clients during a `with` block, as if no server listened on the port.
 
-        times    start, duration, every and ttl, as in set_accept, to refuse clients only during
+        times    start, duration, every and ttl, as in set_accept: clients are refused only during
                  windows within the block
 
         A new connect fails with ECONNREFUSED at once. Open connections continue.
@@ -12459,8 +12460,8 @@ class Interface:
     def dropping(self, **times: "Union[float, str]") -> "ContextManager[None]":
         """Let connects of new clients time out during a `with` block.
 
-        times    start, duration, every and ttl, as in set_accept, to do this only during windows
-                 within the block
+        times    start, duration, every and ttl, as in set_accept: connects time out only during
+                 windows within the block
 
         A new connect gets no reply, as if a firewall dropped the packets. TCP sends the SYN of
         a connect again, first after one second. If the client still waits after the block, the
@@ -12613,7 +12614,7 @@ class Interface:
                  handler. If no block is open, they count from the last reset
         """
         since, matches = self._selection(name, since, match)
-        return sum(map(matches, self.events(since)))
+        return len(list(filter(matches, self.events(since))))
 
     def events(self, since: int = 0) -> "List[FaultRecord]":
         """Return the fault records with a number greater than `since`, the oldest first.
@@ -12697,16 +12698,18 @@ class Interface:
         found = self._wait_for_records(since, matches, count, timeout)
         if len(found) >= count:
             return found[count - 1]
-        acted = Counter(record.handler for record in self.events(since) if record.change is None)
+        how_often = "" if count == 1 else " %d times, but %d," % (count, len(found))
+        all_faults = Counter(record.handler for record in self.events(since)
+                             if record.change is None)
         raise TimeoutError("%s has not acted%s in %g seconds; faults: %s" % (
-            name, "" if count == 1 else " %d times, but %d," % (count, len(found)), timeout,
-            ", ".join("%d %s" % (times, handler) for handler, times in acted.items()) or "none"))
+            name, how_often, timeout,
+            ", ".join("%d %s" % (fault_count, handler)
+                      for handler, fault_count in all_faults.items()) or "none"))
 
     def _selection(self, name, since, match):
         """Return (number, matches) for the arguments of `count`. Raises ValueError.
 
-        Those FaultRecords count that come after this number and for which matches(record) is
-        true.
+        A FaultRecord counts if it comes after this number and matches(record) is true.
         """
         if name is not None:
             name = self._handler_name(name)
@@ -12715,15 +12718,14 @@ class Interface:
         pattern = check_optional("match", check_match, match)
         since = check_optional("since", check_count, since)
         if since is None:
-            blocks_of_handler = [fault for fault in self._faults if fault.name == name]
-            open_blocks = blocks_of_handler or self._faults
-            since = open_blocks[-1]._since if open_blocks else self._reset_record
+            of_handler = [fault for fault in self._open_faults if fault.name == name]
+            candidates = of_handler or self._open_faults
+            since = candidates[-1]._since if candidates else self._reset_record
 
         def matches(record):
             is_fault = record.change is None
-            if not is_fault or name not in (None, record.handler):
-                return False
-            return pattern is None or bool(pattern.search(record.text.encode("utf-8")))
+            return (is_fault and (name is None or name == record.handler) and
+                    (pattern is None or bool(pattern.search(record.text.encode("utf-8")))))
         return since, matches
 
     def _block(self, table, only):
@@ -12760,7 +12762,8 @@ def toxic_table(fields):
             table[key] = value
         else:
             attributes[key] = value
-    return dict(table, attributes=attributes)
+    table["attributes"] = attributes
+    return table
 
 
 def make_local_toxic(toxic):
@@ -12772,7 +12775,7 @@ def make_local_toxic(toxic):
         raise ValueError("a toxic must be a dict like {'type': 'latency', 'latency': 200}, not %r"
                          % (toxic,))
     table = toxic_table(dict(toxic, type=local_handler(toxic["type"])))
-    try:        # encode and decode: read_toxic expects the types of JSON, like list for a tuple
+    try:        # encode and decode, because read_toxic expects the types of JSON: a list, no tuple
         return read_toxic(json.loads(json.dumps(table)), strict=True)
     except TypeError as error:          # json cannot encode a value
         raise ValueError("toxic %r: %s" % (table["type"], error)) from None
@@ -12834,7 +12837,7 @@ class Proxy(Interface):
                     is a name or a dotted path like "mine.stutter". In a dict or a list, it may be
                     the function itself
         options     {handler: {option: value}}
-        name        the name of the proxy. The log has it, and the draws depend on it
+        name        the name of the proxy, for the log. The draws depend on the name
         seed        a whole number: with the same seed, a test gets the same faults. None draws a
                     seed
         timeout     seconds to connect to the backend, for all its addresses together
@@ -12855,8 +12858,8 @@ class Proxy(Interface):
                     further client gets the protocol's error for too many connections. If the
                     protocol has no such error, the connection is closed
         record      a file to which each fault is written, from `start` on
-        replay      a file that `record` has written. The faults in it are made again, on the same
-                    connections and requests. The percentages of the rules have no effect
+        replay      a file that `record` has written. The faults in the file are made again, on
+                    the same connections and requests. The percentages of rules have no effect
         reuse_port  for several processes that share one port: the number of this process, 1 or
                     more. The draws depend on it. Only on Linux
 
@@ -12930,7 +12933,7 @@ class Proxy(Interface):
         self.stop()
 
     async def __aenter__(self) -> "Proxy":
-        return self.start()                 # takes no time: it waits for no peer
+        return self.start()                 # does not block the event loop: it waits for no peer
 
     async def __aexit__(self, *exception: object) -> None:
         await run_in_executor(self.stop)
@@ -12939,12 +12942,13 @@ class Proxy(Interface):
         local = self._server.listener or ("disabled" if self._thread else "not running")
         return "<Proxy %s %s -> %s: %s>" % (self.name, local, self.get_backend(), self.describe())
 
-    # Values
+    # Values. Interface documents the methods that have no docstring here
 
     @property
     def port(self) -> int:
-        """The port on which the proxy listens. Raises RuntimeError if it is not running."""
-        return self.address()[1]
+        """The port on which the proxy listens. Raises RuntimeError if the proxy is not running."""
+        _, port = self.address()
+        return port
 
     @property
     def name(self) -> str:
@@ -13019,11 +13023,12 @@ class Proxy(Interface):
 
     def remove_toxic(self, name: str) -> None:
         def remove():
-            toxics = [toxic for toxic in self._server.toxics if toxic.name != name]
-            if len(toxics) == len(self._server.toxics):
-                raise ValueError("there is no toxic %r: there are %s" % (
-                    name, ", ".join(toxic.name for toxic in toxics) or "none"))
-            self._server.set_toxics(toxics)
+            names = [toxic.name for toxic in self._server.toxics]
+            if name not in names:
+                raise ValueError("there is no toxic %r: there are %s"
+                                 % (name, ", ".join(names) or "none"))
+            self._server.set_toxics([toxic for toxic in self._server.toxics
+                                     if toxic.name != name])
         self._call(remove)
 
     def close_connection(self, number: int, reset: bool = False) -> None:
@@ -13043,12 +13048,13 @@ class Proxy(Interface):
         self._change(ProxyTable.change, accept=check_field("accept", check_accept, accept))
 
     def _change(self, method, **arguments):
-        """Call a method of ProxyTable for the proxy."""
+        """Call a method of ProxyTable for the proxy, with the proxy's lock."""
         self._check_running()
         with self._server.lock:
             method(self._proxies, self._server, **arguments)
 
     def _check_running(self):
+        """Raise RuntimeError if the proxy is not running, or if its loop calls this method."""
         if not self._thread:
             raise RuntimeError('the proxy is not running; use "with" or start()')
         if self._thread is threading.current_thread():      # the thread would wait for itself
@@ -13135,7 +13141,7 @@ class Client(Interface):
         super().__init__()
         self.host, self.port, self.scheme = host, int(port), scheme
         self.proxy = proxy
-        self.token = token and check_field("token", check_token, token)
+        self.token = check_field("token", check_token, token) if token else None
 
     def __repr__(self):
         return "<Client %s://%s%s>" % (self.scheme, format_address((self.host, self.port)),
@@ -13178,10 +13184,10 @@ class Client(Interface):
         connection_class = getattr(http_client, class_name, None)
         if connection_class is None:    # http.client has no HTTPSConnection without module ssl
             raise ValueError("scheme must be http or https, not %r" % self.scheme)
+        headers = {"Authorization": "Bearer " + self.token} if self.token else {}
         connection = connection_class(self.host, self.port, timeout=30)
         try:
-            connection.request(method, path, body,
-                               {"Authorization": "Bearer " + self.token} if self.token else {})
+            connection.request(method, path, body, headers)
             response = connection.getresponse()
             return response, response.read().decode("utf-8", "replace")
         except http_client.HTTPException as error:
@@ -13190,7 +13196,7 @@ class Client(Interface):
         finally:
             connection.close()
 
-    # Values
+    # Values. Interface documents the methods that have no docstring here
 
     def address(self) -> "Tuple[str, int]":
         host, port = parse_listener(self._status()["listen"])
@@ -13247,6 +13253,7 @@ class Client(Interface):
         self.request("PUT", "/proxy", {"accept": accept})
 
     def _status(self):
+        """Return the addresses and the state of the proxy: the result of `GET /proxy`."""
         return self.request("GET", "/proxy")
 
     def _proxy_path(self):
@@ -13254,6 +13261,7 @@ class Client(Interface):
         return "/proxies/" + urls.quote(self._status()["name"], safe="")
 
     def _handler_name(self, handler):
+        # The server, and not the client, checks whether there is a handler of this name.
         if isinstance(handler, str):
             return handler
         return getattr(handler, "name", "") or getattr(handler, "__name__", repr(handler))
@@ -13275,6 +13283,7 @@ class Client(Interface):
 
     def _wait_for_records(self, since, matches, count, timeout):
         def next_records(since, seconds):
+            # The server waits EVENTS_WAIT_MAX at most. wait_for_records then calls this again.
             return self._records(since=since, wait="%.3f" % min(seconds, EVENTS_WAIT_MAX))
         return wait_for_records(next_records, since, matches, count, timeout)
 
@@ -13295,8 +13304,9 @@ def error_text(value):
 
 # The program of the process that start_proxy starts. It imports this file as a module, and calls
 # `main`. Its first two arguments are the name by which this process has imported the module, and
-# the path of the file. A user's handler may import the module by that name or as `vaurien`:
-# without sys.modules, it would get a second copy of the module, in which it would be registered.
+# the path of the file. The file of a user's handler may import the module by that name or as
+# `vaurien`. If sys.modules lacked the name, Python would import a second copy of the module, and
+# the handler would be registered in that copy.
 BOOTSTRAP = """\
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location(*sys.argv[1:3])
@@ -13314,7 +13324,7 @@ class ProxyProcess(int):
     """The pid of the process of a proxy that start_proxy has started.
 
     port         the port on which the proxy listens
-    http_port    the port of its control server; 0 if it has none
+    http_port    the port of the proxy's control server; 0 if there is no control server
     """
 
     port = http_port = 0
@@ -13341,7 +13351,8 @@ def start_proxy(host: str = "localhost", port: int = 8888, http: bool = True, wa
     `http_port` are the ports that were picked. Raises RuntimeError, with the error of the proxy,
     if the proxy cannot start.
 
-    The proxy runs until `stop_proxy` is called or this process ends, even if it is killed.
+    The proxy runs until `stop_proxy` is called or this process ends. It ends even if this
+    process is killed.
     """
     backend = format_address((backend_host or host, int(backend_port or port)))
     if isinstance(options, str):
@@ -13368,18 +13379,20 @@ def start_process(arguments, environment, seconds):
 
     Returns a ProxyProcess. Raises RuntimeError if the process is not ready in time.
     """
+    program = [sys.executable, "-c", BOOTSTRAP, __name__, os.path.abspath(__file__)]
+    # --attached: the process announces when it is ready, and ends when this process ends.
     process = subprocess.Popen(
-        [sys.executable, "-c", BOOTSTRAP, __name__, os.path.abspath(__file__), "--attached",
-         *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True,
-        env=environment)
+        [*program, "--attached", *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        universal_newlines=True, env=environment)
     STARTED_PROCESSES[process.pid] = process, os.getpid()
     try:
         addresses = wait_until_ready(process, seconds)
-    except BaseException:
+    except BaseException:       # KeyboardInterrupt, too: leave no process behind
         stop_proxy(process.pid)
         raise
     pid = ProxyProcess(process.pid)
-    _, pid.port = parse_address(next(iter(addresses["proxies"].values())))
+    proxy_address = next(iter(addresses["proxies"].values()))
+    _, pid.port = parse_address(proxy_address)
     if addresses["control"]:
         _, pid.http_port = parse_address(addresses["control"])
     return pid
@@ -13433,7 +13446,7 @@ def stop_proxy(pid: int) -> None:
 
 @atexit.register
 def stop_started_proxies():
-    """Stop the proxies that this process has started."""
+    """Stop the proxies that this process has started, at the end of this process."""
     for pid, (_, starter_pid) in list(STARTED_PROCESSES.items()):
         if starter_pid == os.getpid():      # not those that the parent of a fork has started
             stop_proxy(pid)
