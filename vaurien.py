@@ -4906,12 +4906,11 @@ class ProtocolChain(Chain):
                     with `match`, and those that were installed since then
         """
         self.current_request = request
-        if not is_first:
-            if request.independent:
-                self.begin_request()
-        elif self.rules.installed:
+        if not is_first and request.independent:
+            self.begin_request()
+        elif is_first and self.rules.installed:
             self.redraw([*self.undrawn, *(rule for rule in self.rules.installed if rule.match)])
-        if self.head_forwarded:         # too late for rules that act on the whole request
+        if self.head_forwarded:         # too late for rules per request
             self.active_rules = [active for active in self.active_rules
                                  if active.rule.per == "connection"]
 
@@ -5279,7 +5278,7 @@ class Budget:
         return max(HELD_MIN, min(bound, rest // self.SHARES))
 
 
-NO_CHUNKS: "deque" = deque()     # shared by all delay queues that have never sent from a buffer
+NO_CHUNKS: "deque" = deque()     # the empty send_buffer of most delay queues, to save memory
 
 
 class DelayQueue:
@@ -5328,7 +5327,7 @@ class DelayQueue:
         start     when the event came that it was made of
         delays    the rules that have delayed it, as Chain.process returns them
         """
-        if not data and not isinstance(data, Signal):
+        if not data and not isinstance(data, Signal):       # a handler may yield no bytes
             return
         if self.write_closed and (data or data is EOF):
             self.tell_dropped(data, delays)
@@ -5420,7 +5419,6 @@ class DelayQueue:
             self.put(start + sum(seconds for _, seconds, _ in delays), data, start, delays)
         self.has_replies = had_replies and self.held > 0
         return True
-
 
     def is_unused(self):
         """Return whether the queue is empty, and bytes may still come."""
