@@ -9866,14 +9866,14 @@ class TestToxiproxyApi(ToxiproxyTestCase):
                   "toxics": [{"type": "latency", "attributes": {"Latncy": 3, "JITTER": 1}}]},
                  ["proxy p: the unknown key 'toxic' (did you mean toxics?) is ignored: there are "
                   "name, listen",
-                  "proxy p: it has no listen, so it accepts clients from all machines",
+                  "proxy p: listen is missing, so the proxy accepts clients from all machines",
                   "proxy p, toxic latency, attributes: the unknown key 'latncy' (did you mean "
                   "latency?) is ignored: there are latency, jitter"]),
                 ("POST", "/populate",
                  [{"name": "q", "upstream": upstream, "listen": "127.0.0.1:0", "x": 1},
                   {"name": "r", "upstream": upstream, "listen": ""}],
                  ["proxy q: the unknown key 'x' is ignored",
-                  "proxy r: it has no listen"]),
+                  "proxy r: listen is missing"]),
                 ("POST", "/proxies/p", {"enable": True},
                  ["proxy p: the unknown key 'enable' (did you mean enabled?) is ignored"]),
                 ("POST", "/proxies/p/toxics",

@@ -10675,8 +10675,8 @@ def get_handler_name(request):
 def set_handler(request):
     """Set a handler: a bare name, or JSON with its options and percent."""
     text = request.body.strip()
-    # A JSON array or string is not valid, but parse_json_object raises a better error for it
-    # than read_rules, which would take the text as a handler name.
+    # A JSON array or string is invalid. parse_json_object says so: read_rules would take the text
+    # as the name of a handler.
     is_json = text[:1] in ("{", "[", '"')
     set_rules(request, [parse_json_object(text) if is_json else {"name": text}])
     return "ok"
@@ -10878,7 +10878,7 @@ def reset_proxy(request):
 
 
 def change_proxy_of(request, method, **arguments):
-    """Call a method of ProxyTable for the proxy of a request, with the proxy's lock.
+    """Call a method of ProxyTable for the proxy of a request, and hold the proxy's lock meanwhile.
 
     Raises CannotListen.
     """
@@ -10940,7 +10940,7 @@ def close_connection(request):
 def list_events(request):
     """Return the fault records after number ?since=N; ?wait=SECONDS waits for the first.
 
-    ?handler=NAME selects the faults of a handler. Records about its windows are left out.
+    ?handler=NAME selects the faults of a handler. Then records about windows are left out.
     """
     since = check_query(request, "since", 0, check_count)
     seconds = check_query(request, "wait", 0, number_check(
@@ -11008,7 +11008,7 @@ class Control:
         self.url = ""
         self.clients = OrderedDict()        # {socket: Session}, in the order of their last use
         self.max_clients = CLIENTS_MAX
-        self.wait_limit = threading.Semaphore(CLIENTS_MAX // 2)     # threads in list_events
+        self.wait_limit = threading.Semaphore(CLIENTS_MAX // 2)     # of threads in list_events
         self.last_refusal_log = 0.0         # the time.monotonic() when a refusal was last logged
         self.loop = None
 
@@ -11296,7 +11296,7 @@ class RequestHandler:
         """
         self.close_connection = False
         if not self.wait_for_request():
-            # send_error sets close_connection.
+            # send_error sets close_connection, which skips the loop.
             self.send_error(408, "no request within %g seconds" % IDLE_TIMEOUT)
         while not self.close_connection:
             self.server.set_deadline(REQUEST_TIMEOUT)
@@ -11467,7 +11467,7 @@ JSON_TYPES = {str: "string", bool: "bool", int: "number", float: "number", list:
               dict: "object", type(None): "null"}
 # Go's error for a wrong type: (received value, place, Go's name of the expected type)
 GO_TYPE_ERROR = "json: cannot unmarshal %s into Go %s of type %s"
-# {Go's name of a type: its name for readers who do not know Go}. See in_plain_words.
+# {Go's name of a type: a name for readers who do not know Go}. See in_plain_words.
 PLAIN_TYPES = {"string": "text", "bool": "true or false", "int64": "a whole number",
                "float64": "a number", "[]": "a list", "{}": "an object",
                "[]toxiproxy.Proxy": "a list of proxies", "toxiproxy.Proxy": "an object",
@@ -11649,7 +11649,7 @@ def read_json(text, ignore_rest=True):
         return value
     except json.JSONDecodeError as error:
         at_end = error.pos >= len(text.rstrip())
-        # Python's error for a string without closing quote has the position of its beginning.
+        # If a string has no closing quote, error.pos is the beginning of the string.
         cut_off = at_end or error.msg.startswith("Unterminated string")
         raise bad_body("unexpected EOF" if cut_off else "invalid JSON: %s" % error) from None
     except RecursionError:
@@ -11864,8 +11864,8 @@ def read_toxic(value, strict=False):
     name = fields.pop("name", "") or "%s_%s" % (type_, stream)
     check_field("name", check_name, name)
     attributes = read_attributes(type_, fields.pop("attributes", {}), strict)
-    # `fields` now has the toxicity and the rule fields. If `strict` is set, it may also have
-    # unknown keys, which make_toxic refuses.
+    # The toxicity and the rule fields are left in `fields`, and with `strict` also unknown keys,
+    # which make_toxic refuses.
     toxic = make_toxic(type_, name, dict(fields, stream=stream.lower()), attributes,
                        toxiproxy=not strict)
     toxic.stream = stream       # as the client wrote it, perhaps in upper case
@@ -11915,10 +11915,10 @@ def proxy_warnings(value):
     source = "proxy %s" % fields["name"]
     yield from unknown_key_warnings(value, PROXY_KEYS, source)
     if not fields.get("listen"):
-        yield ("%s: it has no listen, so it accepts clients from all machines; localhost:0 would "
-               "accept only clients of this machine" % source)
+        yield ("%s: listen is missing, so the proxy accepts clients from all machines; with "
+               "localhost:0 it accepts only clients of this machine" % source)
     if ":" not in fields["upstream"]:
-        yield "%s: its upstream %r has no port, so the proxy cannot connect to it" % (
+        yield "%s: upstream %r has no port, so the proxy cannot connect to it" % (
             source, fields["upstream"])
     for toxic in [*fields.get("toxics", ()), *fields.get("rules", ())]:
         yield from toxic_warnings(toxic, source)
@@ -12064,6 +12064,7 @@ def update_proxy(request, proxy):
     if fields.get("upstream"):
         backend = check_field("upstream", parse_upstream, fields["upstream"])
     check_field("upstream", check_backend, backend, [local])
+    # A client may send back a listing, which has these two fields, but cannot change them.
     for name, current in ("protocol", proxy.protocol_name()), ("tls", proxy.tls.fields):
         requested = check_field(name, PROXY_CHECKS[name], fields.get(name, current))
         if requested != current:
@@ -12491,8 +12492,8 @@ class Interface:
 
         The handlers of open blocks act no longer.
         """
-        is_text = isinstance(behavior, str)
-        if callable(behavior) or (is_text and ":" not in behavior):
+        is_name = isinstance(behavior, str) and ":" not in behavior
+        if is_name or callable(behavior):       # a single handler
             name = self._handler_name(behavior)
             tables = [{**(options or {}).get(name, {}), **fields, "name": name}]
         else:
@@ -12789,7 +12790,8 @@ def parse_endpoint(address, parse):
     if isinstance(address, (tuple, list)) and len(address) in (2, 4):
         host, port, *_ = address
         if isinstance(host, str) and isinstance(port, (int, str)):
-            address = ("[%s]:%s" if ":" in host else "%s:%s") % (host, port)
+            is_ipv6 = ":" in host
+            address = ("[%s]:%s" if is_ipv6 else "%s:%s") % (host, port)
     if not isinstance(address, str):
         raise ValueError("must be HOST:PORT or (host, port), like localhost:6379, not %r"
                          % (address,))
@@ -13046,7 +13048,7 @@ class Proxy(Interface):
         self._change(ProxyTable.change, accept=check_field("accept", check_accept, accept))
 
     def _change(self, method, **arguments):
-        """Call a method of ProxyTable for the proxy, with the proxy's lock."""
+        """Call a method of ProxyTable for the proxy, and hold the proxy's lock meanwhile."""
         self._check_running()
         with self._server.lock:
             method(self._proxies, self._server, **arguments)
