@@ -5831,9 +5831,9 @@ class Loop:
 # This section parses the text HOST:PORT of users and finds its socket addresses. It contains the
 # listener, the non-blocking connect, and the pipes in the kernel.
 
-LOOPBACK = ("127.0.0.1", "::1")     # of the name localhost, without the hosts file (RFC 6761)
-WILDCARD = ("0.0.0.0", "::")        # all addresses of this machine
-# {wildcard address: the address that connecting to it reaches}
+LOOPBACK = ("127.0.0.1", "::1")     # the addresses of the name localhost (RFC 6761, 6.3)
+WILDCARD = ("0.0.0.0", "::")        # a listener there has all addresses of this machine
+# {wildcard address: loopback address}. A connect to the first reaches the second.
 LOOPBACK_OF = dict(zip(WILDCARD, LOOPBACK))
 
 # The base class of socket.socket has all methods that a proxy needs. To create and close a
@@ -5861,7 +5861,7 @@ def parse_address(text, min_port=1):
     if "/" in text:
         raise ValueError(message)
     host, colon, port = text.strip().rpartition(":")
-    if re.fullmatch(r"(?s)\[.*:.*\]", host):        # an IPv6 address in brackets
+    if re.fullmatch(r"\[.*:.*\]", host):            # an IPv6 address in brackets
         host = host[1:-1]
     elif re.search(r"[][:]", host):                 # brackets or colons in other places
         raise ValueError("must be [HOST]:PORT where the host is an IPv6 address, like "
@@ -5892,7 +5892,7 @@ def parse_backend(text, parse=parse_address):
     if not separator or scheme not in TLS_SCHEMES:
         return parse(text)
     location = location[:-1] if location.endswith("/") else location
-    lacks_port = re.fullmatch(r"\[[^]]*\]|[^:/]*", location)
+    lacks_port = re.fullmatch(r"\[[^]]*\]|[^:/]*", location)    # only [ADDRESS], or only a name
     default_port = TLS_SCHEMES[scheme]
     if lacks_port and default_port:
         location = "%s:%d" % (location, default_port)
@@ -5925,9 +5925,9 @@ def url_error(text):
 
 
 def hide_password(text):
-    """Return an address or a URL with three dots in place of its user and password.
+    """Return an address or a URL in which three dots replace the user and the password, if any.
 
-    A password may contain "/" and "@". Therefore all text before the last "@" is replaced,
+    A password may contain "/" and "@". Therefore the dots replace all text before the last "@",
     except the scheme.
     """
     return re.sub(r"\A([^:/@]*://)?.*@", r"\1...@", text, flags=re.DOTALL)
@@ -5983,7 +5983,7 @@ def is_own_address(host):
     try:
         with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as sock:
             sock.bind((host, 0))
-    except OSError:
+    except OSError:                 # not an own address, or no descriptor is left
         return is_loopback(host)
     return True
 
@@ -5991,10 +5991,11 @@ def is_own_address(host):
 def is_wildcard(host):
     """Return whether a listener on this host accepts clients on all addresses of this machine.
 
-    Such a host is empty, 0.0.0.0 or ::, which mean the same, as in Toxiproxy: the listener has
-    a socket for IPv4 and a socket for IPv6.
+    The hosts "", 0.0.0.0 and :: mean the same, as in Toxiproxy: the listener has a socket for
+    IPv4 and a socket for IPv6.
     """
-    return not host or any(address[0] in WILDCARD for _, address in resolve_numeric((host, 0)))
+    addresses = resolve_numeric((host, 0))      # such as 0.0.0.0 for "0"
+    return not host or any(ip in WILDCARD for _, (ip, *_) in addresses)
 
 
 def check_backend(backend, local_addresses):
@@ -6005,11 +6006,12 @@ def check_backend(backend, local_addresses):
     A backend whose name needs a resolver is not checked.
     """
     reached = reached_addresses(backend)
-    for local in local_addresses:
-        if is_wildcard(local[0]):
-            is_own = any(port == local[1] and is_own_address(host) for host, port in reached)
+    for local_host, local_port in local_addresses:
+        if is_wildcard(local_host):
+            is_own = any(port == local_port and is_own_address(host) for host, port in reached)
         else:
-            is_own = not reached.isdisjoint(reached_addresses(local))
+            own = reached_addresses((local_host, local_port))
+            is_own = not reached.isdisjoint(own)
         if is_own:
             raise ValueError("%s is the proxy's own address: it would connect to itself"
                              % format_address(backend))
@@ -6042,7 +6044,7 @@ def format_address(address):
 
 
 def resolve(address, wildcard=LOOPBACK, flags=0):
-    """Return the socket addresses of (host, port, ...), in order: [(family, address)].
+    """Return the socket addresses of (host, port, ...) as [(family, address)], the best first.
 
     wildcard    the addresses for an empty host
     flags       for getaddrinfo()
@@ -6156,7 +6158,7 @@ class Listener:
 
     def bind(self):
         """Bind the port. After `close`, this binds the same port again. Raises CannotListen."""
-        self.loop = None
+        self.loop = None                        # set by `open`
         self.sockets = listen(self.local, self.reuse_port)
         host, _ = self.local
         _, bound_port, *_ = self.address()
@@ -6171,11 +6173,11 @@ class Listener:
             raise
 
     def lock_number(self):
-        """Raise CannotListen if another listener on these addresses has the same reuse_port.
+        """Reserve the number `reuse_port` for this listener, on each of its addresses.
 
-        The name of an abstract socket serves as a lock (man 7 unix). Only one socket can have
-        the name, and the kernel frees the name when the process ends. Abstract names belong to
-        a network namespace, as ports do.
+        Raises CannotListen if another listener has the number. The name of an abstract socket
+        serves as a lock (man 7 unix). Only one socket can have the name, and the kernel frees
+        the name when the process ends. Abstract names belong to a network namespace, as ports do.
         """
         for sock in self.sockets:
             address = sock.getsockname()
@@ -6229,7 +6231,7 @@ class Listener:
         """
         self.mode = mode                        # now `watch` after a `pause` does nothing
         for index, sock in enumerate(self.sockets):
-            if self.loop:
+            if self.loop:                       # before `open`, no client is accepted
                 self.loop.watch(sock, 0)
                 for _ in range(BACKLOG):        # accept the clients that wait
                     if not self.accept_one(sock):
@@ -6419,7 +6421,7 @@ def refuse_connects(sock):
     family, address = sock.family, sock.getsockname()
     set_reuse_address(sock, 0)
     try:
-        sock.shutdown(socket.SHUT_RD)           # on Linux, the opposite of listen()
+        sock.shutdown(socket.SHUT_RD)           # the opposite of listen(), only on Linux
     except OSError:
         sock.close()
         sock = bind_socket(family, address)
@@ -6447,6 +6449,7 @@ def listen(local, reuse_port=None):
     attempts = 20 if port == 0 else 1
     for _ in range(attempts):
         sockets, error = try_listen(local, reuse_port)
+        # On a machine without IPv6, the sockets of IPv4 are enough.
         if error is None or (sockets and address_unavailable(error)):
             return sockets
         for sock in sockets:
@@ -6468,8 +6471,8 @@ def try_listen(local, reuse_port=None):
     except OSError as exc:
         return [], CannotListen(exc, local)
     sockets, error = [], None
-    for family, (host, _, *ipv6_fields) in addresses:
-        address = (host, port, *ipv6_fields)
+    for family, (ip, _, *ipv6_fields) in addresses:
+        address = (ip, port, *ipv6_fields)
         try:
             sockets.append(bind_listener(family, address, reuse_port))
             _, port, *_ = sockets[0].getsockname()  # on all addresses, in place of port 0
@@ -6504,8 +6507,9 @@ def bind_listener(family, address, reuse_port=None):
     """Return a socket that listens on one address. Raises OSError."""
     _, port, *_ = address
     if LINUX and port == 0:
-        # If bind() picks the port itself, shutdown() frees the port: refuse_connects() would
-        # lose it. So the first socket finds a free port, which the second socket is bound to.
+        # refuse_connects() calls shutdown(), which frees the port if the kernel has picked it
+        # for the socket. Therefore a first socket finds a free port, and the second socket binds
+        # this port by its number.
         with contextlib.closing(bind_socket(family, address)) as sock:
             address = sock.getsockname()
     sock = bind_socket(family, address, reuse_port)
@@ -6991,6 +6995,8 @@ class TlsConfig:
         self.accepts = "cert" in self.fields or "fault" in self.fields
         cert = self.fields.get("cert", "auto")
         self.cert_file = "" if cert == "auto" else cert
+        # Both functions keep the contexts that they have made. (lru_cache as a decorator would
+        # keep the TlsConfig, too.)
         self.cached_context = functools.lru_cache(NAMES_MAX)(self.make_accept_context)
         self.connect_context = functools.lru_cache(1)(self.make_connect_context)
         try:
@@ -7029,7 +7035,10 @@ class TlsConfig:
         return self.cached_context("" if self.cert_file else host)
 
     def make_accept_context(self, host):
-        """Return a new SSLContext for clients. A certificate that it needs is for this host."""
+        """Return a new SSLContext for clients.
+
+        host    if no file with a certificate is set, a new certificate is made for this host
+        """
         fields = self.fields
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         if self.cert_file:
@@ -7040,8 +7049,8 @@ class TlsConfig:
         # TlsSocket cannot handle a second handshake. Python 3.6 has no such option.
         context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
         if hasattr(context, "num_tickets"):     # since Python 3.8
-            # After the handshake, OpenSSL would send session tickets. If a client only sends, it
-            # leaves them unread. A close with unread bytes sends RST instead of FIN.
+            # By default, OpenSSL sends session tickets after the handshake. A client that only
+            # sends never reads the tickets, and a close with unread bytes sends RST, not FIN.
             context.num_tickets = 0
         if "client_ca" in fields:
             load_cas(context, fields["client_ca"], "client-ca")
@@ -7171,7 +7180,7 @@ class TlsSocket:
     selector reports.
 
     is_open               whether the handshake has succeeded
-    error                 why TLS has failed, or ""
+    error                 the reason why TLS has failed, or ""
     ended                 whether the peer has ended its stream
     lacks_close_notify    whether the peer has ended its stream without close_notify
     skip_close_notify     whether `shutdown` should send no close_notify; the owner sets this
@@ -7183,11 +7192,12 @@ class TlsSocket:
     `readable` becomes true. Then a timer calls on_change() soon.
 
     At most SEND_BATCH bytes of ciphertext wait. Decrypted bytes never wait: `recv_into` returns
-    all of them, even if they are more than was asked for, by one record (16 KiB) at most.
+    all of them. They may be one record (16 KiB) more than the caller has asked for.
     """
 
     ALERT, HANDSHAKE = 21, 22       # types of records
-    RECV_MAX = 64 * 1024            # bytes of the largest recv; `incoming` never shrinks again
+    RECV_MAX = 64 * 1024            # bytes of the largest recv; the buffer `incoming` grows to
+                                    #   this size, and never shrinks
     SEND_BATCH = 4 * 16384          # bytes that are encrypted for one send: 4 records
 
     def __init__(self, sock, loop, on_change, timeout, context, server_side=False,
@@ -7271,10 +7281,11 @@ class TlsSocket:
 
     def continue_handshake(self, data):
         """Process bytes from the peer, and send the reply. At the start, there may be no bytes."""
-        if data and not self.begun and data[0] not in (self.ALERT, self.HANDSHAKE):
-            self.fail("the peer speaks no TLS, but has sent %r" % data[:16])
-            return
-        self.begun = bool(data)
+        if data and not self.begun:
+            self.begun = True
+            if data[0] not in (self.ALERT, self.HANDSHAKE):
+                self.fail("the peer speaks no TLS, but has sent %r" % data[:16])
+                return
         self.incoming.write(data)
         try:
             self.engine.do_handshake()
@@ -7332,16 +7343,18 @@ class TlsSocket:
 
         If the stream ends or fails after these bytes, sets `ended` or `error`.
         """
-        count, size = 0, 1
+        count = 0
         try:
-            while size:
+            while True:
                 size = self.engine.read(len(view) - count, view[count:])
+                if size == 0:               # close_notify
+                    break
                 count += size
         except ssl.SSLWantReadError:        # no complete record is left
             self.ended = self.lacks_close_notify
             return count
         except ssl.SSLZeroReturnError:      # close_notify, if this side has sent its own before
-            pass                            #   (otherwise, read() returns 0)
+            pass
         except OSError as error:            # an alert, or bytes that are not of TLS
             self.error = tls_error_text(error)
             return count
@@ -7358,8 +7371,8 @@ class TlsSocket:
         while taken < len(data) and not self.unsent:
             end = min(len(data), taken + self.SEND_BATCH)
             while taken < end:
-                taken += self.engine.write(data[taken:end])     # one record
-            self.send_ciphertext()
+                taken += self.engine.write(data[taken:end])     # takes one record, 16 KiB
+            self.send_ciphertext()          # sets `unsent` if the socket takes no more
         return taken
 
     def push(self):
@@ -7421,7 +7434,7 @@ class TlsSocket:
         can_send = self.is_open and self.loop.running and not self.resets and not self.error
         if can_send and self.closing and not self.fin_sent:
             self.deadline = self.loop.call_at(self.loop.clock() + self.timeout, self.close_now)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):      # the selector may take no more sockets
                 self.loop.watch(self.sock, EVENT_WRITE, self.on_writable)
                 return
         self.close_now()
@@ -8532,8 +8545,8 @@ class Recorder:
 
     def __init__(self, path):
         self.path = path
-        self.is_new = True              # until the file has been opened
-        self.thread = None
+        self.is_new = True              # until the first `open` has emptied the file
+        self.thread = None              # the LogThread that writes, while the file is open
 
     def open(self):
         """Open the file. If it was open before, further faults are appended. Raises OSError."""
@@ -8573,7 +8586,7 @@ class Recorder:
         """Write a FaultRecord, and the values of its ActiveRule that Replay needs."""
         line = json.dumps(dict(record._asdict(), rule=active.rule.to_json(), draw=active.draw,
                                count=active.request))
-        self.thread.handle(logging.makeLogRecord({"msg": line}))
+        self.thread.handle(logging.makeLogRecord({"msg": line}))    # no arguments: % stays %
 
     def close(self):
         """Write the faults that wait, and close the file."""
@@ -8694,14 +8707,14 @@ class ProxyServer:
                  overwrite_host_header=True, toxics=(), enabled=True, accept=None,
                  max_connections=0, tls=None, reuse_port=None):
         self.name = name
-        self.log_prefix = "" if name == "vaurien" else name + ": "
+        self.log_prefix = "" if name == "vaurien" else name + ": "      # of lines of the log
         self.protocol = PROTOCOLS[check_protocol(protocol)]
         self.overwrite_host_header = overwrite_host_header
         self.tls = TlsConfig(tls or {}, self.protocol.alpn if self.protocol else ())
         self.reuse_port = reuse_port
         self.check_port(local)
         self.local = local
-        self.listen = format_address(local)         # once bound, the bound address
+        self.listen = format_address(local)         # as text; set_listener() sets the real port
         self.enabled = enabled
         self.accept = accept or Accept()
         self.max_connections = max_connections
@@ -8741,7 +8754,8 @@ class ProxyServer:
 
     def check_port(self, local):
         """Raise InputError for (host, 0) if processes share the port."""
-        if self.reuse_port and local[1] == 0:
+        _, port = local
+        if self.reuse_port and port == 0:
             raise InputError([("listen", "reuse-port needs a port, not 0: each process would get "
                                          "a port of its own")])
 
@@ -8808,6 +8822,7 @@ class ProxyServer:
             with contextlib.suppress(CannotListen):
                 self.apply_accept()
             raise
+        # Setting the same mode again changes something only if it has times, which start again.
         if accept.to_text() != before.to_text() or accept.fields:
             log.info("%saccept: %s", self.log_prefix, accept.to_text())
         self.begin_schedules()
@@ -8905,8 +8920,8 @@ class ProxyServer:
     def set_checked_backend(self, backend):
         """Connect new clients to a backend that check_backend has accepted."""
         is_tls = len(backend) > 2           # (host, port, "tls")
-        if is_tls:                          # make the context now, because the first client
-            self.tls.connect_context()      #   would wait for it for milliseconds
+        if is_tls:
+            self.tls.connect_context()      # takes milliseconds, which no client should wait
         self.backend = backend
         self.addresses = resolve_numeric(backend)       # empty if a resolver is needed
 
@@ -8946,14 +8961,18 @@ class ProxyServer:
                     and not backend_is_tls)
 
     def host_header(self):
-        """Return the value of the Host header for the backend, or b"" to keep the client's."""
+        """Return the value of the Host header for the backend.
+
+        Returns b"" if the header of the client should stay as it is.
+        """
         if not self.overwrite_host_header or self.protocol is not Http:
             return b""
         host, port, *tls = self.backend
-        if isinstance(port, str):       # the name of a service; the header has numbers only
+        if isinstance(port, str):       # the name of a service, but the header needs a number
             return b""
-        name = format_address((host or "localhost", port))
-        return re.sub(":443$" if tls else ":80$", "", name).lower().encode("utf-8")
+        value = format_address((host or "localhost", port))
+        default_port = ":443" if tls else ":80"         # HTTP clients leave out this port
+        return re.sub(default_port + "$", "", value).lower().encode("utf-8")
 
     # In the loop's thread: rules
 
@@ -8974,7 +8993,7 @@ class ProxyServer:
         return ", ".join(["; ".join(map(describe_shares, acting)), *map(str, self.toxics)])
 
     def handler_names(self):
-        """Return the names of the behavior's handlers, joined by commas."""
+        """Return the names of the handlers in acting_rules(), joined by commas."""
         return ",".join(rule.name for rules in self.acting_rules() for rule in rules) or "dummy"
 
     def use_rules_of(self, replay):
@@ -9005,7 +9024,7 @@ class ProxyServer:
         blocks = OrderedDict(self.blocks)
         blocks[number] = Block(rules, only)
         self.replace_rules(self.behavior, blocks, self.toxics)
-        self.blocks_begun = number
+        self.blocks_begun = number              # unless replace_rules() has raised InputError
         return number
 
     def end_block(self, number):
@@ -9022,7 +9041,7 @@ class ProxyServer:
         Then the current toxic remains, with its state, and takes these values. Its ttl begins
         again. If its toxicity or an attribute changes, the data that it delays is released.
 
-        Raises InputError, and changes nothing then.
+        If a toxic is not valid here, raises InputError and changes nothing.
         """
         current = {toxic.name: toxic for toxic in self.toxics}
         for toxic in toxics:            # a refused toxic must not change an installed rule
@@ -9077,8 +9096,8 @@ class ProxyServer:
     def change_connections(self, new, removed, changed, woken=()):
         """Apply a change of the rules to the open connections: see Connection.rules_changed."""
         for rule in [*removed, *changed]:
-            # The data that the rule delays is released. So if its connections share the
-            # bandwidth of a link, this link is idle: remove its times.
+            # All data that the rule delays is released. So a link that the connections share
+            # becomes idle: remove the times at which it would have been idle.
             rule.shared.pop(UPSTREAM, None)
             rule.shared.pop(DOWNSTREAM, None)
         for connection in list(self.connections.values()):
@@ -9145,7 +9164,7 @@ class ProxyServer:
             log.warning("%s%s", self.log_prefix, error.strerror)
 
     def remove_expired(self, rules):
-        """Remove rules whose ttl has ended, and perhaps the Accept. A block ends with its rule."""
+        """Remove rules whose ttl has ended, or the Accept. A block ends if its rule expires."""
         for rule in rules:
             self.record_change(rule, "expires")
         if self.accept in rules:
@@ -9159,9 +9178,9 @@ class ProxyServer:
             [toxic for toxic in self.toxics if toxic.rule not in rules])
 
     def install_rules(self, behavior, blocks, toxics):
-        """Set the behavior, the open blocks and the toxics. Install the rules of those that act.
+        """Set the behavior, the open blocks and the toxics, and install their rules.
 
-        behavior    a list of rules; it does not act while a block is open
+        behavior    a list of rules; they are not installed while a block is open
         blocks      {number: Block}, the oldest first
         toxics      a list of toxics, in the order in which they act
 
@@ -9192,11 +9211,12 @@ class ProxyServer:
         if rule.blocking and (self.protocol or self.tls.accepts):
             raise InputError([("name", "%s is a blocking handler: it works with --protocol tcp "
                                        "only, and without TLS" % rule.name)])
-        if rule.handler is cut and rule.options["rows"] and not getattr(
-                self.protocol, "has_rows", False):
-            raise InputError([("rows", "rows needs --protocol %s: %s has no rows" % (
-                " or ".join(name for name, class_ in PROTOCOLS.items()
-                            if class_ and class_.has_rows), self.protocol_name()))])
+        has_rows = self.protocol and self.protocol.has_rows
+        if rule.handler is cut and rule.options["rows"] and not has_rows:
+            suitable = [name for name, protocol in PROTOCOLS.items()
+                        if protocol and protocol.has_rows]
+            raise InputError([("rows", "rows needs --protocol %s: %s has no rows"
+                               % (" or ".join(suitable), self.protocol_name()))])
         if rule.handler in (error, transient):
             self.check_error_rule(rule)
 
@@ -9241,11 +9261,12 @@ class ProxyServer:
             self.rules.replay.mark_made(self.name, connection.number, request, rule)
         if not beginning and request == 1:      # set_record_text() adds the text later
             connection.records_without_text = (*connection.records_without_text, record.number)
+        shown_text = ", " + record.text if record.text else ""
+        is_remote = not is_loopback(connection.peer[0])
+        shown_client = " (client %s)" % connection.name if is_remote else ""
         log.info("%s%s: connection %d, request %d%s%s", self.log_prefix,
                  rule.describe_fault(active.drawn_options), connection.number, request,
-                 record.text and ", " + record.text,
-                 "" if is_loopback(connection.peer[0]) else " (client %s)" % connection.name,
-                 extra={"fault": record})
+                 shown_text, shown_client, extra={"fault": record})
 
     def record_change(self, rule, change):
         """Record and log a change of a rule by its schedule. `change` is a key of CHANGES."""
@@ -9335,8 +9356,9 @@ class ProxyServer:
         totals = list(self.closed_bytes)
         for connection in self.connections.values():
             connection.add_bytes(totals)
-        # The keys have the order of the four numbers in Connection.add_bytes.
-        return dict(zip(itertools.product((UPSTREAM, DOWNSTREAM), ("received", "sent")), totals))
+        up_received, up_sent, down_received, down_sent = totals
+        return {(UPSTREAM, "received"): up_received, (UPSTREAM, "sent"): up_sent,
+                (DOWNSTREAM, "received"): down_received, (DOWNSTREAM, "sent"): down_sent}
 
 
 def wait_for_records(next_records, since, matches, count, timeout):
@@ -9451,7 +9473,7 @@ class ProxyTable(OrderedDict):
             if proxy.enabled:
                 proxy.bind()
             added = self.loop.run_sync(self.open_proxy, proxy)
-        finally:
+        finally:                # another thread may have taken the name, or the loop has ended
             if not added and proxy.listener:
                 proxy.listener.close()
         return added
@@ -9483,7 +9505,8 @@ class ProxyTable(OrderedDict):
         if not moved:
             local = proxy.local
         enabled = proxy.enabled if enabled is None else enabled
-        listener, accept = None, accept or proxy.accept
+        accept = accept or proxy.accept
+        listener = None
         if enabled and (moved or not proxy.enabled):
             listener = self.rebind(proxy, local, accept)
         proxy.loop.run_sync(proxy.apply_change, local, backend or proxy.backend, enabled,
@@ -9504,7 +9527,8 @@ class ProxyTable(OrderedDict):
         listener is closed first. If the new listener fails, the old listener is bound again. If
         another process has taken the port meanwhile, the proxy is disabled.
         """
-        old = proxy.listener if local[1] == proxy.local[1] else None
+        (_, old_port), (_, new_port) = proxy.local, local
+        old = proxy.listener if old_port == new_port else None
         if old:
             proxy.loop.run_sync(old.close)
         try:
@@ -9630,10 +9654,12 @@ class Statsd:
         """Send all lines, as many in each packet as STATSD_PACKET_MAX allows."""
         packet = b""
         for line in map(str.encode, self.metric_lines()):
-            if packet and len(packet) + len(b"\n") + len(line) > STATSD_PACKET_MAX:
+            longer_packet = packet + b"\n" + line if packet else line
+            if packet and len(longer_packet) > STATSD_PACKET_MAX:
                 self.send_packet(packet)
-                packet = b""
-            packet += b"\n" + line if packet else line
+                packet = line
+            else:
+                packet = longer_packet
         if packet:
             self.send_packet(packet)
 
