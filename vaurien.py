@@ -51,7 +51,7 @@ Glossary:
     window                 a period in which a rule acts. It begins at the time `start` and has the
                            length `duration`. The window of TCP is called congestion window
     sleep                  a rule sleeps outside of its windows: it does not act
-    ramp                   the begin of a window, while the percentage rises from 0
+    ramp                   the beginning of a window, while the percentage rises from 0
     ttl                    the time to live: after this time, the rule is removed
     schedule               the windows of a rule, its ramp and its ttl
     active rule            a rule drawn for one request or connection, with its state
@@ -371,9 +371,10 @@ def number_check(type_, expected, valid=lambda number: number >= 0):
             raise refusal from None
         if number != value and not isinstance(value, str):      # rounded, like int(2.5)
             raise refusal
-        if not -math.inf < number < math.inf or not valid(number):
-            raise refusal
-        return number
+        is_finite = -math.inf < number < math.inf       # math.isfinite fails for large integers
+        if is_finite and valid(number):
+            return number
+        raise refusal
     return check
 
 
@@ -446,9 +447,9 @@ check_timeout = number_check(float, "a number of seconds, more than 0", lambda v
 
 
 def check_reuse_port(value):
-    """Check the N of --reuse-port N, the number of this process.
+    """Check the N of --reuse-port N: the number of this process.
 
-    Other processes listen on the same port: SO_REUSEPORT, man 7 socket.
+    Several processes listen on one port (SO_REUSEPORT, man 7 socket).
     """
     if not LINUX or not hasattr(socket, "SO_REUSEPORT"):
         raise ValueError("needs Linux, which spreads connections over the processes on a port")
@@ -486,8 +487,8 @@ def format_value(value):
 #   state    the memory of the handler for one request or one connection. It is an ActiveRule,
 #            which is a Counter: a key that was never set has the value 0. The attributes:
 #              random            a random.Random. The same --seed gives the same random numbers
-#              request           the number of this request (or connection) at the proxy. The first
-#                                one after the rule was installed has the number 1
+#              request           the number of this request (or connection) at the proxy, counted
+#                                from 1 since the rule was installed
 #              request_number    the number of the current request in its connection
 #              stream            the stream of the rule: UPSTREAM, DOWNSTREAM or "both". The
 #                                handler receives only events of this direction
@@ -511,8 +512,8 @@ def format_value(value):
 #                                before, and when the options of the rule change
 #              EOF               the peer has closed or reset its connection
 #              END_OF_MESSAGE    with a protocol: the end of each request and reply
-#              END_OF_ROW        with a protocol: the end of each row of a reply. It comes only
-#                                while an installed rule has an option `rows` that is not 0
+#              END_OF_ROW        with a protocol: the end of each row of a reply. This signal comes
+#                                only while an installed rule has an option `rows` that is not 0
 #            A handler may also yield the signal RESET
 #   *, ...   the options. The type of an option (bool, int, float or str) is the type of its
 #            default. The help of an option is a line of the docstring
@@ -548,11 +549,11 @@ def with_attributes(**attributes: "Any") -> "Callable[[Function], Function]":
     choose_direction    set by the decorator only_direction
     changes_replies     set by the decorator changes_replies
     rate_limited        set by the decorator rate_limited
-    keeps_due_time      True: state[to] is a time before which the handler lets no chunk pass. If
-                        another rule is removed, the data that it delayed is released.
-                        Chain.reset_due_times then makes state[to] earlier
-    on_dropped          a function (rule, to, size). It is called for each chunk that is dropped
-                        after the handler has delayed it
+    keeps_due_time      True: state[to] is a time before which the handler lets no chunk pass.
+                        When another rule is removed, its delayed data is released, and
+                        Chain.reset_due_times makes state[to] earlier
+    on_dropped          a function (rule, to, size) to call when a chunk is dropped that the
+                        handler has delayed
     """
     def decorate(function):
         for name, value in attributes.items():
@@ -704,7 +705,7 @@ def cut(state, t, to, data, *, bytes=0, rows=0, how="close"):
         state["request"] = state.request_number
     if data is END_OF_ROW:
         state["rows"] += 1
-    if not data or state["rows"] < rows:
+    if not data or state["rows"] < rows:        # signals and whole rows pass
         yield t, to, data
         return
     # state["passed"] is the number of bytes that have passed after the whole rows.
@@ -715,18 +716,21 @@ def cut(state, t, to, data, *, bytes=0, rows=0, how="close"):
         yield t, to, passing
     if rest and how == "hang":
         yield NEVER, to, rest
-    elif rest and not state["cut"]:
+    elif rest and not state["cut"]:     # after the cut, bytes are dropped
         state["cut"] = 1
-        yield from [(t, to, RESET)] if how == "reset" else close_both(t)
+        if how == "reset":
+            yield t, to, RESET
+        else:
+            yield from close_both(t)
 
 
-# The handlers from here on are like Toxiproxy's toxics. Those of Toxiproxy's own toxics have the
-# same names, options and units. When a handler acts depends on where it is used:
+# The handlers from here on work like Toxiproxy's toxics. If Toxiproxy has a toxic of the same
+# name, the options and units are the same, too. Toxics and behaviors have different defaults:
 #
-#   as a toxic        it is drawn for each connection, and gets the downstream events
-#   in a behavior     it is drawn for each request, and gets the events of both directions
+#   as a toxic        a handler is drawn for each connection, and gets the downstream events
+#   in a behavior     a handler is drawn for each request, and gets the events of both directions
 
-HANDLERS["noop"] = dummy
+HANDLERS["noop"] = dummy        # Toxiproxy's name
 
 
 def pareto_deviation(rng):
@@ -791,13 +795,13 @@ def bandwidth(state, t, to, data, *, rate=0, shared=False):
     """
     # state[to] is the time when the link has sent all chunks of this connection so far.
     # state.shared[to] is this time for the chunks of all connections. On a shared link, a chunk
-    # gets its place in line when the proxy receives it. So a chunk that another rule delays does
-    # not make other connections wait. The price: if several of these delayed chunks become due
-    # at one time, they exceed the rate for a moment.
+    # gets its place in line when the proxy receives the chunk. So if another rule delays the
+    # chunk, other connections do not wait for it. The price: if several delayed chunks become
+    # due at one time, they exceed the rate for a moment.
     if data is OPEN:
         state[to] = t
-    # So that bytes arrive evenly, the link sends each piece in 10 ms. On a slow link, a piece is
-    # one packet, or the bytes of 100 ms if these are fewer.
+    # Pieces let the bytes arrive evenly. A piece has rate * 10 bytes, which take 10 ms. On a slow
+    # link, a piece is one packet, or has the bytes of 100 ms if these are fewer.
     piece_size = int(max(rate * 10, min(rate * 100, SEGMENT)))
     for piece in split_chunk(data, piece_size):
         if piece:
@@ -835,7 +839,9 @@ def slow_close(state, t, to, data, *, delay=0):
 
     delay    milliseconds to wait
     """
-    yield t + delay / 1000 if data is EOF else t, to, data
+    if data is EOF:
+        t += delay / 1000
+    yield t, to, data
 
 
 @handler
@@ -885,8 +891,8 @@ def limit_data(state, t, to, data, *, bytes=0):
         yield from close_both(t)
 
 
-# Linux waits for an acknowledgement for a round trip and RTO_MIN. After each further time-out it
-# doubles this time, up to RTO_MAX. (RTO: retransmission time-out, in seconds)
+# Linux waits for an acknowledgement for a round trip plus RTO_MIN seconds. With each further
+# time-out the wait doubles, until it is RTO_MAX. (RTO: retransmission time-out)
 RTO_MIN, RTO_MAX = 0.2, 120.0
 RETRANSMISSIONS = 15    # of one segment, at most: the default of Linux (man 7 tcp, tcp_retries2)
 BURST_MAX = 100         # segments that are lost in a row, on average, at most
@@ -910,9 +916,9 @@ class TcpSender:
     start, each acknowledgement raises cwnd by 1. From ssthresh on, cwnd grows by 1 in each round
     trip. A loss reduces cwnd.
 
-    In a bulk transfer, cwnd is reduced as soon as a segment is lost. A real sender learns of the
-    loss a round trip later. With this deviation the throughput is nearer to that of Linux, as a
-    fraction of the formula of Mathis:
+    In a bulk transfer, this class reduces cwnd as soon as a segment is lost. A real sender learns
+    of the loss a round trip later. With this deviation the throughput is nearer to that of Linux.
+    The throughput, as a fraction of the formula of Mathis (see packet_loss):
 
         Linux, measured               0.82 to 0.94
         with the deviation            0.82 to 0.92
@@ -933,10 +939,10 @@ class TcpSender:
         """Send a segment that is ready at t. Returns the time when the segment arrives.
 
         behind     the number of segments of the same chunk that follow
-        is_bulk    whether more chunks follow. If not, the segments behind leave before a sender
-                   can learn of this loss, so `send` reduces cwnd later
+        is_bulk    True if more chunks follow. Then a loss reduces cwnd at once. Otherwise `send`
+                   reduces cwnd, after the segments that follow in this chunk
 
-        A lost segment arrives when a retransmission arrives.
+        A lost segment arrives when its retransmission arrives.
         """
         sent, delay = self.send(t), 0
         if self.loses(path):
@@ -962,7 +968,7 @@ class TcpSender:
             if may_grow and self.cwnd < CWND_MAX:
                 self.cwnd += 1 if self.cwnd < self.ssthresh else 1 / self.cwnd
             now = max(now, in_flight.popleft())
-            if now > self.sent:     # all segments that left with a lost segment have left
+            if now > self.sent:     # later than the segments that left with a lost segment
                 self.reduce_cwnd()
         self.sent = now
         return now
@@ -1286,7 +1292,7 @@ def check_option(name, option, value):
     option    the name of the option
     value     a text or a JSON value
 
-    Raises ValueError with the end of a sentence. The beginning of the sentence is the option.
+    Raises ValueError with the end of a sentence, which the caller begins with the option's name.
     """
     function = get_handler(name)
     defaults = handler_options(function)
@@ -1337,7 +1343,7 @@ RULE_FIELDS = OrderedDict((name, Field(*others)) for name, *others in [
      "number of requests to act on at most, of all clients together; 0 is no limit"),
     ("of", check_count, 0, "with times: act on the first `times` of every `of` requests"),
     ("start", check_seconds, 0.0,
-     "time until the rule begins to act: seconds, or like 90s, 5m, 1h, 500ms"),
+     "seconds, or a time like 90s, 5m, 1h or 500ms, until the rule begins to act"),
     ("duration", check_seconds, 0.0, "seconds from start until the rule stops; 0 is no limit"),
     ("every", check_seconds, 0.0, "seconds after which start and duration repeat; 0 is never"),
     ("ramp", check_seconds, 0.0, "seconds in which the percentage rises from 0 to its value"),
@@ -1365,7 +1371,7 @@ def load_handler(name, path):
     module_name, _, attribute = path.rpartition(".")
     with contextlib.suppress(OSError):      # the working directory may have been removed
         if os.getcwd() not in sys.path and "" not in sys.path:
-            sys.path.insert(0, os.getcwd())     # for the installed command `vaurien`
+            sys.path.insert(0, os.getcwd())     # missing in the installed command `vaurien`
     try:
         function = getattr(importlib.import_module(module_name), attribute)
     except (Exception, SystemExit) as exc:      # the user's module may raise anything
@@ -1382,7 +1388,8 @@ def local_handler(handler):
 
     handler    a name, a dotted path, or the handler itself
 
-    Raises ValueError. The caller runs in the process of the proxy.
+    Raises ValueError. This is only for a proxy of this process: to another process, a client can
+    send the name of a handler, but not the handler.
     """
     if isinstance(handler, str):
         if handler not in HANDLERS and "." in handler:
@@ -1411,7 +1418,7 @@ def check_handler(path, function):
             if isinstance(function, type):
                 raise TypeError("it is a class that does not inherit from BaseHandler")
             signature = inspect.signature(function)
-            signature.bind(None, None, None, None)      # raises TypeError if they do not fit
+            signature.bind(None, None, None, None)      # TypeError if these do not fit
             for parameter in list(signature.parameters.values())[4:]:
                 if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
                     raise TypeError("%r is no option, because it comes before the *"
@@ -3296,8 +3303,8 @@ def check_protocol(text):
 # state of a rule that acts. The last functions of the section make rules from texts and from JSON
 # objects. This section uses no connections and no sockets.
 
-PERCENT_SUM_MAX = 100.000001        # percent. Rounding makes the sum 33.3 * 3 + 0.1 exceed 100
-DRAW_TO_PERCENT = 100 / 2 ** 64     # a drawn number has 64 bits. Times this, it is a percentage
+PERCENT_SUM_MAX = 100.000001        # percentages that add up to 100 may exceed 100 by rounding
+DRAW_TO_PERCENT = 100 / 2 ** 64     # a drawn number (64 bits) * DRAW_TO_PERCENT is a percentage
 DRAW_BATCH = struct.Struct(">8Q")   # one blake2b hash (64 bytes) has 8 numbers of 64 bits
 
 
@@ -3329,7 +3336,7 @@ class Scheduled:
     start = duration = every = ramp = ttl = 0.0     # seconds, as in RULE_FIELDS. 0 has no effect
     since: "Any" = None     # the time when begin_schedule was called
     expires = NEVER         # the end of the ttl
-    moment: Moment          # the current one, which a proxy that is open keeps up to date
+    moment: Moment          # the current Moment. A proxy updates it while the proxy is open
 
     def __init__(self, **fields):       # each field becomes an attribute
         for name, value in fields.items():
@@ -3355,7 +3362,7 @@ class Scheduled:
         self.expires = now + self.ttl if self.ttl else NEVER
 
     def set_active(self, active):
-        """Set a first Moment, until the proxy sets that of the schedule."""
+        """Set a Moment that stays until the proxy sets the first Moment of the schedule."""
         self.set_moment(Moment(active, 1.0, NEVER, NEVER))
 
     def set_moment(self, moment):
@@ -3364,13 +3371,15 @@ class Scheduled:
 
     def moment_at(self, now):
         """Return the Moment of the time `now`, which is not before `since`."""
-        begin, next_begin = self.since + self.start, NEVER      # of the current or first window
-        if self.every and now >= begin:
+        begin = self.since + self.start         # of the first window
+        next_begin = NEVER
+        if self.every and now >= begin:         # of the newest window, and of the next window
             count = count_periods(begin, self.every, now)
             begin, next_begin = begin + self.every * count, begin + self.every * (count + 1)
         if now < begin:
             return Moment(False, 0.0, begin, begin)
-        # Without a ramp, windows without a gap between them are one window.
+        # If each window begins at the end of the window before it, they are one endless window.
+        # A ramp must rise again in each window.
         endless = not self.duration or (self.duration == self.every and not self.ramp)
         end = NEVER if endless else begin + self.duration
         if now >= end:
@@ -3397,8 +3406,8 @@ class Scheduled:
 
         to_unix    a function that converts a time of the loop's clock to seconds since 1970
 
-        "active" tells whether a window is open. "until" is the time when this changes, or the end
-        of the ttl, or None if neither will come.
+        "active" is True in a window. "until" is the time when "active" changes, or the end of the
+        ttl if that is earlier, or None if there is neither.
         """
         if not self.has_schedule():
             return {}
@@ -3438,11 +3447,11 @@ class SearchLimit:
     """A time limit for the searches in the body of `with SEARCH_LIMIT:`, in the main thread only.
 
     With an expression like (a+)+b, the time of a search doubles with each character. During a
-    search, the module `re` holds the GIL, so no other thread runs, and none could end the search.
-    But in the main thread, `re` handles OS signals during a search. If a signal handler raises an
+    search, the module `re` holds the GIL, so no other thread runs or could end the search. But in
+    the main thread, `re` handles OS signals during a search. If a signal handler raises an
     exception, the search ends. So a timer of the kernel sends a signal when a search takes too
-    long. To refuse slow expressions would need a test for them. Nested repeats are no such test:
-    some are harmless, and a*a*a*a*b is slow without them.
+    long. Slow expressions cannot be refused instead, because they are hard to recognise: many with
+    nested repeats are fast, and a*a*a*a*b is slow without nested repeats.
 
     The timer counts CPU time, so that a search does not end because the machine is busy. In other
     threads, the searches have no limit. So the proxy in the process of a test may hang in a
@@ -3459,6 +3468,7 @@ class SearchLimit:
             self.active = True
 
     def on_signal(self, *_):
+        """End the search. A signal that comes after the search has no effect."""
         if self.searching:
             raise SearchTimeout
 
@@ -3579,7 +3589,7 @@ class Rule(Scheduled):
         self.set_moment(self.moment)        # computes acting_max
 
     def sleeps(self):
-        """Return whether the rule is outside of its windows, or at the begin of a ramp."""
+        """Return whether the rule is outside of its windows, or a ramp is at 0 still."""
         return self.moment.share == 0
 
     def own_fields(self):
@@ -3588,7 +3598,7 @@ class Rule(Scheduled):
         Callers write the percentage, and the stream of a toxic, separately. So these are missing.
         """
         defaults = FIELD_DEFAULTS
-        if self.toxic:          # its own stream as the default leaves the stream out
+        if self.toxic:          # the stream never differs from these defaults
             defaults = OrderedDict(defaults, **dict(Toxic.DEFAULTS, stream=self.stream))
         return OrderedDict((field, self.field_to_json(field))
                            for field, default in defaults.items()
@@ -3600,7 +3610,7 @@ class Rule(Scheduled):
         return value.pattern.decode() if field == "match" and value else value
 
     def describe_handler(self, drawn_options=None):
-        """Return text: the handler, its options, and the rule fields that have no default value.
+        """Return text: the handler, its options, and the fields that differ from their defaults.
 
         drawn_options    {option: value}, which replace options of the rule: see ActiveRule
         """
@@ -3623,7 +3633,9 @@ class Rule(Scheduled):
         drawn_options    as in describe_handler
         """
         text = self.describe_handler(drawn_options)
-        return "%s toxic=%s stream=%s" % (text, self.toxic, self.stream) if self.toxic else text
+        if self.toxic:
+            text += " toxic=%s stream=%s" % (self.toxic, self.stream)
+        return text
 
     def to_json(self):
         """Return options and fields as one flat dict, in the form that `read_rules` accepts."""
@@ -3657,8 +3669,9 @@ class ActiveRule(Counter):
 
     request_number = 0
     received_at = 0.0
-    protocol = current_request = generator = None
+    protocol = current_request = None
     protocol_lost = False
+    generator = None                    # the value of `random`, after its first use
     drawn_options: dict = {}            # {option: value}, set by a handler that draws the value
 
     def __init__(self, rule, request, draw=0, acts=True, match_buffer=None):
@@ -3674,7 +3687,7 @@ class ActiveRule(Counter):
 
     @property
     def random(self):
-        """The random.Random of this state. Most handlers never use it, so it is made here."""
+        """The random.Random of this state, made at its first use: most handlers need none."""
         if self.generator is None:
             self.generator = random.Random(self.draw)
         return self.generator
@@ -3752,7 +3765,7 @@ class RuleSet:
     The fields `after` and `times` and the options `warmup` and `agitate` count the requests of
     all connections, in the order of arrival. Counts for each connection would be useless to
     clients that open a connection for each request. The price: if several clients send at the
-    same time, their timing decides which requests these fields select.
+    same time, their timing decides which requests are selected.
     """
 
     def __init__(self, seed, proxy_name):
@@ -3781,8 +3794,8 @@ class RuleSet:
         """Return the drawn numbers of 8 successive requests: a tuple of 8 ints of 64 bits.
 
         connection    the number of the connection
-        batch         the number of a request in the connection // 8. The first batch has the
-                      number of the connection itself in place of a request 0
+        batch         the number of a request in the connection // 8. No request has the number
+                      0: the first number of batch 0 is for the connection itself
         """
         batch_hash = hash_prefix(self.seed, self.proxy_name, draw_key).copy()
         batch_hash.update(b"%d %d" % (connection, batch))
@@ -3800,13 +3813,14 @@ FaultKey = namedtuple("FaultKey", "proxy connection request rule")
 
 def fault_key(proxy, connection, request, rule_json):
     """Return the FaultKey of a rule that acts on a request."""
+    is_per_request = rule_json["per"] == "request"
     text = json.dumps({field: value for field, value in rule_json.items() if field != "percent"},
                       sort_keys=True)
-    return FaultKey(proxy, connection, request if rule_json["per"] == "request" else 0, text)
+    return FaultKey(proxy, connection, request if is_per_request else 0, text)
 
 
 class Replay:
-    """The faults that a Recorder has written. They replace the draws of all rules.
+    """The faults that a Recorder has written. A Replay replaces the draws of all rules.
 
     A rule acts on a request, or a connection, if it has acted on that request or connection in
     the recorded run. The percentage, `match`, `after`, `times` and `of` have no effect. The rules
@@ -3996,7 +4010,7 @@ def check_accept(value):
 
 
 def split_accept(value):
-    """Return (mode, {field: value}) of a text or a JSON object. None of them are checked.
+    """Return (mode, {field: value}) of a text or a JSON object. The values are not checked.
 
     Raises ValueError for a text whose words are not NAME=VALUE.
     """
@@ -4067,11 +4081,11 @@ def parse_rule_words(words):
 
     words    the first is HANDLER, or HANDLER.NAME=VALUE; all others are NAME=VALUE
     """
-    handler_name, equals, value = words[0].partition("=")
+    target, equals, value = words[0].partition("=")
     if not equals:
-        return handler_name, parse_assignments(words[1:])
-    handler_name, dot, name = handler_name.rpartition(".")
-    if not (dot and handler_name):
+        return target, parse_assignments(words[1:])
+    handler_name, dot, name = target.rpartition(".")
+    if not dot or not handler_name:
         raise ValueError("%r must be HANDLER, or HANDLER.NAME=VALUE" % words[0])
     return handler_name, parse_assignments([name + "=" + value, *words[1:]])
 
@@ -4100,6 +4114,7 @@ def behavior_tables(behavior, options=None, resolve=lambda name: name):
         if isinstance(item, dict) and "name" in item:
             tables.append(dict(item, name=resolve(item["name"])))
         elif isinstance(item, (list, tuple)) and len(item) == 2 and not isinstance(item[0], str):
+            # The first is no text: (handler, percent) is refused, because the order is wrong.
             percent, name = item[0], resolve(item[1])
             tables.append(dict((options or {}).get(name, {}), name=name, percent=percent))
         else:
@@ -4139,7 +4154,7 @@ def check_times(fields):
     elif every and every < duration:
         errors.append(("every", "every must be at least the duration of %g seconds, not %g"
                        % (duration, every)))
-    if of and not 0 < times <= of:
+    if of and (times == 0 or times > of):
         errors.append(("of", "of needs times, from 1 to %d: of=%d times=1 acts on one of %d "
                              "requests" % (of, of, of)))
     return errors
