@@ -7857,7 +7857,7 @@ class Connection:
             link.bulk_reads = 0
         if not size:
             self.release_pipe(pipe)
-            return link.eof
+            return link.eof             # on_recv_error has set it
         link.put_due(pipe)
         self.flush(link)
         if link.send_buffer or link.write_closed:
@@ -7980,6 +7980,7 @@ class Connection:
                                                   [*new, *changed, *begun]))
 
     def on_timer(self):
+        """Send the data that is due. Also give up a held head, if its time is over."""
         self.timer = None
         now = self.loop.clock()
         if self.chain.head_deadline > now:
