@@ -7510,7 +7510,7 @@ class Link(DelayQueue):
     """One direction of a connection: its two sockets and its delay queue."""
 
     __slots__ = ("source", "target", "watched", "fast_events", "bulk_reads", "recv_size", "asked",
-                 "next_measured")
+                 "measure_after")
 
     def __init__(self, to, budget, recv_size):
         DelayQueue.__init__(self, to, budget)       # faster than super()
@@ -7522,7 +7522,7 @@ class Link(DelayQueue):
         self.fast_events = 0    # the events for the fast path: EVENT_READ, or 0 if it is closed
         self.bulk_reads = 0 if HAVE_SPLICE else NO_SPLICE   # successive large reads
         # To measure latencies
-        self.next_measured = sys.maxsize    # upstream: after this many requests, one is measured
+        self.measure_after = sys.maxsize    # upstream: after this many requests, one is measured
         self.asked = 0.0        # downstream: when the request came that is being measured, or 0
 
     def put_due(self, data):
@@ -7600,7 +7600,7 @@ class Connection:
             self.chain = Chain(proxy.rules, number)
         self.up = Link(UPSTREAM, self.loop.budget, self.chain.recv_size(UPSTREAM))
         self.down = Link(DOWNSTREAM, self.loop.budget, self.chain.recv_size(DOWNSTREAM))
-        self.up.next_measured = proxy.latencies.skips()
+        self.up.measure_after = proxy.latencies.skips()
         # The two sockets; None before connect(), and when closed
         self.client = self.up.source = self.down.target = client
         self.backend = None
@@ -7672,8 +7672,8 @@ class Connection:
             self.on_eof(link)
             return
         if chain.last_direction is not link.to and (
-                chain.direction_changed(link.to) >= link.next_measured):
-            self.note_request()
+                chain.direction_changed(link.to) >= link.measure_after):
+            self.begin_measurement()
         data = loop.view[:size]
         if chain.protocol or chain.active_rules or not link.fast_events:
             data = self.filter(link, data)
@@ -7690,14 +7690,14 @@ class Connection:
         if link.asked or sent < len(data):
             self.on_part_sent(link, data[sent:])
 
-    def note_request(self):
+    def begin_measurement(self):
         """Measure the latency of a request that comes now, unless another one is measured."""
         if not self.down.asked:
             self.down.asked = self.loop.clock()
-            self.up.next_measured = self.chain.request_count + self.proxy.latencies.skips()
+            self.up.measure_after = self.chain.request_count + self.proxy.latencies.skips()
 
-    def note_reply(self):
-        """Note when the client has got the first byte of the reply to a measured request."""
+    def end_measurement(self):
+        """Note the latency: the client has got the first byte of the reply."""
         self.proxy.latencies.add(self.loop.clock(), self.down.asked)
         self.down.asked = 0.0
 
@@ -7810,7 +7810,7 @@ class Connection:
     def on_part_sent(self, link, unsent):
         """Note a reply whose latency is measured. Buffer the bytes that were not sent."""
         if link.asked:
-            self.note_reply()
+            self.end_measurement()
         if unsent:
             self.buffer_unsent(link, unsent)
 
@@ -8049,7 +8049,7 @@ class Connection:
                 else:
                     link.consume(target.send(data))
                     if link.asked:
-                        self.note_reply()
+                        self.end_measurement()
             except BlockingIOError:
                 return
             except OSError:
@@ -8158,19 +8158,19 @@ class Connection:
         received    bytes of TLS that have been received already
         """
         config, is_client = self.proxy.tls, link is self.up
-        context = (config.accept_context(self.client.getsockname()[0]) if is_client
-                   else config.connect_context())
-        name = None if is_client else config.server_name(self.proxy.backend[0])
+        if is_client:
+            other, name = self.down, None
+            context = config.accept_context(self.client.getsockname()[0])
+        else:
+            other, name = self.up, config.server_name(self.proxy.backend[0])
+            context = config.connect_context()
         if link.watched:
             self.loop.watch(link.source, 0)
             link.watched = 0
-        link.source = sock = TlsSocket(
+        link.source = other.target = TlsSocket(
             link.source, self.loop, functools.partial(self.on_tls_change, link),
             self.proxy.timeout, context, is_client, name, received)
-        if is_client:
-            self.client = self.down.target = sock
-        else:
-            self.backend = self.up.target = sock
+        self.client, self.backend = self.up.source, self.down.source
         self.up.fast_events = self.down.fast_events = 0
         self.up.bulk_reads = self.down.bulk_reads = NO_SPLICE
 
@@ -8265,19 +8265,18 @@ class Connection:
     def connect_next(self, reason):
         """Start to connect to the next address. `reason` says why the last one failed, or None."""
         while self.addresses:
-            family, sockaddr = self.addresses[0]
+            family, sockaddr = self.addresses.pop(0)
             try:
                 self.backend, pending = start_connect(family, sockaddr, self.loop.fd_limit)
             except OSError as error:
                 if error.errno in FD_EXHAUSTED:
                     Loop.fds_exhausted = True
+                    self.addresses.insert(0, (family, sockaddr))
                     self.set_deadline(self.loop.clock() + RETRY_DELAY, self.retry_connect)
                     return
                 if reason is None or not address_unavailable(error):
                     reason = error.strerror
-                del self.addresses[0]
                 continue
-            del self.addresses[0]
             self.down.source = self.backend
             if pending:
                 # Each address gets its share of the time, so that a silent one does not use
