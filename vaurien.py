@@ -10783,12 +10783,13 @@ def get_rules(request):
 
 
 def rules_to_json(proxy, rules):
-    """Return rules that share one draw in the form that `PUT /rules` accepts."""
+    """Return a list of rules, which share one draw, in the form that `PUT /rules` accepts."""
     rule_dicts, previous_max = [], 0.0
     for rule in rules:
         if rule.draw_min > previous_max:
             # No rule acts on a request whose draw is between previous_max and draw_min. In the
-            # result, a dummy has this range: `PUT /rules` gives each rule the next range.
+            # result, a dummy stands for this range: for `PUT /rules`, the range of a rule begins
+            # where that of the previous rule ends.
             rule_dicts.append({"name": "dummy", "percent": rule.draw_min - previous_max})
         rule_dicts.append(dict(rule.to_json(), **rule.times_to_json(proxy.to_unix)))
         previous_max = rule.draw_max
@@ -10945,7 +10946,7 @@ def set_backend(request):
     body, proxy, values = parse_json_object(request.body), request.proxy, {}
     errors = [(name, "%s is not known here: the only field is backend" % name)
               for name in sorted(set(body) - {"backend"})]
-    # str(): parse_backend has an error for any text, a number included.
+    # With str(), parse_backend refuses JSON values that are not text, like 80.
     check_into(values, errors, "backend", parse_backend, str(body.get("backend", "")))
     if errors:
         raise InputError(errors)
@@ -11069,8 +11070,8 @@ class Control:
         proxies_loop    the loop of the proxies
 
         The control server responds even while the proxies' loop is busy, because its own loop
-        runs in another thread. It responds even if connections of the proxies have used up their
-        descriptors, because it reserves some descriptors for itself.
+        runs in another thread. To respond even if the proxies' connections have used up their
+        descriptors, it reserves some descriptors for itself.
         """
         # The class is made here, because the import of http.server would slow down the start.
         self.request_handler_class = type(
@@ -11160,7 +11161,7 @@ class Control:
             raise ApiError(403, "header", "Sec-Fetch-Site", "cross-site request refused")
 
     def is_own_host(self, host):
-        """Return whether a Host header shows that a request is not of a DNS rebinding attack.
+        """Return whether the Host header of a request excludes a DNS rebinding attack.
 
         In such an attack, the header has a host name that the attacker has registered: see
         UNREBINDABLE. So these are safe: an IP address, one of `names`, a name without a dot, and
@@ -11519,7 +11520,7 @@ TOXIPROXY_TYPES = {
     "slicer": ("average_size", "size_variation", "delay"), "slow_close": ("delay",),
     "timeout": ("timeout",), "reset_peer": ("timeout",), "limit_data": ("bytes",),
     "packet_loss": ("loss_rate", "correlation")}
-UNRELEASED_TYPES = {"packet_loss"}      # only in Toxiproxy's main branch: clients lack them
+UNRELEASED_TYPES = {"packet_loss"}      # only on Toxiproxy's main branch: clients do not know it
 # {field of a proxy: type, or None if any type is possible}
 PROXY_FIELDS = OrderedDict((("name", str), ("listen", str), ("upstream", str),
                             ("enabled", bool), ("toxics", list), ("rules", list),
@@ -11542,7 +11543,7 @@ class ToxiproxyDialect(Dialect):
 
     head_as_get = False
     decode_errors = "replace"
-    # {location of an ApiError: body}. Toxiproxy's HTTP router sends these errors, not as JSON.
+    # {location of an ApiError: body of the response}. Toxiproxy's HTTP router sends no JSON.
     router_texts = {"path": "404 page not found\n", "method": ""}
 
     def render(self, result, status):
@@ -12646,12 +12647,12 @@ class Interface:
         """Return how often a handler has acted.
 
         name     the handler; by default, the faults of all handlers count
-        match    a regular expression. Only faults count whose fault record has a match in `text`,
-                 which is the beginning of the request: 80 characters at most
-        since    the number of a fault record: only later faults count. By default, faults count
-                 that were made in the innermost open `with` block of this handler. If there is no
-                 such block, faults count from the begin of the innermost open block of any
-                 handler. If no block is open, they count from the last reset
+        match    a regular expression. A fault counts if the field `text` of its record has a
+                 match. `text` is the beginning of the request, 80 characters at most
+        since    the number of a fault record: only later faults count. By default, faults in the
+                 innermost open `with` block of this handler count. If there is no such block,
+                 faults in the innermost open block of any handler count. If no block is open,
+                 faults after the last reset count
         """
         since, matches = self._selection(name, since, match)
         return len(list(filter(matches, self.events(since))))
@@ -13392,8 +13393,8 @@ def start_proxy(host: str = "localhost", port: int = 8888, http: bool = True, wa
     `http_port` are the ports that were picked. Raises RuntimeError, with the error of the proxy,
     if the proxy cannot start.
 
-    The proxy runs until `stop_proxy` is called or this process ends. It ends even if this
-    process is killed.
+    The proxy runs until `stop_proxy` is called or this process ends. If this process is killed,
+    the proxy ends, too.
     """
     backend = format_address((backend_host or host, int(backend_port or port)))
     if isinstance(options, str):
