@@ -5859,7 +5859,8 @@ HAVE_SPLICE = hasattr(os, "splice")     # Linux, with Python 3.10 or newer
 F_SETPIPE_SZ = 1031                     # of linux/fcntl.h; in the module fcntl since Python 3.10
 SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27     # of asm-generic/socket.h
 BPF_RET = 0x06                          # of linux/bpf_common.h
-FD_EXHAUSTED = {errno.EMFILE, errno.ENFILE}     # of this process, of the system
+# After these errors, the process or the whole system has no file descriptors left.
+FD_EXHAUSTED = {errno.EMFILE, errno.ENFILE}
 # After these errors of splice, a link uses recv instead: there is no data, or this system or
 # this socket does not support splice.
 SPLICE_UNAVAILABLE = {errno.EAGAIN, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EBADF}
@@ -6040,7 +6041,7 @@ def reached_addresses(address):
     """
     reached = set()
     for _, (host, port, *_) in resolve_numeric(address):
-        host = re.sub("^::ffff:(?=.*[.])", "", host)
+        host = re.sub("^::ffff:(?=.*[.])", "", host)    # 127.0.0.1 for ::ffff:127.0.0.1
         reached.add((LOOPBACK_OF.get(host, host), port))
     return reached
 
@@ -6144,7 +6145,7 @@ class Listener:
     With reuse_port, other processes listen on the port too, and the kernel spreads new connects
     over the listening sockets. A listener with the mode refuse leaves all connects to the other
     processes. A listener with the mode drop discards its share of the connects with a packet
-    filter. It has no fillers, because these could reach the other processes.
+    filter. Fillers are no solution, because the kernel could connect a filler to another process.
     """
 
     last_warning = -RETRY_DELAY     # when any listener last warned that it cannot accept
@@ -6323,10 +6324,9 @@ class Listener:
         self.burst = min(ACCEPT_BURST, 1.25 * burst)
 
     def accept_one(self, sock):
-        """Accept a connection. Returns False if the caller should stop for now.
+        """Accept a connection. Returns False if no connection can be accepted now.
 
-        The reason may be that no connection waits, or that no resources are left for one. In
-        the second case, accepting pauses.
+        Either no connection waits, or no resources are left. In the second case, calls `pause`.
         """
         reason = self.loop.capacity_error()
         if reason:
@@ -6361,7 +6361,7 @@ class Listener:
         return True
 
     def pause(self, sock, reason):
-        """Stop accepting for RETRY_DELAY. Logs the reason, at most once in this time.
+        """Stop accepting for RETRY_DELAY. Logs the reason, at most once in RETRY_DELAY.
 
         After ACCEPT_TIMEOUT without an accepted client, resets the clients that wait. Two
         proxies may be the backends of each other. The open connections of such a proxy wait for
@@ -6481,8 +6481,10 @@ def try_listen(local, reuse_port=None):
     follow are not tried. Returns (sockets, error): error is the last CannotListen, or None.
     """
     host, port = local
+    if is_wildcard(host):
+        host = ""                           # for both wildcard addresses
     try:
-        addresses = resolve(("" if is_wildcard(host) else host, port), WILDCARD)
+        addresses = resolve((host, port), WILDCARD)
     except OSError as exc:
         return [], CannotListen(exc, local)
     sockets, error = [], None
@@ -6511,7 +6513,7 @@ LINGER_ZERO = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)      # a stru
 
 
 def reset_on_close(sock):
-    """Let close() send RST instead of FIN: SO_LINGER with a time of 0 (man 7 socket)."""
+    """Let close() send RST instead of FIN, by SO_LINGER with a time of 0 (man 7 socket)."""
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_ZERO)
     except OSError:                         # the socket has failed already
@@ -6640,8 +6642,8 @@ def start_connect(family, address, fd_limit):
         set_stream_options(sock)
         error = sock.connect_ex(address)
         if error == errno.EINPROGRESS and LINUX:
-            # If the backend runs on this machine, the handshake is complete already, although
-            # the first call does not say so. The second call then returns 0.
+            # If the backend runs on this machine, the first call has completed the handshake,
+            # but returns EINPROGRESS nevertheless. Only the second call returns 0.
             error = sock.connect_ex(address)
         if not error:
             error = self_connect_error(sock, address)
@@ -6694,9 +6696,9 @@ def socket_strerror(error):
 #
 # This section makes certificates without a package or a program. The keys are of the elliptic
 # curve P-256, the signatures are ECDSA with SHA-256 (FIPS 186-4), and the encoding is DER
-# (X.690). The time of the arithmetic depends on the keys, which an attacker could measure.
-# Therefore the keys are for tests only. They exist only in the memory of this process, except
-# while SSLContext.load_cert_chain reads them from a temporary file.
+# (X.690). The duration of the arithmetic depends on the keys, and an attacker could measure the
+# duration. Therefore the keys are for tests only. A key exists only in the memory of this
+# process, except while SSLContext.load_cert_chain reads the key from a temporary file.
 
 # {fault of a certificate: the arguments with which Authority.issue makes the fault}
 CERTIFICATE_FAULTS: "OrderedDict[str, Dict[str, Any]]" = OrderedDict((
@@ -6760,7 +6762,7 @@ TRUE = b"\1\1\xff"
 
 
 def der(tag, *parts):
-    """Return a value in DER. Its content is the joined parts."""
+    """Return a value in DER, whose content is the joined parts."""
     body = b"".join(parts)
     size = len(body)
     if size < 128:
@@ -6772,7 +6774,7 @@ def der(tag, *parts):
 
 
 def der_int(number):
-    """Return a positive number in DER. Its first bit is 0, because 1 is the sign."""
+    """Return a positive number in DER. A first bit of 1 would mean a negative number."""
     return der(INTEGER, number.to_bytes(number.bit_length() // 8 + 1, "big"))
 
 
@@ -6806,7 +6808,7 @@ def der_name(common_name):
 
 
 def der_extension(oid, value, *critical):
-    """Return an X.509 extension in DER. `critical` is TRUE for a critical one, or missing."""
+    """Return an X.509 extension in DER. Peers may ignore it, unless `critical` is TRUE."""
     return der(SEQUENCE, der_oid(oid), *critical, der(OCTET_STRING, value))
 
 
@@ -6831,7 +6833,7 @@ def make_certificate(subject, issuer, hosts=(), days=(-1, 3650)):
     days               first and last day of validity, counted from now
     """
     (name, _, public), (issuer_name, issuer_key, issuer_public) = subject, issuer
-    serial_number = secrets.randbits(120) | 1 << 119
+    serial_number = secrets.randbits(119) + 2 ** 119        # 120 bits, of which the first is 1
     algorithm = der(SEQUENCE, der_oid(ECDSA_SHA256_OID))
     times = [time.strftime("%y%m%d%H%M%SZ", time.gmtime(time.time() + day * 86400)).encode()
              for day in days]
@@ -6917,7 +6919,8 @@ class Authority:
         days         first and last day of validity, counted from now
         signed_by    "CA", "another CA", or "itself"
 
-        A certificate for a loopback address is also for the other one and for localhost.
+        A certificate for a loopback address is also valid for localhost and for the other
+        loopback address.
         """
         with self.lock:
             _, key, public = self.identity("host")      # all hosts share one key
@@ -7010,8 +7013,7 @@ class TlsConfig:
         self.accepts = "cert" in self.fields or "fault" in self.fields
         cert = self.fields.get("cert", "auto")
         self.cert_file = "" if cert == "auto" else cert
-        # Both functions keep the contexts that they have made. (lru_cache as a decorator would
-        # keep the TlsConfig, too.)
+        # The two caches of contexts belong to this object: both are deleted together with it.
         self.cached_context = functools.lru_cache(NAMES_MAX)(self.make_accept_context)
         self.connect_context = functools.lru_cache(1)(self.make_connect_context)
         try:
@@ -7172,7 +7174,8 @@ def limit_version(context, max_version):
         for version in TLS_VERSIONS[TLS_VERSIONS.index(max_version) + 1:]:
             suffix = version.replace(".0", "").replace(".", "_")    # "1" or "1_1"
             context.options |= getattr(ssl, "OP_NO_TLSv" + suffix)
-        if max_version in ("1.0", "1.1"):       # OpenSSL needs the security level 0 for these
+        if max_version in ("1.0", "1.1"):
+            # OpenSSL permits these old versions only with the security level 0.
             context.set_ciphers("ALL:@SECLEVEL=0")
             if hasattr(ssl, "TLSVersion"):      # since Python 3.7
                 context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
@@ -7251,6 +7254,7 @@ class TlsSocket:
 
     def note_change(self):
         """Let the loop call on_change() soon."""
+        # A timer loses its callback when it is due or cancelled.
         is_pending = self.change_timer and self.change_timer[CALLBACK]
         if not is_pending:
             self.change_timer = self.loop.call_at(self.loop.clock(), self.on_change)
@@ -7334,15 +7338,15 @@ class TlsSocket:
         Returns the number of decrypted bytes, or 0 at the end of the stream. Raises OSError like
         a socket, and after an alert.
         """
-        has_ciphertext, self.readable = self.readable, False
+        was_readable, self.readable = self.readable, False
         count = 0
         if not self.error and not self.ended:
-            if not has_ciphertext:
+            if not was_readable:            # after the handshake, ciphertext may have come already
                 ciphertext = self.sock.recv(min(size, self.RECV_MAX))
                 self.incoming.write(ciphertext)
-                self.lacks_close_notify = not ciphertext    # decrypt() may find close_notify
+                self.lacks_close_notify = not ciphertext    # until decrypt() finds close_notify
             count = self.decrypt(memoryview(buffer))
-            self.push_quietly()             # the reply to a KeyUpdate, or an alert
+            self.push_quietly()             # OpenSSL may have made a reply or an alert
         if count:
             self.readable = self.ended or bool(self.error)      # the next call reports this
             if self.readable:
@@ -7366,14 +7370,14 @@ class TlsSocket:
                     break
                 count += size
         except ssl.SSLWantReadError:        # no complete record is left
-            self.ended = self.lacks_close_notify
+            self.ended = self.lacks_close_notify        # after FIN, no record can follow
             return count
         except ssl.SSLZeroReturnError:      # close_notify, if this side has sent its own before
             pass
         except OSError as error:            # an alert, or bytes that are not of TLS
             self.error = tls_error_text(error)
             return count
-        self.ended, self.lacks_close_notify = True, False
+        self.ended, self.lacks_close_notify = True, False       # after close_notify
         return count
 
     def send(self, data):
@@ -7412,7 +7416,7 @@ class TlsSocket:
                 sent = self.sock.send(self.unsent)
             except BlockingIOError:
                 if not self.awaits_write:
-                    self.note_change()
+                    self.note_change()      # the owner then calls interest()
                 return False
             self.unsent = self.unsent[sent:] or self.outgoing.read()
         return True
@@ -7429,7 +7433,7 @@ class TlsSocket:
         if self.readable and not self.ended:
             return                  # unwrap() fails at unread bytes; recv_into() pushes again
         self.notified = True
-        # unwrap() encrypts close_notify first. It raises if that of the peer has not come yet.
+        # unwrap() encrypts close_notify. Then it raises if the peer has sent no close_notify yet.
         with contextlib.suppress(OSError, ValueError):
             self.engine.unwrap()
 
@@ -8564,7 +8568,7 @@ class Recorder:
         self.thread = None              # the LogThread that writes, while the file is open
 
     def open(self):
-        """Open the file. If it was open before, further faults are appended. Raises OSError."""
+        """Open the file. After the first time, new faults are appended. Raises OSError."""
         if self.thread:
             return
         try:
@@ -8629,7 +8633,7 @@ if MYPY:
         client: str
         request: int
         handler: str
-        options: "Dict[str, OptionValue]"   # of the handler, and the values that it has drawn
+        options: "Dict[str, OptionValue]"   # options of the handler, and values that it has drawn
         toxic: "Optional[str]" = None       # the name of the rule's toxic, if any
         block: "Optional[int]" = None       # the number of the rule's Block, if any
         change: "Optional[str]" = None      # a key of CHANGES if the schedule has changed the
@@ -8697,8 +8701,10 @@ class Latencies:
         """Return {name: seconds}, or {} if no sample is of the last LATENCY_AGE_MAX seconds."""
         latencies = sorted(replied - asked for replied, asked in self.samples
                            if replied >= now - LATENCY_AGE_MAX)
+        if not latencies:
+            return OrderedDict()
         return OrderedDict((name, latencies[math.ceil(len(latencies) * share) - 1])
-                           for name, share in QUANTILES.items() if latencies)
+                           for name, share in QUANTILES.items())
 
 
 class ProxyServer:
@@ -8730,15 +8736,13 @@ class ProxyServer:
         self.check_port(local)
         self.local = local
         self.listen = format_address(local)         # as text; set_listener() sets the real port
-        self.enabled = enabled
         self.accept = accept or Accept()
-        self.max_connections = max_connections
-        self.timeout = timeout
+        self.enabled, self.max_connections, self.timeout = enabled, max_connections, timeout
         self.seed = random.SystemRandom().getrandbits(32) if seed is None else seed
         # Processes that share a port need different draws. The first draws like a single process.
         self.rules = RuleSet(self.seed if reuse_port in (None, 1)
                              else "%d/%d" % (self.seed, reuse_port), name)
-        # Check all options, because the behavior may not name all of these handlers.
+        # Check the options of each handler here: the behavior may lack some of these handlers.
         read_rules([dict(values, name=handler, percent=0)
                     for handler, values in (options or {}).items()])
         self.blocks_begun = 0               # the number of the last Block
@@ -8748,12 +8752,12 @@ class ProxyServer:
         self.rule_timer = None              # for the next change of a rule by its schedule
         self.listener = None                # None while disabled
         self.set_backend(distant)
-        self.connections = {}               # {number: Connection}, the open ones
+        self.connections = {}               # {number: Connection} of the open connections
         self.accepted = 0                   # number of clients, including refused clients
         self.refused = 0                    # number of clients beyond max_connections
         self.open_refused = set()           # numbers of the open connections of refused clients
-        self.faults = Counter()             # {handler: requests or connections it acted on}
-        self.kinds = Counter()              # {(handler, kind): faults of the handler and kind}
+        self.faults = Counter()             # {handler: number of its faults}
+        self.kinds = Counter()              # {(handler, kind): number of these faults}
         self.failures = 0                   # connections for which the backend was not reached
         self.closed_bytes = [0, 0, 0, 0]    # of closed connections: see Connection.add_bytes
         self.fault_records = deque(maxlen=FAULT_RECORDS_KEPT)
@@ -8837,7 +8841,7 @@ class ProxyServer:
             with contextlib.suppress(CannotListen):
                 self.apply_accept()
             raise
-        # Setting the same mode again changes something only if it has times, which start again.
+        # The same mode, set again, is a change only if it has times, because these start again.
         if accept.to_text() != before.to_text() or accept.fields:
             log.info("%saccept: %s", self.log_prefix, accept.to_text())
         self.begin_schedules()
@@ -8867,7 +8871,8 @@ class ProxyServer:
         self.accepted += 1
         connection = self.connections[self.accepted] = Connection(
             self, self.accepted, client, peer)
-        if not self.max_connections or self.served_count() <= self.max_connections:
+        is_beyond_limit = self.max_connections and self.served_count() > self.max_connections
+        if not is_beyond_limit:
             connection.start()
             return
         self.refused += 1
@@ -8943,8 +8948,8 @@ class ProxyServer:
     def resolve_backend(self, on_resolved):
         """Resolve the backend's name in a thread, then call on_resolved(addresses, error).
 
-        Either addresses or error is None. Clients that wait at the same time share one lookup;
-        a later client starts another one.
+        Either addresses or error is None. Clients that wait at the same time share one lookup.
+        A client that comes after the end of a lookup starts another lookup.
         """
         backend = self.backend
         waiting = self.lookups.setdefault(backend, [])
@@ -9070,7 +9075,7 @@ class ProxyServer:
                 toxics_after.append(toxic)
                 continue
             toxics_after.append(old)
-            if old is not toxic:        # a caller may repeat a current toxic: its ttl goes on
+            if old is not toxic:        # if the caller gives the current object, its ttl continues
                 old.rule.ttl = toxic.rule.ttl
                 old.rule.renew_ttl(self.loop.clock())
             if (old.toxicity, old.attributes) != (toxic.toxicity, toxic.attributes):
@@ -9112,7 +9117,7 @@ class ProxyServer:
         """Apply a change of the rules to the open connections: see Connection.rules_changed."""
         for rule in [*removed, *changed]:
             # All data that the rule delays is released. So a link that the connections share
-            # becomes idle: remove the times at which it would have been idle.
+            # becomes idle now: remove the later times at which the link would become idle.
             rule.shared.pop(UPSTREAM, None)
             rule.shared.pop(DOWNSTREAM, None)
         for connection in list(self.connections.values()):
@@ -9208,9 +9213,10 @@ class ProxyServer:
                 self.check_rule(rule)
                 self.create_instance(rule)
         self.behavior, self.blocks, self.toxics = behavior, blocks, toxics
-        rules = [*itertools.chain(*self.acting_rules()), *(toxic.rule for toxic in toxics)]
-        self.rules.install(rules)
-        self.has_blocking = any(rule.blocking for rule in rules)
+        acting = itertools.chain.from_iterable(self.acting_rules())
+        installed = [*acting, *(toxic.rule for toxic in toxics)]
+        self.rules.install(installed)
+        self.has_blocking = any(rule.blocking for rule in installed)
 
     def create_instance(self, rule):
         """Create the object of a blocking handler, if the rule has none. Raises InputError."""
@@ -9634,7 +9640,7 @@ class Statsd:
         self.last_values = {}       # {(proxy, name): value} as sent last
 
     def bind(self):
-        """Do nothing. Other services bind their ports here, but this one has none."""
+        """Do nothing. Other services bind their ports here, but this service has no port."""
 
     def open(self, loop):
         """Start to connect to the server."""
