@@ -22,10 +22,10 @@ The path of a chunk (the bytes that one recv has returned):
                      +-----------------------------------------------------------+
     Loop: wakes for ready sockets, for the next due chunk, and for calls of other threads
 
-A handler is a function. It receives one event, which includes the time, and yields the events
-that take its place. A handler never blocks, reads no clock and uses no socket.
+A handler is a function that receives one event, which includes the time, and yields the events
+that take the place of this event. A handler never blocks, reads no clock and uses no socket.
 
-Each section uses only the sections above it. `grep -n '^# -- ' vaurien.py` lists them:
+Each section uses only the sections above it. `grep -n '^# -- ' vaurien.py` lists the sections:
 
     vocabulary    Events, Checks
     extend here   Handlers, Options, Protocols
@@ -168,13 +168,13 @@ PARSED_CHUNK = 8 * 1024         # the largest recv of bytes that a protocol pars
 HELD_MAX = 16 * 1024 * 1024     # the most bytes in a delay queue while a rule delays bytes: 16 ms
                                 #   at 1 GB/s. With a lower limit, latency would reduce the rate
 HELD_MAX_IDLE = 256 * 1024      # the most bytes in a delay queue at other times: no rule delays
-                                #   bytes, or the first bytes never become due
+                                #   bytes, or the first bytes wait for the removal of a rule
 HELD_TOTAL = 512 * 1024 * 1024  # the most bytes in all delay queues of a loop together
 HELD_MIN = 4 * 1024             # the bytes that each delay queue may hold in any case
 HELD_LOW = HELD_MIN // 2        # a delay queue that holds at most these bytes is not full, so its
                                 #   exact limit need not be computed
 READ_MIN = 16 * 1024            # a delay queue with room for less than this counts as full, unless
-                                #   the room is a quarter of its limit. So no recv is too small
+                                #   the room is a quarter of its limit. So no recv is tiny
 MATCH_MAX = 64 * 1024           # the first bytes of a request, in which `match` searches
 BEGINNING_MAX = 80              # the first bytes of a request, which a fault record shows
 HEAD_MAX = 64 * 1024            # the longest head of a request or reply (nginx: 32 KiB)
@@ -207,10 +207,10 @@ BACKLOG = 4096                  # connections that wait for accept(), at most. T
 ACCEPT_BURST = 64               # connections accepted before the loop serves other sockets
 FILLERS_MAX = 16                # connections that a listener in mode `drop` makes to itself, at
                                 #   most, until its backlog is full
-SPARE_FDS = 8                   # file descriptors that must be free to accept again after they ran
-                                #   out: for two sockets, a resolver, two pipes ...
+SPARE_FDS = 8                   # after file descriptors ran out, a listener accepts again when
+                                #   this many are free: for two sockets, a resolver, two pipes ...
 CONTROL_FDS = 32                # file descriptors reserved for the control server, at most
-FDS_MIN = 32                    # `serve` does not start with a lower limit of file descriptors
+FDS_MIN = 32                    # `serve` does not start if the limit of file descriptors is lower
 FAULT_RECORDS_KEPT = 10000      # newest fault records that each proxy keeps
 LOG_LINES_MAX = 10000           # lines of the log that wait to be written, at most
 RULE_CHANGES_KEPT = 1000        # newest changes of the rules that each proxy keeps
@@ -230,14 +230,14 @@ ACCEPT_TIMEOUT = 30.0           # after this time without a free file descriptor
 PRECISE_WAIT = 0.005            # when a timer is due in less, the loop uses a more precise wait
 SELECT_OVERSHOOT = 0.00015      # select() returns later than requested by this time
 MATCH_TIMEOUT = 0.1             # CPU time of the longest search for `match`
-MAX_WAIT = 3600.0               # the longest wait of the selector. The time that epoll can wait
-                                #   is limited too: a C int of milliseconds, 24 days
+MAX_WAIT = 3600.0               # the longest wait of the selector. epoll could wait 24 days: its
+                                #   time-out is a C int of milliseconds
 HEAD_TIMEOUT = 10.0             # the proxy holds an incomplete head for this time, so that rules
                                 #   can act on the whole request
 UNRECOGNIZED_MAX = 0.3          # the proxy holds the first bytes of a client for this time, if
                                 #   they may be of the protocol or not
-RATE_BACKLOG = 0.1              # if the data that waits for a rate limit takes longer to send, a
-                                #   delay queue holds READ_MIN bytes at most
+RATE_BACKLOG = 0.1              # time to send the data that waits for a rate limit. If it takes
+                                #   longer, a delay queue holds READ_MIN bytes at most
 LOG_CLOSE_TIMEOUT = 1.0         # time to write the last lines of the log at exit
 SLOW_CALL = 0.5                 # the log warns if a call of a handler takes longer
 WAIT_PAUSE = 0.01               # a thread that waits for a fault checks only after such pauses. To
@@ -432,7 +432,7 @@ def check_name(name):
 
 
 def check_token(text):
-    """Check a bearer token (RFC 6750, 2.1). The error omits the token, because it is secret."""
+    """Check a bearer token (RFC 6750, 2.1). The error omits the token: tokens are secret."""
     if not re.fullmatch("[A-Za-z0-9._~+/-]+=*", text):
         raise ValueError("must consist of letters, digits and ._~+/- and may end in =")
     return text
@@ -605,10 +605,11 @@ def delay(state, t, to, data, *, sleep=1.0, before=True):
     if data is OPEN:            # the client connects, or the rule has new options
         state[to] = t + sleep
         state["delayed_request"] = 0
-    elif data and state["delayed_request"] != state.request_number:     # the first bytes
+    elif data and state["delayed_request"] != state.request_number:
+        # These are the first bytes of a request, or of its reply.
         state[to] = t + sleep
         state["delayed_request"] = state.request_number
-    yield max(t, state[to]), to, data       # no later bytes overtake the first bytes
+    yield max(t, state[to]), to, data       # later bytes do not overtake the first bytes
 
 
 @handler
@@ -773,8 +774,10 @@ def latency(state, t, to, data, *, latency=0, jitter=0, distribution="uniform"):
     distribution  uniform, normal, pareto, paretonormal (as in netem) or lognormal
     """
     if data:
-        draw = DISTRIBUTIONS[distribution]
-        t += max(0, draw(state.random, latency, jitter) if jitter else latency) / 1000
+        milliseconds = latency
+        if jitter:
+            milliseconds = DISTRIBUTIONS[distribution](state.random, latency, jitter)
+        t += max(0, milliseconds) / 1000
     yield t, to, data
 
 
@@ -848,11 +851,11 @@ def slow_close(state, t, to, data, *, delay=0):
 def timeout(state, t, to, data, *, timeout=0):
     """A dead link: all bytes are lost, and after a time the connection is closed.
 
-    Removing the rule closes the connection too, because bytes are missing in it.
+    When the rule is removed, the connection is closed too, because bytes are missing.
 
     timeout  milliseconds after the rule begins to act; 0 never closes
     """
-    is_first = "began" not in state     # of a rule drawn for a request, this may not be OPEN
+    is_first = "began" not in state     # a rule drawn for a request may get no OPEN
     if is_first:
         state["began"] = t
     if is_first or data is OPEN:        # with another OPEN, the rule has new options
@@ -922,7 +925,7 @@ class TcpSender:
 
         Linux, measured               0.82 to 0.94
         with the deviation            0.82 to 0.92
-        without it                    1.01 to 1.12
+        without the deviation         1.01 to 1.12
     """
 
     def __init__(self):
@@ -960,15 +963,15 @@ class TcpSender:
         return sent + delay
 
     def send(self, t):
-        """Return the time when a segment that is ready at t is sent: it may wait for cwnd."""
+        """Return the time when a segment that is ready at t is sent. It waits if cwnd is full."""
         in_flight, now = self.in_flight, max(t, self.sent)
-        may_grow = 2 * len(in_flight) >= self.cwnd      # not if most of cwnd is unused
+        may_grow = 2 * len(in_flight) >= self.cwnd      # cwnd grows if it is at least half used
         # Take the acknowledgements that have arrived. While cwnd is full, wait for the next.
         while in_flight and (in_flight[0] <= now or len(in_flight) >= self.cwnd):
             if may_grow and self.cwnd < CWND_MAX:
                 self.cwnd += 1 if self.cwnd < self.ssthresh else 1 / self.cwnd
             now = max(now, in_flight.popleft())
-            if now > self.sent:     # later than the segments that left with a lost segment
+            if now > self.sent:     # time has passed since a lost segment left
                 self.reduce_cwnd()
         self.sent = now
         return now
@@ -976,7 +979,7 @@ class TcpSender:
     def reduce_cwnd(self):
         """Reduce cwnd, if a loss has not reduced it yet (RFC 5681, 3.1 and 3.2)."""
         if self.repair:
-            self.ssthresh = max(2.0, (len(self.in_flight) + 1) / 2)     # 1: the lost segment
+            self.ssthresh = max(2.0, (len(self.in_flight) + 1) / 2)     # 1: the segment to send
             self.cwnd = 1.0 if self.repair == "time-out" else self.ssthresh
             self.repair = None
 
@@ -1280,7 +1283,7 @@ def get_handler(name):
 
 def unknown_handler(name):
     """Return the text of the error for a name that no handler has."""
-    shown = name[:50] if isinstance(name, str) else name        # JSON may have any value here
+    shown = name[:50] if isinstance(name, str) else name    # a JSON value may have any type
     return "unknown handler %r%s: there are %s" % (
         shown, did_you_mean(shown, HANDLERS), ", ".join(sorted(HANDLERS)))
 
@@ -1371,7 +1374,8 @@ def load_handler(name, path):
     module_name, _, attribute = path.rpartition(".")
     with contextlib.suppress(OSError):      # the working directory may have been removed
         if os.getcwd() not in sys.path and "" not in sys.path:
-            sys.path.insert(0, os.getcwd())     # missing in the installed command `vaurien`
+            # The installed command `vaurien` does not find modules of the working directory.
+            sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), attribute)
     except (Exception, SystemExit) as exc:      # the user's module may raise anything
@@ -3297,11 +3301,11 @@ def check_protocol(text):
 
 # -- Rules --------------------------------------------------------------------
 #
-# A rule is a handler with options, and with fields that say when it acts. A proxy has installed
-# rules: the rules of its behavior, of open blocks and of its toxics. For each request (or
-# connection) a number is drawn. The number decides whether the rule acts. An ActiveRule is the
-# state of a rule that acts. The last functions of the section make rules from texts and from JSON
-# objects. This section uses no connections and no sockets.
+# A rule is a handler with options, and with fields that say when it acts. The installed rules of a
+# proxy are those of the behavior, of open blocks and of toxics. For each request (or connection) a
+# number is drawn, which decides whether the rule acts. An ActiveRule is the state of a rule that
+# acts. The last functions of this section make rules from texts and from JSON objects. The section
+# uses no connections and no sockets.
 
 PERCENT_SUM_MAX = 100.000001        # percentages that add up to 100 may exceed 100 by rounding
 DRAW_TO_PERCENT = 100 / 2 ** 64     # a drawn number (64 bits) * DRAW_TO_PERCENT is a percentage
@@ -3366,7 +3370,7 @@ class Scheduled:
         self.set_moment(Moment(active, 1.0, NEVER, NEVER))
 
     def set_moment(self, moment):
-        """Set the current Moment. A Rule does more: it overrides this method."""
+        """Set the current Moment. Rule extends this method."""
         self.moment = moment
 
     def moment_at(self, now):
@@ -3589,7 +3593,7 @@ class Rule(Scheduled):
         self.set_moment(self.moment)        # computes acting_max
 
     def sleeps(self):
-        """Return whether the rule is outside of its windows, or a ramp is at 0 still."""
+        """Return whether the percentage is 0 now: outside of windows, or when a ramp begins."""
         return self.moment.share == 0
 
     def own_fields(self):
@@ -3598,7 +3602,7 @@ class Rule(Scheduled):
         Callers write the percentage, and the stream of a toxic, separately. So these are missing.
         """
         defaults = FIELD_DEFAULTS
-        if self.toxic:          # the stream never differs from these defaults
+        if self.toxic:          # with its own value as the default, the stream is left out
             defaults = OrderedDict(defaults, **dict(Toxic.DEFAULTS, stream=self.stream))
         return OrderedDict((field, self.field_to_json(field))
                            for field, default in defaults.items()
@@ -3614,10 +3618,13 @@ class Rule(Scheduled):
 
         drawn_options    {option: value}, which replace options of the rule: see ActiveRule
         """
-        shown = [describe_options(self.handler, dict(self.options, **drawn_options or {}))]
-        shown += [("%s=%r" if field == "match" else "%s=%s") % (field, value)
-                  for field, value in self.own_fields().items()]
-        return " ".join([self.name, *filter(None, shown)])
+        words = [self.name]
+        options = describe_options(self.handler, dict(self.options, **drawn_options or {}))
+        if options:
+            words.append(options)
+        for field, value in self.own_fields().items():
+            words.append("%s=%s" % (field, repr(value) if field == "match" else value))
+        return " ".join(words)
 
     def __str__(self):
         """Return the rule as text. For a toxic, this includes the name, percentage and stream."""
@@ -3628,7 +3635,7 @@ class Rule(Scheduled):
         return "toxic %s (%g:%s %s)" % (self.toxic, percent, self.stream, text)
 
     def describe_fault(self, drawn_options):
-        """Return the rule as text for a fault record. The text begins with the handler.
+        """Return the rule as text for a fault record. The text begins with the handler's name.
 
         drawn_options    as in describe_handler
         """
@@ -3654,9 +3661,12 @@ def describe_options(function, options):
 
     Booleans and texts are left out if they have the default value. Numbers are always shown.
     """
-    defaults = handler_options(function)
-    return " ".join("%s=%s" % (option, format_value(value)) for option, value in options.items()
-                    if value != defaults[option] or not isinstance(value, (bool, str)))
+    defaults, words = handler_options(function), []
+    for option, value in options.items():
+        is_number = not isinstance(value, (bool, str))
+        if is_number or value != defaults[option]:
+            words.append("%s=%s" % (option, format_value(value)))
+    return " ".join(words)
 
 
 class ActiveRule(Counter):
@@ -3725,7 +3735,8 @@ class ActiveRule(Counter):
     def may_act(self):
         """Return whether `times` lets the rule act on this request.
 
-        A request on which the rule has acted already is counted, and the rule continues to act.
+        If the rule has acted on this request before, the request is counted already, and the rule
+        continues to act.
         """
         limit = self.rule.limit
         return self.has_acted or limit == 0 or self.rule.acted_count < limit
@@ -3895,9 +3906,10 @@ class Replay:
                                                              len(recorded))
         if missing:
             first = missing[0]
-            text += "; not on connection %d%s: %s" % (
-                first.connection, ", request %d" % first.request if first.request else "",
-                json.loads(first.rule).get("name"))
+            text += "; not on connection %d" % first.connection
+            if first.request:
+                text += ", request %d" % first.request
+            text += ": %s" % json.loads(first.rule).get("name")
         return text, not missing
 
 
@@ -3965,7 +3977,7 @@ class Accept(Scheduled):
         self.set_active(not self.start)
 
     def current_mode(self):
-        """Return the mode at this time. Outside of windows, it is "normal"."""
+        """Return the mode at this time. Outside of windows, the mode is "normal"."""
         return self.mode if self.moment.active else "normal"
 
     def to_text(self):
