@@ -10556,8 +10556,9 @@ def handle_request(control, method, target, read_body, headers=NO_HEADERS):
         chosen_route = choose_route(routes, method, path, dialect)
         request = read_request(control, chosen_route, path, names, query, body, headers)
         result = chosen_route.function(request)
-        return (result if isinstance(result, ApiResponse)
-                else dialect.render(result, chosen_route.status))
+        if isinstance(result, ApiResponse):
+            return result
+        return dialect.render(result, chosen_route.status)
     except ConnectionError:
         raise
     except BaseException as exc:
@@ -10587,8 +10588,10 @@ def find_routes(path, default_dialect):
         if names is not None:
             any_route = next(iter(routes.values()))     # all routes of a path have one dialect
             return routes, names, any_route.dialect
-    return {}, {}, next((dialect for prefix, dialect in DIALECTS if path.startswith(prefix)),
-                        default_dialect)
+    for prefix, dialect in DIALECTS:
+        if path.startswith(prefix):
+            return {}, {}, dialect
+    return {}, {}, default_dialect
 
 
 def match_segments(pattern, segments):
@@ -10976,7 +10979,7 @@ def set_backend(request):
 def list_connections(request):
     """Return the open connections, each with the bytes it holds; ?newest=N: only the last N."""
     proxy = request.proxy
-    numbers = proxy.loop.run_sync(list, proxy.connections)      # in the order of their begin
+    numbers = proxy.loop.run_sync(list, proxy.connections)      # the oldest connection first
     newest = check_query(request, "newest", len(numbers), check_count)
     numbers = numbers[-newest:] if newest else []       # numbers[-0:] would be all of them
     connections = []
@@ -11572,8 +11575,8 @@ class ToxiproxyDialect(Dialect):
 
     def to_api_error(self, exc):
         if isinstance(exc, CannotListen):
-            return toxiproxy_error(500, "listen tcp %s: bind: %s"
-                                   % (exc.address, exc.reason.lower()))
+            reason = exc.reason.lower()     # Go's texts for errno are in lower case
+            return toxiproxy_error(500, "listen tcp %s: bind: %s" % (exc.address, reason))
         if isinstance(exc, InputError):
             return toxiproxy_error(400, "bad request body: %s" % exc)
         return super().to_api_error(exc)
@@ -12452,7 +12455,7 @@ class Interface:
     """
 
     def __init__(self):
-        self._open_faults = []  # the Faults whose `with` block is open, in the order of begin
+        self._open_faults = []  # the Faults whose `with` block is open, the outermost first
         self._reset_record = 0  # the number of the last FaultRecord before the last reset
 
     # Faults during a `with` block
