@@ -1441,30 +1441,33 @@ def check_handler(path, function):
 
 # -- Protocols ----------------------------------------------------------------
 #
-# A protocol finds the requests in the client's bytes and the replies in the backend's bytes,
-# and it makes the error replies of a failing server. It uses no sockets, clocks or threads.
+# A protocol finds the requests in the client's bytes and the replies in the backend's bytes. A
+# protocol also makes the error replies of a failing server. Protocols use no sockets, clocks or
+# threads.
 #
-# A protocol has two readers, `requests` and `replies`. Both are generators that a Framer
-# drives. A reader yields the input that it needs next, or a boundary that it has found:
+# Each protocol has two readers, the generators `requests` and `replies`. A Framer feeds bytes to
+# a reader. The reader yields the input that the reader needs next, or a boundary in the bytes:
 #
 #   an int              skip this many bytes
 #   NeedBytes(count)    receive this many bytes, as the value of the yield
-#   NeedMatch(pattern)  receive the bytes up to the end of its first match, HEAD_MAX at most
+#   NeedMatch(pattern)  receive the bytes up to the end of the pattern's first match, HEAD_MAX
+#                       bytes at most
 #   SkipUntil(marker)   skip all bytes up to the end of the marker
 #   a Request           the bytes since the last END_OF_MESSAGE are the head of this request
 #   CONTINUATION        the bytes since the last END_OF_MESSAGE belong to the previous request
 #   END_OF_MESSAGE      a request or a reply ends here
-#   TLS_BEGINS          TLS begins here in this direction, and within it the protocol goes on. A
-#                       reader yields it only if `joins_tls` is set; the chain restarts the reader
-#   END_OF_ROW          a row of a reply ends here. Only if `counts_rows` is set, because rows
-#                       cost time
+#   TLS_BEGINS          the further bytes of this direction are in TLS. Yielded only if `joins_tls`
+#                       is set. The chain then restarts the reader, for the decrypted bytes
+#   END_OF_ROW          a row of a reply ends here. Yielded only if `counts_rows` is set, because
+#                       each boundary takes time
 #
-# A reader raises ProtocolError at bytes that are not of the protocol, or that begin another
-# protocol such as TLS. The connection then continues as tcp.
+# A reader raises ProtocolError at bytes that are not of the protocol. A reader also raises
+# ProtocolError before another protocol, such as TLS, begins. The connection continues as tcp.
 #
-# The Framer hands each boundary to the ProtocolChain, which updates the queue of exchanges
-# before the reader continues. A reader may look at this queue (`exchanges`, `awaited`,
-# `awaited_request`) and set `name` and `replies` of its Requests. It never changes the queue.
+# The ProtocolChain gets each boundary from the Framer, and updates the queue of exchanges before
+# the reader continues. A reader may read this queue through `exchanges`, `awaited` and
+# `awaited_request`, but never changes the queue. A reader may change Requests in the queue: their
+# `replies` and `info`.
 #
 # The smallest protocol: one line is a request, one line is its reply.
 #
@@ -1488,7 +1491,7 @@ def check_handler(path, function):
 PROTOCOLS = OrderedDict(tcp=None)               # {name: subclass of Protocol, or None}
 CONTINUATION = Signal("CONTINUATION")
 TLS_BEGINS = Signal("TLS_BEGINS")
-UNLIMITED = 1 << 62             # skip all further bytes
+UNLIMITED = 1 << 62             # a reader yields this int to skip all further bytes
 
 
 def protocol(class_):
@@ -1498,22 +1501,26 @@ def protocol(class_):
 
 
 class ProtocolError(Exception):
-    """The bytes are not of the protocol. The log shows the text."""
+    """The bytes are not of the protocol. The log shows the text of this exception."""
 
 
-# The input that a reader needs. Each class has a method that takes it from the data:
+# A reader yields objects of the next classes to ask for input. For each chunk of data, until the
+# input is complete, the Framer calls the method
 #
 #   take(buffered, data, offset, size)
 #
-# It takes bytes of data[offset:size]. `buffered` has those that it took from earlier data, when
-# they were not enough. It returns (offset of the next byte, value for the reader, buffered). The
-# value is None if more data is needed.
+#   buffered             the bytes of the input that earlier calls have taken
+#   data[offset:size]    the new bytes: the call takes all of them, or the first of them
+#
+# It returns (offset of the first byte not taken, input, buffered). The input is None if the input
+# is still incomplete. The next call then gets this `buffered`.
 
 class NeedBytes(int):
     """A reader yields this to receive a number of bytes."""
 
     def take(self, buffered, data, offset, size):
-        end = min(size, offset + self - len(buffered))
+        missing = self - len(buffered)
+        end = min(size, offset + missing)
         received = buffered + data[offset:end]
         return (end, received, b"") if len(received) == self else (end, None, received)
 
@@ -1522,9 +1529,9 @@ class NeedMatch:
     """A reader yields this to receive the bytes up to the end of a pattern's first match.
 
     end      the pattern, as bytes
-    start    a pattern that such bytes match from their first byte on, even if they are incomplete.
-             If it has a group, only bytes of the protocol match the group
-    error    the text of the ProtocolError for bytes that `start` does not match
+    start    a pattern for the beginning of the input. `start` matches valid input at any length,
+             complete or not. If a group of `start` matches, the input can only be of the protocol
+    error    the text of the ProtocolError for input that `start` does not match
     """
 
     __slots__ = ("search", "match_start", "error")
@@ -1534,7 +1541,7 @@ class NeedMatch:
         self.match_start = re.compile(start).match if start else None
 
     def take(self, buffered, data, offset, size):
-        """Raises ProtocolError if the bytes are more than HEAD_MAX, or do not match `start`."""
+        """Raises ProtocolError if the input is longer than HEAD_MAX or does not match `start`."""
         if buffered:
             joined = buffered + data[offset:size]
             match = self.search(joined)
@@ -1545,32 +1552,38 @@ class NeedMatch:
         if len(received) > HEAD_MAX:
             raise ProtocolError("a head of more than %d bytes" % HEAD_MAX)
         if self.match_start and not self.match_start(received):
-            raise ProtocolError("TLS" if received[:1] == b"\x16" else self.error)
+            is_tls = received[:1] == b"\x16"        # the type of a handshake record
+            raise ProtocolError("TLS" if is_tls else self.error)
         end = offset + len(received) - len(buffered)
         return (end, received, b"") if match else (end, None, received)
 
 
 class SkipUntil(namedtuple("SkipUntil", "marker tail")):
-    """A reader yields this to skip all input up to the end of the next marker.
+    """A reader yields this to skip all bytes up to the end of the next marker.
 
-    tail    the last bytes before the input: the marker may begin in them
+    tail    the last bytes before the skipped bytes. The marker may begin in `tail`
     """
 
     __slots__ = ()
 
     def take(self, buffered, data, offset, size):
-        before = buffered or self.tail
+        before = buffered or self.tail          # in the first call, nothing is buffered
         searched = before + data[offset:size]
         index = searched.find(self.marker)
-        if index < 0:
+        if index < 0:                           # keep the bytes in which a marker may begin
             return size, None, searched[1 - len(self.marker):]
-        return offset + index + len(self.marker) - len(before), b"", b""
+        marker_end = index + len(self.marker)   # in `searched`
+        return offset + marker_end - len(before), b"", b""
 
 
 def beginning_with(*parts):
-    """Return the pattern of all bytes that begin with these parts, or that end within them.
+    """Return a pattern for bytes that begin with these parts, as NeedMatch needs it for `start`.
 
-    The last part becomes a group. beginning_with(b"a", b"b") matches b"", b"a", b"ab" and b"abc".
+    parts    patterns, in order
+
+    The pattern also matches bytes that end after any of the parts, and b"". The last part is a
+    group: the group matches only if all parts are there. For example, beginning_with(b"a", b"b")
+    matches b"", b"a", b"ab" and b"abc". The group matches in the last two of them.
     """
     expression = b"(%s)" % parts[-1]
     for part in reversed(parts[:-1]):
@@ -1578,22 +1591,22 @@ def beginning_with(*parts):
     return b"\\Z|" + expression
 
 
-# Only the first 256 bytes are checked for control characters, to save time.
-NO_CONTROL = rb"[^\0-\x08\x0b\x0c\x0e-\x1f\x7f]"
-TEXT = rb"(?:%s{256}|%s{0,255}\Z)" % (NO_CONTROL, NO_CONTROL)
+PRINTABLE = rb"[^\0-\x08\x0b\x0c\x0e-\x1f\x7f]"     # a byte that is no control character
+# Bytes without control characters. Only the first 256 bytes are checked, to save time.
+TEXT = rb"(?:%s{256}|%s{0,255}\Z)" % (PRINTABLE, PRINTABLE)
 LINE = NeedMatch(rb"\n")
 COMMAND_LINE = NeedMatch(rb"\n", TEXT, "a control character in a command")
 
 
 class Request:
-    """A request of a protocol, known as soon as its head is complete.
+    """A request of a protocol. A reader makes the Request as soon as the head is complete.
 
     text           the bytes in which `match` searches
-    name           its command: text, or the command byte of MySQL
-    replies        whether the backend replies to it
-    info           data that the protocol keeps until the reply; each protocol defines its own
-    independent    whether rules are drawn for it; otherwise the active rules of the previous
-                   request stay active
+    name           the command, as a str. With MySQL, the number of the command, as an int
+    replies        whether the backend replies to the request
+    info           data that the protocol keeps until the reply: see the class of each protocol
+    independent    whether rules are drawn for the request. If not, the active rules of the
+                   previous request act on this request too
     """
 
     __slots__ = ("text", "name", "replies", "info", "independent")
@@ -1610,9 +1623,9 @@ class Reply(namedtuple("Reply", "data closes substitute")):
     """An error reply to a request, or to a client that connects.
 
     data          the bytes that the client gets
-    closes        whether the connection is closed after them
-    substitute    the bytes that the backend gets in place of the request. If they are empty,
-                  the backend gets nothing
+    closes        whether the connection is closed after `data`
+    substitute    the bytes that the backend gets in place of the request. b"" means that the
+                  backend gets nothing
     """
 
     __slots__ = ()
@@ -1627,8 +1640,8 @@ Refusal = namedtuple("Refusal", "active_rule reply")    # the rule that replies,
 class Framer:
     """Finds the boundaries of requests, or of replies, in the bytes of one direction.
 
-    awaiting       the last value that the reader yielded
-    buffered       the bytes for `awaiting` that have arrived, until all of them are there
+    awaiting       the last value that the reader has yielded
+    buffered       the bytes that have arrived for `awaiting`, while its input is incomplete
     at_boundary    whether all bytes so far belong to complete messages
     """
 
@@ -1639,26 +1652,26 @@ class Framer:
         self.restart(reader)
 
     def restart(self, reader):
-        """Continue with another reader. The bytes buffered for the last one are dropped."""
+        """Continue with another reader. Drops the bytes that the last reader has not received."""
         self.reader = reader
         self.awaiting = next(reader)
         self.buffered = b""
         self.at_boundary = True
 
     def skips(self, size):
-        """Return whether the reader skips the next `size` bytes and at least one more.
+        """Return whether the reader skips the next `size` bytes and at least one more byte.
 
-        Then no boundary is in these bytes or at their end.
+        If so, no boundary is in the next `size` bytes, nor at their end.
         """
         return type(self.awaiting) is int and self.awaiting > size
 
     def recognizes(self, head):
         """Return whether the bytes of an incomplete head can only be of the protocol.
 
-        They are if the reader has received a complete item of them, or if they match the group
-        of a NeedMatch, such as the request line of HTTP.
+        This is certain once the reader has received input, such as a complete line. It is also
+        certain if the group of a NeedMatch matches, such as a complete request line of HTTP.
         """
-        if len(self.buffered) < len(head):
+        if len(self.buffered) < len(head):      # the reader has received the bytes before
             return True
         if type(self.awaiting) is not NeedMatch or not self.awaiting.match_start:
             return False
@@ -1666,34 +1679,35 @@ class Framer:
         return bool(match and match.lastindex)
 
     def whole_message(self, data):
-        """Return the boundaries if data is exactly one common message, and otherwise None.
+        """Parse data fast, if data is exactly one message of a common form.
 
-        A fast form of `feed`: the boundaries are the same, as ((offset, boundary), ...).
-        Returns None too if the last message is incomplete. Raises ProtocolError.
+        Returns ((offset, boundary), ...), with the same boundaries as `feed`. Returns None for
+        other data, and also if the previous message is incomplete. Raises ProtocolError.
         """
         parsed = self.parse_whole(data) if self.at_boundary else None
         if not parsed:
             return None
-        end = (len(data), END_OF_MESSAGE)
-        if parsed is True:                  # a whole reply; otherwise it is a Request
-            return (end,)
-        return (len(data), parsed), end
+        message_end = (len(data), END_OF_MESSAGE)
+        if parsed is True:                  # the data is a reply
+            return (message_end,)
+        return (len(data), parsed), message_end     # parsed is the Request, all of data its head
 
     def feed(self, data, size):
         """Parse the first `size` bytes of data. Yield (offset, boundary) for each boundary.
 
-        data    bytes, or a memoryview from the beginning of a bytearray
+        data    bytes, or a memoryview whose first byte is the first byte of a bytearray
 
-        The caller applies a boundary before it asks for the next one. Raises ProtocolError.
+        The caller applies a boundary before it asks for the next boundary. Raises ProtocolError.
         """
         if type(data) is memoryview:
-            data = data.obj                 # the bytearray: unlike its view, it has find()
-        offset, message_end = 0, -1
+            data = data.obj                 # the bytearray. A memoryview has no find()
+        offset = 0
+        message_end = -1                    # offset of the last END_OF_MESSAGE
         while True:
-            awaiting, value = self.awaiting, None
+            awaiting, value = self.awaiting, None       # value: the input for the reader
             type_ = type(awaiting)
             if type_ is int:
-                if awaiting > size - offset:
+                if awaiting > size - offset:            # skip more bytes than are left
                     self.awaiting -= size - offset
                     break
                 offset += awaiting
@@ -1710,7 +1724,7 @@ class Framer:
 
 
 def read_opaque():
-    """Read a stream that is no longer parsed: a reader that skips all bytes."""
+    """Skip all bytes. This is the reader of a stream that is no longer parsed."""
     yield UNLIMITED
 
 
