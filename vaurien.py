@@ -1690,7 +1690,7 @@ class Framer:
         message_end = (len(data), END_OF_MESSAGE)
         if parsed is True:                  # the data is a reply
             return (message_end,)
-        return (len(data), parsed), message_end     # parsed is the Request, all of data its head
+        return (len(data), parsed), message_end     # all of the data is the head of a request
 
     def feed(self, data, size):
         """Parse the first `size` bytes of data. Yield (offset, boundary) for each boundary.
@@ -1736,30 +1736,31 @@ class Protocol:
 
     # The errors
     errors: dict = {}               # {kind: data for `encode_error`}
-    default_errors: tuple = ()      # kinds of which one is drawn if the user names none
-    connect_errors: tuple = ()      # kinds for a client that connects; only those of them that
-                                    #   are fatal are for requests too
+    default_errors: tuple = ()      # the kinds to draw from, for a rule without a kind
+    connect_errors: tuple = ()      # kinds for a client that connects. If such a kind is fatal,
+                                    #   the kind is for requests too
     fatal_errors: tuple = ()        # kinds after which a server closes the connection
-    overload_error = ""             # the kind for a client that connects while there are too many
-                                    #   connections; "" if a server only closes the connection
+    overload_error = ""             # the kind for a client beyond max_connections. "" if a server
+                                    #   closes the connection without an error
     never_fail: tuple = ()          # names of requests to which a server never replies with an
                                     #   error
     # The messages
     server_first = False            # the server sends a greeting, or a handshake comes before the
                                     #   first request. The handshake then counts as request 1
-    credentials: tuple = ()         # names of requests with passwords: no fault record shows
-                                    #   their text
+    credentials: tuple = ()         # names of requests with passwords. Fault records show only
+                                    #   the name of such a request
     has_rows = False                # replies have rows
-    counts_rows = False             # a rule needs these rows: set by the ProtocolChain
+    counts_rows = False             # a rule needs the rows. The ProtocolChain sets this
     # TLS
     alpn: tuple = ()                # names of the protocol in ALPN (RFC 7301)
     starts_tls = False              # TLS may begin within a connection
-    joins_tls = False               # the proxy takes part in that TLS: set by the Connection
+    joins_tls = False               # the proxy decrypts such TLS. The Connection sets this
 
     def __init__(self, host=b""):
-        self.host = host            # value for the Host header field; empty: do not replace it
-        self.exchanges: deque = deque()     # the queue of the ProtocolChain; only read here
-        self.refusable = None       # the Exchange that a rule may refuse at this event, or None
+        self.host = host            # the new value of Host header fields, or b"" to keep theirs
+        self.exchanges: deque = deque()     # the queue, which only the ProtocolChain changes
+        self.refusable = None       # the Exchange that a rule may refuse now, or None. The
+                                    #   ProtocolChain sets this before each event
         self.request_framer = Framer(self.requests(), self.parse_whole_request)
         self.reply_framer = Framer(self.replies(), self.parse_whole_reply)
 
@@ -1786,7 +1787,7 @@ class Protocol:
     # For each protocol to define
 
     def requests(self):
-        """Read the client's bytes. The comment at the beginning says what a reader yields."""
+        """Read the client's bytes: see the comment at the beginning of this section."""
         raise NotImplementedError
 
     def replies(self):
@@ -1794,14 +1795,15 @@ class Protocol:
         raise NotImplementedError
 
     def parse_whole_request(self, data):
-        """Return the Request if data is exactly one common request, to which the backend replies.
+        """Return the Request if data is exactly one request of a common form.
 
-        Returns None for any other data, and changes nothing then. Raises ProtocolError.
+        Only a request to which the backend replies has a common form. Returns None for other
+        data, and changes nothing in this case. Raises ProtocolError.
         """
         return None
 
     def parse_whole_reply(self, data):
-        """Return whether data is exactly one common reply."""
+        """Return whether data is exactly one reply of a common form."""
         return False
 
     def rewrite_head(self, head):
@@ -1813,7 +1815,7 @@ class Protocol:
 
         data    OPEN, or the first bytes that the client has sent
 
-        Returns None if a server would not send an error of this kind then.
+        Returns None if a server would not send an error of this kind at this moment.
         """
         if kind not in self.connect_errors or data is not OPEN:
             return None
@@ -1836,43 +1838,49 @@ class Protocol:
         Returns None if a server would not reply to the request with this error.
         """
         closes = kind in self.fatal_errors
-        is_for_requests = closes or kind not in self.connect_errors
-        if not is_for_requests or request.name in self.never_fail or not request.replies:
+        if kind in self.connect_errors and not closes:      # only for a client that connects
+            return None
+        if request.name in self.never_fail or not request.replies:
             return None
         substitute = b"" if closes else self.make_substitute(kind, request)
         return Reply(self.encode_error(kind), closes, substitute)
 
     def make_substitute(self, kind, request):
-        """Return the bytes that the backend gets in place of a request that fails.
+        """Return the bytes that the backend gets in place of a request that fails, or b"".
 
-        A protocol may note here that the backend gets them.
+        The caller sends the bytes, so a protocol may also note in its state that they are sent.
         """
         return b""
 
     def finish_reply(self, reply, request):
-        """Return the bytes of a reply. Protocols add data that is known only when it is sent."""
+        """Return the bytes of an error reply. The caller sends them at once.
+
+        A protocol may add data that is known only now, such as a sequence number.
+        """
         return reply.data
 
     def encode_error(self, kind):
-        """Return the bytes with which a server reports an error."""
+        """Return the bytes with which a server reports an error of this kind."""
         return self.errors[kind].encode() + b"\r\n"
 
-    # A failing server sends an error at one of these moments:
+    # A rule sends an error when a failing server would send the error:
     #
     #   - when a client connects
     #   - when a request begins, if the error closes the connection
-    #   - when a request ends. If the request has a substitute, the backend gets it then, and
-    #     the error is sent when the backend's reply to the substitute ends
+    #   - when a request ends, if the request has no substitute
+    #   - when the backend's reply to the substitute ends. The backend gets the substitute when the
+    #     request ends
     #
-    # A rule refuses a request when it gets the head of it, or never. The Refusal in the
-    # exchange says which rule did: the ProtocolChain gives that rule's further events to
-    # finish_refusal instead of the handler. All other rules only see a failing server.
+    # A rule can refuse a request only at the event with the head of the request. The exchange of
+    # the request then has a Refusal, which names the rule. The handler of this rule gets no
+    # further events of the exchange: the ProtocolChain calls finish_refusal for them. To all other
+    # rules, the events look like those of a failing server.
 
     def reply_with_error(self, state, t, to, data, kind):
         """Yield the events that the handler `error` makes of one event.
 
-        Refuses the request that begins, or the client that connects. All events pass unchanged
-        if a server would not fail.
+        Refuses the request whose head is in the event, or the client that connects. Any other
+        event passes unchanged. An event also passes unchanged if a server would not fail.
         """
         exchange, reply = self.refusable, None
         if exchange and to == UPSTREAM and (data or data is OPEN):
@@ -1880,10 +1888,12 @@ class Protocol:
         if reply is None:
             yield t, to, data
             return
-        state.drawn_options = {"kind": kind}
-        if exchange.request or reply.closes:
-            exchange.refusal, self.refusable = Refusal(state, reply), None
-        if exchange.request and not reply.closes:
+        state.drawn_options = {"kind": kind}        # for the fault record
+        request = exchange.request                  # None if the client connects
+        if request or reply.closes:
+            exchange.refusal = Refusal(state, reply)
+            self.refusable = None                   # no other rule can refuse the request
+        if request and not reply.closes:
             return                      # finish_refusal sends the error when the request ends
         if reply.data:
             yield t, DOWNSTREAM, reply.data
@@ -1891,40 +1901,52 @@ class Protocol:
             yield from close_both(t)
 
     def choose_error(self, state, request, data, kind):
-        """Return (kind, Reply) of an error for a request, or for a client that connects.
+        """Return (kind, Reply): an error for a request, or for a client that connects.
 
-        The kind is drawn if it is empty. The Reply is None if a server would not fail.
+        request    None if the client connects
+        kind       "" to draw the kind
+
+        The Reply is None if a server would not fail.
         """
         if request:
             kind = kind or state.random.choice(self.default_errors)
             return kind, self.error_reply(kind, request)
-        # With a handshake, connecting counts as request 1, and fails like one.
+        # Without a kind, connecting fails only if it counts as request 1. For Postgres this is
+        # called for several messages of a client. The same draw gives all of them the same kind.
         if self.server_first and self.connect_errors and not kind:
             kind = self.connect_errors[state.draw % len(self.connect_errors)]
         return kind, self.connect_error(kind, data)
 
     def finish_refusal(self, exchange, t, to, data):
-        """Yield the events that a rule makes of one event of a request that it has refused.
+        """Yield the events that replace one event of an exchange with a refused request.
 
-        Drops the request. At its end, sends the error to the client, or the substitute to the
-        backend. Drops the reply to the substitute, and sends the error at the end of it.
+        The request is dropped. When it ends, the backend gets the substitute, or the client gets
+        the error if there is no substitute. The backend's reply to the substitute is dropped too.
+        When this reply ends, the client gets the error.
         """
         reply = exchange.refusal.reply
-        if to == UPSTREAM:              # a part of the refused request
+        if to == UPSTREAM:              # drop the bytes of the refused request
             is_dropped = not exchange.complete
-        else:                           # a part of the reply to the substitute
-            is_dropped = reply.closes or (exchange.forwarded and not exchange.reply_done)
+        elif reply.closes:              # drop all bytes: the client already has the error
+            is_dropped = True
+        else:                           # drop the bytes of the reply to the substitute
+            is_dropped = exchange.forwarded and not exchange.reply_done
         if data is EOF or data is OPEN or not is_dropped:
             yield t, to, data
-        elif data is END_OF_MESSAGE and not reply.closes:
-            if to == UPSTREAM and reply.substitute:
-                yield t, UPSTREAM, reply.substitute
-            else:
-                yield t, DOWNSTREAM, self.finish_reply(reply, exchange.request)
+            return
+        if data is not END_OF_MESSAGE or reply.closes:
+            return
+        if to == UPSTREAM and reply.substitute:
+            yield t, UPSTREAM, reply.substitute
+        else:
+            yield t, DOWNSTREAM, self.finish_reply(reply, exchange.request)
 
 
 def parse_length(text, largest=1 << 60):
-    """Return a length that is written in decimal digits. Raises ProtocolError."""
+    """Return the length that a text of decimal digits means.
+
+    Raises ProtocolError if the text is not a number, or if the length is more than `largest`.
+    """
     text = text.strip()
     # The digits are counted first, because int() is slow for a long text.
     if not text.isdigit() or len(text) > 18 or int(text) > largest:
@@ -1932,10 +1954,11 @@ def parse_length(text, largest=1 << 60):
     return int(text)
 
 
-# The header fields of a common HTTP request, kept to recognise them in the next one:
+# The header fields of an HTTP request of a common form. The next request often has the same:
 #
-#   text                 the head from the line feed of its first line on
-#   rewritten            `text` as the backend gets it; the same object if nothing was replaced
+#   text                 the head without its first line. The line feed of this line is included
+#   rewritten            `text` with the new value of the Host header field. If nothing was
+#                        replaced, `rewritten` is the same object as `text`
 #   close, keep_alive    as Http.connection_options returns them
 HeaderFields = namedtuple("HeaderFields", "text rewritten close keep_alive")
 
@@ -1944,7 +1967,7 @@ HeaderFields = namedtuple("HeaderFields", "text rewritten close keep_alive")
 class Http(Protocol):
     """HTTP/1.0 and 1.1 (RFC 9112).
 
-    Request.info is whether the server closes the connection after its reply.
+    Request.info is True if the server closes the connection after the reply, and else False.
     """
 
     alpn = ("http/1.1",)
@@ -1962,7 +1985,7 @@ class Http(Protocol):
     REPLY_HEAD = NeedMatch(HEAD_END, beginning_with(
         *rb"H T T P / 1 \. [01]".split(), rb" ", rb"\d", rb"\d", rb"\d"),
         "no status line of HTTP/1")
-    COMMON_STATUS = re.compile(rb"HTTP/1\.[01] (200|[45]\d\d)")
+    COMMON_STATUS = re.compile(rb"HTTP/1\.[01] (200|[45]\d\d)")      # such replies have a body
     LENGTH = re.compile(rb"(?im)^content-length[ \t]*:[ \t]*(\d+)[ \t]*\r?$")
     CHUNKED = re.compile(rb"(?im)^transfer-encoding[ \t]*:.*chunked[ \t]*\r?$")
     CLOSE = re.compile(rb"(?im)^connection[ \t]*:.*\bclose\b")
@@ -1970,18 +1993,19 @@ class Http(Protocol):
     CHUNK_SIZE = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,15})[ \t]*[;\r\n]")
     EXPECT = re.compile(rb"(?im)^expect[ \t]*:.*100-continue")
     EVENT_STREAM = re.compile(rb"(?im)^content-type[ \t]*:[ \t]*text/event-stream\b")
-    # Most clients repeat a request, or at least its header fields, and get the same reply head.
-    # So each connection remembers the last ones of up to CACHED_HEAD_MAX bytes.
-    last_request: tuple = (None, None)         # data, its Request
+    # Most clients send the same request many times, or at least the same header fields. Most
+    # replies have the same head as the last reply. To save time, these are not parsed again. A
+    # head of more than CACHED_HEAD_MAX bytes is not stored here.
+    last_request: tuple = (None, None)         # the bytes of a request, and its Request
     last_fields = HeaderFields(None, None, False, False)
-    last_reply: tuple = (None, 0)              # head, length of the body
-    line_is_empty = False      # the line of a text/event-stream that is being read
+    last_reply: tuple = (None, 0)              # the head of a reply, and the size of its body
+    line_is_empty = False      # no byte of the current line of a text/event-stream has been read
 
     def requests(self):
-        empty_size = 0
+        empty_size = 0                      # bytes of empty lines before the request line
         while True:
             head = yield self.REQUEST_HEAD
-            if not head.strip():            # empty lines belong to the next request
+            if not head.strip():            # empty lines belong to the head of the next request
                 empty_size += len(head)
                 if empty_size > HEAD_MAX:
                     raise ProtocolError("empty lines of more than %d bytes" % HEAD_MAX)
@@ -1992,25 +2016,30 @@ class Http(Protocol):
             yield END_OF_MESSAGE
 
     def beginning(self, request):
-        line, _, _ = super().beginning(request).partition(b"\n")     # the header has passwords
-        return line
+        # Only the request line, because header fields can have passwords.
+        request_line, _, _ = super().beginning(request).partition(b"\n")
+        return request_line
 
     def make_request(self, head, close, keep_alive):
-        """Return the Request of a head with these connection options. Raises ProtocolError."""
-        line = self.REQUEST_LINE.match(head)
-        if not line:
+        """Return the Request of a head. Raises ProtocolError.
+
+        close, keep_alive    as connection_options returns them
+        """
+        match = self.REQUEST_LINE.match(head)
+        if not match:
             raise ProtocolError(self.REQUEST_HEAD.error)
-        method, minor_version = line.groups()
+        method, minor_version = match.groups()
         closes = close or (minor_version == b"0" and not keep_alive)
         return Request(head.strip().replace(b"\r\n", b"\n"), method.decode(), info=closes)
 
     def connection_options(self, head):
         """Return (close, keep_alive): the options in the Connection header field.
 
-        A request with "Expect: 100-continue" counts as one with `close`. Its client sends the
-        body only after a reply, so an error must not wait for the body.
+        `close` is also True for a request with "Expect: 100-continue". The client waits for a
+        reply before it sends the body. So an error must be sent at once, and this is only possible
+        if the error closes the connection.
         """
-        lower_head = head.lower()
+        lower_head = head.lower()           # to search it for bytes is faster than the patterns
         if b"\nconnection" not in lower_head and b"\nexpect" not in lower_head:
             return False, False
         return (bool(self.CLOSE.search(head) or self.EXPECT.search(head)),
@@ -2019,8 +2048,8 @@ class Http(Protocol):
     def parse_whole_request(self, data):
         """Return the Request if data is exactly one request without a body, and otherwise None.
 
-        A request is parsed only if it differs from the last one, and its header fields only
-        if they differ from the last ones. Raises ProtocolError.
+        Data that equals the last request is not parsed. Header fields that equal those of the last
+        request are not parsed either. Raises ProtocolError.
         """
         last_data, request = self.last_request
         if data != last_data:
@@ -2028,22 +2057,23 @@ class Http(Protocol):
             fields = self.last_fields
             if text != fields.text:
                 fields = self.parse_fields(text)
-            if not fields or not data[:1].isalpha():
+            if not fields or not data[:1].isalpha():    # perhaps an empty line comes first
                 return None
             request = self.make_request(data, fields.close, fields.keep_alive)
             if len(data) <= CACHED_HEAD_MAX:
                 self.last_request, self.last_fields = (data, request), fields
-        # A copy, because the chain changes the Request of each exchange.
+        # Return a copy, because the chain changes the text of each Request.
         return Request(request.text, request.name, info=request.info)
 
     def parse_fields(self, text):
-        """Return the HeaderFields of a request that ends with its head, without a body.
+        """Return the HeaderFields of a request without a body.
 
-        text    the head from the line feed of its first line on
+        text    the head without its first line. The line feed of this line is included
 
-        Returns None if the text is not one head, or if a body follows.
+        Returns None if the text is not exactly one head, or if a body follows.
         """
         lower_text = text.lower()
+        # The empty line at the end of a head is "\r\n", or also "\n".
         is_one_head = (text.endswith(b"\n\r\n") and text.find(b"\n\r\n") == len(text) - 3
                        and b"\n\n" not in text)
         has_body = b"\ncontent-length" in lower_text or b"\ntransfer-encoding" in lower_text
@@ -2053,14 +2083,14 @@ class Http(Protocol):
 
     def replies(self):
         while True:
-            head = yield self.REPLY_HEAD
+            head = yield self.REPLY_HEAD    # the pattern has checked the digits of the status
             status = int(head[len(b"HTTP/1.1 "):][:3])
             method = self.awaited_request().name
             if status == 101 or (method == "CONNECT" and 200 <= status < 300):
                 raise ProtocolError("another protocol follows")
             if status < 200:                # an interim reply: the final one follows
                 continue
-            if method != "HEAD" and status not in (204, 304):
+            if method != "HEAD" and status not in (204, 304):   # all other replies have a body
                 rows = ""
                 if self.counts_rows:
                     rows = "events" if self.EVENT_STREAM.search(head) else "chunks"
@@ -2070,11 +2100,11 @@ class Http(Protocol):
     def parse_whole_reply(self, data):
         """Return whether data is exactly one reply with a Content-Length.
 
-        The head is parsed only if the head or the size of the body differs from the last reply's.
+        The head is not parsed if the head and the size of the body equal those of the last reply.
         """
-        if self.awaited_request().name in ("", "HEAD", "CONNECT"):
+        if self.awaited_request().name in ("", "HEAD", "CONNECT"):      # "" is for NO_REQUEST
             return False
-        head_size = data.find(b"\n\r\n") + 3
+        head_size = data.find(b"\n\r\n") + 3       # 2 if nothing is found
         head_and_size = data[:head_size], len(data) - head_size
         if head_and_size != self.last_reply:
             if not self.is_common_reply(*head_and_size):
@@ -2083,12 +2113,12 @@ class Http(Protocol):
         return True
 
     def is_common_reply(self, head, body_size):
-        """Return whether this is the head of a common reply with a body of this size.
+        """Return whether this is the head of a reply of a common form, with a body of this size.
 
         The head must have a Content-Length in the usual spelling.
         """
         lower_head, field = head.lower(), b"\ncontent-length"
-        length_offset = lower_head.find(field)      # the first one counts, as in read_body
+        length_offset = lower_head.find(field)      # the first such field, as in read_body
         if length_offset < 0 or not self.COMMON_STATUS.match(head):
             return False
         return (lower_head.startswith(b"%s: %d\r\n" % (field, body_size), length_offset)
@@ -2097,32 +2127,34 @@ class Http(Protocol):
     def read_body(self, head, default_length, rows=""):
         """Read the body that follows a head.
 
-        default_length    used if the head has no Content-Length and the body is not chunked
-        rows              the rows to report: "chunks", "events" or none
+        default_length    size of the body if the head has no Content-Length, and the body is not
+                          chunked
+        rows              the rows to report: "chunks" or "events"; "" for none
         """
         lower_head = head.lower()
         if b"\ntransfer-encoding" in lower_head and self.CHUNKED.search(head):
             yield from self.read_chunked_body(rows)
             return
-        match = b"\ncontent-length" in lower_head and self.LENGTH.search(head)
+        match = self.LENGTH.search(head) if b"\ncontent-length" in lower_head else None
         size = parse_length(match.group(1)) if match else default_length
         if rows == "events":
-            yield from self.read_events(size)       # END_OF_MESSAGE ends the last row
+            yield from self.read_events(size)       # END_OF_MESSAGE ends the last row too
         else:
             yield size
 
     def read_events(self, size):
         """Read `size` bytes of a text/event-stream. An empty line ends an event.
 
-        Returns whether an event ends with the last byte. The caller reports the end of that row.
+        Yields END_OF_ROW after each event, but not at the last byte: the line end of a chunk may
+        follow, and belongs to the row. Returns whether an event ends with the last byte.
         """
         row_ends = False
-        for _ in range(size):
-            if row_ends:
-                yield END_OF_ROW
+        for index in range(size):
             byte = yield NeedBytes(1)
             row_ends = byte == b"\n" and self.line_is_empty
             self.line_is_empty = byte == b"\n" or (byte == b"\r" and self.line_is_empty)
+            if row_ends and index < size - 1:
+                yield END_OF_ROW
         return row_ends
 
     def read_chunked_body(self, rows):
@@ -2135,23 +2167,25 @@ class Http(Protocol):
             size = int(match.group(1), 16)
             if not size:
                 break
-            row_ends = rows == "chunks"
             if rows == "events":            # an event may begin in one chunk and end in another
                 row_ends = yield from self.read_events(size)
-                size = 0
-            yield size + len(b"\r\n")
+                yield len(b"\r\n")
+            else:
+                row_ends = rows == "chunks"
+                yield size + len(b"\r\n")
             if row_ends:
                 yield END_OF_ROW
         while (yield LINE).strip():         # trailer fields, up to an empty line
             pass
 
     def rewrite_head(self, head):
-        """Return the head with the value of its Host header field replaced by `host`.
+        """Replace the value of the Host header field by `host`. Returns the new head.
 
-        Returns the head itself if it has no such value, or if `host` is empty.
+        Returns the same object if nothing is replaced: `host` is b"", or the head has no value to
+        replace.
         """
         fields_offset, last = head.find(b"\n"), self.last_fields
-        # Most heads have the same fields as the last one.
+        # Most heads have the header fields of the last request.
         if head[fields_offset:] == last.text:
             return head if last.rewritten is last.text else head[:fields_offset] + last.rewritten
         field_offset = head.lower().find(b"\nhost:") if self.host else -1
@@ -2164,15 +2198,19 @@ class Http(Protocol):
         return head[:start] + head[start:].replace(value, self.host, 1)
 
     def refuse_client(self, received):
-        """Reply to the first bytes: the rest of the request is read while the client closes."""
-        if not received:
+        """Wait for the first bytes of a request, and reply to this request.
+
+        The proxy drops the rest of the request until the client closes the connection.
+        """
+        if not received:                    # OPEN
             return None
         name = "HEAD" if received.startswith(b"HEAD ") else ""
         return self.error_reply(self.overload_error, Request(received, name, info=True))
 
     def error_reply(self, kind, request):
-        """Return the Reply to a request: any request can fail with any error."""
-        status, closes = "%s %s" % (kind, self.errors[kind]), request.info
+        """Return the Reply to a request. Any request can fail with an error of any kind."""
+        closes = request.info
+        status = "%s %s" % (kind, self.errors[kind])
         body = status + "\n"
         lines = ["HTTP/1.1 " + status, "Content-Type: text/plain",
                  "Content-Length: %d" % len(body)]
