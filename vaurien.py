@@ -2227,7 +2227,7 @@ class Http(Protocol):
 class Redis(Protocol):
     """RESP2, RESP3 and inline commands (redis.io, protocol specification).
 
-    Request.info is whether the command is in a transaction.
+    Request.info is True for a command in a transaction, and else False.
     """
 
     errors = {
@@ -2256,11 +2256,13 @@ class Redis(Protocol):
     # After these commands the server sends data without a request.
     SERVER_PUSH = {"SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE", "MONITOR", "SYNC", "PSYNC",
                    "REPLCONF"}
-    VALUES_PER_ITEM = {b"*": 1, b"~": 1, b"%": 2}       # of an array, a set and a map
-    has_rows = True                                     # the items of the outermost value
+    # {type of array, set and map: the number of values in an item}. An item of a map is a key and
+    # a value.
+    VALUES_PER_ITEM = {b"*": 1, b"~": 1, b"%": 2}
+    has_rows = True         # the items of the reply, but not the items of nested values
     UNKNOWN_COMMAND = b"*1\r\n$7\r\nvaurien\r\n"
     REPLY_LINE = NeedMatch(rb"\n", beginning_with(rb"[$=!*~%|+:_#,(-]"), "no type of a reply")
-    in_multi = False        # in a transaction: after MULTI, and before EXEC or DISCARD
+    in_multi = False        # the client is in a transaction, between MULTI and EXEC or DISCARD
 
     def requests(self):
         while True:
@@ -2272,19 +2274,23 @@ class Redis(Protocol):
             yield END_OF_MESSAGE
 
     def read_array(self, line):
-        """Read a command that is an array of bulk strings. `line` is its first line.
+        """Read a command that is an array of bulk strings.
 
-        Yields the Request as soon as MATCH_MAX bytes of the arguments are known.
+        line    the first line of the array
+
+        Yields the Request at the end of the array. But if the arguments have more than MATCH_MAX
+        bytes, yields the Request after MATCH_MAX bytes.
         """
-        count = 0 if line[1:2] == b"-" else parse_length(line[1:], largest=1 << 20)
+        is_null = line[1:2] == b"-"
+        count = 0 if is_null else parse_length(line[1:], largest=1 << 20)
         args, text_left = [], MATCH_MAX
         for index in range(count):
             size = self.argument_size((yield LINE))
-            if size > text_left:          # the text for `match` ends in this argument
+            if size > text_left:          # MATCH_MAX bytes end in this argument
                 args.append((yield NeedBytes(text_left)))
                 yield self.make_request(args)
-                yield size - text_left + len(b"\r\n")
-                for _ in range(index + 1, count):
+                yield size - text_left + len(b"\r\n")       # skip the rest of the argument
+                for _ in range(index + 1, count):           # skip all other arguments
                     yield self.argument_size((yield LINE)) + len(b"\r\n")
                 return
             args.append((yield NeedBytes(size + len(b"\r\n")))[:size])
@@ -2292,14 +2298,17 @@ class Redis(Protocol):
         yield self.make_request(args)
 
     def argument_size(self, line):
-        """Return the size in the first line of a bulk string. Raises ProtocolError."""
+        """Return the size of an argument, from the first line of its bulk string.
+
+        Raises ProtocolError if the line does not begin a bulk string.
+        """
         if line[:1] != b"$":
             raise ProtocolError("%r in a command" % line[:20])
         return parse_length(line[1:])
 
     def parse_whole_request(self, data):
         """Return the Request if data is exactly one array of bulk strings, and otherwise None."""
-        # The lines of b"*2\r\n$3\r\nGET\r\n$1\r\na\r\n": *2, $3, GET, $1, a and an empty one.
+        # b"*2\r\n$3\r\nGET\r\n$1\r\na\r\n" becomes the lines *2, $3, GET, $1, a and an empty line.
         lines = data.split(b"\r\n")
         args = lines[2:-1:2]
         if not args or lines[-1] or lines[0] != b"*%d" % len(args):
@@ -2309,14 +2318,16 @@ class Redis(Protocol):
         return self.make_request(args)
 
     def make_request(self, args):
-        """Return the Request of a command, and note whether a transaction begins or ends.
+        """Make the Request of a command. Note whether the command begins or ends a transaction.
 
-        Raises ProtocolError at a command after which the server sends data without a request.
+        Raises ProtocolError at a command after which replies and requests do not alternate.
         """
         name = args[0].upper().decode("latin-1") if args else ""
-        if name in self.SERVER_PUSH or (name == "CLIENT" and args[1:2]
-                                        and args[1].upper() in (b"REPLY", b"TRACKING")):
-            raise ProtocolError("%s starts server push" % name)
+        ends_parsing = name in self.SERVER_PUSH
+        if name == "CLIENT" and len(args) > 1:
+            ends_parsing = args[1].upper() in (b"REPLY", b"TRACKING")
+        if ends_parsing:
+            raise ProtocolError("after %s, replies and requests do not alternate" % name)
         request = Request(b" ".join(args), name, replies=bool(args), info=self.in_multi)
         if name in ("MULTI", "EXEC", "DISCARD", "RESET"):
             self.in_multi = name == "MULTI"
@@ -2324,17 +2335,20 @@ class Redis(Protocol):
 
     def replies(self):
         while True:
-            values_left = 1                 # of the reply, including nested values
-            row_size = row_end = 0          # values of a row; values_left when the next one ends
+            values_left = 1         # values of the reply still to read, with nested values
+            # The rows are the items of the outermost value. When the current row ends,
+            # `values_left` is `row_end`.
+            row_size = row_end = 0  # row_size: the values in a row; 0 if no rows are reported
             while values_left:
                 line = yield self.REPLY_LINE
                 values_left -= 1
                 if line[:1] in (b"$", b"=", b"!"):      # a string
-                    if line[1:2] not in (b"-", b"?"):   # null and streamed: no length
+                    if line[1:2] not in (b"-", b"?"):   # null and streamed strings have no length
                         yield parse_length(line[1:]) + len(b"\r\n")
                 else:
                     nested = self.nested_values(line)
-                    if self.counts_rows and not (values_left or row_size):  # the outermost value
+                    is_outermost = values_left == 0 and row_size == 0
+                    if self.counts_rows and is_outermost:
                         row_size = self.VALUES_PER_ITEM.get(line[:1], 0)
                         row_end = nested - row_size
                     values_left += nested
@@ -2344,10 +2358,14 @@ class Redis(Protocol):
             yield END_OF_MESSAGE
 
     def nested_values(self, line):
-        """Return the number of values that follow the first line of a value and belong to it."""
-        if line[:1] == b"|":                # a map of attributes, then the value that has them
+        """Return the number of values that are nested in a value.
+
+        line    the first line of the value
+        """
+        if line[:1] == b"|":                # a map of attributes, then the value with them
             return 2 * parse_length(line[1:]) + 1
-        if line[:1] not in self.VALUES_PER_ITEM or line[1:2] == b"-":       # null
+        is_null = line[1:2] == b"-"
+        if line[:1] not in self.VALUES_PER_ITEM or is_null:
             return 0
         return parse_length(line[1:]) * self.VALUES_PER_ITEM[line[:1]]
 
@@ -2359,15 +2377,20 @@ class Redis(Protocol):
         size = data[1:line_end - 2]
         if type_ != b"$" or data[line_end - 2:line_end] != b"\r\n" or not size.isdigit():
             return False
-        # Nine digits are enough for data of COPY_MAX bytes, and int() is slow for a long text.
+        # int() is slow for a long text. Nine digits are enough, because data is COPY_MAX bytes at
+        # most.
         return line_end + int(size[:9]) + len(b"\r\n") == len(data)
 
     def encode_error(self, kind):
-        code = "ERR" if kind == "MAXCLIENTS" else kind      # Redis has no code for that error
+        # Redis has no code of its own for too many clients, and sends the general code ERR.
+        code = "ERR" if kind == "MAXCLIENTS" else kind
         return ("-%s %s\r\n" % (code, self.errors[kind])).encode()
 
     def make_substitute(self, kind, request):
-        """Return an unknown command in a transaction, so that EXEC fails."""
+        """Return an unknown command if the request is in a transaction.
+
+        Redis replies with an error, and EXEC then fails, as after the error of the proxy.
+        """
         return self.UNKNOWN_COMMAND if request.info else b""
 
 
@@ -2375,12 +2398,14 @@ class Redis(Protocol):
 class Memcache(Protocol):
     """The text protocol of memcached, with its meta commands (doc/protocol.txt).
 
-    A quiet meta command may or may not get a reply. Clients send `mn` afterwards, which always
-    gets one, to know that they have received all replies. So the backend also gets an `mn` in
-    place of a refused command: the error must not come before the replies to quiet commands.
+    A quiet meta command gets a reply only in some cases. After quiet commands, a client sends
+    `mn`, because the reply to `mn` comes in any case, after all other replies. If a rule refuses a
+    command after quiet commands, the backend gets `mn` in place of this command. The client gets
+    the error when the reply to `mn` has come. So no error overtakes a reply to a quiet command.
 
-    If `mn` takes the place of a request, Request.info has the last bytes that the backend has
-    sent: they may be a part of the reply to `mn`. Otherwise it is None.
+    Request.info is None, except for a request that `mn` has replaced: then Request.info has the
+    last bytes that the backend has sent. They may be the beginning of the reply to `mn`, so the
+    client has not got them.
     """
 
     errors = {
@@ -2394,7 +2419,7 @@ class Memcache(Protocol):
     connect_errors = ("TOO_MANY",)
     never_fail = ("mn",)
     overload_error = "TOO_MANY"
-    # {command with a body: the index of the word that is the size of the body}
+    # {command with a body: index of the size of this body, among the words of the command}
     SIZE_INDEX = {"set": 4, "add": 4, "replace": 4, "append": 4, "prepend": 4, "cas": 4, "ms": 2}
     GET = {"get", "gets", "gat", "gats"}
     META = {"mg", "ms", "md", "ma", "me", "mn"}
@@ -2402,7 +2427,7 @@ class Memcache(Protocol):
     COMMAND_LINE = NeedMatch(rb"\n", rb"(?!\x80)" + TEXT,
                              "the binary protocol, or a control character in a command")
     REPLY_LINE = NeedMatch(rb"\n", beginning_with(rb"[0-9A-Za-z]"), "no line of a reply")
-    quiet_sent = False      # a quiet command has been sent, and no `mn` after it
+    quiet_sent = False      # the client has sent a quiet command, and the backend no `mn` since
 
     def requests(self):
         while True:
@@ -2412,19 +2437,21 @@ class Memcache(Protocol):
             if name in ("watch", "lru_crawler"):
                 raise ProtocolError("%s starts server push" % name)
             body_size = self.body_size(name, words)
-            is_quiet = name in self.META and b"q" in [word[:1] for word in words[2:]]
+            flags = [word[:1] for word in words[2:]] if name in self.META else []
+            is_quiet = b"q" in flags
             is_noreply = words[-1:] == [b"noreply"] and name not in self.GET
             request = Request(line.strip(), name,
                               replies=not (is_quiet or is_noreply or name == "quit"))
             yield request
+            # A rule may have refused the request now, and make_substitute has then sent `mn`.
             self.quiet_sent = is_quiet or (self.quiet_sent and not self.is_flush(request))
             yield body_size
             yield END_OF_MESSAGE
 
     def body_size(self, name, words):
-        """Return the size of the body that follows a command, with its line end.
+        """Return the size of the body of a command. The size includes the line end of the body.
 
-        Without a size there is no body, and the backend replies with an error.
+        Returns 0 if the size is missing: the backend then reads no body and replies with an error.
         """
         index = self.SIZE_INDEX.get(name, 0)
         return parse_length(words[index]) + len(b"\r\n") if 0 < index < len(words) else 0
@@ -2439,49 +2466,59 @@ class Memcache(Protocol):
                 yield parse_length(words[3]) + len(b"\r\n")    # the reply ends with an END line
             elif type_ == b"VA" and len(words) > 1:
                 yield parse_length(words[1]) + len(b"\r\n")
-                if not is_flush:            # before MN: the reply to an earlier quiet command
+                if not is_flush:            # else a reply to a quiet command. MN comes later
                     yield END_OF_MESSAGE
             elif is_flush and type_ != b"MN":
-                continue                    # also the reply to an earlier quiet command
+                continue                    # a reply to a quiet command. MN comes later
             elif type_ in (b"STAT", b"ITEM", b"PREFIX") and request.name not in self.GET:
                 continue                    # a line of statistics: more lines follow
             else:
                 yield END_OF_MESSAGE
 
     def is_flush(self, request):
-        """Return whether the backend gets `mn`: as the request, or in its place."""
+        """Return whether the request is `mn`, or the backend gets `mn` in place of the request."""
         return request.name == "mn" or request.info is not None
 
     def make_substitute(self, kind, request):
+        """Return `mn` after quiet commands, and note in the request that `mn` replaces it."""
         if not self.quiet_sent:
             return b""
         request.info = b""
         return self.FLUSH
 
     def finish_refusal(self, exchange, t, to, data):
-        """Let the replies to quiet commands pass. Drop only the reply to the substitute.
-
-        Only the end of that reply shows where it began. So the last bytes wait until then.
-        """
+        """Let the replies to quiet commands pass. Drop only the reply to `mn`."""
         request = exchange.request
         awaits_flushed = request and request.info is not None and not exchange.reply_done
-        if not awaits_flushed or to == UPSTREAM or not (data or data is EOF):
+        if awaits_flushed and to == DOWNSTREAM and (data or data is EOF):
+            yield from self.pass_quiet_replies(request, t, data)
+        else:
             yield from super().finish_refusal(exchange, t, to, data)
-            return
+
+    def pass_quiet_replies(self, request, t, data):
+        """Yield the events with the replies to quiet commands.
+
+        data    the bytes that the backend has sent, or EOF
+
+        The last bytes may belong to the reply to `mn`. So they wait in request.info for the next
+        event. After an EOF, the reply to `mn` cannot come, and the client gets all bytes.
+        """
         received = request.info + data
-        passed = len(received) if data is EOF else max(0, len(received) - len(self.FLUSHED))
-        request.info = received[passed:]
-        if passed:
-            yield t, to, received[:passed]
+        waiting_size = 0 if data is EOF else min(len(received), len(self.FLUSHED))
+        passed_size = len(received) - waiting_size
+        request.info = received[passed_size:]
+        if passed_size:
+            yield t, DOWNSTREAM, received[:passed_size]
         if data is EOF:
-            yield t, to, data
+            yield t, DOWNSTREAM, EOF
 
 
 class StatementTexts(OrderedDict):
-    """The texts of a connection's prepared statements, {key: text}.
+    """The texts of the prepared statements of a connection, {key: text}.
 
-    A client may prepare any number of them, and drop them by SQL that is not parsed. So the
-    least recently used ones are forgotten. `match` finds nothing in a text that is not known.
+    A client may prepare any number of statements. It may also drop statements by SQL that is not
+    parsed. So this class forgets the least recently used texts if all of them take more than
+    STATEMENTS_MAX bytes. In place of a forgotten text, `match` searches in b"".
     """
 
     size = 0            # bytes of memory
@@ -2494,13 +2531,13 @@ class StatementTexts(OrderedDict):
             self.forget(next(iter(self)))
 
     def forget(self, key):
-        """Forget the text of a statement, if it is known."""
+        """Forget the text with this key, if there is one."""
         if key in self:
             self.size -= len(key) + len(self[key]) + STATEMENT_OVERHEAD
             del self[key]
 
     def use(self, key):
-        """Return the text of a statement, or b"" if it is not known."""
+        """Return the text with this key, which is now the last used. Returns b"" if unknown."""
         if key not in self:
             return b""
         self.move_to_end(key)
@@ -2520,24 +2557,26 @@ def mysql_header(header):
 def mysql_integer(data, offset):
     """Return (number, offset of the next byte) of a length-encoded integer.
 
-    If data ends within the integer, the number is that of the bytes that are there.
+    The first byte is the number itself, or tells the size of a number that follows. If data ends
+    too early, the missing bytes count as 0.
     """
-    size = {0xfc: 2, 0xfd: 3, 0xfe: 8}.get(data[offset], 0) if offset < len(data) else 0
-    end = offset + 1 + size
-    return int.from_bytes(data[offset + (size > 0):end], "little"), end
+    first_byte = data[offset] if offset < len(data) else 0
+    size = {0xfc: 2, 0xfd: 3, 0xfe: 8}.get(first_byte, 0)
+    start, end = (offset + 1 if size else offset), offset + 1 + size
+    return int.from_bytes(data[start:end], "little"), end
 
 
 class SkipRows:
-    """A reader yields this to skip all rows that are one packet each, up to any other packet.
+    """A reader yields this to skip rows, up to a packet that is not one whole row.
 
-    This is one loop over the data, because a reader of each single row would be slow.
+    A reader that takes each row on its own would be slower than this loop over the data.
 
     left    bytes of the current row that have not arrived
     """
 
     __slots__ = ("left",)
 
-    HEADER = struct.Struct("<IB")       # size (3 bytes), sequence number, type
+    HEADER = struct.Struct("<IB")       # the size (3 bytes) and the sequence number, the type
 
     def __init__(self):
         self.left = 0
@@ -2545,22 +2584,24 @@ class SkipRows:
     def take(self, buffered, data, offset, size):
         offset, unpack_from = offset + self.left, self.HEADER.unpack_from
         while offset + 5 <= size:
-            word, type_ = unpack_from(data, offset)
-            body_size = word & 0xFFFFFF
-            if type_ >= 0xFE or body_size == 0xFFFFFF:      # EOF or ERR, or several packets
+            size_and_sequence, type_ = unpack_from(data, offset)
+            body_size = size_and_sequence & 0xFFFFFF
+            # An EOF or ERR is no row. A row with this body size continues in the next packet.
+            if type_ >= 0xFE or body_size == 0xFFFFFF:
                 break
             offset += 4 + body_size
         self.left = max(0, offset - size)
+        # If a packet begins in the data and is not skipped, the reader takes it.
         return (offset, b"", b"") if offset < size else (size, None, b"")
 
 
 class MysqlCommand:
-    """The data that Mysql keeps of a command until its reply ends.
+    """The data that Mysql keeps of a command until the reply ends.
 
-    text            its statement, or the prepared one that it executes
-    statement_id    the id of the prepared statement that it executes
-    sequence        the sequence number of its last packet
-    substitutes     the number of commands that the backend gets in its place
+    text            the SQL of the command, or of the prepared statement that the command executes
+    statement_id    the id of this prepared statement
+    sequence        the sequence number of the last packet of the command
+    substitutes     how many commands the backend gets in place of the command
     """
 
     __slots__ = ("text", "statement_id", "sequence", "substitutes")
@@ -2577,13 +2618,16 @@ class Mysql(Protocol):
     sequence number. The body of a command is one byte for the command, and its arguments.
 
     Clients may send commands without waiting for the replies. So each reply is parsed up to its
-    end. It is one packet, or it has rows, and several results may follow one another:
+    end. A reply has one of these forms, where each word is one packet or several, and packets in
+    brackets may be missing. A reply may have several results, one after the other:
 
-        OK, ERR, EOF                            one packet; the status of an OK tells whether
-                                                another result follows
-        count, columns, [EOF], rows, EOF        a result; the last EOF may be an OK. After the
-                                                first EOF no row follows if a cursor is open
-        LOCAL INFILE, OK                        the client sends a file in between
+        OK, ERR or EOF                          a result without rows. The status in an OK tells
+                                                whether another result follows
+        count, columns, [EOF], rows, EOF        a result with rows. The last packet may be an OK
+                                                in place of an EOF. If the status in the first EOF
+                                                says that a cursor is open, the reply ends there
+        LOCAL INFILE, OK                        the client sends a file before the backend sends
+                                                the OK
         OK, parameters, [EOF], columns, [EOF]   the reply to PREPARE
 
     Request.info is a MysqlCommand.
@@ -2622,10 +2666,11 @@ class Mysql(Protocol):
     WITH_RESULTS = {QUERY, PROCESS_INFO, EXECUTE, BULK_EXECUTE}
     # BINLOG_DUMP, TABLE_DUMP, BINLOG_DUMP_GTID, CLONE, SUBSCRIBE_GROUP_REPLICATION_STREAM
     SERVER_PUSH = {0x12, 0x13, 0x1e, 0x20, 0x21}
-    # First bytes of packets of the backend
+    # Types of the backend's packets: the first byte of the body
     OK, LOCAL_INFILE, EOF, ERR = b"\x00", b"\xfb", b"\xfe", b"\xff"
-    PROGRESS_REPORT = b"\xff\xff\xff"      # MariaDB: an ERR before the reply
-    EOF_SIZE = 5                            # an OK in the place of an EOF is longer
+    PROGRESS_REPORT = b"\xff\xff\xff"      # MariaDB sends such an ERR before the reply
+    EOF_SIZE = 5                            # the size of an EOF. An OK with the type of an EOF is
+                                            #   longer
     # Flags of a status
     MORE_RESULTS, CURSOR_EXISTS = 0x08, 0x40
     # Capability flags of the login
@@ -2634,25 +2679,27 @@ class Mysql(Protocol):
     CLIENT_DEPRECATE_EOF, CLIENT_QUERY_ATTRIBUTES = 1 << 24, 1 << 27
     DEADLOCK = "1213"
     has_rows = True
-    LAST_PREPARED = b"\xff\xff\xff\xff"     # id of the statement that was prepared last
-    PACKET_MAX = 0xFFFFFF           # size of a body that the next packet continues
-    HEAD_SIZE = 256                         # bytes of a packet of the backend that are parsed
+    LAST_PREPARED = b"\xff\xff\xff\xff"     # MariaDB: the id means the last prepared statement
+    PACKET_MAX = 0xFFFFFF                   # a body of this size continues in the next packet
+    HEAD_SIZE = 256                         # the first bytes of a backend's packet, which are
+                                            #   parsed
 
     def __init__(self, host=b""):
         self.statements = StatementTexts()      # {id: text}
         self.prepared = b""                 # the text of the last PREPARE
         self.loading = False                # the client sends the data of LOCAL INFILE
-        self.server_flags = 0xFFFFFFFF      # capability flags of the backend
-        self.flags = 0                      # those that the client has too
+        self.server_flags = 0xFFFFFFFF      # capability flags of the backend. All, until known
+        self.flags = 0                      # capability flags of both client and backend
         self.capabilities_known = False     # the client has sent its first login packet
         super().__init__(host)
 
     def requests(self):
         while True:
             size, sequence = mysql_header((yield NeedBytes(4)))
-            if size > HEAD_MAX and not self.capabilities_known:     # perhaps TLS
+            if size > HEAD_MAX and not self.capabilities_known:     # perhaps bytes of TLS
                 raise ProtocolError("no packet of a login")
-            if sequence or not size or self.loading:    # not the first packet of a command
+            # A command has a body, and begins with the sequence number 0.
+            if sequence or not size or self.loading:
                 yield from self.read_continuation(size, sequence)
                 continue
             body = yield NeedBytes(min(size, MATCH_MAX))
@@ -2667,7 +2714,7 @@ class Mysql(Protocol):
     def read_continuation(self, size, sequence):
         """Read the body of a packet of the login, or of the data of LOCAL INFILE."""
         if not size:
-            self.loading = False            # an empty packet ends the data
+            self.loading = False            # an empty packet ends the data of LOCAL INFILE
         yield CONTINUATION
         if sequence and not self.capabilities_known:
             size = yield from self.read_capabilities(size)
@@ -2675,12 +2722,14 @@ class Mysql(Protocol):
         yield END_OF_MESSAGE
 
     def read_capabilities(self, size):
-        """Read the flags with which a login packet of this size begins. Returns the size left.
+        """Read the capability flags, the first bytes of a login packet. Returns the size left.
 
-        An SSLRequest ends before the user's name: the whole login packet follows in TLS.
+        size    bytes of the packet's body
         """
         head = yield NeedBytes(min(4, size))
         flags, size_left = int.from_bytes(head, "little"), size - len(head)
+        # An SSLRequest is a login packet that ends before the user's name. The same packet
+        # follows in TLS, complete.
         if size == 32 and flags & self.CLIENT_SSL:
             if not self.joins_tls:
                 raise ProtocolError("TLS follows")
@@ -2694,20 +2743,23 @@ class Mysql(Protocol):
 
     def make_request(self, body):
         """Return the Request of a command. Raises ProtocolError if replication follows."""
-        command, text = body[0], self.note_statement(body)
+        command = body[0]
+        text = self.note_statement(body)
         if command in self.SERVER_PUSH:
             raise ProtocolError("replication follows")
         return Request(text, command, replies=command not in self.WITHOUT_REPLY,
                        info=MysqlCommand(text, body[1:5]))
 
     def note_statement(self, body):
-        """Return the statement of a command: its own, or the prepared one that it executes.
+        """Return the SQL of a command, or of the prepared statement that the command executes.
 
-        Keeps the text of PREPARE, and drops the statement of CLOSE.
+        Returns b"" if there is no such SQL. Keeps the text of a PREPARE for later commands. CLOSE
+        forgets the text of a statement.
         """
         command, statement_id = body[0], body[1:5]
         if command == self.QUERY:
-            # Without attributes, the text begins after their number and the number of their sets.
+            # With this flag, the query attributes come before the SQL. If there are none, they
+            # are two bytes: no attribute (0), one set (1). Other attributes count as SQL.
             has_counts = self.flags & self.CLIENT_QUERY_ATTRIBUTES and body[1:3] == b"\0\1"
             return body[3 if has_counts else 1:]
         if command == self.PREPARE:
@@ -2728,18 +2780,20 @@ class Mysql(Protocol):
             if request is not NO_REQUEST:
                 yield from self.read_reply(request, size, head)
                 yield END_OF_MESSAGE
-            elif self.awaited():
+            elif self.awaited():                # the client has connected, and awaits the greeting
                 self.note_greeting(head)
                 yield END_OF_MESSAGE
                 yield from self.read_login()
 
     def note_greeting(self, head):
-        """Keep the capability flags in the greeting, whose version ends with a zero byte."""
-        # The version is followed by the id of the connection, 8 bytes of a nonce, a filler, two
-        # bytes of flags, the character set (1), the status (2), and two more bytes of flags.
-        offset = head.find(b"\0") + 14
-        self.server_flags = int.from_bytes(head[offset:offset + 2] + head[offset + 5:offset + 7],
-                                           "little")
+        """Keep the capability flags of the greeting."""
+        # The fields and their sizes: the protocol (1), the version up to a zero byte, the id of
+        # the connection (4), a nonce (8), a filler (1), the lower flags (2), the character set
+        # (1), the status (2), the upper flags (2).
+        version_end = head.find(b"\0") + 1
+        offset = version_end + 13
+        lower, upper = head[offset:offset + 2], head[offset + 5:offset + 7]
+        self.server_flags = int.from_bytes(lower + upper, "little")
 
     def read_login(self):
         """Read the packets of a login, up to an OK or ERR."""
@@ -2748,9 +2802,10 @@ class Mysql(Protocol):
             _, head = yield from self.read_packet()
 
     def read_packet(self):
-        """Read a packet, or several that continue each other. Skips progress reports.
+        """Read a packet, and the packets that continue its body. Skips progress reports.
 
-        Returns (size of the first one, its first bytes, HEAD_SIZE at most).
+        Returns (size, head): the size of the packet's body, and its first bytes, HEAD_SIZE at
+        most.
         """
         while True:
             size, _ = mysql_header((yield NeedBytes(4)))
@@ -2764,9 +2819,12 @@ class Mysql(Protocol):
                 return size, head
 
     def read_reply(self, request, size, head):
-        """Read the rest of a reply, after its first packet."""
+        """Read the rest of a reply.
+
+        size, head    the first packet of the reply, as read_packet returns it
+        """
         command, type_ = request.name, head[:1]
-        if request.info.substitutes:        # each has a reply of one packet
+        if request.info.substitutes:        # the reply to each substitute is one packet
             for _ in range(request.info.substitutes - 1):
                 yield from self.read_packet()
         elif type_ == self.ERR or command == self.STATISTICS:
@@ -2783,7 +2841,10 @@ class Mysql(Protocol):
             raise ProtocolError("an unknown reply to command %d" % command)
 
     def read_results(self, size, head):
-        """Read results, of which the first packet of the first one has been read."""
+        """Read all results of a reply.
+
+        size, head    the first packet of the first result, as read_packet returns it
+        """
         while True:
             self.loading = head[:1] == self.LOCAL_INFILE
             if head[:1] in (self.OK, self.ERR):
@@ -2797,25 +2858,31 @@ class Mysql(Protocol):
             size, head = yield from self.read_packet()
 
     def read_result(self, size, head):
-        """Read a result with rows, after its first packet. Returns its status.
+        """Read a result with rows, after its first packet. Returns the status of the result.
 
-        MariaDB leaves the columns out if the client knows them. Then the first packet is the
+        size, head    the first packet, as read_packet returns it
+
+        If the client knows the columns, MariaDB leaves them out. Then the first packet is the
         number of columns and a zero byte.
         """
         count, end = mysql_integer(head, 0)
-        if not (size == end + 1 and head[end] == 0):
+        omits_columns = size == end + 1 and head[end] == 0
+        if not omits_columns:
             for _ in range(count):
                 yield from self.read_packet()
         size, head = yield from self.read_packet()
         if head[:1] == self.EOF and size == self.EOF_SIZE:
             status = self.status(size, head)
-            if status & self.CURSOR_EXISTS:     # the client fetches the rows
+            if status & self.CURSOR_EXISTS:     # the client gets the rows later, by FETCH
                 return status
             size, head = yield from self.read_packet()
         return (yield from self.read_rows(size, head))
 
     def read_rows(self, size, head):
-        """Read rows, of which the first packet has been read. Returns the status after them."""
+        """Read rows, up to the packet that ends them. Returns the status in this last packet.
+
+        size, head    the first packet, as read_packet returns it
+        """
         while self.is_row(size, head):
             if self.counts_rows:
                 yield END_OF_ROW
@@ -2825,24 +2892,34 @@ class Mysql(Protocol):
         return self.status(size, head)
 
     def is_row(self, size, head):
-        """Return whether this packet is a row, and not the EOF or ERR after the rows."""
+        """Return whether this packet is a row, and not the EOF or ERR after the rows.
+
+        A row can begin with the byte of an EOF only if its first value has 16 MiB or more. So the
+        packet of such a row is as large as possible.
+        """
         return head[:1] not in (self.EOF, self.ERR) or size == self.PACKET_MAX
 
     def read_prepared(self, request, head):
-        """Read the reply to PREPARE, after its first packet: the parameters and the columns."""
-        self.statements[head[1:5]] = request.info.text
-        has_eof = not self.flags & self.CLIENT_DEPRECATE_EOF        # after each list
-        for field in head[7:9], head[5:7]:
-            count = int.from_bytes(field, "little")
-            for _ in range(count + has_eof if count else 0):
+        """Read the parameters and the columns in the reply to PREPARE. Keep the statement's text.
+
+        head    the first packet: a zero byte, the id (4), the number of columns (2) and the
+                number of parameters (2)
+        """
+        statement_id, column_count, parameter_count = head[1:5], head[5:7], head[7:9]
+        self.statements[statement_id] = request.info.text
+        eof_count = 0 if self.flags & self.CLIENT_DEPRECATE_EOF else 1
+        for number in parameter_count, column_count:
+            count = int.from_bytes(number, "little")
+            packets = count + eof_count if count else 0     # no EOF follows an empty list
+            for _ in range(packets):
                 yield from self.read_packet()
 
     def status(self, size, head):
-        """Return the status flags in an OK or EOF; 0 for an ERR."""
+        """Return the status flags in an OK or EOF. Returns 0 for an ERR."""
         if head[:1] == self.ERR:
             return 0
-        offset = 3                              # after the number of warnings
-        if size != self.EOF_SIZE:               # an OK: after two integers
+        offset = 3                              # in an EOF, after the number of warnings
+        if size != self.EOF_SIZE:               # in an OK, after two integers
             _, offset = mysql_integer(head, 1)
             _, offset = mysql_integer(head, offset)
         return int.from_bytes(head[offset:offset + 2], "little")
@@ -2851,26 +2928,27 @@ class Mysql(Protocol):
         """Return an ERR packet."""
         sqlstate, text = self.errors[kind]
         code = b"\xff" + int(kind).to_bytes(2, "little")
-        if kind in self.connect_errors:     # it replaces the greeting and has no SQLSTATE
+        if kind in self.connect_errors:     # before the login, an ERR has no SQLSTATE
             return mysql_packet(0, code + text.encode())
         return mysql_packet(1, code + ("#" + sqlstate + text).encode())
 
     def make_substitute(self, kind, request):
-        """Return commands that drop the state that the backend would drop with this error."""
+        """Return commands after which the backend is in the same state as after the error."""
         commands, statement_id = [], request.info.statement_id
         if request.name == self.PREPARE:
-            # It fails, so the backend does not execute an earlier statement as the last one.
+            # This PREPARE fails. Without it, the client's next EXECUTE of the last prepared
+            # statement would execute an earlier statement.
             commands.append(bytes([self.PREPARE]) + b"vaurien")
         elif request.name in self.EXECUTES and statement_id != self.LAST_PREPARED:
             # Like EXECUTE, RESET makes the backend forget the data of SEND_LONG_DATA.
             commands.append(bytes([self.RESET]) + statement_id)
-        if kind == self.DEADLOCK:           # it rolls back the whole transaction
+        if kind == self.DEADLOCK:           # a deadlock rolls back the whole transaction
             commands.append(bytes([self.QUERY]) + b"ROLLBACK")
         request.info.substitutes = len(commands)
         return b"".join(mysql_packet(0, body) for body in commands)
 
     def finish_reply(self, reply, request):
-        """Return the reply's packet with the sequence number after the request's last packet."""
+        """Set the sequence number of the reply's packet: it follows that of the last packet."""
         size, body = reply.data[:3], reply.data[4:]
         return size + bytes([(request.info.sequence + 1) % 256]) + body
 
