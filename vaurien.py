@@ -13754,43 +13754,47 @@ def describe_record(record):
 
 # -- Command line -------------------------------------------------------------
 #
-# The commands `vaurien` and `vaurien serve`: they read the command line and the --config file,
-# create the proxies, and run them.
+# The commands `vaurien` and `vaurien serve` read the command line and the --config file, create
+# the proxies, and run them.
 #
-# A setting is declared once, in SETTINGS. A handler's option is declared once, in the handler's
-# signature. The parser, the keys of the ini file and the help are generated from these
-# declarations. The command line overrides the file, and the file overrides the defaults.
+# SETTINGS declares each setting. The signature of a handler declares the handler's options. The
+# parser, the keys of the ini file and the help are generated from these declarations. The command
+# line overrides the file, and the file overrides the defaults.
 #
-# All input is text until a check parses it. If the text is invalid, the check raises ValueError
-# with the end of a sentence ("must be ..."). SourcedText begins the sentence with the source of
-# the text, like "--local".
+# All input is text until a check parses it. If a text is invalid, the check raises ValueError with
+# the end of a sentence, like "must be a host". The class SourcedText puts the source of the text
+# first: "--local must be a host".
 #
 # To add a setting, add a line to SETTINGS.
 
-# flags      the flags on the command line. Without the leading dashes, they are the keys of the
-#            ini file
-# scope      proxy           a value for each proxy, passed to ProxyServer under the setting's name
-#            shared          as `proxy`; the value in [vaurien] is the default of all proxies, and
-#                            ProxyTable gets it for later ones
-#            process         one value, which `prepare` applies
-#            command line    one value that the file cannot set
-# default    the text that is parsed if the setting is not given. None: the value is None
+# The declaration of a setting:
+#
+# flags      the flags on the command line. The ini file has the same names without the dashes
+#            before them
+# scope      proxy           each proxy has a value. ProxyServer gets the value as the argument
+#                            with the setting's name
+#            shared          like `proxy`, but each proxy without a value gets the value of the
+#                            section [vaurien]. So does each proxy that the API creates later
+#            process         there is one value, which `prepare` applies
+#            command line    there is one value, and the file cannot set the setting
+# default    the text to parse if the user gives no value. None: the value is None then
 # check      the function that parses the text
-# metavar    the name of the value in the help. None: the flag takes no value, and the key of the
-#            ini file takes yes or no. With " ..." at its end, the flag may be given several
-#            times, and the text has a line for each of them
+# metavar    the name of the value in the help. None: the flag takes no value, and the key in the
+#            ini file takes yes or no. If it ends with " ...", users may repeat the flag. Each
+#            value is then a line of the text that `check` parses
 # help       the text for --help
 Setting = namedtuple("Setting", "flags scope default check metavar help")
 
 
 def check_host(text):
+    """Return a text that is a host name or an IP address. Raises ValueError."""
     if not is_valid_host(text):
         raise ValueError("must be a host, like localhost or 127.0.0.1, not %r" % text)
     return text
 
 
 def check_names(text):
-    """Parse a list of host names without ports, separated by commas."""
+    """Parse "a.example,b.example" into a list of host names. Raises ValueError for a port."""
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if not name or ":" in name or not is_valid_host(name):
@@ -13799,20 +13803,20 @@ def check_names(text):
 
 
 def check_log_level(text):
-    """Parse the name of a level in any case. Returns it in upper case, as `logging` needs it."""
+    """Parse the name of a log level, in upper or lower case. Returns the name for `logging`."""
     check = choice_check("debug", "info", "warning", "error", "critical")
     return check(text.lower()).upper()
 
 
 def import_handler(name):
-    """Import and register a handler named by a dotted path, unless it is registered already.
+    """Import the user's handler with this dotted path, unless HANDLERS has the name already.
 
     Raises ValueError for an unknown name.
     """
     if name not in HANDLERS and "." in name:
         load_handler(name, name)
     if name not in HANDLERS:
-        raise ValueError("names the %s, or the path.to.callable of your own"
+        raise ValueError("names the %s, or the path.to.callable of your own handler"
                          % unknown_handler(name))
 
 
@@ -13825,7 +13829,7 @@ def check_behavior(text):
 
 
 def check_faults(text):
-    """Parse faults, one a line, into Toxics, and import their handlers. Raises ValueError."""
+    """Parse faults into a list of Toxics, and import their handlers. Each line is a fault."""
     if not text.strip():
         raise ValueError("must be HANDLER [NAME=VALUE ...], not %r" % text)
     toxics = OrderedDict()
@@ -13841,13 +13845,11 @@ def check_faults(text):
 
 
 def parse_fault(words, taken):
-    """Return the Toxic of the words of a fault. Raises ValueError.
+    """Return the Toxic that the words of a fault describe. Raises ValueError.
 
-    taken    names of other faults. A fault without a name is named after its handler: `delay`,
-             or `delay_2` if that is taken
-
-    As a rule of a behavior, and unlike other toxics, it is drawn for each request and acts on
-    both streams, unless the words say otherwise.
+    words    HANDLER, and any number of NAME=VALUE
+    taken    names of other faults. Without name=, a fault has the name of its handler, like
+             `delay`. If `delay` is taken, the name is `delay_2`
     """
     type_, texts = parse_rule_words(words)
     import_handler(type_)
@@ -13857,6 +13859,8 @@ def parse_fault(words, taken):
         while name in taken:
             number += 1
             name = "%s_%d" % (type_, number)
+    # A Toxic has Toxiproxy's defaults, but a fault has the defaults of a rule in a behavior: one
+    # draw for each request, and both streams.
     defaults = {field: RULE_FIELDS[field].default for field in Toxic.DEFAULTS}
     return make_flat_toxic(type_, check_field("name", check_name, name), texts, defaults)
 
@@ -13868,64 +13872,64 @@ def settings_table(rows):
 
 SETTINGS = settings_table([
     ("config", "--config", "command line", None, check_file, "FILE",
-     "ini file, or Toxiproxy's JSON; options of the command line override it"),
+     "ini file, or file with Toxiproxy's JSON; the command line overrides the file"),
     ("local", "--local --proxy", "proxy", "localhost:8000", parse_listener, "HOST:PORT",
-     "address to listen on; port 0 picks a free one"),
+     "address to listen on; with port 0, the system picks a free port"),
     ("distant", "--distant --backend", "proxy", "localhost:80", parse_backend, "HOST:PORT",
-     "address of the backend, or tls://HOST:PORT"),
+     "address of the backend; to use TLS, write tls://HOST:PORT"),
     ("behavior", "--behavior", "proxy", "100:dummy", check_behavior, "PERCENT:HANDLER,...",
-     "handlers, and the percentage of requests that each acts on"),
+     "handlers, each with the percentage of requests on which it acts"),
     ("toxics", "--fault", "proxy", None, check_faults, "HANDLER ...",
-     "a handler beside the behavior, with options and rule fields, like \"error percent=20 "
-     "kind=503\"; repeat --fault for faults that add up"),
+     "a handler that acts beside the behavior, with options and rule fields, like \"error "
+     "percent=20 kind=503\"; repeat --fault to add more handlers"),
     ("network", "--network", "proxy", None, check_network, "PROFILE",
-     "latency, data rate and packet loss of a network like 3g, dsl or satellite, beside the "
-     "behavior: see --help network"),
+     "imitate a network like 3g, dsl or satellite: its latency, data rate and packet loss; see "
+     "--help network"),
     ("protocol", "--protocol", "proxy", "tcp", check_protocol, "NAME",
      "application protocol: " + ", ".join(PROTOCOLS)),
     ("overwrite_host_header", "--protocol-http-overwrite-host-header", "proxy", "yes",
      check_yes_no, "YES|NO",
      "with --protocol http: replace the Host header with the backend's address"),
     ("accept", "--accept", "proxy", "normal", check_accept, "MODE",
-     "new connects: normal, refuse (they fail) or drop (they time out); or, for some seconds, "
-     "\"refuse duration=5\""),
+     "how to accept new clients: normal, refuse (a connect fails) or drop (a connect times out); "
+     "for 5 seconds only, write \"refuse duration=5\""),
     ("max_connections", "--max-connections", "proxy", "0", check_count, "N",
-     "clients to serve at a time; 0 is no limit"),
+     "the most clients to serve at a time; 0 is no limit"),
     *(("tls_" + name, "--tls-" + name.replace("_", "-"), "proxy", None, *field)
       for name, field in TLS_FIELDS.items()),
     ("tls-ca-out", "--tls-ca-out", "process", None, check_file, "FILE",
-     "write the CA of tls-cert auto to this PEM file"),
+     "write the certificate of the CA of --tls-cert auto to this PEM file"),
     ("seed", "--seed", "shared", None, check_count, "N",
-     "the same seed gives the same faults; by default, a seed is drawn and logged"),
+     "the same seed gives the same faults; by default, vaurien draws a seed and logs it"),
     ("timeout", "--timeout", "shared", "30", check_timeout, "SECONDS",
-     "time limit for connecting to the backend, all its addresses together"),
+     "time limit for a connect to the backend, for all its addresses together"),
     ("reuse_port", "--reuse-port", "shared", None, check_reuse_port, "N",
-     "share the port with other processes, each with a number N of its own, from 1 on; the draws "
-     "depend on N. Only on Linux"),
+     "share the port with other processes, on Linux; give each process another number N, 1 or "
+     "more; the draws depend on N"),
     ("http", "--http", "process", "no", check_yes_no, None, "start the HTTP control server"),
     ("http-host", "--http-host", "process", "localhost", check_host, "HOST",
      "address of the control server"),
     ("http-port", "--http-port", "process", "8080", check_port, "PORT",
-     "port of the control server; 0 picks a free one"),
+     "port of the control server; with 0, the system picks a free port"),
     ("http-token", "--http-token", "process", None, check_token, "TOKEN",
-     "clients must send the header Authorization: Bearer TOKEN; other users cannot see the token "
-     "in $" + TOKEN_VARIABLE),
+     "clients must send the header Authorization: Bearer TOKEN; to hide the token from other "
+     "users of the machine, set $%s instead" % TOKEN_VARIABLE),
     ("http-name", "--http-name", "process", None, check_names, "NAME,...",
-     "names to accept in the Host header, besides addresses, --http-host, names without a dot, "
-     "and names under " + ", ".join(UNREBINDABLE)),
+     "further names to accept in the Host header; the server always accepts IP addresses, "
+     "--http-host, names without a dot, and names under " + ", ".join(UNREBINDABLE)),
     ("statsd", "--statsd", "process", None, parse_address, "HOST:PORT",
-     "StatsD server that gets all counts, by UDP, each second"),
+     "send all counts to this StatsD server, by UDP, each second"),
     ("record", "--record", "process", None, check_file, "FILE",
      "write each fault to this file, for --replay"),
     ("replay", "--replay", "process", None, check_file, "FILE",
-     "make the faults of a file of --record again, on the same connections and requests, "
-     "whatever the percentages say"),
+     "repeat the faults of a file that --record has written, on the same connections and "
+     "requests; the percentages have no effect"),
     ("log-level", "--log-level", "process", "info", check_log_level, "LEVEL",
      "lowest level to log: debug, info, warning, error or critical"),
     ("log-output", "--log-output", "process", "-", check_file, "FILE",
      "file to log to; - is stderr"),
     ("log-format", "--log-format", "process", "text", choice_check(*LOG_FORMATTERS), "FORMAT",
-     "text, or json: one object in each line; that of a fault has the fault record"),
+     "text, or json: each line is an object; the object of a fault has the fault record"),
     ("attached", "--attached", "command line", "no", check_yes_no, None,
      "for supervisors: print \"ready\" on stdout when the proxies listen, and exit when stdin "
      "closes"),
@@ -13943,13 +13947,13 @@ PROXY_SETTINGS = with_scope(SETTINGS, "proxy", "shared")
 FILE_SETTINGS = with_scope(SETTINGS, "proxy", "shared", "process")
 SERVE_SETTINGS = with_scope(SETTINGS, "shared", "process", "command line")
 del SERVE_SETTINGS["http"]      # the control server always runs
-# The flags and the port of Toxiproxy
+# Toxiproxy's server has the flags --host and --port, and its default port is 8474.
 SERVE_SETTINGS["http-host"] = SETTINGS["http-host"]._replace(flags=["--http-host", "--host"])
 SERVE_SETTINGS["http-port"] = SETTINGS["http-port"]._replace(
     flags=["--http-port", "--port"], default="8474")
-ADDRESS_SETTINGS = {"local", "distant"}
+ADDRESS_SETTINGS = {"local", "distant"}     # if one is given, the user wants a proxy
 
-# The metavar of a handler's option, by the option's type
+# {type of a handler's option: the option's metavar}
 METAVARS = {bool: "YES|NO", int: "N", float: "NUMBER", str: "TEXT"}
 PROXY_INTRODUCTION = """\
 Vaurien is a chaos TCP proxy. It sits between an application and a backend, and misbehaves
@@ -13971,7 +13975,10 @@ HELP_COLUMN = 31            # the column where the second column of the help beg
 
 
 class SourcedText:
-    """A text from the user, and its source: an option, or a file with section and key."""
+    """A text from the user, and its source.
+
+    source    an option, like "--local", or the place in the file: "FILE: [SECTION] KEY"
+    """
 
     def __init__(self, source, text):
         self.source, self.text = source, text
@@ -13982,21 +13989,22 @@ class SourcedText:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of the command line. Its values are text. An option not given has no value.
+    """A parser of the command line. All its values are text, and it has no default values.
 
-    It raises ValueError for a wrong command line instead of exiting the process.
+    The parser raises ValueError for a wrong command line instead of exiting the process.
     """
 
     def __init__(self, settings, prog):
-        # "resolve": if options of two handlers have the same spelling, the later handler gets it.
+        # "resolve": if options of two handlers have the same flag, the later handler gets it.
         super().__init__(prog=prog, add_help=False, allow_abbrev=False,
                          argument_default=argparse.SUPPRESS, conflict_handler="resolve",
-                         # Without a width, add_argument would import shutil to learn it.
+                         # Each add_argument makes a formatter. A formatter without a width
+                         # imports shutil to learn the width of the terminal: this takes time.
                          formatter_class=functools.partial(argparse.HelpFormatter,
                                                            width=HELP_WIDTH))
         self.settings = settings
         self.add_argument("--version", action="version", version="vaurien " + __version__)
-        self.add_argument("-h", "--help", nargs="?", const="")
+        self.add_argument("-h", "--help", nargs="?", const="")      # "": --help without a topic
         for name, setting in settings.items():
             if not setting.metavar:
                 self.add_argument(*setting.flags, dest=name, action="store_const", const="yes")
@@ -14005,27 +14013,33 @@ class Parser(argparse.ArgumentParser):
                 self.add_argument(*setting.flags, dest=name, action=action)
 
     def error(self, message):
+        """Raise ValueError. argparse calls this method for a wrong command line."""
         raise ValueError("%s (see %s --help)" % (message, self.prog))
 
     def read_settings(self, values):
-        """Return the settings among the values of a command line: {name: SourcedText}."""
+        """Return the settings among the values of a command line: {name: SourcedText}.
+
+        values    {name of a setting or handler's option: text}. If a flag may be repeated, the
+                  value is the list of its texts
+        """
         texts = {}
         for name, setting in self.settings.items():
             if name in values:
                 value = values[name]
-                text = "\n".join(filter(None, value)) if isinstance(value, list) else value
+                text = "\n".join(value) if isinstance(value, list) else value
                 texts[name] = SourcedText(setting.flags[0], text)
         return texts
 
     def refuse(self, unknown):
-        """Raise ValueError for unknown arguments. It says what the first of them may mean."""
+        """Raise ValueError for unknown arguments. The message is about the first of them."""
         flag, _, _ = unknown[0].partition("=")
         match = HANDLER_FLAG.match(flag)
         if match:
-            name, option = match.group(1) or match.group(2), match.group(3).replace("-", "_")
-            # One of these raises ValueError, because the option is unknown.
+            new_style_name, old_style_name, option = match.groups()
+            name = new_style_name or old_style_name
+            # Either the handler or its option is unknown: one of these checks raises ValueError.
             SourcedText(flag, name).parse(import_handler)
-            SourcedText(flag, "").parse(check_handler_option, name, option)
+            SourcedText(flag, "").parse(check_handler_option, name, option.replace("-", "_"))
         flags = ["--version", "--help"]
         for setting in self.settings.values():
             flags += setting.flags
@@ -14033,30 +14047,33 @@ class Parser(argparse.ArgumentParser):
             " ".join(unknown), did_you_mean(flag, flags)))
 
     def add_handler_options(self):
-        """Add the flags of all handlers: their options, and the rule fields."""
+        """Add the flags that set options and rule fields of the handlers."""
         for name, function in HANDLERS.items():
             for option in [*handler_options(function), *settable_fields(function)]:
                 self.add_argument(*option_flags(name, option), dest="%s.%s" % (name, option))
 
 
-# Help. argparse would list every option of every handler; this help has them by topic.
+# The help. argparse's own help would list every option of every handler. Here, `--help NAME` lists
+# the options of one handler.
 
 def command_help(prog, introduction, settings):
     """Return the help of a command: its introduction, its settings in groups, the handlers."""
     groups = OrderedDict((title, []) for title in ("proxy", "control server", "process"))
     for name, setting in settings.items():
+        if name.startswith("tls"):
+            continue                            # `--help tls` lists the settings for TLS
         title = ("control server" if name.startswith("http") else
                  "proxy" if setting.scope in ("proxy", "shared") else "process")
-        if not name.startswith("tls"):          # see topic_help
-            groups[title].append(setting_row(setting))
+        groups[title].append(setting_row(setting))
     lines = ["usage: %s [OPTION ...]" % prog, "", introduction]
     for title, rows in groups.items():
-        lines += ["", title + ":", *format_rows(rows)] if rows else []
+        if rows:
+            lines += ["", title + ":", *format_rows(rows)]
     if "behavior" in settings:
         lines += ["", "handlers, for --behavior and --fault:"]
         lines += ["  %-12s%s" % (name, summary(function)) for name, function in HANDLERS.items()]
-    lines += ["", "vaurien --help NAME explains a handler or a protocol; --help tls, the options "
-                  "for TLS."]
+    lines += ["", "vaurien --help NAME explains a handler or a protocol. vaurien --help tls lists "
+                  "the options", "for TLS."]
     return "\n".join(lines)
 
 
@@ -14070,7 +14087,7 @@ def setting_row(setting):
 
 def topic_help(name):
     """Return the help of a handler or a protocol. Raises ValueError for an unknown name."""
-    protocol_class = PROTOCOLS.get(PROTOCOL_ALIASES.get(name, name))
+    protocol_class = PROTOCOLS.get(PROTOCOL_ALIASES.get(name, name))    # None for tcp
     if protocol_class:
         return protocol_help(protocol_class)
     import_handler(name)
@@ -14087,29 +14104,29 @@ def topic_help(name):
                text_with_default(RULE_FIELDS[field].help, RULE_FIELDS[field].default))
               for field in settable_fields(function)]
     lines += ["", "options of every handler:", *format_rows(fields), "",
-              "In a file, write them without --handlers.%s. in a section [handler:%s]." % (
-                  name, name)]
+              "The ini file has these options in the section [handler:%s], without --handlers.%s. "
+              "before" % (name, name), "their names."]
     return "\n".join(lines)
 
 
 def protocol_help(class_):
     """Return the help of a protocol."""
+    # After these errors the proxy closes the connection, as the server would.
     closing = [kind for kind in class_.errors
                if kind in class_.fatal_errors or kind in class_.connect_errors]
-    rows = [("errors", ", ".join(class_.errors)),
+    rows = [("kinds of errors", ", ".join(class_.errors)),
             ("drawn without a kind", ", ".join(class_.default_errors))]
     if closing:
-        rows.append(("those that close", ", ".join(closing)))
+        rows.append(("close the connection", ", ".join(closing)))
     name = class_.__name__.lower()
     lines = ["%s: %s" % (name, summary(class_)), "",
              "usage: vaurien --protocol %s --behavior PERCENT:error "
              "--handlers.error.kind KIND" % name, "", *format_rows(rows)]
     if class_ is Tls:
-        lines += ["", "options for TLS between the proxy and its clients (--tls-cert and those "
-                  "below it),", "and with a backend of --distant tls://HOST:PORT (--tls-ca and "
-                  "those below it):", *format_rows(
-                      [setting_row(setting) for name, setting in SETTINGS.items()
-                       if name.startswith("tls")])]
+        tls_settings = [setting for name, setting in SETTINGS.items() if name.startswith("tls")]
+        lines += ["", "options for TLS with the clients (--tls-cert and the options after it), "
+                  "and for TLS with a", "backend of --distant tls://HOST:PORT (--tls-ca and the "
+                  "options after it):", *format_rows(map(setting_row, tls_settings))]
     return "\n".join(lines)
 
 
@@ -14119,33 +14136,37 @@ def text_with_default(text, default):
 
 
 def format_rows(rows):
-    """Return the lines of a table with two columns: an option, and its help."""
+    """Return the lines of a table with two columns.
+
+    rows    [(left, right)]: an option, and its help
+    """
     lines, indent = [], " " * HELP_COLUMN
     for left, right in rows:
-        left = "  %s" % left
-        wrapped = textwrap.wrap(right, HELP_WIDTH, initial_indent=indent,
-                                subsequent_indent=indent) or [""]
+        left = "  " + left
+        right_lines = textwrap.wrap(right, HELP_WIDTH, initial_indent=indent,
+                                    subsequent_indent=indent) or [""]
         if len(left) > HELP_COLUMN - 2:         # too long for the first column
             lines.append(left)
-        else:
-            wrapped[0] = left + wrapped[0][len(left):]
-        lines += wrapped
+        else:                                   # fits into the indent of the first line
+            right_lines[0] = left + right_lines[0][len(left):]
+        lines += right_lines
     return lines
 
 
 def settable_fields(function):
-    """Return the rule fields that are set like options of the handler: all but `percent`.
+    """Return the rule fields that users set like options of the handler.
 
-    The percentage of a handler is set in --behavior. A field is also left out if the handler
-    has an option of the same name.
+    `percent` is missing, because --behavior has the percentage. A field is also missing if the
+    handler has an option with the name of the field.
     """
     return [field for field in FIELD_DEFAULTS if is_rule_field(function, field)]
 
 
 def option_flags(handler_name, option):
-    """Return the flags that set a handler's option. The first one is listed in the help.
+    """Return the flags that set a handler's option.
 
-    The first flag is that of version 0.1, the other ones are those of versions 1.x.
+    The first flag is in the help, and has the form of version 0.1. The other flags have the form
+    of versions 1.x.
     """
     flags = ["--handlers.%s.%s" % (handler_name, option),
              "--behavior-%s-%s" % (handler_name, option),
@@ -14153,12 +14174,13 @@ def option_flags(handler_name, option):
     return list(OrderedDict.fromkeys(flags))        # without duplicates
 
 
-# A flag like those of option_flags: the handler's name is group 1 or 2, the option group 3
+# A flag that option_flags might return. The groups are the handler's name in the first form or in
+# the second form, and the option.
 HANDLER_FLAG = re.compile(r"--(?:handlers\.(.+)\.|behavior-([^-]+)-)([^.]+)$")
 
 
 def check_handler_option(handler_name, option, text):
-    """Check the text of a handler's option or rule field. Raises ValueError."""
+    """Raise ValueError if a text is not valid for a handler's option or rule field."""
     if not is_rule_field(HANDLERS[handler_name], option):
         check_option(handler_name, option, text)
     elif option == "percent":
@@ -14170,20 +14192,36 @@ def check_handler_option(handler_name, option, text):
 class ParsedConfig:
     """The content of the command line and of the --config file.
 
-    Settings and options are SourcedTexts that have been checked.
+    Each `text` in the comments is a SourcedText.
     """
 
     def __init__(self):
         self.arguments = {}     # settings of the command line: {setting: text}
         self.main = {}          # settings of the section [vaurien]: {setting: text}
-        self.sections = OrderedDict()   # [proxy:NAME]: {proxy name: {setting: text}}
+        self.sections = OrderedDict()   # sections [proxy:NAME]: {proxy name: {setting: text}}
         self.options = {}       # options and rule fields: {handler name: {option: text}}
-        self.toxics = []        # [toxic:NAME]: [(Toxic, proxy name as SourcedText or None)]
-        self.json = None        # the text of the whole file if it is JSON, not checked yet
+        self.toxics = []        # sections [toxic:NAME]: [(Toxic, text of the proxy name or None)]
+        self.json = None        # if the file is JSON: the text of the whole file, not parsed yet
 
     def global_settings(self):
-        """Return the settings outside the sections of proxies: {setting: text}."""
+        """Return the settings of the command line and of [vaurien]: {setting: text}.
+
+        The command line overrides the section.
+        """
         return ChainMap(self.arguments, self.main)
+
+    def check_settings(self, command_settings):
+        """Check the texts of all settings. Raises ValueError.
+
+        command_settings    {name: Setting} of the command line
+
+        This also checks texts that other texts override, and it imports the user's handlers:
+        check_behavior and check_faults do so.
+        """
+        for texts in [self.arguments, self.main, *self.sections.values()]:
+            for name, sourced in texts.items():
+                setting = command_settings.get(name) or SETTINGS[name]
+                sourced.parse(setting.check)
 
 
 def read_arguments(argv, settings, prog="vaurien", introduction=""):
@@ -14192,20 +14230,21 @@ def read_arguments(argv, settings, prog="vaurien", introduction=""):
     settings        settings of the command line: {name: Setting}
     introduction    the beginning of the help
 
-    The command line is parsed twice. The first pass finds --config and --behavior, and their
-    checks import the user's handlers. The second pass knows the options of these handlers. If
-    the command line asks for help, this prints the help and raises SystemExit.
+    The command line is parsed twice. The first pass ignores flags of handlers, because the file,
+    --behavior and --fault may name handlers that are not imported yet. After the import, the
+    second pass knows the options of all handlers. If the command line asks for help, this function
+    prints the help and raises SystemExit.
     """
     parser = Parser(settings, prog)
-    values = vars(parser.parse_known_args(argv)[0])
+    namespace, _ = parser.parse_known_args(argv)
+    values = vars(namespace)
     arguments = parser.read_settings(values)
-    config = (read_config(arguments["config"].parse(check_file)) if "config" in arguments else
-              ParsedConfig())
+    config = ParsedConfig()
+    if "config" in arguments:
+        config = read_config(arguments["config"].parse(check_file))
     config.arguments = arguments
-    for texts in [arguments, config.main, *config.sections.values()]:
-        for name, sourced in texts.items():     # also those that other texts override
-            sourced.parse(ChainMap(settings, SETTINGS)[name].check)
-    if "help" in values:
+    config.check_settings(settings)
+    if "help" in values:            # after the import, because the topic may be a user's handler
         topic = values["help"]
         print_safe(SourcedText("--help", topic).parse(topic_help) if topic else
                    command_help(prog, introduction, settings), sys.stdout)
@@ -14214,14 +14253,22 @@ def read_arguments(argv, settings, prog="vaurien", introduction=""):
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.refuse(unknown)
-    for name, text in vars(namespace).items():
-        # The name is a setting, or HANDLER.OPTION. HANDLER may be a dotted path.
-        handler_name, dot, option = name.rpartition(".")
+    add_options(vars(namespace), config.options)
+    return config
+
+
+def add_options(values, options):
+    """Add the handlers' options of a command line to those of the file. Raises ValueError.
+
+    values     {name: text}. The name is a setting, or HANDLER.OPTION
+    options    {handler name: {option: SourcedText}}
+    """
+    for name, text in values.items():
+        handler_name, dot, option = name.rpartition(".")    # HANDLER may be a dotted path
         if dot:
             sourced = SourcedText(option_flags(handler_name, option)[0], text)
             sourced.parse(check_handler_option, handler_name, option)
-            config.options.setdefault(handler_name, {})[option] = sourced
-    return config
+            options.setdefault(handler_name, {})[option] = sourced
 
 
 def read_config(path):
@@ -14229,7 +14276,7 @@ def read_config(path):
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:      # ValueError: the file is not UTF-8
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValueError("cannot read %s: %s" % (path, reason)) from None
     # JSON begins with {, [{ or []. No ini file begins like this.
@@ -14247,11 +14294,12 @@ def read_ini(path, text):
         source = "%s: [%s]" % (path, title)
         kind, _, name = (part.strip() for part in title.partition(":"))
         if title.strip() == "vaurien":
-            # [vaurien] and [proxy:vaurien] would define the same proxy: set_once refuses this.
+            # Among the sections of proxies first: if [proxy:vaurien] sets the same proxy, set_once
+            # raises ValueError.
             set_once(config.sections, "vaurien", source, settings_by_name(texts, FILE_SETTINGS))
         elif kind == "proxy" and name:
             set_once(config.sections, name, source, settings_by_name(texts, PROXY_SETTINGS))
-        elif kind in ("handler", "behavior") and name:
+        elif kind in ("handler", "behavior") and name:      # [behavior:NAME]: Vaurien 1.x
             read_ini_handler(name, source, texts, config.options)
         elif kind == "toxic" and name:
             set_once(toxic_sections, name, source, texts)
@@ -14260,7 +14308,7 @@ def read_ini(path, text):
                              "[handler:NAME] and [toxic:NAME]" % (source, did_you_mean(
                                  kind, ["vaurien", "proxy", "handler", "toxic"])))
     config.main = config.sections.pop("vaurien", {})
-    # A toxic may use a handler that a later section imports, so toxics are read last.
+    # Toxics are read last: a toxic may use a handler that a later section imports.
     config.toxics = [read_ini_toxic(name, "%s: [toxic:%s]" % (path, name), texts)
                      for name, texts in toxic_sections.items()]
     return config
@@ -14281,17 +14329,19 @@ def parse_ini(path, text):
         texts = {}
         for key, value in parser.items(title):
             source = "%s: [%s] %s" % (path, title, key)
-            expanded = SourcedText(source, value).parse(expand_env)     # an error has the source
-            texts[key] = SourcedText(source, expanded)
+            texts[key] = SourcedText(source, SourcedText(source, value).parse(expand_env))
         yield title, texts
 
 
 def read_ini_handler(name, source, texts, options):
-    """Import the handler of a section [handler:NAME], and add its texts to `options`.
+    """Import the handler of a section [handler:NAME], and add its options to `options`.
+
+    texts      {key: SourcedText} of the section
+    options    {handler name: {option: SourcedText}}
 
     Raises ValueError.
     """
-    if "callable" in texts:
+    if "callable" in texts:             # the dotted path of a user's handler
         texts.pop("callable").parse(load_handler, name)
     SourcedText(source, name).parse(import_handler)
     for option, text in texts.items():
@@ -14315,7 +14365,7 @@ def read_ini_toxic(name, source, texts):
 
 
 def expand_env(text):
-    """Replace each ${NAME} by the value of that environment variable. Raises ValueError."""
+    """Replace each ${NAME} by the value of the environment variable NAME. Raises ValueError."""
     def value_of(match):
         name = match.group(1)
         if name not in os.environ:
@@ -14331,10 +14381,11 @@ def expand_env(text):
 def settings_by_name(texts, settings):
     """Replace the keys of an ini section by names of settings. Returns {name: SourcedText}.
 
-    A key is a flag without its leading dashes. Its other dashes may be underscores. Raises
-    ValueError for any other key.
+    A key is a flag without the dashes before it. Underscores may replace the other dashes.
+    Raises ValueError for any other key.
     """
-    names = {flag.lstrip("-"): name for name in settings for flag in settings[name].flags}
+    names = {flag.lstrip("-"): name             # {flag without the dashes before it: name}
+             for name, setting in settings.items() for flag in setting.flags}
     named_texts = {}
     for key, text in texts.items():
         flag = key.replace("_", "-")
@@ -14346,7 +14397,10 @@ def settings_by_name(texts, settings):
 
 
 def set_once(target, key, source, value):
-    """Set target[key]. Raises ValueError, with the source of the value, if the key is set."""
+    """Set target[key] to the value. Raises ValueError if target has the key already.
+
+    source    the source of the value, for the error
+    """
     if key in target:
         raise ValueError("%s is set twice" % source)
     target[key] = value
@@ -14355,7 +14409,7 @@ def set_once(target, key, source, value):
 def resolve_settings(texts, settings):
     """Return the parsed value of each setting: {name: value}.
 
-    texts    {name: SourcedText}. The default is parsed for a setting without a text.
+    texts    {name: SourcedText}. A setting without a text has its default value
     """
     values = {}
     for name, setting in settings.items():
@@ -14367,47 +14421,49 @@ def resolve_settings(texts, settings):
 
 
 def main_is_proxy(config, needs_one):
-    """Return whether the section [vaurien] is a proxy.
+    """Return whether the section [vaurien] is a proxy, like the sections [proxy:NAME].
 
-    It is one if it sets an address. A file without [proxy:NAME] sections has two more cases:
-    the command line sets an address, or a proxy is needed and the file is not JSON.
+    needs_one    see make_proxies
     """
-    if ADDRESS_SETTINGS & set(config.main):
+    if ADDRESS_SETTINGS & set(config.main):         # the section has an address
         return True
-    if config.sections:
+    if config.sections:     # then an address on the command line is for a section [proxy:NAME]
         return False
-    return bool(ADDRESS_SETTINGS & set(config.arguments)) or (needs_one and not config.json)
+    if ADDRESS_SETTINGS & set(config.arguments):
+        return True
+    return needs_one and not config.json
 
 
 def proxy_settings(config, needs_one):
     """Return the settings of each proxy: {name: ChainMap of {setting: SourcedText}}.
 
     The command line overrides a section. A section overrides the shared settings of [vaurien].
-    If [vaurien] is not a proxy, its behavior and its faults are shared as well.
+    If [vaurien] is not a proxy, each section also gets the behavior and the faults of [vaurien].
 
-    --local and --distant apply to [vaurien] if it is a proxy, otherwise to the only
-    [proxy:NAME] section. Raises ValueError if there are several such sections.
+    If [vaurien] is a proxy, --local and --distant apply to this proxy only. Otherwise they apply
+    to the section [proxy:NAME]. Raises ValueError if there are several such sections.
     """
-    settings, arguments, shared = OrderedDict(), config.arguments, set(SHARED_SETTINGS)
+    settings, arguments = OrderedDict(), config.arguments
+    shared_names = set(SHARED_SETTINGS)
     if main_is_proxy(config, needs_one):
         settings["vaurien"] = config.global_settings()
         arguments = {name: text for name, text in arguments.items()
                      if name not in ADDRESS_SETTINGS}
-    elif len(config.sections) > 1 and ADDRESS_SETTINGS & set(arguments):
-        raise ValueError("--local and --distant are ambiguous: the file has the proxies %s"
-                         % ", ".join(config.sections))
     else:
-        shared |= {"behavior", "network", "toxics"}
-    defaults = {name: text for name, text in config.main.items() if name in shared}
+        if len(config.sections) > 1 and ADDRESS_SETTINGS & set(arguments):
+            raise ValueError("--local and --distant are ambiguous: the file has the proxies %s"
+                             % ", ".join(config.sections))
+        shared_names |= {"behavior", "network", "toxics"}
+    shared = {name: text for name, text in config.main.items() if name in shared_names}
     for name, section in config.sections.items():
-        settings[name] = ChainMap(arguments, section, defaults)
+        settings[name] = ChainMap(arguments, section, shared)
     return settings
 
 
 def make_proxies(config, needs_one=True):
     """Return the ProxyTable of a ParsedConfig. Its proxies are not open yet. Raises ValueError.
 
-    needs_one    whether to make a proxy with the default addresses if none is configured
+    needs_one    True: if the user has configured no proxy, make one with the default addresses
     """
     proxies = ProxyTable(**resolve_settings(config.global_settings(), SHARED_SETTINGS))
     for name, texts in proxy_settings(config, needs_one).items():
@@ -14422,18 +14478,16 @@ def make_proxies(config, needs_one=True):
             section = "" if name == "vaurien" else "[proxy:%s] " % name
             raise ValueError("%s%s" % (section, error)) from None
     if config.json:
-        unused = [text.source for name, text in config.arguments.items()
-                  if SETTINGS[name].scope == "proxy"]
-        if unused and not proxies:
-            raise ValueError("%s has no effect on the proxies of a JSON file, which have toxics "
-                             "of their own" % unused[0])
-        read_json_proxies(config.json, proxies)
+        read_json_proxies(config, proxies)
     attach_toxics(proxies, config.toxics)
     return proxies
 
 
 def add_network(profile, toxics):
-    """Return the toxics after the one of the setting `network`, whose profile may be None."""
+    """Return a list of the toxic for --network, and the other toxics. Raises ValueError.
+
+    profile    the value of --network. Without a profile there is no toxic for it
+    """
     if not profile:
         return toxics
     if "network" in [toxic.name for toxic in toxics]:
@@ -14442,7 +14496,7 @@ def add_network(profile, toxics):
 
 
 def option_texts(config):
-    """Return the options of the handlers, without their sources: {handler: {option: text}}."""
+    """Return the options of the handlers as plain text: {handler name: {option: text}}."""
     return {name: {option: sourced.text for option, sourced in options.items()}
             for name, options in config.options.items()}
 
@@ -14452,8 +14506,8 @@ def unused_options(config, used):
 
     used    names of the handlers of all behaviors: options of other handlers have no effect
 
-    Raises ValueError if an option of the command line has no effect. In a file, which may serve
-    several command lines, it deserves only a warning.
+    Raises ValueError if an option of the command line has no effect. About an option of the file,
+    the caller only logs a warning, because other command lines may use the file too.
     """
     unused = []
     for name, options in config.options.items():
@@ -14468,26 +14522,34 @@ def unused_options(config, used):
     return unused
 
 
-def read_json_proxies(json_text, proxies):
+def read_json_proxies(config, proxies):
     """Add the proxies of a file with Toxiproxy's JSON to the ProxyTable. Raises ValueError."""
+    unused = [text.source for name, text in config.arguments.items()
+              if SETTINGS[name].scope == "proxy"]
+    if unused and not proxies:      # the command line has no proxy to which the options apply
+        raise ValueError("%s has no effect on the proxies of a JSON file, which have toxics of "
+                         "their own" % unused[0])
+    source = config.json.source
     try:
-        for proxy, _, value in read_proxies(json_text.text, proxies):
-            set_once(proxies, proxy.name, "%s %s" % (json_text.source, proxy.name), proxy)
+        for proxy, _, value in read_proxies(config.json.text, proxies):
+            set_once(proxies, proxy.name, "%s %s" % (source, proxy.name), proxy)
             proxies.warnings += proxy_warnings(value)
     except (ApiError, InputError) as error:
-        raise ValueError("%s %s" % (json_text.source, in_plain_words(str(error)))) from None
+        raise ValueError("%s %s" % (source, in_plain_words(str(error)))) from None
 
 
 def attach_toxics(proxies, toxics):
     """Add each toxic of the ini file to its proxy. Raises ValueError.
 
-    toxics    [(Toxic, proxy name as SourcedText)]. None as the name means the only proxy.
+    toxics    [(Toxic, proxy name as SourcedText)]. If the name is None, there must be only one
+              proxy
     """
     for toxic, proxy_name in toxics:
         if not proxies:
             raise ValueError("[toxic:%s] needs a proxy, but there is none" % toxic.name)
         if proxy_name:
-            proxy = proxies[proxy_name.parse(choice_check(*proxies))]
+            existing_name = proxy_name.parse(choice_check(*proxies))
+            proxy = proxies[existing_name]
         elif len(proxies) == 1:
             proxy, = proxies.values()
         else:
@@ -14515,7 +14577,7 @@ def start_log(level, output, format_):
     logging.raiseExceptions = False     # print no traceback if a line cannot be formatted
     log.addHandler(log_handler)
     log.setLevel(level)
-    log.propagate = False
+    log.propagate = False               # handlers of the root logger would write each line again
 
 
 def is_main_thread():
@@ -14529,26 +14591,28 @@ def serve(services, attached):
     attached    whether to print "ready" when all services listen, and to stop also when stdin
                 closes or the parent process ends
 
-    Raises OSError if a service cannot listen, or if the system permits too few descriptors. In
-    this case no connection has been accepted.
+    Raises OSError if a service cannot listen, or if the system permits too few descriptors. No
+    service has accepted a connection then.
     """
     fd_limit = raise_fd_limit()
-    if 0 < fd_limit < FDS_MIN:
+    if 0 < fd_limit < FDS_MIN:          # 0 means that the limit is unknown
         raise OSError("%d descriptors are too few: at least %d are needed (ulimit -n)"
                       % (fd_limit, FDS_MIN))
-    parent_pid = os.getppid()           # read before "ready", because the parent may exit then
+    parent_pid = os.getppid()           # read before "ready": the parent may exit after "ready"
     loop = Loop()
     if is_main_thread():
         handle_signals(loop)
     try:
-        for service in services:        # all of them, before the first one accepts connections
+        # Bind all services before the first service accepts connections, because any may fail.
+        for service in services:
             service.bind()
         for service in services:
             service.open(loop)
-        # The objects of connections are in no cycles, so collecting them often only costs time.
+        # The garbage collector is only needed for objects that refer to each other in a cycle.
+        # The objects of connections are in no cycle, so frequent collections only cost time.
         gc.set_threshold(GC_THRESHOLD)
         gc.collect()
-        if hasattr(gc, "freeze"):       # later collections then skip the objects made so far
+        if hasattr(gc, "freeze"):       # later collections skip all objects that exist now
             gc.freeze()
         if attached:
             announce_ready(services)
@@ -14559,34 +14623,36 @@ def serve(services, attached):
         for service in services:
             service.close()
         if is_main_thread():
-            signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(-1)    # the loop closes the descriptor that handle_signals set
         loop.close()
     return 0
 
 
 def handle_signals(loop):
-    """Let OS signals stop a loop.
+    """Stop a loop when an OS signal arrives: SIGTERM, SIGINT (Ctrl-C) or SIGHUP.
 
-    The signals are SIGTERM, SIGINT (Ctrl-C) and SIGHUP, which the kernel sends when the terminal
-    closes. A SIGHUP that is ignored, for example because of nohup, stays ignored.
+    The kernel sends SIGHUP when the terminal closes. If the process was started with SIGHUP
+    ignored, as nohup does, SIGHUP stays ignored.
     """
     signums = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signums.append(signal.SIGHUP)
     for signum in signums:
         signal.signal(signum, lambda *_: loop.stop())
-    SEARCH_LIMIT.enable()       # its timer sends a signal too
-    # On Windows a signal does not interrupt select().
+    SEARCH_LIMIT.enable()       # a signal ends a search for `match` that takes too long
+    # On Windows, a signal does not interrupt select(). So let Python write a byte to the wakeup
+    # socket of the loop when a signal arrives.
     signal.set_wakeup_fd(loop.wakeup_send.fileno())
 
 
 def announce_ready(services):
     """Print "ready" and the addresses for the parent process, then redirect stdout to stderr.
 
-    The second line is JSON: {"proxies": {name: "HOST:PORT"}, "control": "HOST:PORT" or null}.
+    The addresses are a line of JSON: {"proxies": {name: "HOST:PORT"}, "control": "HOST:PORT"}.
+    Without a control server, "control" is null.
 
-    The parent reads stdout only until these lines. If handlers printed to this pipe afterwards, it
-    would fill up, and `print` would block the proxy.
+    The parent reads no more of stdout than these two lines. If handlers printed to this pipe
+    later, the pipe would fill up, and `print` would block the proxy.
     """
     addresses = {"proxies": {}, "control": None}
     for service in services:
@@ -14601,10 +14667,12 @@ def announce_ready(services):
 
 
 def watch_parent(loop, parent_pid):
-    """Stop the loop once the parent process has ended: check now, then each half second.
+    """Stop the loop once the parent process has ended. Checks this now, and each half second.
 
-    The end of stdin is not enough, because a fork of the parent may keep our stdin open. When
-    the parent ends, the kernel gives this process another parent.
+    parent_pid    the process id of the parent. When the parent ends, the kernel gives this
+                  process another parent
+
+    The end of stdin is not enough: another child of the parent may keep this pipe open.
     """
     if os.getppid() == parent_pid:
         loop.call_at(loop.clock() + 0.5, lambda: watch_parent(loop, parent_pid))
@@ -14615,23 +14683,23 @@ def watch_parent(loop, parent_pid):
 def wait_for_stdin_end():
     """Read stdin until it ends, and discard the bytes.
 
-    The thread may still block here when Python exits. With sys.stdin instead of the descriptor,
-    it would hold a lock that Python needs for its exit.
+    The thread may still block here when Python exits. A thread that blocks in sys.stdin.read
+    holds a lock that Python needs for its exit. os.read needs no such lock.
     """
     stdin_fd = 0
     while os.read(stdin_fd, 4096):
         pass
 
 
-# A command is a function that takes the arguments after the command's name. It checks them, and
-# raises ValueError for bad input. It returns a function without parameters, which does the work
-# and returns the exit status.
+# A command is a function that takes the arguments after the command's name. The command checks the
+# arguments, and raises ValueError for bad input. It returns a function without parameters. `main`
+# calls this function, which does the work and returns the exit status.
 
 SERVE_INTRODUCTION = """\
 Run a server for Toxiproxy's clients, which create and remove proxies through its API.
 
---config may define proxies that exist from the start, in Toxiproxy's JSON or in an
-ini file. The flags of Toxiproxy's server work too, for example -host=0.0.0.0.
+The file of --config may define proxies that exist from the start. It has Toxiproxy's JSON,
+or is an ini file. The flags of Toxiproxy's server work too, for example -host=0.0.0.0.
 -proxy-metrics and -runtime-metrics change nothing: GET /metrics is always enabled."""
 
 
@@ -14642,10 +14710,9 @@ def proxy_command(argv):
     """
     config = read_arguments(argv, SETTINGS, "vaurien", PROXY_INTRODUCTION)
     values = resolve_process_settings(config, SETTINGS)
-    if not values["http"]:
-        for name, text in config.global_settings().items():
-            if name.startswith("http-"):
-                raise ValueError("%s needs --http" % text.source)
+    for name, text in config.global_settings().items():
+        if name.startswith("http-") and not values["http"]:
+            raise ValueError("%s needs --http" % text.source)
     proxies = make_proxies(config)
     if not proxies and not values["http"]:      # the file is an empty JSON list
         raise ValueError("%s defines no proxy: add one, or set --http to create them through "
@@ -14654,7 +14721,10 @@ def proxy_command(argv):
 
 
 def serve_command(argv):
-    """Return a function that runs `vaurien serve`: the control server, and the file's proxies."""
+    """Return a function that runs the control server, and the proxies of the file, if any.
+
+    This is the command `vaurien serve`.
+    """
     config = read_arguments(from_go_spelling(argv), SERVE_SETTINGS, "vaurien serve",
                             SERVE_INTRODUCTION)
     values = resolve_process_settings(config, SERVE_SETTINGS)
@@ -14668,23 +14738,25 @@ def from_go_spelling(argv):
     Go's flags may begin with one dash: "-host=0.0.0.0". The flags that enable metrics are left
     out, because GET /metrics is always enabled.
     """
-    return [re.sub("^-(?=[a-z]{2})", "--", text) for text in argv
+    one_dash_and_two_letters = "^-(?=[a-z]{2})"         # not -h, which has one letter
+    return [re.sub(one_dash_and_two_letters, "--", text) for text in argv
             if not re.fullmatch("--?(proxy|runtime)-metrics(=.*)?", text)]
 
 
 def resolve_process_settings(config, settings):
-    """Return the values of the settings that apply to the whole process: {name: value}."""
+    """Return the parsed values of the settings with the scope `process`: {name: value}."""
     return resolve_settings(config.global_settings(), with_scope(settings, "process"))
 
 
 def prepare(config, proxies, values, dialect=VAURIEN_1):
     """Create the services, start the log, and return a function that runs the services.
 
-    values      values of the settings that apply to the process: {name: value}
-    dialect     see Control
+    values      the parsed values of the settings with the scope `process`: {name: value}
+    dialect     the Dialect of the control server's errors
     """
     proxies.recorder, proxies.replay = make_recording(values["record"], values["replay"])
-    if proxies.replay and not values["http"]:       # there is no API that could set rules
+    # Without an API, no client can set the rules that made the faults of a recording.
+    if proxies.replay and not values["http"]:
         for proxy in proxies.values():
             proxy.use_rules_of(proxies.replay)
     used = {rule.name for proxy in proxies.values() for rule in proxy.behavior}
@@ -14705,7 +14777,7 @@ def prepare(config, proxies, values, dialect=VAURIEN_1):
 
 
 def write_ca(path):
-    """Write the certificate of the CA that makes certificates. Raises ValueError."""
+    """Write the certificate of the CA of --tls-cert auto to a file. Raises ValueError."""
     try:
         with open(path, "w", encoding="ascii") as file:
             file.write(AUTHORITY.pem())
@@ -14714,9 +14786,11 @@ def write_ca(path):
 
 
 def get_token(option_text):
-    """Return the token of --http-token or of the environment variable, or None without both.
+    """Return the token of --http-token, or else that of the environment variable.
 
-    Raises ValueError.
+    option_text    the text of --http-token, or None
+
+    Returns None if no token is set. Raises ValueError.
     """
     source, text = "--http-token", option_text
     if not text:
@@ -14725,10 +14799,10 @@ def get_token(option_text):
 
 
 def print_error(message, status, attached=False, prog="vaurien"):
-    """Print an error in one line on stderr. Returns the status.
+    """Print an error in one line on stderr. Returns `status`, the exit status.
 
-    attached    whether to print the error on stdout too, which the supervisor reads
-    prog        the name of the command, with which the line begins
+    attached    whether to print the error on stdout too, because a supervisor reads stdout
+    prog        the name of the command: the line begins with it
     """
     text = escape_control_chars(" ".join(str(message).split()))
     print_safe("%s: %s" % (prog, text), sys.stderr)
@@ -14738,7 +14812,7 @@ def print_error(message, status, attached=False, prog="vaurien"):
 
 
 def print_safe(text, file):
-    """Print a text. Characters that the file's encoding lacks are escaped."""
+    """Print a text to sys.stdout or sys.stderr. Escapes characters that the encoding lacks."""
     if file is None:                    # the stream was closed when Python started
         return
     encoding = getattr(file, "encoding", None) or "ascii"
