@@ -3058,6 +3058,32 @@ class TestProtocolChain(unittest.TestCase):
                 play.client(rest).assert_becomes(head + rest)
                 self.assertIsNone(play.tcp)
 
+    def test_a_client_is_recognized_by_a_request_on_the_fast_path(self):
+        play = self.play("redis")
+        play.client(PING).assert_passes()
+        play.replace_rules(vaurien.Rule("delay", {"sleep": 0.0}))
+        play.client(b"PI").assert_held()
+        play.wait(0.9 * vaurien.HEAD_TIMEOUT).assert_held()
+
+    def test_no_rule_per_request_acts_after_a_part_of_the_head_was_forwarded(self):
+        play = self.play("redis", vaurien.Rule("delay", {"sleep": 1.0}))
+        play.client(b"*1\r\n$4\r\nPI").assert_held()
+        play.wait(vaurien.HEAD_TIMEOUT)
+        self.assertEqual(play.client(b"NG\r\n").times(), [0])
+        play.backend(PONG)
+        self.assertEqual(play.client(PING).times(), [1.0])
+
+    def test_replies_take_the_fast_path_again_after_the_last_request_with_a_rule(self):
+        for pieces in [b"*1\r\n$4\r\nPING\r\n"], [b"*1\r\n$4\r\nPI", b"NG\r\n"]:
+            with self.subTest(pieces=pieces):
+                play = self.play("redis", vaurien.Rule("delay", {"sleep": 0.0}, times=1, of=100))
+                for piece in pieces:
+                    play.client(piece)
+                    play.wait(vaurien.HEAD_TIMEOUT)
+                play.backend(PONG)
+                play.client(PING)
+                self.assertTrue(play.backend(PONG).fast)
+
     def test_a_head_that_stays_incomplete_is_forwarded(self):
         """The backend may end such a request, and reply 408."""
         for protocol, head, rest, following in [
@@ -3127,6 +3153,18 @@ class TestProtocolChain(unittest.TestCase):
         play.replace_rules()
         play.client(REDIS_PING).assert_held()
         self.assertEqual(play.drawn_request_count(), 2)
+
+    def test_no_byte_passes_after_a_handler_has_half_closed_within_a_request(self):
+        def half_closer(state, t, to, data):
+            yield t, to, data
+            if data == b"ab":
+                yield t, UPSTREAM, EOF
+
+        with registered(half_closer):
+            play = self.play("memcache", vaurien.Rule("half_closer"))
+        play.client(b"get a\r\n" b"set b 0 0 8\r\nab").assert_passes()
+        play.replace_rules()
+        play.client(b"cd").assert_held()
 
     def test_pieces_that_only_look_like_whole_messages(self):
         for protocol, to, messages_before, pieces in [
@@ -4598,6 +4636,16 @@ class TestMatch(unittest.TestCase):
             self.process_requests(chain_of(rule),
                                   b"miss", b"hit", b"miss", b"hit", b"hit", b"hit"),
             [False, False, False, True, True, False])
+
+    def test_a_rule_per_connection_that_is_changed_still_waits_for_its_match(self):
+        rule = matching_rule("hang", b"x", per="connection")
+        rule_set = rule_set_of(rule)
+        for connection in 1, 2:         # the rule has been drawn already for the second one
+            chain = vaurien.Chain(rule_set, connection)
+            chain.begin_request()
+            self.assertEqual(chain.rules_changed([], [rule]), [])
+            self.assertEqual(process_event(chain, 0, UPSTREAM, b"a").t, 0)
+            self.assertEqual(process_event(chain, 0, UPSTREAM, b"x").t, NEVER)
 
     def test_a_rule_per_connection_acts_from_the_first_request_that_matches(self):
         rule = vaurien.Rule("hang", match=vaurien.check_match("^hit"), per="connection")
