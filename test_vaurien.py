@@ -6041,10 +6041,10 @@ class TestTls(TempDirTestCase):
                 ({"cert": first, "key": other}, "tls-key: the key in other.pem does not fit the"),
                 ({"cert": first, "fault": "expired"}, "tls-fault makes the certificates itself"),
                 ({"client_ca": self.ca}, "tls-client-ca needs tls-cert"),
-                ({"key": first}, "tls-key needs the file of a certificate as tls-cert"),
+                ({"key": first}, "tls-key needs tls-cert, with the file of a certificate"),
                 ({"max_version": 1.2}, "tls-max-version needs tls-cert"),
                 ({"client_key": first}, "tls-client-key needs tls-client-cert"),
-                ({"ca": first}, "tls-ca must have the certificate of a CA, not only those of ho"),
+                ({"ca": first}, "tls-ca must have the certificate of a CA, not only of hosts"),
                 ({"max_version": "1.4"}, "tls max_version must be one of 1.0, 1.1, 1.2, 1.3"),
                 ({"sni": "a b"}, "tls sni must be a host name"),
                 ({"verify": "maybe"}, "tls verify must be yes or no"),
@@ -7398,7 +7398,7 @@ class TestReusePort(TempDirTestCase):
         twin = OpenProxy("127.0.0.1:9", "127.0.0.1:%d" % self.port, reuse_port=2)
         with self.two_proxies() as (one, two):
             with self.assertRaisesRegex(OSError, "cannot listen on 127.0.0.1:%d: another proxy "
-                                        "listens there with the same number: --reuse-port 2$"
+                                        "has the same address and number: --reuse-port 2$"
                                         % self.port):
                 twin.start()
             self.connect_to_all([one, two])
@@ -7440,7 +7440,7 @@ class TestReusePort(TempDirTestCase):
             self.assertEqual(read_text("faults"), "")
             self.write("faults", "new")
             with self.assertRaisesRegex(OSError, "cannot record to faults: another proxy records "
-                                                 "to it: each process needs a file of its own"):
+                                                 "to this file: each process needs a file of its own"):
                 OpenProxy("127.0.0.1:9", record="faults").start()
             self.assertEqual(read_text("faults"), "new")
         with one:                       # appends
@@ -9658,7 +9658,7 @@ class TestToxiproxyApi(ToxiproxyTestCase):
                 ({"name": "x", "upstream": "x:1", "tls": {"fault": "old"}}, 400,
                  "bad request body: tls fault must be one of expired, "),
                 ({"name": "x", "upstream": "x:1", "tls": {"key": "x"}}, 400,
-                 "bad request body: tls-key needs the file of a certificate as tls-cert"),
+                 "bad request body: tls-key needs tls-cert, with the file of a certificate"),
                 ({"name": "x", "listen": "localhost:7", "upstream": "localhost:7"}, 400,
                  "is the proxy's own address"),
                 ({"name": "a\nb", "upstream": "localhost:1"}, 400,

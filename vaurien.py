@@ -5989,8 +5989,9 @@ class Loop:
 # listener, the non-blocking connect, and the pipes in the kernel.
 
 LOOPBACK = ("127.0.0.1", "::1")     # the addresses of the name localhost (RFC 6761, 6.3)
-WILDCARD = ("0.0.0.0", "::")        # a listener there has all addresses of this machine
-# {wildcard address: loopback address}. A connect to the first reaches the second.
+WILDCARD = ("0.0.0.0", "::")        # a listener on these has all addresses of this machine
+# {wildcard address: loopback address}. A connect to a wildcard address reaches the loopback
+# address.
 LOOPBACK_OF = dict(zip(WILDCARD, LOOPBACK))
 
 # The base class of socket.socket has all methods that a proxy needs. To create and close a
@@ -5998,7 +5999,7 @@ LOOPBACK_OF = dict(zip(WILDCARD, LOOPBACK))
 RawSocket = socket.SocketType
 SOCK_NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)     # macOS and Windows lack this flag
 HAVE_SPLICE = hasattr(os, "splice")     # Linux, with Python 3.10 or newer
-F_SETPIPE_SZ = 1031                     # of linux/fcntl.h; in the module fcntl since Python 3.10
+F_SETPIPE_SZ = 1031                     # of linux/fcntl.h; Python 3.9 and older lack the name
 SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27     # of asm-generic/socket.h
 BPF_RET = 0x06                          # of linux/bpf_common.h
 # After these errors, the process or the whole system has no file descriptors left.
@@ -6022,7 +6023,7 @@ def parse_address(text, min_port=1):
     if re.fullmatch(r"\[.*:.*\]", host):            # an IPv6 address in brackets
         host = host[1:-1]
     elif re.search(r"[][:]", host):                 # brackets or colons in other places
-        raise ValueError("must be [HOST]:PORT where the host is an IPv6 address, like "
+        raise ValueError("must be [HOST]:PORT if the host is an IPv6 address, like "
                          "[::1]:8000, not %r" % shown)
     if not colon or not re.fullmatch("[0-9]{1,5}", port):
         raise ValueError(message)
@@ -6074,7 +6075,7 @@ def require_ssl(prefix=""):
 
 def url_error(text):
     """Return the error message for a URL that is given instead of HOST:PORT."""
-    # SCHEME://USER:PASSWORD@HOST:PORT, in which only the scheme is necessary.
+    # Only the scheme of SCHEME://USER:PASSWORD@HOST:PORT is necessary.
     scheme, host, port = re.match(
         r"(.*?)://(?:.*@)?(\[[^]]*\]|[^/:?#]*)(?::(\d+))?", text, re.DOTALL).groups()
     default_port = {"http": "80", "https": "443"}.get(scheme.lower(), "PORT")
@@ -6098,7 +6099,7 @@ parse_listener = functools.partial(parse_address, min_port=0)
 def encode_host(host):
     """Return a host name as bytes. Raises UnicodeError.
 
-    An ASCII name does not use the codec idna, because Python takes 5 ms to import its tables.
+    An ASCII name does not use the codec idna, because the import of this codec takes 5 ms.
     """
     return host.encode("ascii" if re.fullmatch("[!-~]*", host) else "idna")
 
@@ -6141,7 +6142,7 @@ def is_own_address(host):
     try:
         with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as sock:
             sock.bind((host, 0))
-    except OSError:                 # not an own address, or no descriptor is left
+    except OSError:                 # an address of another machine, or no descriptor is left
         return is_loopback(host)
     return True
 
@@ -6171,12 +6172,12 @@ def check_backend(backend, local_addresses):
             own = reached_addresses((local_host, local_port))
             is_own = not reached.isdisjoint(own)
         if is_own:
-            raise ValueError("%s is the proxy's own address: it would connect to itself"
+            raise ValueError("%s is the proxy's own address: the proxy would connect to itself"
                              % format_address(backend))
 
 
 def reached_addresses(address):
-    """Return the set of (host, port) that connecting to (host, port) may reach.
+    """Return the addresses that a connect to (host, port) may reach: a set of (host, port).
 
     A connection to 0.0.0.0 or :: reaches the loopback address. An IPv4 address may be written as
     an IPv6 address (::ffff:127.0.0.1). Returns an empty set if a resolver would be needed.
@@ -6236,7 +6237,7 @@ def resolve_numeric(address):
 
 
 def address_unavailable(error):
-    """Return whether an error means that this machine lacks the address, or all of IPv6."""
+    """Return whether an error means that this machine has no such address, or has no IPv6."""
     return error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EINVAL)
 
 
@@ -6320,7 +6321,7 @@ class Listener:
         self.sockets = listen(self.local, self.reuse_port)
         host, _ = self.local
         _, bound_port, *_ = self.address()
-        self.local = host, bound_port           # in place of port 0
+        self.local = host, bound_port           # for port 0, the kernel has picked a port
         mode, self.mode = self.mode, "normal"   # the new sockets listen; set_mode() follows
         try:
             if self.reuse_port:
@@ -6345,8 +6346,8 @@ class Listener:
                 lock.bind("\0vaurien %s %d" % (format_address(address), self.reuse_port))
             except OSError as error:
                 if error.errno == errno.EADDRINUSE:
-                    error = OSError(error.errno, "another proxy listens there with the same "
-                                                 "number: --reuse-port %d" % self.reuse_port)
+                    error = OSError(error.errno, "another proxy has the same address and number: "
+                                                 "--reuse-port %d" % self.reuse_port)
                 raise CannotListen(error, address) from None
 
     def open(self, loop):
@@ -6364,8 +6365,8 @@ class Listener:
         """Change the mode, after accepting the clients that wait in the backlog.
 
         If no descriptor is left for these clients, the mode refuse resets them, and in the mode
-        drop they continue to wait. If the new mode is not possible, the mode becomes normal.
-        Raises CannotListen then.
+        drop they continue to wait. If the new mode is not possible, sets the mode normal and
+        raises CannotListen.
         """
         if mode == self.mode:
             return
@@ -6373,7 +6374,7 @@ class Listener:
             if not is_connected(filler):        # `accept_one` closes the connected fillers
                 del self.fillers[address]
                 filler.close()
-        for sock in self.sockets:               # each mode is reached from the mode normal
+        for sock in self.sockets:               # first, return to the mode normal
             self.listen_again(sock)
         if mode != "normal":
             self.leave_normal(mode)
@@ -6387,7 +6388,7 @@ class Listener:
 
         If a socket does not permit this, sets the mode normal again and raises CannotListen.
         """
-        self.mode = mode                        # now `watch` after a `pause` does nothing
+        self.mode = mode                        # `watch`, which `pause` calls later, reads this
         for index, sock in enumerate(self.sockets):
             if self.loop:                       # before `open`, no client is accepted
                 self.loop.watch(sock, 0)
@@ -6407,7 +6408,7 @@ class Listener:
                 raise CannotListen(error, address, mode) from None
 
     def listen_again(self, sock):
-        """Let a socket accept connections after any mode. Raises CannotListen."""
+        """Let a socket listen as in the mode normal. Raises CannotListen."""
         try:
             set_reuse_address(sock, 1)          # refuse_connects() has set the option to 0
             if self.reuse_port:
@@ -6562,9 +6563,10 @@ def set_drop_filter(sock):
     The filter is a program of one instruction: accept 0 bytes of the packet
     (linux/Documentation/networking/filter.rst).
     """
-    program = array.array("B", struct.pack("=HBBI", BPF_RET, 0, 0, 0))      # a sock_filter
+    sock_filter = struct.pack("=HBBI", BPF_RET, 0, 0, 0)
+    program = array.array("B", sock_filter)
     address, _ = program.buffer_info()
-    sock_fprog = struct.pack("HP", 1, address)          # number of instructions, and a pointer
+    sock_fprog = struct.pack("HP", 1, address)      # the number of instructions, and a pointer
     sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, sock_fprog)
 
 
@@ -6597,7 +6599,7 @@ def is_connected(sock):
 def listen(local, reuse_port=None):
     """Return sockets that listen on every address of (host, port), all on one port.
 
-    Port 0 means any port that is free on all of them. With reuse_port, other processes may
+    Port 0 means any port that is free on all addresses. With reuse_port, other processes may
     listen on the port too. Raises CannotListen.
     """
     # For port 0, the kernel picks a port that is free on the first address. If this port is in
@@ -6624,7 +6626,7 @@ def try_listen(local, reuse_port=None):
     """
     host, port = local
     if is_wildcard(host):
-        host = ""                           # for both wildcard addresses
+        host = ""                               # `resolve` returns WILDCARD
     try:
         addresses = resolve((host, port), WILDCARD)
     except OSError as exc:
@@ -6634,7 +6636,7 @@ def try_listen(local, reuse_port=None):
         address = (ip, port, *ipv6_fields)
         try:
             sockets.append(bind_listener(family, address, reuse_port))
-            _, port, *_ = sockets[0].getsockname()  # on all addresses, in place of port 0
+            _, port, *_ = sockets[0].getsockname()  # the next addresses get the same port
         except OSError as exc:
             error = CannotListen(exc, address)
             if not address_unavailable(exc):
@@ -6740,9 +6742,9 @@ class KernelPipe:
         return self.held
 
     def __getitem__(self, unsent):
-        """Return the pipe itself for pipe[n:], after subtracting n bytes.
+        """Count n bytes as sent, and return the pipe itself, as pipe[n:].
 
-        `unsent` is the slice object of [n:]. splice_to() has already taken the n bytes.
+        `unsent` is the slice object of [n:]. splice_to() has already sent these n bytes.
         """
         self.held -= unsent.start
         return self
@@ -6864,9 +6866,9 @@ def multiply_generator(factor):
     """Return the point (x, y) that is `factor` times the generator of P-256, 0 < factor < order.
 
     Each bit of the factor after the first doubles the point, and each 1 of these bits adds the
-    generator. Jacobian coordinates x, y, z stand for the point (x / z^2, y / z^3). With them,
-    only the end needs a division. The formulas are dbl-2001-b and madd of the Explicit-Formulas
-    Database.
+    generator. Jacobian coordinates x, y, z stand for the point (x / z^2, y / z^3). With these
+    coordinates, only the last step needs a division. The formulas are dbl-2001-b and madd of the
+    Explicit-Formulas Database.
     """
     p, (gx, gy) = P256_PRIME, P256_GENERATOR
     x, y, z = gx, gy, 1
@@ -6909,7 +6911,7 @@ def der(tag, *parts):
     size = len(body)
     if size < 128:
         encoded_size = bytes([size])
-    else:                               # the number of the bytes of the size comes first
+    else:                               # the number of bytes in `size_bytes` comes first
         size_bytes = size.to_bytes((size.bit_length() + 7) // 8, "big")
         encoded_size = bytes([0x80 | len(size_bytes)]) + size_bytes
     return bytes([tag]) + encoded_size + body
@@ -6938,7 +6940,7 @@ def der_oid(text):
 
 
 def der_bits(data):
-    """Return a bit string in DER. It has 0 unused bits in its last byte."""
+    """Return a bit string in DER. The byte 0 means that the last byte has no unused bits."""
     return der(BIT_STRING, b"\0", data)
 
 
@@ -7096,7 +7098,7 @@ def check_tls_name(text):
 
 
 TlsField = namedtuple("TlsField", "check metavar help")
-# The TLS settings of a proxy: {field: TlsField}. Their flags begin with --tls-.
+# The TLS settings of a proxy: {field: TlsField}. The flag of the field "cert" is --tls-cert.
 TLS_FIELDS = OrderedDict((name, TlsField(*field)) for name, *field in [
     ("cert", check_certificate, "FILE|auto",
      "clients must use TLS: PEM file with the certificate for the clients; auto makes a "
@@ -7175,7 +7177,7 @@ class TlsConfig:
         if "fault" in fields and self.cert_file:
             raise ValueError("fault makes the certificates itself: leave tls-cert out")
         if "key" in fields and not self.cert_file:
-            raise ValueError("key needs the file of a certificate as tls-cert")
+            raise ValueError("key needs tls-cert, with the file of a certificate")
         for name in "client_ca", "max_version":
             if name in fields and not self.accepts:
                 raise ValueError("%s needs tls-cert" % name.replace("_", "-"))
@@ -7263,7 +7265,7 @@ def require_pem(path, label, setting):
     """Raise ValueError, with the setting's name, if a file has no PEM block with this label."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError("it is no regular file")   # open() waits for the writer of a FIFO
+            raise ValueError("it is no regular file")   # a FIFO would block open()
         with open(path, encoding="latin-1") as file:
             text = file.read(PEM_MAX)
     except (OSError, ValueError) as error:
@@ -7282,7 +7284,7 @@ def load_cas(context, path, setting):
     except OSError as error:
         raise ValueError("%s: %s: %s" % (setting, path, tls_error_text(error))) from None
     if not context.cert_store_stats()["x509_ca"]:
-        raise ValueError("%s must have the certificate of a CA, not only those of hosts: %s"
+        raise ValueError("%s must have the certificate of a CA, not only of hosts: %s"
                          % (setting, path))
 
 
@@ -7314,7 +7316,7 @@ def limit_version(context, max_version):
         # Newer versions of Python deprecate these options, but Python 3.6 has no others.
         warnings.simplefilter("ignore", DeprecationWarning)
         for version in TLS_VERSIONS[TLS_VERSIONS.index(max_version) + 1:]:
-            suffix = version.replace(".0", "").replace(".", "_")    # "1" or "1_1"
+            suffix = version.replace(".0", "").replace(".", "_")    # "1_2" for "1.2"
             context.options |= getattr(ssl, "OP_NO_TLSv" + suffix)
         if max_version in ("1.0", "1.1"):
             # OpenSSL permits these old versions only with the security level 0.
@@ -7390,7 +7392,7 @@ class TlsSocket:
         return getattr(self.sock, name)
 
     def setsockopt(self, level, option, value):
-        if (level, option) == (socket.SOL_SOCKET, socket.SO_LINGER):    # see reset_on_close
+        if (level, option) == (socket.SOL_SOCKET, socket.SO_LINGER):    # by reset_on_close()
             self.resets = True
         self.sock.setsockopt(level, option, value)
 
@@ -7469,7 +7471,7 @@ class TlsSocket:
         self.push_quietly()
         self.note_change()
 
-    # As a socket
+    # The methods of a socket
 
     def fileno(self):
         return self.sock.fileno()
@@ -8720,7 +8722,7 @@ class Recorder:
             raise OSError(error.errno, "cannot record to %s: %s"
                           % (self.path, error.strerror)) from None
         self.thread = LogThread(fd, lambda error: log.error(
-            "cannot record to %s: %s: faults are missing there", self.path, error.strerror))
+            "cannot record to %s: %s: the file lacks faults", self.path, error.strerror))
 
     def lock_file(self, fd):
         """Lock the file, and empty it when it is opened for the first time.
@@ -8735,8 +8737,8 @@ class Recorder:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 os.close(fd)
-                raise OSError(error.errno, "another proxy records to it: each process needs a "
-                                           "file of its own") from None
+                raise OSError(error.errno, "another proxy records to this file: each process "
+                                           "needs a file of its own") from None
             except OSError:             # a file system without locks
                 pass
         if self.is_new:
@@ -8747,7 +8749,8 @@ class Recorder:
         """Write a FaultRecord, and the values of its ActiveRule that Replay needs."""
         line = json.dumps(dict(record._asdict(), rule=active.rule.to_json(), draw=active.draw,
                                count=active.request))
-        self.thread.handle(logging.makeLogRecord({"msg": line}))    # no arguments: % stays %
+        # A record without arguments is not formatted, so the line may contain "%".
+        self.thread.handle(logging.makeLogRecord({"msg": line}))
 
     def close(self):
         """Write the faults that wait, and close the file."""
@@ -8764,8 +8767,9 @@ class Recorder:
 # the fault records. A ProxyTable holds the proxies of one process. Comments between the methods
 # of a class say in which thread the methods below the comment run while a proxy is open.
 
-# A fault record. A rule has acted on a request, or the schedule of a rule has changed the rule.
-# The class and the namedtuple have the same fields; only type checkers need the class.
+# A fault record says that a rule has acted on a request, or that the schedule of a rule has
+# changed the rule. The class and the namedtuple have the same fields. Only type checkers need
+# the class.
 if MYPY:
     class FaultRecord(NamedTuple):
         number: int
@@ -8819,7 +8823,8 @@ class Latencies:
     each request would cost 4 % of a round trip.
     """
 
-    SAMPLES_PER_STEP = 64       # for this many samples, one more request is left out on average
+    SAMPLES_PER_STEP = 64       # each time that the number of samples grows by this number,
+                                #   connections leave out one more request on average
 
     def __init__(self):
         self.samples = deque(maxlen=LATENCIES_KEPT)     # (time of the reply, time of the request)
@@ -8870,7 +8875,7 @@ class ProxyServer:
                  overwrite_host_header=True, toxics=(), enabled=True, accept=None,
                  max_connections=0, tls=None, reuse_port=None):
         self.name = name
-        self.log_prefix = "" if name == "vaurien" else name + ": "      # of lines of the log
+        self.log_prefix = "" if name == "vaurien" else name + ": "      # the start of log lines
         self.protocol = PROTOCOLS[check_protocol(protocol)]
         self.overwrite_host_header = overwrite_host_header
         self.tls = TlsConfig(tls or {}, self.protocol.alpn if self.protocol else ())
@@ -8881,7 +8886,7 @@ class ProxyServer:
         self.accept = accept or Accept()
         self.enabled, self.max_connections, self.timeout = enabled, max_connections, timeout
         self.seed = random.SystemRandom().getrandbits(32) if seed is None else seed
-        # Processes that share a port need different draws. The first draws like a single process.
+        # Processes that share a port need different draws. Number 1 draws like a single process.
         self.rules = RuleSet(self.seed if reuse_port in (None, 1)
                              else "%d/%d" % (self.seed, reuse_port), name)
         # Check the options of each handler here: the behavior may lack some of these handlers.
@@ -8983,7 +8988,7 @@ class ProxyServer:
             with contextlib.suppress(CannotListen):
                 self.apply_accept()
             raise
-        # The same mode, set again, is a change only if it has times, because these start again.
+        # If the same mode is set again, only its times can change, because they start again.
         if accept.to_text() != before.to_text() or accept.fields:
             log.info("%saccept: %s", self.log_prefix, accept.to_text())
         self.begin_schedules()
@@ -9056,7 +9061,7 @@ class ProxyServer:
     def close(self):
         """Close the listener and every connection."""
         self.stop_listening("stopped")
-        if not self.loop:               # bound, but not opened
+        if not self.loop:               # the proxy was bound, but never opened
             return
         self.loop.cancel(self.rule_timer)
         for rule in self.scheduled_rules():
@@ -9083,7 +9088,7 @@ class ProxyServer:
         """Connect new clients to a backend that check_backend has accepted."""
         is_tls = len(backend) > 2           # (host, port, "tls")
         if is_tls:
-            self.tls.connect_context()      # takes milliseconds, which no client should wait
+            self.tls.connect_context()      # now, because the first call takes milliseconds
         self.backend = backend
         self.addresses = resolve_numeric(backend)       # empty if a resolver is needed
 
@@ -9105,7 +9110,10 @@ class ProxyServer:
             self.loop.run_in_thread(lambda: resolve(backend), on_done)
 
     def set_protocol(self, protocol, overwrite_host_header, tls):
-        """Use these settings for new connections. Close the open connections after a change."""
+        """Use these settings for new connections.
+
+        If one of these settings changes, closes the open connections.
+        """
         before = self.protocol, self.overwrite_host_header, self.tls.fields
         if before != (protocol, overwrite_host_header, tls.fields):
             self.protocol, self.overwrite_host_header = protocol, overwrite_host_header
@@ -9315,7 +9323,8 @@ class ProxyServer:
                 asleep.append(rule)
             elif rule.moment.share > share_before:
                 woken.append(rule)
-        if asleep or woken:                 # to a connection, a rule that sleeps is removed
+        if asleep or woken:
+            # Connections handle a rule that has begun to sleep like a removed rule.
             self.change_connections(new=[], removed=asleep, changed=[], woken=woken)
         if expired:
             self.remove_expired(expired)
@@ -9397,7 +9406,7 @@ class ProxyServer:
             raise InputError([("kind", "kind must be one of %s, the errors of %s, not %r%s" % (
                 ", ".join(self.protocol.errors), self.protocol_name(), kind,
                 did_you_mean(kind, self.protocol.errors)))])
-        # `inject` damages the reply of the backend instead. Without a protocol, all rules do.
+        # With `inject`, or without a protocol, the rule changes the reply of the backend instead.
         replies = self.protocol and not rule.options["inject"]
         if replies and rule.stream != "both":
             raise InputError([("stream", "stream must be both for %s, because it replies instead "
@@ -9619,7 +9628,7 @@ class ProxyTable(OrderedDict):
         if self.recorder:
             self.recorder.close()
 
-    # In other threads than the loop's. The caller holds the proxy's `lock`, except for `add`
+    # Not in the loop's thread. The caller holds the proxy's `lock`, except for `add`
 
     def add(self, proxy):
         """Add a proxy, and open it if it is enabled. Returns False if the name is taken.
@@ -9814,7 +9823,7 @@ class Statsd:
             self.loop.call_at(self.loop.clock() + STATSD_INTERVAL, self.on_timer)
 
     def send(self):
-        """Send all lines, as many in each packet as STATSD_PACKET_MAX allows."""
+        """Send all lines, in packets of at most STATSD_PACKET_MAX bytes."""
         packet = b""
         for line in map(str.encode, self.metric_lines()):
             longer_packet = packet + b"\n" + line if packet else line
