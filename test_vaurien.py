@@ -7398,7 +7398,7 @@ class TestReusePort(TempDirTestCase):
         twin = OpenProxy("127.0.0.1:9", "127.0.0.1:%d" % self.port, reuse_port=2)
         with self.two_proxies() as (one, two):
             with self.assertRaisesRegex(OSError, "cannot listen on 127.0.0.1:%d: another proxy "
-                                        "has the same address and number: --reuse-port 2$"
+                                        "at this address has the same number: --reuse-port 2$"
                                         % self.port):
                 twin.start()
             self.connect_to_all([one, two])

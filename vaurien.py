@@ -6346,8 +6346,8 @@ class Listener:
                 lock.bind("\0vaurien %s %d" % (format_address(address), self.reuse_port))
             except OSError as error:
                 if error.errno == errno.EADDRINUSE:
-                    error = OSError(error.errno, "another proxy has the same address and number: "
-                                                 "--reuse-port %d" % self.reuse_port)
+                    error = OSError(error.errno, "another proxy at this address has the same "
+                                                 "number: --reuse-port %d" % self.reuse_port)
                 raise CannotListen(error, address) from None
 
     def open(self, loop):
