@@ -2959,9 +2959,9 @@ def pg_message(type_, body):
 
 
 class PostgresReply:
-    """The data that Postgres keeps of a request until its reply ends.
+    """The data that Postgres keeps of a request until the reply ends.
 
-    ends          the types of the messages that end the reply of an EXECUTE
+    ends          types of messages: if the request is an EXECUTE, any of them ends the reply
     bound         whether BindComplete has arrived
     copy_ended    whether the client has sent CopyDone or CopyFail after the request
     """
@@ -2976,17 +2976,22 @@ class PostgresReply:
 class Postgres(Protocol):
     """The frontend/backend protocol 3 of PostgreSQL.
 
-    A message is one byte for its type, a size of 4 bytes that includes itself, and a body.
+    A message is its type (1 byte), a size (4 bytes), and a body. The size counts the body and the
+    4 bytes of the size.
 
-    A simple query is one Query message. An extended query is a batch: Parse, Bind, Describe,
-    Execute, and Sync at its end. After an error the backend skips all messages up to the next
-    Sync. Request.name tells the requests apart:
+    A simple query is one Query message. An extended query is a batch of messages: Parse, Bind,
+    Describe, Execute, and a Sync at the end. A Bind makes a portal from a prepared statement, and
+    an Execute runs a portal. After an error, the backend skips all messages up to the next Sync.
 
-    QUERY      a Query or FunctionCall; its reply ends with ReadyForQuery
-    EXECUTE    the messages up to a Bind; the next Execute continues it, if it is of the same
-               portal. Also the messages up to any other Execute. The reply ends with
-               CommandComplete or an error; without an Execute, with BindComplete
-    SYNC       the other messages up to a Sync; its reply ends with ReadyForQuery
+    A message that makes no request, such as Parse, belongs to the next request. Request.name is
+    one of these:
+
+    QUERY      for a Query or FunctionCall. The reply ends with ReadyForQuery
+    EXECUTE    for a Bind. If the next Execute runs the portal of this Bind, this Execute continues
+               the request. The reply ends with CommandComplete or an error. If no such Execute
+               follows, the reply ends with BindComplete or an error
+    EXECUTE    for any other Execute. The reply ends with CommandComplete or an error
+    SYNC       for a Sync. The reply ends with ReadyForQuery
 
     Request.info is a PostgresReply.
     """
@@ -3010,10 +3015,13 @@ class Postgres(Protocol):
     fatal_errors = ("57P01", "25P03", "57P05")
     never_fail = ("SYNC",)
     server_first = has_rows = True
-    TLS, GSS, CANCEL = 80877103, 80877104, 80877102     # codes in the place of a version
+    # Codes of a first message that is not the startup message. A startup message has a version
+    # in place of the code.
+    TLS, GSS, CANCEL = 80877103, 80877104, 80877102
     # Types of the client's messages
     QUERY, PARSE, BIND, EXECUTE, SYNC, CLOSE = b"Q", b"P", b"B", b"E", b"S", b"C"
-    WITH_TEXT = b"QPBEC"            # messages of which the names or texts are read
+    WITH_TEXT = b"QPBEC"            # messages whose SQL, or names of statements and portals, the
+                                    #   proxy reads
     REQUESTS = b"QFSBE"             # Query, FunctionCall, Sync, Bind, Execute
     CONTINUATIONS = b"dcfpHX"       # CopyData, CopyDone, CopyFail, password, Flush, Terminate
     COPY_ENDS = b"cf"               # CopyDone, CopyFail
@@ -3021,32 +3029,34 @@ class Postgres(Protocol):
     READY, ERROR = b"Z", b"E"       # ReadyForQuery, ErrorResponse
     COPY_RESPONSES = b"GW"          # CopyInResponse, CopyBothResponse
     BIND_COMPLETE = b"2"
-    BIND_ENDS = b"2E"               # BindComplete, ErrorResponse: if no Execute follows
+    BIND_ENDS = b"2E"               # BindComplete, ErrorResponse: for a Bind without its Execute
     ROWS = b"Dd"                    # DataRow, CopyData
     EXECUTE_ENDS = b"CIsE"          # CommandComplete, EmptyQuery, PortalSuspended, ErrorResponse
-    # States of a transaction in ReadyForQuery. The third is T: a transaction is in progress.
+    # The status of a transaction in ReadyForQuery: no transaction, or a failed transaction. For
+    # any other transaction, the status is T.
     IDLE, FAILED = b"I", b"E"
     # Statements that end a transaction
     ROLLBACK = re.compile(rb"(?i)\s*(rollback|abort)\b")
     COMMIT = re.compile(rb"(?i)\s*(commit|end)\b")
-    # Substitutes for a simple query, and for a batch up to Execute. The zero bytes are empty
-    # names of the statement and the portal, and counts of 0.
+    # Substitutes for a simple query (with QUERY in the name) and for an extended query (all
+    # others). A zero byte ends each name and the SQL. Names may be empty, and all counts are 0.
     INVALID_QUERY = pg_message(QUERY, b"vaurien\0")
     INVALID_PARSE = pg_message(PARSE, b"vaurien\0" + b"vaurien\0" + bytes(2))
     ROLLBACK_QUERY = pg_message(QUERY, b"ROLLBACK\0")
-    # The error makes the backend skip the rest of the batch.
+    # ROLLBACK, and then an error, so that the backend skips the rest of the client's batch.
     ROLLBACK_BATCH = (pg_message(PARSE, b"\0" + b"ROLLBACK\0" + bytes(2))
                       + pg_message(BIND, bytes(8)) + pg_message(EXECUTE, bytes(5))
                       + INVALID_PARSE)
 
     def __init__(self, host=b""):
         self.statements = StatementTexts()      # {name: text}
-        self.portals = StatementTexts()         # {name: text of the statement}
-        self.last_request = Request(b"", "", info=PostgresReply())     # of the client
-        self.bound_portal = None    # the portal of a Bind, if that made the last request, and
-                                    #   no Execute has followed
-        self.encryption_requested = False       # by TLS or GSS: the next reply is one byte
-        self.status = self.IDLE     # of the transaction
+        self.portals = StatementTexts()         # {name: text of the portal's statement}
+        self.last_request = Request(b"", "", info=PostgresReply())     # the client's last request
+        self.bound_portal = None    # the portal of the client's last Bind. None if a later Execute
+                                    #   or request has ended the request of the Bind
+        self.encryption_requested = False       # the client has asked for TLS or GSS, and the
+                                                #   backend replies with one byte
+        self.status = self.IDLE     # the status of the transaction, of the last ReadyForQuery
         self.skipping = False       # the backend skips all messages up to the next Sync
         self.copying = False        # the backend reads COPY data, and ignores Sync
         super().__init__(host)
@@ -3057,16 +3067,18 @@ class Postgres(Protocol):
             yield from self.read_request()
 
     def read_startup(self):
-        """Read the messages up to the startup message, and that message."""
+        """Read the first messages: requests for encryption, and the startup message."""
         while True:
             size, code = struct.unpack(">II", (yield NeedBytes(8)))
-            is_startup = code >> 16 == 3        # a version 3.x
+            is_startup = code >> 16 == 3        # the code is a version 3.x
             asks_for_encryption = code in (self.TLS, self.GSS)
             if not (is_startup or asks_for_encryption or code == self.CANCEL):
                 raise ProtocolError("no startup message")
             if asks_for_encryption:
+                # The reader of the replies waits for the 5 bytes of a message. A new reader waits
+                # for one byte. The backend has sent nothing, so no bytes are lost.
                 self.encryption_requested = True
-                self.reply_framer.restart(self.replies())   # the backend has sent nothing yet
+                self.reply_framer.restart(self.replies())
             yield CONTINUATION
             yield max(0, size - 8)
             yield END_OF_MESSAGE
@@ -3074,9 +3086,9 @@ class Postgres(Protocol):
                 return
 
     def read_request(self):
-        """Read the messages up to one that makes a request, or that continues the last one."""
+        """Read messages, up to the first message that makes or continues a request."""
         boundary = None
-        while boundary is None:
+        while boundary is None:                 # see make_boundary
             type_, message_size = struct.unpack(">cI", (yield NeedBytes(5)))
             size, body = message_size - 4, b""
             if not type_.isalpha() or size < 0:
@@ -3090,9 +3102,10 @@ class Postgres(Protocol):
         yield END_OF_MESSAGE
 
     def make_boundary(self, type_, body):
-        """Return the Request that a message makes, or CONTINUATION, or None.
+        """Return the Request that a message makes. Note what the message changes.
 
-        None means that the message belongs to the next request.
+        Returns CONTINUATION if the message continues the last request. Returns None if it belongs
+        to the next request.
         """
         if type_ in self.CONTINUATIONS:
             if type_ in self.COPY_ENDS:
@@ -3101,49 +3114,56 @@ class Postgres(Protocol):
         self.note_names(type_, body)
         if type_ not in self.REQUESTS:
             return None
-        portal, bound_portal = body.partition(b"\0")[0], self.bound_portal
-        self.bound_portal = portal if type_ == self.BIND else None
-        if bound_portal is not None:
+        portal, _, _ = body.partition(b"\0")        # only Bind and Execute have a portal
+        bound_portal, self.bound_portal = self.bound_portal, None
+        if type_ == self.BIND:
+            self.bound_portal = portal
+        if bound_portal is not None:        # the last request is a Bind that waits for its Execute
             if type_ == self.EXECUTE and portal == bound_portal:
-                return CONTINUATION         # the Bind has made the request
+                return CONTINUATION
             self.expect_no_execute(self.last_request)
         self.last_request = self.make_request(type_, body, portal)
         return self.last_request
 
     def expect_no_execute(self, request):
-        """Expect no further reply to a Bind than BindComplete, unless a rule has refused it."""
-        if request.info.ends == self.EXECUTE_ENDS:
-            request.info.ends = self.BIND_ENDS
-            request.replies = request.replies and not request.info.bound
+        """Expect only BindComplete, or an error, as the reply to the request of a Bind."""
+        is_refused = request.info.ends != self.EXECUTE_ENDS     # see make_substitute
+        if is_refused:
+            return
+        request.info.ends = self.BIND_ENDS
+        if request.info.bound:              # BindComplete has arrived already: the reply is done
+            request.replies = False
 
     def note_names(self, type_, body):
-        """Keep the texts of the prepared statements and portals that a message makes.
-
-        Drops the text of a statement or portal that the message closes.
-        """
-        if type_ == self.PARSE:
-            name, _, query = body.partition(b"\0")
-            self.statements[name] = query.partition(b"\0")[0]
-        elif type_ == self.CLOSE:       # S or P, the name and a zero byte
+        """Note the prepared statement or the portal that a message makes or closes."""
+        if type_ == self.PARSE:         # the name of the statement, its SQL, and more fields
+            name, _, rest = body.partition(b"\0")
+            sql, _, _ = rest.partition(b"\0")
+            self.statements[name] = sql
+        elif type_ == self.CLOSE:       # S for a statement or P for a portal, and the name
             texts = self.statements if body[:1] == b"S" else self.portals
-            texts.forget(body[1:-1])
-        elif type_ == self.BIND:
-            portal, _, names = body.partition(b"\0")
-            self.portals[portal] = self.statements.use(names.partition(b"\0")[0])
+            texts.forget(body[1:-1])    # without the zero byte at the end
+        elif type_ == self.BIND:        # the names of the portal and the statement, and more
+            portal, _, rest = body.partition(b"\0")
+            statement, _, _ = rest.partition(b"\0")
+            self.portals[portal] = self.statements.use(statement)
 
     def make_request(self, type_, body, portal):
         """Return the Request that a message makes.
 
-        It gets no reply while the backend skips to the next Sync. A Sync gets none during COPY.
+        While the backend skips all messages up to the next Sync, other requests get no reply.
+        While the backend reads COPY data, a Sync gets no reply.
         """
         if type_ in (self.BIND, self.EXECUTE):
-            return Request(self.portals.use(portal), "EXECUTE", not self.skipping,
-                           PostgresReply(self.EXECUTE_ENDS))
-        if type_ == self.SYNC:      # rules that were drawn for an Execute act on its Sync too
+            return Request(self.portals.use(portal), "EXECUTE", replies=not self.skipping,
+                           info=PostgresReply(self.EXECUTE_ENDS))
+        if type_ == self.SYNC:
             self.skipping = False
-            return Request(b"", "SYNC", not self.copying, PostgresReply(),
+            # The active rules of an EXECUTE also act on the Sync after it.
+            return Request(b"", "SYNC", replies=not self.copying, info=PostgresReply(),
                            independent=self.last_request.name != "EXECUTE")
-        return Request(body.rstrip(b"\0"), "QUERY", not self.skipping, PostgresReply())
+        return Request(body.rstrip(b"\0"), "QUERY", replies=not self.skipping,
+                       info=PostgresReply())
 
     def replies(self):
         while True:
@@ -3153,10 +3173,11 @@ class Postgres(Protocol):
             type_, message_size = struct.unpack(">cI", (yield NeedBytes(5)))
             if not type_.isalnum():
                 raise ProtocolError("%r is not a message" % type_)
-            size, status_size = message_size - 4, int(type_ == self.READY)
+            size = message_size - 4
+            status_size = 1 if type_ == self.READY else 0
             if size < status_size:
                 raise ProtocolError("a message cannot have the size %d" % message_size)
-            if status_size:
+            if type_ == self.READY:
                 self.status = yield NeedBytes(status_size)
             yield size - status_size
             if self.counts_rows and type_ in self.ROWS:
@@ -3165,54 +3186,62 @@ class Postgres(Protocol):
                 yield END_OF_MESSAGE
 
     def note_message(self, type_):
-        """Note the type of a message of the backend. Returns whether it ends a reply."""
+        """Note what a message of the backend changes. Returns whether the message ends a reply."""
         request = self.awaited_request()
         if type_ == self.READY:
             return True
         if type_ == self.ERROR and not self.awaited():
-            self.skip_to_sync()             # the error is that of a Parse before a Bind
-        elif request.name != "EXECUTE":
+            self.skip_to_sync()             # a Parse has failed, and its Bind has not come yet
             return False
-        elif type_ in self.COPY_RESPONSES:
-            self.copy_to_end()
-        elif type_ in request.info.ends:
-            if type_ == self.ERROR:
-                self.skip_to_sync()         # before the boundary releases the next exchanges
+        if request.name != "EXECUTE":
+            return False
+        if type_ in request.info.ends:
+            if type_ == self.ERROR:         # now: the caller's END_OF_MESSAGE changes the queue
+                self.skip_to_sync()
             return True
+        if type_ in self.COPY_RESPONSES:
+            self.copy_to_end()
         elif type_ == self.BIND_COMPLETE:
             request.info.bound = True
         return False
 
     def read_encryption_reply(self):
-        """Read the one byte that accepts (S, G) or refuses encryption."""
+        """Read the one byte that accepts or refuses encryption."""
         self.encryption_requested = False
         reply = yield NeedBytes(1)
         if reply == b"S" and self.joins_tls:
             yield TLS_BEGINS
-        elif reply in b"SG":
+        elif reply in b"SG":                # the backend accepts TLS or GSS
             raise ProtocolError("encryption follows")
 
     def copy_to_end(self):
-        """During COPY, expect no reply to a Sync before the client's CopyDone or CopyFail."""
-        first, *later = self.awaited()
-        self.copying = not first.request.info.copy_ended
-        for exchange in later:
-            if not self.copying:
-                return              # the client has ended the COPY already
-            exchange.request.replies = False
-            self.copying = not exchange.request.info.copy_ended
+        """Expect no reply to a Sync that comes before the CopyDone or CopyFail of the client.
+
+        The backend ignores such a Sync. Sets `copying` to whether CopyDone and CopyFail are still
+        to come.
+        """
+        for index, exchange in enumerate(self.awaited()):
+            if index > 0:           # the first exchange is that of the COPY itself
+                exchange.request.replies = False
+            if exchange.request.info.copy_ended:
+                self.copying = False
+                return
+        self.copying = True
 
     def skip_to_sync(self):
         """After an error, expect no reply to the requests before the next Sync."""
         self.copying = False
-        for exchange in self.awaited()[1:]:
+        for exchange in self.awaited()[1:]:     # the first exchange is that of the error itself
             if exchange.request.name == "SYNC":
                 return              # the client has sent that Sync already
             exchange.request.replies = False
         self.skipping = True        # also for the requests that the client sends next
 
     def finish_reply(self, reply, request):
-        """Add ReadyForQuery to the error of a simple query, with the backend's own status."""
+        """Add ReadyForQuery to the error of a simple query.
+
+        Its status is the last status that the backend has sent.
+        """
         if request.name != "QUERY":
             return reply.data
         return reply.data + pg_message(self.READY, self.status)
@@ -3226,24 +3255,27 @@ class Postgres(Protocol):
         return pg_message(self.ERROR, body.encode())
 
     def connect_error(self, kind, data):
-        """Refuse the client after its startup message, and refuse encryption before."""
+        """Return the Reply to a client that connects: an error only after the startup message.
+
+        If the client asks for encryption first, the Reply says that the server has none.
+        """
         if kind not in self.connect_errors:
             return None
         if not data:                # OPEN: wait for the client's first message
             return Reply(b"")
         if int.from_bytes(data[4:8], "big") in (self.TLS, self.GSS):
-            return Reply(b"N")      # no encryption: the startup message follows
+            return Reply(b"N")      # no encryption. The client then sends the startup message
         return Reply(self.encode_error(kind), closes=True)
 
     def refuse_client(self, received):
-        """Wait for the code of the first message, which follows its size."""
+        """Wait for the first 8 bytes of a message, its size and its code, and reply to it."""
         return super().refuse_client(received) if len(received) >= 8 else None
 
     def error_reply(self, kind, request):
         """Return the Reply to a statement.
 
-        An error that does not close the connection is no reply to a ROLLBACK, nor to a statement
-        of a transaction that has failed already.
+        Returns None if only an error that closes the connection can happen: to a ROLLBACK, and to
+        a statement of a transaction that has failed already.
         """
         only_fatal = self.status == self.FAILED or self.ROLLBACK.match(request.text)
         if only_fatal and kind not in self.fatal_errors:
@@ -3251,14 +3283,16 @@ class Postgres(Protocol):
         return super().error_reply(kind, request)
 
     def make_substitute(self, kind, request):
-        """Return messages that put the backend's transaction into the state after the error.
+        """Return messages after which the backend's transaction is as after the error.
 
-        The backend fails too, and the proxy drops the backend's error. But a COMMIT that fails
-        rolls back.
+        An invalid statement makes the transaction fail, and the proxy drops the backend's error.
+        But a COMMIT that fails rolls the transaction back.
         """
         rolls_back = self.COMMIT.match(request.text)
         if request.name == "QUERY":
             return self.ROLLBACK_QUERY if rolls_back else self.INVALID_QUERY
+        # The substitute ends with an error, so the backend skips all messages up to the Sync. The
+        # CommandComplete of the ROLLBACK does not end the reply to the substitute.
         self.skipping, request.info.ends = True, self.ERROR
         return self.ROLLBACK_BATCH if rolls_back else self.INVALID_PARSE
 
@@ -3277,13 +3311,13 @@ class Smtp(Protocol):
         "554": "5.7.1 Transaction failed"}
     default_errors = ("450", "451", "452")
     connect_errors = fatal_errors = ("421",)
-    never_fail = ("QUIT", "MESSAGE")    # an error of a message replies to its DATA
+    never_fail = ("QUIT", "MESSAGE")    # a rule refuses the DATA before a message instead
     overload_error = "421"
     server_first = starts_tls = True
     credentials = ("AUTH",)
     REPLY_LINE = NeedMatch(rb"\n", beginning_with(rb"\d", rb"\d", rb"\d", rb"[ \r\n-]"),
                            "no reply code")
-    auth_continues = False          # the backend waits for the next line of AUTH
+    auth_continues = False          # the client's next line belongs to AUTH, and is no command
 
     def requests(self):
         while True:
@@ -3301,11 +3335,11 @@ class Smtp(Protocol):
             yield END_OF_MESSAGE
 
     def read_message(self):
-        """Read the message after DATA, and then the client's further requests."""
-        first = yield NeedBytes(1)
+        """Read the message after DATA, and then the further requests of the client."""
+        first = yield NeedBytes(1)      # the request begins when the client begins to send it
         yield Request(b"", "MESSAGE")
-        # The final dot may be the first line of the message. So the search begins with the
-        # line end of DATA.
+        # A line with only a dot ends the message. It may be the first line of the message. So the
+        # line end of DATA comes before the first byte, as if it were a part of the message.
         yield SkipUntil(b"\r\n.\r\n", tail=b"\r\n" + first)
         yield END_OF_MESSAGE
         yield from self.requests()
@@ -3326,7 +3360,7 @@ class Smtp(Protocol):
                 yield END_OF_MESSAGE
                 yield TLS_BEGINS
             if name == "DATA" and code == b"354":
-                # The client waits for this reply, and has sent nothing of the message yet.
+                # No bytes are lost: the client waits for this reply before it sends the message.
                 self.request_framer.restart(self.read_message())
             yield END_OF_MESSAGE
 
@@ -3334,16 +3368,18 @@ class Smtp(Protocol):
         return ("%s %s\r\n" % (kind, self.errors[kind])).encode()
 
     def make_substitute(self, kind, request):
+        """Return RSET for DATA and BDAT, so that the backend forgets the sender and recipients."""
         return b"RSET\r\n" if request.name in ("DATA", "BDAT") else b""
 
 
 @protocol
 class Tls(Protocol):
-    """The TLS handshake, without a certificate: the ClientHello is the request (RFC 8446).
+    """The TLS handshake. The proxy does not decrypt, and needs no certificate (RFC 8446).
 
-    Its text for `match` is the name that the client asks for (SNI), the application protocols
-    (ALPN) and the TLS versions, like "db.example h2,http/1.1 TLSv1.3,TLSv1.2". A field that
-    the client does not send is "-". All other bytes pass as they are.
+    The request is the ClientHello. `match` searches in the server name of the client (SNI), the
+    application protocols (ALPN) and the TLS versions, for example in
+    "db.example h2,http/1.1 TLSv1.3,TLSv1.2". A field that the client does not send is "-". All
+    other bytes of the connection belong to this request.
     """
 
     # {kind: AlertDescription} of RFC 8446, section 6
@@ -3363,9 +3399,9 @@ class Tls(Protocol):
     RECORD_MAX = 1 << 14        # bytes of a record, without its header
 
     def requests(self):
-        hello = b""
+        hello = b""                             # the header (4 bytes) has the size of the rest
         while len(hello) < 4 or len(hello) < 4 + int.from_bytes(hello[1:4], "big"):
-            header = yield NeedBytes(5)         # of a record
+            header = yield NeedBytes(5)         # the header of a record
             size = int.from_bytes(header[3:], "big")
             if header[:2] != b"\x16\3" or not 1 <= size <= self.RECORD_MAX:
                 raise ProtocolError("no ClientHello of TLS")
@@ -3378,34 +3414,39 @@ class Tls(Protocol):
             raise ProtocolError("a malformed ClientHello of TLS") from None
         yield Request(text, "CLIENT_HELLO")
         yield END_OF_MESSAGE
-        yield NeedBytes(1)
-        yield CONTINUATION                      # all further bytes belong to this request
+        yield NeedBytes(1)                      # wait until the client sends more bytes
+        yield CONTINUATION
         yield UNLIMITED
 
     def replies(self):
         return read_opaque()
 
     def describe_hello(self, hello):
-        """Return the text of a ClientHello. Raises IndexError if it is malformed."""
-        names, protocols, versions = [], [], [hello[4:6]]
+        """Return the text of a ClientHello for `match`. Raises IndexError if it is malformed."""
+        names, protocols = [], []
+        versions = [hello[4:6]]                 # the highest version of a client before TLS 1.3
         for type_, body in self.read_extensions(hello):
             if type_ == self.SNI:
-                names = [body[5:]]              # after the sizes of the list and of the name
+                names = [body[5:]]              # after the list's size (2), a type and a size (2)
             elif type_ == self.ALPN:
-                position = 2
+                position = 2                    # after the size of the list
                 while position < len(body):
                     end = position + 1 + body[position]
                     protocols.append(body[position + 1:end])
                     position = end
             elif type_ == self.SUPPORTED_VERSIONS:
+                # The list begins with its size (1), and replaces the field at the beginning.
                 versions = [body[index:index + 2] for index in range(1, len(body), 2)]
-        versions = [self.VERSIONS[version] for version in versions if version in self.VERSIONS]
-        return b" ".join(b",".join(field) or b"-" for field in (names, protocols, versions))
+        version_names = [self.VERSIONS[code] for code in versions if code in self.VERSIONS]
+        return b" ".join(b",".join(field) or b"-" for field in (names, protocols, version_names))
 
     def read_extensions(self, hello):
-        """Yield (type, body) for each extension of a ClientHello. Raises IndexError."""
-        position = 4 + 2 + 32                   # the handshake's header, the version, random
-        position += 1 + hello[position]         # the session's id
+        """Yield (type, body) for each extension of a ClientHello.
+
+        Raises IndexError if the ClientHello is malformed.
+        """
+        position = 4 + 2 + 32                   # skip the header, the version and the random bytes
+        position += 1 + hello[position]         # and then the id of the session
         position += 2 + int.from_bytes(hello[position:position + 2], "big")     # cipher suites
         position += 1 + hello[position]         # compression methods
         position += 2                           # size of all extensions
@@ -3419,12 +3460,12 @@ class Tls(Protocol):
         return bytes([21, 3, 3, 0, 2, 2, self.errors[kind]])
 
 
-# Other names of protocols: those of the servers
+# {name of a server: name of its protocol}
 PROTOCOL_ALIASES = {"memcached": "memcache", "postgresql": "postgres", "mariadb": "mysql"}
 
 
 def check_protocol(text):
-    """Return the name of a protocol, in place of an alias."""
+    """Check the name of a protocol, or an alias. Returns the name of the protocol."""
     name = PROTOCOL_ALIASES.get(text, text) if isinstance(text, str) else text
     return choice_check(*PROTOCOLS)(name)
 
