@@ -68,8 +68,8 @@ Glossary:
     row                    a part of a reply: a row of a result, an element of an array, a chunk
                            of a body, or an event of a stream
     framer                 finds the boundaries in one direction of a connection
-    fault record           an entry of the log and the API: a rule has acted on a request, its
-                           window has begun or ended, or its ttl has ended
+    fault record           an entry of the log and the API: a rule has acted on a request, a window
+                           of the rule has begun or ended, or its ttl has ended
 
 To add
 
@@ -171,12 +171,12 @@ HELD_MAX_IDLE = 256 * 1024      # the most bytes in a delay queue at other times
                                 #   bytes, or the first bytes wait for the removal of a rule
 HELD_TOTAL = 512 * 1024 * 1024  # the most bytes in all delay queues of a loop together
 HELD_MIN = 4 * 1024             # the bytes that each delay queue may hold in any case
-HELD_LOW = HELD_MIN // 2        # a delay queue that holds at most these bytes is not full, so its
+HELD_LOW = HELD_MIN // 2        # a delay queue with at most this many bytes is never full, so its
                                 #   exact limit need not be computed
 READ_MIN = 16 * 1024            # a delay queue with room for less than this counts as full, unless
                                 #   the room is a quarter of its limit. So no recv is tiny
-MATCH_MAX = 64 * 1024           # the first bytes of a request, in which `match` searches
-BEGINNING_MAX = 80              # the first bytes of a request, which a fault record shows
+MATCH_MAX = 64 * 1024           # `match` searches this many bytes of a request, from its beginning
+BEGINNING_MAX = 80              # a fault record shows this many bytes of a request
 HEAD_MAX = 64 * 1024            # the longest head of a request or reply (nginx: 32 KiB)
 CACHED_HEAD_MAX = 1024          # the longest HTTP head that a connection need not parse twice
 BULK_READ = 64 * 1024           # the smallest recv that counts as bulk data
@@ -234,8 +234,8 @@ MAX_WAIT = 3600.0               # the longest wait of the selector. epoll could 
                                 #   time-out is a C int of milliseconds
 HEAD_TIMEOUT = 10.0             # the proxy holds an incomplete head for this time, so that rules
                                 #   can act on the whole request
-UNRECOGNIZED_MAX = 0.3          # the proxy holds the first bytes of a client for this time, if
-                                #   they may be of the protocol or not
+UNRECOGNIZED_MAX = 0.3          # the proxy holds the first bytes of a client for this time, while
+                                #   it cannot tell yet whether they are of the protocol
 RATE_BACKLOG = 0.1              # time to send the data that waits for a rate limit. If it takes
                                 #   longer, a delay queue holds READ_MIN bytes at most
 LOG_CLOSE_TIMEOUT = 1.0         # time to write the last lines of the log at exit
@@ -243,7 +243,7 @@ SLOW_CALL = 0.5                 # the log warns if a call of a handler takes lon
 WAIT_PAUSE = 0.01               # a thread that waits for a fault checks only after such pauses. To
                                 #   check each fault would take CPU time from the loop
 STATSD_INTERVAL = 1.0           # time between two reports to the StatsD server
-LATENCY_AGE_MAX = 10.0          # the percentiles include the latencies of this time
+LATENCY_AGE_MAX = 10.0          # the age of the oldest latency that the percentiles include
 
 
 # -- Events -------------------------------------------------------------------
@@ -3499,13 +3499,13 @@ RAMP_STEP_MIN = 0.01    # ... or fewer, so that a step takes at least this many 
 class Scheduled:
     """The base class of Rule and Accept: objects that act in windows. The schedule of an object:
 
-        begin_schedule    since + start    + duration         + every
-              |                |               |                 |            |
-              |     sleeps     |  1st window   |     sleeps      | 2nd window |
-                                ramp: the share rises from 0 to 1
+        since      start        start + duration    start + every
+          |          |                 |                  |            |
+          |  sleeps  |   1st window    |      sleeps      | 2nd window |
+                      ramp: the share rises from 0 to 1
 
-    The object reads no clock and has no timer. Its caller sets a timer for Moment.next_change and
-    for `expires`. All times are seconds of one clock.
+    `start` is measured from `since`. The object reads no clock and has no timer. The caller sets a
+    timer for Moment.next_change and for `expires`. All times are seconds of one clock.
     """
 
     start = duration = every = ramp = ttl = 0.0     # seconds, as in RULE_FIELDS. 0 has no effect
@@ -4420,7 +4420,7 @@ def make_toxic(type_, name, fields, attributes, toxiproxy=False):
     Raises InputError with one (field or option, sentence) for each error.
     """
     checks = {key: field.check for key, field in RULE_FIELDS.items()}
-    checks["toxicity"] = float if toxiproxy else check_toxicity
+    checks["toxicity"] = float if toxiproxy else check_toxicity     # float accepts any toxicity
     checked, values, errors = {}, {}, []
     for key, value in fields.items():
         if key in checks:
