@@ -13091,6 +13091,8 @@ class TestCtl(unittest.TestCase):
                  "Rules changed to " + rules),
                 (["rules"], rules),
                 (["get-handler"], "delay,error"),
+                (["set-rules", "20:delay,5:hang", "times=3"],
+                 "Rules changed to 20:delay sleep=1.0, 5:hang times=3, 75:dummy"),
                 (["reset"], "Reset"),
                 (["rules"], "100:dummy"))
 

@@ -14836,11 +14836,10 @@ def write_ca(path):
 
 
 def get_token(option_text):
-    """Return the token of --http-token, or else that of the environment variable.
+    """Return the token of the control server, or None if no token is set. Raises ValueError.
 
-    option_text    the text of --http-token, or None
-
-    Returns None if no token is set. Raises ValueError.
+    option_text    the text of --http-token. If it is None or empty, the environment variable
+                   TOKEN_VARIABLE may have the token
     """
     source, text = "--http-token", option_text
     if not text:
@@ -14871,13 +14870,13 @@ def print_safe(text, file):
 
 # -- Demo ---------------------------------------------------------------------
 #
-# `vaurien demo`: a backend, a proxy and clients in one process. Each client makes one request
-# on a connection of its own. The output is a histogram of the response times, and a comparison
-# of the requests that met a fault with the other ones.
+# `vaurien demo` runs a backend, a proxy and clients in one process. Each client makes one request
+# on a connection of its own. The output is a histogram of the response times, and a comparison of
+# two groups of requests: with a fault, and without a fault.
 
 DEMO_BODY = b"Hello from the backend of the demo.\n" * 8
-DEMO_SECONDS = 1.5                  # the requests start at even intervals over this time
-DEMO_TIMEOUT = 3.0                  # seconds a client waits for a response
+DEMO_SECONDS = 1.5                  # seconds in which all requests start, at even intervals
+DEMO_TIMEOUT = 3.0                  # seconds that a client waits for each recv
 DEMO_INTRODUCTION = """\
 Run a backend, a proxy and clients in one process. Each client makes one request through
 the proxy, and the handlers act on some of the requests. A histogram shows the response
@@ -14894,7 +14893,8 @@ DEMO_SETTINGS = OrderedDict((
         "N", "number of requests to make")),
 ))
 
-# The bars of the histogram: (the end of its range in seconds, its label)
+# The bars of the histogram, from the shortest time to the longest: (seconds, label). A bar counts
+# the response times below these seconds that no earlier bar counts.
 BARS = ((0.001, "under 1 ms"), (0.002, "1 - 2 ms"), (0.005, "2 - 5 ms"), (0.01, "5 - 10 ms"),
         (0.02, "10 - 20 ms"), (0.05, "20 - 50 ms"), (0.1, "50 - 100 ms"), (0.2, "100 - 200 ms"),
         (0.5, "200 - 500 ms"), (1, "0.5 - 1 s"), (2, "1 - 2 s"), (5, "2 - 5 s"),
@@ -14905,9 +14905,9 @@ PROGRESS_WIDTH = 40                 # columns of the progress bar
 # The result of one request:
 #
 # client     the client's address, as the fault records of the proxy show it
-# began      when the request began, by time.time()
-# seconds    how long the request took
-# failure    why the request failed, or "" if it succeeded
+# began      the time.time() when the request began
+# seconds    the duration of the request
+# failure    the reason why the request failed, or "" if it succeeded
 Outcome = namedtuple("Outcome", "client began seconds failure")
 
 
@@ -14921,9 +14921,9 @@ def demo_command(argv):
 
 
 def run_demo(count, **proxy_arguments):
-    """Make `count` requests through a Proxy with these arguments, and print the results.
+    """Make `count` requests through a Proxy, and print the results. Returns the exit status.
 
-    Returns the exit status.
+    proxy_arguments    arguments of Proxy
     """
     if is_main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)   # SIGTERM acts like Ctrl-C
@@ -14946,15 +14946,15 @@ def run_demo(count, **proxy_arguments):
 
 def start_backend():
     """Start an HTTP server that replies to each GET request with DEMO_BODY. Returns the server."""
-    import http.server
+    import http.server          # not at the top of the file, because only the demo needs them
     import socketserver
 
     class Backend(socketserver.ThreadingMixIn, socketserver.TCPServer):
         daemon_threads = True
-        request_queue_size = 128
+        request_queue_size = 128        # connections that wait for accept(), at most
 
         def handle_error(self, request, client_address):
-            pass            # the proxy breaks connections on purpose
+            """Print no traceback: the proxy breaks connections on purpose."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -14964,7 +14964,7 @@ def start_backend():
             self.wfile.write(DEMO_BODY)
 
         def log_message(self, *args):
-            pass
+            """Print no line for each request."""
 
     backend = Backend(("127.0.0.1", 0), Handler)
     threading.Thread(target=backend.serve_forever, kwargs={"poll_interval": 0.05},
@@ -14986,7 +14986,7 @@ def make_requests(port, count):
             show_progress(len(outcomes), count)
         for thread in threads:
             while thread.is_alive():
-                thread.join(0.05)
+                thread.join(0.05)           # return to the progress bar after 50 ms
                 show_progress(len(outcomes), count)
     finally:
         print_over_line("")         # erase the progress bar
@@ -14994,7 +14994,7 @@ def make_requests(port, count):
 
 
 def show_progress(done, count):
-    """Show on a terminal that `done` of `count` requests are done."""
+    """Show a progress bar: `done` of `count` requests have an Outcome."""
     bar = "#" * (PROGRESS_WIDTH * done // count)
     print_over_line("[%-*s] %d/%d" % (PROGRESS_WIDTH, bar, done, count))
 
@@ -15002,6 +15002,7 @@ def show_progress(done, count):
 def print_over_line(text):
     """Replace the current line of stderr by a text, if stderr is a terminal."""
     if sys.stderr is not None and sys.stderr.isatty():
+        # \r moves the cursor to the begin of the line. The spaces erase a longer text.
         sys.stderr.write("\r%-60s\r" % text)
         sys.stderr.flush()
 
@@ -15036,7 +15037,8 @@ def match_faults(outcomes, records):
 
     records    fault records of the proxy
 
-    Times are compared too, because the kernel may give a client's port to a later client.
+    A record belongs to the request of the same client at the same time. The client alone is not
+    enough, because the kernel may give the port of a client to a later client.
     """
     return {outcome: record.handler for outcome in outcomes for record in records
             if record.client == outcome.client
@@ -15046,36 +15048,45 @@ def match_faults(outcomes, records):
 def format_histogram(outcomes):
     """Return the lines of the histogram.
 
-    There is a bar for each range of response times, and for each kind of failure. Ranges below
-    the shortest time and above the longest time are left out.
+    There is a line for each range of response times, and then for each reason of a failure. The
+    ranges begin with the range of the shortest time, and end with that of the longest time.
     """
-    counts = Counter(sum(outcome.seconds >= end for end, _ in BARS)       # {index of a bar: count}
-                     for outcome in answered_only(outcomes))
-    rows = [(BARS[index][1], counts[index])
-            for index in (range(min(counts), max(counts) + 1) if counts else ())]
+    counts = Counter(bar_index(outcome.seconds) for outcome in answered_only(outcomes))
+    rows, lines = [], []            # rows: [(label, number of requests)]
+    if counts:
+        lines.append("answered in")
+        for index in range(min(counts), max(counts) + 1):
+            _, label = BARS[index]
+            rows.append((label, counts[index]))
     rows += sorted(count_failures(outcomes).items())
     label_width = max(len(label) for label, _ in rows)
     longest_bar = max(count for _, count in rows)
     columns_per_request = min(1.0, (HISTOGRAM_WIDTH - label_width) / longest_bar)
-    lines = ["answered in"] if counts else []
     for label, count in rows:
-        # Any count but 0 has a bar of one column at least.
-        bar = "#" * max(1, int(count * columns_per_request))
-        lines.append("  %*s%s" % (label_width, label, "  %s %d" % (bar, count) if count else ""))
+        line = "  %*s" % (label_width, label)
+        if count:                   # at least one column, however many requests other bars have
+            line += "  %s %d" % ("#" * max(1, int(count * columns_per_request)), count)
+        lines.append(line)
     return lines
 
 
+def bar_index(seconds):
+    """Return the index in BARS of the bar that counts this response time."""
+    return next(index for index, (end, _) in enumerate(BARS) if seconds < end)
+
+
 def count_failures(outcomes):
-    """Return how often requests failed: {failure: number of requests}."""
+    """Return {failure: number of requests} of the requests that failed."""
     return Counter(outcome.failure for outcome in outcomes if outcome.failure)
 
 
 def answered_only(outcomes):
+    """Return the Outcomes of the requests that got the right response."""
     return [outcome for outcome in outcomes if not outcome.failure]
 
 
 def summarize(outcomes, faults):
-    """Return sentences about the requests that met a fault, and about the other ones.
+    """Return sentences about the requests with a fault, and about the requests without a fault.
 
     faults    {Outcome: name of the handler} of the requests that met a fault
     """
@@ -15115,18 +15126,19 @@ def describe_fault(handler_name, affected, normal_seconds):
 
 def median_seconds(outcomes):
     """Return the median time of requests, or 0.0 if there are none."""
-    import statistics
+    import statistics           # not at the top of the file, because only the demo needs it
     return statistics.median_high(outcome.seconds for outcome in outcomes) if outcomes else 0.0
 
 
 def format_seconds(seconds):
+    """Return a time as text, in milliseconds if it is short."""
     return "%.1f ms" % (seconds * 1000) if seconds < 0.1 else "%.2f s" % seconds
 
 
 # -- vaurienctl ---------------------------------------------------------------
 #
-# The command `vaurienctl`: each action calls a method of Client. If only this file is installed,
-# the command is `vaurien ctl`.
+# The command `vaurienctl` controls a running proxy over HTTP. Each of its actions is a function
+# that uses a Client. `vaurien ctl` is the same command, for users who have only this file.
 #
 # To add an action, add a line to CTL_ACTIONS.
 
@@ -15143,7 +15155,7 @@ examples:
 def parse_host(text):
     """Parse SCHEME://HOST:PORT into (host, port, scheme). Raises ValueError.
 
-    Each part may be left out. The defaults are http, localhost and 8080.
+    The text may omit the scheme (then it is http), the host (localhost) or the port (8080).
     """
     scheme, _, address = text.rpartition("://")
     address = address.rstrip("/")
@@ -15164,70 +15176,78 @@ CTL_SETTINGS = settings_table([
      "token of the control server (default: $%s)" % TOKEN_VARIABLE),
 ])
 
+# An action of vaurienctl:
+#
 # function    takes a Client and the arguments of the action; returns the text to print
 # arguments   the arguments, for the help
 # help        the text for --help
-# check       raises ValueError if the list of arguments is wrong. By default, it accepts all
+# check       a function that raises ValueError if the list of arguments is wrong. The default is
+#             `list`, which accepts every list
 Action = namedtuple("Action", "function arguments help check")
 Action.__new__.__defaults__ = (list,)
 
 
-def check_handler_fields(texts):
-    """Check the words of a rule. `name` is refused: the handler's name has this key."""
-    if "name" in parse_rule_words(texts)[1]:
+def check_handler_fields(words):
+    """Check the arguments of set-handler. Raises ValueError."""
+    _, texts = parse_rule_words(words)
+    if "name" in texts:         # in the JSON value of the rule, this key has the handler's name
         raise ValueError("'name=' must be left out: the first argument is the name")
 
 
 def parse_rule_texts(texts):
-    """Return the rules in texts like "20:delay", each followed by its NAME=VALUE texts.
+    """Return the rules that the arguments of set-rules describe. Raises ValueError.
 
-    The result is in the form that `PUT /rules` takes. Raises ValueError.
+    texts    "PERCENT:HANDLER" begins a rule, and each "NAME=VALUE" after it belongs to this rule
+
+    The rules have the form that `PUT /rules` takes.
     """
     rules = []
     for text in texts:
         name, equals, value = text.partition("=")
         if equals and rules and name not in rules[-1]:
             rules[-1][name] = value
-        else:
-            (percent, name), = parse_behavior(text)     # refuses a NAME that was given twice
-            rules.append({"name": name, "percent": percent})
+        else:           # for a NAME that its rule already has, parse_behavior raises ValueError
+            rules += [{"name": handler_name, "percent": percent}
+                      for percent, handler_name in parse_behavior(text)]
     return rules
 
 
 def change_text(client, text):
-    """Return the text about a change. It names the proxy if the server has several."""
+    """Return a text about a change. If the server has several proxies, add the proxy's name."""
     if len(client.request("GET", "/proxies")) == 1:
         return text
     return "%s on proxy %s" % (text, client.request("GET", "/proxy")["name"])
 
 
 def ctl_set_handler(client, name, *fields):
-    """Set a handler, with options and rule fields as NAME=VALUE. Returns the text to print."""
-    name, texts = parse_rule_words([name, *fields])
+    """Set the only rule of the behavior. `fields` are options and rule fields as NAME=VALUE."""
+    handler_name, texts = parse_rule_words([name, *fields])
     # The values stay text, because only the server knows their types. The fields cannot be
     # keyword arguments of client.set_handler, because the user may pass the NAME `self`.
-    client.request("PUT", "/behavior", dict(texts, name=name))
-    return change_text(client, "Handler changed to \"%s\"" % name)
+    client.request("PUT", "/behavior", dict(texts, name=handler_name))
+    return change_text(client, "Handler changed to \"%s\"" % handler_name)
 
 
 def ctl_rules(client):
+    """Return the rules and toxics of the proxy as text."""
     return client.request("GET", "/proxy")["rules"]
 
 
 def ctl_set_rules(client, first, *others):
+    """Set the rules of the behavior, at least one: `first` has no default."""
     client.request("PUT", "/rules", {"rules": parse_rule_texts([first, *others])})
     return change_text(client, "Rules changed to %s" % ctl_rules(client))
 
 
 def ctl_backend(client, backend=None):
-    """Set the backend, if one is given. Returns the backend."""
+    """Set the backend if the user has given one. Returns the address of the backend."""
     if backend:
         client.set_backend(backend)
     return client.get_backend()
 
 
 def ctl_accept(client, *words):
-    """Set how new clients are accepted, if that is given. Returns the text to print."""
+    """Set how the proxy accepts new clients. Without words, return how it accepts them now."""
     if not words:
         return client.get_accept()
     client.set_accept(" ".join(words))
@@ -15247,7 +15267,11 @@ def ctl_proxies(client):
 
 
 def set_toxic_fields(toxic, texts):
-    """Set the fields and attributes of a toxic, a JSON value, to texts."""
+    """Set fields and attributes of a toxic. Raises ValueError for an invalid text.
+
+    toxic    the JSON object of the toxic
+    texts    {field or attribute: text}
+    """
     function = HANDLERS.get(toxic["type"])      # None if only the server's process has it
     for name, text in texts.items():
         if name == "toxicity":
@@ -15256,20 +15280,21 @@ def set_toxic_fields(toxic, texts):
             toxic[name] = text
         elif name in handler_options(function):
             toxic["attributes"][name] = check_field(name, check_option, toxic["type"], name, text)
-        else:
+        else:       # only the server knows the type of the attribute: guess it from the text
             is_json = re.fullmatch(r"true|false|\d+(\.\d+)?", text)
             toxic["attributes"][name] = json.loads(text) if is_json else text
 
 
 def ctl_add_toxic(client, type_, *fields):
-    type_, texts = parse_rule_words([type_, *fields])
-    toxic = {"type": type_, "attributes": {}}
+    """Add a toxic. `fields` are its fields and attributes as NAME=VALUE."""
+    handler_name, texts = parse_rule_words([type_, *fields])
+    toxic = {"type": handler_name, "attributes": {}}
     set_toxic_fields(toxic, texts)
     return change_text(client, "Toxic added: %s" % client._add_toxic(toxic))
 
 
 def find_toxic(toxics, name):
-    """Return the toxic with this name. Raises ValueError."""
+    """Return the toxic with this name. Raises ValueError with the names of all toxics."""
     names = [toxic["name"] for toxic in toxics]
     if name not in names:
         raise ValueError("unknown toxic %r%s: there are %s" % (
@@ -15278,7 +15303,11 @@ def find_toxic(toxics, name):
 
 
 def ctl_update_toxic(client, name, *fields):
-    """Change a toxic: replace all toxics, because that refuses unknown keys."""
+    """Change a toxic. `fields` are its fields and attributes as NAME=VALUE.
+
+    This replaces all toxics of the proxy. For such a request the server refuses unknown names. A
+    change of one toxic would ignore them, as in Toxiproxy.
+    """
     toxics = client.list_toxics()
     set_toxic_fields(find_toxic(toxics, name), parse_assignments(fields))
     client.request("PUT", client._proxy_path() + "/toxics", toxics)
@@ -15286,19 +15315,24 @@ def ctl_update_toxic(client, name, *fields):
 
 
 def ctl_remove_toxic(client, name):
-    find_toxic(client.list_toxics(), name)      # its error lists the toxics
+    """Remove a toxic."""
+    find_toxic(client.list_toxics(), name)      # for an unknown name, the error lists all names
     client.remove_toxic(name)
     return change_text(client, "Toxic removed: %s" % name)
 
 
 def ctl_close(client, number, how="close"):
+    """Close an open connection, or reset it if `how` is "reset"."""
     reset = check_field("how", choice_check("close", "reset"), how) == "reset"
     client.close_connection(check_field("number", check_count, number), reset)
     return change_text(client, "Connection %s: %s" % (number, "reset" if reset else "closed"))
 
 
 def change_action(method, text):
-    """Return the function of an action that calls a method without arguments."""
+    """Return the function of an action that only calls a method of Client.
+
+    text    the text to print after the call
+    """
     def function(client):
         method(client)
         return change_text(client, text)
@@ -15306,6 +15340,7 @@ def change_action(method, text):
 
 
 def json_lines(values):
+    """Return JSON values as text, one in each line."""
     return "\n".join(map(json.dumps, values))
 
 
@@ -15320,20 +15355,20 @@ CTL_ACTIONS: dict = OrderedDict((name, Action(*action)) for name, *action in [
      "print the names of all handlers"),
     ("toxics", lambda client: json_lines(client.list_toxics()), "", "print the toxics, as JSON"),
     ("add-toxic", ctl_add_toxic, "TYPE [NAME=VALUE ...]",
-     "add a toxic; NAME is also name, stream or toxicity", parse_rule_words),
+     "add a toxic; NAME may also be name, stream or toxicity", parse_rule_words),
     ("update-toxic", ctl_update_toxic, "TOXIC NAME=VALUE ...",
      "change the toxicity or options of a toxic", lambda args: parse_assignments(args[1:])),
     ("remove-toxic", ctl_remove_toxic, "TOXIC", "remove a toxic"),
     ("enable", change_action(Client.enable, "Enabled"), "", "listen again"),
     ("disable", change_action(Client.disable, "Disabled"), "",
-     "stop to listen, and close all connections"),
+     "stop listening, and close all connections"),
     ("accept", ctl_accept, "[MODE [NAME=VALUE ...]]",
-     "print, or change, how clients are accepted: normal, refuse or drop; NAME is start, "
+     "print or set how the proxy accepts clients: normal, refuse or drop; NAME is start, "
      "duration, every or ttl"),
     ("reset", change_action(Client.reset, "Reset"), "",
      "enable the proxy, accept clients, and remove its rules and toxics"),
     ("proxies", ctl_proxies, "", "print all proxies with their rules"),
-    ("backend", ctl_backend, "[HOST:PORT]", "print, or change, the backend of new connections"),
+    ("backend", ctl_backend, "[HOST:PORT]", "print or set the backend of new connections"),
     ("events", lambda client: json_lines(client.request("GET", "/events")["events"]), "",
      "print the fault records, as JSON"),
     ("connections", lambda client: json_lines(client.connections()), "",
@@ -15358,31 +15393,37 @@ def ctl_help():
 
 
 def ctl_command(argv):
-    """Return a function that runs an action of vaurienctl."""
+    """Return a function that runs an action of vaurienctl. Raises ValueError.
+
+    If the command line asks for help, this prints the help and raises SystemExit.
+    """
     parser = Parser(CTL_SETTINGS, "vaurienctl")
     parser.add_argument("action", nargs="?", default="")
     parser.add_argument("args", nargs="*", default=[])
-    # argparse reports an argument of the action as unknown if it follows an option.
-    options, unknown = parser.parse_known_args(argv)
-    if "help" in options:
+    namespace, unknown = parser.parse_known_args(argv)
+    if "help" in namespace:
         print_safe(ctl_help(), sys.stdout)
         raise SystemExit(0)
     flags = [text for text in unknown if text.startswith("-")]
     if flags:
         parser.refuse(flags)
-    name = CTL_ALIASES.get(options.action, options.action)
+    name = CTL_ALIASES.get(namespace.action, namespace.action)
     if name not in CTL_ACTIONS:
         raise ValueError("unknown action %r%s: there are %s (see vaurienctl --help)" % (
             name, did_you_mean(name, CTL_ACTIONS), ", ".join(CTL_ACTIONS)))
-    values = resolve_settings(parser.read_settings(vars(options)), CTL_SETTINGS)
+    action = CTL_ACTIONS[name]
+    # If an option stands between two arguments of the action, argparse puts the second of them
+    # into `unknown`.
+    args = [*namespace.args, *unknown]
+    values = resolve_settings(parser.read_settings(vars(namespace)), CTL_SETTINGS)
     host, port, scheme = values["host"]
     client = Client(host, port, scheme, values["proxy"], get_token(values["http-token"]))
-    action, args = CTL_ACTIONS[name], [*options.args, *unknown]
     try:
+        # Without a call, `bind` raises TypeError if the number of arguments is wrong.
         inspect.signature(action.function).bind(client, *args)
         action.check(args)
     except (TypeError, ValueError) as error:
-        raise ValueError("%s: %s (see vaurienctl --help)" % (options.action, error)) from None
+        raise ValueError("%s: %s (see vaurienctl --help)" % (namespace.action, error)) from None
     return lambda: run_action(action.function, client, args)
 
 
@@ -15396,7 +15437,7 @@ def run_action(function, client, args):
         text = function(client, *args)
     except ValueError as error:             # the server refuses the request
         message = str(error)
-    except (AttributeError, KeyError, TypeError):       # JSON, but not of a control server
+    except (AttributeError, KeyError, TypeError):       # the JSON is not from a control server
         message = "%s is not a vaurien control server" % server
     except OSError as error:
         message = "no response from %s: %s" % (server, error.strerror or error)
@@ -15409,7 +15450,7 @@ def run_action(function, client, args):
 
 # -- Main ---------------------------------------------------------------------
 #
-# The program: it chooses the command, runs it, and prints errors in one line.
+# The program chooses the command, runs the command, and prints errors in one line.
 
 COMMANDS = {"serve": serve_command, "demo": demo_command, "ctl": ctl_command}
 
@@ -15418,7 +15459,7 @@ def main(argv: "Optional[Sequence[str]]" = None) -> int:
     """Run a command line. Returns the exit status: 0, 1 for a network error, 2 for bad input."""
     open_standard_fds()
     argv = list(sys.argv[1:] if argv is None else argv)
-    attached = "--attached" in argv
+    attached = "--attached" in argv         # a supervisor also reads errors of the command line
     prog = "vaurienctl" if argv[:1] == ["ctl"] else "vaurien"
     try:
         try:
@@ -15426,17 +15467,19 @@ def main(argv: "Optional[Sequence[str]]" = None) -> int:
             run = command(arguments)
         except ValueError as error:
             return print_error(error, 2, attached, prog)
-        return run()
+        return run()        # a ValueError here is no bad input, but a bug with a traceback
     except KeyboardInterrupt:
         return 0
-    except BrokenPipeError:
-        # The reader of stdout has closed it. Python flushes stdout at exit, which would fail too.
+    except BrokenPipeError:     # the reader of stdout has closed it
+        # Python flushes stdout at exit. With /dev/null in place of the pipe, this cannot fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        setting = getattr(error, "setting", "")
-        return print_error("%s%s" % (error.strerror or error, setting and " (%s)" % setting), 1,
-                           attached)
+        message = str(error.strerror or error)
+        setting = getattr(error, "setting", "")     # only a CannotListen has a setting
+        if setting:
+            message += " (%s)" % setting
+        return print_error(message, 1, attached)
 
 
 def choose_command(argv):
@@ -15455,12 +15498,13 @@ def choose_command(argv):
 def open_standard_fds():
     """Open /dev/null in place of a closed stdin, stdout or stderr.
 
-    Otherwise a socket would get the descriptor, and the program's output would go to its peer.
+    Otherwise a socket would get the descriptor, and the program's output would go to a peer.
     """
+    last_standard_fd = 2
     fd = 0
-    while fd <= 2:          # open returns the lowest free descriptor: 0, 1 or 2 if it is closed
+    while fd <= last_standard_fd:       # open returns the lowest free descriptor
         fd = os.open(os.devnull, os.O_RDWR)
-    os.close(fd)
+    os.close(fd)                        # this descriptor is not needed
 
 
 def main_ctl() -> int:
@@ -15468,8 +15512,8 @@ def main_ctl() -> int:
     return main(["ctl", *sys.argv[1:]])
 
 
-# `from vaurien.handlers import BaseHandler` must work although vaurien is a single module. The
-# module may be imported under another name, so __name__ is used.
+# `from vaurien.handlers import BaseHandler` must work although vaurien is a single module. So make
+# the submodule here. If a user imports this file under another name, the submodule has this name.
 handlers = types.ModuleType(__name__ + ".handlers", "The class form of a handler.")
 handlers.BaseHandler = BaseHandler      # type: ignore
 sys.modules[handlers.__name__] = handlers
