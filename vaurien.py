@@ -14946,7 +14946,8 @@ def run_demo(count, **proxy_arguments):
 
 def start_backend():
     """Start an HTTP server that replies to each GET request with DEMO_BODY. Returns the server."""
-    import http.server          # not at the top of the file, because only the demo needs them
+    # Only the demo needs these modules, and to import them takes time.
+    import http.server
     import socketserver
 
     class Backend(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -15126,7 +15127,7 @@ def describe_fault(handler_name, affected, normal_seconds):
 
 def median_seconds(outcomes):
     """Return the median time of requests, or 0.0 if there are none."""
-    import statistics           # not at the top of the file, because only the demo needs it
+    import statistics
     return statistics.median_high(outcome.seconds for outcome in outcomes) if outcomes else 0.0
 
 
