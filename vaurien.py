@@ -5330,8 +5330,8 @@ class ProtocolChain(Chain):
         # A rule cannot refuse a complete request by the bytes that continue it (COPY data, a
         # password). So the end of these bytes is not the end of the request.
         continues = to is UPSTREAM and exchange.complete
-        if continues and data is END_OF_MESSAGE:
-            return []
+        if data is END_OF_MESSAGE and (continues or not exchange.active_rules):
+            return []                   # no rule gets it
         events = []
         for event in self.run_chain(exchange.active_rules, now, to, [(now, to, data, ())]):
             _, direction, made, _ = event
