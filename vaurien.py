@@ -424,7 +424,7 @@ def check_file(text):
 
 
 def check_name(name):
-    """Check the name of a proxy or a toxic. It must be printable, because the log contains it."""
+    """Check the name of a proxy or a toxic. Names must be printable: the log contains them."""
     if len(name) > NAME_MAX or not name.isprintable():
         raise ValueError("must be at most %d printable characters, not %r"
                          % (NAME_MAX, name[:50]))
@@ -566,8 +566,8 @@ def rate_limited(function: "Function") -> "Function":
     """Mark a handler that delays chunks like a slow link.
 
     The handler sets state[to] to the time when the slow link has sent all chunks so far. A delay
-    queue holds little data for a slow link (DelayQueue.read_limit). So the proxy soon stops to
-    read, and the source slows down.
+    queue holds little data for a slow link (DelayQueue.read_limit). So the proxy soon stops
+    reading, and the source slows down.
     """
     return with_attributes(rate_limited=True, keeps_due_time=True)(function)
 
@@ -950,8 +950,9 @@ class TcpSender:
         sent, delay = self.send(t), 0
         if self.loses(path):
             delay, timed_out = self.draw_repair(path, behind, is_bulk)
-            if sent >= self.recovers_until:
-                self.recovers_until, self.repair = sent + delay, "fast"
+            if sent >= self.recovers_until:     # not during the repair of another loss
+                self.recovers_until = sent + delay
+                self.repair = "fast"
             if timed_out:
                 self.repair = "time-out"
             if is_bulk:
@@ -969,7 +970,8 @@ class TcpSender:
         # Take the acknowledgements that have arrived. While cwnd is full, wait for the next.
         while in_flight and (in_flight[0] <= now or len(in_flight) >= self.cwnd):
             if may_grow and self.cwnd < CWND_MAX:
-                self.cwnd += 1 if self.cwnd < self.ssthresh else 1 / self.cwnd
+                in_slow_start = self.cwnd < self.ssthresh
+                self.cwnd += 1 if in_slow_start else 1 / self.cwnd
             now = max(now, in_flight.popleft())
             if now > self.sent:     # time has passed since a lost segment left
                 self.reduce_cwnd()
@@ -977,7 +979,7 @@ class TcpSender:
         return now
 
     def reduce_cwnd(self):
-        """Reduce cwnd, if a loss has not reduced it yet (RFC 5681, 3.1 and 3.2)."""
+        """Reduce cwnd if there was a loss since the last reduction (RFC 5681, 3.1 and 3.2)."""
         if self.repair:
             self.ssthresh = max(2.0, (len(self.in_flight) + 1) / 2)     # 1: the segment to send
             self.cwnd = 1.0 if self.repair == "time-out" else self.ssthresh
@@ -1400,6 +1402,7 @@ def local_handler(handler):
             load_handler(handler, handler)
         get_handler(handler)            # raises ValueError for an unknown handler
         return handler
+    # A BaseHandler may have a `name`. An object without a __name__ is refused below.
     name = getattr(handler, "name", "") or getattr(handler, "__name__", repr(handler))
     existing = HANDLERS.get(name)
     if existing is not handler:
@@ -3605,9 +3608,9 @@ def without_moment(json_object):
     So a client may send back the rules that it has received. If the values are not of the form
     that times_to_json gives them, the keys stay, and the caller refuses them.
     """
-    until = json_object.get("until", "")
     has_active = isinstance(json_object.get("active"), bool)
-    has_until = until is None or type(until) in (int, float)
+    until = json_object.get("until")
+    has_until = "until" in json_object and (until is None or type(until) in (int, float))
     if not has_active or not has_until:
         return json_object
     return OrderedDict((key, value) for key, value in json_object.items()
@@ -3697,6 +3700,7 @@ class Rule(Scheduled):
         self.limit = self.times     # number of requests to act on at most; 0 is no limit
         if self.of:                 # then `times` applies to every `of` requests: see `selects`
             self.limit = 0
+        # Attributes of the handler: see with_attributes
         self.keeps_due_time = getattr(self.handler, "keeps_due_time", False)
         self.rate_limited = getattr(self.handler, "rate_limited", False)
         self.on_dropped = getattr(self.handler, "on_dropped", None)
@@ -3959,6 +3963,7 @@ class RuleSet:
     def install(self, rules):
         """Replace the installed rules. Rules act in the order of the list."""
         self.installed = rules
+        # True: a handler needs the signal END_OF_ROW.
         self.counts_rows = any(rule.options.get("rows") for rule in rules)
         # A rate limit lets few bytes pass at once. After a large recv the other bytes would wait.
         self.recv_size = READ_MIN if any(rule.rate_limited for rule in rules) else CHUNK
@@ -4384,11 +4389,12 @@ def check_table(table):
     options, fields    {key: checked value} of the valid ones
     errors             [(key, sentence)]
     """
-    options, fields, errors, function = {}, {}, [], None
+    options, fields, errors = {}, {}, []
     name = table.get("name")
     try:
         function = get_handler(name)
     except ValueError as error:
+        function = None         # only the rule fields can be checked then
         errors.append(("name", str(error)))
     for key, value in table.items():
         if is_rule_field(function, key):
