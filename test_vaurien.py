@@ -3820,7 +3820,7 @@ class TestProtocols(unittest.TestCase):
     def test_kinds_that_a_protocol_does_not_have_are_rejected(self):
         for protocol, message in [
                 ("redis", "kind must be one of LOADING, BUSY"),
-                ("tcp", "kind needs --protocol: tcp has no error kinds")]:
+                ("tcp", "kind needs --protocol: tcp has no error of the kind '503'")]:
             with self.subTest(protocol), self.assertRaisesRegex(ValueError, message):
                 OpenProxy("x:1", protocol=protocol, behavior="1:error",
                               options={"error": {"kind": "503"}})

@@ -7431,7 +7431,7 @@ class TlsSocket:
         self.fin_sent = False
         self.resets = False         # whether close() sends RST
         self.awaits_write = False   # whether the loop watches the socket for EVENT_WRITE
-        self.change_timer = None
+        self.change_timer = None    # the timer that calls on_change()
         self.deadline = loop.call_at(loop.clock() + timeout, lambda: self.fail("timed out"))
         self.continue_handshake(received)
 
@@ -8943,7 +8943,7 @@ class ProxyServer:
         self.install_rules(read_rules(behavior_tables(behavior, options)), OrderedDict(),
                            list(toxics))
         self.loop = None                    # set by `open`
-        self.rule_timer = None              # for the next change of a rule by its schedule
+        self.rule_timer = None              # the timer for the next change by a schedule
         self.listener = None                # None while disabled
         self.set_backend(distant)
         self.connections = {}               # {number: Connection} of the open connections
@@ -8957,7 +8957,7 @@ class ProxyServer:
         self.fault_records = deque(maxlen=FAULT_RECORDS_KEPT)
         self.fault_count = 0                # the number of the last FaultRecord
         self.rule_changes = deque(maxlen=RULE_CHANGES_KEPT)     # RuleChanges
-        self.fault_recorded = threading.Condition()
+        self.fault_recorded = threading.Condition()     # guards and announces the FaultRecords
         self.latencies = Latencies()
         self.recorder = None                # set by ProxyTable.begin, like rules.replay
         self.lookups = {}                   # {backend: callbacks that wait for its addresses}
@@ -9447,7 +9447,7 @@ class ProxyServer:
         """
         kind = rule.options["kind"]
         if kind and self.protocol is None:
-            raise InputError([("kind", "kind needs --protocol: tcp has no error kinds, not %r"
+            raise InputError([("kind", "kind needs --protocol: tcp has no error of the kind %r"
                                % kind)])
         if kind and kind not in self.protocol.errors:
             raise InputError([("kind", "kind must be one of %s, the errors of %s, not %r%s" % (
@@ -9456,8 +9456,8 @@ class ProxyServer:
         # With `inject`, or without a protocol, the rule changes the reply of the backend instead.
         replies = self.protocol and not rule.options["inject"]
         if replies and rule.stream != "both":
-            raise InputError([("stream", "stream must be both for %s, because it replies instead "
-                                         "of the backend" % rule.name)])
+            raise InputError([("stream", "stream must be both for %s, because this handler "
+                                         "replies instead of the backend" % rule.name)])
 
     # In the loop's thread: called by its connections
 
