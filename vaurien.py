@@ -942,8 +942,8 @@ class TcpSender:
         """Send a segment that is ready at t. Returns the time when the segment arrives.
 
         behind     the number of segments of the same chunk that follow
-        is_bulk    True if more chunks follow. Then a loss reduces cwnd at once. Otherwise `send`
-                   reduces cwnd, after the segments that follow in this chunk
+        is_bulk    whether more chunks follow: then a loss reduces cwnd at once. Otherwise the
+                   rest of this chunk is sent first, and the next call of `send` reduces cwnd
 
         A lost segment arrives when its retransmission arrives.
         """
@@ -1054,7 +1054,7 @@ def packet_loss(state, t, to, data, *, loss_rate=0.0, correlation=0.0, rtt=100, 
     if state[to] < sender.sent:         # Chain.reset_due_times has made state[to] earlier
         sender.sent = state[to]
         sender.in_flight.clear()
-    # A burst of n segments on average ends after each segment with the probability 1 / n.
+    # If bursts have n segments on average, a segment is the last one with probability 1 / n.
     loss_after_loss = min(max(loss_rate + correlation, 1 - 1 / burst), 1 - 1 / BURST_MAX)
     path = TcpPath(rtt / 1000, loss_rate, loss_after_loss, state.random)
     # After a large chunk, or if chunks come faster than they are sent, more chunks will follow.
@@ -4125,7 +4125,7 @@ class Toxic:
         self.rule.set_draw_max(100.0 * toxicity)
 
     def same_rule(self, other):
-        """Return whether another toxic differs in its toxicity, attributes and ttl at most."""
+        """Return whether another toxic is equal but for its toxicity, attributes and ttl."""
         own, others = (dict(toxic.rule.own_fields(), ttl=0) for toxic in (self, other))
         return (self.stream, self.rule.name, own) == (other.stream, other.rule.name, others)
 
@@ -6275,7 +6275,7 @@ def resolve(address, wildcard=LOOPBACK, flags=0):
 def resolve_numeric(address):
     """Return the socket addresses of (host, port, ...), or [] if a resolver is needed.
 
-    The name localhost and an empty host need no resolver.
+    `resolve` itself knows the addresses of localhost and of an empty host.
     """
     try:
         return resolve(address, flags=socket.AI_NUMERICHOST)
@@ -6553,10 +6553,11 @@ class Listener:
     def pause(self, sock, reason):
         """Stop accepting for RETRY_DELAY. Logs the reason, at most once in RETRY_DELAY.
 
-        After ACCEPT_TIMEOUT without an accepted client, resets the clients that wait. Two
-        proxies may be the backends of each other. The open connections of such a proxy wait for
-        these clients, so without the reset no descriptor would ever become free.
+        After ACCEPT_TIMEOUT without an accepted client, resets the clients that wait. Otherwise
+        two proxies that are each other's backend could wait for ever: the clients that wait at
+        one of them are connections of the other, which keep its descriptors in use.
         """
+        self.loop.watch(sock, 0)
         now = self.loop.clock()
         if self.paused_since is None:
             self.paused_since = now
@@ -6574,7 +6575,6 @@ class Listener:
             except OSError as error:    # the selector takes no more sockets
                 self.pause(sock, error.strerror)
 
-        self.loop.watch(sock, 0)
         self.loop.call_at(now + RETRY_DELAY, resume)
 
     @staticmethod
@@ -6789,9 +6789,9 @@ class KernelPipe:
         return self.held
 
     def __getitem__(self, unsent):
-        """Count n bytes as sent, and return the pipe itself, as pipe[n:].
+        """Return the pipe itself as pipe[n:], after splice_to() has sent n bytes.
 
-        `unsent` is the slice object of [n:]. splice_to() has already sent these n bytes.
+        unsent    slice(n, None)
         """
         self.held -= unsent.start
         return self
@@ -10702,7 +10702,7 @@ def route(methods, paths, example="", query=(), needs_proxy=True, dialect=VAURIE
     """Return a decorator that registers a function for all these methods and paths.
 
     methods, paths    text, separated by spaces
-    example           an example, which `GET /` shows: of a query for GET, otherwise of a body
+    example           an example of the query (GET) or of the body (other methods), for `GET /`
     query             the keys that a query may have besides `proxy`; None accepts all keys
     needs_proxy       whether a request is refused if its proxy does not exist
     dialect           the Dialect of results and errors
@@ -11348,9 +11348,9 @@ class Control:
     def check_origin(self, headers, is_page=False):
         """Raise ApiError if a browser has sent the request for a page of another site.
 
-        The headers Origin (RFC 6454) and Sec-Fetch-Site (Fetch Metadata) show the site. But the
-        browser takes the page of a DNS rebinding attack for a page of this server: only the Host
-        header shows such an attack.
+        The headers Origin (RFC 6454) and Sec-Fetch-Site (Fetch Metadata) show the site. They do
+        not show a DNS rebinding attack: the browser believes that the attacker's page comes
+        from this server. Only the Host header has the attacker's name then.
         """
         host = headers.get("Host", "localhost")     # browsers always send it
         if not self.is_own_host(host):
@@ -11983,8 +11983,8 @@ def read_proxies(text, proxies):
         values = []
     if not isinstance(values, list):
         raise bad_body(GO_TYPE_ERROR % (JSON_TYPES[type(values)], "value", "[]toxiproxy.Proxy"))
-    # Three loops, each over the whole array: if there are several errors, the first kind of these
-    # is reported: a wrong type (as by Go's decoder), a wrong value, a duplicate name.
+    # Wherever the errors are in the array, a wrong type is reported before a wrong value, and a
+    # wrong value before a duplicate name. Go's decoder checks all types first, too.
     all_fields = [read_proxy_fields(value) for value in values]
     new_proxies, names = [], set()
     for index, fields in enumerate(all_fields, 1):
@@ -12124,12 +12124,13 @@ def read_toxic(value, strict=False):
 def read_attributes(type_, value, strict=False):
     """Return the options of a handler in a JSON object: {option: value}. Raises InputError.
 
-    strict    whether the result has unknown keys too; otherwise they are ignored
+    strict    whether unknown keys are kept, so that make_toxic refuses them; otherwise they are
+              ignored
     """
     types = {option: type(default)
              for option, default in handler_options(HANDLERS[type_]).items()}
-    return read_fields(read_object(value, "attributes", None if strict else types), types,
-                       ".attributes")
+    known = None if strict else types
+    return read_fields(read_object(value, "attributes", known), types, ".attributes")
 
 
 def in_plain_words(message):
