@@ -6554,7 +6554,7 @@ class Listener:
         """Stop accepting for RETRY_DELAY. Logs the reason, at most once in RETRY_DELAY.
 
         After ACCEPT_TIMEOUT without an accepted client, resets the clients that wait. Otherwise
-        two proxies that are each other's backend could wait for ever: the clients that wait at
+        two proxies that are each other's backend could wait for ever. The clients that wait at
         one of them are connections of the other, which keep its descriptors in use.
         """
         self.loop.watch(sock, 0)
