@@ -13727,6 +13727,7 @@ def pytest_configure(config):
     worker processes.
     """
     import pytest  # type: ignore       # not at the top: only this plugin needs pytest
+    # If pytest loads this plugin too late, it does not call pytest_addoption: there is no option.
     seed = getattr(config.option, "vaurien_seed", None)
     try:
         seed = random.SystemRandom().getrandbits(32) if seed is None else check_count(seed)
@@ -13771,7 +13772,7 @@ def make_pytest_plugin(pytest, seed):
 
             pytest makes three reports for each test: "setup", "call" and "teardown".
             """
-            outcome = yield
+            outcome = yield                     # pytest makes the report here
             report = outcome.get_result()
             proxies = self.proxies.get(item, ())
             if report.when == "teardown":       # the last report of the test
@@ -13831,14 +13832,15 @@ def describe_record(record):
 # scope      proxy           each proxy has a value. ProxyServer gets the value as the argument
 #                            with the setting's name
 #            shared          like `proxy`, but each proxy without a value gets the value of the
-#                            section [vaurien]. So does each proxy that the API creates later
+#                            section [vaurien]. Proxies that the API creates later get this value
+#                            too
 #            process         there is one value, which `prepare` applies
 #            command line    there is one value, and the file cannot set the setting
 # default    the text to parse if the user gives no value. None: the value is None then
 # check      the function that parses the text
 # metavar    the name of the value in the help. None: the flag takes no value, and the key in the
-#            ini file takes yes or no. If it ends with " ...", users may repeat the flag. Each
-#            value is then a line of the text that `check` parses
+#            ini file takes yes or no. If the metavar ends with " ...", users may repeat the flag.
+#            `check` then gets one text with a line for each value
 # help       the text for --help
 Setting = namedtuple("Setting", "flags scope default check metavar help")
 
@@ -13866,7 +13868,7 @@ def check_log_level(text):
 
 
 def import_handler(name):
-    """Import the user's handler with this dotted path, unless HANDLERS has the name already.
+    """Import a user's handler if its name is a dotted path that HANDLERS does not have yet.
 
     Raises ValueError for an unknown name.
     """
@@ -14056,7 +14058,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, add_help=False, allow_abbrev=False,
                          argument_default=argparse.SUPPRESS, conflict_handler="resolve",
                          # Each add_argument makes a formatter. A formatter without a width
-                         # imports shutil to learn the width of the terminal: this takes time.
+                         # imports shutil to learn the width of the terminal. To import shutil
+                         # takes time.
                          formatter_class=functools.partial(argparse.HelpFormatter,
                                                            width=HELP_WIDTH))
         self.settings = settings
@@ -14119,8 +14122,10 @@ def command_help(prog, introduction, settings):
     for name, setting in settings.items():
         if name.startswith("tls"):
             continue                            # `--help tls` lists the settings for TLS
-        title = ("control server" if name.startswith("http") else
-                 "proxy" if setting.scope in ("proxy", "shared") else "process")
+        if name.startswith("http"):
+            title = "control server"
+        else:
+            title = "proxy" if setting.scope in ("proxy", "shared") else "process"
         groups[title].append(setting_row(setting))
     lines = ["usage: %s [OPTION ...]" % prog, "", introduction]
     for title, rows in groups.items():
@@ -14144,7 +14149,7 @@ def setting_row(setting):
 
 def topic_help(name):
     """Return the help of a handler or a protocol. Raises ValueError for an unknown name."""
-    protocol_class = PROTOCOLS.get(PROTOCOL_ALIASES.get(name, name))    # None for tcp
+    protocol_class = PROTOCOLS.get(PROTOCOL_ALIASES.get(name, name))    # tcp has no class
     if protocol_class:
         return protocol_help(protocol_class)
     import_handler(name)
@@ -14231,8 +14236,8 @@ def option_flags(handler_name, option):
     return list(OrderedDict.fromkeys(flags))        # without duplicates
 
 
-# A flag that option_flags might return. The groups are the handler's name in the first form or in
-# the second form, and the option.
+# A flag in one of the forms of option_flags. Its groups: the handler's name after "--handlers.",
+# or the handler's name after "--behavior-"; and the option.
 HANDLER_FLAG = re.compile(r"--(?:handlers\.(.+)\.|behavior-([^-]+)-)([^.]+)$")
 
 
@@ -14272,11 +14277,12 @@ class ParsedConfig:
 
         command_settings    {name: Setting} of the command line
 
-        This also checks texts that other texts override, and it imports the user's handlers:
-        check_behavior and check_faults do so.
+        A text is checked even if another text overrides it. The checks of --behavior and --fault
+        also import the user's handlers.
         """
         for texts in [self.arguments, self.main, *self.sections.values()]:
             for name, sourced in texts.items():
+                # The file may have settings that the command line does not have.
                 setting = command_settings.get(name) or SETTINGS[name]
                 sourced.parse(setting.check)
 
@@ -14303,8 +14309,11 @@ def read_arguments(argv, settings, prog="vaurien", introduction=""):
     config.check_settings(settings)
     if "help" in values:            # after the import, because the topic may be a user's handler
         topic = values["help"]
-        print_safe(SourcedText("--help", topic).parse(topic_help) if topic else
-                   command_help(prog, introduction, settings), sys.stdout)
+        if topic:
+            text = SourcedText("--help", topic).parse(topic_help)
+        else:
+            text = command_help(prog, introduction, settings)
+        print_safe(text, sys.stdout)
         raise SystemExit(0)
     parser.add_handler_options()
     namespace, unknown = parser.parse_known_args(argv)
@@ -14336,7 +14345,7 @@ def read_config(path):
     except (OSError, ValueError) as error:      # ValueError: the file is not UTF-8
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValueError("cannot read %s: %s" % (path, reason)) from None
-    # JSON begins with {, [{ or []. No ini file begins like this.
+    # Toxiproxy's JSON begins with {, [{ or []. No ini file begins like this.
     if re.match(r"\s*(\{|\[\s*[]{])", text):
         config = ParsedConfig()
         config.json = SourcedText("cannot read %s:" % path, text)
@@ -14351,8 +14360,8 @@ def read_ini(path, text):
         source = "%s: [%s]" % (path, title)
         kind, _, name = (part.strip() for part in title.partition(":"))
         if title.strip() == "vaurien":
-            # Among the sections of proxies first: if [proxy:vaurien] sets the same proxy, set_once
-            # raises ValueError.
+            # [vaurien] and [proxy:vaurien] would both be the proxy vaurien. [vaurien] is put among
+            # the sections of proxies here, so that set_once raises ValueError if both exist.
             set_once(config.sections, "vaurien", source, settings_by_name(texts, FILE_SETTINGS))
         elif kind == "proxy" and name:
             set_once(config.sections, name, source, settings_by_name(texts, PROXY_SETTINGS))
@@ -14386,7 +14395,8 @@ def parse_ini(path, text):
         texts = {}
         for key, value in parser.items(title):
             source = "%s: [%s] %s" % (path, title, key)
-            texts[key] = SourcedText(source, SourcedText(source, value).parse(expand_env))
+            with_references = SourcedText(source, value)
+            texts[key] = SourcedText(source, with_references.parse(expand_env))
         yield title, texts
 
 
@@ -14409,7 +14419,7 @@ def read_ini_handler(name, source, texts, options):
 def read_ini_toxic(name, source, texts):
     """Return (Toxic, proxy name) of a section [toxic:NAME]. Raises ValueError.
 
-    The proxy name is a SourcedText, or None if the section has none.
+    The proxy name is a SourcedText, or None if the section has no key `proxy`.
     """
     proxy_name = texts.pop("proxy", None)
     if "type" not in texts:
@@ -14430,7 +14440,8 @@ def expand_env(text):
         return os.environ[name]
 
     reference = r"\$\{([^}]*)\}"
-    if "${" in re.sub(reference, "", text):
+    without_references = re.sub(reference, "", text)
+    if "${" in without_references:
         raise ValueError("has a ${ without its }: %r" % text)
     return re.sub(reference, value_of, text)
 
@@ -14478,15 +14489,15 @@ def resolve_settings(texts, settings):
 
 
 def main_is_proxy(config, needs_one):
-    """Return whether the section [vaurien] is a proxy, like the sections [proxy:NAME].
+    """Return whether the section [vaurien] and the command line describe a proxy of their own.
 
-    needs_one    see make_proxies
+    needs_one    True: they do if the user has configured no other proxy
     """
     if ADDRESS_SETTINGS & set(config.main):         # the section has an address
         return True
     if config.sections:     # then an address on the command line is for a section [proxy:NAME]
         return False
-    if ADDRESS_SETTINGS & set(config.arguments):
+    if ADDRESS_SETTINGS & set(config.arguments):    # the command line has an address
         return True
     return needs_one and not config.json
 
@@ -14498,7 +14509,7 @@ def proxy_settings(config, needs_one):
     If [vaurien] is not a proxy, each section also gets the behavior and the faults of [vaurien].
 
     If [vaurien] is a proxy, --local and --distant apply to this proxy only. Otherwise they apply
-    to the section [proxy:NAME]. Raises ValueError if there are several such sections.
+    to the only section [proxy:NAME]. Raises ValueError if there are several such sections.
     """
     settings, arguments = OrderedDict(), config.arguments
     shared_names = set(SHARED_SETTINGS)
@@ -14513,7 +14524,7 @@ def proxy_settings(config, needs_one):
         shared_names |= {"behavior", "network", "toxics"}
     shared = {name: text for name, text in config.main.items() if name in shared_names}
     for name, section in config.sections.items():
-        settings[name] = ChainMap(arguments, section, shared)
+        settings[name] = ChainMap(arguments, section, shared)       # earlier dicts override
     return settings
 
 
@@ -14532,8 +14543,9 @@ def make_proxies(config, needs_one=True):
         try:
             proxies[name] = ProxyServer(name=name, options=option_texts(config), **values)
         except ValueError as error:
-            section = "" if name == "vaurien" else "[proxy:%s] " % name
-            raise ValueError("%s%s" % (section, error)) from None
+            if name == "vaurien":       # the invalid setting may be from the command line
+                raise
+            raise ValueError("[proxy:%s] %s" % (name, error)) from None
     if config.json:
         read_json_proxies(config, proxies)
     attach_toxics(proxies, config.toxics)
@@ -14541,9 +14553,9 @@ def make_proxies(config, needs_one=True):
 
 
 def add_network(profile, toxics):
-    """Return a list of the toxic for --network, and the other toxics. Raises ValueError.
+    """Return [the toxic for --network, *toxics]. Raises ValueError.
 
-    profile    the value of --network. Without a profile there is no toxic for it
+    profile    the value of --network, or None. Without a profile, `toxics` is returned
     """
     if not profile:
         return toxics
@@ -14624,12 +14636,13 @@ def start_log(level, output, format_):
 
     format_    a key of LOG_FORMATTERS
     """
-    stderr_fd = 2
-    try:
-        log_handler = LogThread(stderr_fd if output == "-" else os.open(
-            output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666))
-    except OSError as error:
-        raise ValueError("cannot log to %s: %s" % (output, error.strerror)) from None
+    fd = 2                              # stderr
+    if output != "-":
+        try:
+            fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise ValueError("cannot log to %s: %s" % (output, error.strerror)) from None
+    log_handler = LogThread(fd)
     log_handler.setFormatter(LOG_FORMATTERS[format_])
     logging.raiseExceptions = False     # print no traceback if a line cannot be formatted
     log.addHandler(log_handler)
@@ -14660,7 +14673,7 @@ def serve(services, attached):
     if is_main_thread():
         handle_signals(loop)
     try:
-        # Bind all services before the first service accepts connections, because any may fail.
+        # Bind all services before the first service accepts connections: each bind may fail.
         for service in services:
             service.bind()
         for service in services:
@@ -14688,8 +14701,8 @@ def serve(services, attached):
 def handle_signals(loop):
     """Stop a loop when an OS signal arrives: SIGTERM, SIGINT (Ctrl-C) or SIGHUP.
 
-    The kernel sends SIGHUP when the terminal closes. If the process was started with SIGHUP
-    ignored, as nohup does, SIGHUP stays ignored.
+    The kernel sends SIGHUP when the terminal closes. A process that nohup has started ignores
+    SIGHUP, and continues to do so.
     """
     signums = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
@@ -14729,7 +14742,7 @@ def watch_parent(loop, parent_pid):
     parent_pid    the process id of the parent. When the parent ends, the kernel gives this
                   process another parent
 
-    The end of stdin is not enough: another child of the parent may keep this pipe open.
+    The end of stdin is not enough: another child of the parent may keep the pipe of stdin open.
     """
     if os.getppid() == parent_pid:
         loop.call_at(loop.clock() + 0.5, lambda: watch_parent(loop, parent_pid))
@@ -14749,14 +14762,14 @@ def wait_for_stdin_end():
 
 
 # A command is a function that takes the arguments after the command's name. The command checks the
-# arguments, and raises ValueError for bad input. It returns a function without parameters. `main`
-# calls this function, which does the work and returns the exit status.
+# arguments, and raises ValueError for bad input. Otherwise the command returns a function without
+# parameters. `main` calls this function, which does the work and returns the exit status.
 
 SERVE_INTRODUCTION = """\
 Run a server for Toxiproxy's clients, which create and remove proxies through its API.
 
-The file of --config may define proxies that exist from the start. It has Toxiproxy's JSON,
-or is an ini file. The flags of Toxiproxy's server work too, for example -host=0.0.0.0.
+The file of --config may define proxies that exist from the start. The file is an ini file,
+or has Toxiproxy's JSON. The flags of Toxiproxy's server work too, for example -host=0.0.0.0.
 -proxy-metrics and -runtime-metrics change nothing: GET /metrics is always enabled."""
 
 
@@ -14812,7 +14825,8 @@ def prepare(config, proxies, values, dialect=VAURIEN_1):
     dialect     the Dialect of the control server's errors
     """
     proxies.recorder, proxies.replay = make_recording(values["record"], values["replay"])
-    # Without an API, no client can set the rules that made the faults of a recording.
+    # Without an API, no client can set the rules that made the faults of a recording. So take the
+    # rules from the recording too.
     if proxies.replay and not values["http"]:
         for proxy in proxies.values():
             proxy.use_rules_of(proxies.replay)
@@ -14857,8 +14871,8 @@ def get_token(option_text):
 def print_error(message, status, attached=False, prog="vaurien"):
     """Print an error in one line on stderr. Returns `status`, the exit status.
 
-    attached    whether to print the error on stdout too, because a supervisor reads stdout
-    prog        the name of the command: the line begins with it
+    attached    True: print the error on stdout too, which a supervisor reads
+    prog        the name of the command, at the begin of the line
     """
     text = escape_control_chars(" ".join(str(message).split()))
     print_safe("%s: %s" % (prog, text), sys.stderr)
@@ -14883,7 +14897,7 @@ def print_safe(text, file):
 
 DEMO_BODY = b"Hello from the backend of the demo.\n" * 8
 DEMO_SECONDS = 1.5                  # seconds in which all requests start, at even intervals
-DEMO_TIMEOUT = 3.0                  # seconds that a client waits for each recv
+DEMO_TIMEOUT = 3.0                  # time limit of a client for connect, send and recv
 DEMO_INTRODUCTION = """\
 Run a backend, a proxy and clients in one process. Each client makes one request through
 the proxy, and the handlers act on some of the requests. A histogram shows the response
@@ -14900,8 +14914,8 @@ DEMO_SETTINGS = OrderedDict((
         "N", "number of requests to make")),
 ))
 
-# The bars of the histogram, from the shortest time to the longest: (seconds, label). A bar counts
-# the response times below these seconds that no earlier bar counts.
+# The bars of the histogram: (the end of the bar's range in seconds, the bar's label). The range of
+# a bar begins where the range of the bar before ends.
 BARS = ((0.001, "under 1 ms"), (0.002, "1 - 2 ms"), (0.005, "2 - 5 ms"), (0.01, "5 - 10 ms"),
         (0.02, "10 - 20 ms"), (0.05, "20 - 50 ms"), (0.1, "50 - 100 ms"), (0.2, "100 - 200 ms"),
         (0.5, "200 - 500 ms"), (1, "0.5 - 1 s"), (2, "1 - 2 s"), (5, "2 - 5 s"),
@@ -14972,7 +14986,7 @@ def start_backend():
             self.wfile.write(DEMO_BODY)
 
         def log_message(self, *args):
-            """Print no line for each request."""
+            """Print nothing about a request."""
 
     backend = Backend(("127.0.0.1", 0), Handler)
     threading.Thread(target=backend.serve_forever, kwargs={"poll_interval": 0.05},
@@ -14994,7 +15008,7 @@ def make_requests(port, count):
             show_progress(len(outcomes), count)
         for thread in threads:
             while thread.is_alive():
-                thread.join(0.05)           # return to the progress bar after 50 ms
+                thread.join(0.05)           # wait 50 ms at most, then update the progress bar
                 show_progress(len(outcomes), count)
     finally:
         print_over_line("")         # erase the progress bar
@@ -15057,7 +15071,7 @@ def format_histogram(outcomes):
     """Return the lines of the histogram.
 
     There is a line for each range of response times, and then for each reason of a failure. The
-    ranges begin with the range of the shortest time, and end with that of the longest time.
+    first range has the shortest response time, and the last range has the longest.
     """
     counts = Counter(bar_index(outcome.seconds) for outcome in answered_only(outcomes))
     rows, lines = [], []            # rows: [(label, number of requests)]
@@ -15111,7 +15125,7 @@ def summarize(outcomes, faults):
             format_seconds(median_seconds(answered))))
     if failures:
         lines.append("%d failed without a fault: %s." % (
-            sum(failures.values()), next(iter(failures))))
+            sum(failures.values()), ", ".join(sorted(failures))))
     return lines
 
 
@@ -15133,7 +15147,10 @@ def describe_fault(handler_name, affected, normal_seconds):
 
 
 def median_seconds(outcomes):
-    """Return the median time of requests, or 0.0 if there are none."""
+    """Return the median time of requests, or 0.0 if there are none.
+
+    If two times are in the middle, this is the longer of them.
+    """
     import statistics
     return statistics.median_high(outcome.seconds for outcome in outcomes) if outcomes else 0.0
 
@@ -15163,7 +15180,7 @@ examples:
 def parse_host(text):
     """Parse SCHEME://HOST:PORT into (host, port, scheme). Raises ValueError.
 
-    The text may omit the scheme (then it is http), the host (localhost) or the port (8080).
+    Each of the three parts may be missing. The defaults are http, localhost and 8080.
     """
     scheme, _, address = text.rpartition("://")
     address = address.rstrip("/")
@@ -15179,7 +15196,7 @@ CTL_SETTINGS = settings_table([
     ("host", "--host", "command line", "http://localhost:8080", parse_host, "URL",
      "URL of the control server"),
     ("proxy", "--proxy", "command line", None, str, "NAME",
-     "name of the proxy (default: the first one)"),
+     "name of the proxy (default: the first proxy)"),
     ("http-token", "--http-token", "command line", None, str, "TOKEN",
      "token of the control server (default: $%s)" % TOKEN_VARIABLE),
 ])
@@ -15267,10 +15284,11 @@ def ctl_proxies(client):
     lines = []
     for name, proxy in client.request("GET", "/proxies").items():
         proxy_client = Client(client.host, client.port, client.scheme, name, client.token)
-        accept = " (%s)" % check_accept(proxy["accept"]) if "accept" in proxy else ""
-        lines.append("%s: %s%s for %s: %s" % (
-            name, proxy["listen"] if proxy["enabled"] else "disabled", accept, proxy["upstream"],
-            ctl_rules(proxy_client)))
+        listen = proxy["listen"] if proxy["enabled"] else "disabled"
+        if "accept" in proxy:           # the server leaves out the mode "normal"
+            listen += " (%s)" % check_accept(proxy["accept"])
+        lines.append("%s: %s for %s: %s" % (
+            name, listen, proxy["upstream"], ctl_rules(proxy_client)))
     return "\n".join(lines)
 
 
@@ -15280,13 +15298,13 @@ def set_toxic_fields(toxic, texts):
     toxic    the JSON object of the toxic
     texts    {field or attribute: text}
     """
-    function = HANDLERS.get(toxic["type"])      # None if only the server's process has it
+    function = HANDLERS.get(toxic["type"])      # None if only the server has this handler
     for name, text in texts.items():
-        if name == "toxicity":
+        if name == "toxicity":      # the server accepts any number, as Toxiproxy does
             toxic[name] = check_field(name, check_toxicity, text)
         elif name in ("name", "stream") or is_rule_field(function, name):
             toxic[name] = text
-        elif name in handler_options(function):
+        elif name in handler_options(function):     # convert the text to the type of the option
             toxic["attributes"][name] = check_field(name, check_option, toxic["type"], name, text)
         else:       # only the server knows the type of the attribute: guess it from the text
             is_json = re.fullmatch(r"true|false|\d+(\.\d+)?", text)
@@ -15313,8 +15331,8 @@ def find_toxic(toxics, name):
 def ctl_update_toxic(client, name, *fields):
     """Change a toxic. `fields` are its fields and attributes as NAME=VALUE.
 
-    This replaces all toxics of the proxy. For such a request the server refuses unknown names. A
-    change of one toxic would ignore them, as in Toxiproxy.
+    The request replaces all toxics of the proxy, because the server refuses unknown names in such
+    a request. In a request that changes one toxic, the server ignores them, as Toxiproxy does.
     """
     toxics = client.list_toxics()
     set_toxic_fields(find_toxic(toxics, name), parse_assignments(fields))
@@ -15443,7 +15461,7 @@ def run_action(function, client, args):
     server = format_address((client.host, client.port))
     try:
         text = function(client, *args)
-    except ValueError as error:             # the server refuses the request
+    except ValueError as error:             # an argument is invalid
         message = str(error)
     except (AttributeError, KeyError, TypeError):       # the JSON is not from a control server
         message = "%s is not a vaurien control server" % server
@@ -15475,7 +15493,7 @@ def main(argv: "Optional[Sequence[str]]" = None) -> int:
             run = command(arguments)
         except ValueError as error:
             return print_error(error, 2, attached, prog)
-        return run()        # a ValueError here is no bad input, but a bug with a traceback
+        return run()        # a ValueError of run() is a bug: Python prints the traceback
     except KeyboardInterrupt:
         return 0
     except BrokenPipeError:     # the reader of stdout has closed it
@@ -15520,9 +15538,9 @@ def main_ctl() -> int:
     return main(["ctl", *sys.argv[1:]])
 
 
-# `from vaurien.handlers import BaseHandler` must work although vaurien is a single module. So make
-# the submodule here. If a user imports this file under another name, the submodule has this name.
-handlers = types.ModuleType(__name__ + ".handlers", "The class form of a handler.")
+# `from vaurien.handlers import BaseHandler` must work, although vaurien is a single module. The
+# name of the submodule begins with the name under which the user has imported this file.
+handlers = types.ModuleType(__name__ + ".handlers", "The base class of blocking handlers.")
 handlers.BaseHandler = BaseHandler      # type: ignore
 sys.modules[handlers.__name__] = handlers
 
