@@ -1465,7 +1465,7 @@ def check_handler(path, function):
 #                       each boundary takes time
 #
 # A reader raises ProtocolError at bytes that are not of the protocol. A reader also raises
-# ProtocolError before another protocol, such as TLS, begins. The connection continues as tcp.
+# ProtocolError if another protocol follows, such as TLS. The connection then continues as tcp.
 #
 # The ProtocolChain gets each boundary from the Framer, and updates the queue of exchanges before
 # the reader continues. A reader may read this queue through `exchanges`, `awaited` and
@@ -1515,14 +1515,14 @@ class ProtocolError(Exception):
 #   buffered             the bytes of the input that earlier calls have taken
 #   data[offset:size]    the new bytes: the call takes all of them, or the first of them
 #
-# It returns (offset of the first byte not taken, input, buffered). The input is None if the input
-# is still incomplete. The next call then gets this `buffered`.
+# The call returns (offset of the first byte not taken, input, buffered). If the input is still
+# incomplete, None is returned in its place, and the next call gets the returned `buffered`.
 
 class NeedBytes(int):
     """A reader yields this to receive a number of bytes."""
 
     def take(self, buffered, data, offset, size):
-        missing = self - len(buffered)
+        missing = self - len(buffered)      # self is an int: the number of bytes
         end = min(size, offset + missing)
         received = buffered + data[offset:end]
         return (end, received, b"") if len(received) == self else (end, None, received)
@@ -1531,9 +1531,10 @@ class NeedBytes(int):
 class NeedMatch:
     """A reader yields this to receive the bytes up to the end of a pattern's first match.
 
-    end      the pattern, as bytes
-    start    a pattern for the beginning of the input. `start` matches valid input at any length,
-             complete or not. If a group of `start` matches, the input can only be of the protocol
+    end      the pattern whose first match ends the input
+    start    a pattern for the beginning of the input. `start` must match valid input of any
+             length, also while the input is incomplete. If a group of `start` matches, the input
+             can only be of the protocol
     error    the text of the ProtocolError for input that `start` does not match
     """
 
@@ -1544,7 +1545,10 @@ class NeedMatch:
         self.match_start = re.compile(start).match if start else None
 
     def take(self, buffered, data, offset, size):
-        """Raises ProtocolError if the input is longer than HEAD_MAX or does not match `start`."""
+        """Take the bytes up to the end of the match, or all bytes if `end` does not match.
+
+        Raises ProtocolError if the input is longer than HEAD_MAX or does not match `start`.
+        """
         if buffered:
             joined = buffered + data[offset:size]
             match = self.search(joined)
@@ -1564,7 +1568,8 @@ class NeedMatch:
 class SkipUntil(namedtuple("SkipUntil", "marker tail")):
     """A reader yields this to skip all bytes up to the end of the next marker.
 
-    tail    the last bytes before the skipped bytes. The marker may begin in `tail`
+    marker    the bytes to search for
+    tail      the last bytes before the skipped bytes. The marker may begin in `tail`
     """
 
     __slots__ = ()
@@ -1580,13 +1585,14 @@ class SkipUntil(namedtuple("SkipUntil", "marker tail")):
 
 
 def beginning_with(*parts):
-    """Return a pattern for bytes that begin with these parts, as NeedMatch needs it for `start`.
+    """Return the pattern `start` of a NeedMatch: it matches bytes that begin with these parts.
 
     parts    patterns, in order
 
-    The pattern also matches bytes that end after any of the parts, and b"". The last part is a
-    group: the group matches only if all parts are there. For example, beginning_with(b"a", b"b")
-    matches b"", b"a", b"ab" and b"abc". The group matches in the last two of them.
+    The pattern also matches incomplete bytes, which end after one of the parts, and b"". The last
+    part becomes a group, which matches only if all parts are there. For example,
+    beginning_with(b"a", b"b") matches b"", b"a", b"ab" and b"abc". The group matches in b"ab" and
+    b"abc".
     """
     expression = b"(%s)" % parts[-1]
     for part in reversed(parts[:-1]):
@@ -1655,7 +1661,7 @@ class Framer:
         self.restart(reader)
 
     def restart(self, reader):
-        """Continue with another reader. Drops the bytes that the last reader has not received."""
+        """Continue with another reader. Drops the bytes that are buffered for the old reader."""
         self.reader = reader
         self.awaiting = next(reader)
         self.buffered = b""
@@ -1674,12 +1680,12 @@ class Framer:
         This is certain once the reader has received input, such as a complete line. It is also
         certain if the group of a NeedMatch matches, such as a complete request line of HTTP.
         """
-        if len(self.buffered) < len(head):      # the reader has received the bytes before
+        if len(self.buffered) < len(head):      # the reader has received the first of these bytes
             return True
         if type(self.awaiting) is not NeedMatch or not self.awaiting.match_start:
             return False
         match = self.awaiting.match_start(self.buffered)
-        return bool(match and match.lastindex)
+        return bool(match and match.lastindex)      # lastindex: the group that has matched
 
     def whole_message(self, data):
         """Parse data fast, if data is exactly one message of a common form.
@@ -1714,7 +1720,7 @@ class Framer:
                     self.awaiting -= size - offset
                     break
                 offset += awaiting
-            elif type_ is Signal or type_ is Request:
+            elif type_ is Signal or type_ is Request:   # a boundary
                 if awaiting is END_OF_MESSAGE:
                     message_end = offset
                 yield offset, awaiting
@@ -1783,18 +1789,21 @@ class Protocol:
 
     def beginning(self, request):
         """Return the first bytes of a request's text, for a fault record."""
-        if request.name in self.credentials:
+        if request.name in self.credentials:    # the text has a password
             return request.name.encode()
         return request.text[:BEGINNING_MAX]
 
-    # For each protocol to define
+    # Each protocol defines the two readers, and the other methods where it differs
 
     def requests(self):
-        """Read the client's bytes: see the comment at the beginning of this section."""
+        """Find the requests in the client's bytes. A generator.
+
+        The comment at the beginning of this section says what a reader yields and receives.
+        """
         raise NotImplementedError
 
     def replies(self):
-        """Read the backend's bytes."""
+        """Find the replies in the backend's bytes. A generator like `requests`."""
         raise NotImplementedError
 
     def parse_whole_request(self, data):
@@ -1886,6 +1895,7 @@ class Protocol:
         event passes unchanged. An event also passes unchanged if a server would not fail.
         """
         exchange, reply = self.refusable, None
+        # Only bytes, or OPEN, can be the head of a request or the beginning of a connection.
         if exchange and to == UPSTREAM and (data or data is OPEN):
             kind, reply = self.choose_error(state, exchange.request, data, kind)
         if reply is None:
@@ -1914,8 +1924,9 @@ class Protocol:
         if request:
             kind = kind or state.random.choice(self.default_errors)
             return kind, self.error_reply(kind, request)
-        # Without a kind, connecting fails only if it counts as request 1. For Postgres this is
-        # called for several messages of a client. The same draw gives all of them the same kind.
+        # A rule without a kind acts on requests, and on connecting if this counts as request 1.
+        # For Postgres, this method is called for each of the client's first messages. All calls
+        # must choose the same kind. So the draw of the rule decides.
         if self.server_first and self.connect_errors and not kind:
             kind = self.connect_errors[state.draw % len(self.connect_errors)]
         return kind, self.connect_error(kind, data)
@@ -1936,19 +1947,20 @@ class Protocol:
             is_dropped = exchange.forwarded and not exchange.reply_done
         if data is EOF or data is OPEN or not is_dropped:
             yield t, to, data
-            return
-        if data is not END_OF_MESSAGE or reply.closes:
-            return
-        if to == UPSTREAM and reply.substitute:
-            yield t, UPSTREAM, reply.substitute
-        else:
-            yield t, DOWNSTREAM, self.finish_reply(reply, exchange.request)
+        elif data is END_OF_MESSAGE and not reply.closes:
+            if to == UPSTREAM and reply.substitute:
+                yield t, UPSTREAM, reply.substitute
+            else:
+                yield t, DOWNSTREAM, self.finish_reply(reply, exchange.request)
 
 
 def parse_length(text, largest=1 << 60):
-    """Return the length that a text of decimal digits means.
+    """Parse a length in decimal digits.
 
-    Raises ProtocolError if the text is not a number, or if the length is more than `largest`.
+    text       bytes. White space around the digits is ignored
+    largest    the largest valid length
+
+    Raises ProtocolError if the text is not a valid length.
     """
     text = text.strip()
     # The digits are counted first, because int() is slow for a long text.
@@ -1957,7 +1969,8 @@ def parse_length(text, largest=1 << 60):
     return int(text)
 
 
-# The header fields of an HTTP request of a common form. The next request often has the same:
+# The header fields of an HTTP request. They are stored because the next request often has the
+# same header fields:
 #
 #   text                 the head without its first line. The line feed of this line is included
 #   rewritten            `text` with the new value of the Host header field. If nothing was
@@ -1982,6 +1995,7 @@ class Http(Protocol):
     has_rows = True                 # chunks, or events of a text/event-stream
     HEAD_END = rb"\n\r?\n"
     REQUEST_LINE = re.compile(rb"\s*([A-Z]+) [^ \r\n]+ HTTP/1\.([01])\r?\n")
+    # Each character of "HTTP/1." is a part, because incomplete bytes may end after any of them.
     REQUEST_HEAD = NeedMatch(HEAD_END, beginning_with(
         rb"\s*", rb"[A-Z]+", rb" ", rb"[^ \r\n]+", rb" ", *rb"H T T P / 1 \. [01] \r? \n".split()),
         "no request line of HTTP/1")
@@ -1997,8 +2011,9 @@ class Http(Protocol):
     EXPECT = re.compile(rb"(?im)^expect[ \t]*:.*100-continue")
     EVENT_STREAM = re.compile(rb"(?im)^content-type[ \t]*:[ \t]*text/event-stream\b")
     # Most clients send the same request many times, or at least the same header fields. Most
-    # replies have the same head as the last reply. To save time, these are not parsed again. A
-    # head of more than CACHED_HEAD_MAX bytes is not stored here.
+    # replies have the same head as the last reply. To save time, such a request, its header fields
+    # or such a head are not parsed again. Requests and heads of more than CACHED_HEAD_MAX bytes
+    # are not stored here.
     last_request: tuple = (None, None)         # the bytes of a request, and its Request
     last_fields = HeaderFields(None, None, False, False)
     last_reply: tuple = (None, 0)              # the head of a reply, and the size of its body
@@ -2154,7 +2169,7 @@ class Http(Protocol):
         row_ends = False
         for index in range(size):
             byte = yield NeedBytes(1)
-            row_ends = byte == b"\n" and self.line_is_empty
+            row_ends = byte == b"\n" and self.line_is_empty     # the line is "\n" or "\r\n"
             self.line_is_empty = byte == b"\n" or (byte == b"\r" and self.line_is_empty)
             if row_ends and index < size - 1:
                 yield END_OF_ROW
@@ -2205,7 +2220,7 @@ class Http(Protocol):
 
         The proxy drops the rest of the request until the client closes the connection.
         """
-        if not received:                    # OPEN
+        if not received:                    # OPEN: HTTP has no reply before a request
             return None
         name = "HEAD" if received.startswith(b"HEAD ") else ""
         return self.error_reply(self.overload_error, Request(received, name, info=True))
@@ -2338,10 +2353,11 @@ class Redis(Protocol):
 
     def replies(self):
         while True:
-            values_left = 1         # values of the reply still to read, with nested values
-            # The rows are the items of the outermost value. When the current row ends,
-            # `values_left` is `row_end`.
-            row_size = row_end = 0  # row_size: the values in a row; 0 if no rows are reported
+            values_left = 1         # how many values of the reply have not been read. Nested
+                                    #   values count too
+            # The rows are the items of the outermost value.
+            row_size = 0            # the values in a row, or 0 if no rows are reported
+            row_end = 0             # `values_left` at the end of the current row
             while values_left:
                 line = yield self.REPLY_LINE
                 values_left -= 1
@@ -2361,11 +2377,11 @@ class Redis(Protocol):
             yield END_OF_MESSAGE
 
     def nested_values(self, line):
-        """Return the number of values that are nested in a value.
+        """Return the number of values that follow the first line of a value and belong to it.
 
-        line    the first line of the value
+        line    the first line
         """
-        if line[:1] == b"|":                # a map of attributes, then the value with them
+        if line[:1] == b"|":                # a map of attributes, then the value that has them
             return 2 * parse_length(line[1:]) + 1
         is_null = line[1:2] == b"-"
         if line[:1] not in self.VALUES_PER_ITEM or is_null:
@@ -2426,11 +2442,11 @@ class Memcache(Protocol):
     SIZE_INDEX = {"set": 4, "add": 4, "replace": 4, "append": 4, "prepend": 4, "cas": 4, "ms": 2}
     GET = {"get", "gets", "gat", "gats"}
     META = {"mg", "ms", "md", "ma", "me", "mn"}
-    FLUSH, FLUSHED = b"mn\r\n", b"MN\r\n"
+    FLUSH, FLUSHED = b"mn\r\n", b"MN\r\n"       # the command, and the reply of the backend
     COMMAND_LINE = NeedMatch(rb"\n", rb"(?!\x80)" + TEXT,
                              "the binary protocol, or a control character in a command")
     REPLY_LINE = NeedMatch(rb"\n", beginning_with(rb"[0-9A-Za-z]"), "no line of a reply")
-    quiet_sent = False      # the client has sent a quiet command, and the backend no `mn` since
+    quiet_sent = False      # the backend has got a quiet command, and no `mn` after it
 
     def requests(self):
         while True:
@@ -2442,11 +2458,12 @@ class Memcache(Protocol):
             body_size = self.body_size(name, words)
             flags = [word[:1] for word in words[2:]] if name in self.META else []
             is_quiet = b"q" in flags
+            # In a GET, "noreply" is a key.
             is_noreply = words[-1:] == [b"noreply"] and name not in self.GET
             request = Request(line.strip(), name,
                               replies=not (is_quiet or is_noreply or name == "quit"))
             yield request
-            # A rule may have refused the request now, and make_substitute has then sent `mn`.
+            # During this yield, a rule may have refused the request and replaced it by `mn`.
             self.quiet_sent = is_quiet or (self.quiet_sent and not self.is_flush(request))
             yield body_size
             yield END_OF_MESSAGE
@@ -2469,10 +2486,10 @@ class Memcache(Protocol):
                 yield parse_length(words[3]) + len(b"\r\n")    # the reply ends with an END line
             elif type_ == b"VA" and len(words) > 1:
                 yield parse_length(words[1]) + len(b"\r\n")
-                if not is_flush:            # else a reply to a quiet command. MN comes later
+                if not is_flush:            # otherwise a reply to a quiet command. MN comes later
                     yield END_OF_MESSAGE
             elif is_flush and type_ != b"MN":
-                continue                    # a reply to a quiet command. MN comes later
+                continue                    # also a reply to a quiet command. MN comes later
             elif type_ in (b"STAT", b"ITEM", b"PREFIX") and request.name not in self.GET:
                 continue                    # a line of statistics: more lines follow
             else:
@@ -2491,7 +2508,7 @@ class Memcache(Protocol):
 
     def finish_refusal(self, exchange, t, to, data):
         """Let the replies to quiet commands pass. Drop only the reply to `mn`."""
-        request = exchange.request
+        request = exchange.request          # None if a client that connects was refused
         awaits_flushed = request and request.info is not None and not exchange.reply_done
         if awaits_flushed and to == DOWNSTREAM and (data or data is EOF):
             yield from self.pass_quiet_replies(request, t, data)
@@ -2519,9 +2536,9 @@ class Memcache(Protocol):
 class StatementTexts(OrderedDict):
     """The texts of the prepared statements of a connection, {key: text}.
 
-    A client may prepare any number of statements. It may also drop statements by SQL that is not
-    parsed. So this class forgets the least recently used texts if all of them take more than
-    STATEMENTS_MAX bytes. In place of a forgotten text, `match` searches in b"".
+    A client may prepare any number of statements. The client may also drop statements by SQL,
+    which is not parsed. So this class forgets the least recently used texts if all texts together
+    take more than STATEMENTS_MAX bytes. In place of a forgotten text, `match` searches in b"".
     """
 
     size = 0            # bytes of memory
@@ -2540,7 +2557,7 @@ class StatementTexts(OrderedDict):
             del self[key]
 
     def use(self, key):
-        """Return the text with this key, which is now the last used. Returns b"" if unknown."""
+        """Return the text with this key, and note the use. Returns b"" for an unknown key."""
         if key not in self:
             return b""
         self.move_to_end(key)
@@ -2565,7 +2582,8 @@ def mysql_integer(data, offset):
     """
     first_byte = data[offset] if offset < len(data) else 0
     size = {0xfc: 2, 0xfd: 3, 0xfe: 8}.get(first_byte, 0)
-    start, end = (offset + 1 if size else offset), offset + 1 + size
+    start = offset + 1 if size else offset
+    end = offset + 1 + size
     return int.from_bytes(data[start:end], "little"), end
 
 
@@ -2579,7 +2597,7 @@ class SkipRows:
 
     __slots__ = ("left",)
 
-    HEADER = struct.Struct("<IB")       # the size (3 bytes) and the sequence number, the type
+    HEADER = struct.Struct("<IB")       # the size (3 bytes) with the sequence number, and the type
 
     def __init__(self):
         self.left = 0
@@ -2594,7 +2612,8 @@ class SkipRows:
                 break
             offset += 4 + body_size
         self.left = max(0, offset - size)
-        # If a packet begins in the data and is not skipped, the reader takes it.
+        # The rest of the data is a packet to parse, or too short to be skipped here. The reader
+        # continues there.
         return (offset, b"", b"") if offset < size else (size, None, b"")
 
 
@@ -2621,8 +2640,9 @@ class Mysql(Protocol):
     sequence number. The body of a command is one byte for the command, and its arguments.
 
     Clients may send commands without waiting for the replies. So each reply is parsed up to its
-    end. A reply has one of these forms, where each word is one packet or several, and packets in
-    brackets may be missing. A reply may have several results, one after the other:
+    end. These are the forms of a reply. The items are packets, and the items in the plural are
+    any number of packets. Items in brackets may be missing. The first three forms are results,
+    and a reply may have several of them, one after the other:
 
         OK, ERR or EOF                          a result without rows. The status in an OK tells
                                                 whether another result follows
@@ -2684,8 +2704,8 @@ class Mysql(Protocol):
     has_rows = True
     LAST_PREPARED = b"\xff\xff\xff\xff"     # MariaDB: the id means the last prepared statement
     PACKET_MAX = 0xFFFFFF                   # a body of this size continues in the next packet
-    HEAD_SIZE = 256                         # the first bytes of a backend's packet, which are
-                                            #   parsed
+    HEAD_SIZE = 256                         # how many bytes of a backend's packet are parsed, at
+                                            #   most
 
     def __init__(self, host=b""):
         self.statements = StatementTexts()      # {id: text}
@@ -2709,7 +2729,7 @@ class Mysql(Protocol):
             request = self.make_request(body)
             yield request
             yield size - len(body)
-            while size == self.PACKET_MAX:
+            while size == self.PACKET_MAX:      # the command continues in another packet
                 size, request.info.sequence = mysql_header((yield NeedBytes(4)))
                 yield size
             yield END_OF_MESSAGE
@@ -2746,12 +2766,12 @@ class Mysql(Protocol):
 
     def make_request(self, body):
         """Return the Request of a command. Raises ProtocolError if replication follows."""
-        command = body[0]
+        command, statement_id = body[0], body[1:5]      # only some commands have such an id
         text = self.note_statement(body)
         if command in self.SERVER_PUSH:
             raise ProtocolError("replication follows")
         return Request(text, command, replies=command not in self.WITHOUT_REPLY,
-                       info=MysqlCommand(text, body[1:5]))
+                       info=MysqlCommand(text, statement_id))
 
     def note_statement(self, body):
         """Return the SQL of a command, or of the prepared statement that the command executes.
@@ -2761,10 +2781,11 @@ class Mysql(Protocol):
         """
         command, statement_id = body[0], body[1:5]
         if command == self.QUERY:
-            # With this flag, the query attributes come before the SQL. If there are none, they
-            # are two bytes: no attribute (0), one set (1). Other attributes count as SQL.
-            has_counts = self.flags & self.CLIENT_QUERY_ATTRIBUTES and body[1:3] == b"\0\1"
-            return body[3 if has_counts else 1:]
+            # With this flag, query attributes come before the SQL. b"\0\1" means 0 attributes, in
+            # 1 set. Other attributes are not parsed, and count as SQL.
+            sends_attributes = self.flags & self.CLIENT_QUERY_ATTRIBUTES
+            sql_offset = 3 if sends_attributes and body[1:3] == b"\0\1" else 1
+            return body[sql_offset:]
         if command == self.PREPARE:
             self.prepared = body[1:]
             return self.prepared
@@ -2822,16 +2843,16 @@ class Mysql(Protocol):
                 return size, head
 
     def read_reply(self, request, size, head):
-        """Read the rest of a reply.
+        """Read the rest of a reply, after its first packet.
 
-        size, head    the first packet of the reply, as read_packet returns it
+        size, head    the first packet, as read_packet returns it
         """
         command, type_ = request.name, head[:1]
         if request.info.substitutes:        # the reply to each substitute is one packet
             for _ in range(request.info.substitutes - 1):
                 yield from self.read_packet()
         elif type_ == self.ERR or command == self.STATISTICS:
-            pass
+            pass                            # the reply is one packet
         elif command in self.WITH_RESULTS:
             yield from self.read_results(size, head)
         elif command == self.PREPARE:
@@ -2840,7 +2861,7 @@ class Mysql(Protocol):
             yield from self.read_rows(size, head)
         elif command == self.CHANGE_USER and type_ != self.OK:
             yield from self.read_login()
-        elif type_ not in (self.OK, self.EOF):
+        elif type_ not in (self.OK, self.EOF):      # the reply to any other command is one packet
             raise ProtocolError("an unknown reply to command %d" % command)
 
     def read_results(self, size, head):
@@ -2897,8 +2918,8 @@ class Mysql(Protocol):
     def is_row(self, size, head):
         """Return whether this packet is a row, and not the EOF or ERR after the rows.
 
-        A row can begin with the byte of an EOF only if its first value has 16 MiB or more. So the
-        packet of such a row is as large as possible.
+        A row can also begin with the type of an EOF: if its first value has 16 MiB or more. The
+        packet of such a row has the largest size, which an EOF never has.
         """
         return head[:1] not in (self.EOF, self.ERR) or size == self.PACKET_MAX
 
@@ -2933,10 +2954,13 @@ class Mysql(Protocol):
         code = b"\xff" + int(kind).to_bytes(2, "little")
         if kind in self.connect_errors:     # before the login, an ERR has no SQLSTATE
             return mysql_packet(0, code + text.encode())
-        return mysql_packet(1, code + ("#" + sqlstate + text).encode())
+        return mysql_packet(1, code + ("#" + sqlstate + text).encode())     # see finish_reply
 
     def make_substitute(self, kind, request):
-        """Return commands after which the backend is in the same state as after the error."""
+        """Return commands after which the backend is in the same state as after the error.
+
+        Returns b"" if no command is needed.
+        """
         commands, statement_id = [], request.info.statement_id
         if request.name == self.PREPARE:
             # This PREPARE fails. Without it, the client's next EXECUTE of the last prepared
@@ -2951,7 +2975,7 @@ class Mysql(Protocol):
         return b"".join(mysql_packet(0, body) for body in commands)
 
     def finish_reply(self, reply, request):
-        """Set the sequence number of the reply's packet: it follows that of the last packet."""
+        """Return the packet of the reply, with the next sequence number after the request."""
         size, body = reply.data[:3], reply.data[4:]
         return size + bytes([(request.info.sequence + 1) % 256]) + body
 
@@ -2964,7 +2988,7 @@ def pg_message(type_, body):
 class PostgresReply:
     """The data that Postgres keeps of a request until the reply ends.
 
-    ends          types of messages: if the request is an EXECUTE, any of them ends the reply
+    ends          types of messages: each of these types ends the reply. Only for an EXECUTE
     bound         whether BindComplete has arrived
     copy_ended    whether the client has sent CopyDone or CopyFail after the request
     """
@@ -3059,7 +3083,7 @@ class Postgres(Protocol):
                                     #   or request has ended the request of the Bind
         self.encryption_requested = False       # the client has asked for TLS or GSS, and the
                                                 #   backend replies with one byte
-        self.status = self.IDLE     # the status of the transaction, of the last ReadyForQuery
+        self.status = self.IDLE     # the status of the transaction in the last ReadyForQuery
         self.skipping = False       # the backend skips all messages up to the next Sync
         self.copying = False        # the backend reads COPY data, and ignores Sync
         super().__init__(host)
@@ -3112,7 +3136,8 @@ class Postgres(Protocol):
         """
         if type_ in self.CONTINUATIONS:
             if type_ in self.COPY_ENDS:
-                self.last_request.info.copy_ended, self.copying = True, False
+                self.last_request.info.copy_ended = True
+                self.copying = False
             return CONTINUATION
         self.note_names(type_, body)
         if type_ not in self.REQUESTS:
@@ -3154,8 +3179,8 @@ class Postgres(Protocol):
     def make_request(self, type_, body, portal):
         """Return the Request that a message makes.
 
-        While the backend skips all messages up to the next Sync, other requests get no reply.
-        While the backend reads COPY data, a Sync gets no reply.
+        While the backend skips all messages up to the next Sync, no request before this Sync gets
+        a reply. While the backend reads COPY data, a Sync gets no reply.
         """
         if type_ in (self.BIND, self.EXECUTE):
             return Request(self.portals.use(portal), "EXECUTE", replies=not self.skipping,
@@ -3199,7 +3224,7 @@ class Postgres(Protocol):
         if request.name != "EXECUTE":
             return False
         if type_ in request.info.ends:
-            if type_ == self.ERROR:         # now: the caller's END_OF_MESSAGE changes the queue
+            if type_ == self.ERROR:         # before the caller's END_OF_MESSAGE changes the queue
                 self.skip_to_sync()
             return True
         if type_ in self.COPY_RESPONSES:
@@ -3218,10 +3243,10 @@ class Postgres(Protocol):
             raise ProtocolError("encryption follows")
 
     def copy_to_end(self):
-        """Expect no reply to a Sync that comes before the CopyDone or CopyFail of the client.
+        """Expect no reply to the requests before the CopyDone or CopyFail of the client.
 
-        The backend ignores such a Sync. Sets `copying` to whether CopyDone and CopyFail are still
-        to come.
+        These requests are Syncs, which the backend ignores while it reads COPY data. `copying` is
+        True afterwards if the client has sent neither CopyDone nor CopyFail.
         """
         for index, exchange in enumerate(self.awaited()):
             if index > 0:           # the first exchange is that of the COPY itself
@@ -3243,7 +3268,7 @@ class Postgres(Protocol):
     def finish_reply(self, reply, request):
         """Add ReadyForQuery to the error of a simple query.
 
-        Its status is the last status that the backend has sent.
+        The ReadyForQuery has the last status that the backend has sent.
         """
         if request.name != "QUERY":
             return reply.data
@@ -3264,14 +3289,14 @@ class Postgres(Protocol):
         """
         if kind not in self.connect_errors:
             return None
-        if not data:                # OPEN: wait for the client's first message
+        if not data:                # OPEN: send nothing, and wait for the client's first message
             return Reply(b"")
         if int.from_bytes(data[4:8], "big") in (self.TLS, self.GSS):
             return Reply(b"N")      # no encryption. The client then sends the startup message
         return Reply(self.encode_error(kind), closes=True)
 
     def refuse_client(self, received):
-        """Wait for the first 8 bytes of a message, its size and its code, and reply to it."""
+        """Wait for the first 8 bytes of a message: its size and its code. Reply to the message."""
         return super().refuse_client(received) if len(received) >= 8 else None
 
     def error_reply(self, kind, request):
@@ -3314,7 +3339,7 @@ class Smtp(Protocol):
         "554": "5.7.1 Transaction failed"}
     default_errors = ("450", "451", "452")
     connect_errors = fatal_errors = ("421",)
-    never_fail = ("QUIT", "MESSAGE")    # a rule refuses the DATA before a message instead
+    never_fail = ("QUIT", "MESSAGE")    # a rule can refuse the DATA before a MESSAGE
     overload_error = "421"
     server_first = starts_tls = True
     credentials = ("AUTH",)
@@ -3339,10 +3364,10 @@ class Smtp(Protocol):
 
     def read_message(self):
         """Read the message after DATA, and then the further requests of the client."""
-        first = yield NeedBytes(1)      # the request begins when the client begins to send it
+        first = yield NeedBytes(1)      # wait until the client begins to send the message
         yield Request(b"", "MESSAGE")
-        # A line with only a dot ends the message. It may be the first line of the message. So the
-        # line end of DATA comes before the first byte, as if it were a part of the message.
+        # A line with only a dot ends the message, and may be its first line. So the search begins
+        # with the line end of DATA.
         yield SkipUntil(b"\r\n.\r\n", tail=b"\r\n" + first)
         yield END_OF_MESSAGE
         yield from self.requests()
@@ -3353,7 +3378,7 @@ class Smtp(Protocol):
             code, separator = line[:3], line[3:4]
             if separator == b"-":           # more lines of the reply follow
                 continue
-            if code == b"334":
+            if code == b"334":              # the backend asks for another line of AUTH
                 self.auth_continues = True
                 continue
             name = self.awaited_request().name
@@ -3402,15 +3427,20 @@ class Tls(Protocol):
     RECORD_MAX = 1 << 14        # bytes of a record, without its header
 
     def requests(self):
-        hello = b""                             # the header (4 bytes) has the size of the rest
-        while len(hello) < 4 or len(hello) < 4 + int.from_bytes(hello[1:4], "big"):
-            header = yield NeedBytes(5)         # the header of a record
-            size = int.from_bytes(header[3:], "big")
-            if header[:2] != b"\x16\3" or not 1 <= size <= self.RECORD_MAX:
+        # The header of the ClientHello has 4 bytes: the type, and the size of the rest. The
+        # ClientHello may come in several records.
+        hello, hello_size = b"", 4
+        while len(hello) < hello_size:
+            record_header = yield NeedBytes(5)
+            size = int.from_bytes(record_header[3:], "big")
+            is_handshake = record_header[:2] == b"\x16\3"
+            if not is_handshake or size == 0 or size > self.RECORD_MAX:
                 raise ProtocolError("no ClientHello of TLS")
             hello += yield NeedBytes(size)
             if hello[0] != self.CLIENT_HELLO or len(hello) > HEAD_MAX:
                 raise ProtocolError("no ClientHello of TLS")
+            if len(hello) >= 4:
+                hello_size = 4 + int.from_bytes(hello[1:4], "big")
         try:
             text = self.describe_hello(hello)
         except IndexError:
@@ -3448,11 +3478,12 @@ class Tls(Protocol):
 
         Raises IndexError if the ClientHello is malformed.
         """
-        position = 4 + 2 + 32                   # skip the header, the version and the random bytes
-        position += 1 + hello[position]         # and then the id of the session
+        position = 4 + 2 + 32                   # after the header, the version and random bytes
+        # Each of the next three fields begins with its size, in 1 or 2 bytes.
+        position += 1 + hello[position]         # after the id of the session
         position += 2 + int.from_bytes(hello[position:position + 2], "big")     # cipher suites
-        position += 1 + hello[position]         # compression methods
-        position += 2                           # size of all extensions
+        position += 1 + hello[position]         # after the compression methods
+        position += 2                           # after the size of all extensions together
         while position + 4 <= len(hello):
             type_, size = struct.unpack_from(">HH", hello, position)
             position += 4 + size
@@ -3460,7 +3491,8 @@ class Tls(Protocol):
 
     def encode_error(self, kind):
         """Return an alert record. Clients of all versions accept it before the ServerHello."""
-        return bytes([21, 3, 3, 0, 2, 2, self.errors[kind]])
+        alert, version, size, fatal = 21, (3, 3), (0, 2), 2
+        return bytes([alert, *version, *size, fatal, self.errors[kind]])
 
 
 # {name of a server: name of its protocol}
@@ -3469,7 +3501,8 @@ PROTOCOL_ALIASES = {"memcached": "memcache", "postgresql": "postgres", "mariadb"
 
 def check_protocol(text):
     """Check the name of a protocol, or an alias. Returns the name of the protocol."""
-    name = PROTOCOL_ALIASES.get(text, text) if isinstance(text, str) else text
+    is_str = isinstance(text, str)      # a value of JSON may be a list, and not hashable
+    name = PROTOCOL_ALIASES.get(text, text) if is_str else text
     return choice_check(*PROTOCOLS)(name)
 
 
