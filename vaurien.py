@@ -9956,7 +9956,7 @@ class Statsd:
 #
 # The web page of the control server: HTML, a style sheet and a script in one text. The page polls
 # `GET /status` each second while it is visible, and makes its forms from `GET /declarations`. All
-# its data come from the control server. The page loads no other file, so it works offline.
+# data on the page come from the control server. The page loads no other file, so it works offline.
 #
 # Names, SQL and keys on the page come from peers, and may contain HTML. So the script writes every
 # text as a text node, which a browser never parses as HTML. The header Content-Security-Policy
@@ -13760,7 +13760,7 @@ def pytest_configure(config):
     worker processes.
     """
     import pytest  # type: ignore       # not at the top: only this plugin needs pytest
-    # If pytest loads this plugin too late, it does not call pytest_addoption: there is no option.
+    # There is no option if pytest loads the plugin late: then pytest calls no pytest_addoption.
     seed = getattr(config.option, "vaurien_seed", None)
     try:
         seed = random.SystemRandom().getrandbits(32) if seed is None else check_count(seed)
@@ -13774,7 +13774,7 @@ def make_pytest_plugin(pytest, seed):
     """Return the plugin object, with the fixture and the reports.
 
     pytest    the module pytest, whose decorators the class needs
-    seed      the seed of a proxy, unless its test gives another seed
+    seed      the seed of each proxy for which the test gives no seed
     """
     class PytestPlugin:
         def __init__(self):
@@ -13869,7 +13869,7 @@ def describe_record(record):
 #                            too
 #            process         there is one value, which `prepare` applies
 #            command line    there is one value, and the file cannot set the setting
-# default    the text to parse if the user gives no value. None: the value is None then
+# default    the text to parse if the user gives no value. None: without a text, the value is None
 # check      the function that parses the text
 # metavar    the name of the value in the help. None: the flag takes no value, and the key in the
 #            ini file takes yes or no. If the metavar ends with " ...", users may repeat the flag.
@@ -14043,7 +14043,7 @@ del SERVE_SETTINGS["http"]      # the control server always runs
 SERVE_SETTINGS["http-host"] = SETTINGS["http-host"]._replace(flags=["--http-host", "--host"])
 SERVE_SETTINGS["http-port"] = SETTINGS["http-port"]._replace(
     flags=["--http-port", "--port"], default="8474")
-ADDRESS_SETTINGS = {"local", "distant"}     # if one is given, the user wants a proxy
+ADDRESS_SETTINGS = {"local", "distant"}     # with one of these, [vaurien] is a proxy
 
 # {type of a handler's option: the option's metavar}
 METAVARS = {bool: "YES|NO", int: "N", float: "NUMBER", str: "TEXT"}
@@ -14087,7 +14087,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, settings, prog):
-        # "resolve": if options of two handlers have the same flag, the later handler gets it.
+        # "resolve": if two handlers have options with the same flag, the later handler gets the
+        # flag.
         super().__init__(prog=prog, add_help=False, allow_abbrev=False,
                          argument_default=argparse.SUPPRESS, conflict_handler="resolve",
                          # Each add_argument makes a formatter. A formatter without a width
@@ -14124,7 +14125,7 @@ class Parser(argparse.ArgumentParser):
         return texts
 
     def refuse(self, unknown):
-        """Raise ValueError for unknown arguments. The message is about the first of them."""
+        """Raise ValueError for unknown arguments. The message is about the first argument."""
         flag, _, _ = unknown[0].partition("=")
         match = HANDLER_FLAG.match(flag)
         if match:
@@ -14524,7 +14525,7 @@ def resolve_settings(texts, settings):
 def main_is_proxy(config, needs_one):
     """Return whether the section [vaurien] and the command line describe a proxy of their own.
 
-    needs_one    True: they do if the user has configured no other proxy
+    needs_one    whether to return True if the user has configured no proxy at all
     """
     if ADDRESS_SETTINGS & set(config.main):         # the section has an address
         return True
@@ -14695,7 +14696,7 @@ def serve(services, attached):
                 closes or the parent process ends
 
     Raises OSError if a service cannot listen, or if the system permits too few descriptors. No
-    service has accepted a connection then.
+    service accepts a connection before such an error.
     """
     fd_limit = raise_fd_limit()
     if 0 < fd_limit < FDS_MIN:          # 0 means that the limit is unknown
@@ -14735,7 +14736,7 @@ def handle_signals(loop):
     """Stop a loop when an OS signal arrives: SIGTERM, SIGINT (Ctrl-C) or SIGHUP.
 
     The kernel sends SIGHUP when the terminal closes. A process that nohup has started ignores
-    SIGHUP, and continues to do so.
+    SIGHUP, also after this call.
     """
     signums = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
@@ -14905,7 +14906,7 @@ def print_error(message, status, attached=False, prog="vaurien"):
     """Print an error in one line on stderr. Returns `status`, the exit status.
 
     attached    True: print the error on stdout too, which a supervisor reads
-    prog        the name of the command, at the begin of the line
+    prog        the name of the command, at the start of the line
     """
     text = escape_control_chars(" ".join(str(message).split()))
     print_safe("%s: %s" % (prog, text), sys.stderr)
@@ -15057,7 +15058,7 @@ def show_progress(done, count):
 def print_over_line(text):
     """Replace the current line of stderr by a text, if stderr is a terminal."""
     if sys.stderr is not None and sys.stderr.isatty():
-        # \r moves the cursor to the begin of the line. The spaces erase a longer text.
+        # \r moves the cursor to the start of the line. The spaces erase a longer text.
         sys.stderr.write("\r%-60s\r" % text)
         sys.stderr.flush()
 
@@ -15182,7 +15183,7 @@ def describe_fault(handler_name, affected, normal_seconds):
 def median_seconds(outcomes):
     """Return the median time of requests, or 0.0 if there are none.
 
-    If two times are in the middle, this is the longer of them.
+    If two times are in the middle, return the longer time.
     """
     import statistics
     return statistics.median_high(outcome.seconds for outcome in outcomes) if outcomes else 0.0
@@ -15365,7 +15366,7 @@ def ctl_update_toxic(client, name, *fields):
     """Change a toxic. `fields` are its fields and attributes as NAME=VALUE.
 
     The request replaces all toxics of the proxy, because the server refuses unknown names in such
-    a request. In a request that changes one toxic, the server ignores them, as Toxiproxy does.
+    a request. If a request changes one toxic, the server ignores unknown names, as Toxiproxy does.
     """
     toxics = client.list_toxics()
     set_toxic_fields(find_toxic(toxics, name), parse_assignments(fields))
@@ -15471,7 +15472,7 @@ def ctl_command(argv):
         raise ValueError("unknown action %r%s: there are %s (see vaurienctl --help)" % (
             name, did_you_mean(name, CTL_ACTIONS), ", ".join(CTL_ACTIONS)))
     action = CTL_ACTIONS[name]
-    # If an option stands between two arguments of the action, argparse puts the second of them
+    # If an option stands between two arguments of the action, argparse puts the second argument
     # into `unknown`.
     args = [*namespace.args, *unknown]
     values = resolve_settings(parser.read_settings(vars(namespace)), CTL_SETTINGS)
@@ -15529,8 +15530,8 @@ def main(argv: "Optional[Sequence[str]]" = None) -> int:
         return run()        # a ValueError of run() is a bug: Python prints the traceback
     except KeyboardInterrupt:
         return 0
-    except BrokenPipeError:     # the reader of stdout has closed it
-        # Python flushes stdout at exit. With /dev/null in place of the pipe, this cannot fail.
+    except BrokenPipeError:     # the reader of stdout has closed the pipe
+        # Python flushes stdout at exit. To /dev/null, the flush cannot fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
