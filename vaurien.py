@@ -4555,7 +4555,7 @@ class Chain:
         self.newly_acted = []           # [(ActiveRule, request number, request_text())]
         self.modified = False           # a rule has changed an event (the caller resets this)
         self.answered_early = False     # a rule has replied in the backend's place
-        self.kept = 0                   # bytes of memory for exchanges, and what waits in them
+        self.kept = 0                   # bytes of memory for exchanges, and events in them
         self.beginning = 0, b""         # (number, first bytes) of the last request that had
                                         #   active rules, in a Chain without a protocol
         # The protocol
@@ -5380,8 +5380,8 @@ class ProtocolChain(Chain):
                 events.append(event)
         if exchange is not self.exchanges[0]:
             events = self.queue_replies(exchange, now, data, events)
-        if self.modified and data is not EOF:
-            self.note_end(now, events)
+        if self.modified:
+            self.note_end(now, data, events)
         return events
 
     def queue_replies(self, exchange, start, data, events):
@@ -5402,11 +5402,14 @@ class ProtocolChain(Chain):
                 self.drops_requests = self.drops_requests or (to == UPSTREAM and made is EOF)
         return may_leave
 
-    def note_end(self, now, events):
-        """Note whether a rule closes or resets the connection to the client now."""
-        self.drops_replies = self.drops_replies or any(
+    def note_end(self, now, made_of, events):
+        """Note whether a rule closes or resets the connection to the client now.
+
+        made_of    the bytes or the signal that the events were made of; an EOF comes from a peer
+        """
+        self.drops_replies = self.drops_replies or (made_of is not EOF and any(
             due <= now and (data is RESET or (data is EOF and to == DOWNSTREAM))
-            for due, to, data, _ in events)
+            for due, to, data, _ in events))
 
     def run_rule(self, active, event, opening):
         """Return the events that one active rule makes of one event.
