@@ -23,7 +23,8 @@ The path of a chunk (the bytes that one recv has returned):
     Loop: wakes for ready sockets, for the next due chunk, and for calls of other threads
 
 A handler is a function that receives one event, which includes the time, and yields the events
-that take the place of this event. A handler never blocks, reads no clock and uses no socket.
+that take the place of this event. A handler never blocks, reads no clock and uses no socket. (The
+class form of Vaurien 0.1, a "blocking handler", may block: it runs in a thread of its own.)
 
 Each section uses only the sections above it. `grep -n '^# -- ' vaurien.py` lists the sections:
 
@@ -45,6 +46,7 @@ Glossary:
     toxic                  a rule of a proxy with a name and a draw of its own
     toxicity               the probability that a toxic acts, from 0 to 1
     block                  the rules that a test sets for the body of a `with` statement
+    Accept                 how a proxy accepts new clients: normally, or not at all for some time
     installed rule         a rule that a proxy uses now. Blocks may replace the behavior
     draw                   the random number that decides whether a rule acts on a request or a
                            connection. The seed determines all draws
@@ -3789,7 +3791,7 @@ class Rule(Scheduled):
         return self.of == 0 or index % self.of < self.times
 
     def set_moment(self, moment):
-        """Set the current Moment. It determines the drawn numbers with which the rule acts."""
+        """Set the current Moment, and acting_max: a drawn number from draw_min up to it acts."""
         super().set_moment(moment)
         self.acting_max = self.draw_max
         if moment.share < 1:
@@ -4091,7 +4093,7 @@ class Replay:
         return rules, toxics
 
     def draw(self, proxy, connection, request, rule):
-        """Return (drawn number, whether the rule acts, ActiveRule.request), as recorded.
+        """Return (drawn number, whether the rule acts, rule.drawn_count), as recorded.
 
         proxy         the name of the proxy
         connection    the number of the connection
@@ -6590,8 +6592,9 @@ class Listener:
         """Stop accepting for RETRY_DELAY. Logs the reason, at most once in RETRY_DELAY.
 
         After ACCEPT_TIMEOUT without an accepted client, resets the clients that wait. Otherwise
-        two proxies that are each other's backend could wait for ever. The clients that wait at
-        one of them are connections of the other, which keep its descriptors in use.
+        two proxies A and B, each the backend of the other, could wait for ever. The clients that
+        wait at B are connections that A has made. They use A's descriptors, so that A cannot
+        accept clients, either.
         """
         self.loop.watch(sock, 0)
         now = self.loop.clock()
@@ -8916,7 +8919,7 @@ class Latencies:
     def skips(self):
         """Return how many requests a connection leaves out before it measures the next request.
 
-        The number is random, with an average that grows with the number of samples.
+        This is random. The more samples there are, the more requests are left out on average.
         """
         mean = len(self.samples) // self.SAMPLES_PER_STEP
         return int(2 * mean * self.random.random()) if mean else 0
@@ -9119,7 +9122,8 @@ class ProxyServer:
         """Change the addresses, `enabled` and `accept`. Close the connections if necessary.
 
         backend     a backend that check_backend has accepted
-        listener    a new Listener at local, or None to keep the old listener
+        listener    a new Listener at local; None if the address stays the same, or the proxy is
+                    disabled
 
         If the listener cannot have the mode of `accept`, raises CannotListen and changes
         nothing.
@@ -9418,7 +9422,10 @@ class ProxyServer:
             log.warning("%s%s", self.log_prefix, error.strerror)
 
     def remove_expired(self, rules):
-        """Remove rules whose ttl has ended, or the Accept. A block ends if its rule expires."""
+        """Remove rules whose ttl has ended. A block ends if its rule expires.
+
+        rules    the Rules, and self.accept if its ttl has ended too
+        """
         for rule in rules:
             self.record_change(rule, "expires")
         if self.accept in rules:
@@ -11241,7 +11248,7 @@ def list_events(request):
         return record.handler == name and (is_fault or name == Accept.name)
 
     # This client thread waits for the records, even if its client disconnects meanwhile.
-    # wait_limit keeps other client threads free for other requests.
+    # wait_limit limits the threads that wait, so that some stay free for short requests.
     if seconds and not request.control.wait_limit.acquire(blocking=False):
         raise ApiError(503, "querystring", "wait", "too many clients wait: try again without wait")
     try:
@@ -11319,7 +11326,7 @@ class Control:
         # The class is made here, because the import of http.server would slow down the start.
         self.request_handler_class = type(
             "HttpRequestHandler", (RequestHandler, http_server.BaseHTTPRequestHandler), {})
-        # Clients use at most a quarter of the descriptors: the proxies need the others.
+        # Clients of this server use at most a quarter of the descriptors. The rest is for proxies.
         fd_limit = raise_fd_limit() or 4 * CLIENTS_MAX      # 0 means that the limit is unknown
         self.max_clients = max(4, min(CLIENTS_MAX, fd_limit // 4))
         reserved = min(CONTROL_FDS, fd_limit // 4)
@@ -11738,7 +11745,8 @@ def http_error(status, description):
 #   all of these with the query ?all=1              among the other toxics; no key `rules`
 #   requests about one toxic, PUT .../toxics        like other toxics: the client has named them
 #
-# A client may send back a listing: requests that create a proxy accept the key `rules` too.
+# A client may send back what it got from a listing, so requests that create a proxy accept the
+# key `rules` too.
 #
 # To add a route: write a function, and decorate it with @toxiproxy_route. A new rule field needs
 # no change in this section.
@@ -11851,6 +11859,7 @@ def toxiproxy_route(methods, path, example="", status=200):
                 # Toxiproxy's server refuses all browsers, with this response.
                 return text_response(403, "User agent not allowed\n")
             with contextlib.ExitStack() as stack:
+                # If the proxy in the path does not exist, find_path_objects raises the error.
                 if methods != "GET" and "PROXY" in request.names and request.proxy:
                     stack.enter_context(request.proxy.lock)
                 return function(request, *find_path_objects(request))
@@ -12508,17 +12517,20 @@ def update_existing(proxies, existing, proxy, fields):
     with existing.lock:
         if proxies.get(proxy.name) is not existing:
             return False
+        # `listen` of an open proxy is its first IP address, with the port that it got.
         same = (existing.backend == proxy.backend and existing.protocol is proxy.protocol
                 and existing.tls.fields == proxy.tls.fields
                 and existing.listen in (proxy.listen, first_address(proxy.local)))
         names = fields if same else PROXY_FIELDS    # the names of the fields to take from `proxy`
-        if not same:
-            proxies.change(existing, proxy.local, proxy.backend, proxy.enabled, proxy.accept)
+        changes = {name: getattr(proxy, name) for name in ("accept", "max_connections")
+                   if name in names}
+        if same:
+            proxies.change(existing, **changes)
+        else:
+            proxies.change(existing, proxy.local, proxy.backend, proxy.enabled, **changes)
             existing.loop.run_sync(existing.set_rules, [])
             existing.loop.run_sync(existing.set_protocol, proxy.protocol,
                                    proxy.overwrite_host_header, proxy.tls)
-        proxies.change(existing, **{name: getattr(proxy, name)
-                                    for name in ("accept", "max_connections") if name in names})
         toxics = replace_toxics(existing.toxics, proxy.toxics, names)
         if toxics != existing.toxics:
             existing.loop.run_sync(existing.set_toxics, toxics)
