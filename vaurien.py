@@ -10101,7 +10101,7 @@ const clock = unix => new Date(1000 * unix).toTimeString().slice(0, 8);
 // Return the settings of a rule as text, like "sleep=2 after=10": each option and rule field that
 // differs from its default, and each number above 0 among the options.
 function settings(rule) {
-  // A fault record may be about `accept`, which is no handler. It has one option, `mode`.
+  // A fault record may be about `accept`, which is no handler. Its only option is `mode`.
   const {options} = declarations.handlers[rule.name] || {options: {mode: {}}};
   const isShown = ([name, value]) => {
     if (name in options)
@@ -10139,6 +10139,8 @@ function el(tag, attributes = {}, ...children) {
 }
 
 const $ = id => document.getElementById(id);
+// Change the text of an element. The same text is not set again, because a user may have
+// selected it.
 const put = (element, text) => element.textContent === text || (element.textContent = text);
 const button = (text, click, more) => el("button", {type: "button", click, ...more}, text);
 const choices = texts => texts.map(text => el("option", {}, text));
@@ -10156,6 +10158,7 @@ function labelled(text, input, help = "") {
 // new one would not have the focus.
 function sync(parent, items, key, make) {
   const keys = items.map(key), wanted = new Set(keys);
+  // Remove the children without an item, and all but the first child of an item.
   for (const child of [...parent.children]) if (!wanted.delete(child.key)) child.remove();
   const kept = new Map([...parent.children].map(child => [child.key, child]));
   items.forEach((item, index) => {
@@ -10200,7 +10203,7 @@ function tile(title, unit, ...lines) {
     put(big, text);
     put(note, noteText);
     samples.push(values);
-    samples.splice(0, samples.length - SAMPLES);
+    samples.splice(0, samples.length - SAMPLES);    // a negative count removes nothing
     const most = Math.max(...samples.flat()), start = SAMPLES - samples.length;
     lines.forEach((_, line) => {
       const points = samples.map((sample, index) =>
