@@ -13811,6 +13811,7 @@ def make_pytest_plugin(pytest, seed):
             proxies = self.proxies[request.node] = []
             with contextlib.ExitStack() as stack:
                 def start(distant, *args, **kwargs):
+                    """Start a Proxy, which stops when the test ends."""
                     kwargs.setdefault("seed", seed)
                     proxy = stack.enter_context(Proxy(distant, *args, **kwargs))
                     proxies.append(proxy)
@@ -14384,7 +14385,8 @@ def add_options(values, options):
     for name, text in values.items():
         handler_name, dot, option = name.rpartition(".")    # HANDLER may be a dotted path
         if dot:
-            sourced = SourcedText(option_flags(handler_name, option)[0], text)
+            first_flag, *_ = option_flags(handler_name, option)
+            sourced = SourcedText(first_flag, text)
             sourced.parse(check_handler_option, handler_name, option)
             options.setdefault(handler_name, {})[option] = sourced
 
@@ -14486,6 +14488,7 @@ def read_ini_toxic(name, source, texts):
 def expand_env(text):
     """Replace each ${NAME} by the value of the environment variable NAME. Raises ValueError."""
     def value_of(match):
+        """Return the value of the variable in a match of `reference`."""
         name = match.group(1)
         if name not in os.environ:
             raise ValueError("needs ${%s}, which is not set in the environment" % name)
@@ -14937,7 +14940,7 @@ def print_safe(text, file):
     """Print a text to sys.stdout or sys.stderr. Escapes characters that the encoding lacks."""
     if file is None:                    # the stream was closed when Python started
         return
-    encoding = getattr(file, "encoding", None) or "ascii"
+    encoding = getattr(file, "encoding", None) or "ascii"       # a user's stream may have none
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
 
 
@@ -15182,10 +15185,12 @@ def summarize(outcomes, faults):
 
 
 def describe_fault(handler_name, affected, normal_seconds):
-    """Return the end of a sentence that begins with the number of the affected requests.
+    """Return a text like "were delayed (delay), by 1.00 s at the median".
 
     affected          Outcomes of the requests on which the handler acted
-    normal_seconds    median time of the other requests, or 0 if none of them was answered
+    normal_seconds    median time of all other requests, or 0 if none of them was answered
+
+    If some of the affected requests failed, the text is like "met error: 5 x a wrong answer".
     """
     answered, failures = answered_only(affected), count_failures(affected)
     if normal_seconds and not failures:
@@ -15411,10 +15416,10 @@ def change_action(method, text):
 
     text    the text to print after the call
     """
-    def function(client):
+    def action(client):
         method(client)
         return change_text(client, text)
-    return function
+    return action
 
 
 def json_lines(values):
