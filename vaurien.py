@@ -1462,7 +1462,8 @@ def check_handler(path, function):
 #   CONTINUATION        the bytes since the last END_OF_MESSAGE belong to the previous request
 #   END_OF_MESSAGE      a request or a reply ends here
 #   TLS_BEGINS          the further bytes of this direction are in TLS. Yielded only if `joins_tls`
-#                       is set. The chain then restarts the reader, for the decrypted bytes
+#                       is set. The chain then starts a new reader, for the decrypted bytes, and
+#                       this reader does not continue
 #   END_OF_ROW          a row of a reply ends here. Yielded only if `counts_rows` is set, because
 #                       each boundary takes time
 #
@@ -1524,6 +1525,7 @@ class NeedBytes(int):
     """A reader yields this to receive a number of bytes."""
 
     def take(self, buffered, data, offset, size):
+        """Take the missing bytes, or as many of them as the data has."""
         missing = self - len(buffered)      # self is an int: the number of bytes
         end = min(size, offset + missing)
         received = buffered + data[offset:end]
@@ -1577,6 +1579,7 @@ class SkipUntil(namedtuple("SkipUntil", "marker tail")):
     __slots__ = ()
 
     def take(self, buffered, data, offset, size):
+        """Take the bytes up to the end of the marker, or all bytes if there is no marker."""
         before = buffered or self.tail          # in the first call, nothing is buffered
         searched = before + data[offset:size]
         index = searched.find(self.marker)
@@ -1687,7 +1690,7 @@ class Framer:
         if type(self.awaiting) is not NeedMatch or not self.awaiting.match_start:
             return False
         match = self.awaiting.match_start(self.buffered)
-        return bool(match and match.lastindex)      # lastindex: the group that has matched
+        return bool(match and match.lastindex)      # lastindex is None if no group has matched
 
     def whole_message(self, data):
         """Parse data fast, if data is exactly one message of a common form.
@@ -1706,7 +1709,7 @@ class Framer:
     def feed(self, data, size):
         """Parse the first `size` bytes of data. Yield (offset, boundary) for each boundary.
 
-        data    bytes, or a memoryview whose first byte is the first byte of a bytearray
+        data    bytes, or a memoryview that begins at the first byte of a bytearray
 
         The caller applies a boundary before it asks for the next boundary. Raises ProtocolError.
         """
@@ -1747,7 +1750,8 @@ class Protocol:
 
     # The errors
     errors: dict = {}               # {kind: data for `encode_error`}
-    default_errors: tuple = ()      # the kinds to draw from, for a rule without a kind
+    default_errors: tuple = ()      # kinds for requests. If the option `kind` of a rule is empty,
+                                    #   one of these kinds is drawn
     connect_errors: tuple = ()      # kinds for a client that connects. If such a kind is fatal,
                                     #   the kind is for requests too
     fatal_errors: tuple = ()        # kinds after which a server closes the connection
@@ -1765,10 +1769,10 @@ class Protocol:
     # TLS
     alpn: tuple = ()                # names of the protocol in ALPN (RFC 7301)
     starts_tls = False              # TLS may begin within a connection
-    joins_tls = False               # the proxy decrypts such TLS. The Connection sets this
+    joins_tls = False               # the proxy decrypts this TLS. The Connection sets this
 
     def __init__(self, host=b""):
-        self.host = host            # the new value of Host header fields, or b"" to keep theirs
+        self.host = host            # the new value of Host header fields. b"": replace no value
         self.exchanges: deque = deque()     # the queue, which only the ProtocolChain changes
         self.refusable = None       # the Exchange that a rule may refuse now, or None. The
                                     #   ProtocolChain sets this before each event
@@ -1791,11 +1795,11 @@ class Protocol:
 
     def beginning(self, request):
         """Return the first bytes of a request's text, for a fault record."""
-        if request.name in self.credentials:    # the text has a password
+        if request.name in self.credentials:    # the text may have a password
             return request.name.encode()
         return request.text[:BEGINNING_MAX]
 
-    # Each protocol defines the two readers, and the other methods where it differs
+    # Each protocol defines the two readers. It overrides the other methods as needed.
 
     def requests(self):
         """Find the requests in the client's bytes. A generator.
@@ -1887,8 +1891,8 @@ class Protocol:
     #
     # A rule can refuse a request only at the event with the head of the request. The exchange of
     # the request then has a Refusal, which names the rule. The handler of this rule gets no
-    # further events of the exchange: the ProtocolChain calls finish_refusal for them. To all other
-    # rules, the events look like those of a failing server.
+    # further events of the exchange: the ProtocolChain calls finish_refusal for these events. For
+    # all other rules, the events are as if the server had failed.
 
     def reply_with_error(self, state, t, to, data, kind):
         """Yield the events that the handler `error` makes of one event.
@@ -1926,9 +1930,9 @@ class Protocol:
         if request:
             kind = kind or state.random.choice(self.default_errors)
             return kind, self.error_reply(kind, request)
-        # A rule without a kind acts on requests, and on connecting if this counts as request 1.
-        # For Postgres, this method is called for each of the client's first messages. All calls
-        # must choose the same kind. So the draw of the rule decides.
+        # A rule without a kind acts on requests. If connecting counts as request 1, the rule also
+        # acts on connecting. For Postgres, this method is called for each of the first messages of
+        # a client. All these calls must choose the same kind. So the draw of the rule decides.
         if self.server_first and self.connect_errors and not kind:
             kind = self.connect_errors[state.draw % len(self.connect_errors)]
         return kind, self.connect_error(kind, data)
@@ -1985,7 +1989,7 @@ HeaderFields = namedtuple("HeaderFields", "text rewritten close keep_alive")
 class Http(Protocol):
     """HTTP/1.0 and 1.1 (RFC 9112).
 
-    Request.info is True if the server closes the connection after the reply, and else False.
+    Request.info is True if the server closes the connection after the reply, otherwise False.
     """
 
     alpn = ("http/1.1",)
@@ -2022,6 +2026,7 @@ class Http(Protocol):
     line_is_empty = False      # no byte of the current line of a text/event-stream has been read
 
     def requests(self):
+        """Find the requests: a head, and a body if the head announces one."""
         empty_size = 0                      # bytes of empty lines before the request line
         while True:
             head = yield self.REQUEST_HEAD
@@ -2049,8 +2054,10 @@ class Http(Protocol):
         if not match:
             raise ProtocolError(self.REQUEST_HEAD.error)
         method, minor_version = match.groups()
+        # In HTTP/1.0, the server closes the connection unless the client asks for keep-alive.
         closes = close or (minor_version == b"0" and not keep_alive)
-        return Request(head.strip().replace(b"\r\n", b"\n"), method.decode(), info=closes)
+        text = head.strip().replace(b"\r\n", b"\n")     # so that `$` in `match` finds line ends
+        return Request(text, method.decode(), info=closes)
 
     def connection_options(self, head):
         """Return (close, keep_alive): the options in the Connection header field.
@@ -2059,7 +2066,7 @@ class Http(Protocol):
         reply before it sends the body. So an error must be sent at once, and this is only possible
         if the error closes the connection.
         """
-        lower_head = head.lower()           # to search it for bytes is faster than the patterns
+        lower_head = head.lower()           # a search for bytes is faster than the patterns
         if b"\nconnection" not in lower_head and b"\nexpect" not in lower_head:
             return False, False
         return (bool(self.CLOSE.search(head) or self.EXPECT.search(head)),
@@ -2093,7 +2100,7 @@ class Http(Protocol):
         Returns None if the text is not exactly one head, or if a body follows.
         """
         lower_text = text.lower()
-        # The empty line at the end of a head is "\r\n", or also "\n".
+        # A head ends with an empty line: "\r\n", or "\n" alone, which is not common.
         is_one_head = (text.endswith(b"\n\r\n") and text.find(b"\n\r\n") == len(text) - 3
                        and b"\n\n" not in text)
         has_body = b"\ncontent-length" in lower_text or b"\ntransfer-encoding" in lower_text
@@ -2102,13 +2109,14 @@ class Http(Protocol):
         return HeaderFields(text, self.rewrite_head(text), *self.connection_options(text))
 
     def replies(self):
+        """Find the replies: a head, and a body unless the method or the status excludes one."""
         while True:
             head = yield self.REPLY_HEAD    # the pattern has checked the digits of the status
             status = int(head[len(b"HTTP/1.1 "):][:3])
             method = self.awaited_request().name
             if status == 101 or (method == "CONNECT" and 200 <= status < 300):
                 raise ProtocolError("another protocol follows")
-            if status < 200:                # an interim reply: the final one follows
+            if status < 200:                # an interim reply, before the final reply
                 continue
             if method != "HEAD" and status not in (204, 304):   # all other replies have a body
                 rows = ""
@@ -2122,7 +2130,7 @@ class Http(Protocol):
 
         The head is not parsed if the head and the size of the body equal those of the last reply.
         """
-        if self.awaited_request().name in ("", "HEAD", "CONNECT"):      # "" is for NO_REQUEST
+        if self.awaited_request().name in ("", "HEAD", "CONNECT"):      # "": no reply is awaited
             return False
         head_size = data.find(b"\n\r\n") + 3       # 2 if nothing is found
         head_and_size = data[:head_size], len(data) - head_size
@@ -2247,7 +2255,7 @@ class Http(Protocol):
 class Redis(Protocol):
     """RESP2, RESP3 and inline commands (redis.io, protocol specification).
 
-    Request.info is True for a command in a transaction, and else False.
+    Request.info is True for a command in a transaction, otherwise False.
     """
 
     errors = {
@@ -2276,8 +2284,8 @@ class Redis(Protocol):
     # After these commands the server sends data without a request.
     SERVER_PUSH = {"SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE", "MONITOR", "SYNC", "PSYNC",
                    "REPLCONF"}
-    # {type of array, set and map: the number of values in an item}. An item of a map is a key and
-    # a value.
+    # {type: the number of values in an item}, for arrays, sets and maps. An item of a map is a key
+    # and a value.
     VALUES_PER_ITEM = {b"*": 1, b"~": 1, b"%": 2}
     has_rows = True         # the items of the reply, but not the items of nested values
     UNKNOWN_COMMAND = b"*1\r\n$7\r\nvaurien\r\n"
@@ -2285,11 +2293,12 @@ class Redis(Protocol):
     in_multi = False        # the client is in a transaction, between MULTI and EXEC or DISCARD
 
     def requests(self):
+        """Find the commands: arrays of bulk strings, and lines of text (inline commands)."""
         while True:
             line = yield COMMAND_LINE
             if line[:1] == b"*":
                 yield from self.read_array(line)
-            else:                           # an inline command
+            else:
                 yield self.make_request(line.split())
             yield END_OF_MESSAGE
 
@@ -2311,9 +2320,11 @@ class Redis(Protocol):
                 yield self.make_request(args)
                 yield size - text_left + len(b"\r\n")       # skip the rest of the argument
                 for _ in range(index + 1, count):           # skip all other arguments
-                    yield self.argument_size((yield LINE)) + len(b"\r\n")
+                    size = self.argument_size((yield LINE))
+                    yield size + len(b"\r\n")
                 return
-            args.append((yield NeedBytes(size + len(b"\r\n")))[:size])
+            argument = yield NeedBytes(size + len(b"\r\n"))
+            args.append(argument[:size])
             text_left -= size
         yield self.make_request(args)
 
@@ -2354,6 +2365,7 @@ class Redis(Protocol):
         return request
 
     def replies(self):
+        """Find the replies. A reply is one value, which may have nested values."""
         while True:
             values_left = 1         # how many values of the reply have not been read. Nested
                                     #   values count too
@@ -2440,7 +2452,7 @@ class Memcache(Protocol):
     connect_errors = ("TOO_MANY",)
     never_fail = ("mn",)
     overload_error = "TOO_MANY"
-    # {command with a body: index of the size of this body, among the words of the command}
+    # {command with a body: which word of the command is the size of the body}
     SIZE_INDEX = {"set": 4, "add": 4, "replace": 4, "append": 4, "prepend": 4, "cas": 4, "ms": 2}
     GET = {"get", "gets", "gat", "gats"}
     META = {"mg", "ms", "md", "ma", "me", "mn"}
@@ -2451,6 +2463,7 @@ class Memcache(Protocol):
     quiet_sent = False      # the backend has got a quiet command, and no `mn` after it
 
     def requests(self):
+        """Find the commands: lines, some of them with a body."""
         while True:
             line = yield self.COMMAND_LINE
             words = line.split()
@@ -2458,12 +2471,13 @@ class Memcache(Protocol):
             if name in ("watch", "lru_crawler"):
                 raise ProtocolError("%s starts server push" % name)
             body_size = self.body_size(name, words)
+            # The flags of a meta command follow the key. Each flag is one letter, and a value.
             flags = [word[:1] for word in words[2:]] if name in self.META else []
             is_quiet = b"q" in flags
             # In a GET, "noreply" is a key.
             is_noreply = words[-1:] == [b"noreply"] and name not in self.GET
-            request = Request(line.strip(), name,
-                              replies=not (is_quiet or is_noreply or name == "quit"))
+            gets_no_reply = is_quiet or is_noreply or name == "quit"
+            request = Request(line.strip(), name, replies=not gets_no_reply)
             yield request
             # During this yield, a rule may have refused the request and replaced it by `mn`.
             self.quiet_sent = is_quiet or (self.quiet_sent and not self.is_flush(request))
@@ -2479,6 +2493,7 @@ class Memcache(Protocol):
         return parse_length(words[index]) + len(b"\r\n") if 0 < index < len(words) else 0
 
     def replies(self):
+        """Find the replies: one line, or several lines, some of them with a body."""
         while True:
             line = yield self.REPLY_LINE
             words, request = line.split(), self.awaited_request()
@@ -2543,7 +2558,7 @@ class StatementTexts(OrderedDict):
     take more than STATEMENTS_MAX bytes. In place of a forgotten text, `match` searches in b"".
     """
 
-    size = 0            # bytes of memory
+    size = 0            # bytes of memory that all texts take
 
     def __setitem__(self, key, text):
         self.forget(key)
@@ -2605,6 +2620,7 @@ class SkipRows:
         self.left = 0
 
     def take(self, buffered, data, offset, size):
+        """Take whole rows, and the beginning of a row whose end has not arrived."""
         offset, unpack_from = offset + self.left, self.HEADER.unpack_from
         while offset + 5 <= size:
             size_and_sequence, type_ = unpack_from(data, offset)
@@ -2614,8 +2630,7 @@ class SkipRows:
                 break
             offset += 4 + body_size
         self.left = max(0, offset - size)
-        # The rest of the data is a packet to parse, or too short to be skipped here. The reader
-        # continues there.
+        # A packet that begins in the data and is not skipped: the reader parses this packet.
         return (offset, b"", b"") if offset < size else (size, None, b"")
 
 
@@ -2693,7 +2708,7 @@ class Mysql(Protocol):
     SERVER_PUSH = {0x12, 0x13, 0x1e, 0x20, 0x21}
     # Types of the backend's packets: the first byte of the body
     OK, LOCAL_INFILE, EOF, ERR = b"\x00", b"\xfb", b"\xfe", b"\xff"
-    PROGRESS_REPORT = b"\xff\xff\xff"      # MariaDB sends such an ERR before the reply
+    PROGRESS_REPORT = b"\xff\xff\xff"      # MariaDB: such an ERR comes before the reply
     EOF_SIZE = 5                            # the size of an EOF. An OK with the type of an EOF is
                                             #   longer
     # Flags of a status
@@ -2719,6 +2734,7 @@ class Mysql(Protocol):
         super().__init__(host)
 
     def requests(self):
+        """Find the commands. All other packets continue the last command, or the login."""
         while True:
             size, sequence = mysql_header((yield NeedBytes(4)))
             if size > HEAD_MAX and not self.capabilities_known:     # perhaps bytes of TLS
@@ -2747,20 +2763,22 @@ class Mysql(Protocol):
         yield END_OF_MESSAGE
 
     def read_capabilities(self, size):
-        """Read the capability flags, the first bytes of a login packet. Returns the size left.
+        """Read the capability flags: the first bytes of a login packet.
 
         size    bytes of the packet's body
+
+        Returns how many bytes of the body are left.
         """
         head = yield NeedBytes(min(4, size))
         flags, size_left = int.from_bytes(head, "little"), size - len(head)
-        # An SSLRequest is a login packet that ends before the user's name. The same packet
-        # follows in TLS, complete.
+        # An SSLRequest is a login packet that ends before the user's name. The complete login
+        # packet follows in TLS.
         if size == 32 and flags & self.CLIENT_SSL:
             if not self.joins_tls:
                 raise ProtocolError("TLS follows")
             yield size_left
             yield END_OF_MESSAGE
-            yield TLS_BEGINS
+            yield TLS_BEGINS                # the chain starts a new reader, and drops this reader
         if flags & self.CLIENT_COMPRESS:
             raise ProtocolError("compression follows")
         self.capabilities_known, self.flags = True, flags & self.server_flags
@@ -2783,8 +2801,8 @@ class Mysql(Protocol):
         """
         command, statement_id = body[0], body[1:5]
         if command == self.QUERY:
-            # With this flag, query attributes come before the SQL. b"\0\1" means 0 attributes, in
-            # 1 set. Other attributes are not parsed, and count as SQL.
+            # If both peers have this flag, query attributes come before the SQL. b"\0\1" means
+            # 0 attributes, in 1 set. Other attributes are not parsed, and count as SQL.
             sends_attributes = self.flags & self.CLIENT_QUERY_ATTRIBUTES
             sql_offset = 3 if sends_attributes and body[1:3] == b"\0\1" else 1
             return body[sql_offset:]
@@ -2800,6 +2818,7 @@ class Mysql(Protocol):
         return b""
 
     def replies(self):
+        """Find the greeting, the login and the replies. Skip packets that no command awaits."""
         while True:
             size, head = yield from self.read_packet()
             request = self.awaited_request()
@@ -3049,8 +3068,7 @@ class Postgres(Protocol):
     TLS, GSS, CANCEL = 80877103, 80877104, 80877102
     # Types of the client's messages
     QUERY, PARSE, BIND, EXECUTE, SYNC, CLOSE = b"Q", b"P", b"B", b"E", b"S", b"C"
-    WITH_TEXT = b"QPBEC"            # messages whose SQL, or names of statements and portals, the
-                                    #   proxy reads
+    WITH_TEXT = b"QPBEC"            # messages with SQL, or with the name of a statement or portal
     REQUESTS = b"QFSBE"             # Query, FunctionCall, Sync, Bind, Execute
     CONTINUATIONS = b"dcfpHX"       # CopyData, CopyDone, CopyFail, password, Flush, Terminate
     COPY_ENDS = b"cf"               # CopyDone, CopyFail
@@ -3091,6 +3109,7 @@ class Postgres(Protocol):
         super().__init__(host)
 
     def requests(self):
+        """Find the requests: see Request.name in the description of the class."""
         yield from self.read_startup()
         while True:
             yield from self.read_request()
@@ -3131,10 +3150,10 @@ class Postgres(Protocol):
         yield END_OF_MESSAGE
 
     def make_boundary(self, type_, body):
-        """Return the Request that a message makes. Note what the message changes.
+        """Return the Request that a message makes. Note names, and the end of COPY data.
 
-        Returns CONTINUATION if the message continues the last request. Returns None if it belongs
-        to the next request.
+        Returns CONTINUATION if the message continues the last request. Returns None if the message
+        belongs to the next request.
         """
         if type_ in self.CONTINUATIONS:
             if type_ in self.COPY_ENDS:
@@ -3157,7 +3176,7 @@ class Postgres(Protocol):
 
     def expect_no_execute(self, request):
         """Expect only BindComplete, or an error, as the reply to the request of a Bind."""
-        is_refused = request.info.ends != self.EXECUTE_ENDS     # see make_substitute
+        is_refused = request.info.ends != self.EXECUTE_ENDS     # make_substitute sets other types
         if is_refused:
             return
         request.info.ends = self.BIND_ENDS
@@ -3196,6 +3215,7 @@ class Postgres(Protocol):
                        info=PostgresReply())
 
     def replies(self):
+        """Find the replies, and note what the messages of the backend change."""
         while True:
             if self.encryption_requested:
                 yield from self.read_encryption_reply()
@@ -3350,6 +3370,7 @@ class Smtp(Protocol):
     auth_continues = False          # the client's next line belongs to AUTH, and is no command
 
     def requests(self):
+        """Find the commands. A message after DATA is a request too: see read_message."""
         while True:
             line = yield COMMAND_LINE
             if self.auth_continues:
@@ -3360,7 +3381,7 @@ class Smtp(Protocol):
             words = line.split()
             name = words[0].upper().decode("latin-1") if words else ""
             yield Request(line.strip(), name)
-            if name == "BDAT" and len(words) > 1:
+            if name == "BDAT" and len(words) > 1:       # a part of a message follows
                 yield parse_length(words[1])
             yield END_OF_MESSAGE
 
@@ -3375,6 +3396,7 @@ class Smtp(Protocol):
         yield from self.requests()
 
     def replies(self):
+        """Find the replies. A reply is one line, or several lines."""
         while True:
             line = yield self.REPLY_LINE
             code, separator = line[:3], line[3:4]
@@ -3388,7 +3410,7 @@ class Smtp(Protocol):
                 if not self.joins_tls:
                     raise ProtocolError("TLS follows")
                 yield END_OF_MESSAGE
-                yield TLS_BEGINS
+                yield TLS_BEGINS            # the chain starts a new reader, and drops this reader
             if name == "DATA" and code == b"354":
                 # No bytes are lost: the client waits for this reply before it sends the message.
                 self.request_framer.restart(self.read_message())
@@ -3429,6 +3451,7 @@ class Tls(Protocol):
     RECORD_MAX = 1 << 14        # bytes of a record, without its header
 
     def requests(self):
+        """Find the ClientHello, and skip all other bytes."""
         # The header of the ClientHello has 4 bytes: the type, and the size of the rest. The
         # ClientHello may come in several records.
         hello, hello_size = b"", 4
@@ -3454,6 +3477,7 @@ class Tls(Protocol):
         yield UNLIMITED
 
     def replies(self):
+        """Skip all bytes: the backend's bytes have no boundaries."""
         return read_opaque()
 
     def describe_hello(self, hello):
@@ -3462,7 +3486,8 @@ class Tls(Protocol):
         versions = [hello[4:6]]                 # the highest version of a client before TLS 1.3
         for type_, body in self.read_extensions(hello):
             if type_ == self.SNI:
-                names = [body[5:]]              # after the list's size (2), a type and a size (2)
+                # Before the name: the size of the list (2), the type (1) and size (2) of the name.
+                names = [body[5:]]
             elif type_ == self.ALPN:
                 position = 2                    # after the size of the list
                 while position < len(body):
@@ -3483,7 +3508,8 @@ class Tls(Protocol):
         position = 4 + 2 + 32                   # after the header, the version and random bytes
         # Each of the next three fields begins with its size, in 1 or 2 bytes.
         position += 1 + hello[position]         # after the id of the session
-        position += 2 + int.from_bytes(hello[position:position + 2], "big")     # cipher suites
+        cipher_suites_size = int.from_bytes(hello[position:position + 2], "big")
+        position += 2 + cipher_suites_size
         position += 1 + hello[position]         # after the compression methods
         position += 2                           # after the size of all extensions together
         while position + 4 <= len(hello):
@@ -3492,7 +3518,10 @@ class Tls(Protocol):
             yield type_, hello[position - size:position]
 
     def encode_error(self, kind):
-        """Return an alert record. Clients of all versions accept it before the ServerHello."""
+        """Return an alert record.
+
+        The record has the version of TLS 1.2. Before the ServerHello, all clients accept it.
+        """
         alert, version, size, fatal = 21, (3, 3), (0, 2), 2
         return bytes([alert, *version, *size, fatal, self.errors[kind]])
 
