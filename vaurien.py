@@ -5746,51 +5746,58 @@ class DelayQueue:
 
 # -- Loop ---------------------------------------------------------------------
 #
-# A loop runs in one thread. It has a selector for the sockets, a heap of timers, and a queue of
-# calls from other threads. Other threads may call only `run_sync`, `call_soon_threadsafe`,
-# `run_in_thread` and `stop`. The loop does not know the connections, but it owns the resources
-# that they share: the receive buffer, the budget and the kernel pipes.
+# A loop runs in one thread. A loop has a selector for the sockets, a heap of timers, and a queue
+# of calls from other threads. Other threads may call only `run_sync`, `call_soon_threadsafe`,
+# `run_in_thread` and `stop`. This section has no code for connections. But a loop owns the
+# resources that its connections share: the receive buffer, the budget and the kernel pipes.
 
 def capture(function, *args):
-    """Call a function. Returns (result, None) or (None, exception), to pass to another thread."""
+    """Call a function. Returns (result, None), or (None, exception) if the function raises.
+
+    So another thread can receive the result, and can raise or log the exception.
+    """
     try:
         return function(*args), None
-    except BaseException as exc:        # the other thread raises or logs it
+    except BaseException as exc:
         return None, exc
 
 
-# Faster than SelectorKey(...), because it does not call SelectorKey.__new__, a Python function.
+# Makes a SelectorKey of a tuple. SelectorKey(...) would be slower, because it would call
+# SelectorKey.__new__, a function in Python.
 make_selector_key = functools.partial(tuple.__new__, selectors.SelectorKey)
 
 
 class EpollSelector:
     """A faster selectors.EpollSelector, with the methods that Loop calls.
 
-    - A poll has room for MAX_EVENTS events, however many sockets are registered.
-    - No Python function is called for an event.
-    - Before `select` sleeps, it polls busily for a short time.
+    - A poll takes memory for MAX_EVENTS events, however many sockets are registered.
+    - `select` calls no Python function for an event.
+    - Before `select` sleeps, it polls in a busy loop for a short time: see `busy_poll`.
     """
 
-    # The epoll masks of 0, EVENT_READ, EVENT_WRITE, and both. EPOLLIN is 1, EPOLLOUT is 4.
+    # MASKS[events] is the epoll mask for these events. EVENT_READ is 1 and EVENT_WRITE is 2.
+    # EPOLLIN is 1 and EPOLLOUT is 4.
     MASKS = [0, 1, 4, 5]
-    # For EPOLLIN, EPOLLOUT, and EPOLLIN with EPOLLHUP. Every other mask, such as that of an
-    # error, is reported as both events.
+    # {epoll mask: events}. The masks are EPOLLIN, EPOLLOUT, and EPOLLIN with EPOLLHUP. For each
+    # other mask, such as the mask of an error, `select` returns BOTH_EVENTS.
     READY = {1: EVENT_READ, 4: EVENT_WRITE, 17: EVENT_READ}
     BOTH_EVENTS = EVENT_READ | EVENT_WRITE
-    MAX_EVENTS = 256        # of one poll, so that timers do not wait too long
-    SPIN_TIME = 0.00008     # seconds of a busy poll: about the cost of sleeping and waking up
-    PREEMPTED = 0.001       # seconds after which another process must have had the CPU
-    BACKOFF_MAX = 8         # the most busy polls to skip after some without events
-    BACKOFF_PREEMPTED = 512     # busy polls to skip after a preemption: another one may cost a
-                                #   whole time slice
+    MAX_EVENTS = 256        # the most events of one poll, so that timers do not wait too long
+    SPIN_TIME = 0.00008     # seconds in the busy loop. To sleep and to wake up costs about this
+    PREEMPTED = 0.001       # after more seconds in the busy loop, another process must have had
+                            #   the CPU in the meantime
+    BACKOFF_MAX = 8         # the largest value of `skips` after a busy loop without events
+    BACKOFF_PREEMPTED = 512     # the value of `skips` after another process had the CPU: a
+                                #   second time may cost a whole time slice again
 
     def __init__(self, clock=time.monotonic):
         self.epoll = select.epoll()
         self.fileno, self.close = self.epoll.fileno, self.epoll.close
         self.keys = {}
         self.clock = clock
-        self.skips = 0      # the next busy polls to skip
-        self.backoff = 0    # busy polls to skip after the last one; 0 if it returned events
+        self.skips = 0      # this many of the next calls of busy_poll sleep at once
+        self.backoff = 0    # the first value of `skips` after the last busy loop; 0 if the loop
+                            #   ended with events
 
     def register(self, sock, events, callback):
         fd = sock.fileno()
@@ -5808,22 +5815,24 @@ class EpollSelector:
         del self.keys[fd]
 
     def select(self, timeout=None):
-        events = self.epoll.poll(0, self.MAX_EVENTS)    # without sleeping
+        events = self.epoll.poll(0, self.MAX_EVENTS)    # without a sleep
         if not events and timeout != 0:
-            events = self.busy_poll(-1 if timeout is None else timeout)
-        # Look up all keys before any callback runs: a callback may close a socket and open
-        # another one that gets the same descriptor.
+            events = self.busy_poll(-1 if timeout is None else timeout)     # -1: no time-out
+        # Look up all keys before any callback runs. A callback may close a socket and open
+        # another socket, which gets the same descriptor.
         keys, ready, both = self.keys, self.READY.get, self.BOTH_EVENTS
         return [(keys[fd], ready(mask, both)) for fd, mask in events]
 
     def busy_poll(self, timeout):
-        """Poll for about as long as sleeping and waking up would take. Then sleep.
+        """Poll in a busy loop for SPIN_TIME. Then sleep until an event comes.
 
-        Returns the events. Yields the CPU before each poll.
+        timeout    the most seconds to sleep; -1: without a limit
 
-        Many peers reply faster than a process wakes up. Polling for as long as a sleep costs,
-        before sleeping, takes at most twice the optimal time (Karlin et al., Empirical Studies
-        of Competitive Spinning, 1991).
+        Returns the events.
+
+        Many peers reply faster than a process falls asleep and wakes up. A busy loop that takes
+        as long as a sleep costs takes at most twice the optimal time (Karlin et al., Empirical
+        Studies of Competitive Spinning, 1991).
         """
         if self.skips:
             self.skips -= 1
@@ -5831,25 +5840,26 @@ class EpollSelector:
         clock, events, elapsed = self.clock, [], 0.0
         began = clock()
         while not events and elapsed < self.SPIN_TIME:
-            os.sched_yield()
+            os.sched_yield()            # the peer may need this CPU
             events = self.epoll.poll(0, self.MAX_EVENTS)
             elapsed = clock() - began
         if elapsed > self.PREEMPTED:
             self.backoff = self.skips = self.BACKOFF_PREEMPTED
-            return events               # even an empty list: a timer may be due
+            return events               # even if the list is empty: a timer may be due
+        # After successive busy loops without events, `skips` is 1, 2, 4, 8, 8 ...
         self.backoff = 0 if events else min(self.BACKOFF_MAX, max(1, 2 * self.backoff))
         self.skips = self.backoff
         return events or self.epoll.poll(timeout, self.MAX_EVENTS)
 
 
 def raise_fd_limit():
-    """Raise the limit of descriptors as far as permitted (man 2 getrlimit).
+    """Raise this process's limit of file descriptors as far as permitted (man 2 getrlimit).
 
-    A connection needs two of them. Returns the new limit, or 0 if it is unknown.
+    A connection needs two descriptors. Returns the new limit, or 0 if the limit is unknown.
     """
     try:
         import resource
-    except ImportError:                 # Windows has none
+    except ImportError:                 # Windows does not have this module
         return 0
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for limit in hard, 10240:           # macOS accepts 10240 at most, even if `hard` is higher
@@ -5862,7 +5872,7 @@ def raise_fd_limit():
 
 
 def fds_available(limit):
-    """Return whether SPARE_FDS descriptors below a limit are free. Opens them to find out."""
+    """Return whether SPARE_FDS descriptors below a limit are free. Opens files to find out."""
     fds = []
     try:
         while len(fds) < SPARE_FDS:
@@ -5872,67 +5882,71 @@ def fds_available(limit):
     finally:
         for fd in fds:
             os.close(fd)
-    return max(fds) < limit
+    return max(fds) < limit         # the kernel hands out the lowest free descriptors
 
 
-# The indexes of a timer. It is a list, because a heap compares lists faster than objects.
-#   DUE         its time
-#   ORDER       a number that orders the timers of one time
-#   CALLBACK    None once the timer has called back or is cancelled
+# A timer is a list, because a heap compares lists faster than objects. The indexes of its items:
+#   DUE         the time when the timer is due
+#   ORDER       a number that orders timers with the same due time
+#   CALLBACK    the function to call at this time; None after the call or after `cancel`
 DUE, ORDER, CALLBACK = range(3)
 
 
 class Loop:
     """Watches sockets, runs timers, and runs the calls of other threads."""
 
-    FD_SETSIZE = 1024       # select() accepts only descriptors below this one
-    REBUILD_MIN = 100       # cancelled timers; with fewer, rebuilding the heap is not worth it
+    FD_SETSIZE = 1024       # select() accepts only descriptors below this number
+    REBUILD_MIN = 100       # the heap of timers is not rebuilt for fewer cancelled timers
 
-    # Set once descriptors have run out. Listeners then check for free ones before they accept.
+    # Whether this process has ever run out of file descriptors. If so, a listener checks that
+    # descriptors are free before it accepts a connection. All loops share this value.
     fds_exhausted = False
 
-    # Accepted sockets and those of backends have descriptors below this one. The descriptors
-    # from it up are for the control server. The kernel hands out the lowest free descriptor. So
-    # a socket gets one from this limit up only if all below are in use.
+    # The sockets of clients and backends have descriptors below this limit. The other descriptors
+    # are for the control server. The kernel hands out the lowest free descriptor. So a socket
+    # only gets a descriptor beyond the limit if all descriptors below the limit are in use.
     fd_limit = math.inf
 
     def __init__(self, clock=time.monotonic, selector=None):
         self.clock = clock
-        self.selector = selector or (EpollSelector if hasattr(select, "epoll")
-                                     else selectors.DefaultSelector)()
+        if selector is None:
+            selector = EpollSelector() if hasattr(select, "epoll") else selectors.DefaultSelector()
+        self.selector = selector
         self.watched = set()                # the sockets in the selector
-        self.timers = []                    # a heap
-        self.order = 0                      # of the last timer
+        self.timers = []                    # a heap of timers: see DUE
+        self.order = 0                      # the ORDER of the last timer
         self.cancelled_count = 0            # number of cancelled timers in the heap
         self.calls = deque()                # (function, args) queued by other threads
-        self.pid = os.getpid()              # the process in which `run` may run
-        self.running = True
+        self.pid = os.getpid()              # the process that has created the loop
+        self.running = True                 # False after `stop`
         self.ended = False                  # whether `run` has returned
         # Shared by the connections of this loop
         self.budget = Budget()
-        self.buffer = bytearray(CHUNK)      # every recv reads into it
+        self.buffer = bytearray(CHUNK)      # the buffer for all calls of recv_into
         self.view = memoryview(self.buffer)
         self.pipe_pool = []                 # empty KernelPipes
         self.wakeup_send, self.wakeup_recv = socket.socketpair()
         self.wakeup_send.setblocking(False)
         self.wakeup_recv.setblocking(False)
         self.watch(self.wakeup_recv, EVENT_READ, self.on_wakeup)
-        # select() can watch the descriptor of epoll or kqueue, and has a time-out in
-        # microseconds. That of epoll is in milliseconds.
+        # The time-out of epoll is a number of milliseconds, and that of select() a number of
+        # microseconds. So in a precise wait, select() watches the descriptor of the selector.
         fileno = getattr(self.selector, "fileno", None)
         self.precise_fds = [fileno()] if fileno and fileno() < self.FD_SETSIZE else None
-        # select() takes 512 sockets on Windows, and descriptors below FD_SETSIZE elsewhere.
+        # select() can watch 512 sockets on Windows, and descriptors below FD_SETSIZE elsewhere.
         self.socket_limit = 500 if isinstance(self.selector, selectors.SelectSelector) \
             else math.inf
 
     def watch(self, sock, events, callback=None):
-        """Call callback(events) whenever the socket is ready. If events is 0, stop watching it.
+        """Call callback(events) whenever a socket is ready for one of these events.
 
-        The callback gets the events that the socket is ready for. If the socket has an error,
-        these may include events that were not asked for.
+        events    EVENT_READ, EVENT_WRITE or both; 0: stop watching the socket
+
+        The argument of the callback has the events that the socket is ready for. After an error
+        of the socket, the argument may have further events.
         """
-        # `sock in self.selector.get_map()` is not used: for an unknown socket it formats
-        # a KeyError, and repr(socket) makes system calls.
+        # `sock in self.selector.get_map()` would be slower. For an unknown socket, it formats
+        # a KeyError with repr(sock), which makes system calls.
         is_watched = sock in self.watched
         if events and is_watched:
             self.selector.modify(sock, events, callback)
@@ -5945,33 +5959,35 @@ class Loop:
 
     def capacity_error(self):
         """Return the reason why one more connection cannot be served, or "" if it can."""
-        if len(self.watched) + 2 > self.socket_limit:
+        if len(self.watched) + 2 > self.socket_limit:       # 2 sockets for the connection
             return "select() takes no more sockets"
         if Loop.fds_exhausted and not fds_available(self.fd_limit):
             return "too few descriptors are left"
         return ""
 
     def call_at(self, t, callback):
-        """Call callback() at t. Returns the timer, for `cancel`."""
+        """Call callback() at the time t of the loop's clock. Returns the timer, for `cancel`."""
         self.order += 1
         timer = [t, self.order, callback]
         heapq.heappush(self.timers, timer)
         return timer
 
     def cancel(self, timer):
-        """Cancel a timer. Does nothing if it is None, has called back or is cancelled already.
+        """Cancel a timer. Does nothing if `timer` is None, has called back, or is cancelled.
 
-        A cancelled timer stays in the heap until it is the first one, or the heap is rebuilt.
+        A cancelled timer stays in the heap until it is the first timer there, or until the heap
+        is rebuilt.
         """
         if not timer or not timer[CALLBACK]:
             return
         timer[CALLBACK] = None
         self.cancelled_count += 1
+        # A rebuild removes at least half of the heap. So rebuilds take little time for each timer.
         if self.cancelled_count > max(self.REBUILD_MIN, len(self.timers) // 2):
             self.timers = [entry for entry in self.timers if entry[CALLBACK]]
             heapq.heapify(self.timers)
             self.cancelled_count = 0
-        # With an empty heap, wait() need not read the clock.
+        # Remove cancelled timers that are first now: with an empty heap, wait() reads no clock.
         while self.timers and not self.timers[0][CALLBACK]:
             heapq.heappop(self.timers)
             self.cancelled_count -= 1
@@ -5981,8 +5997,8 @@ class Loop:
         try:
             while self.running:
                 for key, events in self.wait():
-                    key.data(events)    # the callback
-                    if self.calls:      # before the next of perhaps hundreds of ready sockets
+                    key.data(events)    # calls the callback
+                    if self.calls:      # do not wait: hundreds of other sockets may be ready
                         self.run_queued()
                 if self.timers:
                     self.run_timers()
@@ -5990,17 +6006,22 @@ class Loop:
             self.ended = True
 
     def wait(self):
-        """Return the ready sockets as (key, events). Returns at the latest when a timer is due."""
+        """Wait until sockets are ready, or until the next timer is due.
+
+        Returns [(key, events)] of the ready sockets. The list may be empty before a timer is
+        due. Then `run` calls this function again.
+        """
         if not self.timers:
             return self.selector.select()       # without a time-out the kernel sets no timer
-        timeout = self.timers[0][DUE] - self.clock()
+        timeout = max(0, self.timers[0][DUE] - self.clock())
         if timeout > PRECISE_WAIT:
+            # Wake up early. The next call waits precisely for the rest of the time.
             return self.selector.select(min(MAX_WAIT, timeout - PRECISE_WAIT / 2))
-        if timeout > 0 and self.precise_fds:
-            if timeout > SELECT_OVERSHOOT:
-                select.select(self.precise_fds, [], [], timeout - SELECT_OVERSHOOT)
-            return self.selector.select(0)      # `run` calls wait() again until the timer is due
-        return self.selector.select(max(0, timeout))
+        if not timeout or not self.precise_fds:
+            return self.selector.select(timeout)
+        if timeout > SELECT_OVERSHOOT:
+            select.select(self.precise_fds, [], [], timeout - SELECT_OVERSHOOT)
+        return self.selector.select(0)
 
     def run_timers(self):
         """Call the callbacks of the timers that are due."""
@@ -6011,20 +6032,22 @@ class Loop:
             timer[CALLBACK] = None
             if callback:
                 callback()
-            else:
+            else:                           # the timer was cancelled
                 self.cancelled_count -= 1
 
     def call_soon_threadsafe(self, function, *args):
-        """Queue a call of function(*args) for the loop's thread, and wake it up.
+        """Queue a call of function(*args) for the loop's thread, and wake up the loop.
 
-        A handler of an OS signal may use this, too.
+        A handler of an OS signal may call this function too.
         """
         self.calls.append((function, args))
-        with contextlib.suppress(OSError):      # the loop is closed, or the socket is full, so
-            self.wakeup_send.send(b"!")         #   that the loop wakes up anyway
+        # send() fails if the loop is closed. It also fails if the socket's buffer is full. Then
+        # the loop wakes up anyway, to read from the socket.
+        with contextlib.suppress(OSError):
+            self.wakeup_send.send(b"!")
 
     def on_wakeup(self, events):
-        """Empty the wakeup socket, and run the queued calls."""
+        """Receive the bytes of call_soon_threadsafe, and run the queued calls."""
         with contextlib.suppress(BlockingIOError):
             self.wakeup_recv.recv(4096)
         self.run_queued()
@@ -6038,7 +6061,7 @@ class Loop:
     def run_sync(self, function, *args):
         """Run a function in the loop's thread, and return its result.
 
-        Only other threads may call this: the loop's thread would wait for itself. Raises the
+        Only other threads may call run_sync: the loop's thread would wait for itself. Raises the
         function's exception, or RuntimeError if the loop has ended or runs in another process.
         """
         self.check_process()
@@ -6049,7 +6072,7 @@ class Loop:
             done.set()
 
         self.call_soon_threadsafe(run)
-        # The loop may end before it runs the call, so check that every second.
+        # The loop may end before it runs the call. So check once a second whether it has ended.
         while not done.wait(0 if self.ended else 1):
             if self.ended and not done.is_set():
                 raise RuntimeError("the loop has ended")
@@ -6059,15 +6082,16 @@ class Loop:
         return result
 
     def is_forked(self):
-        """Return whether this process is a fork of the one that has created the loop.
+        """Return whether this process is a fork of the process that has created the loop.
 
-        In a fork, the loop's thread does not run. But a fork shares the selector: if it stopped
-        watching a socket, the loop would not watch the socket either.
+        The loop's thread does not run in a fork. But the kernel's epoll object is the same in
+        both processes. If the fork stopped watching a socket, the loop would no longer get the
+        events of this socket.
         """
         return self.pid != os.getpid()
 
     def check_process(self):
-        """Raise RuntimeError in a fork."""
+        """Raise RuntimeError if this process is a fork: see is_forked."""
         if self.is_forked():
             raise RuntimeError("the proxy runs in process %d: a fork of it can only connect to "
                                "the proxy" % self.pid)
@@ -6075,7 +6099,7 @@ class Loop:
     def run_in_thread(self, function, on_done):
         """Run a function in a new thread, then call on_done(result, exc) in the loop's thread.
 
-        Either result or exc is None.
+        `exc` is the exception that the function has raised, or None.
         """
         thread = threading.Thread(
             target=lambda: self.call_soon_threadsafe(on_done, *capture(function)), daemon=True)
@@ -6085,11 +6109,12 @@ class Loop:
             self.call_soon_threadsafe(on_done, None, exc)
 
     def stop(self):
-        """End `run`. A handler of an OS signal may use this, too."""
+        """Let `run` return. A handler of an OS signal may call this function too."""
         self.running = False
         self.call_soon_threadsafe(int)  # wakes up the loop; int() has no effect
 
     def close(self):
+        """Free the descriptors of the loop, after `run` has returned."""
         self.selector.close()
         self.wakeup_send.close()
         self.wakeup_recv.close()
