@@ -7760,58 +7760,68 @@ class TlsSocket:
 
 # -- Connection ---------------------------------------------------------------
 #
-# A client's socket, a backend's socket, and the two links between them. All of it runs in the
-# loop's thread, but for blocking handlers, which get duplicates of the sockets in a thread.
+# A connection has a client's socket, a backend's socket, and two links between these sockets. The
+# loop's thread runs the code of this section. Only a blocking handler runs in a thread of its
+# own, with duplicates of the sockets.
 #
 # The phase of a connection:
 #
 #     WAITING -> CONNECTING -> CONNECTED <-> HANDED_OFF        and from each phase -> CLOSED
 #                                  `-> LINGERING
 #
-#   WAITING      a rule delays connecting
+#   WAITING      a rule delays the connect to the backend
 #   CONNECTING   the backend's name is being resolved, or connect() is pending
-#   CONNECTED    both sockets are open; this is the only phase with a fast path
+#   CONNECTED    both sockets are open; only this phase has a fast path
 #   HANDED_OFF   a blocking handler works on the sockets
-#   LINGERING    the client has its reply and our FIN, and has not closed yet
+#   LINGERING    the proxy has sent the reply of a rule and FIN to the client, and reads until
+#                the client closes
 #   CLOSED       both sockets are closed
 #
 # The endings of a connection:
 #
 #   event                               effect
-#   a peer closes its side              EOF goes through the chain, then shutdown(SHUT_WR) on
-#                                       the other socket; when both have: close
-#   a peer resets (recv or send fails)  its remaining data is delivered, then both are reset
-#   ... while its data is never due,    both are reset at once, because no data can be
-#       or waits for connect()          delivered
-#   a rule closes both sides            close; linger first if a rule has replied to a request
-#   a rule resets, or fails             both are reset
+#   a peer closes its side              EOF goes through the chain. Then the proxy calls
+#                                       shutdown(SHUT_WR) on the other socket
+#   both peers have closed their sides  close
+#   recv or send fails: a peer resets   the data that this peer has sent is delivered. Then both
+#                                       sockets are reset
+#   recv fails while the data of the    both sockets are reset at once, because the data cannot
+#     client is never due, or waits     be delivered
+#     for connect()
+#   a rule closes both sides            lingering close if a rule has replied to a request,
+#                                       otherwise close
+#   a rule resets the connection        both sockets are reset
+#   a handler raises an exception       both sockets are reset
 #   the backend cannot be connected     close
-#   the proxy stops or moves            close
+#   the proxy stops or is changed       close
 
 WAITING, CONNECTING, CONNECTED = "waiting", "connecting", "connected"
 HANDED_OFF, LINGERING, CLOSED = "handed off", "lingering", "closed"
 
-NO_SPLICE = -(1 << 60)          # `bulk_reads` of links that cannot use splice, such as with TLS
+NO_SPLICE = -(1 << 60)          # the `bulk_reads` of a link that cannot use splice, for example
+                                #   because of TLS. The value can never grow to SPLICE_AFTER
 
 
 class Link(DelayQueue):
-    """One direction of a connection: its two sockets and its delay queue."""
+    """One direction of a connection: a source, a target, and the delay queue between them."""
 
     __slots__ = ("source", "target", "watched", "fast_events", "bulk_reads", "recv_size", "asked",
                  "measure_after")
 
     def __init__(self, to, budget, recv_size):
         DelayQueue.__init__(self, to, budget)       # faster than super()
-        self.recv_size = recv_size      # bytes of the largest recv, at the moment
-        self.source = None      # a socket, or a TlsSocket; None before connect()
-        self.target = None      # the same for the other peer; None until it is connected
-        self.watched = 0        # the events of the source's socket that are watched: reads for
-                                #   this link, writes for the other one
-        self.fast_events = 0    # the events for the fast path: EVENT_READ, or 0 if it is closed
-        self.bulk_reads = 0 if HAVE_SPLICE else NO_SPLICE   # successive large reads
+        self.recv_size = recv_size      # the most bytes to receive at once
+        self.source = None      # the socket or TlsSocket of the sender; None before connect()
+        self.target = None      # the socket or TlsSocket of the receiver; None until connected
+        self.watched = 0        # the events for which the loop watches the source: EVENT_READ for
+                                #   this link, EVENT_WRITE for the link in the other direction
+        self.fast_events = 0    # EVENT_READ if the fast path is open, otherwise 0
+        self.bulk_reads = 0 if HAVE_SPLICE else NO_SPLICE   # successive reads that were large
         # To measure latencies
-        self.measure_after = sys.maxsize    # upstream: after this many requests, one is measured
-        self.asked = 0.0        # downstream: when the request came that is being measured, or 0
+        self.measure_after = sys.maxsize    # of the link upstream: the connection measures the
+                                            #   first request after this many requests
+        self.asked = 0.0        # of the link downstream: the time of the request that is being
+                                #   measured, or 0
 
     def put_due(self, data):
         """Queue a memoryview or a KernelPipe whose bytes are due now."""
@@ -7820,6 +7830,7 @@ class Link(DelayQueue):
         self.append_due(data)
 
     def discard(self):
+        """Drop all bytes and signals that are held. Close the kernel pipes among them."""
         for data in self.send_buffer:
             if isinstance(data, KernelPipe):
                 data.close()
@@ -7827,20 +7838,27 @@ class Link(DelayQueue):
 
 
 class HandOff:
-    """A blocking handler at work on a connection's sockets, in a thread of its own.
+    """A call of a blocking handler, in a thread of its own.
 
-    The handler gets duplicates with a time-out: the descriptors stay non-blocking for the
-    loop, and Python waits for them in the thread.
+    The handler gets duplicates of the connection's two sockets. A socket and its duplicate are
+    both non-blocking or both blocking, and the loop needs non-blocking sockets. So the handler
+    gets duplicates with a time-out. Then Python waits inside recv() and send().
     """
 
     def __init__(self, connection, rule, to_backend):
-        """Raises OSError if no descriptors are left."""
+        """Duplicate the sockets. Raises OSError if no descriptors are left.
+
+        to_backend    whether the client has sent the bytes that wait to be received
+        """
         self.connection, self.rule, self.to_backend = connection, rule, to_backend
         self.socks = [socket.fromfd(sock.fileno(), sock.family, socket.SOCK_STREAM)
                       for sock in (connection.client, connection.backend)]
 
     def run(self):
-        """Call the handler, in the thread. Returns whether it left both sockets open."""
+        """Call the handler. Returns whether the handler has left both sockets open.
+
+        This runs in the handler's thread. Raises the exceptions of the handler.
+        """
         try:
             for sock in self.socks:
                 sock.settimeout(MAX_WAIT)
@@ -7850,36 +7868,54 @@ class HandOff:
             self.close()
 
     def on_done(self, left_open, exc):
-        """The handler has returned, or raised exc. In the loop's thread."""
-        self.close()
-        connection, rule = self.connection, self.rule
+        """Continue or close the connection after the handler. This runs in the loop's thread.
+
+        left_open    the result of `run`, or None
+        exc          the exception of `run` or of the thread's start, or None
+        """
+        self.close()                    # if the thread did not start, `run` has not done this
         if exc:
-            peer_gone = isinstance(exc, OSError)        # most likely; not a bug
-            log.log(logging.INFO if peer_gone else logging.ERROR,
-                    "connection %d, request %d: handler %s failed and the connection is closed: "
-                    "%s", connection.number, connection.chain.request_count, rule.name,
-                    format_exception(exc),
-                    exc_info=not (rule.error_logged or peer_gone) and exc)
-            rule.error_logged = rule.error_logged or not peer_gone
-        connection.take_back("closed by %s" % rule.name if exc or not left_open else "")
+            self.log_failure(exc)
+        close_reason = "" if left_open else "closed by %s" % self.rule.name
+        self.connection.take_back(close_reason)
+
+    def log_failure(self, exc):
+        """Log an exception of the handler. Only the first bug of a rule is logged with details."""
+        connection, rule = self.connection, self.rule
+        is_bug = not isinstance(exc, OSError)       # an OSError most likely means a closed socket
+        log.log(logging.ERROR if is_bug else logging.INFO,
+                "connection %d, request %d: handler %s failed and the connection is closed: %s",
+                connection.number, connection.chain.request_count, rule.name,
+                format_exception(exc), exc_info=exc if is_bug and not rule.error_logged else None)
+        rule.error_logged = rule.error_logged or is_bug
 
     def close(self):
+        """Close the duplicates. The connection's own sockets stay open."""
         for sock in self.socks:
             sock.close()
 
 
 class Connection:
-    """A client, the backend connected for it, and the data between them."""
+    """A client's socket, the socket that the proxy connects to a backend, and the data between.
+
+    up, down    the two links: from the client to the backend, and from the backend to the client
+    """
 
     __slots__ = ("proxy", "loop", "number", "peer", "chain", "up", "down", "client", "backend",
-                 "phase", "tls_waits_for", "addresses", "connect_deadline", "reset_reason",
+                 "phase", "announcing_link", "addresses", "connect_deadline", "reset_reason",
                  "faults", "records_without_text", "timer", "deadline_timer", "began")
 
     def __init__(self, proxy, number, client, peer):
+        """Begin no work yet: the caller calls `start` or `refuse`.
+
+        number    of the connection: the proxy counts its connections from 1
+        client    the client's socket
+        peer      the client's address
+        """
         self.proxy = proxy
         self.loop = proxy.loop
         self.number = number
-        self.peer = peer                # the client's address
+        self.peer = peer
         if proxy.protocol:
             protocol = proxy.protocol(proxy.host_header())
             protocol.joins_tls = proxy.joins_tls()
@@ -7889,21 +7925,20 @@ class Connection:
         self.up = Link(UPSTREAM, self.loop.budget, self.chain.recv_size(UPSTREAM))
         self.down = Link(DOWNSTREAM, self.loop.budget, self.chain.recv_size(DOWNSTREAM))
         self.up.measure_after = proxy.latencies.skips()
-        # The two sockets; None before connect(), and when closed
-        self.client = self.up.source = self.down.target = client
-        self.backend = None
+        self.client = self.up.source = self.down.target = client    # None after `close`
+        self.backend = None             # the backend's socket; None before connect()
         self.phase = WAITING
-        self.addresses = None           # of the backend, still to be tried
-        self.connect_deadline = None    # the time limit for connecting to the backend
-        self.reset_reason = ""          # a peer has gone: reset when its data is delivered
+        self.addresses = None           # the backend's addresses that have not been tried yet
+        self.connect_deadline = None    # when the last connect() must have succeeded
+        self.reset_reason = ""          # if a peer has gone: why both sockets will be reset
         self.faults = ()                # names of the handlers that have acted
-        self.records_without_text = ()  # the numbers of FaultRecords of request 1 that were made
-                                        #   before its first bytes came
-        self.timer = None               # for the next event that is due
-        self.deadline_timer = None      # for connecting, and for lingering
+        self.records_without_text = ()  # numbers of the FaultRecords that will get the first
+                                        #   bytes of request 1 when these bytes come
+        self.timer = None               # calls on_timer when the next event is due
+        self.deadline_timer = None      # see set_deadline
         self.began = self.loop.clock()
-        self.tls_waits_for = None       # the link on whose target TLS begins when it is empty
-        if proxy.tls.accepts and not proxy.joins_tls():
+        self.announcing_link = None     # holds the announcement of TLS, or None: see begin_tls
+        if proxy.tls.accepts and not proxy.joins_tls():     # TLS from the first byte
             self.start_tls(self.up)
 
     @property
@@ -7912,12 +7947,12 @@ class Connection:
         return format_address(self.peer)
 
     def start(self):
-        """A client has connected."""
+        """Give OPEN to the active rules. If there are none, connect to the backend at once."""
         now = self.began
         self.chain.start()
         if self.chain.active_rules:
-            self.enqueue(now, self.chain.process(now, UPSTREAM, OPEN)
-                         + self.chain.process_open(now, [DOWNSTREAM]))
+            events = self.chain.process(now, UPSTREAM, OPEN)
+            self.enqueue(now, events + self.chain.process_open(now, [DOWNSTREAM]))
         else:
             self.connect_backend()
             self.update_interest()
@@ -7925,9 +7960,10 @@ class Connection:
                 self.on_ready(self.up, EVENT_READ)
 
     def refuse(self):
-        """A client has connected, but the proxy has max_connections already.
+        """Refuse a client beyond max_connections: see RefusingChain.
 
-        A client that sends nothing is closed after the time for connecting.
+        If the client sends nothing, the proxy closes the connection after the time limit for
+        connects.
         """
         self.chain = RefusingChain(self.proxy.rules, self.number, self.chain.protocol)
         self.set_deadline(self.began + self.proxy.timeout, lambda: self.close("refused"))
@@ -7938,11 +7974,12 @@ class Connection:
     def on_ready(self, link, events):
         """Receive once from a link's source, and forward the bytes or queue them.
 
-        events    EVENT_READ, or others that prepare_read handles
+        events    the events that the source is ready for. prepare_read handles EVENT_WRITE
 
-        There is one recv for each event of the selector, so that a fast sender does not delay
-        other connections. The fast path sends the bytes at once. It reads the clock only for a
-        latency that is measured, and without an active rule it makes no event objects.
+        Each call receives only once, so that a fast sender does not delay other connections.
+
+        This function is the fast path, which sends the bytes at once. Without an active rule, the
+        fast path makes no events. It reads the clock only to measure a latency.
         """
         loop, chain, budget = self.loop, self.chain, link.budget
         limit = link.recv_size
@@ -7959,6 +7996,7 @@ class Connection:
         if not size:
             self.on_eof(link)
             return
+        # direction_changed() begins a request, and returns the count of requests.
         if chain.last_direction is not link.to and (
                 chain.direction_changed(link.to) >= link.measure_after):
             self.begin_measurement()
@@ -7968,7 +8006,7 @@ class Connection:
             if not data:
                 return
         else:
-            link.bulk_reads += size >= BULK_READ
+            link.bulk_reads += size >= BULK_READ        # True counts as 1. splice() sets 0
         try:
             sent = link.target.send(data)
         except OSError as error:
@@ -7976,27 +8014,36 @@ class Connection:
             return
         link.forwarded += sent
         if link.asked or sent < len(data):
-            self.on_part_sent(link, data[sent:])
+            self.after_send(link, data[sent:])
 
     def begin_measurement(self):
-        """Measure the latency of a request that comes now, unless another one is measured."""
+        """Begin to measure the latency of the request that comes now.
+
+        Does nothing if another request is being measured.
+        """
         if not self.down.asked:
             self.down.asked = self.loop.clock()
             self.up.measure_after = self.chain.request_count + self.proxy.latencies.skips()
 
     def end_measurement(self):
-        """Note the latency: the client has got the first byte of the reply."""
+        """Record the latency of the request that is being measured.
+
+        The caller has just sent the first bytes of the reply to the client.
+        """
         self.proxy.latencies.add(self.loop.clock(), self.down.asked)
         self.down.asked = 0.0
 
     def prepare_read(self, link, events):
-        """Handle all cases in which on_ready cannot simply read. Returns how many bytes to read.
+        """Handle the cases in which on_ready cannot simply receive.
 
-        Returns 0 if no bytes may be read now: they were spliced, the source is not readable,
-        the link is full, or a blocking handler has the sockets or gets them. More events than
-        the source is watched for mean that it has an error, which recv() or send() reports.
+        events    the events that the source is ready for. If the source has an error, there may
+                  be events that are not watched. recv() or send() reports the error.
+
+        Returns the most bytes to receive now. Returns 0 in these cases: the connection is closed
+        or not connected yet, the source has nothing to read, splice has moved the bytes, the
+        link is full, or a blocking handler has the sockets or will get them.
         """
-        if self.phase is CLOSED:        # by an earlier callback of this select()
+        if self.phase is CLOSED:        # an earlier callback of this select() has closed it
             return 0
         if self.phase is CONNECTING and link is self.down:
             self.on_connected()
@@ -8005,12 +8052,12 @@ class Connection:
             return 0
         if events & link.watched & EVENT_WRITE:
             self.pump()
-        if not events & EVENT_READ or link.source is None:
+        if not events & EVENT_READ or link.source is None:      # pump() may have closed the source
             return 0
         if link.fast_events and link.bulk_reads >= SPLICE_AFTER and self.splice(link):
             return 0
         limit = link.read_limit(self.loop.clock)
-        if limit <= 0 or self.phase is HANDED_OFF:      # the event is older than this state
+        if limit <= 0 or self.phase is HANDED_OFF:      # this has changed since select()
             self.update_interest()
             return 0
         if self.proxy.has_blocking and self.hand_off(link):
@@ -8018,85 +8065,98 @@ class Connection:
         return min(limit, link.recv_size, self.parse_limit(link))
 
     def parse_limit(self, link):
-        """Return how many bytes may be read, so that there is memory for the requests in them."""
-        if link is self.down or link.recv_size > PARSED_CHUNK:  # replies, or bytes to skip
+        """Return the most bytes to receive: there must be memory for the requests in them."""
+        # A link with larger reads does not parse them: the bytes are of tcp, or of a long body.
+        if link is self.down or link.recv_size > PARSED_CHUNK:
             return CHUNK
         return max(1, (link.budget.allowance(HELD_MAX) - link.held - link.kept) // EXPANSION)
 
     def filter(self, link, data):
-        """Run received bytes through the chain. Returns the bytes to send immediately.
+        """Run received bytes through the chain. Returns the bytes to send at once, or None.
 
-        Returns None if the bytes were queued instead: a rule has changed or delayed them, or the
-        fast path is closed. Bytes that are not returned are counted here, and all others in
-        on_ready. Bytes of a client that has got its last reply are dropped.
+        Returns None if a rule has changed or delayed the bytes, or if the fast path is closed.
+        Then the bytes are in the delay queue, and this function has counted them as received.
+        on_ready counts the bytes that this function returns.
         """
         chain, size = self.chain, len(data)
-        if self.phase is LINGERING:
+        if self.phase is LINGERING:     # the client has got its last reply: drop further bytes
             link.buffered_in += size
             return None
-        passed = chain.pass_through(link.to, data)      # data itself, other bytes, or None
+        to_send = chain.pass_through(link.to, data)     # often `data` itself
         if chain.protocol and (size >= PARSED_CHUNK or link.recv_size > PARSED_CHUNK):
-            link.recv_size = chain.recv_size(link.to)
-        if passed is not data or not link.fast_events:
-            passed = self.filter_slowly(link, data, passed)
-        if passed is not None and (self.chain.kept > KEPT_MIN or self.up.kept):
-            self.note_kept()
-        return passed
+            link.recv_size = chain.recv_size(link.to)   # a long body may have begun or ended
+        if to_send is None:
+            to_send = self.run_rules(link, data)
+        elif to_send is not data or not link.fast_events:
+            self.end_parsing(link)
+            to_send = self.send_or_queue(link, size, to_send)
+        if to_send is not None and (self.chain.kept > KEPT_MIN or self.up.kept):
+            self.note_kept()            # after a queueing, update_interest() has done the same
+        return to_send
 
-    def filter_slowly(self, link, data, passed):
-        """Continue `filter` where received bytes are not just forwarded. Returns the same.
-
-        passed    what Chain.pass_through has returned
-        """
-        now, events = self.loop.clock(), []
-        if passed is None:
-            self.chain.modified = False
-            events = self.chain.process_bytes(now, link.to, bytes(data))
-            if not self.chain.modified:     # then all events are bytes of this direction
-                passed = b"".join([made for _, _, made, _ in events])
+    def run_rules(self, link, data):
+        """Run received bytes through the active rules. Returns like `filter`."""
+        now, chain = self.loop.clock(), self.chain
+        chain.modified = False
+        events = chain.process_bytes(now, link.to, bytes(data))
         self.end_parsing(link)
-        if passed is not None:
-            if link.fast_events:
-                link.buffered_in += len(data) - len(passed)
-                return passed
-            events = [(now, link.to, bytes(passed), ())]
+        if not chain.modified:          # then all events are bytes of this direction, due now
+            to_send = b"".join([made for _, _, made, _ in events])
+            return self.send_or_queue(link, len(data), to_send)
         link.buffered_in += len(data)
         self.enqueue(now, events, link)
         return None
 
+    def send_or_queue(self, link, size, to_send):
+        """Return bytes that no rule has changed or delayed, if the fast path is open.
+
+        Otherwise, queue these bytes as due now, and return None.
+
+        size       the number of bytes received
+        to_send    the bytes to send instead: the chain may rewrite or hold bytes
+        """
+        if link.fast_events:
+            link.buffered_in += size - len(to_send)     # on_ready counts the others
+            return to_send
+        now = self.loop.clock()
+        link.buffered_in += size
+        self.enqueue(now, [(now, link.to, bytes(to_send), ())], link)
+        return None
+
     def end_parsing(self, link):
-        """End the parsing of a link's bytes, if they are no longer of the protocol."""
+        """Handle the end of parsing, if the chain has noted a protocol error or a begin of TLS."""
         if self.chain.protocol_error:
             self.on_protocol_error()
         if self.chain.encrypted is not None:
             self.begin_tls(link)
 
     def count_kept(self):
-        """Count in the budget what the chain keeps.
+        """Count in the budget the memory that the chain keeps for exchanges.
 
-        After the backend's EOF no reply makes it less, so it does not count then. Otherwise the
-        proxy would never read from the client again.
+        Each reply frees the memory of its exchange. After the backend's EOF there are no replies.
+        So the memory does not count then: the proxy would never read from the client again.
         """
         kept = self.chain.kept
         self.up.keep(kept if kept > KEPT_MIN and not self.down.eof else 0)
 
     def note_kept(self):
-        """Count what the chain keeps, and stop or resume reading from the client accordingly."""
+        """Call count_kept. Then stop or resume to read from the client, if necessary."""
         self.count_kept()
-        if self.wants_read(self.up, self.down) != bool(self.up.watched & EVENT_READ):
+        is_read = bool(self.up.watched & EVENT_READ)
+        if self.wants_read(self.up, self.down) != is_read:
             self.update_interest()
 
     def on_forward_error(self, link, data, error):
-        """Handle an error of send() on the fast path. The data was not sent."""
+        """Handle an error of send() on the fast path. No byte of the data was sent."""
         if isinstance(error, BlockingIOError):
             self.buffer_unsent(link, data)
         else:
-            link.buffered_in += len(data)
+            link.buffered_in += len(data)       # received, but dropped
             self.on_send_error(link)
             self.pump()
 
-    def on_part_sent(self, link, unsent):
-        """Note a reply whose latency is measured. Buffer the bytes that were not sent."""
+    def after_send(self, link, unsent):
+        """End the measurement of a latency, if there is one. Buffer the bytes not sent."""
         if link.asked:
             self.end_measurement()
         if unsent:
@@ -8108,7 +8168,10 @@ class Connection:
         self.update_interest()
 
     def on_protocol_error(self):
-        """Log that bytes were not of the protocol, and use the chain's successor for tcp."""
+        """Log that bytes were not of the protocol, and use the chain's successor if there is one.
+
+        See ProtocolChain.fall_back.
+        """
         chain = self.chain
         log.info("%sconnection %d, request %d: protocol parsing stopped, continuing as tcp: %s",
                  self.proxy.log_prefix, self.number, chain.request_count, chain.protocol_error)
@@ -8118,17 +8181,18 @@ class Connection:
             self.set_recv_sizes()
 
     def set_recv_sizes(self):
-        """Set how many bytes to receive at once, because the chain or its rules have changed."""
+        """Set the sizes of recv for both links, because the chain or its rules have changed."""
         for link in self.up, self.down:
             link.recv_size = self.chain.recv_size(link.to)
 
     def splice(self, link):
         """Forward bulk data through a kernel pipe, without a copy: a kind of fast path.
 
-        Returns False if the caller must use recv: there is no data, no descriptor for a pipe,
-        or the bytes begin a request or are for a rule. No bytes have been moved then.
+        Returns False, and moves no bytes, if the caller must use recv. The reasons are: the
+        bytes are for a rule or a protocol, they may begin a request, no descriptor for a pipe is
+        left, there is no data, or the source has closed its side.
         """
-        size, pool, chain = 0, self.loop.pipe_pool, self.chain
+        pool, chain = self.loop.pipe_pool, self.chain
         if chain.active_rules or chain.protocol or chain.last_direction is not link.to:
             return False
         try:
@@ -8136,31 +8200,35 @@ class Connection:
         except OSError:                 # no descriptors
             link.bulk_reads = 0
             return False
+        size = 0
         try:
             size = pipe.splice_from(link.source)
         except OSError as error:
             if error.errno not in SPLICE_UNAVAILABLE:
                 self.on_recv_error(link, error)
-        if size < BULK_READ:
+        if size < BULK_READ:            # for small data, recv is faster
             link.bulk_reads = 0
         if not size:
             self.release_pipe(pipe)
-            return link.eof             # on_recv_error has set it
+            return link.eof             # True only if on_recv_error has handled an error
         link.put_due(pipe)
         self.flush(link)
-        if link.send_buffer or link.write_closed:
+        if link.send_buffer or link.write_closed:       # not all of it was sent
             self.pump()
         return True
 
     def release_pipe(self, pipe):
-        """Return an empty kernel pipe to the pool."""
+        """Return an empty kernel pipe to the pool. If the pool is full, close the pipe."""
         if len(self.loop.pipe_pool) < KERNEL_PIPES_POOLED:
             self.loop.pipe_pool.append(pipe)
         else:
             pipe.close()
 
     def on_eof(self, link):
-        """Pass an EOF of the source on: at once on the fast path, otherwise through the chain."""
+        """Handle the EOF of a link's source.
+
+        On the fast path, half-close the target at once. Otherwise, run EOF through the chain.
+        """
         link.eof = True
         if self.chain.protocol or self.chain.active_rules or not link.fast_events:
             self.process_signal(link.to, EOF)
@@ -8172,48 +8240,57 @@ class Connection:
             self.update_interest()
 
     def hand_off(self, link):
-        """Hand the sockets to a blocking handler, if one is active for this request.
+        """Look for a blocking handler that is active for the bytes that wait in a link's source.
 
-        The handler gets them only when both sides are connected and all data is delivered.
-        Until then the source stays unread. Returns whether a blocking handler is active.
+        If both peers are connected and no data is held, hand the sockets to the handler.
+        Otherwise, leave the bytes unread: wants_read() stops reading until the handler can begin.
+
+        Returns whether a blocking handler is active.
         """
         data = b""
         with contextlib.suppress(OSError):
-            data = link.source.recv(BEGINNING_MAX, socket.MSG_PEEK)
+            data = link.source.recv(BEGINNING_MAX, socket.MSG_PEEK)     # the handler receives them
         if not data:                    # on_ready() handles an EOF and an error
             return False
         if self.chain.last_direction is not link.to:
-            self.chain.direction_changed(link.to)
+            self.chain.direction_changed(link.to)       # a request begins, which draws rules
         active = self.chain.blocking_rule()
         if active is None:
             return False
         if link is self.up:
             self.chain.note_beginning(data)
         if self.is_drained():
-            try:
-                handoff = HandOff(self, active.rule, link.to == UPSTREAM)
-            except OSError as error:    # no descriptors
-                self.reset("no handler: %s" % error.strerror)
-                return True
-            self.phase = HANDED_OFF
-            if active.mark_acted():
-                self.proxy.record_fault(self, active, self.chain.request_count,
-                                        self.chain.request_text())
-            self.loop.run_in_thread(handoff.run, handoff.on_done)
+            self.start_handler(link, active)
         self.update_interest()
         return True
 
+    def start_handler(self, link, active):
+        """Call the blocking handler of an active rule in a new thread: see HandOff."""
+        try:
+            handoff = HandOff(self, active.rule, link is self.up)
+        except OSError as error:        # no descriptors
+            self.reset("no handler: %s" % error.strerror)
+            return
+        self.phase = HANDED_OFF
+        if active.mark_acted():
+            self.proxy.record_fault(self, active, self.chain.request_count,
+                                    self.chain.request_text())
+        self.loop.run_in_thread(handoff.run, handoff.on_done)
+
     def is_drained(self):
-        """Return whether both sides are connected and no data is held."""
+        """Return whether both peers are connected and no data is held."""
         return self.phase is CONNECTED and not (self.up.held or self.down.held)
 
     def take_back(self, close_reason):
-        """Continue after a blocking handler has finished. Close if there is a close_reason."""
+        """Use the sockets again, after a blocking handler has finished.
+
+        close_reason    why to close the connection, or ""
+        """
         if self.phase is CLOSED:
             return
         self.phase = CONNECTED
         for sock in (self.client, self.backend):
-            sock.setblocking(False)     # the handler may have changed it
+            sock.setblocking(False)     # the handler may have made the duplicates blocking
         if close_reason:
             self.close(close_reason)
         else:
@@ -8222,7 +8299,7 @@ class Connection:
     # Queueing and sending
 
     def process_signal(self, to, signal):
-        """Run a signal through the chain, and queue the result."""
+        """Run a signal through the chain, and queue the events that result."""
         now = self.loop.clock()
         self.enqueue(now, self.chain.process(now, to, signal))
 
@@ -8234,6 +8311,7 @@ class Connection:
         for t, to, data, delays in events:
             link = self.up if to == UPSTREAM else self.down
             link.put(t, data, now, delays)
+            # Bytes for the sender of the received bytes are a reply of a rule.
             if received_by is not None and link is not received_by and link.held:
                 link.has_replies = True
         newly_acted, self.chain.newly_acted = self.chain.newly_acted, []
@@ -8244,18 +8322,26 @@ class Connection:
         self.pump()
 
     def add_text(self):
-        """Add the first bytes of request 1 to its FaultRecords, if they have come."""
+        """Add the first bytes of request 1 to the FaultRecords that were made before these bytes.
+
+        Does nothing if the bytes have not come yet. From request 2 on, they cannot be added.
+        """
         if self.chain.current_number == 1:
             text = self.chain.request_text()
-            if not text:                # they come later
+            if not text:
                 return
             self.proxy.set_record_text(self.records_without_text, text)
         self.records_without_text = ()
 
     def rules_changed(self, new, removed, changed, woken=()):
-        """Apply a change of the installed rules. Release data that removed or changed ones held.
+        """Apply a change of the installed rules, and release the data that they have delayed.
 
-        new, removed, changed, woken    Rules; a rule that falls asleep is a removed one here
+        new        rules that have just been installed
+        removed    rules that are not installed any more, or that sleep from now on
+        changed    rules with new options or percentages
+        woken      rules whose percentage rises now because of their schedule
+
+        Only the data that `removed` or `changed` rules have delayed is released.
         """
         now = self.loop.clock()
         begun = self.chain.rules_changed(new, changed, woken)
@@ -8263,12 +8349,13 @@ class Connection:
         released = self.chain.release(removed, changed)
         for link in self.up, self.down:
             if link.release(removed, changed) or released:
+                # The other rules must not keep a due time that comes from the released delays.
                 self.chain.reset_due_times(link.to, max(now, link.latest))
         self.enqueue(now, self.chain.process_open(now, [UPSTREAM, DOWNSTREAM],
                                                   [*new, *changed, *begun]))
 
     def on_timer(self):
-        """Send the data that is due. Also give up a held head, if its time is over."""
+        """Send the data that is due. Release a held head if its time limit is over."""
         self.timer = None
         now = self.loop.clock()
         if self.chain.head_deadline > now:
@@ -8281,7 +8368,7 @@ class Connection:
     def pump(self):
         """Send all data that is due. Then wait for the next event, or end the connection.
 
-        The slow path always leads here.
+        The slow path always ends with a call of this function.
         """
         now = self.loop.clock()
         signals = self.send_due(now)
@@ -8292,15 +8379,19 @@ class Connection:
         elif self.up.write_closed and self.down.write_closed:
             self.finish()
         else:
-            if self.tls_waits_for is not None:
+            if self.announcing_link is not None:
                 self.continue_tls()
             self.update_interest()
             self.set_timer(now)
 
     def send_due(self, now):
-        """Send all data that is due, as far as the targets take it. Returns OPENs and RESETs."""
-        up, down = self.up, self.down
-        signals = up.pop_due(now) + down.pop_due(now) if up.queue or down.queue else ()
+        """Send all data that is due, as far as the targets take the data.
+
+        Returns the list of OPEN and RESET signals that are due.
+        """
+        up, down, signals = self.up, self.down, []
+        if up.queue or down.queue:
+            signals = up.pop_due(now) + down.pop_due(now)
         if self.phase is WAITING and (signals or up.send_buffer):
             self.end_waiting(now, signals)
         if down.send_buffer:
@@ -8310,21 +8401,25 @@ class Connection:
         return signals
 
     def end_waiting(self, now, signals):
-        """Connect to the backend if OPEN or bytes are due. An EOF alone ends the connection."""
-        if OPEN in signals or any(self.up.send_buffer):
+        """Connect to the backend if OPEN or bytes of the client are due.
+
+        If only the client's EOF is due, end the connection without a backend.
+        """
+        has_bytes = any(self.up.send_buffer)    # EOF is false, like all empty bytes
+        if OPEN in signals or has_bytes:
             self.connect_backend()
-        elif self.up.send_buffer:
+        elif self.up.send_buffer:               # only EOF
             self.up.discard()
             self.up.write_closed = True
             self.down.put(now, EOF, now)
 
     def flush(self, link):
-        """Send the data that is due, until the target takes no more."""
+        """Send the data of send_buffer, until the target takes no more."""
         target = link.target
         while link.send_buffer and target is not None:
             data = link.send_buffer[0]
             try:
-                if link.write_closed:       # drop what is behind the EOF
+                if link.write_closed:       # drop data that follows the EOF
                     link.send_buffer.popleft()
                     link.credit(len(data) + CHUNK_OVERHEAD)
                 elif data is EOF:
@@ -8332,7 +8427,7 @@ class Connection:
                     self.close_write(link)
                 elif isinstance(data, KernelPipe):
                     link.consume(data.splice_to(target))
-                    if not data.held:       # consume() has subtracted the bytes
+                    if not data.held:       # consume() has subtracted the bytes from `held`
                         self.release_pipe(data)
                 else:
                     link.consume(target.send(data))
@@ -8341,20 +8436,18 @@ class Connection:
             except BlockingIOError:
                 return
             except OSError:
-                self.on_send_error(link)
+                self.on_send_error(link)    # empties send_buffer
 
     def close_write(self, link):
-        """Half-close the target.
-
-        No FIN is sent if a reset or a close of the socket follows at once, unless close_notify
-        of TLS has to come before it.
-        """
+        """Half-close the target: send FIN, and with TLS close_notify before FIN."""
         link.write_closed = True
         is_tls = isinstance(link.target, TlsSocket)
         if is_tls:
             link.target.skip_close_notify = self.is_truncated(link)
-        if self.reset_reason or (not is_tls and self.up.write_closed and self.down.write_closed):
+        if self.reset_reason:                   # reset() follows, which sends RST
             return
+        if not is_tls and self.up.write_closed and self.down.write_closed:
+            return                              # finish() follows, and its close() sends FIN
         try:
             link.target.shutdown(socket.SHUT_WR)
         except OSError:
@@ -8365,7 +8458,7 @@ class Connection:
     def update_interest(self):
         """Watch both sockets for the events that matter now, and open or close the fast path.
 
-        Only this function decides both. It computes them from the state of the connection.
+        The events and the fast path depend only on the state of the connection.
         """
         if self.phase is CLOSED:
             return
@@ -8373,7 +8466,7 @@ class Connection:
         if self.chain.kept > KEPT_MIN or up.kept:
             self.count_kept()
         fast = self.phase is CONNECTED and not self.proxy.has_blocking
-        for link, back in (up, down), (down, up):
+        for link, back in (up, down), (down, up):   # the source of `link` is the target of `back`
             source = link.source
             if source is None:
                 continue
@@ -8391,9 +8484,10 @@ class Connection:
                 self.watch(link, events)
 
     def watch(self, link, events):
-        """Watch a link's source for these events. Reset the connection if that fails.
+        """Watch a link's source for these events. If this fails, reset the connection.
 
-        The kernel limits the sockets of all selectors of a user (man 7 epoll, max_user_watches).
+        The kernel has a limit for the sockets that all selectors of a user watch together (man 7
+        epoll, max_user_watches).
         """
         link.watched = events
         callback = functools.partial(self.on_ready, link) if events else None
@@ -8405,31 +8499,36 @@ class Connection:
             self.reset("refused: %s" % error.strerror)
 
     def wants_read(self, link, back):
-        """Return whether to read from the link's source. `back` is the other link. It is not read
+        """Return whether to read from a link's source.
 
-        1. after its EOF;
-        2. while the link holds as much as it may, or its requests need as much memory as they
-           may: that is the backpressure;
-        3. while `back` holds replies of rules that the source does not accept, and as much as it
-           may;
-        4. if the other peer has gone, so that the sender stalls as it would without a proxy;
-        5. while a blocking handler has the sockets, or waits until all data is delivered;
-        6. while TLS waits to begin on the target, which has not got the announcement yet.
+        back    the link in the other direction, whose target is this source
+
+        The source is not read in these cases:
+        1. The source has sent EOF.
+        2. The link is full, or its requests need as much memory as they may. This slows down the
+           sender (backpressure).
+        3. `back` is full, and some of its bytes are replies of rules. The sender must first read
+           these replies.
+        4. The target has gone. Bytes for the target would only be dropped.
+        5. The link holds the announcement of TLS: see begin_tls.
+        6. A blocking handler works on the sockets.
+        7. A blocking handler is active, but data is held, or a peer is not connected.
         """
         clock = self.loop.clock
-        if link.eof or link.is_full(clock) or (back.has_replies and back.is_full(clock)):
+        if link.eof or link.is_full(clock) or (back.has_replies and back.is_full(clock)):   # 1-3
             return False
-        if link.write_closed and self.reset_reason:
+        if link.write_closed and self.reset_reason:                                         # 4
             return False
-        if self.phase is HANDED_OFF or self.tls_waits_for is link:
+        if self.announcing_link is link or self.phase is HANDED_OFF:                        # 5, 6
             return False
-        if self.proxy.has_blocking and self.chain.blocking_rule() is not None:
+        if self.proxy.has_blocking and self.chain.blocking_rule() is not None:              # 7
             return self.is_drained()
         return True
 
     def set_timer(self, now):
-        """Set the timer for the next event that is due, if there is one."""
-        up, down, due = self.up, self.down, self.chain.head_deadline
+        """Set the timer for the next event that is due, or for the time limit of a held head."""
+        up, down = self.up, self.down
+        due = self.chain.head_deadline
         if up.queue or down.queue:
             due = min(due, up.next_time(now), down.next_time(now))
         if self.timer and self.timer[DUE] != due:
@@ -8447,52 +8546,59 @@ class Connection:
         """
         config, is_client = self.proxy.tls, link is self.up
         if is_client:
-            other, name = self.down, None
+            back, server_name = self.down, None
             context = config.accept_context(self.client.getsockname()[0])
         else:
-            other, name = self.up, config.server_name(self.proxy.backend[0])
+            back, server_name = self.up, config.server_name(self.proxy.backend[0])
             context = config.connect_context()
-        if link.watched:
+        if link.watched:        # later, update_interest() watches the socket for the TlsSocket
             self.loop.watch(link.source, 0)
             link.watched = 0
-        link.source = other.target = TlsSocket(
+        link.source = back.target = TlsSocket(
             link.source, self.loop, functools.partial(self.on_tls_change, link),
-            self.proxy.timeout, context, is_client, name, received)
+            self.proxy.timeout, context, is_client, server_name, received)
         self.client, self.backend = self.up.source, self.down.source
-        self.up.fast_events = self.down.fast_events = 0
+        self.up.fast_events = self.down.fast_events = 0     # until the handshake has ended
         self.up.bulk_reads = self.down.bulk_reads = NO_SPLICE
 
     def begin_tls(self, link):
-        """Begin TLS within the connection, because the link's source has announced it.
+        """Begin TLS with a link's source, which has announced TLS in the protocol (STARTTLS).
 
-        TLS with the other peer begins when that has got the announcement: see continue_tls.
+        The target must first receive the announcement without TLS. Then continue_tls begins TLS
+        with the target too.
         """
         received, self.chain.encrypted = self.chain.encrypted, None
-        self.tls_waits_for = link
+        self.announcing_link = link
         self.start_tls(link, received)
-        link.source.note_change()       # pump() sees whether the announcement has been sent
+        # Let pump() run soon, which calls continue_tls(). If the announcement has been sent
+        # already, no event of a socket would call pump().
+        link.source.note_change()
 
     def continue_tls(self):
-        """Begin TLS with the other peer too, once it has got the announcement."""
-        announcement = self.tls_waits_for
-        if not announcement.held:
-            self.tls_waits_for = None
-            self.start_tls(self.up if announcement is self.down else self.down)
+        """Begin TLS with the target too, if all bytes of the announcement have been sent."""
+        link = self.announcing_link
+        if not link.held:
+            self.announcing_link = None
+            self.start_tls(self.down if link is self.up else self.up)
 
     def advance_tls(self, link):
-        """Handle an event of a link's TlsSocket. Returns whether the handshake is done."""
+        """Handle an event of a link's TlsSocket: continue the handshake, or send ciphertext.
+
+        Returns whether the handshake has succeeded.
+        """
         source = link.source
         if not source.is_open:
-            source.shake_hands()        # on_tls_change follows
+            source.shake_hands()        # at the end, this calls on_tls_change
             return False
         try:
             source.push()
         except OSError:
-            self.on_send_error(self.down if link is self.up else self.up)
+            back = self.down if link is self.up else self.up    # sends to this TlsSocket
+            self.on_send_error(back)
         return True
 
     def on_tls_change(self, link):
-        """A TlsSocket has ended its handshake, or has something to do without an event."""
+        """Handle a change of a link's TlsSocket that no event of the socket reports."""
         source = link.source
         if source.error and not source.is_open:
             self.on_handshake_failed(link, source)
@@ -8502,24 +8608,30 @@ class Connection:
             self.on_ready(link, EVENT_READ)
 
     def on_handshake_failed(self, link, source):
-        """Close the connection. If the client may get an alert, wait until it closes."""
+        """Close the connection after a failed handshake. First, let the client receive the alert.
+
+        For a client, there may be two calls: when the handshake fails, and when the client closes
+        its side afterwards.
+        """
         if link is self.down:
             self.connect_failed("TLS handshake: %s" % source.error)
             return
-        if self.phase is not LINGERING:
+        if self.phase is not LINGERING:         # the first call
             log.info("%sconnection %d: TLS handshake with the client failed: %s (client %s)",
                      self.proxy.log_prefix, self.number, source.error, self.name)
+            # No data can be decrypted or encrypted. So neither link reads or sends any more.
             for failed in self.up, self.down:
                 failed.discard()
                 failed.eof = failed.write_closed = True
             self.linger()
-        if source.ended:
+        if source.ended:                        # the client has closed its side
             self.close("no TLS")
 
     def is_truncated(self, link):
-        """Return whether a link's stream ends without close_notify, as if its sender had died.
+        """Return whether to end a link's stream without close_notify, as if the sender had died.
 
-        It does if the stream of the source has, or if a rule ends it without a reply of its own.
+        After an EOF of the source, the answer is the same as for the source's own stream.
+        Otherwise a rule ends the stream, and the answer is no if the rule has sent a reply.
         """
         if link.eof:
             return isinstance(link.source, TlsSocket) and link.source.lacks_close_notify
@@ -8539,58 +8651,72 @@ class Connection:
             self.proxy.resolve_backend(self.on_resolved)
 
     def on_resolved(self, addresses, error):
+        """Connect to the addresses of the backend's name. One of the arguments is None."""
         if self.phase is not CONNECTING or self.backend is not None:
-            return                      # it has ended, or given up, in the meantime
+            return                      # the connection has ended in the meantime
         self.addresses = list(addresses or ())
         self.connect_again(getattr(error, "strerror", error))
 
     def connect_again(self, reason):
-        """Close the socket that has failed to connect, if there is one, then connect_next."""
+        """Try the next address. First close the socket that has failed to connect, if any.
+
+        reason    as for connect_next
+        """
         self.close_backend()
         self.connect_next(reason)
         self.pump()
 
     def connect_next(self, reason):
-        """Start to connect to the next address. `reason` says why the last one failed, or None."""
+        """Start to connect to the next address.
+
+        reason    why no address has been connected yet: a text, or None
+        """
         while self.addresses:
             family, sockaddr = self.addresses.pop(0)
             try:
                 self.backend, pending = start_connect(family, sockaddr, self.loop.fd_limit)
             except OSError as error:
-                if error.errno in FD_EXHAUSTED:
+                if error.errno in FD_EXHAUSTED:     # try this address again later
                     Loop.fds_exhausted = True
                     self.addresses.insert(0, (family, sockaddr))
                     self.set_deadline(self.loop.clock() + RETRY_DELAY, self.retry_connect)
                     return
+                # That this machine has no IPv6 is the reason only if there is no better reason.
                 if reason is None or not address_unavailable(error):
                     reason = error.strerror
                 continue
             self.down.source = self.backend
             if pending:
-                # Each address gets its share of the time, so that a silent one does not use
-                # up the time of the others.
-                now = self.loop.clock()
-                share = (self.connect_deadline - now) / (1 + len(self.addresses))
-                self.set_deadline(now + share, lambda: self.connect_again("timed out"))
+                self.set_address_deadline()
             else:
                 self.set_connected()
             return
         self.connect_failed(reason or "no address found")
 
+    def set_address_deadline(self):
+        """Limit the time of the pending connect() to a share of the time until connect_deadline.
+
+        Each further address has the same share. So an address that does not reply leaves time
+        for the others.
+        """
+        now = self.loop.clock()
+        share = (self.connect_deadline - now) / (1 + len(self.addresses))
+        self.set_deadline(now + share, lambda: self.connect_again("timed out"))
+
     def set_deadline(self, t, callback):
-        """Set the connection's deadline: call back at t. Replaces the previous one."""
+        """Call callback() at the time t. Replaces the previous deadline of the connection."""
         self.loop.cancel(self.deadline_timer)
         self.deadline_timer = self.loop.call_at(t, callback)
 
     def retry_connect(self):
-        """Try again after descriptors had run out."""
+        """Try to connect again, RETRY_DELAY after the descriptors had run out."""
         if self.loop.clock() < self.connect_deadline:
             self.connect_again(None)
         else:
             self.connect_failed(os.strerror(errno.EMFILE))
 
     def on_connected(self):
-        """A pending connect() has succeeded or failed."""
+        """Handle the end of a pending connect(), which has succeeded or failed."""
         error = connect_error(self.backend)
         if error:
             self.connect_again(socket_strerror(error))
@@ -8599,69 +8725,79 @@ class Connection:
             self.pump()
 
     def set_connected(self):
-        """The backend is connected. TLS, if it begins now, has a time limit of its own."""
+        """Use the backend's socket, which is connected now. Begin TLS if the backend needs TLS."""
         self.phase = CONNECTED
         self.up.target = self.backend
-        self.loop.cancel(self.deadline_timer)
-        if self.proxy.backend[2:] and self.proxy.has_blocking:
+        self.loop.cancel(self.deadline_timer)       # start_tls() sets another time limit
+        needs_tls = len(self.proxy.backend) > 2     # (host, port, "tls")
+        if needs_tls and self.proxy.has_blocking:
             self.connect_failed("a blocking handler works without TLS only")
-        elif self.proxy.backend[2:]:
+        elif needs_tls:
             self.start_tls(self.down)
 
     def connect_failed(self, reason):
-        """No address of the backend could be connected: close the client."""
+        """Log and count that the backend could not be connected, and close the connection."""
         self.proxy.on_connect_failed(self, reason)
         self.close("no backend")
 
     # Endings: see the table at the top of the section
 
     def on_recv_error(self, link, error):
-        """recv() failed: the source is gone, and takes no more data from the other side.
+        """Handle an error of recv(): the source has gone.
 
-        Deliver the data that it sent before, then reset the other side. But drop data that is
-        never due, and data that waits for connect().
+        Data for the source is dropped. The data that the source has sent is delivered to the
+        target. Then the target is reset. But if this data is from the client, and is never due or
+        waits for connect(), both sockets are reset at once.
         """
-        if isinstance(error, BlockingIOError):      # no error: no bytes have come
+        if isinstance(error, BlockingIOError):      # only no bytes have come: the source is there
             return
-        peer = "client" if link is self.up else "backend"
-        self.reset_reason = ("reset by %s" % peer if isinstance(error, ConnectionResetError)
+        if link is self.up:
+            peer, back = "client", self.down
+        else:
+            peer, back = "backend", self.up
+        is_reset = isinstance(error, ConnectionResetError)
+        self.reset_reason = ("reset by %s" % peer if is_reset
                              else "%s lost: %s" % (peer, error.strerror))
-        other = self.down if link is self.up else self.up
-        other.discard()
-        other.write_closed = True
+        back.discard()
+        back.write_closed = True
         if link is self.up and (link.latest == NEVER or self.phase is CONNECTING):
             link.eof = True
             self.reset(self.reset_reason)
         else:
-            self.on_eof(link)
+            self.on_eof(link)       # the connection ends, with reset_reason, after the data
 
     def on_send_error(self, link):
-        """send() failed: the target is gone. Its remaining data is read, then both are reset."""
+        """Handle an error of send(): the target has gone.
+
+        Data for the target is dropped. The data that the target has sent is still received and
+        delivered. Then both sockets are reset.
+        """
         link.discard()
         link.write_closed = True
         peer = "backend" if link is self.up else "client"
         self.reset_reason = self.reset_reason or "reset by %s" % peer
 
     def finish(self):
-        """Nothing more can be sent in either direction."""
+        """End the connection, because nothing more can be sent in either direction."""
         if self.reset_reason:
             self.reset(self.reset_reason)
         elif self.up.eof and self.down.eof:
             self.close("closed")
         elif self.chain.answered_early and not self.up.eof:
-            self.linger()
+            self.linger()               # the client may still send
         else:
             faults = [active.rule.name for active in self.chain.active_rules if active.has_acted]
             self.close("closed by %s" % (" and ".join(faults) or "a fault"))
 
     def linger(self):
-        """Lingering close: send FIN, and read until the client closes, or LINGER_TIMEOUT.
+        """Begin the lingering close: send FIN, and read until the client closes its side.
 
-        Closing with unread input would send RST, and the client could lose the reply.
+        Wait LINGER_TIMEOUT at most. A close with unread bytes sends RST, and then the client could
+        lose the reply of the rule.
         """
         self.close_backend()
-        self.down.eof = True
-        if self.phase is not LINGERING:
+        self.down.eof = True            # so finish() closes after the client's EOF
+        if self.phase is not LINGERING:     # finish() may call this function again
             self.phase = LINGERING
             with contextlib.suppress(OSError):
                 self.client.shutdown(socket.SHUT_WR)
@@ -8670,6 +8806,7 @@ class Connection:
         self.update_interest()
 
     def close_backend(self):
+        """Close the backend's socket if there is one, and with it the fast path."""
         if self.backend is not None:
             if self.down.watched:
                 self.loop.watch(self.backend, 0)
@@ -8678,7 +8815,7 @@ class Connection:
             self.up.fast_events = self.down.fast_events = self.down.watched = 0
 
     def reset(self, reason):
-        """Close both sockets with RST."""
+        """Reset both sockets: a close that sends RST. The log shows the reason."""
         for sock in (self.client, self.backend):
             if sock is not None:
                 reset_on_close(sock)
@@ -8688,7 +8825,7 @@ class Connection:
         """Close both sockets. The log shows the reason."""
         if self.phase is CLOSED:
             return
-        if self.phase is HANDED_OFF:    # wake up a handler that waits in recv()
+        if self.phase is HANDED_OFF:    # wake up the blocking handler if it waits in recv()
             for sock in (self.client, self.backend):
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
@@ -8708,14 +8845,20 @@ class Connection:
     # For the log, the API and the metrics
 
     def backend_name(self):
-        """Return the address of the connected backend, or the one that is being connected."""
+        """Return the address of the connected backend, as text.
+
+        Without a connected backend, return the address in the settings of the proxy.
+        """
         try:
             return format_address(self.backend.getpeername())
         except (AttributeError, OSError):       # no socket yet, or not connected
             return format_address(self.proxy.backend)
 
     def add_bytes(self, totals):
-        """Add its bytes: [from the client, to the backend, from the backend, to the client]."""
+        """Add the numbers of bytes of this connection to a list.
+
+        totals    [from the client, to the backend, from the backend, to the client]
+        """
         up, down = self.up, self.down
         totals[0] += up.received
         totals[1] += up.sent
