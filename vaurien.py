@@ -8687,20 +8687,22 @@ class Connection:
                 continue
             self.down.source = self.backend
             if pending:
-                self.set_address_deadline()
+                self.limit_connect(1 + len(self.addresses))
             else:
                 self.set_connected()
             return
         self.connect_failed(reason or "no address found")
 
-    def set_address_deadline(self):
-        """Limit the time of the pending connect() to a share of the time until connect_deadline.
+    def limit_connect(self, address_count):
+        """Give the pending connect() its share of the time until connect_deadline.
 
-        Each further address has the same share. So an address that does not reply leaves time
-        for the others.
+        address_count    how many addresses share this time: the pending address, and the addresses
+                         that have not been tried yet
+
+        So an address that does not reply leaves time for the next addresses.
         """
         now = self.loop.clock()
-        share = (self.connect_deadline - now) / (1 + len(self.addresses))
+        share = (self.connect_deadline - now) / address_count
         self.set_deadline(now + share, lambda: self.connect_again("timed out"))
 
     def set_deadline(self, t, callback):
