@@ -1909,6 +1909,8 @@ class Protocol:
             return
         state.drawn_options = {"kind": kind}        # for the fault record
         request = exchange.request                  # None if the client connects
+        # Postgres: a Reply to a client that connects may leave the connection open. The rule then
+        # refuses one of the client's next messages.
         if request or reply.closes:
             exchange.refusal = Refusal(state, reply)
             self.refusable = None                   # no other rule can refuse the request
@@ -1956,7 +1958,7 @@ class Protocol:
         elif data is END_OF_MESSAGE and not reply.closes:
             if to == UPSTREAM and reply.substitute:
                 yield t, UPSTREAM, reply.substitute
-            else:
+            else:                       # no substitute, or the end of the reply to the substitute
                 yield t, DOWNSTREAM, self.finish_reply(reply, exchange.request)
 
 
@@ -2233,7 +2235,8 @@ class Http(Protocol):
         if not received:                    # OPEN: HTTP has no reply before a request
             return None
         name = "HEAD" if received.startswith(b"HEAD ") else ""
-        return self.error_reply(self.overload_error, Request(received, name, info=True))
+        request = Request(received, name, info=True)    # True: the reply closes the connection
+        return self.error_reply(self.overload_error, request)
 
     def error_reply(self, kind, request):
         """Return the Reply to a request. Any request can fail with an error of any kind."""
@@ -2369,7 +2372,8 @@ class Redis(Protocol):
         while True:
             values_left = 1         # how many values of the reply have not been read. Nested
                                     #   values count too
-            # The rows are the items of the outermost value.
+            # The rows are the items of the outermost value. For an array of 3 items, `values_left`
+            # is 3 after the first line, and `row_end` is 2, then 1, then 0.
             row_size = 0            # the values in a row, or 0 if no rows are reported
             row_end = 0             # `values_left` at the end of the current row
             while values_left:
@@ -2630,7 +2634,8 @@ class SkipRows:
                 break
             offset += 4 + body_size
         self.left = max(0, offset - size)
-        # A packet that begins in the data and is not skipped: the reader parses this packet.
+        # If offset < size, a packet that is not skipped begins at `offset`, and the reader parses
+        # this packet.
         return (offset, b"", b"") if offset < size else (size, None, b"")
 
 
@@ -2757,7 +2762,7 @@ class Mysql(Protocol):
         if not size:
             self.loading = False            # an empty packet ends the data of LOCAL INFILE
         yield CONTINUATION
-        if sequence and not self.capabilities_known:
+        if sequence and not self.capabilities_known:        # the first packet of the login
             size = yield from self.read_capabilities(size)
         yield size
         yield END_OF_MESSAGE
@@ -3458,7 +3463,7 @@ class Tls(Protocol):
         while len(hello) < hello_size:
             record_header = yield NeedBytes(5)
             size = int.from_bytes(record_header[3:], "big")
-            is_handshake = record_header[:2] == b"\x16\3"
+            is_handshake = record_header[:2] == b"\x16\3"   # the type, and 3 of the version
             if not is_handshake or size == 0 or size > self.RECORD_MAX:
                 raise ProtocolError("no ClientHello of TLS")
             hello += yield NeedBytes(size)
