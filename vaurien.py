@@ -585,7 +585,7 @@ def only_direction(
 
 
 def changes_replies(function: "Function") -> "Function":
-    """Mark a handler that changes replies only. Its rules cannot have the stream "upstream"."""
+    """Mark a handler that changes replies only: a rule with it cannot have stream="upstream"."""
     return with_attributes(changes_replies=True)(function)
 
 
@@ -943,8 +943,8 @@ class TcpSender:
     def arrival(self, t, path, behind, is_bulk):
         """Send a segment that is ready at t. Returns the time when the segment arrives.
 
-        behind     the number of segments of the same chunk that follow
-        is_bulk    whether more chunks follow: then a loss reduces cwnd at once. Otherwise the
+        behind     the number of later segments of the same chunk
+        is_bulk    True if more chunks follow this chunk: a loss reduces cwnd at once. False: the
                    rest of this chunk is sent first, and the next call of `send` reduces cwnd
 
         A lost segment arrives when its retransmission arrives.
@@ -983,7 +983,8 @@ class TcpSender:
     def reduce_cwnd(self):
         """Reduce cwnd if there was a loss since the last reduction (RFC 5681, 3.1 and 3.2)."""
         if self.repair:
-            self.ssthresh = max(2.0, (len(self.in_flight) + 1) / 2)     # 1: the segment to send
+            # The segment that is sent next counts as in flight, too.
+            self.ssthresh = max(2.0, (len(self.in_flight) + 1) / 2)
             self.cwnd = 1.0 if self.repair == "time-out" else self.ssthresh
             self.repair = None
 
@@ -3953,9 +3954,9 @@ class ActiveRule(Counter):
     chance = property(lambda self: self.draw)
 
     def substate(self, name):
-        """Return the state for a handler that the handler of this rule calls.
+        """Return a state of its own for another handler, which the handler of this rule calls.
 
-        name    the name of the called handler, which has counts of its own
+        name    the name of the other handler
         """
         substates: "Any" = self
         if name not in substates:
@@ -4036,9 +4037,9 @@ class RuleSet:
         self.counts_rows = any(rule.options.get("rows") for rule in rules)
         # A rate limit lets few bytes pass at once. After a large recv the other bytes would wait.
         self.recv_size = READ_MIN if any(rule.rate_limited for rule in rules) else CHUNK
-        # True: the numbers of 8 requests can be drawn together: see Chain.begin_batch.
+        # Whether the numbers for 8 requests can be drawn at once (see Chain.begin_batch).
         self.draw_ahead = not self.replay and all(rule.is_drawn_at_once() for rule in rules)
-        # False: all requests of a connection have the same active rules.
+        # Whether the requests of one connection may have different active rules.
         self.changes_by_request = any(rule.per == "request" or rule.match for rule in rules)
 
     def set_replay(self, replay):
@@ -6887,7 +6888,9 @@ class KernelPipe:
         return self.held
 
     def __getitem__(self, unsent):
-        """Return the pipe itself as pipe[n:], after splice_to() has sent n bytes.
+        """Subtract n bytes, which splice_to() has sent, and return the pipe itself.
+
+        So a caller writes data = data[n:] for a pipe, too.
 
         unsent    slice(n, None)
         """
@@ -7704,8 +7707,8 @@ class TlsSocket:
             try:
                 sent = self.sock.send(self.unsent)
             except BlockingIOError:
-                if not self.awaits_write:
-                    self.note_change()      # the owner then calls interest()
+                if not self.awaits_write:   # ask the Connection to watch for EVENT_WRITE
+                    self.note_change()
                 return False
             self.unsent = self.unsent[sent:] or self.outgoing.read()
         return True
@@ -7717,10 +7720,13 @@ class TlsSocket:
 
     def encrypt_close_notify(self):
         """Encrypt close_notify, once, and not before all received bytes are read."""
-        if not self.is_open or self.skip_close_notify or self.error or self.notified:
+        can_notify = self.is_open and not self.skip_close_notify and not self.error
+        if not can_notify or self.notified:
             return
+        # unwrap() fails while bytes are unread. When they are read, recv_into() calls push().
+        # After the end of the peer's stream, no bytes are unread: only the end itself may be.
         if self.readable and not self.ended:
-            return                  # unwrap() fails at unread bytes; recv_into() pushes again
+            return
         self.notified = True
         # unwrap() encrypts close_notify. Then it raises if the peer has sent no close_notify yet.
         with contextlib.suppress(OSError, ValueError):
@@ -7738,7 +7744,7 @@ class TlsSocket:
         """Close the socket. Ciphertext that waits is sent first, unless the close is a reset."""
         self.loop.cancel(self.change_timer)
         self.loop.cancel(self.deadline)
-        self.awaits_write = True        # now send_ciphertext() never calls on_change()
+        self.awaits_write = True        # so that send_ciphertext() never calls note_change()
         can_send = self.is_open and self.loop.running and not self.resets and not self.error
         if can_send and self.closing and not self.fin_sent:
             self.deadline = self.loop.call_at(self.loop.clock() + self.timeout, self.close_now)
@@ -9278,7 +9284,7 @@ class ProxyServer:
             with contextlib.suppress(CannotListen):
                 self.apply_accept()
             raise
-        # If the same mode is set again, only its times can change, because they start again.
+        # Setting the same mode again changes nothing, unless it has times: these start again.
         if accept.to_text() != before.to_text() or accept.fields:
             log.info("%saccept: %s", self.log_prefix, accept.to_text())
         self.begin_schedules()
@@ -9628,7 +9634,7 @@ class ProxyServer:
     def remove_expired(self, rules):
         """Remove rules whose ttl has ended. A block ends if its rule expires.
 
-        rules    the Rules, and self.accept if its ttl has ended too
+        rules    the rules whose ttl has ended. self.accept may be one of them
         """
         for rule in rules:
             self.record_change(rule, "expires")
@@ -10881,8 +10887,8 @@ UNREBINDABLE = (".localhost",       # this machine (RFC 6761)
 # control    the Control that received the request
 # proxy      the ProxyServer that the path or ?proxy=NAME names, by default the first proxy; None
 #            if there is no such proxy
-# names      {segment in capitals of the route's path: name in the request's path}, such as
-#            {"PROXY": "redis"} if the path is /proxies/redis
+# names      the variable parts of the path: {"PROXY": "redis"} for the route /proxies/PROXY and
+#            the path /proxies/redis
 # query      {key: value} of the query, without the key `proxy`
 # body       text
 # headers    {name: value}, or another object with the method `get`
@@ -11188,7 +11194,9 @@ def list_handlers(request):
 
 @route("GET", "/declarations", needs_proxy=False)
 def list_declarations(request):
-    """Return the declarations of handlers and rule fields, and the errors of each protocol."""
+    """Return the declarations of handlers and rule fields, and the kinds of errors that the
+    protocols have.
+    """
     handlers = OrderedDict()
     for name, function in HANDLERS.items():
         helps, checks = option_help(function), getattr(function, "option_checks", {})
@@ -12503,7 +12511,7 @@ def toxics_to_json(proxy, toxics):
 
 
 def listed_toxics(proxy, request):
-    """Return the toxics that a listing of a proxy has under the key `toxics`."""
+    """Return the toxics for the key `toxics` of a proxy's JSON object."""
     list_all = request.query.get("all") == "1"
     return [toxic for toxic in proxy.toxics if list_all or exists_in_toxiproxy(toxic)]
 
@@ -14355,8 +14363,8 @@ class Parser(argparse.ArgumentParser):
             new_style_name, old_style_name, option = match.groups()
             name = new_style_name or old_style_name
             # Either the handler or its option is unknown: one of these checks raises ValueError.
-            SourcedText(flag, name).parse(import_handler)
-            SourcedText(flag, "").parse(check_handler_option, name, option.replace("-", "_"))
+            check_field(flag, import_handler, name)
+            check_field(flag, check_handler_option, name, option.replace("-", "_"), "")
         flags = ["--version", "--help"]
         for setting in self.settings.values():
             flags += setting.flags
@@ -15467,8 +15475,8 @@ CTL_SETTINGS = settings_table([
 # function    takes a Client and the arguments of the action; returns the text to print
 # arguments   the arguments, for the help
 # help        the text for --help
-# check       a function that raises ValueError if the list of arguments is wrong. The default is
-#             `list`, which accepts every list
+# check       a function that raises ValueError if the list of arguments is wrong. The default,
+#             Python's list(), raises no error
 Action = namedtuple("Action", "function arguments help check")
 Action.__new__.__defaults__ = (list,)
 
