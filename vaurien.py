@@ -5760,7 +5760,7 @@ class DelayQueue:
 def capture(function, *args):
     """Call a function. Returns (result, None), or (None, exception) if the function raises.
 
-    So another thread can receive the result, and can raise or log the exception.
+    The caller passes the tuple to another thread, which uses the result or the exception.
     """
     try:
         return function(*args), None
@@ -5789,20 +5789,20 @@ class EpollSelector:
     READY = {1: EVENT_READ, 4: EVENT_WRITE, 17: EVENT_READ}
     BOTH_EVENTS = EVENT_READ | EVENT_WRITE
     MAX_EVENTS = 256        # the most events of one poll, so that timers do not wait too long
-    SPIN_TIME = 0.00008     # seconds in the busy loop. To sleep and to wake up costs about this
-    PREEMPTED = 0.001       # after more seconds in the busy loop, another process must have had
-                            #   the CPU in the meantime
+    SPIN_TIME = 0.00008     # seconds in the busy loop: about the time that a process needs to
+                            #   fall asleep and to wake up
+    PREEMPTED = 0.001       # if the busy loop takes more seconds, another process has had the CPU
     BACKOFF_MAX = 8         # the largest value of `skips` after a busy loop without events
-    BACKOFF_PREEMPTED = 512     # the value of `skips` after another process had the CPU: a
-                                #   second time may cost a whole time slice again
+    BACKOFF_PREEMPTED = 512     # the value of `skips` after another process has had the CPU. Each
+                                #   such busy loop may cost a whole time slice
 
     def __init__(self, clock=time.monotonic):
         self.epoll = select.epoll()
         self.fileno, self.close = self.epoll.fileno, self.epoll.close
         self.keys = {}
         self.clock = clock
-        self.skips = 0      # this many of the next calls of busy_poll sleep at once
-        self.backoff = 0    # the first value of `skips` after the last busy loop; 0 if the loop
+        self.skips = 0      # the next calls of busy_poll that will sleep without a busy loop
+        self.backoff = 0    # the value that `skips` had after the last busy loop: 0 if the loop
                             #   ended with events
 
     def register(self, sock, events, callback):
@@ -5836,9 +5836,9 @@ class EpollSelector:
 
         Returns the events.
 
-        Many peers reply faster than a process falls asleep and wakes up. A busy loop that takes
-        as long as a sleep costs takes at most twice the optimal time (Karlin et al., Empirical
-        Studies of Competitive Spinning, 1991).
+        Many peers reply faster than a process falls asleep and wakes up. So a busy loop may be
+        faster than a sleep. If both take the same time, this function takes at most twice the
+        optimal time (Karlin et al., Empirical Studies of Competitive Spinning, 1991).
         """
         if self.skips:
             self.skips -= 1
@@ -5872,7 +5872,7 @@ def raise_fd_limit():
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             return limit
-        except (ValueError, OSError):
+        except (ValueError, OSError):   # this limit is too high
             pass
     return soft
 
@@ -5940,6 +5940,7 @@ class Loop:
         fileno = getattr(self.selector, "fileno", None)
         self.precise_fds = [fileno()] if fileno and fileno() < self.FD_SETSIZE else None
         # select() can watch 512 sockets on Windows, and descriptors below FD_SETSIZE elsewhere.
+        # With 500 sockets, there are enough descriptors for other files.
         self.socket_limit = 500 if isinstance(self.selector, selectors.SelectSelector) \
             else math.inf
 
@@ -5964,7 +5965,7 @@ class Loop:
             self.selector.unregister(sock)
 
     def capacity_error(self):
-        """Return the reason why one more connection cannot be served, or "" if it can."""
+        """Return why one more connection cannot be served, or "" if there is no reason."""
         if len(self.watched) + 2 > self.socket_limit:       # 2 sockets for the connection
             return "select() takes no more sockets"
         if Loop.fds_exhausted and not fds_available(self.fd_limit):
@@ -6023,7 +6024,7 @@ class Loop:
         if timeout > PRECISE_WAIT:
             # Wake up early. The next call waits precisely for the rest of the time.
             return self.selector.select(min(MAX_WAIT, timeout - PRECISE_WAIT / 2))
-        if not timeout or not self.precise_fds:
+        if timeout == 0 or self.precise_fds is None:
             return self.selector.select(timeout)
         if timeout > SELECT_OVERSHOOT:
             select.select(self.precise_fds, [], [], timeout - SELECT_OVERSHOOT)
@@ -7794,11 +7795,10 @@ class TlsSocket:
 #   a peer closes its side              EOF goes through the chain. Then the proxy calls
 #                                       shutdown(SHUT_WR) on the other socket
 #   both peers have closed their sides  close
-#   recv or send fails: a peer resets   the data that this peer has sent is delivered. Then both
+#   a peer resets: recv or send fails   the data that this peer has sent is delivered. Then both
 #                                       sockets are reset
-#   recv fails while the data of the    both sockets are reset at once, because the data cannot
-#     client is never due, or waits     be delivered
-#     for connect()
+#   the client resets, but its data is  both sockets are reset at once, because the data cannot
+#     never due or waits for connect()  be delivered
 #   a rule closes both sides            lingering close if a rule has replied to a request,
 #                                       otherwise close
 #   a rule resets the connection        both sockets are reset
@@ -7827,7 +7827,8 @@ class Link(DelayQueue):
         self.watched = 0        # the events for which the loop watches the source: EVENT_READ for
                                 #   this link, EVENT_WRITE for the link in the other direction
         self.fast_events = 0    # EVENT_READ if the fast path is open, otherwise 0
-        self.bulk_reads = 0 if HAVE_SPLICE else NO_SPLICE   # successive reads that were large
+        self.bulk_reads = 0 if HAVE_SPLICE else NO_SPLICE   # number of reads of BULK_READ bytes or
+                                                            #   more. splice() can set 0 again
         # To measure latencies
         self.measure_after = sys.maxsize    # of the link upstream: the connection measures the
                                             #   first request after this many requests
@@ -7851,9 +7852,9 @@ class Link(DelayQueue):
 class HandOff:
     """A call of a blocking handler, in a thread of its own.
 
-    The handler gets duplicates of the connection's two sockets. A socket and its duplicate are
-    both non-blocking or both blocking, and the loop needs non-blocking sockets. So the handler
-    gets duplicates with a time-out. Then Python waits inside recv() and send().
+    The handler gets duplicates of the connection's two sockets. A socket and its duplicate share
+    the flag O_NONBLOCK, which the loop needs. But a handler expects that recv() and send() wait.
+    So the duplicates have a time-out: Python then waits by itself.
     """
 
     def __init__(self, connection, rule, to_backend):
@@ -7873,7 +7874,8 @@ class HandOff:
         try:
             for sock in self.socks:
                 sock.settimeout(MAX_WAIT)
-            self.rule.instance(self.socks[0], self.socks[1], self.to_backend)
+            client, backend = self.socks
+            self.rule.instance(client, backend, self.to_backend)
             return all(sock.fileno() >= 0 for sock in self.socks)
         finally:
             self.close()
@@ -7891,13 +7893,14 @@ class HandOff:
         self.connection.take_back(close_reason)
 
     def log_failure(self, exc):
-        """Log an exception of the handler. Only the first bug of a rule is logged with details."""
+        """Log an exception of the handler, with a traceback for the first bug of a rule."""
         connection, rule = self.connection, self.rule
         is_bug = not isinstance(exc, OSError)       # an OSError most likely means a closed socket
+        needs_traceback = is_bug and not rule.error_logged
         log.log(logging.ERROR if is_bug else logging.INFO,
                 "connection %d, request %d: handler %s failed and the connection is closed: %s",
                 connection.number, connection.chain.request_count, rule.name,
-                format_exception(exc), exc_info=exc if is_bug and not rule.error_logged else None)
+                format_exception(exc), exc_info=exc if needs_traceback else None)
         rule.error_logged = rule.error_logged or is_bug
 
     def close(self):
@@ -7907,9 +7910,10 @@ class HandOff:
 
 
 class Connection:
-    """A client's socket, the socket that the proxy connects to a backend, and the data between.
+    """A client's socket, a backend's socket, and the data between these sockets.
 
-    up, down    the two links: from the client to the backend, and from the backend to the client
+    up      the Link from the client to the backend
+    down    the Link from the backend to the client
     """
 
     __slots__ = ("proxy", "loop", "number", "peer", "chain", "up", "down", "client", "backend",
@@ -7917,7 +7921,7 @@ class Connection:
                  "faults", "records_without_text", "timer", "deadline_timer", "began")
 
     def __init__(self, proxy, number, client, peer):
-        """Begin no work yet: the caller calls `start` or `refuse`.
+        """Create the chain and the links. Then the caller calls `start` or `refuse`.
 
         number    of the connection: the proxy counts its connections from 1
         client    the client's socket
@@ -7941,14 +7945,15 @@ class Connection:
         self.phase = WAITING
         self.addresses = None           # the backend's addresses that have not been tried yet
         self.connect_deadline = None    # when the last connect() must have succeeded
-        self.reset_reason = ""          # if a peer has gone: why both sockets will be reset
+        self.reset_reason = ""          # once a peer has gone: why both sockets will be reset
         self.faults = ()                # names of the handlers that have acted
         self.records_without_text = ()  # numbers of the FaultRecords that will get the first
                                         #   bytes of request 1 when these bytes come
         self.timer = None               # calls on_timer when the next event is due
         self.deadline_timer = None      # see set_deadline
         self.began = self.loop.clock()
-        self.announcing_link = None     # holds the announcement of TLS, or None: see begin_tls
+        self.announcing_link = None     # the link that holds the announcement of TLS, or None:
+                                        #   see begin_tls
         if proxy.tls.accepts and not proxy.joins_tls():     # TLS from the first byte
             self.start_tls(self.up)
 
@@ -7967,7 +7972,7 @@ class Connection:
         else:
             self.connect_backend()
             self.update_interest()
-            if self.up.fast_events:     # most clients have sent a request by now
+            if self.up.fast_events:     # do not wait: most clients have sent a request by now
                 self.on_ready(self.up, EVENT_READ)
 
     def refuse(self):
@@ -7978,6 +7983,7 @@ class Connection:
         """
         self.chain = RefusingChain(self.proxy.rules, self.number, self.chain.protocol)
         self.set_deadline(self.began + self.proxy.timeout, lambda: self.close("refused"))
+        # In some protocols, the server speaks first. Then the client gets the error now.
         self.process_signal(UPSTREAM, OPEN)
 
     # Reading
@@ -7989,11 +7995,12 @@ class Connection:
 
         Each call receives only once, so that a fast sender does not delay other connections.
 
-        This function is the fast path, which sends the bytes at once. Without an active rule, the
-        fast path makes no events. It reads the clock only to measure a latency.
+        If the fast path is open, this function sends the bytes at once. Without an active rule,
+        the fast path makes no events, and reads the clock only to measure a latency.
         """
         loop, chain, budget = self.loop, self.chain, link.budget
         limit = link.recv_size
+        # prepare_read() handles all cases except a plain read on an open fast path.
         if (events != link.fast_events or link.bulk_reads >= SPLICE_AFTER
                 or budget.held > budget.fast_path_limit):
             limit = self.prepare_read(link, events)
@@ -8007,7 +8014,7 @@ class Connection:
         if not size:
             self.on_eof(link)
             return
-        # direction_changed() begins a request, and returns the count of requests.
+        # direction_changed() may begin a request, and returns the number of requests.
         if chain.last_direction is not link.to and (
                 chain.direction_changed(link.to) >= link.measure_after):
             self.begin_measurement()
@@ -8017,7 +8024,7 @@ class Connection:
             if not data:
                 return
         else:
-            link.bulk_reads += size >= BULK_READ        # True counts as 1. splice() sets 0
+            link.bulk_reads += size >= BULK_READ        # True counts as 1
         try:
             sent = link.target.send(data)
         except OSError as error:
@@ -8056,7 +8063,7 @@ class Connection:
         """
         if self.phase is CLOSED:        # an earlier callback of this select() has closed it
             return 0
-        if self.phase is CONNECTING and link is self.down:
+        if self.phase is CONNECTING and link is self.down:      # connect() has ended
             self.on_connected()
             return 0
         if isinstance(link.source, TlsSocket) and not self.advance_tls(link):
@@ -8068,7 +8075,7 @@ class Connection:
         if link.fast_events and link.bulk_reads >= SPLICE_AFTER and self.splice(link):
             return 0
         limit = link.read_limit(self.loop.clock)
-        if limit <= 0 or self.phase is HANDED_OFF:      # this has changed since select()
+        if limit <= 0 or self.phase is HANDED_OFF:      # an earlier callback has changed this
             self.update_interest()
             return 0
         if self.proxy.has_blocking and self.hand_off(link):
@@ -8077,7 +8084,8 @@ class Connection:
 
     def parse_limit(self, link):
         """Return the most bytes to receive: there must be memory for the requests in them."""
-        # A link with larger reads does not parse them: the bytes are of tcp, or of a long body.
+        # Only requests need this memory, not replies. And no requests are parsed in larger reads:
+        # their bytes are of tcp, or of one long body.
         if link is self.down or link.recv_size > PARSED_CHUNK:
             return CHUNK
         return max(1, (link.budget.allowance(HELD_MAX) - link.held - link.kept) // EXPANSION)
@@ -8085,9 +8093,11 @@ class Connection:
     def filter(self, link, data):
         """Run received bytes through the chain. Returns the bytes to send at once, or None.
 
-        Returns None if a rule has changed or delayed the bytes, or if the fast path is closed.
-        Then the bytes are in the delay queue, and this function has counted them as received.
-        on_ready counts the bytes that this function returns.
+        Returns None if the bytes were queued or dropped. Bytes are queued if a rule has changed
+        or delayed them, or if the fast path is closed.
+
+        This function counts the received bytes, except the bytes that it returns: on_ready
+        counts those bytes when it has sent them.
         """
         chain, size = self.chain, len(data)
         if self.phase is LINGERING:     # the client has got its last reply: drop further bytes
@@ -8102,11 +8112,14 @@ class Connection:
             self.end_parsing(link)
             to_send = self.send_or_queue(link, size, to_send)
         if to_send is not None and (self.chain.kept > KEPT_MIN or self.up.kept):
-            self.note_kept()            # after a queueing, update_interest() has done the same
+            self.note_kept()            # if bytes were queued, update_interest() has done the same
         return to_send
 
     def run_rules(self, link, data):
-        """Run received bytes through the active rules. Returns like `filter`."""
+        """Run received bytes through the active rules.
+
+        Returns the bytes to send at once. Returns None if events were queued instead.
+        """
         now, chain = self.loop.clock(), self.chain
         chain.modified = False
         events = chain.process_bytes(now, link.to, bytes(data))
@@ -8119,15 +8132,14 @@ class Connection:
         return None
 
     def send_or_queue(self, link, size, to_send):
-        """Return bytes that no rule has changed or delayed, if the fast path is open.
-
-        Otherwise, queue these bytes as due now, and return None.
+        """Return `to_send` if the fast path is open. Otherwise queue `to_send`, and return None.
 
         size       the number of bytes received
-        to_send    the bytes to send instead: the chain may rewrite or hold bytes
+        to_send    the bytes to send for the bytes received. No rule has changed or delayed them,
+                   but the chain may have rewritten a head
         """
         if link.fast_events:
-            link.buffered_in += size - len(to_send)     # on_ready counts the others
+            link.buffered_in += size - len(to_send)     # on_ready counts the bytes of to_send
             return to_send
         now = self.loop.clock()
         link.buffered_in += size
@@ -8135,7 +8147,7 @@ class Connection:
         return None
 
     def end_parsing(self, link):
-        """Handle the end of parsing, if the chain has noted a protocol error or a begin of TLS."""
+        """Handle a protocol error, or the beginning of TLS, if the chain has noted one."""
         if self.chain.protocol_error:
             self.on_protocol_error()
         if self.chain.encrypted is not None:
@@ -8145,13 +8157,14 @@ class Connection:
         """Count in the budget the memory that the chain keeps for exchanges.
 
         Each reply frees the memory of its exchange. After the backend's EOF there are no replies.
-        So the memory does not count then: the proxy would never read from the client again.
+        Then the memory does not count, because a full budget would stop all further reads from
+        the client.
         """
         kept = self.chain.kept
         self.up.keep(kept if kept > KEPT_MIN and not self.down.eof else 0)
 
     def note_kept(self):
-        """Call count_kept. Then stop or resume to read from the client, if necessary."""
+        """Call count_kept. Then, if necessary, stop or resume reading from the client."""
         self.count_kept()
         is_read = bool(self.up.watched & EVENT_READ)
         if self.wants_read(self.up, self.down) != is_read:
@@ -8181,7 +8194,8 @@ class Connection:
     def on_protocol_error(self):
         """Log that bytes were not of the protocol, and use the chain's successor if there is one.
 
-        See ProtocolChain.fall_back.
+        Without a successor, the chain stays, and no longer parses the client's bytes: see
+        ProtocolChain.fall_back.
         """
         chain = self.chain
         log.info("%sconnection %d, request %d: protocol parsing stopped, continuing as tcp: %s",
@@ -8224,7 +8238,7 @@ class Connection:
             return link.eof             # True only if on_recv_error has handled an error
         link.put_due(pipe)
         self.flush(link)
-        if link.send_buffer or link.write_closed:       # not all of it was sent
+        if link.send_buffer or link.write_closed:       # the target takes no more, or has gone
             self.pump()
         return True
 
@@ -8260,11 +8274,11 @@ class Connection:
         """
         data = b""
         with contextlib.suppress(OSError):
-            data = link.source.recv(BEGINNING_MAX, socket.MSG_PEEK)     # the handler receives them
+            data = link.source.recv(BEGINNING_MAX, socket.MSG_PEEK)     # does not take the bytes
         if not data:                    # on_ready() handles an EOF and an error
             return False
         if self.chain.last_direction is not link.to:
-            self.chain.direction_changed(link.to)       # a request begins, which draws rules
+            self.chain.direction_changed(link.to)       # may begin a request, and draw its rules
         active = self.chain.blocking_rule()
         if active is None:
             return False
@@ -8322,12 +8336,12 @@ class Connection:
         for t, to, data, delays in events:
             link = self.up if to == UPSTREAM else self.down
             link.put(t, data, now, delays)
-            # Bytes for the sender of the received bytes are a reply of a rule.
+            # The bytes came from one peer, and this event goes back to that peer: a rule replies.
             if received_by is not None and link is not received_by and link.held:
                 link.has_replies = True
         newly_acted, self.chain.newly_acted = self.chain.newly_acted, []
-        for fault in newly_acted:
-            self.proxy.record_fault(self, *fault)
+        for active, request, beginning in newly_acted:
+            self.proxy.record_fault(self, active, request, beginning)
         if self.records_without_text:
             self.add_text()
         self.pump()
@@ -8335,7 +8349,8 @@ class Connection:
     def add_text(self):
         """Add the first bytes of request 1 to the FaultRecords that were made before these bytes.
 
-        Does nothing if the bytes have not come yet. From request 2 on, they cannot be added.
+        Does nothing if the bytes have not come yet. After request 1, these records stay without
+        text.
         """
         if self.chain.current_number == 1:
             text = self.chain.request_text()
@@ -8345,14 +8360,14 @@ class Connection:
         self.records_without_text = ()
 
     def rules_changed(self, new, removed, changed, woken=()):
-        """Apply a change of the installed rules, and release the data that they have delayed.
+        """Apply a change of the installed rules.
 
         new        rules that have just been installed
-        removed    rules that are not installed any more, or that sleep from now on
+        removed    rules that are not installed any more, or that begin to sleep
         changed    rules with new options or percentages
         woken      rules whose percentage rises now because of their schedule
 
-        Only the data that `removed` or `changed` rules have delayed is released.
+        Releases the data that the removed rules and the changed rules have delayed.
         """
         now = self.loop.clock()
         begun = self.chain.rules_changed(new, changed, woken)
@@ -8377,7 +8392,7 @@ class Connection:
         self.enqueue(now, events)
 
     def pump(self):
-        """Send all data that is due. Then wait for the next event, or end the connection.
+        """Send all data that is due. Then set the timer and the watched events, or end.
 
         The slow path always ends with a call of this function.
         """
@@ -8489,7 +8504,7 @@ class Connection:
                 events |= EVENT_WRITE
             if isinstance(source, TlsSocket):
                 events = source.interest(events)
-                fast = fast and source.is_open
+                fast = fast and source.is_open      # no fast path during a handshake
             link.fast_events = EVENT_READ if fast and link.is_unused() else 0
             if events != link.watched:
                 self.watch(link, events)
@@ -8558,9 +8573,11 @@ class Connection:
         config, is_client = self.proxy.tls, link is self.up
         if is_client:
             back, server_name = self.down, None
-            context = config.accept_context(self.client.getsockname()[0])
+            local_host = self.client.getsockname()[0]   # the address that the client uses
+            context = config.accept_context(local_host)
         else:
-            back, server_name = self.up, config.server_name(self.proxy.backend[0])
+            backend_host = self.proxy.backend[0]
+            back, server_name = self.up, config.server_name(backend_host)
             context = config.connect_context()
         if link.watched:        # later, update_interest() watches the socket for the TlsSocket
             self.loop.watch(link.source, 0)
@@ -8654,7 +8671,7 @@ class Connection:
         """Resolve the backend's name, then try one address after the other."""
         self.phase = CONNECTING
         self.connect_deadline = self.loop.clock() + self.proxy.timeout
-        if self.proxy.addresses:
+        if self.proxy.addresses:        # the backend is an IP address: no name to resolve
             self.addresses = list(self.proxy.addresses)
             self.connect_next(None)
         else:
@@ -8692,7 +8709,7 @@ class Connection:
                     self.addresses.insert(0, (family, sockaddr))
                     self.set_deadline(self.loop.clock() + RETRY_DELAY, self.retry_connect)
                     return
-                # That this machine has no IPv6 is the reason only if there is no better reason.
+                # Report that IPv6 is not available only if no other address has failed.
                 if reason is None or not address_unavailable(error):
                     reason = error.strerror
                 continue
@@ -8762,7 +8779,7 @@ class Connection:
         target. Then the target is reset. But if this data is from the client, and is never due or
         waits for connect(), both sockets are reset at once.
         """
-        if isinstance(error, BlockingIOError):      # only no bytes have come: the source is there
+        if isinstance(error, BlockingIOError):      # not a failure: no bytes have come yet
             return
         if link is self.up:
             peer, back = "client", self.down
@@ -8777,7 +8794,7 @@ class Connection:
             link.eof = True
             self.reset(self.reset_reason)
         else:
-            self.on_eof(link)       # the connection ends, with reset_reason, after the data
+            self.on_eof(link)       # EOF follows the data; then finish() resets
 
     def on_send_error(self, link):
         """Handle an error of send(): the target has gone.
@@ -8828,7 +8845,7 @@ class Connection:
             self.up.fast_events = self.down.fast_events = self.down.watched = 0
 
     def reset(self, reason):
-        """Reset both sockets: a close that sends RST. The log shows the reason."""
+        """Close both sockets in such a way that the kernel sends RST. The log shows the reason."""
         for sock in (self.client, self.backend):
             if sock is not None:
                 reset_on_close(sock)
