@@ -4538,24 +4538,27 @@ def make_flat_toxic(type_, name, values, fields=()):
 
 # -- Chain --------------------------------------------------------------------
 #
-# A chain runs the events of one connection through its active rules, one rule after the other.
-# It has no delay queue and no timer.
+# A chain runs the events of one connection through the active rules, one rule after the other. A
+# chain has no delay queue and no timer.
 #
 # The class Chain is for tcp, ProtocolChain for connections with a protocol, and RefusingChain for
-# clients beyond max_connections. A Connection calls all of them in the same way:
+# clients beyond max_connections. A Connection calls the same methods of all three classes:
 #
 #   start()                        when a client has connected
-#   direction_changed(to)          before bytes whose direction is not that of the last bytes
-#   pass_through(to, data)         fast path: returns bytes on which no rule acts
+#   direction_changed(to)          before the first bytes, and each time the direction changes
+#   pass_through(to, data)         fast path: returns the bytes to forward, or None if a rule may
+#                                  act on the bytes
 #   process_bytes(now, to, data)   slow path: returns the events that the rules make of bytes
 #   process(now, to, signal)       returns the events that the rules make of a signal
-#   give_up_head(now)              at the time `head_deadline`, unless that is NEVER
+#   give_up_head(now)              when the time `head_deadline` has come
 #
-# and after a change of the installed rules:
+# After a change of the installed rules, a Connection calls these methods in this order:
 #
-#   rules_changed(new, changed)    returns further rules that begin to act
-#   release(removed, changed)      undoes delays of these rules
-#   process_open(now, to, rules)   returns the events that the rules that begin make of OPEN
+#   rules_changed(new, changed, woken)    returns the rules, besides the new ones, that begin now
+#   release(removed, changed)             undoes the delays of these rules
+#   reset_due_times(to, latest)           if a delay was undone
+#   process_open(now, directions, rules)  gives OPEN to the rules that begin. Returns the events
+#                                         that these rules make of OPEN
 
 NOTHING: list = []      # the empty list of all chains without an active rule, to save memory
 
@@ -4563,42 +4566,44 @@ NOTHING: list = []      # the empty list of all chains without an active rule, t
 class Chain:
     """The active rules of one connection.
 
-    Without a protocol, the first request begins when the client connects. A new one begins
-    each time that the client sends after the backend has sent. So requests are found without
-    parsing, if client and backend take turns.
+    Without a protocol, the first request begins when the client connects. A later request begins
+    each time that the client sends after the backend has sent. So a Chain need not parse the
+    bytes to find the requests of a client that waits for each reply.
     """
 
-    __slots__ = ("rules", "connection", "request_count", "current_number", "current_request",
+    __slots__ = ("rule_set", "connection", "request_count", "current_number", "current_request",
                  "last_direction", "active_rules", "undrawn", "per_connection", "batch",
                  "batch_hits", "newly_acted", "modified", "answered_early", "kept", "beginning",
                  "protocol", "protocol_lost", "protocol_error", "successor", "head_deadline",
                  "encrypted")
 
     def __init__(self, rules, connection):
-        self.rules = rules              # the proxy's RuleSet
-        self.connection = connection    # its number
+        self.rule_set = rules              # the proxy's RuleSet
+        self.connection = connection    # the number of the connection
         # Requests
-        self.request_count = 0          # requests begun in this connection
+        self.request_count = 0          # requests that have begun in this connection
         self.current_number = 0         # the number of the request whose event is being processed
-        self.current_request = None     # the Request of this number, in a ProtocolChain
-        self.last_direction = None      # of the last bytes; None before any bytes
+        self.current_request = None     # the Request with this number. Only in a ProtocolChain
+        self.last_direction = None      # the direction of the last bytes. None before any bytes
         # Rules and draws
         self.active_rules = NOTHING     # of the current request, in the order of the rules
-        self.undrawn = NOTHING          # rules installed later; the first bytes draw them
+        self.undrawn = NOTHING          # rules installed after the client connected. They are
+                                        #   drawn for request 1 when the first bytes come
         self.per_connection = {}        # {rule per connection: its ActiveRule}
-        self.batch = -1                 # index of a batch of 8 requests: see begin_batch
-        self.batch_hits = NOTHING       # [(rule, number)] for each request of this batch
+        self.batch = -1                 # the batch of 8 requests that is drawn. -1: no batch
+        self.batch_hits = NOTHING       # for each request of the batch: [(rule, drawn number)]
         # Read by the connection
         self.newly_acted = []           # [(ActiveRule, request number, request_text())]
         self.modified = False           # a rule has changed an event (the caller resets this)
         self.answered_early = False     # a rule has replied in the backend's place
-        self.kept = 0                   # bytes of memory for exchanges, and events in them
+        self.kept = 0                   # the bytes of memory that exchanges, their queued events
+                                        #   and a held head take. 0 without a protocol
         self.beginning = 0, b""         # (number, first bytes) of the last request that had
-                                        #   active rules, in a Chain without a protocol
+                                        #   active rules. Not used by a ProtocolChain
         # The protocol
         self.protocol = None            # the Protocol, of a ProtocolChain
         self.protocol_lost = False      # True after a fall back from a protocol to tcp
-        self.protocol_error = ""        # why the protocol was lost; the connection logs it
+        self.protocol_error = ""        # the reason of the fall back. The connection logs this
         self.successor = None           # the Chain that replaces this one, after a fall back
         self.head_deadline = NEVER      # when to call give_up_head
         self.encrypted = None           # the first bytes of TLS that begins in this connection
@@ -4609,33 +4614,33 @@ class Chain:
 
     def begin_request(self):
         """Count a request, and draw the rules for it."""
-        rules = self.rules
-        rules.request_count += 1
+        rule_set = self.rule_set
+        rule_set.request_count += 1
         request = self.request_count = self.current_number = self.request_count + 1
-        if not rules.installed:
+        if not rule_set.installed:
             self.active_rules = NOTHING
-        elif rules.draw_ahead:          # the same as below, but faster
+        elif rule_set.draw_ahead:       # draw_rule would draw the same, but slower
             if request // 8 != self.batch:
                 self.begin_batch(request // 8)
-            for rule in rules.installed:
+            for rule in rule_set.installed:
                 rule.drawn_count += 1
             hits = self.batch_hits[request % 8]
             self.active_rules = [ActiveRule(rule, rule.drawn_count, number)
                                  for rule, number in hits
                                  if rule.selects(rule.drawn_count)] if hits else NOTHING
-        elif rules.changes_by_request or request == 1:
+        elif rule_set.changes_by_request or request == 1:
             for active in self.per_connection.values():
-                if active.match_buffer:         # the search ends with its request
+                if active.match_buffer:         # search only the bytes of the new request
                     active.match_buffer = b""
             self.active_rules = self.collect(self.draw_rule)
 
     def direction_changed(self, to):
-        """Note the direction of the next bytes, which is not that of the last bytes.
+        """Note that the next bytes go in the direction `to`, unlike the last bytes.
 
-        A request begins when the client sends after the backend has sent. The first bytes of the
-        connection draw the rules that were installed after its start.
+        A request begins if the client sends after the backend has sent. If these bytes are the
+        first of the connection, the rules installed after the client connected are drawn.
 
-        Returns request_count. With a protocol, it does not include a request that begins now.
+        Returns request_count. A ProtocolChain counts a request later, when the head is complete.
         """
         last, self.last_direction = self.last_direction, to
         if last is DOWNSTREAM:
@@ -4647,33 +4652,39 @@ class Chain:
     # Drawing
 
     def begin_batch(self, batch):
-        """Draw all rules for the 8 requests of a batch at once. Only used if rules.draw_ahead."""
+        """Draw all rules for the 8 requests of a batch at once, if rule_set.draw_ahead is True.
+
+        batch    number of a request in the connection // 8
+        """
         self.batch, self.batch_hits = batch, [[] for _ in range(8)]
-        for rule in self.rules.installed:
-            draws = self.rules.draw_batch(rule.draw_key, self.connection, batch)
-            for hits, number in zip(self.batch_hits, draws):
+        for rule in self.rule_set.installed:
+            numbers = self.rule_set.draw_batch(rule.draw_key, self.connection, batch)
+            for hits, number in zip(self.batch_hits, numbers):
                 if rule.includes(number):
                     hits.append((rule, number))
 
     def draw_number(self, rule):
         """Draw the number that decides whether a rule acts on the current request.
 
-        A rule per connection has one number for all requests, that of request 0. Returns
-        (number, whether the rule acts, rule.drawn_count). A Replay replaces all three.
+        Returns (drawn number, whether the rule acts, rule.drawn_count). With a Replay, all three
+        are those of the recorded fault.
         """
+        # A rule per connection is drawn once, as if for request 0. Requests are counted from 1.
         request = self.request_count if rule.per == "request" else 0
-        if self.rules.replay:
-            return self.rules.replay.draw(self.rules.proxy_name, self.connection, request, rule)
-        number = self.rules.draw_batch(rule.draw_key, self.connection, request // 8)[request % 8]
+        rule_set = self.rule_set
+        if rule_set.replay:
+            return rule_set.replay.draw(rule_set.proxy_name, self.connection, request, rule)
+        batch, index = divmod(request, 8)
+        number = rule_set.draw_batch(rule.draw_key, self.connection, batch)[index]
         acts = rule.includes(number) and rule.selects(rule.drawn_count)
         return number, acts, rule.drawn_count
 
     def draw_rule(self, rule):
-        """Count the current request for a rule, and draw the rule for it.
+        """Count the current request for a rule, and draw the rule for this request.
 
-        Returns its ActiveRule, or None if it does not act. A rule per connection has an ActiveRule
-        also if it does not act. A rule with `match` has one that searches the request, and is
-        counted and drawn when the request matches.
+        Returns an ActiveRule. Returns None for a rule per request that does not act. A rule with
+        `match` is not drawn yet: the returned ActiveRule searches the request. The rule is counted
+        and drawn when the request matches.
         """
         if rule.match:
             return ActiveRule(rule, rule.drawn_count, acts=False, match_buffer=b"")
@@ -4681,30 +4692,44 @@ class Chain:
         return self.draw_counted(rule)
 
     def draw_counted(self, rule):
-        """Draw a rule for a request that is counted already. Returns the same as draw_rule."""
+        """Draw a rule for a request that rule.drawn_count includes already.
+
+        Returns an ActiveRule. Returns None for a rule per request that does not act.
+        """
         number, acts, drawn_count = self.draw_number(rule)
         if not acts and rule.per == "request":
             return None
         return ActiveRule(rule, drawn_count, number, acts)
 
     def collect(self, draw):
-        """Return the active rules of the current request, in rule order.
+        """Return the active rules of the current request, in the order of the rules.
 
-        draw    function that returns the ActiveRule, or None, of a rule per request
+        draw    a function. For a rule per request, it returns the ActiveRule, or None if the rule
+                does not act
+
+        A rule per connection is drawn only once, so `draw` is not called for this rule.
         """
         collected = []
-        for rule in self.rules.installed:
-            active = draw(rule) if rule.per == "request" else self.per_connection.get(rule)
-            if active is None and rule.per == "connection":
-                active = self.draw_rule(rule)
-                if active is not None:
-                    self.per_connection[rule] = active
+        for rule in self.rule_set.installed:
+            active = draw(rule) if rule.per == "request" else self.connection_rule(rule)
             if active is not None and (active.acts or active.match_buffer is not None):
                 collected.append(active)
         return collected
 
+    def connection_rule(self, rule):
+        """Return the ActiveRule of a rule per connection. Draw the rule if it is not drawn yet.
+
+        Returns None if the rule has `match`, and draw_rule has found no match.
+        """
+        active = self.per_connection.get(rule)
+        if active is None:
+            active = self.draw_rule(rule)
+            if active is not None:
+                self.per_connection[rule] = active
+        return active
+
     def redraw(self, rules):
-        """Draw these rules for the current request. Keep the other active rules."""
+        """Draw these rules for the current request. Do not change its other active rules."""
         current = {active.rule: active for active in self.active_rules}
         self.active_rules = self.collect(
             lambda rule: self.draw_rule(rule) if rule in rules else current.get(rule))
@@ -4712,53 +4737,64 @@ class Chain:
     def rules_changed(self, new, changed=(), woken=()):
         """Apply a change of the installed rules.
 
-        new        they begin with the next request, or with the current one if it has no bytes
-                   yet. But rules per connection begin now
-        changed    their options or percentages are changed; they keep their state
-        woken      their percentage rises because of their schedule; they begin like new ones
+        new        rules that were not installed before
+        changed    rules whose options or percentages have changed. They keep their state
+        woken      rules whose percentage rises because of their schedule
 
-        All other rules stop if they are no longer installed, or sleep now.
+        A new rule per connection begins now. A new rule per request begins with the current
+        request if this request has no bytes yet, and otherwise with the next request. A woken
+        rule begins like a new rule. Rules that are no longer installed, or that sleep now, stop.
 
         Returns the changed and woken rules per connection that begin now.
         """
-        self.batch = -1
-        installed = self.rules.installed
+        self.batch = -1                 # the batch was drawn for the earlier rules
+        installed = self.rule_set.installed
         self.per_connection = {rule: active for rule, active in self.per_connection.items()
                                if rule in installed}
         begun = [rule for rule, active in self.per_connection.items()
                  if (rule in changed or rule.has_schedule()) and self.update_acts(active)]
         self.undrawn = [rule for rule in [*self.undrawn, *new] if rule in installed]
         current = {active.rule: active for active in self.active_rules if not active.is_over()}
-        for rule in woken if self.last_direction is None else ():
-            if rule.is_drawn_at_once() and rule not in current and rule not in self.undrawn:
-                current[rule] = self.draw_counted(rule)
+        if self.last_direction is None:         # request 1 has no bytes yet
+            for rule in woken:
+                # Rules in `undrawn` are drawn when the first bytes come.
+                if rule.is_drawn_at_once() and rule not in current and rule not in self.undrawn:
+                    current[rule] = self.draw_counted(rule)
         self.active_rules = self.collect(current.get)
         return begun
 
     def update_acts(self, active):
-        """Let a rule per connection act or stop, as it should now. Returns whether it begins.
+        """Let a rule per connection begin to act or stop, after a change of its percentage.
 
-        A rule that still searches for `match` continues to do so.
+        Returns whether the rule begins. Does nothing while the rule still searches for `match`.
         """
         rule = active.rule
         if active.match_buffer is not None:
             return False
-        if self.rules.replay:
-            return active.set_acts(self.draw_number(rule)[1] and not rule.sleeps())
+        if self.rule_set.replay:        # the Replay does not know when the rule sleeps
+            _, acts, _ = self.draw_number(rule)
+            return active.set_acts(acts and not rule.sleeps())
+        # `includes` is False while the rule sleeps.
         return active.set_acts(rule.includes(active.draw) and rule.selects(active.request))
 
     def release(self, removed, changed):
-        """Return False: only a ProtocolChain holds events whose delays could be undone."""
+        """Undo the delays of events that the chain holds. Returns whether there were any.
+
+        Only a ProtocolChain holds such events.
+        """
         return False
 
     def reset_due_times(self, to, latest):
-        """Let rules that keep a due time continue from `latest`, that of the last chunk now."""
+        """Make the due times earlier that rules keep in state[to], after delays were undone.
+
+        latest    the due time of the last chunk that is now in the delay queue of direction `to`
+        """
         for active in self.all_active_rules():
             if active.rule.keeps_due_time and active.acts:
                 active[to] = min(active[to], latest)
 
     def all_active_rules(self):
-        """Return the active rules of all requests whose events may still come."""
+        """Return the active rules of all requests that may still get events."""
         return self.active_rules
 
     def blocking_rule(self):
@@ -4769,33 +4805,35 @@ class Chain:
     # Processing
 
     def pass_through(self, to, data):
-        """Fast path: return the bytes if no active rule may act on them, and otherwise None."""
+        """Fast path: return the bytes. Return None if an active rule may act on them."""
         if to is UPSTREAM:
             self.note_beginning(data)
         for active in self.active_rules:
+            # Before the search for `match` has ended, the rule may need the bytes to search.
             if to in active.rule.directions or active.match_buffer is not None:
                 return None
         return data
 
     def note_beginning(self, data):
-        """Note the first bytes of the current request, for fault records."""
-        if self.beginning[0] != self.request_count:
+        """Store the first bytes of the current request, for fault records."""
+        number, _ = self.beginning
+        if number != self.request_count:
             self.beginning = self.request_count, bytes(data[:BEGINNING_MAX])
 
     def request_text(self):
         """Return the first bytes of the request whose event is being processed.
 
-        Returns b"" if they have not come, or if no rule was active when they came.
+        Returns b"" if the client has not sent them yet, or if no rule was active when they came.
         """
         number, text = self.beginning
         return text if number == self.current_number else b""
 
     def recv_size(self, to):
         """Return how many bytes to receive at once."""
-        return self.rules.recv_size
+        return self.rule_set.recv_size
 
     def process_bytes(self, now, to, data):
-        """Slow path: return the events that the rules make of bytes, as `process` does."""
+        """Slow path: return the events that the rules make of bytes, in the form of `process`."""
         return self.process(now, to, data)
 
     def give_up_head(self, now):
@@ -4803,20 +4841,22 @@ class Chain:
         return []
 
     def process(self, now, to, data):
-        """Run an event through the active rules.
+        """Run bytes or a signal through the active rules.
 
-        Returns [(t, to, data, delays)]. `delays` has (rule, seconds, from_open) for each rule
-        that has delayed the event. `from_open`: the rule has made the event of OPEN.
+        Returns [(t, to, data, delays)]. `delays` has one tuple (rule, seconds, from_open) for each
+        rule that has delayed the event. from_open is True if the rule got OPEN and has yielded
+        this event in its place.
         """
         return self.run_chain(self.active_rules, now, to, [(now, to, data, ())])
 
     def process_open(self, now, directions, rules=None):
-        """Give OPEN to rules that begin now: the handler may make events of it.
+        """Give the signal OPEN to rules that begin now. Their handlers may yield other events.
 
-        rules    those that begin, or whose options have changed, on an open connection. None: the
-                 connection itself begins, and with it all rules per connection
+        rules    rules that begin, or whose options have changed, on an open connection. None: the
+                 connection itself begins, so all rules per connection begin
 
-        Returns these events, without OPEN itself, after they have passed the later rules.
+        Returns the events that the handlers yield. The later rules of the chain have processed
+        these events. OPEN itself is not returned, because the connection is open already.
         """
         rules = self.per_connection if rules is None else rules
         all_events = []
@@ -4825,28 +4865,31 @@ class Chain:
                 events = self.run_chain([active], now, to, [(now, to, OPEN, ())], opening=True)
                 if events == [(now, to, RESET, ())]:    # the handler has failed: only reset
                     return events
-                events = [event for event in events if event[2] is not OPEN]
+                events = [(t, direction, data, delays) for t, direction, data, delays in events
+                          if data is not OPEN]
                 all_events += self.run_chain(self.active_rules[index + 1:], now, to, events)
         return all_events
 
     def run_chain(self, active_rules, now, to, events, opening=False):
-        """Run events through some active rules, one after the other.
+        """Run events through some active rules, one rule after the other.
 
-        to         the direction of the event that they were made of
-        opening    whether that event is an OPEN that only one rule gets: see process_open. A rule
-                   that only delays it has not acted
+        events     have the form of `process`. All were made of one event
+        to         the direction of this one event
+        opening    whether process_open gives OPEN to a single rule. A rule that only delays this
+                   OPEN has not acted
 
-        If a handler raises any exception, the result is one RESET.
+        Returns one RESET if a handler raises an exception.
         """
         for active in active_rules:
             active.received_at = now
-            if active.rule.blocking:     # it gets the sockets: see Connection.hand_off
+            if active.rule.blocking:    # the handler gets the sockets: see Connection.hand_off
                 continue
             try:
                 events = (self.run_rule(active, events[0], opening) if len(events) == 1 else
                           [made for event in events
                            for made in self.run_rule(active, event, opening)])
-            except BaseException as exc:    # of the handler: Ctrl-C only calls Loop.stop
+            except BaseException as exc:    # raised by the handler: Ctrl-C only calls Loop.stop
+                # Only the first error of a rule is logged with a traceback.
                 log.error("connection %d, request %d: handler %s failed and the connection is "
                           "reset: %s", self.connection, self.current_number, active.rule.name,
                           format_exception(exc), exc_info=not active.rule.error_logged)
@@ -4855,7 +4898,10 @@ class Chain:
         return events
 
     def run_rule(self, active, event, opening):
-        """Return the events that one active rule makes of one event."""
+        """Return the events that one active rule makes of one event.
+
+        The arguments and the result are as in run_chain.
+        """
         t, to, data, delays = event
         rule = active.rule
         if not active.acts and not self.search(active, to, data):
@@ -4868,15 +4914,16 @@ class Chain:
         if events == [(t, to, data)]:
             return [event]
         self.note_changes(active, to, events, opening)
+        # An event that is due later than t was delayed by this rule.
         return [(due, direction, made, delays if due == t else
                  delays + ((rule, due - t, data is OPEN and made is not OPEN),))
                 for due, direction, made in events]
 
     def call_handler(self, active, t, to, data):
-        """Return the events that a handler makes of one event, none earlier than t.
+        """Return the events that a handler makes of one event. None of them is due before t.
 
-        Warns, once for each rule, if the call was slow. Raises TypeError if the handler does
-        not yield events.
+        Logs a warning, once for each rule, if the call was slow. Raises TypeError if the handler
+        does not yield events.
         """
         rule, began = active.rule, time.perf_counter()
         made = rule.handler(active, t, to, data, **rule.options)
@@ -4896,29 +4943,33 @@ class Chain:
                             % ", ".join(map(repr, made))[:200]) from None
 
     def note_changes(self, active, to, events, opening):
-        """Note that a rule has changed an event into these. Raises TypeError if one is invalid."""
+        """Note that a rule has acted: it has replaced an event of direction `to` by `events`.
+
+        Raises TypeError if an event is invalid.
+        """
         self.modified = True
         for _, direction, data in events:
             if direction not in DIRECTIONS or not isinstance(data, bytes):
                 raise TypeError("a handler must yield (t, to, data), not (t, %r, %r)"
                                 % (direction, data))
             if data and direction == DOWNSTREAM:
-                self.last_direction = DOWNSTREAM
+                self.last_direction = DOWNSTREAM    # counts like a reply of the backend
                 self.answered_early = self.answered_early or to == UPSTREAM
-        if not active.has_acted and (
-                not opening or any(data is not OPEN for _, _, data in events)):
+        only_delays_open = opening and all(data is OPEN for _, _, data in events)
+        if not active.has_acted and not only_delays_open:
             active.mark_acted()
             self.newly_acted.append((active, self.current_number, self.request_text()))
 
     def search(self, active, to, data):
-        """Add bytes of the client to the search for `match`, and draw the rule if it matches.
+        """Search the client's bytes for `match`, and draw the rule if the request matches.
 
         Returns whether the rule acts.
         """
         rule, buffered = active.rule, active.match_buffer
         if to == UPSTREAM and data and buffered is not None and len(buffered) < MATCH_MAX:
             active.match_buffer = buffered + data[:MATCH_MAX - len(buffered)]
-            if self.rules.replay or rule.matches(active.match_buffer):
+            # A Replay knows the requests on which the rule acts, so no search is needed.
+            if self.rule_set.replay or rule.matches(active.match_buffer):
                 rule.drawn_count += 1
                 active.draw, active.acts, active.request = self.draw_number(rule)
                 active.match_buffer = None
@@ -4928,16 +4979,17 @@ class Chain:
 class RefusingChain(Chain):
     """The chain of a client beyond max_connections: no rule acts, and no backend is connected.
 
-    The client gets the error of a server that has too many connections, and is closed. Without a
-    protocol, it is only closed.
+    The client gets the error that a server with too many connections sends. Without a protocol,
+    there is no error. Then the connection is closed.
     """
 
     __slots__ = ("refusing_protocol", "received")
 
     def __init__(self, rules, connection, protocol):
         super().__init__(rules, connection)
-        self.refusing_protocol = protocol   # a Protocol, or None; `protocol` is for parsing
-        self.received = b""             # since the last reply
+        # The Protocol that makes the error, or None. `protocol` is None, since nothing is parsed.
+        self.refusing_protocol = protocol
+        self.received = b""             # the client's bytes since the last reply
 
     def rules_changed(self, new, changed=(), woken=()):
         return []                       # no rule begins
@@ -4946,6 +4998,10 @@ class RefusingChain(Chain):
         return None                     # no byte is for the backend
 
     def process(self, now, to, data):
+        """Return the events that refuse the client, or [] if a server would wait for more bytes.
+
+        data    OPEN, EOF, or bytes of the client
+        """
         self.modified = True
         if data is EOF:
             return [(now, to, data, ())]
@@ -4953,11 +5009,13 @@ class RefusingChain(Chain):
         reply = Reply(b"", closes=True)
         if self.refusing_protocol:
             reply = self.refusing_protocol.refuse_client(self.received or OPEN)
-        if not reply:
+        if reply is None:
             return []
         self.received, self.answered_early = b"", bool(reply.data)
-        events = [(now, DOWNSTREAM, reply.data), *(close_both(now) if reply.closes else ())]
-        return [(*event, ()) for event in events]
+        events = [(now, DOWNSTREAM, reply.data)]
+        if reply.closes:
+            events += close_both(now)
+        return [(t, direction, made, ()) for t, direction, made in events]
 
 
 class Exchange:
@@ -5076,7 +5134,7 @@ class ProtocolChain(Chain):
 
         A rule per connection that has not matched yet returns None: later requests are searched.
         """
-        if rule.match and not (self.current_request and (self.rules.replay or rule.matches(
+        if rule.match and not (self.current_request and (self.rule_set.replay or rule.matches(
                 self.current_request.text[:MATCH_MAX]))):
             return None
         rule.drawn_count += 1
@@ -5088,7 +5146,7 @@ class ProtocolChain(Chain):
         self.set_exchange(
             last, is_refusable=last.request is None and self.last_direction is None)
         begun = super().rules_changed(new, changed, woken)
-        self.protocol.counts_rows = self.rules.counts_rows
+        self.protocol.counts_rows = self.rule_set.counts_rows
         self.last_affected = None
         for exchange in self.exchanges:
             exchange.active_rules = self.remaining_rules(exchange)
@@ -5106,7 +5164,7 @@ class ProtocolChain(Chain):
             rules = self.active_rules
         else:
             rules = [active for active in exchange.active_rules
-                     if active.rule in self.rules.installed and not active.is_over()]
+                     if active.rule in self.rule_set.installed and not active.is_over()]
         refusal = exchange.refusal
         if refusal and not any(active is refusal.active_rule for active in rules):
             rules = [refusal.active_rule, *rules]
@@ -5182,8 +5240,8 @@ class ProtocolChain(Chain):
         self.current_request = request
         if not is_first and request.independent:
             self.begin_request()
-        elif is_first and self.rules.installed:
-            self.redraw([*self.undrawn, *(rule for rule in self.rules.installed if rule.match)])
+        elif is_first and self.rule_set.installed:
+            self.redraw([*self.undrawn, *(rule for rule in self.rule_set.installed if rule.match)])
         if self.head_forwarded:         # too late for rules per request
             self.active_rules = [active for active in self.active_rules
                                  if active.rule.per == "connection"]
@@ -5236,7 +5294,7 @@ class ProtocolChain(Chain):
         """Return how many bytes to receive at once: few to parse, many of a body to skip."""
         awaiting = self.framer(to).awaiting
         skipped = awaiting if type(awaiting) is int else 0
-        return min(self.rules.recv_size, PARSED_CHUNK + skipped)
+        return min(self.rule_set.recv_size, PARSED_CHUNK + skipped)
 
     def may_pass(self, to, size):
         """Return whether no rule can act on the next bytes."""
@@ -5244,7 +5302,7 @@ class ProtocolChain(Chain):
         # reply follow. A held head might have to be released, which needs the slow path.
         affected = self.last_affected or self.head
         if to is UPSTREAM:
-            affected = affected or self.rules.installed or self.drops_requests
+            affected = affected or self.rule_set.installed or self.drops_requests
         return not affected or self.is_inside(to, size)
 
     def is_inside(self, to, size):
@@ -5508,7 +5566,7 @@ class ProtocolChain(Chain):
 
     def make_successor(self):
         """Return a Chain that continues as tcp, with the same active rules."""
-        chain = Chain(self.rules, self.connection)
+        chain = Chain(self.rule_set, self.connection)
         chain.request_count = chain.current_number = self.request_count
         chain.last_direction, chain.protocol_lost = self.last_direction, True
         chain.active_rules, chain.per_connection = self.active_rules, self.per_connection
