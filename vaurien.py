@@ -2385,8 +2385,8 @@ class Redis(Protocol):
                         yield parse_length(line[1:]) + len(b"\r\n")
                 else:
                     nested = self.nested_values(line)
-                    is_outermost = values_left == 0 and row_size == 0
-                    if self.counts_rows and is_outermost:
+                    # If no other values are left, this is the outermost value.
+                    if self.counts_rows and values_left == 0 and row_size == 0:
                         row_size = self.VALUES_PER_ITEM.get(line[:1], 0)
                         row_end = nested - row_size
                     values_left += nested
@@ -2402,8 +2402,9 @@ class Redis(Protocol):
         """
         if line[:1] == b"|":                # a map of attributes, then the value that has them
             return 2 * parse_length(line[1:]) + 1
-        is_null = line[1:2] == b"-"
-        if line[:1] not in self.VALUES_PER_ITEM or is_null:
+        if line[:1] not in self.VALUES_PER_ITEM:
+            return 0
+        if line[1:2] == b"-":               # the size -1 means null
             return 0
         return parse_length(line[1:]) * self.VALUES_PER_ITEM[line[:1]]
 
