@@ -4986,6 +4986,46 @@ class TestRateLimits(unittest.TestCase):
         self.assertGreater(queue.read_limit(lambda: 0.41), 0)
         self.assertAlmostEqual(queue.next_time(0.41), 1.01)     # the first piece is due
 
+    def test_a_slow_link_receives_little_at_once_but_many_pieces_of_slicer(self):
+        bandwidth = vaurien.Rule("bandwidth", {"rate": 10})
+        self.assertEqual(rule_set_of(bandwidth).recv_size, vaurien.READ_MIN)
+        for average_size, recv_size in [(0, vaurien.READ_MIN), (100, vaurien.READ_MIN),
+                                        (5000, 80000), (100000, vaurien.CHUNK)]:
+            slicer = vaurien.Rule("slicer", {"average_size": average_size}, draw_key="s")
+            with self.subTest(average_size=average_size):
+                self.assertEqual(rule_set_of(slicer).recv_size, recv_size)
+                self.assertEqual(rule_set_of(slicer, bandwidth).recv_size, vaurien.READ_MIN)
+
+    def transfer(self, seed, rule, size):
+        """Return the seconds that a transfer takes, and the seconds if the proxy holds all of it.
+
+        Both are simulated. In the first case, the proxy reads as much as its delay queue permits.
+        """
+        queue = vaurien.DelayQueue(DOWNSTREAM, vaurien.Budget())
+        chain, whole = (vaurien.Chain(rule_set_of(rule, seed=seed), 1) for _ in range(2))
+        for each in chain, whole:
+            each.begin_request()
+            each.process_open(0.0, [DOWNSTREAM])
+        now = 0.0
+        while queue.buffered_out < size:
+            limit = min(queue.read_limit(lambda: now), chain.recv_size(DOWNSTREAM))
+            for t, _, data, delays in chain.process(now, DOWNSTREAM, bytes(limit)):
+                queue.put(t, data, now, delays)
+            if not limit:
+                now = max(now, queue.next_time(now))
+            queue.pop_due(now)
+            while queue.send_buffer:
+                queue.consume(len(queue.send_buffer[0]))
+        return now, whole.process(0.0, DOWNSTREAM, bytes(size))[-1][0]
+
+    def test_a_delay_queue_holds_enough_for_the_sender_of_a_network_with_losses(self):
+        for profile, size in [("satellite", 1000000), ("very-bad", 100000)]:
+            rule = vaurien.Rule("network", {"profile": profile}, per="connection")
+            times = [self.transfer(seed, rule, size) for seed in range(6)]
+            seconds, seconds_if_held = map(sum, zip(*times))
+            with self.subTest(profile):
+                self.assertLess(seconds, 1.25 * seconds_if_held)
+
     def shared_link(self, *before):
         """Return a function with which connections receive through one link of 1 KB/s.
 

@@ -170,7 +170,8 @@ PARSED_CHUNK = 8 * 1024         # the largest recv of bytes that a protocol pars
 HELD_MAX = 16 * 1024 * 1024     # the most bytes in a delay queue while a rule delays bytes: 16 ms
                                 #   at 1 GB/s. With a lower limit, latency would reduce the rate
 HELD_MAX_IDLE = 256 * 1024      # the most bytes in a delay queue at other times: no rule delays
-                                #   bytes, or the first bytes wait for the removal of a rule
+                                #   bytes, or the first bytes wait for the removal of a rule. Also
+                                #   for packet_loss: with less, its sender would wait for data
 HELD_TOTAL = 512 * 1024 * 1024  # the most bytes in all delay queues of a loop together
 HELD_MIN = 4 * 1024             # the bytes that each delay queue may hold in any case
 HELD_LOW = HELD_MIN // 2        # a delay queue with at most this many bytes is never full, so its
@@ -239,7 +240,8 @@ HEAD_TIMEOUT = 10.0             # the proxy holds an incomplete head for this ti
 UNRECOGNIZED_MAX = 0.3          # the proxy holds the first bytes of a client for this time, while
                                 #   it cannot tell yet whether they are of the protocol
 RATE_BACKLOG = 0.1              # time to send the data that waits for a rate limit. If it takes
-                                #   longer, a delay queue holds READ_MIN bytes at most
+                                #   longer, a delay queue holds READ_MIN bytes at most, or as many
+                                #   as the attribute held_max of a handler says
 LOG_CLOSE_TIMEOUT = 1.0         # time to write the last lines of the log at exit
 SLOW_CALL = 0.5                 # the log warns if a call of a handler takes longer
 WAIT_PAUSE = 0.01               # a thread that waits for a fault checks only after such pauses. To
@@ -551,6 +553,8 @@ def with_attributes(**attributes: "Any") -> "Callable[[Function], Function]":
     choose_direction    set by the decorator only_direction
     changes_replies     set by the decorator changes_replies
     rate_limited        set by the decorator rate_limited
+    held_max            with rate_limited: the most bytes in a delay queue while the slow link has
+                        much to send, if that is more than READ_MIN
     keeps_due_time      True: state[to] is a time before which the handler lets no chunk pass.
                         When another rule is removed, its delayed data is released, and
                         Chain.reset_due_times makes state[to] earlier
@@ -1030,7 +1034,7 @@ class TcpSender:
 
 @handler
 @rate_limited
-@with_attributes(option_checks={
+@with_attributes(held_max=HELD_MAX_IDLE, option_checks={
     "loss_rate": check_toxicity, "correlation": check_toxicity,
     "burst": number_check(float, "a number, 1 or more", lambda burst: burst >= 1)})
 def packet_loss(state, t, to, data, *, loss_rate=0.0, correlation=0.0, rtt=100, burst=1.0):
@@ -1116,7 +1120,7 @@ check_network = choice_check(*NETWORKS)
 
 @handler
 @rate_limited
-@with_attributes(option_checks={"profile": check_network})
+@with_attributes(held_max=HELD_MAX_IDLE, option_checks={"profile": check_network})
 def network(state, t, to, data, *, profile="3g"):
     """A network with a name: its latency, its data rate and its packet loss, both ways.
 
@@ -1145,6 +1149,7 @@ def network(state, t, to, data, *, profile="3g"):
     yield from events
 
 
+PIECES_MIN = 16     # pieces of slicer in a large recv. The last one is a shorter one
 PIECES_MAX = 1000   # the most pieces of one chunk. Each takes CHUNK_OVERHEAD and a system call
 
 
@@ -3774,6 +3779,7 @@ class Rule(Scheduled):
         # Attributes of the handler: see with_attributes
         self.keeps_due_time = getattr(self.handler, "keeps_due_time", False)
         self.rate_limited = getattr(self.handler, "rate_limited", False)
+        self.held_max = getattr(self.handler, "held_max", 0)
         self.on_dropped = getattr(self.handler, "on_dropped", None)
         self.blocking = is_blocking_handler(self.handler)   # not called by chains
         self.drawn_count = 0        # number of requests (or connections) with a draw of the rule
@@ -4037,7 +4043,10 @@ class RuleSet:
         # True: a handler needs the signal END_OF_ROW.
         self.counts_rows = any(rule.options.get("rows") for rule in rules)
         # A rate limit lets few bytes pass at once. After a large recv the other bytes would wait.
-        self.recv_size = READ_MIN if any(rule.rate_limited for rule in rules) else CHUNK
+        # But slicer ends a piece at the end of a recv, so a recv must have many pieces.
+        self.recv_size = min([CHUNK, *(
+            max(READ_MIN, PIECES_MIN * rule.options["average_size"])
+            if rule.handler is slicer else READ_MIN for rule in rules if rule.rate_limited)])
         # Whether the numbers for 8 requests can be drawn at once (see Chain.begin_batch).
         self.draw_ahead = not self.replay and all(rule.is_drawn_at_once() for rule in rules)
         # Whether the requests of one connection may have different active rules.
@@ -5770,7 +5779,7 @@ class DelayQueue:
         A source that is not read slows its sender down (backpressure). The queue may hold
 
             READ_MIN         while a rate limit delays more than RATE_BACKLOG of data: the sender
-                             must slow down soon
+                             must slow down soon. packet_loss and network need HELD_MAX_IDLE
             HELD_MAX         otherwise, while the first event has a due time
             HELD_MAX_IDLE    while there is no event, or the first one is never due
 
@@ -5781,7 +5790,9 @@ class DelayQueue:
         """
         bound = HELD_MAX_IDLE
         if self.queue and self.queue[0][0] < NEVER:
-            bound = HELD_MAX if self.rate_limited_until - RATE_BACKLOG <= clock() else READ_MIN
+            *_, delays = self.queue[0]
+            bound = HELD_MAX if self.rate_limited_until - RATE_BACKLOG <= clock() else max(
+                [READ_MIN, *(rule.held_max for rule, _, _ in delays)])
         allowance = self.budget.allowance(bound)
         room = allowance - self.held - CHUNK_OVERHEAD
         if self.kept:       # the highest bound, because replies of the backend free it
