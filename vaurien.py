@@ -5869,7 +5869,7 @@ class EpollSelector:
     def __init__(self, clock=time.monotonic):
         self.epoll = select.epoll()
         self.fileno, self.close = self.epoll.fileno, self.epoll.close
-        self.keys = {}
+        self.keys = {}      # {descriptor: SelectorKey}
         self.clock = clock
         self.skips = 0      # the next calls of busy_poll that will sleep without a busy loop
         self.backoff = 0    # the value that `skips` had after the last busy loop: 0 if the loop
@@ -5891,6 +5891,7 @@ class EpollSelector:
         del self.keys[fd]
 
     def select(self, timeout=None):
+        """Return [(key, events)] of the ready sockets. Wait `timeout` seconds for them at most."""
         events = self.epoll.poll(0, self.MAX_EVENTS)    # without a sleep
         if not events and timeout != 0:
             events = self.busy_poll(-1 if timeout is None else timeout)     # -1: no time-out
@@ -5972,7 +5973,7 @@ class Loop:
     """Watches sockets, runs timers, and runs the calls of other threads."""
 
     FD_SETSIZE = 1024       # select() accepts only descriptors below this number
-    REBUILD_MIN = 100       # the heap of timers is not rebuilt for fewer cancelled timers
+    REBUILD_MIN = 100       # fewer cancelled timers are no reason to rebuild the heap of timers
 
     # Whether this process has ever run out of file descriptors. If so, a listener checks that
     # descriptors are free before it accepts a connection. All loops share this value.
@@ -7855,8 +7856,8 @@ class TlsSocket:
 #   CONNECTING   the backend's name is being resolved, or connect() is pending
 #   CONNECTED    both sockets are open; only this phase has a fast path
 #   HANDED_OFF   a blocking handler works on the sockets
-#   LINGERING    the proxy has sent the reply of a rule and FIN to the client, and reads until
-#                the client closes
+#   LINGERING    the proxy has sent a rule's reply or a TLS alert, and FIN, to the client. The
+#                proxy reads until the client closes
 #   CLOSED       both sockets are closed
 #
 # The endings of a connection:
@@ -7946,7 +7947,7 @@ class HandOff:
                 sock.settimeout(MAX_WAIT)
             client, backend = self.socks
             self.rule.instance(client, backend, self.to_backend)
-            return all(sock.fileno() >= 0 for sock in self.socks)
+            return all(sock.fileno() >= 0 for sock in self.socks)   # -1 after a close
         finally:
             self.close()
 
@@ -8014,7 +8015,7 @@ class Connection:
         self.backend = None             # the backend's socket; None before connect()
         self.phase = WAITING
         self.addresses = None           # the backend's addresses that have not been tried yet
-        self.connect_deadline = None    # when the last connect() must have succeeded
+        self.connect_deadline = None    # the time when the proxy gives up all connects
         self.reset_reason = ""          # once a peer has gone: why both sockets will be reset
         self.faults = ()                # names of the handlers that have acted
         self.records_without_text = ()  # numbers of the FaultRecords that will get the first
@@ -8048,8 +8049,7 @@ class Connection:
     def refuse(self):
         """Refuse a client beyond max_connections: see RefusingChain.
 
-        If the client sends nothing, the proxy closes the connection after the time limit for
-        connects.
+        If the client sends nothing, the proxy closes the connection after the setting `timeout`.
         """
         self.chain = RefusingChain(self.proxy.rules, self.number, self.chain.protocol)
         self.set_deadline(self.began + self.proxy.timeout, lambda: self.close("refused"))
@@ -8381,7 +8381,7 @@ class Connection:
 
         close_reason    why to close the connection, or ""
         """
-        if self.phase is CLOSED:
+        if self.phase is CLOSED:        # closed while the handler ran
             return
         self.phase = CONNECTED
         for sock in (self.client, self.backend):
@@ -8442,9 +8442,10 @@ class Connection:
         now = self.loop.clock()
         begun = self.chain.rules_changed(new, changed, woken)
         self.set_recv_sizes()
-        released = self.chain.release(removed, changed)
+        chain_released = self.chain.release(removed, changed)
         for link in self.up, self.down:
-            if link.release(removed, changed) or released:
+            link_released = link.release(removed, changed)
+            if link_released or chain_released:
                 # The other rules must not keep a due time that comes from the released delays.
                 self.chain.reset_due_times(link.to, max(now, link.latest))
         self.enqueue(now, self.chain.process_open(now, [UPSTREAM, DOWNSTREAM],
@@ -8454,7 +8455,7 @@ class Connection:
         """Send the data that is due. Release a held head if its time limit is over."""
         self.timer = None
         now = self.loop.clock()
-        if self.chain.head_deadline > now:
+        if self.chain.head_deadline > now:      # NEVER if no head is held
             self.pump()
             return
         events = self.chain.give_up_head(now)
@@ -8462,13 +8463,14 @@ class Connection:
         self.enqueue(now, events)
 
     def pump(self):
-        """Send all data that is due. Then set the timer and the watched events, or end.
+        """Send all data that is due. Then end the connection, or wait for the next event.
 
-        The slow path always ends with a call of this function.
+        To wait means to set the timer and the watched events. The slow path always ends with
+        a call of this function.
         """
         now = self.loop.clock()
         signals = self.send_due(now)
-        if self.phase is CLOSED:
+        if self.phase is CLOSED:        # by a connect that has failed at once
             return
         if RESET in signals:
             self.reset("reset by a fault")
@@ -8567,7 +8569,7 @@ class Connection:
             if source is None:
                 continue
             if self.phase is CONNECTING and link is down:
-                events = EVENT_WRITE
+                events = EVENT_WRITE        # a socket is writable when its connect() has ended
             else:
                 events = EVENT_READ if self.wants_read(link, back) else 0
             if back.send_buffer:
@@ -8611,14 +8613,14 @@ class Connection:
         7. A blocking handler is active, but data is held, or a peer is not connected.
         """
         clock = self.loop.clock
-        if link.eof or link.is_full(clock) or (back.has_replies and back.is_full(clock)):   # 1-3
-            return False
-        if link.write_closed and self.reset_reason:                                         # 4
-            return False
-        if self.announcing_link is link or self.phase is HANDED_OFF:                        # 5, 6
-            return False
-        if self.proxy.has_blocking and self.chain.blocking_rule() is not None:              # 7
-            return self.is_drained()
+        if link.eof or link.is_full(clock) or (back.has_replies and back.is_full(clock)):
+            return False                                # cases 1 to 3
+        if link.write_closed and self.reset_reason:
+            return False                                # case 4
+        if self.announcing_link is link or self.phase is HANDED_OFF:
+            return False                                # cases 5 and 6
+        if self.proxy.has_blocking and self.chain.blocking_rule() is not None:
+            return self.is_drained()                    # False in case 7
         return True
 
     def set_timer(self, now):
@@ -8702,6 +8704,7 @@ class Connection:
             self.on_handshake_failed(link, source)
             return
         self.pump()
+        # `readable`: recv_into() returns bytes, the end of the stream or an error at once.
         if source.readable and self.phase is not CLOSED and link.watched & EVENT_READ:
             self.on_ready(link, EVENT_READ)
 
@@ -8758,7 +8761,7 @@ class Connection:
     def connect_again(self, reason):
         """Try the next address. First close the socket that has failed to connect, if any.
 
-        reason    as for connect_next
+        reason    why no address has been connected yet: a text, or None
         """
         self.close_backend()
         self.connect_next(reason)
@@ -8860,7 +8863,8 @@ class Connection:
                              else "%s lost: %s" % (peer, error.strerror))
         back.discard()
         back.write_closed = True
-        if link is self.up and (link.latest == NEVER or self.phase is CONNECTING):
+        is_undeliverable = link.latest == NEVER or self.phase is CONNECTING
+        if link is self.up and is_undeliverable:
             link.eof = True
             self.reset(self.reset_reason)
         else:
@@ -8885,7 +8889,7 @@ class Connection:
             self.close("closed")
         elif self.chain.answered_early and not self.up.eof:
             self.linger()               # the client may still send
-        else:
+        else:                           # a rule has ended the connection
             faults = [active.rule.name for active in self.chain.active_rules if active.has_acted]
             self.close("closed by %s" % (" and ".join(faults) or "a fault"))
 
