@@ -8143,7 +8143,7 @@ class TestInProcess(unittest.TestCase):
                 universal_newlines=True)
         lines = output.splitlines()
         for line in lines[1:3]:
-            self.assertRegex(line, r"^the proxy runs in process \d+: a fork of it can only ")
+            self.assertRegex(line, r"^the proxy runs in process \d+: a fork of that ")
         del lines[1:3]
         self.assertEqual(lines, ["question", "question", "3", "question", "question",
                                  "100:dummy", "False"])

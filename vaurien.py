@@ -6150,8 +6150,9 @@ class Loop:
             done.set()
 
         self.call_soon_threadsafe(run)
-        # The loop may end before it runs the call. So check once a second whether it has ended.
+        # If the loop ends before it runs the call, `done` is never set. So check every second.
         while not done.wait(0 if self.ended else 1):
+            # The loop may have run the call just before its end. So ask `done` once more.
             if self.ended and not done.is_set():
                 raise RuntimeError("the loop has ended")
         result, exc = outcome
@@ -6171,16 +6172,19 @@ class Loop:
     def check_process(self):
         """Raise RuntimeError if this process is a fork: see is_forked."""
         if self.is_forked():
-            raise RuntimeError("the proxy runs in process %d: a fork of it can only connect to "
-                               "the proxy" % self.pid)
+            raise RuntimeError("the proxy runs in process %d: a fork of that process can only "
+                               "connect to the proxy" % self.pid)
 
     def run_in_thread(self, function, on_done):
         """Run a function in a new thread, then call on_done(result, exc) in the loop's thread.
 
         `exc` is the exception that the function has raised, or None.
         """
-        thread = threading.Thread(
-            target=lambda: self.call_soon_threadsafe(on_done, *capture(function)), daemon=True)
+        def run():
+            result, exc = capture(function)
+            self.call_soon_threadsafe(on_done, result, exc)
+
+        thread = threading.Thread(target=run, daemon=True)
         try:
             thread.start()
         except RuntimeError as exc:     # the system allows no more threads
