@@ -7891,8 +7891,8 @@ NO_SPLICE = -(1 << 60)          # the `bulk_reads` of a link that cannot use spl
 class Link(DelayQueue):
     """One direction of a connection: a source, a target, and the delay queue between them."""
 
-    __slots__ = ("source", "target", "watched", "fast_events", "bulk_reads", "recv_size", "asked",
-                 "measure_after")
+    __slots__ = ("source", "target", "watched", "fast_events", "bulk_reads", "recv_size",
+                 "request_time", "measure_after")
 
     def __init__(self, to, budget, recv_size):
         DelayQueue.__init__(self, to, budget)       # faster than super()
@@ -7907,8 +7907,8 @@ class Link(DelayQueue):
         # To measure latencies
         self.measure_after = sys.maxsize    # of the link upstream: the connection measures the
                                             #   first request after this many requests
-        self.asked = 0.0        # of the link downstream: the time of the request that is being
-                                #   measured, or 0
+        self.request_time = 0.0     # of the link downstream: when the request came whose latency
+                                    #   is being measured; 0 if there is none
 
     def put_due(self, data):
         """Queue a memoryview or a KernelPipe whose bytes are due now."""
@@ -8105,7 +8105,7 @@ class Connection:
             self.on_forward_error(link, data, error)
             return
         link.forwarded += sent
-        if link.asked or sent < len(data):
+        if link.request_time or sent < len(data):
             self.after_send(link, data[sent:])
 
     def begin_measurement(self):
@@ -8113,8 +8113,8 @@ class Connection:
 
         Does nothing if another request is being measured.
         """
-        if not self.down.asked:
-            self.down.asked = self.loop.clock()
+        if not self.down.request_time:
+            self.down.request_time = self.loop.clock()
             self.up.measure_after = self.chain.request_count + self.proxy.latencies.skips()
 
     def end_measurement(self):
@@ -8122,8 +8122,8 @@ class Connection:
 
         The caller has just sent the first bytes of the reply to the client.
         """
-        self.proxy.latencies.add(self.loop.clock(), self.down.asked)
-        self.down.asked = 0.0
+        self.proxy.latencies.add(self.loop.clock(), self.down.request_time)
+        self.down.request_time = 0.0
 
     def prepare_read(self, link, events):
         """Handle the cases in which on_ready cannot simply receive.
@@ -8235,7 +8235,8 @@ class Connection:
         the client.
         """
         kept = self.chain.kept
-        self.up.keep(kept if kept > KEPT_MIN and not self.down.eof else 0)
+        counts = kept > KEPT_MIN and not self.down.eof
+        self.up.keep(kept if counts else 0)
 
     def note_kept(self):
         """Call count_kept. Then, if necessary, stop or resume reading from the client."""
@@ -8255,7 +8256,7 @@ class Connection:
 
     def after_send(self, link, unsent):
         """End the measurement of a latency, if there is one. Buffer the bytes not sent."""
-        if link.asked:
+        if link.request_time:
             self.end_measurement()
         if unsent:
             self.buffer_unsent(link, unsent)
@@ -8410,8 +8411,9 @@ class Connection:
         for t, to, data, delays in events:
             link = self.up if to == UPSTREAM else self.down
             link.put(t, data, now, delays)
-            # The bytes came from one peer, and this event goes back to that peer: a rule replies.
-            if received_by is not None and link is not received_by and link.held:
+            # If the event goes back to the peer that has sent the bytes, it is a rule's reply.
+            is_reply = received_by is not None and link is not received_by
+            if is_reply and link.held:
                 link.has_replies = True
         newly_acted, self.chain.newly_acted = self.chain.newly_acted, []
         for active, request, beginning in newly_acted:
@@ -8513,7 +8515,7 @@ class Connection:
         elif self.up.send_buffer:               # only EOF
             self.up.discard()
             self.up.write_closed = True
-            self.down.put(now, EOF, now)
+            self.down.put(now, EOF, now)        # the other direction ends too
 
     def flush(self, link):
         """Send the data of send_buffer, until the target takes no more."""
@@ -8533,7 +8535,7 @@ class Connection:
                         self.release_pipe(data)
                 else:
                     link.consume(target.send(data))
-                    if link.asked:
+                    if link.request_time:
                         self.end_measurement()
             except BlockingIOError:
                 return
