@@ -5031,36 +5031,44 @@ class RefusingChain(Chain):
 class Exchange:
     """A request of a protocol, and its reply.
 
-    An error reply of a rule is queued in its exchange until that is the first exchange. So
-    replies stay in order, with any number of pipelined requests.
+    An error reply of a rule is queued in the exchange of its request until this exchange is the
+    first one. So replies stay in order, with any number of pipelined requests.
     """
 
     __slots__ = ("number", "active_rules", "request", "handshake", "queued_events", "forwarded",
                  "complete", "reply_done", "refusal", "kept")
 
     def __init__(self, number, active_rules, request, handshake=False):
-        self.number = number            # of the request in the connection
+        self.restart(number, active_rules, request, handshake)
+
+    def restart(self, number, active_rules, request, handshake=False):
+        """Use this object for a new exchange. To make another object would be slower."""
+        self.number = number            # the number of the request in the connection
         self.active_rules = active_rules
-        self.request = request          # a Request; None while the client connects
+        self.request = request          # a Request. None while the client connects
         self.handshake = handshake      # the server's greeting counts as the reply
         self.queued_events = []         # [(start, to, data, delays)], as in DelayQueue.put
         self.forwarded = False          # the backend gets some bytes of the request
         self.complete = False           # the request has ended
         self.reply_done = False         # the reply has ended
-        self.refusal = None             # the Refusal, if a rule replies
-        self.kept = 0                   # its share of ProtocolChain.kept
+        self.refusal = None             # the Refusal, if a rule refuses the request
+        self.kept = 0                   # the memory of this exchange, a part of Chain.kept
 
     def is_done(self):
-        """Return whether the exchange has ended. Without a reply it ends with its request."""
-        return self.reply_done or (
-            self.complete and not (self.forwarded and self.request.replies))
+        """Return whether the request and its reply have ended.
+
+        If no reply of the backend will come, the exchange is done when the request has ended.
+        """
+        if self.reply_done or not self.complete:
+            return self.reply_done
+        return not (self.forwarded and self.request.replies)
 
     def is_connecting(self):
-        """Return whether no request has begun, and no greeting has ended."""
+        """Return whether the client still connects: no request and no end of a greeting yet."""
         return self.request is None and not self.reply_done
 
     def awaits_reply(self):
-        """Return whether the backend still owes the reply."""
+        """Return whether a reply or a greeting of the backend must still come."""
         expects = self.request.replies if self.request else self.handshake
         return bool(expects) and not self.is_done()
 
@@ -5069,47 +5077,51 @@ class ProtocolChain(Chain):
     """A chain whose protocol finds the boundaries of requests and replies.
 
     Theory of operation. `exchanges` is a queue. The client's bytes belong to the last exchange,
-    and the backend's bytes to the first. Each direction has a Framer, which parses its bytes.
-    Each boundary changes the queue as follows, before the Framer continues to parse:
+    and the backend's bytes to the first exchange. Each direction has a Framer, which finds the
+    boundaries. Each boundary changes the queue before the Framer continues to parse:
 
         direction   boundary         change
-        upstream    Request          a new last exchange begins: rules are drawn for it
-        upstream    CONTINUATION     the bytes belong to the last exchange, whose request is
-                                     complete already: its rules cannot refuse it any more
+        upstream    Request          a new last exchange begins. Rules are drawn for the request
+        upstream    CONTINUATION     none. The bytes belong to the last exchange. Its request is
+                                     complete already, so no rule can refuse this request now
         upstream    END_OF_MESSAGE   the request of the last exchange is complete
         downstream  END_OF_MESSAGE   the reply of the first exchange is done
         both        TLS_BEGINS       none, but the later bytes are encrypted
         downstream  END_OF_ROW       none
 
-    Then exchanges at the front that are done are removed, except the last exchange. The events
-    queued in the exchange that is now the first are released.
+    After each change, the exchanges at the front of the queue that are done are removed. But the
+    last exchange always stays. The events queued in the new first exchange are released.
 
-    While any rule is installed, the head of a request is held until it is complete. So rules can
-    act on whole requests. But a head is only held for
+    While any rule is installed, the head of a request is held until the head is complete. So
+    rules can act on whole requests. The longest time for which a head is held is
 
-        UNRECOGNIZED_MAX    while the client has sent no bytes that can only be of the protocol:
-                            it may speak another one, and then the parsing ends
-        HEAD_TIMEOUT        later: a pause of the client or the network must not end the parsing.
-                            The head is forwarded, and no rule per request acts on this request
+        UNRECOGNIZED_MAX    until the client has sent bytes that can only be of the protocol.
+                            After this time, the parsing ends: the client may speak another
+                            protocol
+        HEAD_TIMEOUT        at any later time. Then the head is forwarded, and no rule per request
+                            acts on the request. The parsing continues, because the client or the
+                            network has only made a pause
 
-    A rule may refuse a request when it gets the head. Exchange.refusal is set then.
+    A rule can refuse a request when the rule gets the head. This sets Exchange.refusal.
 
     Invariants, whenever rules are added, removed or changed:
     1. Each request gets one reply: from the backend if `refusal` is None, otherwise from the
-       rule of the refusal. A request without a reply gets none.
+       rule that has refused the request. A request that needs no reply gets none.
     2. Replies leave in the order of their requests.
-    3. The backend gets the requests that were not refused, whole and in order, and the
-       substitute of a refused one in its place.
-    4. Only the first event of a request can refuse it, and only if the backend has got none of
-       its bytes. So a second rule cannot refuse it, nor a rule that begins to act later.
-    5. A rule that has refused a request still sends the reply if it is then removed or changed.
-    6. Nothing waits for a rule that sleeps or is not installed: neither in a delay queue, nor in
-       an exchange, nor for a time that another rule keeps (see reset_due_times).
+    3. The backend gets all requests that were not refused, whole and in order. In place of a
+       refused request, the backend gets the substitute, if there is one.
+    4. A rule can refuse a request only at the first event of the request, and only while the
+       backend has got no byte of the request. So neither a second rule nor a rule that begins
+       later can refuse the request.
+    5. A rule that has refused a request sends the reply even if the rule is removed or changed.
+    6. No event waits for a rule that sleeps or is not installed, neither in a delay queue nor in
+       an exchange. No active rule keeps a due time that is based on such a wait: see
+       reset_due_times.
     7. After a refusal that closes the connection, the backend gets no further bytes. After a
-       rule has closed or reset it, the client gets no further replies.
+       rule has closed or reset the connection, the client gets no further replies.
     """
 
-    __slots__ = ("exchanges", "exchange", "head", "in_request", "head_forwarded",
+    __slots__ = ("exchanges", "current_exchange", "head", "in_request", "head_forwarded",
                  "last_affected", "drops_requests", "drops_replies", "recognized")
 
     def __init__(self, rules, connection, protocol):
@@ -5117,41 +5129,49 @@ class ProtocolChain(Chain):
         self.protocol = protocol
         protocol.counts_rows = rules.counts_rows
         self.exchanges = protocol.exchanges
-        self.exchange = None        # the one whose event is being processed
-        self.head = b""             # bytes of a head that is not complete yet
+        self.current_exchange = None    # the exchange whose event is being processed
+        self.head = b""             # the bytes of an incomplete head that are held
         self.in_request = False     # the next bytes of the client continue a request
         self.head_forwarded = False     # bytes of an incomplete head have been forwarded
-        self.drops_requests = False     # a rule closes the connection: see invariant 7
-        self.drops_replies = False      # a rule has closed or reset it
+        self.drops_requests = False     # the backend gets no further bytes: see invariant 7
+        self.drops_replies = False      # the client gets no further replies: see invariant 7
         self.recognized = False     # the client has sent bytes that can only be of the protocol
-        self.last_affected = None   # no later exchange has active rules or queued events. None:
-                                    #   no exchange has any
+        self.last_affected = None   # the last exchange with active rules or queued events, or
+                                    #   None. An exchange that was affected earlier may stay here
 
     def start(self):
-        """Begin the first exchange, because a client has connected. It has no Request yet."""
+        """Begin the first exchange, because a client has connected. There is no Request yet."""
         self.begin_request()
-        self.exchange = Exchange(self.request_count, self.active_rules, None,
-                                 self.protocol.server_first)
-        self.exchanges.append(self.exchange)
-        self.last_affected = self.exchange if self.active_rules else None
+        first = Exchange(self.request_count, self.active_rules, None, self.protocol.server_first)
+        self.exchanges.append(first)
+        self.current_exchange = first
+        self.last_affected = first if self.active_rules else None
 
     def direction_changed(self, to):
         self.last_direction = to        # requests begin where the protocol finds them
         return self.request_count
 
     def draw_rule(self, rule):
-        """Do the same as Chain.draw_rule. But the request is complete, so it is searched at once.
+        """Count the current request for a rule, and draw the rule for this request.
 
-        A rule per connection that has not matched yet returns None: later requests are searched.
+        Returns an ActiveRule, or None if the rule does not act. A rule with `match` is counted and
+        drawn only if the request matches. The head is complete, so the search is made at once.
         """
-        if rule.match and not (self.current_request and (self.rule_set.replay or rule.matches(
-                self.current_request.text[:MATCH_MAX]))):
+        if rule.match and not self.is_matched_by(rule):
             return None
         rule.drawn_count += 1
         return self.draw_counted(rule)
 
+    def is_matched_by(self, rule):
+        """Return whether `match` of a rule is found in the current request."""
+        if not self.current_request:    # the client only connects
+            return False
+        # A Replay knows the requests on which the rule acts, so no search is needed.
+        return bool(self.rule_set.replay) or rule.matches(self.current_request.text[:MATCH_MAX])
+
     def rules_changed(self, new, changed=(), woken=()):
-        # The new rules begin with the last exchange.
+        # Rules that begin now get OPEN as an event of the last exchange. With this OPEN, a rule
+        # may refuse a client that has not sent or received any bytes yet.
         last = self.exchanges[-1]
         self.set_exchange(
             last, is_refusable=last.request is None and self.last_direction is None)
@@ -5167,8 +5187,9 @@ class ProtocolChain(Chain):
     def remaining_rules(self, exchange):
         """Return the active rules of an exchange after the installed rules have changed.
 
-        The last exchange gets the current rules, and each other one keeps those that are still
-        installed. The rule of the refusal stays in any case, to finish it.
+        The last exchange gets `self.active_rules`. Each earlier exchange keeps its own active
+        rules that are still installed and do not sleep. A rule that has refused the request stays
+        in any case, because this rule sends the reply.
         """
         if exchange is self.exchanges[-1]:
             rules = self.active_rules
@@ -5181,25 +5202,27 @@ class ProtocolChain(Chain):
         return rules
 
     def set_exchange(self, exchange, is_refusable):
-        """Note the exchange that the next event belongs to.
+        """Set the current exchange: the next event belongs to this exchange.
 
         is_refusable    whether a rule may refuse the request, or the client, at this event
         """
-        self.exchange = exchange
+        self.current_exchange = exchange
         self.current_request, self.current_number = exchange.request, exchange.number
         self.protocol.refusable = exchange if is_refusable and not exchange.refusal else None
 
     def release(self, removed, changed):
-        """Undo the delays of rules that were removed or changed, as DelayQueue.release does.
+        """Undo the delays that removed or changed rules have given to events in exchanges.
 
-        Here the events are those that wait for their turn in an exchange.
+        DelayQueue.release does so for the events in the delay queue. Returns whether an event had
+        such a delay.
         """
         rules, released = [*removed, *changed], False
         for exchange in self.exchanges:
             for index, (start, to, data, delays) in enumerate(exchange.queued_events):
-                kept = tuple(delay for delay in delays if delay[0] not in rules)
-                exchange.queued_events[index] = start, to, data, kept
-                released = released or kept != delays
+                remaining = tuple((rule, seconds, from_open) for rule, seconds, from_open in delays
+                                  if rule not in rules)
+                exchange.queued_events[index] = start, to, data, remaining
+                released = released or remaining != delays
         return released
 
     def all_active_rules(self):
@@ -5208,7 +5231,7 @@ class ProtocolChain(Chain):
     # Boundaries
 
     def apply(self, to, boundary):
-        """Change the queue of exchanges by a boundary: see the table of the class."""
+        """Change the queue of exchanges at a boundary: see the table of the class."""
         if boundary is END_OF_MESSAGE:
             if to is UPSTREAM:
                 self.end_request()
@@ -5216,7 +5239,7 @@ class ProtocolChain(Chain):
                 self.exchanges[0].reply_done = True
         elif boundary is TLS_BEGINS:
             self.encrypted = b""            # split_encrypted sets the bytes
-        elif boundary is not END_OF_ROW:
+        elif boundary is not END_OF_ROW:    # a Request or CONTINUATION
             self.in_request = True
             if not self.recognized:
                 self.recognize()
@@ -5224,16 +5247,21 @@ class ProtocolChain(Chain):
                 self.begin_exchange(boundary)
 
     def begin_exchange(self, request):
-        """Draw the rules for a request whose head is complete, and queue an exchange for it."""
+        """Draw the rules for a request whose head is complete, and begin the exchange.
+
+        Without a handshake, the exchange of request 1 exists since the client has connected. Each
+        other request gets a new exchange.
+        """
         last = self.exchanges[-1]
-        is_first = last.request is None and not last.handshake      # it began with the connection
+        is_first = last.request is None and not last.handshake
         self.draw_for(request, is_first)
         if is_first:
-            last.request, last.active_rules, last.reply_done = request, self.active_rules, False
-        elif len(self.exchanges) == 1 and not last.active_rules and last.is_done():     # reuse it
-            self.kept -= last.kept
-            last.__init__(self.request_count, self.active_rules, request)
-            self.last_affected = None
+            last.request, last.active_rules = request, self.active_rules
+            last.reply_done = False     # a reply that came before request 1 is no reply to it
+        elif len(self.exchanges) == 1 and not last.active_rules and last.is_done():
+            self.kept -= last.kept      # the old exchange ends here
+            last.restart(self.request_count, self.active_rules, request)
+            self.last_affected = None   # the only exchange is a new one, without events
         else:
             last = Exchange(self.request_count, self.active_rules, request)
             self.exchanges.append(last)
@@ -5244,49 +5272,56 @@ class ProtocolChain(Chain):
     def draw_for(self, request, is_first):
         """Draw the rules for a request.
 
-        is_first    whether rules were drawn for it when the client connected. Then draw only those
-                    with `match`, and those that were installed since then
+        is_first    whether rules were drawn for the request already, when the client connected.
+                    Only rules that could not be drawn at that time are drawn now: rules with
+                    `match`, and rules installed later
         """
         self.current_request = request
-        if not is_first and request.independent:
+        if is_first:
+            if self.rule_set.installed:
+                with_match = [rule for rule in self.rule_set.installed if rule.match]
+                self.redraw([*self.undrawn, *with_match])
+        elif request.independent:
             self.begin_request()
-        elif is_first and self.rule_set.installed:
-            self.redraw([*self.undrawn, *(rule for rule in self.rule_set.installed if rule.match)])
-        if self.head_forwarded:         # too late for rules per request
+        if self.head_forwarded:         # too late for rules per request: see HEAD_TIMEOUT
             self.active_rules = [active for active in self.active_rules
                                  if active.rule.per == "connection"]
 
     def recognize(self):
-        """Hold heads for HEAD_TIMEOUT from now on."""
+        """Note that the client speaks the protocol: the limit for a held head is HEAD_TIMEOUT."""
         self.recognized, self.head_deadline = True, NEVER
 
     def end_request(self):
+        """Note that the request of the last exchange has ended."""
         last = self.exchanges[-1]
         self.in_request = self.head_forwarded = False
         if last.request is not None:
             last.complete = True
-            # No rule searches in the text any more.
+            # No rule searches the text any more. Only fault records may still show the beginning.
             last.request.text = self.protocol.beginning(last.request) if last.active_rules else b""
 
     def keep(self, exchange, size):
-        """Count bytes of memory that are freed with an exchange."""
+        """Count bytes of memory that an exchange takes. They are free when it is removed."""
         exchange.kept += size
         self.kept += size
 
     def release_done(self, now):
-        """Remove exchanges that are done. Returns the events that are released by that."""
+        """Remove the exchanges at the front of the queue that are done.
+
+        Returns the events that are released: those queued in each new first exchange.
+        """
         events = []
         while len(self.exchanges) > 1 and self.exchanges[0].is_done():
             done = self.exchanges.popleft()
             self.kept -= done.kept
-            if done is self.last_affected:
+            if done is self.last_affected:      # all later exchanges are unaffected
                 self.last_affected = None
             if self.exchanges[0].queued_events:
                 events += self.take_queued(self.exchanges[0], now)
         return events
 
     def take_queued(self, exchange, now):
-        """Remove and return the events that an exchange has queued, in the form of `process`."""
+        """Remove the events that an exchange has queued. Returns them in the form of `process`."""
         queued, exchange.queued_events = exchange.queued_events, []
         self.modified = self.modified or bool(queued)
         return [(max(now, start + sum(seconds for _, seconds, _ in delays)), to, data, delays)
@@ -5298,37 +5333,45 @@ class ProtocolChain(Chain):
         return self.protocol.beginning(self.current_request) if self.current_request else b""
 
     def framer(self, to):
+        """Return the Framer that parses the bytes of a direction."""
         return self.protocol.request_framer if to is UPSTREAM else self.protocol.reply_framer
 
     def recv_size(self, to):
-        """Return how many bytes to receive at once: few to parse, many of a body to skip."""
+        """Return how many bytes to receive at once.
+
+        Bytes that the Framer parses take more time than bytes of a body, which the Framer skips.
+        """
         awaiting = self.framer(to).awaiting
         skipped = awaiting if type(awaiting) is int else 0
         return min(self.rule_set.recv_size, PARSED_CHUNK + skipped)
 
     def may_pass(self, to, size):
-        """Return whether no rule can act on the next bytes."""
-        # Any exchange may become the first: one reply can end several, if requests without a
-        # reply follow. A held head might have to be released, which needs the slow path.
-        affected = self.last_affected or self.head
-        if to is UPSTREAM:
-            affected = affected or self.rule_set.installed or self.drops_requests
-        return not affected or self.is_inside(to, size)
+        """Return whether the next bytes may use the fast path, because no rule can act on them."""
+        # An affected exchange need not be the first one: one reply can end several exchanges, if
+        # requests without a reply follow. A held head needs the slow path to be forwarded.
+        needs_slow_path = self.last_affected or self.head
+        if to is UPSTREAM:              # rules would be drawn for a request that begins
+            needs_slow_path = needs_slow_path or self.rule_set.installed or self.drops_requests
+        return not needs_slow_path or self.is_inside(to, size)
 
     def is_inside(self, to, size):
         """Return whether the next bytes are inside a request or reply on which no rule acts."""
-        exchange = self.exchanges[-1 if to is UPSTREAM else 0]
-        return (not exchange.active_rules and self.framer(to).skips(size)
-                and (to is DOWNSTREAM or (self.in_request and not self.drops_requests)))
+        if to is UPSTREAM:
+            exchange = self.exchanges[-1]
+            if self.drops_requests or not self.in_request:
+                return False
+        else:
+            exchange = self.exchanges[0]
+        return not exchange.active_rules and self.framer(to).skips(size)
 
     def pass_through(self, to, data):
         """Fast path: apply the boundaries in bytes on which no rule can act.
 
-        Returns `data` itself, or other bytes to forward instead if a Host header is rewritten
-        or the protocol is lost. Returns None, and changes nothing, if the bytes need the slow
-        path.
+        Returns `data` itself if these bytes must be forwarded unchanged. Returns other bytes to
+        forward if a Host header is rewritten, TLS begins, or the protocol is lost. Returns None,
+        and changes nothing, if the bytes need the slow path.
         """
-        size, end = len(data), 0        # end: of the last message, or of its head
+        size, end = len(data), 0        # end: the offset of the last boundary
         if not self.may_pass(to, size):
             return None
         try:
@@ -5346,16 +5389,17 @@ class ProtocolChain(Chain):
                 if self.encrypted is not None:
                     return self.split_encrypted(to, bytes(data), end)
         except ProtocolError as error:
-            # No rule can act on the rest either. So no event of it has to be queued.
+            # These calls only update the chain. Their events are not needed, because no rule can
+            # act on the bytes, and all of them are forwarded.
             self.process_part(0.0, to, bytes(data[end:]))
             self.fall_back(0.0, to, str(error))
-            return bytes(data)
-        if to is UPSTREAM:
+            return bytes(data)          # not `data` itself: so the connection ends the parsing
+        if to is UPSTREAM:              # bytes after the last boundary may begin a head
             self.head_forwarded = not self.in_request and end < size
         return data
 
     def pass_whole(self, to, data):
-        """Apply the boundaries of exactly one whole, common message.
+        """Apply the boundaries of data that is exactly one message of a common form.
 
         Returns `data`, or other bytes if a Host header is rewritten. Returns None, and changes
         nothing, for any other data. This is much faster than Framer.feed.
@@ -5368,22 +5412,23 @@ class ProtocolChain(Chain):
         if to is DOWNSTREAM:
             self.exchanges[0].reply_done = True
         else:
-            self.apply(to, parsed)
+            self.apply(to, parsed)          # `parsed` is a Request
             self.exchanges[-1].forwarded = True
             self.end_request()
             if self.protocol.host:
                 data = self.protocol.rewrite_head(message)
-        if len(self.exchanges) > 1:         # pipelined: those before may be done now
+        if len(self.exchanges) > 1:         # with pipelined requests, the first may be done now
             self.release_done(0.0)
         return data
 
     def process_bytes(self, now, to, data):
-        """Slow path: return the events that the rules make of bytes, and apply boundaries."""
-        events, start = [], 0
+        """Slow path: apply the boundaries in bytes. Returns the events that the rules make."""
+        events, start = [], 0           # start: the offset of the last boundary
         if self.drops(to):
             return events
         try:
             framer = self.framer(to)
+            # whole_message is faster than `feed`, but finds no boundaries of rows.
             whole = (framer.whole_message(data)
                      if len(data) <= COPY_MAX and not self.protocol.counts_rows else None)
             for offset, boundary in whole or framer.feed(data, len(data)):
@@ -5402,18 +5447,23 @@ class ProtocolChain(Chain):
         return events + self.process_part(now, to, data[start:])
 
     def split_encrypted(self, to, data, end):
-        """Note the encrypted bytes after TLS_BEGINS. Returns the bytes before it."""
+        """Store the encrypted bytes, and restart the reader for the decrypted bytes.
+
+        end    the offset of the boundary TLS_BEGINS in `data`
+
+        Returns the bytes before this boundary.
+        """
         self.encrypted = data[end:]
         protocol = self.protocol
         self.framer(to).restart(protocol.requests() if to is UPSTREAM else protocol.replies())
         return data[:end]
 
     def drops(self, to):
-        """Return whether further bytes are dropped: a real server would not read or send them."""
+        """Return whether further bytes of a direction are dropped: see invariant 7."""
         return self.drops_requests if to is UPSTREAM else self.drops_replies
 
     def process_part(self, now, to, data):
-        """Process bytes without a boundary. Bytes of an incomplete head are held."""
+        """Process bytes that contain no boundary. Hold them if they are of an incomplete head."""
         if data and (self.in_request or to is DOWNSTREAM):
             return self.process_in_exchange(now, to, data)
         if data:
@@ -5421,9 +5471,9 @@ class ProtocolChain(Chain):
         return []
 
     def hold(self, now, data):
-        """Hold bytes of an incomplete head. The framer has a copy of them."""
+        """Hold bytes of an incomplete head."""
         self.head += data
-        self.kept += 2 * len(data)
+        self.kept += 2 * len(data)      # the Framer has a copy
         if not self.recognized and self.protocol.request_framer.recognizes(self.head):
             self.recognize()
         limit = HEAD_TIMEOUT if self.recognized else UNRECOGNIZED_MAX
@@ -5437,7 +5487,10 @@ class ProtocolChain(Chain):
         return head
 
     def give_up_head(self, now):
-        """Stop holding an incomplete head: see "Theory of operation". Returns its events."""
+        """Stop holding an incomplete head, because the longest time for this has passed.
+
+        Returns the events that forward the head.
+        """
         if self.recognized:
             self.head_forwarded = True
             return self.flush_head(now)
@@ -5445,7 +5498,7 @@ class ProtocolChain(Chain):
             now, UPSTREAM, "no whole line or message in the first %g s" % UNRECOGNIZED_MAX)
 
     def process_boundary(self, now, to, boundary):
-        """Apply a boundary. Returns the events of the rules, and those that are released."""
+        """Apply a boundary. Returns the events of rules, and the events that are released."""
         if boundary is END_OF_MESSAGE or boundary is END_OF_ROW:
             events = self.process_in_exchange(now, to, boundary)
             self.apply(to, boundary)
@@ -5453,6 +5506,7 @@ class ProtocolChain(Chain):
         self.apply(to, boundary)
         if boundary is TLS_BEGINS:
             return []
+        # The held head is complete: it begins a request, or continues one.
         events, head = self.release_done(now), self.take_head()
         is_request = boundary is not CONTINUATION
         if is_request:
@@ -5463,19 +5517,19 @@ class ProtocolChain(Chain):
         return events
 
     def process_in_exchange(self, now, to, data, is_refusable=False):
-        """Run bytes or a signal through the rules of the exchange that they belong to.
+        """Run bytes or a signal through the active rules of an exchange.
 
         is_refusable    whether the data is the whole head of a request, which a rule may refuse
 
-        Returns the events that may leave now. Replies of later exchanges are queued in them.
+        Data for the backend belongs to the last exchange, and data for the client to the first.
+        Returns the events that may leave now. A reply for a later exchange is queued there.
         """
         exchange = self.exchanges[-1 if to is UPSTREAM else 0]
         self.set_exchange(exchange, is_refusable or (to is UPSTREAM and exchange.is_connecting()))
-        # A rule cannot refuse a complete request by the bytes that continue it (COPY data, a
-        # password). So the end of these bytes is not the end of the request.
+        # True for CONTINUATION bytes (COPY data, a password): the request has ended before them.
         continues = to is UPSTREAM and exchange.complete
         if data is END_OF_MESSAGE and (continues or not exchange.active_rules):
-            return []                   # no rule gets it
+            return []                   # no rule gets this signal
         events = []
         for event in self.run_chain(exchange.active_rules, now, to, [(now, to, data, ())]):
             _, direction, made, _ = event
@@ -5490,9 +5544,11 @@ class ProtocolChain(Chain):
         return events
 
     def queue_replies(self, exchange, start, data, events):
-        """Queue replies, and signals of rules, in their exchange until that is the first one.
+        """Queue the replies and signals of rules until their exchange is the first one.
 
-        data    the bytes or the signal that the events were made of
+        start     the time when `data` came
+        data      the bytes or the signal that the events were made of
+        events    have the form of `process`
 
         Returns the other events, which may leave now.
         """
@@ -5504,24 +5560,29 @@ class ProtocolChain(Chain):
             else:
                 exchange.queued_events.append((start, to, made, delays))
                 self.keep(exchange, len(made) + CHUNK_OVERHEAD)
-                self.drops_requests = self.drops_requests or (to == UPSTREAM and made is EOF)
+                if made is EOF and to == UPSTREAM:      # the rule closes the connection
+                    self.drops_requests = True
         return may_leave
 
     def note_end(self, now, made_of, events):
         """Note whether a rule closes or resets the connection to the client now.
 
-        made_of    the bytes or the signal that the events were made of; an EOF comes from a peer
+        made_of    the bytes or the signal that the events were made of
         """
-        self.drops_replies = self.drops_replies or (made_of is not EOF and any(
-            due <= now and (data is RESET or (data is EOF and to == DOWNSTREAM))
-            for due, to, data, _ in events))
+        if made_of is EOF:              # a peer has closed the connection, not a rule
+            return
+        for due, to, data, _ in events:
+            ends_replies = data is RESET or (data is EOF and to == DOWNSTREAM)
+            if ends_replies and due <= now:
+                self.drops_replies = True
 
     def run_rule(self, active, event, opening):
         """Return the events that one active rule makes of one event.
 
-        The rule of a refusal finishes the refusal, instead of calling its handler.
+        After a rule has refused the request, the protocol makes these events instead of the
+        handler.
         """
-        exchange = self.exchange
+        exchange = self.current_exchange
         if exchange.refusal and exchange.refusal.active_rule is active:
             t, to, data, delays = event
             events = list(self.protocol.finish_refusal(exchange, t, to, data))
@@ -5530,28 +5591,31 @@ class ProtocolChain(Chain):
             self.note_changes(active, to, events, opening)
             return [(due, direction, made, delays) for due, direction, made in events]
         events = super().run_rule(active, event, opening)
+        # The handler may have refused the request.
         if exchange.refusal and exchange.refusal.reply.closes:
             self.drops_requests = True
         return events
 
     def process(self, now, to, data):
-        """Run a signal through the active rules. The bytes of a held head come before it."""
+        """Run a signal through the active rules. A held head is forwarded before the signal."""
         events = self.flush_head(now) if to is UPSTREAM else []
         return events + self.process_in_exchange(now, to, data)
 
     def flush_head(self, now):
-        """Return the event that forwards the bytes of a held head unchanged, if there is one."""
+        """Return a list of the event that forwards a held head. No rule acts on this event."""
         head = self.take_head()
         return [(now, UPSTREAM, head, ())] if head else []
 
     def fall_back(self, now, to, error):
         """Stop parsing, because bytes were not of the protocol. Continue as tcp.
 
-        error    why, as text; the connection logs it
+        error    the reason, as text. The connection logs this text
 
-        Stores the Chain that replaces this one in `successor`. But if the client's bytes are
-        wrong while error replies are still to be sent, this chain stays, and passes the client's
-        further bytes. Returns the events of all that was held.
+        Stores the Chain that replaces this one in `successor`. This chain is not replaced if the
+        client's bytes are wrong and the client must still get errors of rules. Then this chain
+        forwards the further bytes of the client, and still parses the replies.
+
+        Returns the events that were held or queued.
         """
         self.protocol_error = error
         self.modified = True
@@ -5563,16 +5627,23 @@ class ProtocolChain(Chain):
         events = [event for exchange in self.exchanges
                   for event in self.take_queued(exchange, now)]
         if self.head:
+            # The head begins a new request, unless it belongs to request 1: the successor has
+            # the rules of request 1 already, because they were drawn when the client connected.
             if self.exchanges[-1].request or self.protocol.server_first:
-                chain.begin_request()       # for a request that is not of the protocol
+                chain.begin_request()
             events += chain.process(now, UPSTREAM, self.head)
         return events
 
     def owes_error(self):
-        """Return whether a rule has refused a request, and its error is still to be sent."""
-        return any(exchange.queued_events or (exchange.refusal and exchange.complete
-                                              and not exchange.is_done())
-                   for exchange in self.exchanges)
+        """Return whether a rule has refused a request, and the error is not sent yet."""
+        for exchange in self.exchanges:
+            # Only events of rules are queued: errors, and signals that end the connection.
+            if exchange.queued_events:
+                return True
+            # The error is sent when the backend's reply to the substitute ends.
+            if exchange.refusal and exchange.complete and exchange.awaits_reply():
+                return True
+        return False
 
     def make_successor(self):
         """Return a Chain that continues as tcp, with the same active rules."""
