@@ -8229,8 +8229,8 @@ class Connection:
 
     def parse_limit(self, link):
         """Return the most bytes to receive: there must be memory for the requests in them."""
-        # Only requests need this memory, not replies. And no requests are parsed in larger reads:
-        # their bytes are of tcp, or of one long body.
+        # Replies need no memory. With a larger recv_size, no requests are parsed: the bytes are
+        # of tcp, or of one long body.
         if link is self.down or link.recv_size > PARSED_CHUNK:
             return CHUNK
         return max(1, (link.budget.allowance(HELD_MAX) - link.held - link.kept) // EXPANSION)
@@ -8241,8 +8241,8 @@ class Connection:
         Returns None if the bytes were queued or dropped. Bytes are queued if a rule has changed
         or delayed them, or if the fast path is closed.
 
-        This function counts the received bytes, except the bytes that it returns: on_ready
-        counts those bytes when it has sent them.
+        This function counts the received bytes, except the bytes that it returns. on_ready counts
+        the returned bytes after it has sent them.
         """
         chain, size = self.chain, len(data)
         if self.phase is LINGERING:     # the client has got its last reply: drop further bytes
@@ -8257,7 +8257,7 @@ class Connection:
             self.end_parsing(link)
             to_send = self.send_or_queue(link, size, to_send)
         if to_send is not None and (self.chain.kept > KEPT_MIN or self.up.kept):
-            self.note_kept()            # if bytes were queued, update_interest() has done the same
+            self.note_kept()            # for queued bytes, update_interest() calls count_kept()
         return to_send
 
     def run_rules(self, link, data):
@@ -8806,13 +8806,10 @@ class Connection:
             self.close("no TLS")
 
     def is_truncated(self, link):
-        """Return whether to end a link's stream without close_notify, as if the sender had died.
-
-        After an EOF of the source, the answer is the same as for the source's own stream.
-        Otherwise a rule ends the stream, and the answer is no if the rule has sent a reply.
-        """
-        if link.eof:
+        """Return whether to end a link's stream without close_notify, as if the sender had died."""
+        if link.eof:                            # the target sees the same end as the proxy
             return isinstance(link.source, TlsSocket) and link.source.lacks_close_notify
+        # A rule ends the stream. Only after a reply, a server would send close_notify.
         return not self.chain.answered_early
 
     # Connecting to the backend
