@@ -6223,7 +6223,7 @@ class Loop:
         self.call_soon_threadsafe(run)
         # If the loop ends before it runs the call, `done` is never set. So check every second.
         while not done.wait(0 if self.ended else 1):
-            # The loop may have run the call just before its end. So ask `done` once more.
+            # The loop may have run the call just before its end. So check `done` again.
             if self.ended and not done.is_set():
                 raise RuntimeError("the loop has ended")
         result, exc = outcome
@@ -8806,7 +8806,7 @@ class Connection:
             self.close("no TLS")
 
     def is_truncated(self, link):
-        """Return whether to end a link's stream without close_notify, as if the sender had died."""
+        """Return whether a link's stream ends without close_notify, as if the sender had died."""
         if link.eof:                            # the target sees the same end as the proxy
             return isinstance(link.source, TlsSocket) and link.source.lacks_close_notify
         # A rule ends the stream. Only after a reply, a server would send close_notify.
