@@ -5657,14 +5657,15 @@ class ProtocolChain(Chain):
 
 # -- Delay queue --------------------------------------------------------------
 #
-# The bytes of one direction on their way from one socket to the other, each chunk with its due
-# time; and the budget, the limit of the bytes in all these queues together. This section knows
-# no sockets.
+# A delay queue holds the bytes of one direction on their way from one socket to the other socket.
+# Each chunk has its due time. The budget limits the bytes in all delay queues of a loop together.
+# This section uses no sockets.
 
 class Budget:
-    """The bytes that all delay queues of a loop may hold together: a hard bound.
+    """The hard limit for the bytes in all delay queues of a loop together.
 
-    Each queue may hold 1 / SHARES of the bytes that are left, and at least HELD_MIN.
+    Each queue may hold HELD_MIN bytes in any case. While many bytes are free, each queue may hold
+    more: 1 / SHARES of the free bytes.
     """
 
     __slots__ = ("total", "held", "queues", "fast_path_limit")
@@ -5674,8 +5675,8 @@ class Budget:
         self.total = total
         self.held = 0
         self.queues = 0
-        # While at most this many bytes are held, each queue may hold the largest single read.
-        # So the fast path need not ask for its allowance.
+        # If `held` is not more than this, each queue may hold the bytes of the largest read. So
+        # the fast path need not call `allowance`.
         self.fast_path_limit = total - self.SHARES * max(HELD_MAX_IDLE, KERNEL_PIPE_SIZE)
 
     def add_queue(self):
@@ -5689,9 +5690,12 @@ class Budget:
         self.fast_path_limit += HELD_MIN
 
     def allowance(self, bound):
-        """Return how many bytes one queue may hold now, `bound` at most."""
-        rest = self.total - self.held - self.queues * HELD_MIN
-        return max(HELD_MIN, min(bound, rest // self.SHARES))
+        """Return how many bytes one queue may hold now.
+
+        bound    the most bytes that the queue may hold while enough bytes are free
+        """
+        free = self.total - self.held - self.queues * HELD_MIN
+        return max(HELD_MIN, min(bound, free // self.SHARES))
 
 
 NO_CHUNKS: "deque" = deque()     # the empty send_buffer of most delay queues, to save memory
@@ -5700,8 +5704,8 @@ NO_CHUNKS: "deque" = deque()     # the empty send_buffer of most delay queues, t
 class DelayQueue:
     """The bytes of one direction that wait to be sent, each chunk with its due time.
 
-    `queue` holds the events that are not due yet. `send_buffer` holds the chunks that are due,
-    and that the target does not accept yet. Rules have no influence on `send_buffer`.
+    `queue` holds the events that are not due yet. `send_buffer` holds the chunks that are due and
+    wait until the target accepts them. Changes of the rules do not affect `send_buffer`.
     """
 
     __slots__ = ("to", "budget", "queue", "order", "latest", "rate_limited_until", "send_buffer",
@@ -5712,17 +5716,18 @@ class DelayQueue:
         self.to = to
         self.budget = budget
         self.queue = []         # heap of (due, order, data, start, delays): see `put`
-        self.order = 0          # number of the last event; it orders equal due times
-        self.latest = 0.0       # due time of the last byte in the queue
+        self.order = 0          # the number of the last event put. Events with equal due times
+                                #   keep the order of their numbers
+        self.latest = 0.0       # the due time of the last byte in the queue
         self.rate_limited_until = 0.0   # when the rate limits let the last byte pass
-        self.send_buffer = NO_CHUNKS    # chunks and EOF; a deque of its own once there are any
-        self.held = 0           # bytes in queue and send_buffer, with CHUNK_OVERHEAD for each
-        self.kept = 0           # bytes that the chain keeps for requests from this source
-        self.has_replies = False        # some of `held` are from rules, not from the source
-        self.forwarded = 0      # total bytes that went from source to target on the fast path
-        self.buffered_in = 0    # total of all other bytes from the source
-        self.buffered_out = 0   # total of all other bytes to the target
-        self.eof = False        # the source has closed its side
+        self.send_buffer = NO_CHUNKS    # chunks and EOF: see append_due
+        self.held = 0           # bytes in queue and send_buffer, and CHUNK_OVERHEAD for each item
+        self.kept = 0           # memory of the chain, in bytes, that the budget counts: see `keep`
+        self.has_replies = False        # some held bytes are from rules, not from the source
+        self.forwarded = 0      # all bytes that went from source to target on the fast path
+        self.buffered_in = 0    # all other bytes from the source
+        self.buffered_out = 0   # all other bytes to the target
+        self.eof = False        # the source has sent an EOF
         self.write_closed = False       # no more bytes may be sent to the target
         budget.add_queue()
 
@@ -5740,18 +5745,19 @@ class DelayQueue:
         """Queue an event. Bytes and EOF keep their order, but a RESET overtakes them.
 
         t         when the event is due
-        start     when the event came that it was made of
-        delays    the rules that have delayed it, as Chain.process returns them
+        start     when the bytes or the signal came of which the rules have made the event
+        delays    the rules that have delayed the event, in the form of Chain.process
         """
-        if not data and not isinstance(data, Signal):       # a handler may yield no bytes
+        if not data and not isinstance(data, Signal):       # a handler may yield b""
             return
         if self.write_closed and (data or data is EOF):
             self.tell_dropped(data, delays)
             return
         if data is not RESET:
             t = max(t, self.latest)
-        if data or data is OPEN:        # an EOF does not delay bytes that are put after it
+        if data or data is OPEN:        # an EOF does not delay bytes that are put after the EOF
             self.latest = t
+        # The rate limits alone would let the event pass at this time: see read_limit.
         limited_until = start
         for rule, seconds, _ in delays:
             if rule.rate_limited:
@@ -5762,24 +5768,24 @@ class DelayQueue:
         heapq.heappush(self.queue, (t, self.order, data, start, delays))
 
     def charge(self, size):
-        """Count a chunk of this size as held."""
+        """Count a chunk of `size` bytes as held."""
         self.held += size + CHUNK_OVERHEAD
         self.budget.held += size + CHUNK_OVERHEAD
 
     def credit(self, size):
-        """Count this many bytes as no longer held."""
+        """Count `size` bytes, in which CHUNK_OVERHEAD is included, as no longer held."""
         self.held -= size
         self.budget.held -= size
         self.has_replies = self.has_replies and self.held > 0
 
     def keep(self, size):
-        """Count this many bytes as kept by the chain, in place of those counted before."""
+        """Set `kept` to `size`: the memory that requests from the source take in the chain."""
         self.budget.held += size - self.kept
         self.kept = size
 
     def append_due(self, data):
         """Append a chunk or EOF to send_buffer."""
-        if self.send_buffer is NO_CHUNKS:
+        if self.send_buffer is NO_CHUNKS:       # all empty delay queues share this deque
             self.send_buffer = deque()
         self.send_buffer.append(data)
 
@@ -5787,7 +5793,7 @@ class DelayQueue:
         """Move the chunks and EOFs that are due to send_buffer. Returns the other signals."""
         signals = []
         while self.queue and self.queue[0][0] <= now:
-            data = heapq.heappop(self.queue)[2]
+            _, _, data, _, _ = heapq.heappop(self.queue)
             if data:
                 self.append_due(memoryview(data))
             elif data is EOF:
@@ -5798,15 +5804,22 @@ class DelayQueue:
         return signals
 
     def next_time(self, now):
-        """Return when an event is due, or reading resumes after a pause by a rate limit."""
+        """Return the time for which a timer is needed.
+
+        This is the due time of the first event. The time is earlier if a rate limit has stopped
+        the reading, and the reading can resume before this event is due: see read_limit.
+        """
         if not self.queue:
             return NEVER
         due, resume = self.queue[0][0], self.rate_limited_until - RATE_BACKLOG
         return resume if now < resume < due else due
 
     def consume(self, size):
-        """Remove the first `size` bytes of send_buffer's first chunk, which have been sent."""
-        rest = self.send_buffer[0][size:]   # of a memoryview, EOF or a KernelPipe
+        """Remove the first `size` bytes of the first chunk in send_buffer, because they are sent.
+
+        For an EOF, `size` is 0.
+        """
+        rest = self.send_buffer[0][size:]   # a memoryview, EOF or a KernelPipe
         self.buffered_out += size
         if rest:
             self.send_buffer[0] = rest
@@ -5819,25 +5832,27 @@ class DelayQueue:
         """Undo the delays of rules that were removed or changed. Delays of other rules remain.
 
         Events that a changed rule made of OPEN are dropped, because the rule gets OPEN again.
-        Returns whether these rules had delayed an event.
+        Returns whether an event had a delay of the removed or changed rules.
         """
         rules = [*removed, *changed]
         if not any(rule in rules for *_, delays in self.queue for rule, _, _ in delays):
             return False
         entries, self.queue, had_replies = self.queue, [], self.has_replies
-        self.latest = self.rate_limited_until = 0.0         # `put` computes them again
-        # In the order in which they were put: the order of their due times may differ.
-        for _, _, data, start, delays in sorted(entries, key=lambda entry: entry[1]):
+        self.latest = self.rate_limited_until = 0.0         # `put` computes both again
+        # Put the events again in their first order: they may be due in another order.
+        entries.sort(key=lambda entry: entry[1])            # by `order`
+        for _, _, data, start, delays in entries:
             self.credit(len(data) + CHUNK_OVERHEAD)
             if any(from_open and rule in changed for rule, _, from_open in delays):
                 continue
-            delays = tuple(delay for delay in delays if delay[0] not in rules)
-            self.put(start + sum(seconds for _, seconds, _ in delays), data, start, delays)
-        self.has_replies = had_replies and self.held > 0
+            remaining = tuple((rule, seconds, from_open) for rule, seconds, from_open in delays
+                              if rule not in rules)
+            self.put(start + sum(seconds for _, seconds, _ in remaining), data, start, remaining)
+        self.has_replies = had_replies and self.held > 0    # `credit` may have set it to False
         return True
 
     def is_unused(self):
-        """Return whether the queue is empty, and bytes may still come."""
+        """Return whether the queue is empty, and neither the source nor the target is closed."""
         return not (self.held or self.eof or self.write_closed)
 
     def is_full(self, clock):
@@ -5845,33 +5860,41 @@ class DelayQueue:
         return (self.held > HELD_LOW or self.kept > 0) and self.read_limit(clock) <= 0
 
     def read_limit(self, clock):
-        """Return how many bytes may be read into this queue now. 0: the queue is full.
+        """Return how many bytes may be read into this queue now, or 0 if the queue is full.
 
-        A source that is not read slows its sender down (backpressure). The queue may hold
+        While the proxy does not read, TCP slows the sender down (backpressure). The queue may hold
 
-            READ_MIN         while a rate limit delays more than RATE_BACKLOG of data: the sender
-                             must slow down soon. packet_loss and network need HELD_MAX_IDLE
+            READ_MIN         while a rate limit needs more than RATE_BACKLOG to let all bytes pass:
+                             the sender must slow down soon. packet_loss and network need more
+                             bytes than this: see Rule.held_max
             HELD_MAX         otherwise, while the first event has a due time
-            HELD_MAX_IDLE    while there is no event, or the first one is never due
+            HELD_MAX_IDLE    while there is no event, or the first event is never due
 
-        An empty queue reads no clock.
+        If there is no event, the clock is not read, to save time.
 
-        A nearly full queue counts as full. Otherwise each read would only take the place of the
-        few bytes sent last, and rules that cut chunks, such as `slicer`, would cut small ones.
+        A nearly full queue counts as full. Otherwise each read would be as small as the last send,
+        and rules that cut chunks, such as `slicer`, would get only small chunks.
         """
         bound = HELD_MAX_IDLE
-        if self.queue and self.queue[0][0] < NEVER:
-            *_, delays = self.queue[0]
-            bound = HELD_MAX if self.rate_limited_until - RATE_BACKLOG <= clock() else max(
-                [READ_MIN, *(rule.held_max for rule, _, _ in delays)])
+        if self.queue:
+            first_due, _, _, _, delays = self.queue[0]
+            if first_due < NEVER:
+                is_rate_limited = self.rate_limited_until - RATE_BACKLOG > clock()
+                bound = HELD_MAX
+                if is_rate_limited:
+                    bound = max([READ_MIN, *(rule.held_max for rule, _, _ in delays)])
         allowance = self.budget.allowance(bound)
         room = allowance - self.held - CHUNK_OVERHEAD
-        if self.kept:       # the highest bound, because replies of the backend free it
+        if self.kept:
+            # Replies of the backend free the kept bytes, even if the source is not read. So the
+            # limit for held and kept bytes together can be the highest one.
             room = min(room, self.budget.allowance(HELD_MAX) - self.held - self.kept)
-        return min(CHUNK, room) if room >= min(READ_MIN, allowance / 4) else 0
+        if room < min(READ_MIN, allowance / 4):
+            return 0
+        return min(CHUNK, room)
 
     def tell_dropped(self, data, delays):
-        """Tell the rules that have delayed a chunk that it is dropped."""
+        """Tell the rules that have delayed a chunk that this chunk is dropped."""
         for rule, _, _ in delays:
             if rule.on_dropped:
                 rule.on_dropped(rule, self.to, len(data))
@@ -5884,6 +5907,7 @@ class DelayQueue:
         self.credit(self.held)
 
     def close(self):
+        """Drop all held data, and free the bytes that the budget counts for this queue."""
         if self.held:
             self.discard()
         if self.kept:
