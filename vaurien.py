@@ -203,7 +203,7 @@ STATEMENTS_MAX = 1024 * 1024    # for the texts of the prepared statements of a 
 STATEMENT_OVERHEAD = 210        # for such a text, without its bytes (210, 155)
 
 # Counts
-SPLICE_AFTER = 4                # a link uses splice after this many bulk reads in a row
+SPLICE_AFTER = 4                # a link uses splice after this many bulk reads
 KERNEL_PIPES_POOLED = 16        # empty pipes that a loop keeps for later bulk data
 BACKLOG = 4096                  # connections that wait for accept(), at most. The kernel may use
                                 #   a lower limit (net.core.somaxconn)
@@ -7986,13 +7986,14 @@ NO_SPLICE = -(1 << 60)          # the `bulk_reads` of a link that cannot use spl
 class Link(DelayQueue):
     """One direction of a connection: a source, a target, and the delay queue between them."""
 
-    __slots__ = ("source", "target", "watched", "fast_events", "bulk_reads", "recv_size",
-                 "request_time", "measure_after")
+    __slots__ = ("source", "source_reset", "target", "watched", "fast_events", "bulk_reads",
+                 "recv_size", "request_time", "measure_after")
 
     def __init__(self, to, budget, recv_size):
         DelayQueue.__init__(self, to, budget)       # faster than super()
         self.recv_size = recv_size      # the most bytes to receive at once
         self.source = None      # the socket or TlsSocket of the sender; None before connect()
+        self.source_reset = False       # the source has reset the connection
         self.target = None      # the socket or TlsSocket of the receiver; None until connected
         self.watched = 0        # the events for which the loop watches the source: EVENT_READ for
                                 #   this link, EVENT_WRITE for the link in the other direction
@@ -8956,8 +8957,8 @@ class Connection:
             peer, back = "client", self.down
         else:
             peer, back = "backend", self.up
-        is_reset = isinstance(error, ConnectionResetError)
-        self.reset_reason = ("reset by %s" % peer if is_reset
+        link.source_reset = isinstance(error, ConnectionResetError)
+        self.reset_reason = ("reset by %s" % peer if link.source_reset
                              else "%s lost: %s" % (peer, error.strerror))
         back.discard()
         back.write_closed = True
@@ -9018,9 +9019,9 @@ class Connection:
 
     def reset(self, reason):
         """Close both sockets in such a way that the kernel sends RST. The log shows the reason."""
-        for sock in (self.client, self.backend):
-            if sock is not None:
-                reset_on_close(sock)
+        for link in self.up, self.down:
+            if link.source is not None and not link.source_reset:
+                reset_on_close(link.source)
         self.close(reason)
 
     def close(self, reason):
