@@ -4564,7 +4564,7 @@ def make_flat_toxic(type_, name, values, fields=()):
 #
 # After a change of the installed rules, a Connection calls these methods in this order:
 #
-#   rules_changed(new, changed, woken)    returns the rules, besides the new ones, that begin now
+#   rules_changed(new, changed, woken)    returns the changed and woken rules that begin now
 #   release(removed, changed)             undoes the delays of these rules
 #   reset_due_times(to, latest)           if a delay was undone
 #   process_open(now, directions, rules)  gives OPEN to the rules that begin. Returns the events
@@ -4587,8 +4587,8 @@ class Chain:
                  "protocol", "protocol_lost", "protocol_error", "successor", "head_deadline",
                  "encrypted")
 
-    def __init__(self, rules, connection):
-        self.rule_set = rules              # the proxy's RuleSet
+    def __init__(self, rule_set, connection):
+        self.rule_set = rule_set        # the RuleSet of the proxy
         self.connection = connection    # the number of the connection
         # Requests
         self.request_count = 0          # requests that have begun in this connection
@@ -4596,14 +4596,15 @@ class Chain:
         self.current_request = None     # the Request with this number. Only in a ProtocolChain
         self.last_direction = None      # the direction of the last bytes. None before any bytes
         # Rules and draws
-        self.active_rules = NOTHING     # of the current request, in the order of the rules
+        self.active_rules = NOTHING     # the active rules of the current request, in order
         self.undrawn = NOTHING          # rules installed after the client connected. They are
                                         #   drawn for request 1 when the first bytes come
         self.per_connection = {}        # {rule per connection: its ActiveRule}
-        self.batch = -1                 # the batch of 8 requests that is drawn. -1: no batch
+        self.batch = -1                 # the number of the last batch drawn. -1: no batch
         self.batch_hits = NOTHING       # for each request of the batch: [(rule, drawn number)]
         # Read by the connection
-        self.newly_acted = []           # [(ActiveRule, request number, request_text())]
+        self.newly_acted = []           # rules that have acted since the connection last read
+                                        #   this list: [(ActiveRule, request number, its text)]
         self.modified = False           # a rule has changed an event (the caller resets this)
         self.answered_early = False     # a rule has replied in the backend's place
         self.kept = 0                   # the bytes of memory that exchanges, their queued events
@@ -4611,12 +4612,12 @@ class Chain:
         self.beginning = 0, b""         # (number, first bytes) of the last request that had
                                         #   active rules. Not used by a ProtocolChain
         # The protocol
-        self.protocol = None            # the Protocol, of a ProtocolChain
+        self.protocol = None            # the Protocol. Only in a ProtocolChain
         self.protocol_lost = False      # True after a fall back from a protocol to tcp
         self.protocol_error = ""        # the reason of the fall back. The connection logs this
         self.successor = None           # the Chain that replaces this one, after a fall back
         self.head_deadline = NEVER      # when to call give_up_head
-        self.encrypted = None           # the first bytes of TLS that begins in this connection
+        self.encrypted = None           # the received bytes after TLS_BEGINS. None before it
 
     def start(self):
         """Begin the first request, because a client has connected."""
@@ -4638,7 +4639,7 @@ class Chain:
             self.active_rules = [ActiveRule(rule, rule.drawn_count, number)
                                  for rule, number in hits
                                  if rule.selects(rule.drawn_count)] if hits else NOTHING
-        elif rule_set.changes_by_request or request == 1:
+        elif rule_set.changes_by_request or request == 1:   # else the active rules stay the same
             for active in self.per_connection.values():
                 if active.match_buffer:         # search only the bytes of the new request
                     active.match_buffer = b""
@@ -4650,7 +4651,7 @@ class Chain:
         A request begins if the client sends after the backend has sent. If these bytes are the
         first of the connection, the rules installed after the client connected are drawn.
 
-        Returns request_count. A ProtocolChain counts a request later, when the head is complete.
+        Returns request_count. A ProtocolChain counts a request only when the head is complete.
         """
         last, self.last_direction = self.last_direction, to
         if last is DOWNSTREAM:
@@ -4739,7 +4740,7 @@ class Chain:
         return active
 
     def redraw(self, rules):
-        """Draw these rules for the current request. Do not change its other active rules."""
+        """Draw some rules for the current request. Do not change the other active rules."""
         current = {active.rule: active for active in self.active_rules}
         self.active_rules = self.collect(
             lambda rule: self.draw_rule(rule) if rule in rules else current.get(rule))
@@ -4770,7 +4771,7 @@ class Chain:
                 # Rules in `undrawn` are drawn when the first bytes come.
                 if rule.is_drawn_at_once() and rule not in current and rule not in self.undrawn:
                     current[rule] = self.draw_counted(rule)
-        self.active_rules = self.collect(current.get)
+        self.active_rules = self.collect(current.get)       # draws new rules per connection
         return begun
 
     def update_acts(self, active):
@@ -4795,7 +4796,7 @@ class Chain:
         return False
 
     def reset_due_times(self, to, latest):
-        """Make the due times earlier that rules keep in state[to], after delays were undone.
+        """After delays were undone, make the due times earlier that rules keep in state[to].
 
         latest    the due time of the last chunk that is now in the delay queue of direction `to`
         """
@@ -4819,7 +4820,7 @@ class Chain:
         if to is UPSTREAM:
             self.note_beginning(data)
         for active in self.active_rules:
-            # Before the search for `match` has ended, the rule may need the bytes to search.
+            # A rule with a match_buffer still searches the request, and needs the bytes for this.
             if to in active.rule.directions or active.match_buffer is not None:
                 return None
         return data
@@ -4871,13 +4872,16 @@ class Chain:
         rules = self.per_connection if rules is None else rules
         all_events = []
         for index, active in enumerate(self.active_rules):
-            for to in directions if active.rule in rules else ():
+            if active.rule not in rules:
+                continue
+            later_rules = self.active_rules[index + 1:]
+            for to in directions:
                 events = self.run_chain([active], now, to, [(now, to, OPEN, ())], opening=True)
                 if events == [(now, to, RESET, ())]:    # the handler has failed: only reset
                     return events
                 events = [(t, direction, data, delays) for t, direction, data, delays in events
                           if data is not OPEN]
-                all_events += self.run_chain(self.active_rules[index + 1:], now, to, events)
+                all_events += self.run_chain(later_rules, now, to, events)
         return all_events
 
     def run_chain(self, active_rules, now, to, events, opening=False):
@@ -4910,12 +4914,13 @@ class Chain:
     def run_rule(self, active, event, opening):
         """Return the events that one active rule makes of one event.
 
-        The arguments and the result are as in run_chain.
+        `event` and the result have the form of `process`. `opening` is as in run_chain.
         """
         t, to, data, delays = event
         rule = active.rule
         if not active.acts and not self.search(active, to, data):
             return [event]
+        # Without a limit, may_act returns True. So most rules save the time for the call.
         if to not in rule.directions or (rule.limit and not active.may_act()):
             return [event]
         active.request_number, active.current_request = self.current_number, self.current_request
@@ -4953,12 +4958,12 @@ class Chain:
                             % ", ".join(map(repr, made))[:200]) from None
 
     def note_changes(self, active, to, events, opening):
-        """Note that a rule has acted: it has replaced an event of direction `to` by `events`.
+        """Note that a rule has replaced an event of direction `to` by `events`.
 
-        Raises TypeError if an event is invalid.
+        Raises TypeError if one of these events is invalid.
         """
         self.modified = True
-        for _, direction, data in events:
+        for _, direction, data in events:   # a user's handler may yield an equal direction: use ==
             if direction not in DIRECTIONS or not isinstance(data, bytes):
                 raise TypeError("a handler must yield (t, to, data), not (t, %r, %r)"
                                 % (direction, data))
@@ -4989,14 +4994,14 @@ class Chain:
 class RefusingChain(Chain):
     """The chain of a client beyond max_connections: no rule acts, and no backend is connected.
 
-    The client gets the error that a server with too many connections sends. Without a protocol,
-    there is no error. Then the connection is closed.
+    If there is a protocol, the client gets the error that a server with too many connections
+    sends. The connection is closed in any case.
     """
 
     __slots__ = ("refusing_protocol", "received")
 
-    def __init__(self, rules, connection, protocol):
-        super().__init__(rules, connection)
+    def __init__(self, rule_set, connection, protocol):
+        super().__init__(rule_set, connection)
         # The Protocol that makes the error, or None. `protocol` is None, since nothing is parsed.
         self.refusing_protocol = protocol
         self.received = b""             # the client's bytes since the last reply
@@ -5059,18 +5064,20 @@ class Exchange:
 
         If no reply of the backend will come, the exchange is done when the request has ended.
         """
-        if self.reply_done or not self.complete:
-            return self.reply_done
+        if self.reply_done:
+            return True
+        if not self.complete:
+            return False
         return not (self.forwarded and self.request.replies)
 
     def is_connecting(self):
-        """Return whether the client still connects: no request and no end of a greeting yet."""
+        """Return whether no request has begun yet, and no greeting of the server has ended."""
         return self.request is None and not self.reply_done
 
     def awaits_reply(self):
         """Return whether a reply or a greeting of the backend must still come."""
-        expects = self.request.replies if self.request else self.handshake
-        return bool(expects) and not self.is_done()
+        is_expected = self.request.replies if self.request else self.handshake
+        return bool(is_expected) and not self.is_done()
 
 
 class ProtocolChain(Chain):
@@ -5115,7 +5122,7 @@ class ProtocolChain(Chain):
        later can refuse the request.
     5. A rule that has refused a request sends the reply even if the rule is removed or changed.
     6. No event waits for a rule that sleeps or is not installed, neither in a delay queue nor in
-       an exchange. No active rule keeps a due time that is based on such a wait: see
+       an exchange. No active rule keeps a due time that results from such a wait: see
        reset_due_times.
     7. After a refusal that closes the connection, the backend gets no further bytes. After a
        rule has closed or reset the connection, the client gets no further replies.
@@ -5124,10 +5131,10 @@ class ProtocolChain(Chain):
     __slots__ = ("exchanges", "current_exchange", "head", "in_request", "head_forwarded",
                  "last_affected", "drops_requests", "drops_replies", "recognized")
 
-    def __init__(self, rules, connection, protocol):
-        super().__init__(rules, connection)
+    def __init__(self, rule_set, connection, protocol):
+        super().__init__(rule_set, connection)
         self.protocol = protocol
-        protocol.counts_rows = rules.counts_rows
+        protocol.counts_rows = rule_set.counts_rows
         self.exchanges = protocol.exchanges
         self.current_exchange = None    # the exchange whose event is being processed
         self.head = b""             # the bytes of an incomplete head that are held
@@ -5197,6 +5204,7 @@ class ProtocolChain(Chain):
             rules = [active for active in exchange.active_rules
                      if active.rule in self.rule_set.installed and not active.is_over()]
         refusal = exchange.refusal
+        # `in` would compare the counts, because an ActiveRule is a Counter.
         if refusal and not any(active is refusal.active_rule for active in rules):
             rules = [refusal.active_rule, *rules]
         return rules
@@ -5213,8 +5221,8 @@ class ProtocolChain(Chain):
     def release(self, removed, changed):
         """Undo the delays that removed or changed rules have given to events in exchanges.
 
-        DelayQueue.release does so for the events in the delay queue. Returns whether an event had
-        such a delay.
+        DelayQueue.release undoes the delays of the events in a delay queue. Returns whether an
+        event in an exchange had a delay of these rules.
         """
         rules, released = [*removed, *changed], False
         for exchange in self.exchanges:
@@ -5257,11 +5265,11 @@ class ProtocolChain(Chain):
         self.draw_for(request, is_first)
         if is_first:
             last.request, last.active_rules = request, self.active_rules
-            last.reply_done = False     # a reply that came before request 1 is no reply to it
+            last.reply_done = False     # bytes that came before request 1 are not its reply
         elif len(self.exchanges) == 1 and not last.active_rules and last.is_done():
             self.kept -= last.kept      # the old exchange ends here
             last.restart(self.request_count, self.active_rules, request)
-            self.last_affected = None   # the only exchange is a new one, without events
+            self.last_affected = None   # the old exchange was the only one, and had no rules
         else:
             last = Exchange(self.request_count, self.active_rules, request)
             self.exchanges.append(last)
@@ -5281,7 +5289,7 @@ class ProtocolChain(Chain):
             if self.rule_set.installed:
                 with_match = [rule for rule in self.rule_set.installed if rule.match]
                 self.redraw([*self.undrawn, *with_match])
-        elif request.independent:
+        elif request.independent:       # else the active rules of the previous request stay
             self.begin_request()
         if self.head_forwarded:         # too late for rules per request: see HEAD_TIMEOUT
             self.active_rules = [active for active in self.active_rules
@@ -5301,7 +5309,7 @@ class ProtocolChain(Chain):
             last.request.text = self.protocol.beginning(last.request) if last.active_rules else b""
 
     def keep(self, exchange, size):
-        """Count bytes of memory that an exchange takes. They are free when it is removed."""
+        """Count `size` bytes of memory for an exchange, until the exchange is removed."""
         exchange.kept += size
         self.kept += size
 
@@ -5341,14 +5349,14 @@ class ProtocolChain(Chain):
 
         Bytes that the Framer parses take more time than bytes of a body, which the Framer skips.
         """
-        awaiting = self.framer(to).awaiting
+        awaiting = self.framer(to).awaiting     # an int if the Framer skips this many bytes
         skipped = awaiting if type(awaiting) is int else 0
         return min(self.rule_set.recv_size, PARSED_CHUNK + skipped)
 
     def may_pass(self, to, size):
         """Return whether the next bytes may use the fast path, because no rule can act on them."""
-        # An affected exchange need not be the first one: one reply can end several exchanges, if
-        # requests without a reply follow. A held head needs the slow path to be forwarded.
+        # Rules of later exchanges count too: one reply can end several exchanges, if requests
+        # without a reply follow. If the parsing ends, only the slow path forwards a held head.
         needs_slow_path = self.last_affected or self.head
         if to is UPSTREAM:              # rules would be drawn for a request that begins
             needs_slow_path = needs_slow_path or self.rule_set.installed or self.drops_requests
@@ -5519,10 +5527,12 @@ class ProtocolChain(Chain):
     def process_in_exchange(self, now, to, data, is_refusable=False):
         """Run bytes or a signal through the active rules of an exchange.
 
-        is_refusable    whether the data is the whole head of a request, which a rule may refuse
+        is_refusable    whether the data is the whole head of a request, which a rule may refuse.
+                        While the client connects, a rule may refuse the client at any data
 
-        Data for the backend belongs to the last exchange, and data for the client to the first.
-        Returns the events that may leave now. A reply for a later exchange is queued there.
+        The client's data belongs to the last exchange, and the backend's data to the first
+        exchange. Returns the events that may leave now. If the exchange is not the first one, the
+        replies of rules are queued in the exchange.
         """
         exchange = self.exchanges[-1 if to is UPSTREAM else 0]
         self.set_exchange(exchange, is_refusable or (to is UPSTREAM and exchange.is_connecting()))
@@ -5627,15 +5637,15 @@ class ProtocolChain(Chain):
         events = [event for exchange in self.exchanges
                   for event in self.take_queued(exchange, now)]
         if self.head:
-            # The head begins a new request, unless it belongs to request 1: the successor has
-            # the rules of request 1 already, because they were drawn when the client connected.
+            # The rules of request 1 were drawn when the client connected. The successor has these
+            # rules already. If the head is not of request 1, another request begins here.
             if self.exchanges[-1].request or self.protocol.server_first:
                 chain.begin_request()
             events += chain.process(now, UPSTREAM, self.head)
         return events
 
     def owes_error(self):
-        """Return whether a rule has refused a request, and the error is not sent yet."""
+        """Return whether an error of a rule must still be sent to the client."""
         for exchange in self.exchanges:
             # Only events of rules are queued: errors, and signals that end the connection.
             if exchange.queued_events:
@@ -5672,11 +5682,11 @@ class Budget:
     SHARES = 8
 
     def __init__(self, total=HELD_TOTAL):
-        self.total = total
-        self.held = 0
-        self.queues = 0
-        # If `held` is not more than this, each queue may hold the bytes of the largest read. So
-        # the fast path need not call `allowance`.
+        self.total = total              # the limit, in bytes
+        self.held = 0                   # bytes counted in all queues together
+        self.queues = 0                 # the number of queues
+        # While `held` is not above fast_path_limit, each queue may hold the bytes of the largest
+        # read. So the fast path need not call `allowance`.
         self.fast_path_limit = total - self.SHARES * max(HELD_MAX_IDLE, KERNEL_PIPE_SIZE)
 
     def add_queue(self):
@@ -5713,7 +5723,7 @@ class DelayQueue:
                  "write_closed")
 
     def __init__(self, to, budget):
-        self.to = to
+        self.to = to            # the direction
         self.budget = budget
         self.queue = []         # heap of (due, order, data, start, delays): see `put`
         self.order = 0          # the number of the last event put. Events with equal due times
@@ -5887,7 +5897,7 @@ class DelayQueue:
         room = allowance - self.held - CHUNK_OVERHEAD
         if self.kept:
             # Replies of the backend free the kept bytes, even if the source is not read. So the
-            # limit for held and kept bytes together can be the highest one.
+            # limit for held and kept bytes together can be HELD_MAX in any case.
             room = min(room, self.budget.allowance(HELD_MAX) - self.held - self.kept)
         if room < min(READ_MIN, allowance / 4):
             return 0
