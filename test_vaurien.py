@@ -4768,7 +4768,7 @@ class TestChain(unittest.TestCase):
             yield "soon", to, data
 
         for function, text in (
-                (returns_none, "it returned None"),
+                (returns_none, "not return None"),
                 (yields_two, "a handler must yield (t, to, data), not ('upstream', b'q')"),
                 (yields_no_time, "must yield (t, to, data), not ('soon', 'upstream', b'q')")):
             with self.subTest(function.__name__), registered(function), \

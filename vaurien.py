@@ -4554,19 +4554,20 @@ def make_flat_toxic(type_, name, values, fields=()):
 # The class Chain is for tcp, ProtocolChain for connections with a protocol, and RefusingChain for
 # clients beyond max_connections. A Connection calls the same methods of all three classes:
 #
-#   start()                        when a client has connected
-#   direction_changed(to)          before the first bytes, and each time the direction changes
+#   start()                        called when a client has connected
+#   direction_changed(to)          called before the first bytes, and before bytes whose direction
+#                                  is not that of the last bytes
 #   pass_through(to, data)         fast path: returns the bytes to forward, or None if a rule may
 #                                  act on the bytes
 #   process_bytes(now, to, data)   slow path: returns the events that the rules make of bytes
 #   process(now, to, signal)       returns the events that the rules make of a signal
-#   give_up_head(now)              when the time `head_deadline` has come
+#   give_up_head(now)              called when the time `head_deadline` has come
 #
 # After a change of the installed rules, a Connection calls these methods in this order:
 #
 #   rules_changed(new, changed, woken)    returns the changed and woken rules that begin now
 #   release(removed, changed)             undoes the delays of these rules
-#   reset_due_times(to, latest)           if a delay was undone
+#   reset_due_times(to, latest)           called only if a delay was undone
 #   process_open(now, directions, rules)  gives OPEN to the rules that begin. Returns the events
 #                                         that these rules make of OPEN
 
@@ -4604,7 +4605,7 @@ class Chain:
         self.batch_hits = NOTHING       # for each request of the batch: [(rule, drawn number)]
         # Read by the connection
         self.newly_acted = []           # rules that have acted since the connection last read
-                                        #   this list: [(ActiveRule, request number, its text)]
+                                        #   this list: [(ActiveRule, request number, text)]
         self.modified = False           # a rule has changed an event (the caller resets this)
         self.answered_early = False     # a rule has replied in the backend's place
         self.kept = 0                   # the bytes of memory that exchanges, their queued events
@@ -4617,7 +4618,7 @@ class Chain:
         self.protocol_error = ""        # the reason of the fall back. The connection logs this
         self.successor = None           # the Chain that replaces this one, after a fall back
         self.head_deadline = NEVER      # when to call give_up_head
-        self.encrypted = None           # the received bytes after TLS_BEGINS. None before it
+        self.encrypted = None           # the bytes after the boundary TLS_BEGINS, or None
 
     def start(self):
         """Begin the first request, because a client has connected."""
@@ -4767,12 +4768,19 @@ class Chain:
         self.undrawn = [rule for rule in [*self.undrawn, *new] if rule in installed]
         current = {active.rule: active for active in self.active_rules if not active.is_over()}
         if self.last_direction is None:         # request 1 has no bytes yet
-            for rule in woken:
-                # Rules in `undrawn` are drawn when the first bytes come.
-                if rule.is_drawn_at_once() and rule not in current and rule not in self.undrawn:
-                    current[rule] = self.draw_counted(rule)
+            self.draw_woken(woken, current)
         self.active_rules = self.collect(current.get)       # draws new rules per connection
         return begun
+
+    def draw_woken(self, woken, current):
+        """Draw the woken rules per request for the current request.
+
+        current    {rule: ActiveRule or None}. The drawn rules are added
+        """
+        for rule in woken:
+            # Rules in `undrawn` are drawn when the first bytes come.
+            if rule.is_drawn_at_once() and rule not in current and rule not in self.undrawn:
+                current[rule] = self.draw_counted(rule)
 
     def update_acts(self, active):
         """Let a rule per connection begin to act or stop, after a change of its percentage.
@@ -4834,7 +4842,7 @@ class Chain:
     def request_text(self):
         """Return the first bytes of the request whose event is being processed.
 
-        Returns b"" if the client has not sent them yet, or if no rule was active when they came.
+        Returns b"" if these bytes have not come yet, or if no rule was active when they came.
         """
         number, text = self.beginning
         return text if number == self.current_number else b""
@@ -4935,7 +4943,7 @@ class Chain:
                 for due, direction, made in events]
 
     def call_handler(self, active, t, to, data):
-        """Return the events that a handler makes of one event. None of them is due before t.
+        """Return the events that a handler makes of one event. No returned event is due before t.
 
         Logs a warning, once for each rule, if the call was slow. Raises TypeError if the handler
         does not yield events.
@@ -4943,14 +4951,13 @@ class Chain:
         rule, began = active.rule, time.perf_counter()
         made = rule.handler(active, t, to, data, **rule.options)
         if made is None:
-            raise TypeError("a handler must yield (t, to, data); it returned None")
+            raise TypeError("a handler must yield (t, to, data), not return None")
         made = list(made)
         seconds = time.perf_counter() - began
         if seconds > SLOW_CALL and not rule.slow_logged:
             rule.slow_logged = True
             log.warning("handler %s took %.1f s for one event, while all connections waited: a "
-                        "handler must not block, it yields a later time instead", rule.name,
-                        seconds)
+                        "handler must not block, but yield a later time", rule.name, seconds)
         try:
             return [(due if due > t else t, direction, item) for due, direction, item in made]
         except (TypeError, ValueError):
@@ -5265,7 +5272,7 @@ class ProtocolChain(Chain):
         self.draw_for(request, is_first)
         if is_first:
             last.request, last.active_rules = request, self.active_rules
-            last.reply_done = False     # bytes that came before request 1 are not its reply
+            last.reply_done = False     # bytes that came before request 1 are no reply
         elif len(self.exchanges) == 1 and not last.active_rules and last.is_done():
             self.kept -= last.kept      # the old exchange ends here
             last.restart(self.request_count, self.active_rules, request)
@@ -5329,7 +5336,7 @@ class ProtocolChain(Chain):
         return events
 
     def take_queued(self, exchange, now):
-        """Remove the events that an exchange has queued. Returns them in the form of `process`."""
+        """Remove and return the queued events of an exchange, in the form of `process`."""
         queued, exchange.queued_events = exchange.queued_events, []
         self.modified = self.modified or bool(queued)
         return [(max(now, start + sum(seconds for _, seconds, _ in delays)), to, data, delays)
@@ -5339,6 +5346,10 @@ class ProtocolChain(Chain):
 
     def request_text(self):
         return self.protocol.beginning(self.current_request) if self.current_request else b""
+
+    def exchange_of(self, to):
+        """Return the exchange to which the next bytes of a direction belong."""
+        return self.exchanges[-1 if to is UPSTREAM else 0]
 
     def framer(self, to):
         """Return the Framer that parses the bytes of a direction."""
@@ -5364,13 +5375,9 @@ class ProtocolChain(Chain):
 
     def is_inside(self, to, size):
         """Return whether the next bytes are inside a request or reply on which no rule acts."""
-        if to is UPSTREAM:
-            exchange = self.exchanges[-1]
-            if self.drops_requests or not self.in_request:
-                return False
-        else:
-            exchange = self.exchanges[0]
-        return not exchange.active_rules and self.framer(to).skips(size)
+        if to is UPSTREAM and (self.drops_requests or not self.in_request):
+            return False
+        return not self.exchange_of(to).active_rules and self.framer(to).skips(size)
 
     def pass_through(self, to, data):
         """Fast path: apply the boundaries in bytes on which no rule can act.
@@ -5398,7 +5405,7 @@ class ProtocolChain(Chain):
                     return self.split_encrypted(to, bytes(data), end)
         except ProtocolError as error:
             # These calls only update the chain. Their events are not needed, because no rule can
-            # act on the bytes, and all of them are forwarded.
+            # act on the bytes, and all bytes are forwarded.
             self.process_part(0.0, to, bytes(data[end:]))
             self.fall_back(0.0, to, str(error))
             return bytes(data)          # not `data` itself: so the connection ends the parsing
@@ -5471,7 +5478,7 @@ class ProtocolChain(Chain):
         return self.drops_requests if to is UPSTREAM else self.drops_replies
 
     def process_part(self, now, to, data):
-        """Process bytes that contain no boundary. Hold them if they are of an incomplete head."""
+        """Process bytes that contain no boundary. Bytes of an incomplete head are held."""
         if data and (self.in_request or to is DOWNSTREAM):
             return self.process_in_exchange(now, to, data)
         if data:
@@ -5489,7 +5496,7 @@ class ProtocolChain(Chain):
         self.modified = True            # so that the caller sets a timer
 
     def take_head(self):
-        """Return the bytes of the held head, and hold them no longer."""
+        """Remove and return the bytes of the held head."""
         head, self.head, self.head_deadline = self.head, b"", NEVER
         self.kept -= 2 * len(head)
         return head
@@ -5530,13 +5537,12 @@ class ProtocolChain(Chain):
         is_refusable    whether the data is the whole head of a request, which a rule may refuse.
                         While the client connects, a rule may refuse the client at any data
 
-        The client's data belongs to the last exchange, and the backend's data to the first
-        exchange. Returns the events that may leave now. If the exchange is not the first one, the
-        replies of rules are queued in the exchange.
+        Returns the events that may leave now. If the exchange is not the first one, the replies
+        of rules are queued in the exchange.
         """
-        exchange = self.exchanges[-1 if to is UPSTREAM else 0]
+        exchange = self.exchange_of(to)
         self.set_exchange(exchange, is_refusable or (to is UPSTREAM and exchange.is_connecting()))
-        # True for CONTINUATION bytes (COPY data, a password): the request has ended before them.
+        # True for CONTINUATION bytes (COPY data, a password): the request is complete already.
         continues = to is UPSTREAM and exchange.complete
         if data is END_OF_MESSAGE and (continues or not exchange.active_rules):
             return []                   # no rule gets this signal
@@ -5554,7 +5560,7 @@ class ProtocolChain(Chain):
         return events
 
     def queue_replies(self, exchange, start, data, events):
-        """Queue the replies and signals of rules until their exchange is the first one.
+        """Queue the replies and signals of rules until the exchange is the first exchange.
 
         start     the time when `data` came
         data      the bytes or the signal that the events were made of
@@ -5679,7 +5685,7 @@ class Budget:
     """
 
     __slots__ = ("total", "held", "queues", "fast_path_limit")
-    SHARES = 8
+    SHARES = 8          # a single queue cannot use all free bytes
 
     def __init__(self, total=HELD_TOTAL):
         self.total = total              # the limit, in bytes
@@ -5825,9 +5831,9 @@ class DelayQueue:
         return resume if now < resume < due else due
 
     def consume(self, size):
-        """Remove the first `size` bytes of the first chunk in send_buffer, because they are sent.
+        """Remove bytes that were sent from the first chunk in send_buffer.
 
-        For an EOF, `size` is 0.
+        size    the number of these bytes; 0 for an EOF
         """
         rest = self.send_buffer[0][size:]   # a memoryview, EOF or a KernelPipe
         self.buffered_out += size
@@ -5849,7 +5855,7 @@ class DelayQueue:
             return False
         entries, self.queue, had_replies = self.queue, [], self.has_replies
         self.latest = self.rate_limited_until = 0.0         # `put` computes both again
-        # Put the events again in their first order: they may be due in another order.
+        # Put the events again in the order of the first put: the order of due times may differ.
         entries.sort(key=lambda entry: entry[1])            # by `order`
         for _, _, data, start, delays in entries:
             self.credit(len(data) + CHUNK_OVERHEAD)
