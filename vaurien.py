@@ -4716,10 +4716,10 @@ class Chain:
     def collect(self, draw):
         """Return the active rules of the current request, in the order of the rules.
 
-        draw    a function. For a rule per request, it returns the ActiveRule, or None if the rule
-                does not act
+        draw    a function: draw(rule) returns the ActiveRule of a rule per request, or None if the
+                rule does not act
 
-        A rule per connection is drawn only once, so `draw` is not called for this rule.
+        A rule per connection is drawn only once, by connection_rule.
         """
         collected = []
         for rule in self.rule_set.installed:
@@ -5142,7 +5142,7 @@ class ProtocolChain(Chain):
         super().__init__(rule_set, connection)
         self.protocol = protocol
         protocol.counts_rows = rule_set.counts_rows
-        self.exchanges = protocol.exchanges
+        self.exchanges = protocol.exchanges     # the queue, which the protocol reads too
         self.current_exchange = None    # the exchange whose event is being processed
         self.head = b""             # the bytes of an incomplete head that are held
         self.in_request = False     # the next bytes of the client continue a request
@@ -5400,7 +5400,7 @@ class ProtocolChain(Chain):
                 self.apply(to, boundary)
                 if to is UPSTREAM:
                     self.exchanges[-1].forwarded = True
-                self.release_done(0.0)      # no exchange has queued events
+                self.release_done(0.0)      # needs no time, since no exchange has queued events
                 if self.encrypted is not None:
                     return self.split_encrypted(to, bytes(data), end)
         except ProtocolError as error:
@@ -5453,7 +5453,7 @@ class ProtocolChain(Chain):
                 start = offset
                 if self.drops(to):
                     return events
-                if self.encrypted is not None:
+                if self.encrypted is not None:      # the bytes before TLS_BEGINS are in `events`
                     self.split_encrypted(to, data, start)
                     return events
         except ProtocolError as error:
@@ -5571,7 +5571,7 @@ class ProtocolChain(Chain):
         may_leave = []
         for event in events:
             _, to, made, delays = event
-            if to == UPSTREAM and (made or made is data):       # of the client, for the backend
+            if to == UPSTREAM and (made or made is data):   # bytes, or the signal of the client
                 may_leave.append(event)
             else:
                 exchange.queued_events.append((start, to, made, delays))
@@ -5761,7 +5761,7 @@ class DelayQueue:
         """Queue an event. Bytes and EOF keep their order, but a RESET overtakes them.
 
         t         when the event is due
-        start     when the bytes or the signal came of which the rules have made the event
+        start     when the bytes or the signal came that the rules have changed into this event
         delays    the rules that have delayed the event, in the form of Chain.process
         """
         if not data and not isinstance(data, Signal):       # a handler may yield b""
