@@ -1557,6 +1557,7 @@ class NeedMatch:
     def take(self, buffered, data, offset, size):
         """Take the bytes up to the end of the match, or all bytes if `end` does not match.
 
+        Returns (offset in data behind the taken bytes, the input or None, the bytes to buffer).
         Raises ProtocolError if the input is longer than HEAD_MAX or does not match `start`.
         """
         if buffered:
@@ -1571,8 +1572,8 @@ class NeedMatch:
         if self.match_start and not self.match_start(received):
             is_tls = received[:1] == b"\x16"        # the type of a handshake record
             raise ProtocolError("TLS" if is_tls else self.error)
-        end = offset + len(received) - len(buffered)
-        return (end, received, b"") if match else (end, None, received)
+        taken_to = offset + len(received) - len(buffered)
+        return (taken_to, received, b"") if match else (taken_to, None, received)
 
 
 class SkipUntil(namedtuple("SkipUntil", "marker tail")):
@@ -1600,8 +1601,8 @@ def beginning_with(*parts):
 
     parts    patterns, in order
 
-    The pattern also matches incomplete bytes, which end after one of the parts, and b"". The last
-    part becomes a group, which matches only if all parts are there. For example,
+    The pattern also matches b"", and bytes that end after any of the parts. Its only group is the
+    last part, so the group matches only if all parts are there. For example,
     beginning_with(b"a", b"b") matches b"", b"a", b"ab" and b"abc". The group matches in b"ab" and
     b"abc".
     """
@@ -2181,8 +2182,9 @@ class Http(Protocol):
     def read_events(self, size):
         """Read `size` bytes of a text/event-stream. An empty line ends an event.
 
-        Yields END_OF_ROW after each event, but not at the last byte: the line end of a chunk may
-        follow, and belongs to the row. Returns whether an event ends with the last byte.
+        Yields END_OF_ROW after each event that ends before the last byte. Returns whether an event
+        ends with the last byte: the caller yields END_OF_ROW then, because in a chunked body (RFC
+        9112, 7.1) a line end follows, which belongs to the row.
         """
         row_ends = False
         for index in range(size):
@@ -2421,8 +2423,8 @@ class Redis(Protocol):
         size = data[1:line_end - 2]
         if type_ != b"$" or data[line_end - 2:line_end] != b"\r\n" or not size.isdigit():
             return False
-        # int() is slow for a long text. Nine digits are enough, because data is COPY_MAX bytes at
-        # most.
+        # int() is slow for a long text. A size of more than nine digits is larger than data in any
+        # case: data has COPY_MAX bytes at most.
         return line_end + int(size[:9]) + len(b"\r\n") == len(data)
 
     def encode_error(self, kind):
@@ -2490,7 +2492,8 @@ class Memcache(Protocol):
             gets_no_reply = is_quiet or is_noreply or name == "quit"
             request = Request(line.strip(), name, replies=not gets_no_reply)
             yield request
-            # During this yield, a rule may have refused the request and replaced it by `mn`.
+            # During this yield, a rule may have refused the request and replaced it by `mn`, which
+            # is_flush() recognizes.
             self.quiet_sent = is_quiet or (self.quiet_sent and not self.is_flush(request))
             yield body_size
             yield END_OF_MESSAGE
@@ -2769,7 +2772,8 @@ class Mysql(Protocol):
         if not size:
             self.loading = False            # an empty packet ends the data of LOCAL INFILE
         yield CONTINUATION
-        if sequence and not self.capabilities_known:        # the first packet of the login
+        # The first packet of the login. (A packet of LOCAL INFILE may have the sequence 0.)
+        if sequence and not self.capabilities_known:
             size = yield from self.read_capabilities(size)
         yield size
         yield END_OF_MESSAGE
@@ -2944,7 +2948,7 @@ class Mysql(Protocol):
             if self.counts_rows:
                 yield END_OF_ROW
             else:
-                yield SkipRows()
+                yield SkipRows()        # all rows that have come, without a packet for each
             size, head = yield from self.read_packet()
         return self.status(size, head)
 
@@ -2990,9 +2994,10 @@ class Mysql(Protocol):
         return mysql_packet(1, code + ("#" + sqlstate + text).encode())     # see finish_reply
 
     def make_substitute(self, kind, request):
-        """Return commands after which the backend is in the same state as after the error.
+        """Return commands for the backend in place of a refused request.
 
-        Returns b"" if no command is needed.
+        They bring the backend into the state that it would have after an error of its own. Returns
+        b"" if no command is needed.
         """
         commands, statement_id = [], request.info.statement_id
         if request.name == self.PREPARE:
@@ -3187,9 +3192,12 @@ class Postgres(Protocol):
         return self.last_request
 
     def expect_no_execute(self, request):
-        """Expect only BindComplete, or an error, as the reply to the request of a Bind."""
-        is_refused = request.info.ends != self.EXECUTE_ENDS     # make_substitute sets other types
-        if is_refused:
+        """Expect only BindComplete, or an error, as the reply to the request of a Bind.
+
+        This is called when the client sends no Execute after the Bind.
+        """
+        # If a rule has refused the request, make_substitute has set `ends`, which must stay.
+        if request.info.ends != self.EXECUTE_ENDS:
             return
         request.info.ends = self.BIND_ENDS
         if request.info.bound:              # BindComplete has arrived already: the reply is done
@@ -3277,14 +3285,15 @@ class Postgres(Protocol):
             raise ProtocolError("encryption follows")
 
     def copy_to_end(self):
-        """Expect no reply to the requests before the CopyDone or CopyFail of the client.
+        """Expect no reply to the Syncs that the client sent before its CopyDone or CopyFail.
 
-        These requests are Syncs, which the backend ignores while it reads COPY data. `copying` is
-        True afterwards if the client has sent neither CopyDone nor CopyFail.
+        The backend ignores them, because it reads COPY data. If the client has not sent CopyDone
+        or CopyFail yet, sets `copying`, so that its next Syncs get no reply, either.
         """
         for index, exchange in enumerate(self.awaited()):
             if index > 0:           # the first exchange is that of the COPY itself
                 exchange.request.replies = False
+            # The CopyDone or CopyFail came directly after this exchange.
             if exchange.request.info.copy_ended:
                 self.copying = False
                 return
@@ -3345,17 +3354,19 @@ class Postgres(Protocol):
         return super().error_reply(kind, request)
 
     def make_substitute(self, kind, request):
-        """Return messages after which the backend's transaction is as after the error.
+        """Return messages for the backend in place of a refused request.
 
-        An invalid statement makes the transaction fail, and the proxy drops the backend's error.
-        But a COMMIT that fails rolls the transaction back.
+        They bring the transaction into the state that it would have after an error of the backend:
+        an invalid statement makes the transaction fail, and the proxy drops its error. But a
+        COMMIT that fails rolls the transaction back.
         """
         rolls_back = self.COMMIT.match(request.text)
         if request.name == "QUERY":
             return self.ROLLBACK_QUERY if rolls_back else self.INVALID_QUERY
-        # The substitute ends with an error, so the backend skips all messages up to the Sync. The
-        # CommandComplete of the ROLLBACK does not end the reply to the substitute.
-        self.skipping, request.info.ends = True, self.ERROR
+        self.skipping = True            # after the invalid statement, up to the Sync
+        # Only the error of the invalid statement ends the reply. The CommandComplete of a ROLLBACK
+        # before the statement does not.
+        request.info.ends = self.ERROR
         return self.ROLLBACK_BATCH if rolls_back else self.INVALID_PARSE
 
 
@@ -6019,8 +6030,9 @@ class EpollSelector:
         Returns the events.
 
         Many peers reply faster than a process falls asleep and wakes up. So a busy loop may be
-        faster than a sleep. If both take the same time, this function takes at most twice the
-        optimal time (Karlin et al., Empirical Studies of Competitive Spinning, 1991).
+        faster than a sleep. If SPIN_TIME is the cost of falling asleep and waking up, this takes
+        at most twice the optimal time (Karlin et al., Empirical Studies of Competitive Spinning,
+        1991).
         """
         if self.skips:
             self.skips -= 1
@@ -6197,8 +6209,8 @@ class Loop:
     def wait(self):
         """Wait until sockets are ready, or until the next timer is due.
 
-        Returns [(key, events)] of the ready sockets. The list may be empty before a timer is
-        due. Then `run` calls this function again.
+        Returns [(key, events)] of the ready sockets. It may return an empty list a little too
+        early. Then `run` calls this function again.
         """
         if not self.timers:
             return self.selector.select()       # without a time-out the kernel sets no timer
@@ -6839,7 +6851,7 @@ class Listener:
         """Stop accepting for RETRY_DELAY. Logs the reason, at most once in RETRY_DELAY.
 
         After ACCEPT_TIMEOUT without an accepted client, resets the clients that wait. Otherwise
-        two proxies A and B, each the backend of the other, could wait for ever. The clients that
+        two proxies A and B, each the backend of the other, might never continue. The clients that
         wait at B are connections that A has made. They use A's descriptors, so that A cannot
         accept clients, either.
         """
@@ -8065,7 +8077,7 @@ class HandOff:
             self.rule.instance(client, backend, self.to_backend)
             return all(sock.fileno() >= 0 for sock in self.socks)   # -1 after a close
         finally:
-            self.close()
+            self.close()                # only the duplicates; the connection keeps its sockets
 
     def on_done(self, left_open, exc):
         """Continue or close the connection after the handler. This runs in the loop's thread.
@@ -8200,7 +8212,7 @@ class Connection:
         if not size:
             self.on_eof(link)
             return
-        # direction_changed() may begin a request, and returns the number of requests.
+        # direction_changed() may begin a request. It returns a number for measure_after.
         if chain.last_direction is not link.to and (
                 chain.direction_changed(link.to) >= link.measure_after):
             self.begin_measurement()
@@ -8728,7 +8740,8 @@ class Connection:
         4. The target has gone. Bytes for the target would only be dropped.
         5. The link holds the announcement of TLS: see begin_tls.
         6. A blocking handler works on the sockets.
-        7. A blocking handler is active, but data is held, or a peer is not connected.
+        7. A blocking handler waits for the sockets. It gets them when both peers are connected and
+           no data is held. Until then, no more data may come.
         """
         clock = self.loop.clock
         if link.eof or link.is_full(clock) or (back.has_replies and back.is_full(clock)):
@@ -8850,7 +8863,8 @@ class Connection:
         """Return whether a link's stream ends without close_notify, as if the sender had died."""
         if link.eof:                            # the target sees the same end as the proxy
             return isinstance(link.source, TlsSocket) and link.source.lacks_close_notify
-        # A rule ends the stream. Only after a reply, a server would send close_notify.
+        # A rule ends the stream. After a reply of the rule, the stream ends like that of a server
+        # that closes, with close_notify. Otherwise it ends as if the server had died.
         return not self.chain.answered_early
 
     # Connecting to the backend
