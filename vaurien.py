@@ -240,8 +240,8 @@ HEAD_TIMEOUT = 10.0             # the proxy holds an incomplete head for this ti
 UNRECOGNIZED_MAX = 0.3          # the proxy holds the first bytes of a client for this time, while
                                 #   it cannot tell yet whether they are of the protocol
 RATE_BACKLOG = 0.1              # time to send the data that waits for a rate limit. If it takes
-                                #   longer, a delay queue holds READ_MIN bytes at most, or as many
-                                #   as the attribute held_max of a handler says
+                                #   longer, a delay queue holds as many bytes as the attribute
+                                #   held_max of the handler says
 LOG_CLOSE_TIMEOUT = 1.0         # time to write the last lines of the log at exit
 SLOW_CALL = 0.5                 # the log warns if a call of a handler takes longer
 WAIT_PAUSE = 0.01               # a thread that waits for a fault checks only after such pauses. To
@@ -554,7 +554,7 @@ def with_attributes(**attributes: "Any") -> "Callable[[Function], Function]":
     changes_replies     set by the decorator changes_replies
     rate_limited        set by the decorator rate_limited
     held_max            with rate_limited: the most bytes in a delay queue while the slow link has
-                        much to send, if that is more than READ_MIN
+                        much to send, and the most bytes of a recv; the default is HELD_MAX_IDLE
     keeps_due_time      True: state[to] is a time before which the handler lets no chunk pass.
                         When another rule is removed, its delayed data is released, and
                         Chain.reset_due_times makes state[to] earlier
@@ -795,7 +795,7 @@ def cancel_transfer(rule, to, size):
 
 @handler
 @rate_limited
-@with_attributes(on_dropped=cancel_transfer)
+@with_attributes(on_dropped=cancel_transfer, held_max=READ_MIN)
 def bandwidth(state, t, to, data, *, rate=0, shared=False):
     """A slower link: the data rate is limited, separately in each direction.
 
@@ -1034,7 +1034,7 @@ class TcpSender:
 
 @handler
 @rate_limited
-@with_attributes(held_max=HELD_MAX_IDLE, option_checks={
+@with_attributes(option_checks={
     "loss_rate": check_toxicity, "correlation": check_toxicity,
     "burst": number_check(float, "a number, 1 or more", lambda burst: burst >= 1)})
 def packet_loss(state, t, to, data, *, loss_rate=0.0, correlation=0.0, rtt=100, burst=1.0):
@@ -1120,7 +1120,7 @@ check_network = choice_check(*NETWORKS)
 
 @handler
 @rate_limited
-@with_attributes(held_max=HELD_MAX_IDLE, option_checks={"profile": check_network})
+@with_attributes(option_checks={"profile": check_network})
 def network(state, t, to, data, *, profile="3g"):
     """A network with a name: its latency, its data rate and its packet loss, both ways.
 
@@ -1149,7 +1149,6 @@ def network(state, t, to, data, *, profile="3g"):
     yield from events
 
 
-PIECES_MIN = 16     # pieces of slicer in a large recv. The last one is a shorter one
 PIECES_MAX = 1000   # the most pieces of one chunk. Each takes CHUNK_OVERHEAD and a system call
 
 
@@ -3790,7 +3789,7 @@ class Rule(Scheduled):
         # Attributes of the handler: see with_attributes
         self.keeps_due_time = getattr(self.handler, "keeps_due_time", False)
         self.rate_limited = getattr(self.handler, "rate_limited", False)
-        self.held_max = getattr(self.handler, "held_max", 0)
+        self.held_max = getattr(self.handler, "held_max", HELD_MAX_IDLE)
         self.on_dropped = getattr(self.handler, "on_dropped", None)
         self.blocking = is_blocking_handler(self.handler)   # not called by chains
         self.drawn_count = 0        # number of requests (or connections) with a draw of the rule
@@ -4053,11 +4052,8 @@ class RuleSet:
         self.installed = rules
         # True: a handler needs the signal END_OF_ROW.
         self.counts_rows = any(rule.options.get("rows") for rule in rules)
-        # A rate limit lets few bytes pass at once. After a large recv the other bytes would wait.
-        # But slicer ends a piece at the end of a recv, so a recv must have many pieces.
-        self.recv_size = min([CHUNK, *(
-            max(READ_MIN, PIECES_MIN * rule.options["average_size"])
-            if rule.handler is slicer else READ_MIN for rule in rules if rule.rate_limited)])
+        # A slow link lets few bytes pass at once. After a large recv the other bytes would wait.
+        self.recv_size = max([rule.held_max for rule in rules if rule.rate_limited] or [CHUNK])
         # Whether the numbers for 8 requests can be drawn at once (see Chain.begin_batch).
         self.draw_ahead = not self.replay and all(rule.is_drawn_at_once() for rule in rules)
         # Whether the requests of one connection may have different active rules.
@@ -5891,9 +5887,8 @@ class DelayQueue:
 
         While the proxy does not read, TCP slows the sender down (backpressure). The queue may hold
 
-            READ_MIN         while a rate limit needs more than RATE_BACKLOG to let all bytes pass:
-                             the sender must slow down soon. packet_loss and network need more
-                             bytes than this: see Rule.held_max
+            Rule.held_max    while a rate limit needs more than RATE_BACKLOG to let all bytes pass:
+                             the sender must slow down soon
             HELD_MAX         otherwise, while the first event has a due time
             HELD_MAX_IDLE    while there is no event, or the first event is never due
 
@@ -5909,7 +5904,8 @@ class DelayQueue:
                 is_rate_limited = self.rate_limited_until - RATE_BACKLOG > clock()
                 bound = HELD_MAX
                 if is_rate_limited:
-                    bound = max([READ_MIN, *(rule.held_max for rule, _, _ in delays)])
+                    bound = max([rule.held_max for rule, _, _ in delays if rule.rate_limited]
+                                or [HELD_MAX_IDLE])
         allowance = self.budget.allowance(bound)
         room = allowance - self.held - CHUNK_OVERHEAD
         if self.kept:
