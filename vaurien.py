@@ -5980,8 +5980,7 @@ class EpollSelector:
     SPIN_TIME = 0.00008     # seconds in the busy loop: about the time that a process needs to
                             #   fall asleep and to wake up
     PREEMPTED = 0.001       # if the busy loop takes more seconds, another process has had the CPU
-    BACKOFF_MAX = 8         # the largest value of `skips` after a busy loop without events, and
-                            #   the value after a poll with several events
+    BACKOFF_MAX = 8         # the largest value of `skips` after a busy loop without events
     BACKOFF_PREEMPTED = 512     # the value of `skips` after another process has had the CPU. Each
                                 #   such busy loop may cost a whole time slice
 
@@ -6014,10 +6013,6 @@ class EpollSelector:
         events = self.epoll.poll(0, self.MAX_EVENTS)    # without a sleep
         if not events and timeout != 0:
             events = self.busy_poll(-1 if timeout is None else timeout)     # -1: no time-out
-        # Several events share the cost of a sleep. With many busy connections, sched_yield() in a
-        # busy loop would cost more: the proxy would lose the CPU while events come.
-        if len(events) > 1:
-            self.skips = max(self.skips, self.BACKOFF_MAX)
         # Look up all keys before any callback runs. A callback may close a socket and open
         # another socket, which gets the same descriptor.
         keys, ready, both = self.keys, self.READY.get, self.BOTH_EVENTS
