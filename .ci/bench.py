@@ -12,13 +12,15 @@ The table shows the medians of all rounds, and two ratios for each other proxy: 
 CPU time for each unit of work. Only ratios can be compared between machines.
 
 Each round starts new proxy processes, because the memory layout of a process affects its
-speed. In each round another proxy comes first. The backend and the clients are generator.c, so a
-C compiler is needed, and Linux.
+speed. Each round has a random order of its own, because the proxy that is measured before has an
+effect: in a fixed order, two processes with the same code differed by a quarter. The backend and
+the clients are generator.c, so a C compiler is needed, and Linux.
 """
 import argparse
 import contextlib
 import json
 import os
+import random
 import select
 import shutil
 import socket
@@ -372,8 +374,8 @@ class Bench:
                     show_progress("round %d of %d: %s" % (index + 1, self.extent.rounds,
                                                           workload.title))
                     names = self.names(workload)
-                    first = index % len(names)
-                    for name in names[first:] + names[:first]:
+                    random.Random("%d %s" % (index, workload.title)).shuffle(names)
+                    for name in names:
                         results[workload.title, name].append(targets[name].measure(
                             workload.name, workload.connections, self.extent.seconds))
         return {key: medians(rows) for key, rows in results.items()}
