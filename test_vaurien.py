@@ -4354,7 +4354,7 @@ class TestSchedules(unittest.TestCase):
                 self.assertEqual(vaurien.check_seconds(value), seconds)
         for value in [-1, "-1s", "x", "", "s", "5d", "5 min", "nan", "inf", math.inf, math.nan,
                       True, None, [], {}, "0.5ms", 1e-9, 1e10, 10 ** 400, "1e999h", "5mm",
-                      "5m s"]:
+                      "5m s", "1_0", "1_0s"]:
             with self.subTest(value), self.assertRaisesRegex(
                     ValueError, "must be 0, or a time from 1ms to 1e9s, like 90, 90s, 5m, 1h or "
                                 "500ms, not "):
@@ -12364,6 +12364,14 @@ class TestBadInput(TempDirTestCase):
              "must be a number, 0 or more, not 'nan'"),
             (["--handlers.delay.sleep", "1e999"],
              "must be a number, 0 or more, not '1e999'"),
+            (["--handlers.delay.sleep", "1_0"],
+             "must be a number, 0 or more, not '1_0'"),
+            (["--handlers.delay.start", "1_0s"],
+             "or 500ms, not '1_0s'"),
+            (["--handlers.delay.after", "1_0"],
+             "must be a whole number, 0 or more, not '1_0'"),
+            (["--behavior", "1_0:delay"],
+             "--behavior must be PERCENT:HANDLER"),
             (["--behavior-delay-before", "perhaps"],
              "--handlers.delay.before must be yes or no, not 'perhaps'"),
             (["--handlers.error.warmup", "1.5"],
@@ -13292,6 +13300,26 @@ class TestCtl(unittest.TestCase):
             status = vaurien.main(["ctl", "set-handler", "--host", host, "delay", "sleep=2"])
             self.assertEqual(status, 0)
             self.assertEqual(proxy.describe(), "100:delay sleep=2.0")
+
+    def test_long_options_may_begin_with_one_dash(self):
+        """vaurienctl read -host as -h with the value "ost", and printed its help."""
+        with proxy_with_control() as (_, client):
+            host = "http://127.0.0.1:%d" % client.port
+            for argv, expected in (
+                    (["-host=" + host, "get-handler"], (0, "dummy", "")),
+                    (["get-handler", "-host", host, "-proxy=vaurien"], (0, "dummy", "")),
+                    (["-hsot=x", "get-handler"],
+                     (2, "", "unrecognized arguments: --hsot=x (did you mean --host?)")),
+                    (["--host", host, "remove-toxic", "--", "-slow"],
+                     (1, "", "unknown toxic '-slow': there are none"))):
+                out, err = io.StringIO(), io.StringIO()
+                with self.subTest(argv), contextlib.redirect_stdout(out), \
+                        contextlib.redirect_stderr(err):
+                    status = vaurien.main(["ctl", *argv])
+                    expected_status, expected_out, expected_err = expected
+                    self.assertEqual((status, out.getvalue().strip()),
+                                     (expected_status, expected_out))
+                    self.assertIn(expected_err, err.getvalue())
 
     def test_no_server(self):
         status, _, err = self.run_ctl(vaurien.Client(port=unused_port()), "get-handler")

@@ -373,10 +373,12 @@ def number_check(type_, expected, valid=lambda number: number >= 0):
             number = type_(value)
         except (TypeError, ValueError, OverflowError):
             raise refusal from None
-        if number != value and not isinstance(value, str):      # rounded, like int(2.5)
-            raise refusal
+        if isinstance(value, str):
+            is_exact = "_" not in value         # Python's int and float accept "1_0"
+        else:
+            is_exact = number == value          # int(2.5) is rounded
         is_finite = -math.inf < number < math.inf       # math.isfinite fails for large integers
-        if is_finite and valid(number):
+        if is_exact and is_finite and valid(number):
             return number
         raise refusal
     return check
@@ -14553,6 +14555,13 @@ class Parser(argparse.ArgumentParser):
                 action = "append" if setting.metavar.endswith(" ...") else "store"
                 self.add_argument(*setting.flags, dest=name, action=action)
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse arguments. As in Go, a long option may begin with one dash: "-host=0.0.0.0"."""
+        end = args.index("--") if "--" in args else len(args)
+        one_dash_and_two_letters = "^-(?=[a-z]{2})"         # not -h, which has one letter
+        options = [re.sub(one_dash_and_two_letters, "--", text) for text in args[:end]]
+        return super().parse_known_args(options + args[end:], namespace)
+
     def error(self, message):
         """Raise ValueError. argparse calls this method for a wrong command line."""
         raise ValueError("%s (see %s --help)" % (message, self.prog))
@@ -15278,22 +15287,14 @@ def serve_command(argv):
 
     This is the command `vaurien serve`.
     """
-    config = read_arguments(from_go_spelling(argv), SERVE_SETTINGS, "vaurien serve",
-                            SERVE_INTRODUCTION)
+    # GET /metrics is always enabled. So ignore the flags of Toxiproxy that enable it.
+    argv = [text for text in argv
+            if not re.fullmatch("--?(proxy|runtime)-metrics(=.*)?", text)]
+    config = read_arguments(argv, SERVE_SETTINGS, "vaurien serve", SERVE_INTRODUCTION)
     values = resolve_process_settings(config, SERVE_SETTINGS)
     values["http"] = True
     return prepare(config, make_proxies(config, needs_one=False), values, TOXIPROXY)
 
-
-def from_go_spelling(argv):
-    """Return the arguments of Toxiproxy's server as arguments of `vaurien serve`.
-
-    Go's flags may begin with one dash: "-host=0.0.0.0". The flags that enable metrics are left
-    out, because GET /metrics is always enabled.
-    """
-    one_dash_and_two_letters = "^-(?=[a-z]{2})"         # not -h, which has one letter
-    return [re.sub(one_dash_and_two_letters, "--", text) for text in argv
-            if not re.fullmatch("--?(proxy|runtime)-metrics(=.*)?", text)]
 
 
 def resolve_process_settings(config, settings):
