@@ -3566,8 +3566,7 @@ def check_protocol(text):
 # A rule is a handler with options, and with fields that say when it acts. The installed rules of a
 # proxy are those of the behavior, of open blocks and of toxics. For each request (or connection) a
 # number is drawn, which decides whether the rule acts. An ActiveRule is the state of a rule that
-# acts. The last functions of this section make rules from texts and from JSON objects. The section
-# uses no connections and no sockets.
+# acts. The last functions of this section make rules from texts and from JSON objects.
 
 PERCENT_SUM_MAX = 100.000001        # percentages that add up to 100 may exceed 100 by rounding
 DRAW_TO_PERCENT = 100 / 2 ** 64     # a drawn number (64 bits) * DRAW_TO_PERCENT is a percentage
@@ -3577,8 +3576,8 @@ DRAW_BATCH = struct.Struct(">8Q")   # one blake2b hash (64 bytes) has 8 numbers 
 # The state of a schedule at one time.
 #
 # active         True in a window
-# share          the fraction of the percentage with which the rule acts: 0 outside of windows,
-#                between 0 and 1 during a ramp, otherwise 1
+# share          the factor for the percentage of a rule: 0 outside of windows, and 1 in a window.
+#                During a ramp, the share rises from 0 to 1
 # until          the time of the next change of `active`, or NEVER
 # next_change    the time of the next change of `active` or `share`, or NEVER
 Moment = namedtuple("Moment", "active share until next_change")
@@ -3595,8 +3594,8 @@ class Scheduled:
           |  sleeps  |   1st window    |      sleeps      | 2nd window |
                       ramp: the share rises from 0 to 1
 
-    `start` is measured from `since`. The object reads no clock and has no timer. The caller sets a
-    timer for Moment.next_change and for `expires`. All times are seconds of one clock.
+    The proxy has the timer for Moment.next_change and `expires`. All times are seconds of the
+    loop's clock.
     """
 
     start = duration = every = ramp = ttl = 0.0     # seconds, as in RULE_FIELDS. 0 has no effect
@@ -3614,21 +3613,21 @@ class Scheduled:
         return bool(self.has_windows() or self.ramp or self.ttl)
 
     def has_windows(self):
-        """Return whether a window is set. Otherwise the object always acts."""
+        """Return whether the object acts only in windows."""
         return bool(self.start or self.duration)
 
     def begin_schedule(self, now):
-        """Start the schedule: `start` and the ttl are measured from `now`."""
+        """Start the schedule at the time `now`. The caller must set the first Moment."""
         self.since = now
         self.renew_ttl(now)
-        self.set_active(not self.has_windows())
+        self.set_active(not self.has_windows())     # so that the caller notices the first window
 
     def renew_ttl(self, now):
-        """Measure the ttl from `now`. The windows do not change."""
+        """Begin the ttl again, at the time `now`."""
         self.expires = now + self.ttl if self.ttl else NEVER
 
     def set_active(self, active):
-        """Set a Moment that stays until the proxy sets the first Moment of the schedule."""
+        """Set a Moment without a next change, for the time before the schedule starts."""
         self.set_moment(Moment(active, 1.0, NEVER, NEVER))
 
     def set_moment(self, moment):
@@ -3636,16 +3635,16 @@ class Scheduled:
         self.moment = moment
 
     def moment_at(self, now):
-        """Return the Moment of the time `now`, which is not before `since`."""
-        begin = self.since + self.start         # of the first window
-        next_begin = NEVER
-        if self.every and now >= begin:         # of the newest window, and of the next window
-            count = count_periods(begin, self.every, now)
-            begin, next_begin = begin + self.every * count, begin + self.every * (count + 1)
-        if now < begin:
-            return Moment(False, 0.0, begin, begin)
-        # If each window begins at the end of the window before it, they are one endless window.
-        # A ramp must rise again in each window.
+        """Return the Moment of the time `now`."""
+        first_begin = self.since + self.start
+        if now < first_begin:
+            return Moment(False, 0.0, first_begin, first_begin)
+        begin, next_begin = first_begin, NEVER      # of the newest window, and of the next window
+        if self.every:
+            count = count_periods(first_begin, self.every, now)
+            begin = first_begin + self.every * count
+            next_begin = first_begin + self.every * (count + 1)
+        # Windows without pauses are one endless window. But a ramp rises again in each window.
         endless = not self.duration or (self.duration == self.every and not self.ramp)
         end = NEVER if endless else begin + self.duration
         if now >= end:
@@ -3654,26 +3653,22 @@ class Scheduled:
         return Moment(True, share, end, min(end, next_step))
 
     def ramp_share(self, begin, now):
-        """Return (share, time of the next change of the share) in a window.
-
-        begin    the time when the window began
-        """
+        """Return (share, time of the next step) in the window that began at `begin`."""
         if not self.ramp:
             return 1.0, NEVER
-        steps = max(1, min(RAMP_STEPS, int(self.ramp / RAMP_STEP_MIN)))
-        step_seconds = self.ramp / steps
-        done = count_periods(begin, step_seconds, now)
-        if done >= steps:
+        step_count = max(1, min(RAMP_STEPS, int(self.ramp / RAMP_STEP_MIN)))
+        step_seconds = self.ramp / step_count
+        steps_done = count_periods(begin, step_seconds, now)
+        if steps_done >= step_count:
             return 1.0, NEVER
-        return done / steps, begin + step_seconds * (done + 1)
+        return steps_done / step_count, begin + step_seconds * (steps_done + 1)
 
     def times_to_json(self, to_unix):
-        """Return {"active": ..., "until": ...}, or {} if there is no schedule.
+        """Return {"active": in a window, "until": ...}, or {} if there is no schedule.
 
         to_unix    a function that converts a time of the loop's clock to seconds since 1970
 
-        "active" is True in a window. "until" is the time when "active" changes, or the end of the
-        ttl if that is earlier, or None if there is neither.
+        "until" is the time when "active" changes or the ttl ends, or None if this never happens.
         """
         if not self.has_schedule():
             return {}
@@ -3684,17 +3679,17 @@ class Scheduled:
 def count_periods(begin, period, now):
     """Return how many whole periods of `period` seconds have passed from `begin` to `now`."""
     count = int((now - begin) // period)
-    # A timer calls at the exact end of a period. The quotient may then be rounded down.
+    # At the exact end of a period, the quotient may be rounded down.
     if now >= begin + period * (count + 1):
         count += 1
     return count
 
 
 def without_moment(json_object):
-    """Return the JSON object of a rule without the keys that Scheduled.times_to_json has added.
+    """Return the JSON object of a rule without `active` and `until`, as times_to_json adds them.
 
-    So a client may send back the rules that it has received. If the values are not of the form
-    that times_to_json gives them, the keys stay, and the caller refuses them.
+    So a client may send back the rules that it has received. Keys with any other value stay: the
+    caller refuses unknown keys.
     """
     has_active = isinstance(json_object.get("active"), bool)
     until = json_object.get("until")
@@ -3712,29 +3707,27 @@ class SearchTimeout(Exception):
 class SearchLimit:
     """A time limit for the searches in the body of `with SEARCH_LIMIT:`, in the main thread only.
 
-    With an expression like (a+)+b, the time of a search doubles with each character. During a
-    search, the module `re` holds the GIL, so no other thread runs or could end the search. But in
-    the main thread, `re` handles OS signals during a search. If a signal handler raises an
-    exception, the search ends. So a timer of the kernel sends a signal when a search takes too
-    long. Slow expressions cannot be refused instead, because they are hard to recognise: many with
-    nested repeats are fast, and a*a*a*a*b is slow without nested repeats.
+    With an expression like (a+)+b, the time of a search doubles with each character. A timer of
+    the kernel sends an OS signal when a search takes too long. The signal handler raises an
+    exception, which ends the search. No other thread could end a search, because the module `re`
+    holds the GIL. Slow expressions are hard to recognise, so they cannot be refused: (a+)+ is
+    fast, and a*a*a*a*b is slow.
 
-    The timer counts CPU time, so that a search does not end because the machine is busy. In other
-    threads, the searches have no limit. So the proxy in the process of a test may hang in a
-    search.
+    The timer counts CPU time, so a busy machine ends no search. In other threads than the main
+    thread, signal handlers never run. A proxy in the process of a test may hang in a search.
     """
 
     active = False          # True in the command `serve`, whose proxies run in the main thread
     searching = False       # a search is going on
 
     def enable(self):
-        """Make the limit work. The main thread calls this."""
+        """Install the signal handler. Python permits this only in the main thread."""
         if hasattr(signal, "setitimer"):        # Windows does not have setitimer
             signal.signal(signal.SIGVTALRM, self.on_signal)
             self.active = True
 
     def on_signal(self, *_):
-        """End the search. A signal that comes after the search has no effect."""
+        """End the search, unless the search has ended before the signal came."""
         if self.searching:
             raise SearchTimeout
 
@@ -3761,7 +3754,7 @@ class Rule(Scheduled):
                         is at least draw_min and less than draw_max
     draw_key            a text. Rules with the same draw key get the same drawn number. If their
                         percentages do not overlap, at most one of these rules acts
-    fields              the RULE_FIELDS except percent. Each becomes an attribute of its name
+    fields              {field: value}: the RULE_FIELDS except percent, as attributes
     """
 
     toxic = None            # the name of the Toxic that the rule belongs to
@@ -3785,9 +3778,8 @@ class Rule(Scheduled):
         self.draw_min, self.draw_max, self.draw_key = draw_min, draw_max, draw_key
         super().__init__(**dict(FIELD_DEFAULTS, **fields))
         self.set_options(dict(handler_options(self.handler), **options or {}))
-        self.limit = self.times     # number of requests to act on at most; 0 is no limit
-        if self.of:                 # then `times` applies to every `of` requests: see `selects`
-            self.limit = 0
+        # The most requests to act on. 0: no limit. With `of`, `selects` applies `times`.
+        self.limit = 0 if self.of else self.times
         # Attributes of the handler: see with_attributes
         self.keeps_due_time = getattr(self.handler, "keeps_due_time", False)
         self.rate_limited = getattr(self.handler, "rate_limited", False)
@@ -3795,7 +3787,7 @@ class Rule(Scheduled):
         self.on_dropped = getattr(self.handler, "on_dropped", None)
         self.blocking = is_blocking_handler(self.handler)   # not called by chains
         self.drawn_count = 0        # number of requests (or connections) with a draw of the rule
-        self.acted_count = 0        # number of requests (or connections) that it has acted on
+        self.acted_count = 0        # number of requests (or connections) the rule has acted on
         self.shared = Counter()     # state.shared of the handler, for all connections
 
     def set_options(self, options):
@@ -3807,12 +3799,9 @@ class Rule(Scheduled):
             stream = choose(options)
         self.directions = DIRECTIONS if stream == "both" else (stream,)
 
-    def is_drawn_at_once(self):
-        """Return whether the rule is drawn for each request when the request begins.
-
-        A rule with `match` is drawn when the request matches.
-        """
-        return self.per == "request" and not self.match
+    def is_drawn_at_beginning(self):
+        """Return whether the rule is drawn at the beginning of each request."""
+        return self.per == "request" and not self.match     # `match` needs bytes of the request
 
     def matches(self, data):
         """Return whether `match` is found in the first bytes of a request.
@@ -3831,28 +3820,28 @@ class Rule(Scheduled):
             return False
 
     def includes(self, number):
-        """Return whether the rule acts now if this number is drawn."""
+        """Return whether a drawn number makes the rule act now."""
         return self.draw_min <= number * DRAW_TO_PERCENT < self.acting_max
 
     def selects(self, count):
         """Return whether `after`, `times` and `of` let the rule act on a request.
 
-        count    the number of the request: drawn_count at the time of its draw
+        count    the number of the request, among the requests with a draw of this rule
         """
         index = count - self.after - 1      # 0 for the first request that `after` permits
         if index < 0:
             return False
-        return self.of == 0 or index % self.of < self.times
+        return self.of == 0 or index % self.of < self.times     # e.g. the first 2 of every 10
 
     def set_moment(self, moment):
-        """Set the current Moment, and acting_max: a drawn number from draw_min up to it acts."""
+        """Set the current Moment, and acting_max, the upper limit of `includes`."""
         super().set_moment(moment)
         self.acting_max = self.draw_max
         if moment.share < 1:
             self.acting_max = self.draw_min + moment.share * (self.draw_max - self.draw_min)
 
     def set_draw_max(self, draw_max):
-        """Change the percentage."""
+        """Change the percentage: draw_min stays."""
         self.draw_max = draw_max
         self.set_moment(self.moment)        # computes acting_max
 
@@ -3863,24 +3852,25 @@ class Rule(Scheduled):
     def own_fields(self):
         """Return {field: value} of the rule fields that differ from their defaults.
 
-        Callers write the percentage, and the stream of a toxic, separately. So these are missing.
+        The percentage, and the stream of a toxic, are left out: callers write them separately.
         """
-        defaults = FIELD_DEFAULTS
-        if self.toxic:          # with its own value as the default, the stream is left out
-            defaults = OrderedDict(defaults, **dict(Toxic.DEFAULTS, stream=self.stream))
+        defaults = FIELD_DEFAULTS.copy()
+        if self.toxic:
+            defaults.update(Toxic.DEFAULTS)
+            del defaults["stream"]
         return OrderedDict((field, self.field_to_json(field))
                            for field, default in defaults.items()
                            if getattr(self, field) != default)
 
     def field_to_json(self, field):
-        """Return the JSON value of a field. For `match`, this is the text of the expression."""
+        """Return the JSON value of a field: for `match`, the text of the expression."""
         value = getattr(self, field)
         return value.pattern.decode() if field == "match" and value else value
 
     def describe_handler(self, drawn_options=None):
         """Return text: the handler, its options, and the fields that differ from their defaults.
 
-        drawn_options    {option: value}, which replace options of the rule: see ActiveRule
+        drawn_options    {option: value} that replace options: see ActiveRule.drawn_options
         """
         words = [self.name]
         options = describe_options(self.handler, dict(self.options, **drawn_options or {}))
@@ -3899,17 +3889,14 @@ class Rule(Scheduled):
         return "toxic %s (%g:%s %s)" % (self.toxic, percent, self.stream, text)
 
     def describe_fault(self, drawn_options):
-        """Return the rule as text for a fault record. The text begins with the handler's name.
-
-        drawn_options    as in describe_handler
-        """
+        """Return the rule as text for a fault record: see describe_handler."""
         text = self.describe_handler(drawn_options)
         if self.toxic:
             text += " toxic=%s stream=%s" % (self.toxic, self.stream)
         return text
 
     def to_json(self):
-        """Return options and fields as one flat dict, in the form that `read_rules` accepts."""
+        """Return the options and fields as one dict, which `read_rules` accepts."""
         table = dict(self.options, name=self.name, percent=self.draw_max - self.draw_min)
         for field in FIELD_DEFAULTS:        # an option takes precedence: see is_rule_field
             table.setdefault(field, self.field_to_json(field))
@@ -3934,11 +3921,10 @@ def describe_options(function, options):
 
 
 class ActiveRule(Counter):
-    """The state of a rule for one request or connection: the `state` that its handler gets.
+    """The state of a rule for one request or connection: handlers get this object as `state`.
 
-    The section Handlers describes the public attributes. `acts` is False in two cases: a rule
-    with `match` still searches the request, or a rule per connection does not act on this
-    connection.
+    The section Handlers describes the public attributes. `acts` is False while a rule with `match`
+    still searches the request, and if a rule per connection does not act on this connection.
     """
 
     request_number = 0
@@ -3949,7 +3935,7 @@ class ActiveRule(Counter):
     drawn_options: dict = {}            # {option: value}, set by a handler that draws the value
 
     def __init__(self, rule, request, draw=0, acts=True, match_buffer=None):
-        # Counter.__init__ is not called, to save time: it would only add counts.
+        # To save time, Counter.__init__ is not called: Counter.__init__ would only add counts.
         self.rule = rule
         self.shared = rule.shared
         self.stream = rule.stream
@@ -3961,7 +3947,7 @@ class ActiveRule(Counter):
 
     @property
     def random(self):
-        """The random.Random of this state, made at its first use: most handlers need none."""
+        """A random.Random with the drawn number as its seed. Most handlers need none."""
         if self.generator is None:
             self.generator = random.Random(self.draw)
         return self.generator
@@ -3973,22 +3959,18 @@ class ActiveRule(Counter):
     chance = property(lambda self: self.draw)
 
     def substate(self, name):
-        """Return a state of its own for another handler, which the handler of this rule calls.
+        """Return the state for another handler that the handler of this rule calls.
 
         name    the name of the other handler
         """
-        substates: "Any" = self
+        substates: "Any" = self     # a Counter can have other values than counts
         if name not in substates:
             substates[name] = ActiveRule(self.rule, self.request, self.draw)
             substates[name].generator = self.random
         return substates[name]
 
     def set_acts(self, acts):
-        """Set `acts`, after a change of the rule's percentage or moment.
-
-        A rule that begins to act gets an empty state. Returns True if the rule begins to act, and
-        False if it stops, or if nothing changes.
-        """
+        """Set `acts`, and clear the state at a change. Returns whether the rule begins to act."""
         if acts == self.acts:
             return False
         self.acts = acts
@@ -3997,11 +3979,7 @@ class ActiveRule(Counter):
         return acts
 
     def may_act(self):
-        """Return whether `times` lets the rule act on this request.
-
-        If the rule has acted on this request before, the request is counted already, and the rule
-        continues to act.
-        """
+        """Return whether `times` lets the rule act on this request, or act again."""
         limit = self.rule.limit
         return self.has_acted or limit == 0 or self.rule.acted_count < limit
 
@@ -4010,10 +3988,7 @@ class ActiveRule(Counter):
         return self.acts and self.rule.sleeps()
 
     def mark_acted(self):
-        """Note that the rule has changed an event of this request, and count the request.
-
-        Returns True the first time, and False if the request is counted already.
-        """
+        """Count this request in acted_count. Returns False if the request is counted already."""
         if self.has_acted:
             return False
         self.has_acted = True
@@ -4024,7 +3999,7 @@ class ActiveRule(Counter):
 # The size of the cache is limited, because toxics may get new names again and again.
 @functools.lru_cache(maxsize=1024, typed=True)
 def hash_prefix(seed, proxy_name, draw_key):
-    """Return the hash object to which RuleSet.draw_batch adds the connection and the batch."""
+    """Return the hash of the first three inputs of a drawn number: see RuleSet.draw_batch."""
     return hashlib.blake2b(("%s %s %s " % (seed, proxy_name, draw_key)).encode())
 
 
@@ -4032,15 +4007,13 @@ class RuleSet:
     """The installed rules of one proxy, and the numbers that are drawn for them.
 
     A drawn number depends only on the seed, the name of the proxy, the draw key, the number of
-    the connection and the number of the request in the connection. Threads and timing have no
-    influence. So the same seed gives the same faults on every version of Python. In the processes
-    with --reuse-port 2 and higher, `seed` is "SEED/2" and so on. So each process draws other
-    numbers.
+    the connection and the number of the request in the connection. Threads, timing and the
+    version of Python have no influence. With --reuse-port, each process draws other numbers,
+    because the seed of the second process is "SEED/2", and so on.
 
     The fields `after` and `times` and the options `warmup` and `agitate` count the requests of
-    all connections, in the order of arrival. Counts for each connection would be useless to
-    clients that open a connection for each request. The price: if several clients send at the
-    same time, their timing decides which requests are selected.
+    all connections, because many clients open a connection for each request. If several clients
+    send at the same time, their timing decides which requests are selected.
     """
 
     def __init__(self, seed, proxy_name):
@@ -4052,17 +4025,17 @@ class RuleSet:
     def install(self, rules):
         """Replace the installed rules. Rules act in the order of the list."""
         self.installed = rules
-        # True: a handler needs the signal END_OF_ROW.
+        # Whether a handler needs the signal END_OF_ROW.
         self.counts_rows = any(rule.options.get("rows") for rule in rules)
-        # A slow link lets few bytes pass at once. After a large recv the other bytes would wait.
+        # With a rate limit, no recv is larger than the delay queue of the slow link.
         self.recv_size = max([rule.held_max for rule in rules if rule.rate_limited] or [CHUNK])
-        # Whether the numbers for 8 requests can be drawn at once (see Chain.begin_batch).
-        self.draw_ahead = not self.replay and all(rule.is_drawn_at_once() for rule in rules)
+        # Whether Chain.begin_batch may draw the numbers for 8 requests at once.
+        self.draw_ahead = not self.replay and all(rule.is_drawn_at_beginning() for rule in rules)
         # Whether the requests of one connection may have different active rules.
         self.changes_by_request = any(rule.per == "request" or rule.match for rule in rules)
 
     def set_replay(self, replay):
-        """Replace the draws by a Replay, or draw again if `replay` is None."""
+        """Replace the draws by a Replay. None: draw numbers again."""
         self.replay = replay
         self.install(self.installed)        # computes draw_ahead
 
@@ -4070,8 +4043,7 @@ class RuleSet:
         """Return the drawn numbers of 8 successive requests: a tuple of 8 ints of 64 bits.
 
         connection    the number of the connection
-        batch         the number of a request in the connection // 8. No request has the number
-                      0: the first number of batch 0 is for the connection itself
+        batch         0: the connection itself and the requests 1 to 7; 1: the requests 8 to 15 ...
         """
         batch_hash = hash_prefix(self.seed, self.proxy_name, draw_key).copy()
         batch_hash.update(b"%d %d" % (connection, batch))
@@ -4083,12 +4055,15 @@ class RuleSet:
 # proxy         the name of the proxy
 # connection    the number of the connection
 # request       the number of the request in the connection; 0 for a rule per connection
-# rule          JSON text: the result of Rule.to_json without the percentage
+# rule          JSON text: the dict of Rule.to_json without the percentage
 FaultKey = namedtuple("FaultKey", "proxy connection request rule")
 
 
 def fault_key(proxy, connection, request, rule_json):
-    """Return the FaultKey of a rule that acts on a request."""
+    """Return the FaultKey of a rule that acts on a request.
+
+    rule_json    the dict that Rule.to_json returns
+    """
     is_per_request = rule_json["per"] == "request"
     text = json.dumps({field: value for field, value in rule_json.items() if field != "percent"},
                       sort_keys=True)
@@ -4096,13 +4071,12 @@ def fault_key(proxy, connection, request, rule_json):
 
 
 class Replay:
-    """The faults that a Recorder has written. A Replay replaces the draws of all rules.
+    """The faults that a Recorder has written, for a second run with the same rules.
 
-    A rule acts on a request, or a connection, if it has acted on that request or connection in
-    the recorded run. The percentage, `match`, `after`, `times` and `of` have no effect. The rules
-    must be the same as in the recorded run, except for their percentages. Connections are
-    numbered in the order of accept. So if clients connect at the same time, their timing decides
-    which client gets which faults.
+    In the second run, no numbers are drawn: a rule acts on the requests or connections on which
+    the rule has acted in the recorded run. Percentages, `match`, `after`, `times` and `of` have no
+    effect. Connections are numbered in the order of accept. So if clients connect at the same
+    time, their timing decides which client gets which faults.
     """
 
     def __init__(self, path):
@@ -4113,14 +4087,14 @@ class Replay:
         try:
             with open(path, encoding="utf-8") as file:
                 for line_number, line in enumerate(file, 1):
-                    self.add(line_number, line)
+                    self.add_line(line_number, line)
         except OSError as error:
             raise ValueError("cannot read %s: %s" % (path, error.strerror)) from None
         except UnicodeDecodeError:
             raise ValueError("%s is not a file that --record has written" % path) from None
 
-    def add(self, line_number, line):
-        """Add the fault of a line. Raises ValueError, which names the line number."""
+    def add_line(self, line_number, line):
+        """Add the fault that a line of the file records. Raises ValueError."""
         try:
             record = json.loads(line)
             connection, request, draw, count = (
@@ -4132,26 +4106,21 @@ class Replay:
                              % (line_number, self.path)) from None
 
     def rules(self, proxy):
-        """Return the (rules, toxics) that have made the faults of a proxy. Raises ValueError.
-
-        proxy    the name of the proxy
-        """
+        """Return (rules, toxics): those with a recorded fault of a proxy. Raises ValueError."""
         texts = OrderedDict.fromkeys(key.rule for key in self.faults if key.proxy == proxy)
         rules, toxics = [], []
         for table in map(json.loads, texts):
             toxic_name = table.pop("toxic", None)
-            if toxic_name is None:      # the Replay, not the percentage, decides when it acts
+            if toxic_name is None:      # a Replay ignores the percentage
                 rules += read_rules([dict(table, percent=0)])
             else:
                 toxics.append(make_flat_toxic(table.pop("name", None), toxic_name, table))
         return rules, toxics
 
     def draw(self, proxy, connection, request, rule):
-        """Return (drawn number, whether the rule acts, rule.drawn_count), as recorded.
+        """Return the recorded result of Chain.draw_number. The rule acts if a fault is recorded.
 
-        proxy         the name of the proxy
-        connection    the number of the connection
-        request       the number of the request in the connection
+        proxy, connection, request    as in FaultKey
         """
         key = fault_key(proxy, connection, request, rule.to_json())
         if key not in self.faults:
@@ -4164,7 +4133,7 @@ class Replay:
         self.made.add(fault_key(proxy, connection, request, rule.to_json()))
 
     def summary(self, proxy):
-        """Return (a sentence about the faults of a proxy, whether all were made again)."""
+        """Return (text about the faults of a proxy, whether all faults were made again)."""
         recorded = [key for key in self.faults if key.proxy == proxy]
         missing = [key for key in recorded if key not in self.made]
         text = "replay: %d of %d faults were made again" % (len(recorded) - len(missing),
@@ -4179,17 +4148,17 @@ class Replay:
 
 
 class Toxic:
-    """A rule with a name. Its draw is independent of the behavior and of other toxics.
+    """A rule with a name, and with a draw of its own.
 
     type_       the name of the handler
-    name        a text, unique on the proxy. The draw key contains this name
+    name        a text, unique on the proxy
     toxicity    the probability that the rule acts, from 0 to 1
     attributes  {option: value} as the user wrote them. Negative numbers act as 0
     stream      "upstream", "downstream" or "both", in upper or lower case
     fields      other RULE_FIELDS of the rule
     """
 
-    # The defaults of two rule fields, as in Toxiproxy. The other defaults are in RULE_FIELDS.
+    # Two rule fields have Toxiproxy's defaults, and not the defaults in RULE_FIELDS.
     DEFAULTS = {"per": "connection", "stream": DOWNSTREAM}
 
     def __init__(self, type_, name, toxicity=1.0, attributes=None, stream=DOWNSTREAM, **fields):
@@ -4202,19 +4171,18 @@ class Toxic:
         self.update(toxicity, attributes or {})
 
     def update(self, toxicity, attributes):
-        """Set the toxicity and some attributes, and change the rule accordingly."""
+        """Set the toxicity and some attributes, and so the percentage and options of the rule."""
         self.toxicity = toxicity
         self.attributes.update(attributes)
-        options = {}
+        options = self.attributes.copy()
         for option, value in self.attributes.items():
-            is_negative = not isinstance(value, str) and value < 0
-            # Toxiproxy accepts negative numbers, and treats them like 0.
-            options[option] = type(value)(0) if is_negative else value
+            if not isinstance(value, str) and value < 0:
+                options[option] = type(value)(0)
         self.rule.set_options(options)
         self.rule.set_draw_max(100.0 * toxicity)
 
     def same_rule(self, other):
-        """Return whether another toxic is equal but for its toxicity, attributes and ttl."""
+        """Return whether another toxic may differ only in its toxicity, attributes and ttl."""
         own, others = (dict(toxic.rule.own_fields(), ttl=0) for toxic in (self, other))
         return (self.stream, self.rule.name, own) == (other.stream, other.rule.name, others)
 
@@ -4229,7 +4197,7 @@ class Accept(Scheduled):
     fields    {field: seconds}, without fields of ACCEPT_FIELDS that the user has not given
     """
 
-    # For fault records, an Accept has these attributes of a Rule, and `options`.
+    # A fault record needs these attributes of a Rule, and `options`.
     name = "accept"
     toxic = block = None
     stream = "both"
@@ -4238,7 +4206,7 @@ class Accept(Scheduled):
         self.mode, self.fields = mode, fields or {}
         self.options = {"mode": mode}
         super().__init__(**self.fields)
-        # A listener starts in the mode that it has when the schedule begins.
+        # Without `start`, a listener has the mode before the schedule starts.
         self.set_active(not self.start)
 
     def current_mode(self):
@@ -4297,7 +4265,7 @@ def split_accept(value):
     if isinstance(value, str):
         mode, *words = value.split() or [""]
         return mode, parse_assignments(words)
-    return None, {}
+    return None, {}         # the caller refuses the mode None
 
 
 def check_accept_fields(mode, fields):
@@ -4356,7 +4324,7 @@ def parse_assignments(texts):
 def parse_rule_words(words):
     """Return (handler name, {name: text}) of the words that describe a rule. Raises ValueError.
 
-    words    the first is HANDLER, or HANDLER.NAME=VALUE; all others are NAME=VALUE
+    words    like ["delay", "sleep=2", "times=3"] or ["delay.sleep=2", "times=3"]
     """
     target, equals, value = words[0].partition("=")
     if not equals:
@@ -4368,15 +4336,14 @@ def parse_rule_words(words):
 
 
 def behavior_tables(behavior, options=None, resolve=lambda name: name):
-    """Return a behavior as a list of dicts, one for each rule, as `read_rules` takes them.
+    """Return a behavior as the argument of `read_rules`: one dict for each rule.
 
-    behavior    "PERCENT:HANDLER,...", {handler: percent}, [(percent, handler)], or a list of
-                dicts as `read_rules` takes them
+    behavior    "PERCENT:HANDLER,...", {handler: percent}, [(percent, handler)] or [dict]
     options     {handler: {option: value}}
-    resolve     a function that returns the name of a handler, because a behavior in Python may
-                have the handler itself. The function may raise ValueError
+    resolve     a function: resolve(handler) returns the name of a handler, because a behavior in
+                Python may contain the handler function. May raise ValueError
 
-    Raises ValueError with the end of a sentence.
+    Raises ValueError. The caller puts the subject of the sentence before the message.
     """
     refusal = ValueError("must be PERCENT:HANDLER[,PERCENT:HANDLER ...], like 20:delay,5:error, "
                          "{handler: percent} or [(percent, handler)], not %r" % (behavior,))
@@ -4391,7 +4358,7 @@ def behavior_tables(behavior, options=None, resolve=lambda name: name):
         if isinstance(item, dict) and "name" in item:
             tables.append(dict(item, name=resolve(item["name"])))
         elif isinstance(item, (list, tuple)) and len(item) == 2 and not isinstance(item[0], str):
-            # The first is no text: (handler, percent) is refused, because the order is wrong.
+            # A text as the first item is a handler: the order (handler, percent) is wrong.
             percent, name = item[0], resolve(item[1])
             tables.append(dict((options or {}).get(name, {}), name=name, percent=percent))
         else:
@@ -4473,17 +4440,16 @@ def read_rules(tables):
 
 
 def check_table(table):
-    """Check the dict of one rule: see read_rules. Returns (options, fields, errors).
+    """Check the dict of one rule: see read_rules.
 
-    options, fields    {key: checked value} of the valid ones
-    errors             [(key, sentence)]
+    Returns ({option: checked value}, {field: checked value}, [(key of an error, sentence)]).
     """
     options, fields, errors = {}, {}, []
     name = table.get("name")
     try:
         function = get_handler(name)
     except ValueError as error:
-        function = None         # only the rule fields can be checked then
+        function = None         # without a handler, only the rule fields can be checked
         errors.append(("name", str(error)))
     for key, value in table.items():
         if is_rule_field(function, key):
@@ -4493,7 +4459,7 @@ def check_table(table):
     return options, fields, errors + check_fields(name, function, fields)
 
 
-# Toxiproxy accepts negative numbers for these attributes, and treats them like 0.
+# The attributes that may be negative. Toxiproxy treats negative numbers like 0.
 MAY_BE_NEGATIVE = {"latency", "jitter", "delay", "timeout", "bytes"}
 
 
@@ -4516,6 +4482,7 @@ def make_toxic(type_, name, fields, attributes, toxiproxy=False):
     """
     checks = {key: field.check for key, field in RULE_FIELDS.items()}
     checks["toxicity"] = float if toxiproxy else check_toxicity     # float accepts any toxicity
+    check_value = check_attribute if toxiproxy else check_option
     checked, values, errors = {}, {}, []
     for key, value in fields.items():
         if key in checks:
@@ -4525,8 +4492,7 @@ def make_toxic(type_, name, fields, attributes, toxiproxy=False):
             errors.append((key, "%s is not a field of a toxic%s: there are %s"
                            % (key, did_you_mean(key, known), ", ".join(known))))
     for option, value in attributes.items():
-        check_into(values, errors, option, check_attribute if toxiproxy else check_option,
-                   type_, option, value)
+        check_into(values, errors, option, check_value, type_, option, value)
     if "toxicity" in checked and "percent" in checked:
         errors.append(("percent", "percent and toxicity mean the same: give one of them"))
     errors += check_fields(type_, get_handler(type_), checked)
@@ -4542,7 +4508,7 @@ def make_flat_toxic(type_, name, values, fields=()):
 
     type_     the name of the handler
     values    {rule field, toxicity or option: JSON value or text}
-    fields    {rule field: value} of further rule fields
+    fields    {rule field: value} for rule fields that are not in `values`
 
     Raises InputError, or ValueError for an unknown handler.
     """
@@ -4572,13 +4538,13 @@ def make_flat_toxic(type_, name, values, fields=()):
 #   process(now, to, signal)       returns the events that the rules make of a signal
 #   give_up_head(now)              called when the time `head_deadline` has come
 #
-# After a change of the installed rules, a Connection calls these methods in this order:
+# After a change of the installed rules, a Connection calls, in this order:
 #
 #   rules_changed(new, changed, woken)    returns the changed and woken rules that begin now
-#   release(removed, changed)             undoes the delays of these rules
+#   release(removed, changed)             undoes the delays by removed and changed rules
 #   reset_due_times(to, latest)           called only if a delay was undone
-#   process_open(now, directions, rules)  gives OPEN to the rules that begin. Returns the events
-#                                         that these rules make of OPEN
+#   process_open(now, directions, rules)  returns the events that rules make of OPEN when the rules
+#                                         begin
 
 NOTHING: list = []      # the empty list of all chains without an active rule, to save memory
 
@@ -4586,9 +4552,8 @@ NOTHING: list = []      # the empty list of all chains without an active rule, t
 class Chain:
     """The active rules of one connection.
 
-    Without a protocol, the first request begins when the client connects. A later request begins
-    each time that the client sends after the backend has sent. So a Chain need not parse the
-    bytes to find the requests of a client that waits for each reply.
+    Without a protocol, the bytes are not parsed. Request 1 begins when the client connects. A
+    later request begins each time that the client sends after the backend has sent.
     """
 
     __slots__ = ("rule_set", "connection", "request_count", "current_number", "current_request",
@@ -4607,20 +4572,18 @@ class Chain:
         self.last_direction = None      # the direction of the last bytes. None before any bytes
         # Rules and draws
         self.active_rules = NOTHING     # the active rules of the current request, in order
-        self.undrawn = NOTHING          # rules installed after the client connected. They are
-                                        #   drawn for request 1 when the first bytes come
+        self.undrawn = NOTHING          # rules to draw for request 1 when its first bytes come
         self.per_connection = {}        # {rule per connection: its ActiveRule}
         self.batch = -1                 # the number of the last batch drawn. -1: no batch
         self.batch_hits = NOTHING       # for each request of the batch: [(rule, drawn number)]
         # Read by the connection
-        self.newly_acted = []           # rules that have acted since the connection last read
-                                        #   this list: [(ActiveRule, request number, text)]
+        self.newly_acted = []           # [(ActiveRule, request number, text)] of rules that have
+                                        #   acted. The connection empties the list
         self.modified = False           # a rule has changed an event (the caller resets this)
         self.answered_early = False     # a rule has replied in the backend's place
-        self.kept = 0                   # the bytes of memory that exchanges, their queued events
-                                        #   and a held head take. 0 without a protocol
-        self.beginning = 0, b""         # (number, first bytes) of the last request that had
-                                        #   active rules. Not used by a ProtocolChain
+        self.kept = 0                   # memory of exchanges, queued events and a held head
+        # (number, first bytes) of the last request with active rules. Not in a ProtocolChain
+        self.beginning = 0, b""
         # The protocol
         self.protocol = None            # the Protocol. Only in a ProtocolChain
         self.protocol_lost = False      # True after a fall back from a protocol to tcp
@@ -4640,7 +4603,7 @@ class Chain:
         request = self.request_count = self.current_number = self.request_count + 1
         if not rule_set.installed:
             self.active_rules = NOTHING
-        elif rule_set.draw_ahead:       # draw_rule would draw the same, but slower
+        elif rule_set.draw_ahead:       # faster than draw_rule, with the same result
             if request // 8 != self.batch:
                 self.begin_batch(request // 8)
             for rule in rule_set.installed:
@@ -4653,30 +4616,26 @@ class Chain:
             for active in self.per_connection.values():
                 if active.match_buffer:         # search only the bytes of the new request
                     active.match_buffer = b""
-            self.active_rules = self.collect(self.draw_rule)
+            self.active_rules = self.collect(
+                {rule: self.draw_rule(rule) for rule in rule_set.installed
+                 if rule.per == "request"})
 
     def direction_changed(self, to):
-        """Note that the next bytes go in the direction `to`, unlike the last bytes.
+        """Set last_direction, because the next bytes go in another direction.
 
-        A request begins if the client sends after the backend has sent. If these bytes are the
-        first of the connection, the rules installed after the client connected are drawn.
-
-        Returns request_count. A ProtocolChain counts a request only when the head is complete.
+        Returns request_count. In a ProtocolChain, a request counts when its head is complete.
         """
         last, self.last_direction = self.last_direction, to
-        if last is DOWNSTREAM:
+        if last is DOWNSTREAM:          # the client sends after the backend has sent
             self.begin_request()
-        elif last is None and self.undrawn:
-            self.redraw(self.undrawn)
+        elif last is None and self.undrawn:     # the first bytes of the connection
+            self.draw_more(self.undrawn)
         return self.request_count
 
     # Drawing
 
     def begin_batch(self, batch):
-        """Draw all rules for the 8 requests of a batch at once, if rule_set.draw_ahead is True.
-
-        batch    number of a request in the connection // 8
-        """
+        """Draw all rules for the 8 requests of a batch: see RuleSet.draw_batch."""
         self.batch, self.batch_hits = batch, [[] for _ in range(8)]
         for rule in self.rule_set.installed:
             numbers = self.rule_set.draw_batch(rule.draw_key, self.connection, batch)
@@ -4687,10 +4646,9 @@ class Chain:
     def draw_number(self, rule):
         """Draw the number that decides whether a rule acts on the current request.
 
-        Returns (drawn number, whether the rule acts, rule.drawn_count). With a Replay, all three
-        are those of the recorded fault.
+        Returns (drawn number, whether the rule acts, ActiveRule.request).
         """
-        # A rule per connection is drawn once, as if for request 0. Requests are counted from 1.
+        # A rule per connection is drawn for request 0. The first request has the number 1.
         request = self.request_count if rule.per == "request" else 0
         rule_set = self.rule_set
         if rule_set.replay:
@@ -4701,38 +4659,31 @@ class Chain:
         return number, acts, rule.drawn_count
 
     def draw_rule(self, rule):
-        """Count the current request for a rule, and draw the rule for this request.
+        """Count a draw of a rule, and return the result of make_active.
 
-        Returns an ActiveRule. Returns None for a rule per request that does not act. A rule with
-        `match` is not drawn yet: the returned ActiveRule searches the request. The rule is counted
-        and drawn when the request matches.
+        A rule with `match` is not drawn yet: see find_match.
         """
         if rule.match:
             return ActiveRule(rule, rule.drawn_count, acts=False, match_buffer=b"")
         rule.drawn_count += 1
-        return self.draw_counted(rule)
+        return self.make_active(rule)
 
-    def draw_counted(self, rule):
-        """Draw a rule for a request that rule.drawn_count includes already.
-
-        Returns an ActiveRule. Returns None for a rule per request that does not act.
-        """
+    def make_active(self, rule):
+        """Draw a rule. Returns its ActiveRule, or None if a rule per request does not act."""
         number, acts, drawn_count = self.draw_number(rule)
         if not acts and rule.per == "request":
             return None
         return ActiveRule(rule, drawn_count, number, acts)
 
-    def collect(self, draw):
+    def collect(self, drawn):
         """Return the active rules of the current request, in the order of the rules.
 
-        draw    a function: draw(rule) returns the ActiveRule of a rule per request, or None if the
-                rule does not act
-
-        A rule per connection is drawn only once, by connection_rule.
+        drawn    {rule per request: ActiveRule, or None if the rule does not act}
         """
         collected = []
         for rule in self.rule_set.installed:
-            active = draw(rule) if rule.per == "request" else self.connection_rule(rule)
+            active = drawn.get(rule) if rule.per == "request" else self.connection_rule(rule)
+            # A rule with a match_buffer still searches the request, and may act later.
             if active is not None and (active.acts or active.match_buffer is not None):
                 collected.append(active)
         return collected
@@ -4740,7 +4691,7 @@ class Chain:
     def connection_rule(self, rule):
         """Return the ActiveRule of a rule per connection. Draw the rule if it is not drawn yet.
 
-        Returns None if the rule has `match`, and draw_rule has found no match.
+        Returns None if a ProtocolChain has not found `match` in a request of the connection yet.
         """
         active = self.per_connection.get(rule)
         if active is None:
@@ -4749,11 +4700,11 @@ class Chain:
                 self.per_connection[rule] = active
         return active
 
-    def redraw(self, rules):
-        """Draw some rules for the current request. Do not change the other active rules."""
-        current = {active.rule: active for active in self.active_rules}
-        self.active_rules = self.collect(
-            lambda rule: self.draw_rule(rule) if rule in rules else current.get(rule))
+    def draw_more(self, rules):
+        """Draw more rules for the current request. Its active rules stay."""
+        drawn = {active.rule: active for active in self.active_rules}
+        drawn.update((rule, self.draw_rule(rule)) for rule in rules if rule.per == "request")
+        self.active_rules = self.collect(drawn)
 
     def rules_changed(self, new, changed=(), woken=()):
         """Apply a change of the installed rules.
@@ -4762,9 +4713,9 @@ class Chain:
         changed    rules whose options or percentages have changed. They keep their state
         woken      rules whose percentage rises because of their schedule
 
-        A new rule per connection begins now. A new rule per request begins with the current
-        request if this request has no bytes yet, and otherwise with the next request. A woken
-        rule begins like a new rule. Rules that are no longer installed, or that sleep now, stop.
+        A new or woken rule per connection begins now. A new or woken rule per request begins with
+        the next request, or with the current request if no byte has come yet. Rules that are no
+        longer installed, or that sleep now, stop.
 
         Returns the changed and woken rules per connection that begin now.
         """
@@ -4777,45 +4728,32 @@ class Chain:
         self.undrawn = [rule for rule in [*self.undrawn, *new] if rule in installed]
         current = {active.rule: active for active in self.active_rules if not active.is_over()}
         if self.last_direction is None:         # request 1 has no bytes yet
-            self.draw_woken(woken, current)
-        self.active_rules = self.collect(current.get)       # draws new rules per connection
+            for rule in set(woken) - {*current, *self.undrawn}:
+                if rule.is_drawn_at_beginning():
+                    current[rule] = self.make_active(rule)      # the draw is counted already
+        self.active_rules = self.collect(current)           # draws new rules per connection
         return begun
-
-    def draw_woken(self, woken, current):
-        """Draw the woken rules per request for the current request.
-
-        current    {rule: ActiveRule or None}. The drawn rules are added
-        """
-        for rule in woken:
-            # Rules in `undrawn` are drawn when the first bytes come.
-            if rule.is_drawn_at_once() and rule not in current and rule not in self.undrawn:
-                current[rule] = self.draw_counted(rule)
 
     def update_acts(self, active):
         """Let a rule per connection begin to act or stop, after a change of its percentage.
 
-        Returns whether the rule begins. Does nothing while the rule still searches for `match`.
+        Returns whether the rule begins.
         """
         rule = active.rule
-        if active.match_buffer is not None:
+        if active.match_buffer is not None:     # find_match will draw the rule
             return False
-        if self.rule_set.replay:        # the Replay does not know when the rule sleeps
+        if self.rule_set.replay:        # a Replay does not know when the rule sleeps
             _, acts, _ = self.draw_number(rule)
             return active.set_acts(acts and not rule.sleeps())
-        # `includes` is False while the rule sleeps.
         return active.set_acts(rule.includes(active.draw) and rule.selects(active.request))
 
     def release(self, removed, changed):
-        """Undo the delays of events that the chain holds. Returns whether there were any.
-
-        Only a ProtocolChain holds such events.
-        """
-        return False
+        return False                    # only a ProtocolChain has queued events
 
     def reset_due_times(self, to, latest):
-        """After delays were undone, make the due times earlier that rules keep in state[to].
+        """Replace each due time that a rule keeps in state[to], if it is later than `latest`.
 
-        latest    the due time of the last chunk that is now in the delay queue of direction `to`
+        latest    the due time of the last chunk in the delay queue, after delays were undone
         """
         for active in self.all_active_rules():
             if active.rule.keeps_due_time and active.acts:
@@ -4833,11 +4771,11 @@ class Chain:
     # Processing
 
     def pass_through(self, to, data):
-        """Fast path: return the bytes. Return None if an active rule may act on them."""
+        """Fast path: return the bytes, or None if an active rule may act on the bytes."""
         if to is UPSTREAM:
             self.note_beginning(data)
         for active in self.active_rules:
-            # A rule with a match_buffer still searches the request, and needs the bytes for this.
+            # A rule with a match_buffer still searches the request, and needs the bytes.
             if to in active.rule.directions or active.match_buffer is not None:
                 return None
         return data
@@ -4851,7 +4789,7 @@ class Chain:
     def request_text(self):
         """Return the first bytes of the request whose event is being processed.
 
-        Returns b"" if these bytes have not come yet, or if no rule was active when they came.
+        Returns b"" if no bytes of the request have come, or if no rule was active at that time.
         """
         number, text = self.beginning
         return text if number == self.current_number else b""
@@ -4861,30 +4799,28 @@ class Chain:
         return self.rule_set.recv_size
 
     def process_bytes(self, now, to, data):
-        """Slow path: return the events that the rules make of bytes, in the form of `process`."""
+        """Slow path: return the events that the rules make of bytes: see `process`."""
         return self.process(now, to, data)
 
     def give_up_head(self, now):
-        """Return the events of a held head. Without a protocol, no head is held."""
-        return []
+        return []                       # without a protocol, no head is held
 
     def process(self, now, to, data):
         """Run bytes or a signal through the active rules.
 
         Returns [(t, to, data, delays)]. `delays` has one tuple (rule, seconds, from_open) for each
-        rule that has delayed the event. from_open is True if the rule got OPEN and has yielded
-        this event in its place.
+        rule that has delayed the event. from_open is True if the rule got OPEN, and has yielded
+        another event in place of OPEN.
         """
         return self.run_chain(self.active_rules, now, to, [(now, to, data, ())])
 
     def process_open(self, now, directions, rules=None):
-        """Give the signal OPEN to rules that begin now. Their handlers may yield other events.
+        """Give the signal OPEN to rules that begin now, or whose options have changed.
 
-        rules    rules that begin, or whose options have changed, on an open connection. None: the
-                 connection itself begins, so all rules per connection begin
+        rules    these rules. None: all rules per connection, because the connection begins
 
-        Returns the events that the handlers yield. The later rules of the chain have processed
-        these events. OPEN itself is not returned, because the connection is open already.
+        Returns the events that the rules yield in place of OPEN, or in addition to OPEN. OPEN is
+        not returned, because the connection is open already.
         """
         rules = self.per_connection if rules is None else rules
         all_events = []
@@ -4904,12 +4840,11 @@ class Chain:
     def run_chain(self, active_rules, now, to, events, opening=False):
         """Run events through some active rules, one rule after the other.
 
-        events     have the form of `process`. All were made of one event
-        to         the direction of this one event
-        opening    whether process_open gives OPEN to a single rule. A rule that only delays this
-                   OPEN has not acted
+        to         the direction of the event that all `events` were made of
+        events     [(t, to, data, delays)]: see `process`
+        opening    whether the event is the OPEN of process_open
 
-        Returns one RESET if a handler raises an exception.
+        Returns only a RESET if a handler raises an exception.
         """
         for active in active_rules:
             active.received_at = now
@@ -4929,15 +4864,12 @@ class Chain:
         return events
 
     def run_rule(self, active, event, opening):
-        """Return the events that one active rule makes of one event.
-
-        `event` and the result have the form of `process`. `opening` is as in run_chain.
-        """
+        """Return the events that one active rule makes of one event: see run_chain."""
         t, to, data, delays = event
         rule = active.rule
-        if not active.acts and not self.search(active, to, data):
+        if not active.acts and not self.find_match(active, to, data):
             return [event]
-        # Without a limit, may_act returns True. So most rules save the time for the call.
+        # Most rules have no limit. Without a limit, a call of may_act would only take time.
         if to not in rule.directions or (rule.limit and not active.may_act()):
             return [event]
         active.request_number, active.current_request = self.current_number, self.current_request
@@ -4974,12 +4906,16 @@ class Chain:
                             % ", ".join(map(repr, made))[:200]) from None
 
     def note_changes(self, active, to, events, opening):
-        """Note that a rule has replaced an event of direction `to` by `events`.
+        """Record that a rule has made `events` of another event.
 
-        Raises TypeError if one of these events is invalid.
+        to         the direction of the other event
+        opening    as in run_chain
+
+        Raises TypeError if one of `events` is invalid.
         """
         self.modified = True
-        for _, direction, data in events:   # a user's handler may yield an equal direction: use ==
+        for _, direction, data in events:
+            # Not `is`: the direction may be an equal text that a user's handler has made.
             if direction not in DIRECTIONS or not isinstance(data, bytes):
                 raise TypeError("a handler must yield (t, to, data), not (t, %r, %r)"
                                 % (direction, data))
@@ -4987,38 +4923,40 @@ class Chain:
                 self.last_direction = DOWNSTREAM    # counts like a reply of the backend
                 self.answered_early = self.answered_early or to == UPSTREAM
         only_delays_open = opening and all(data is OPEN for _, _, data in events)
-        if not active.has_acted and not only_delays_open:
+        if not active.has_acted and not only_delays_open:   # to delay OPEN has no effect
             active.mark_acted()
             self.newly_acted.append((active, self.current_number, self.request_text()))
 
-    def search(self, active, to, data):
+    def find_match(self, active, to, data):
         """Search the client's bytes for `match`, and draw the rule if the request matches.
 
         Returns whether the rule acts.
         """
         rule, buffered = active.rule, active.match_buffer
-        if to == UPSTREAM and data and buffered is not None and len(buffered) < MATCH_MAX:
-            active.match_buffer = buffered + data[:MATCH_MAX - len(buffered)]
-            # A Replay knows the requests on which the rule acts, so no search is needed.
-            if self.rule_set.replay or rule.matches(active.match_buffer):
-                rule.drawn_count += 1
-                active.draw, active.acts, active.request = self.draw_number(rule)
-                active.match_buffer = None
+        if to == DOWNSTREAM or not data or buffered is None or len(buffered) >= MATCH_MAX:
+            return False
+        active.match_buffer = buffered + data[:MATCH_MAX - len(buffered)]
+        # A Replay knows the requests on which the rule acts, so no search is needed.
+        if not self.rule_set.replay and not rule.matches(active.match_buffer):
+            return False
+        rule.drawn_count += 1
+        active.draw, active.acts, active.request = self.draw_number(rule)
+        active.match_buffer = None      # None: the rule is drawn
         return active.acts
 
 
 class RefusingChain(Chain):
     """The chain of a client beyond max_connections: no rule acts, and no backend is connected.
 
-    If there is a protocol, the client gets the error that a server with too many connections
-    sends. The connection is closed in any case.
+    With a protocol, the client gets the error of a server with too many connections. Then the
+    connection is closed.
     """
 
     __slots__ = ("refusing_protocol", "received")
 
     def __init__(self, rule_set, connection, protocol):
         super().__init__(rule_set, connection)
-        # The Protocol that makes the error, or None. `protocol` is None, since nothing is parsed.
+        # The Protocol that makes the error, or None. Chain.protocol stays None: nothing is parsed.
         self.refusing_protocol = protocol
         self.received = b""             # the client's bytes since the last reply
 
@@ -5029,18 +4967,19 @@ class RefusingChain(Chain):
         return None                     # no byte is for the backend
 
     def process(self, now, to, data):
-        """Return the events that refuse the client, or [] if a server would wait for more bytes.
+        """Return the events that refuse the client.
 
         data    OPEN, EOF, or bytes of the client
         """
         self.modified = True
         if data is EOF:
             return [(now, to, data, ())]
-        self.received += data
-        reply = Reply(b"", closes=True)
+        self.received += data           # OPEN is empty
         if self.refusing_protocol:
             reply = self.refusing_protocol.refuse_client(self.received or OPEN)
-        if reply is None:
+        else:
+            reply = Reply(b"", closes=True)
+        if reply is None:               # a server would wait for more bytes
             return []
         self.received, self.answered_early = b"", bool(reply.data)
         events = [(now, DOWNSTREAM, reply.data)]
@@ -5052,8 +4991,8 @@ class RefusingChain(Chain):
 class Exchange:
     """A request of a protocol, and its reply.
 
-    An error reply of a rule is queued in the exchange of its request until this exchange is the
-    first one. So replies stay in order, with any number of pipelined requests.
+    An error reply of a rule waits in `queued_events` of the exchange until the exchange is the
+    first of its connection. So the replies to pipelined requests stay in order.
     """
 
     __slots__ = ("number", "active_rules", "request", "handshake", "queued_events", "forwarded",
@@ -5063,7 +5002,7 @@ class Exchange:
         self.restart(number, active_rules, request, handshake)
 
     def restart(self, number, active_rules, request, handshake=False):
-        """Use this object for a new exchange. To make another object would be slower."""
+        """Begin a new exchange. To make a new object would be slower."""
         self.number = number            # the number of the request in the connection
         self.active_rules = active_rules
         self.request = request          # a Request. None while the client connects
@@ -5076,24 +5015,22 @@ class Exchange:
         self.kept = 0                   # the memory of this exchange, a part of Chain.kept
 
     def is_done(self):
-        """Return whether the request and its reply have ended.
-
-        If no reply of the backend will come, the exchange is done when the request has ended.
-        """
+        """Return whether the request has ended, and no part of a reply can still come."""
         if self.reply_done:
             return True
         if not self.complete:
             return False
-        return not (self.forwarded and self.request.replies)
+        backend_replies = self.forwarded and self.request.replies
+        return not backend_replies
 
     def is_connecting(self):
-        """Return whether no request has begun yet, and no greeting of the server has ended."""
+        """Return whether the client connects: no request has begun, and no greeting has ended."""
         return self.request is None and not self.reply_done
 
     def awaits_reply(self):
         """Return whether a reply or a greeting of the backend must still come."""
-        is_expected = self.request.replies if self.request else self.handshake
-        return bool(is_expected) and not self.is_done()
+        has_reply = self.request.replies if self.request else self.handshake
+        return bool(has_reply) and not self.is_done()
 
 
 class ProtocolChain(Chain):
@@ -5104,42 +5041,38 @@ class ProtocolChain(Chain):
     boundaries. Each boundary changes the queue before the Framer continues to parse:
 
         direction   boundary         change
-        upstream    Request          a new last exchange begins. Rules are drawn for the request
-        upstream    CONTINUATION     none. The bytes belong to the last exchange. Its request is
-                                     complete already, so no rule can refuse this request now
-        upstream    END_OF_MESSAGE   the request of the last exchange is complete
-        downstream  END_OF_MESSAGE   the reply of the first exchange is done
-        both        TLS_BEGINS       none, but the later bytes are encrypted
-        downstream  END_OF_ROW       none
+        upstream    Request          a new last exchange begins. Rules are drawn for the request.
+        upstream    CONTINUATION     none. The bytes belong to the complete request of the last
+                                     exchange. No rule can refuse a complete request.
+        upstream    END_OF_MESSAGE   the request of the last exchange is complete.
+        downstream  END_OF_MESSAGE   the reply of the first exchange is done.
+        both        TLS_BEGINS       none, but the later bytes are encrypted.
+        downstream  END_OF_ROW       none.
 
-    After each change, the exchanges at the front of the queue that are done are removed. But the
-    last exchange always stays. The events queued in the new first exchange are released.
+    After each change, done exchanges are removed from the front of the queue, but never the last
+    exchange. The queued events of the exchange that is now the first are released.
 
     While any rule is installed, the head of a request is held until the head is complete. So
-    rules can act on whole requests. The longest time for which a head is held is
+    rules can act on whole requests. Two time limits end the wait for a complete head:
 
-        UNRECOGNIZED_MAX    until the client has sent bytes that can only be of the protocol.
-                            After this time, the parsing ends: the client may speak another
-                            protocol
-        HEAD_TIMEOUT        at any later time. Then the head is forwarded, and no rule per request
-                            acts on the request. The parsing continues, because the client or the
-                            network has only made a pause
+        UNRECOGNIZED_MAX    before the client has sent bytes that can only be of the protocol. The
+                            parsing ends, because the client may speak another protocol.
+        HEAD_TIMEOUT        later. The head is forwarded, the parsing continues, and no rule per
+                            request acts on the request.
 
-    A rule can refuse a request when the rule gets the head. This sets Exchange.refusal.
+    A rule can refuse a request when the rule gets the head: see Exchange.refusal.
 
     Invariants, whenever rules are added, removed or changed:
-    1. Each request gets one reply: from the backend if `refusal` is None, otherwise from the
-       rule that has refused the request. A request that needs no reply gets none.
+    1. Each request gets one reply: from the rule that has refused the request, or from the
+       backend if no rule has refused the request. A request that needs no reply gets none.
     2. Replies leave in the order of their requests.
-    3. The backend gets all requests that were not refused, whole and in order. In place of a
-       refused request, the backend gets the substitute, if there is one.
-    4. A rule can refuse a request only at the first event of the request, and only while the
-       backend has got no byte of the request. So neither a second rule nor a rule that begins
-       later can refuse the request.
+    3. The backend gets all requests that were not refused, whole and in order. The backend may
+       get a substitute in place of a refused request.
+    4. Only one rule can refuse a request: at the first event of the request, while the backend
+       has got no byte of the request.
     5. A rule that has refused a request sends the reply even if the rule is removed or changed.
-    6. No event waits for a rule that sleeps or is not installed, neither in a delay queue nor in
-       an exchange. No active rule keeps a due time that results from such a wait: see
-       reset_due_times.
+    6. Events in delay queues and exchanges wait only for installed rules that do not sleep. Active
+       rules keep no due times that were computed with delays of other rules.
     7. After a refusal that closes the connection, the backend gets no further bytes. After a
        rule has closed or reset the connection, the client gets no further replies.
     """
@@ -5159,11 +5092,10 @@ class ProtocolChain(Chain):
         self.drops_requests = False     # the backend gets no further bytes: see invariant 7
         self.drops_replies = False      # the client gets no further replies: see invariant 7
         self.recognized = False     # the client has sent bytes that can only be of the protocol
-        self.last_affected = None   # the last exchange with active rules or queued events, or
-                                    #   None. An exchange that was affected earlier may stay here
+        self.last_affected = None   # the last exchange that had active rules or queued events
 
     def start(self):
-        """Begin the first exchange, because a client has connected. There is no Request yet."""
+        """Begin request 1 and its exchange, because a client has connected."""
         self.begin_request()
         first = Exchange(self.request_count, self.active_rules, None, self.protocol.server_first)
         self.exchanges.append(first)
@@ -5175,26 +5107,25 @@ class ProtocolChain(Chain):
         return self.request_count
 
     def draw_rule(self, rule):
-        """Count the current request for a rule, and draw the rule for this request.
+        """Count a draw of a rule, and return the result of make_active.
 
-        Returns an ActiveRule, or None if the rule does not act. A rule with `match` is counted and
-        drawn only if the request matches. The head is complete, so the search is made at once.
+        If the request does not match, nothing is drawn or counted.
         """
         if rule.match and not self.is_matched_by(rule):
             return None
         rule.drawn_count += 1
-        return self.draw_counted(rule)
+        return self.make_active(rule)
 
     def is_matched_by(self, rule):
         """Return whether `match` of a rule is found in the current request."""
-        if not self.current_request:    # the client only connects
+        if not self.current_request:    # the client has sent no head yet
             return False
         # A Replay knows the requests on which the rule acts, so no search is needed.
         return bool(self.rule_set.replay) or rule.matches(self.current_request.text[:MATCH_MAX])
 
     def rules_changed(self, new, changed=(), woken=()):
-        # Rules that begin now get OPEN as an event of the last exchange. With this OPEN, a rule
-        # may refuse a client that has not sent or received any bytes yet.
+        # Set the exchange for process_open. When a rule gets OPEN, the rule may refuse a client
+        # that has not sent or received any bytes yet.
         last = self.exchanges[-1]
         self.set_exchange(
             last, is_refusable=last.request is None and self.last_direction is None)
@@ -5226,19 +5157,18 @@ class ProtocolChain(Chain):
         return rules
 
     def set_exchange(self, exchange, is_refusable):
-        """Set the current exchange: the next event belongs to this exchange.
+        """Set the exchange of the next event.
 
-        is_refusable    whether a rule may refuse the request, or the client, at this event
+        is_refusable    whether a rule may refuse the request, or the client, at the next event
         """
         self.current_exchange = exchange
         self.current_request, self.current_number = exchange.request, exchange.number
         self.protocol.refusable = exchange if is_refusable and not exchange.refusal else None
 
     def release(self, removed, changed):
-        """Undo the delays that removed or changed rules have given to events in exchanges.
+        """Undo the delays of events in exchanges by removed or changed rules.
 
-        DelayQueue.release undoes the delays of the events in a delay queue. Returns whether an
-        event in an exchange had a delay of these rules.
+        Returns whether there were such delays. DelayQueue.release does the same for a delay queue.
         """
         rules, released = [*removed, *changed], False
         for exchange in self.exchanges:
@@ -5254,8 +5184,8 @@ class ProtocolChain(Chain):
 
     # Boundaries
 
-    def apply(self, to, boundary):
-        """Change the queue of exchanges at a boundary: see the table of the class."""
+    def apply_boundary(self, to, boundary):
+        """Change the queue of exchanges: see the table of the class."""
         if boundary is END_OF_MESSAGE:
             if to is UPSTREAM:
                 self.end_request()
@@ -5271,40 +5201,39 @@ class ProtocolChain(Chain):
                 self.begin_exchange(boundary)
 
     def begin_exchange(self, request):
-        """Draw the rules for a request whose head is complete, and begin the exchange.
-
-        Without a handshake, the exchange of request 1 exists since the client has connected. Each
-        other request gets a new exchange.
-        """
+        """Draw the rules for a request whose head is complete, and begin the exchange."""
         last = self.exchanges[-1]
+        # `start` has made an exchange when the client connected. Without a handshake, this
+        # exchange is for request 1.
         is_first = last.request is None and not last.handshake
         self.draw_for(request, is_first)
         if is_first:
             last.request, last.active_rules = request, self.active_rules
             last.reply_done = False     # bytes that came before request 1 are no reply
         elif len(self.exchanges) == 1 and not last.active_rules and last.is_done():
-            self.kept -= last.kept      # the old exchange ends here
+            self.kept -= last.kept      # the old exchange is done: use its object again
             last.restart(self.request_count, self.active_rules, request)
-            self.last_affected = None   # the old exchange was the only one, and had no rules
+            self.last_affected = None   # no other exchange exists
         else:
             last = Exchange(self.request_count, self.active_rules, request)
             self.exchanges.append(last)
-            self.keep(last, EXCHANGE_OVERHEAD + ACTIVE_RULE_OVERHEAD * len(self.active_rules))
+            overhead = EXCHANGE_OVERHEAD + ACTIVE_RULE_OVERHEAD * len(self.active_rules)
+            self.count_memory(last, overhead)
         if self.active_rules:
             self.last_affected = last
 
     def draw_for(self, request, is_first):
         """Draw the rules for a request.
 
-        is_first    whether rules were drawn for the request already, when the client connected.
-                    Only rules that could not be drawn at that time are drawn now: rules with
-                    `match`, and rules installed later
+        is_first    whether `start` has begun the request. Rules with `match`, and rules that were
+                    installed after `start`, are not drawn yet
         """
         self.current_request = request
         if is_first:
-            if self.rule_set.installed:
-                with_match = [rule for rule in self.rule_set.installed if rule.match]
-                self.redraw([*self.undrawn, *with_match])
+            late = [rule for rule in self.rule_set.installed
+                    if rule.match or rule in self.undrawn]
+            if late:
+                self.draw_more(late)
         elif request.independent:       # else the active rules of the previous request stay
             self.begin_request()
         if self.head_forwarded:         # too late for rules per request: see HEAD_TIMEOUT
@@ -5321,18 +5250,18 @@ class ProtocolChain(Chain):
         self.in_request = self.head_forwarded = False
         if last.request is not None:
             last.complete = True
-            # No rule searches the text any more. Only fault records may still show the beginning.
+            # To save memory: only fault records still use the text, and only its beginning.
             last.request.text = self.protocol.beginning(last.request) if last.active_rules else b""
 
-    def keep(self, exchange, size):
+    def count_memory(self, exchange, size):
         """Count `size` bytes of memory for an exchange, until the exchange is removed."""
         exchange.kept += size
         self.kept += size
 
     def release_done(self, now):
-        """Remove the exchanges at the front of the queue that are done.
+        """Remove done exchanges from the front of the queue, but never the last exchange.
 
-        Returns the events that are released: those queued in each new first exchange.
+        Returns the events that were queued in each exchange that has become the first.
         """
         events = []
         while len(self.exchanges) > 1 and self.exchanges[0].is_done():
@@ -5345,7 +5274,7 @@ class ProtocolChain(Chain):
         return events
 
     def take_queued(self, exchange, now):
-        """Remove and return the queued events of an exchange, in the form of `process`."""
+        """Remove the queued events of an exchange, and return [(t, to, data, delays)]."""
         queued, exchange.queued_events = exchange.queued_events, []
         self.modified = self.modified or bool(queued)
         return [(max(now, start + sum(seconds for _, seconds, _ in delays)), to, data, delays)
@@ -5365,18 +5294,14 @@ class ProtocolChain(Chain):
         return self.protocol.request_framer if to is UPSTREAM else self.protocol.reply_framer
 
     def recv_size(self, to):
-        """Return how many bytes to receive at once.
-
-        Bytes that the Framer parses take more time than bytes of a body, which the Framer skips.
-        """
-        awaiting = self.framer(to).awaiting     # an int if the Framer skips this many bytes
+        """Return how many bytes to receive at once. PARSED_CHUNK limits only parsed bytes."""
+        awaiting = self.framer(to).awaiting     # an int: the Framer will skip this many bytes
         skipped = awaiting if type(awaiting) is int else 0
         return min(self.rule_set.recv_size, PARSED_CHUNK + skipped)
 
     def may_pass(self, to, size):
-        """Return whether the next bytes may use the fast path, because no rule can act on them."""
-        # Rules of later exchanges count too: one reply can end several exchanges, if requests
-        # without a reply follow. If the parsing ends, only the slow path forwards a held head.
+        """Return whether no rule can act on the next bytes, so that the fast path is allowed."""
+        # After a ProtocolError, only the slow path forwards a held head.
         needs_slow_path = self.last_affected or self.head
         if to is UPSTREAM:              # rules would be drawn for a request that begins
             needs_slow_path = needs_slow_path or self.rule_set.installed or self.drops_requests
@@ -5391,9 +5316,9 @@ class ProtocolChain(Chain):
     def pass_through(self, to, data):
         """Fast path: apply the boundaries in bytes on which no rule can act.
 
-        Returns `data` itself if these bytes must be forwarded unchanged. Returns other bytes to
-        forward if a Host header is rewritten, TLS begins, or the protocol is lost. Returns None,
-        and changes nothing, if the bytes need the slow path.
+        Returns `data` itself to forward `data` unchanged. Returns other bytes to forward if a Host
+        header is rewritten, TLS begins, or the parsing ends. Returns None, and changes nothing, if
+        the bytes need the slow path.
         """
         size, end = len(data), 0        # end: the offset of the last boundary
         if not self.may_pass(to, size):
@@ -5406,27 +5331,26 @@ class ProtocolChain(Chain):
                 return None             # a head may have to be rewritten
             for offset, boundary in self.framer(to).feed(data, size):
                 end = offset
-                self.apply(to, boundary)
+                self.apply_boundary(to, boundary)
                 if to is UPSTREAM:
                     self.exchanges[-1].forwarded = True
                 self.release_done(0.0)      # needs no time, since no exchange has queued events
                 if self.encrypted is not None:
                     return self.split_encrypted(to, bytes(data), end)
         except ProtocolError as error:
-            # These calls only update the chain. Their events are not needed, because no rule can
-            # act on the bytes, and all bytes are forwarded.
+            # Update the chain only. No events are needed, because all bytes are returned below.
             self.process_part(0.0, to, bytes(data[end:]))
             self.fall_back(0.0, to, str(error))
-            return bytes(data)          # not `data` itself: so the connection ends the parsing
+            return bytes(data)          # not `data` itself: the connection must end the parsing
         if to is UPSTREAM:              # bytes after the last boundary may begin a head
             self.head_forwarded = not self.in_request and end < size
         return data
 
     def pass_whole(self, to, data):
-        """Apply the boundaries of data that is exactly one message of a common form.
+        """Apply the boundaries of data that is exactly one message, faster than Framer.feed.
 
-        Returns `data`, or other bytes if a Host header is rewritten. Returns None, and changes
-        nothing, for any other data. This is much faster than Framer.feed.
+        Returns the bytes to forward: `data`, or other bytes if a Host header is rewritten. Returns
+        None, and changes nothing, if the data is not one message of a common form.
         """
         framer = self.framer(to)
         message = bytes(data)
@@ -5436,7 +5360,7 @@ class ProtocolChain(Chain):
         if to is DOWNSTREAM:
             self.exchanges[0].reply_done = True
         else:
-            self.apply(to, parsed)          # `parsed` is a Request
+            self.apply_boundary(to, parsed)          # `parsed` is a Request
             self.exchanges[-1].forwarded = True
             self.end_request()
             if self.protocol.host:
@@ -5452,10 +5376,10 @@ class ProtocolChain(Chain):
             return events
         try:
             framer = self.framer(to)
-            # whole_message is faster than `feed`, but finds no boundaries of rows.
-            whole = (framer.whole_message(data)
-                     if len(data) <= COPY_MAX and not self.protocol.counts_rows else None)
-            for offset, boundary in whole or framer.feed(data, len(data)):
+            boundaries = None
+            if len(data) <= COPY_MAX and not self.protocol.counts_rows:
+                boundaries = framer.whole_message(data)     # faster than `feed`, if not None
+            for offset, boundary in boundaries or framer.feed(data, len(data)):
                 if offset > start:
                     events += self.process_part(now, to, data[start:offset])
                 events += self.process_boundary(now, to, boundary)
@@ -5471,11 +5395,11 @@ class ProtocolChain(Chain):
         return events + self.process_part(now, to, data[start:])
 
     def split_encrypted(self, to, data, end):
-        """Store the encrypted bytes, and restart the reader for the decrypted bytes.
+        """Store the encrypted bytes of `data`, and return the bytes before the encrypted bytes.
 
         end    the offset of the boundary TLS_BEGINS in `data`
 
-        Returns the bytes before this boundary.
+        The Framer restarts, because the next bytes for the Framer will be decrypted.
         """
         self.encrypted = data[end:]
         protocol = self.protocol
@@ -5487,17 +5411,18 @@ class ProtocolChain(Chain):
         return self.drops_requests if to is UPSTREAM else self.drops_replies
 
     def process_part(self, now, to, data):
-        """Process bytes that contain no boundary. Bytes of an incomplete head are held."""
-        if data and (self.in_request or to is DOWNSTREAM):
-            return self.process_in_exchange(now, to, data)
-        if data:
-            self.hold(now, data)
-        return []
+        """Process bytes that contain no boundary. Hold the bytes if they are of a head."""
+        if not data:
+            return []
+        if to is UPSTREAM and not self.in_request:
+            self.hold_head(now, data)
+            return []
+        return self.process_in_exchange(now, to, data)
 
-    def hold(self, now, data):
-        """Hold bytes of an incomplete head."""
+    def hold_head(self, now, data):
+        """Add bytes to the held head, and limit the time to wait for the whole head."""
         self.head += data
-        self.kept += 2 * len(data)      # the Framer has a copy
+        self.kept += 2 * len(data)      # twice, because the Framer has a copy
         if not self.recognized and self.protocol.request_framer.recognizes(self.head):
             self.recognize()
         limit = HEAD_TIMEOUT if self.recognized else UNRECOGNIZED_MAX
@@ -5511,10 +5436,7 @@ class ProtocolChain(Chain):
         return head
 
     def give_up_head(self, now):
-        """Stop holding an incomplete head, because the longest time for this has passed.
-
-        Returns the events that forward the head.
-        """
+        """Return the events that forward an incomplete head. Called at `head_deadline`."""
         if self.recognized:
             self.head_forwarded = True
             return self.flush_head(now)
@@ -5522,15 +5444,15 @@ class ProtocolChain(Chain):
             now, UPSTREAM, "no whole line or message in the first %g s" % UNRECOGNIZED_MAX)
 
     def process_boundary(self, now, to, boundary):
-        """Apply a boundary. Returns the events of rules, and the events that are released."""
+        """Apply a boundary. Returns the events of rules and the released queued events."""
         if boundary is END_OF_MESSAGE or boundary is END_OF_ROW:
             events = self.process_in_exchange(now, to, boundary)
-            self.apply(to, boundary)
+            self.apply_boundary(to, boundary)
             return events + self.release_done(now)
-        self.apply(to, boundary)
+        self.apply_boundary(to, boundary)
         if boundary is TLS_BEGINS:
             return []
-        # The held head is complete: it begins a request, or continues one.
+        # The boundary is a Request or CONTINUATION: now the head is complete.
         events, head = self.release_done(now), self.take_head()
         is_request = boundary is not CONTINUATION
         if is_request:
@@ -5543,18 +5465,18 @@ class ProtocolChain(Chain):
     def process_in_exchange(self, now, to, data, is_refusable=False):
         """Run bytes or a signal through the active rules of an exchange.
 
-        is_refusable    whether the data is the whole head of a request, which a rule may refuse.
-                        While the client connects, a rule may refuse the client at any data
+        is_refusable    whether the data is the whole head of a request that a rule may refuse
 
-        Returns the events that may leave now. If the exchange is not the first one, the replies
-        of rules are queued in the exchange.
+        Returns the events that may leave now. If the exchange is not the first of the queue, the
+        replies of rules are queued in the exchange.
         """
         exchange = self.exchange_of(to)
+        # While a client connects, a rule may refuse the client at any data.
         self.set_exchange(exchange, is_refusable or (to is UPSTREAM and exchange.is_connecting()))
-        # True for CONTINUATION bytes (COPY data, a password): the request is complete already.
+        # CONTINUATION bytes, like COPY data or a password, come after a complete request.
         continues = to is UPSTREAM and exchange.complete
         if data is END_OF_MESSAGE and (continues or not exchange.active_rules):
-            return []                   # no rule gets this signal
+            return []                   # rules get only the first END_OF_MESSAGE of a request
         events = []
         for event in self.run_chain(exchange.active_rules, now, to, [(now, to, data, ())]):
             _, direction, made, _ = event
@@ -5568,33 +5490,33 @@ class ProtocolChain(Chain):
             self.note_end(now, data, events)
         return events
 
-    def queue_replies(self, exchange, start, data, events):
+    def queue_replies(self, exchange, start, made_of, events):
         """Queue the replies and signals of rules until the exchange is the first exchange.
 
-        start     the time when `data` came
-        data      the bytes or the signal that the events were made of
-        events    have the form of `process`
+        start      the time when `made_of` came
+        made_of    the bytes or the signal that the events were made of
 
         Returns the other events, which may leave now.
         """
         may_leave = []
         for event in events:
             _, to, made, delays = event
-            if to == UPSTREAM and (made or made is data):   # bytes, or the signal of the client
+            # Only bytes for the backend, and an unchanged signal of the client, may leave now.
+            if to == UPSTREAM and (made or made is made_of):
                 may_leave.append(event)
             else:
                 exchange.queued_events.append((start, to, made, delays))
-                self.keep(exchange, len(made) + CHUNK_OVERHEAD)
+                self.count_memory(exchange, len(made) + CHUNK_OVERHEAD)
                 if made is EOF and to == UPSTREAM:      # the rule closes the connection
                     self.drops_requests = True
         return may_leave
 
     def note_end(self, now, made_of, events):
-        """Note whether a rule closes or resets the connection to the client now.
+        """Set drops_replies if a rule closes or resets the connection to the client now.
 
         made_of    the bytes or the signal that the events were made of
         """
-        if made_of is EOF:              # a peer has closed the connection, not a rule
+        if made_of is EOF:              # the client or the backend has closed, not a rule
             return
         for due, to, data, _ in events:
             ends_replies = data is RESET or (data is EOF and to == DOWNSTREAM)
@@ -5602,9 +5524,9 @@ class ProtocolChain(Chain):
                 self.drops_replies = True
 
     def run_rule(self, active, event, opening):
-        """Return the events that one active rule makes of one event.
+        """Return the events that one active rule makes of one event: see run_chain.
 
-        After a rule has refused the request, the protocol makes these events instead of the
+        After a rule has refused the request, the protocol makes the events in place of the
         handler.
         """
         exchange = self.current_exchange
@@ -5615,8 +5537,7 @@ class ProtocolChain(Chain):
                 return [event]
             self.note_changes(active, to, events, opening)
             return [(due, direction, made, delays) for due, direction, made in events]
-        events = super().run_rule(active, event, opening)
-        # The handler may have refused the request.
+        events = super().run_rule(active, event, opening)     # may refuse the request
         if exchange.refusal and exchange.refusal.reply.closes:
             self.drops_requests = True
         return events
@@ -5627,7 +5548,7 @@ class ProtocolChain(Chain):
         return events + self.process_in_exchange(now, to, data)
 
     def flush_head(self, now):
-        """Return a list of the event that forwards a held head. No rule acts on this event."""
+        """Return the events that forward a held head, if there is a held head. No rule acts."""
         head = self.take_head()
         return [(now, UPSTREAM, head, ())] if head else []
 
@@ -5636,9 +5557,9 @@ class ProtocolChain(Chain):
 
         error    the reason, as text. The connection logs this text
 
-        Stores the Chain that replaces this one in `successor`. This chain is not replaced if the
-        client's bytes are wrong and the client must still get errors of rules. Then this chain
-        forwards the further bytes of the client, and still parses the replies.
+        Stores a tcp Chain in `successor`, which replaces this chain. But if the client's bytes are
+        wrong and the client must still get errors of rules, this chain stays: the chain forwards
+        the further bytes of the client, and still parses the replies.
 
         Returns the events that were held or queued.
         """
@@ -5652,8 +5573,8 @@ class ProtocolChain(Chain):
         events = [event for exchange in self.exchanges
                   for event in self.take_queued(exchange, now)]
         if self.head:
-            # The rules of request 1 were drawn when the client connected. The successor has these
-            # rules already. If the head is not of request 1, another request begins here.
+            # The head begins a request, whose rules must be drawn. `start` has drawn the rules of
+            # request 1, which is the request of the head if the last exchange has no Request.
             if self.exchanges[-1].request or self.protocol.server_first:
                 chain.begin_request()
             events += chain.process(now, UPSTREAM, self.head)
