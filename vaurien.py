@@ -6248,8 +6248,8 @@ class Loop:
 
 # -- Sockets ------------------------------------------------------------------
 #
-# This section parses the text HOST:PORT of users and finds its socket addresses. It contains the
-# listener, the non-blocking connect, and the pipes in the kernel.
+# Addresses as text (HOST:PORT) and as socket addresses, the listener, the non-blocking connect,
+# and the pipes in the kernel.
 
 LOOPBACK = ("127.0.0.1", "::1")     # the addresses of the name localhost (RFC 6761, 6.3)
 WILDCARD = ("0.0.0.0", "::")        # a listener on these has all addresses of this machine
@@ -6257,8 +6257,7 @@ WILDCARD = ("0.0.0.0", "::")        # a listener on these has all addresses of t
 # address.
 LOOPBACK_OF = dict(zip(WILDCARD, LOOPBACK))
 
-# The base class of socket.socket has all methods that a proxy needs. To create and close a
-# RawSocket takes half the time that a socket.socket takes.
+# The base class of socket.socket, whose objects are created and closed in half the time.
 RawSocket = socket.SocketType
 SOCK_NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)     # macOS and Windows lack this flag
 HAVE_SPLICE = hasattr(os, "splice")     # Linux, with Python 3.10 or newer
@@ -6302,17 +6301,15 @@ TLS_SCHEMES = {"tls": None, "https": 443, "rediss": 6379, "smtps": 465, "ldaps":
                "amqps": 5671, "mqtts": 8883}
 
 
-def parse_backend(text, parse=parse_address):
+def parse_backend(text):
     """Parse the address of a backend: HOST:PORT, or for TLS a URL like tls://db.example:443.
-
-    parse    the function that parses HOST:PORT
 
     Returns (host, port), or (host, port, "tls") for a URL. Raises ValueError.
     """
     scheme, separator, location = text.strip().partition("://")
     scheme = scheme.lower()
     if not separator or scheme not in TLS_SCHEMES:
-        return parse(text)
+        return parse_address(text)
     location = location[:-1] if location.endswith("/") else location
     lacks_port = re.fullmatch(r"\[[^]]*\]|[^:/]*", location)    # only [ADDRESS], or only a name
     default_port = TLS_SCHEMES[scheme]
@@ -6337,8 +6334,7 @@ def require_ssl(prefix=""):
 
 
 def url_error(text):
-    """Return the error message for a URL that is given instead of HOST:PORT."""
-    # Only the scheme of SCHEME://USER:PASSWORD@HOST:PORT is necessary.
+    """Return the error message for SCHEME://[USER:PASSWORD@][HOST][:PORT] instead of HOST:PORT."""
     scheme, host, port = re.match(
         r"(.*?)://(?:.*@)?(\[[^]]*\]|[^/:?#]*)(?::(\d+))?", text, re.DOTALL).groups()
     default_port = {"http": "80", "https": "443"}.get(scheme.lower(), "PORT")
@@ -6347,22 +6343,22 @@ def url_error(text):
 
 
 def hide_password(text):
-    """Return an address or a URL in which three dots replace the user and the password, if any.
+    """Return an address or a URL with three dots in place of the user and the password.
 
-    A password may contain "/" and "@". Therefore the dots replace all text before the last "@",
-    except the scheme.
+    The dots replace all text before the last "@", except the scheme: a password may contain "@"
+    and "/". So redis://me:p@ss@db:6379 becomes redis://...@db:6379.
     """
     return re.sub(r"\A([^:/@]*://)?.*@", r"\1...@", text, flags=re.DOTALL)
 
 
-# Parses an address to listen on. Port 0 means any free port.
+# Parses the address of a listener. Port 0 means any free port.
 parse_listener = functools.partial(parse_address, min_port=0)
 
 
 def encode_host(host):
     """Return a host name as bytes. Raises UnicodeError.
 
-    An ASCII name does not use the codec idna, because the import of this codec takes 5 ms.
+    ASCII names do not need the codec idna, whose import takes 5 ms.
     """
     return host.encode("ascii" if re.fullmatch("[!-~]*", host) else "idna")
 
@@ -6370,8 +6366,8 @@ def encode_host(host):
 def is_valid_host(host):
     """Return whether a host is empty, an IPv6 address, or a name that a resolver accepts.
 
-    A name consists of labels of 1 to 63 bytes with dots between the labels. A final dot may
-    follow. Without the final dot, a name has at most 253 bytes.
+    A name consists of labels of 1 to 63 bytes with dots between the labels, and may end with a
+    dot. Without a final dot, a name has at most 253 bytes.
     """
     if ":" in host:
         return bool(re.fullmatch(r"[0-9A-Fa-f:.]+(%[\w.-]+)?", host))
@@ -6379,8 +6375,8 @@ def is_valid_host(host):
         name = encode_host(host).decode("ascii")
     except UnicodeError:
         return False
-    return len(name.rstrip(".")) <= 253 and bool(
-        re.fullmatch(r"([\w-]{1,63}(\.[\w-]{1,63})*\.?)?", name))
+    has_valid_labels = bool(re.fullmatch(r"([\w-]{1,63}(\.[\w-]{1,63})*\.?)?", name))
+    return has_valid_labels and len(name.rstrip(".")) <= 253
 
 
 def normalize_host(host):
@@ -6400,54 +6396,55 @@ def is_loopback(host):
 
 
 def is_own_address(host):
-    """Return whether an IP address belongs to this machine: a socket can be bound to it."""
+    """Return whether an IP address belongs to this machine: whether bind() accepts the address."""
+    if is_loopback(host):
+        return True
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as sock:
             sock.bind((host, 0))
-    except OSError:                 # an address of another machine, or no descriptor is left
-        return is_loopback(host)
+    except OSError:
+        return False
     return True
 
 
 def is_wildcard(host):
-    """Return whether a listener on this host accepts clients on all addresses of this machine.
+    """Return whether a host stands for all addresses of this machine: "", 0.0.0.0 or ::.
 
-    The hosts "", 0.0.0.0 and :: mean the same, as in Toxiproxy: the listener has a socket for
-    IPv4 and a socket for IPv6.
+    A listener on a wildcard host has a socket for IPv4 and a socket for IPv6, as in Toxiproxy.
     """
-    addresses = resolve_numeric((host, 0))      # such as 0.0.0.0 for "0"
-    return not host or any(ip in WILDCARD for _, (ip, *_) in addresses)
+    addresses = resolve_numeric((host, 0))      # for the host "0", the address 0.0.0.0
+    return host == "" or any(ip in WILDCARD for _, (ip, *_) in addresses)
 
 
 def check_backend(backend, local_addresses):
-    """Raise ValueError if connecting to the backend would reach a listener of the proxy.
+    """Raise ValueError if a connect to the backend would reach a listener of the proxy.
 
     local_addresses    the (host, port) of the listeners
 
-    A backend whose name needs a resolver is not checked.
+    Does not check a backend whose name needs a resolver.
     """
     reached = reached_addresses(backend)
     for local_host, local_port in local_addresses:
         if is_wildcard(local_host):
-            is_own = any(port == local_port and is_own_address(host) for host, port in reached)
+            reaches_listener = any(port == local_port and is_own_address(host)
+                                   for host, port in reached)
         else:
             own = reached_addresses((local_host, local_port))
-            is_own = not reached.isdisjoint(own)
-        if is_own:
+            reaches_listener = not reached.isdisjoint(own)
+        if reaches_listener:
             raise ValueError("%s is the proxy's own address: the proxy would connect to itself"
                              % format_address(backend))
 
 
 def reached_addresses(address):
-    """Return the addresses that a connect to (host, port) may reach: a set of (host, port).
+    """Return the set of (host, port) that a connect to (host, port) reaches.
 
-    A connection to 0.0.0.0 or :: reaches the loopback address. An IPv4 address may be written as
-    an IPv6 address (::ffff:127.0.0.1). Returns an empty set if a resolver would be needed.
+    The set is empty if the host needs a resolver.
     """
     reached = set()
     for _, (host, port, *_) in resolve_numeric(address):
-        host = re.sub("^::ffff:(?=.*[.])", "", host)    # 127.0.0.1 for ::ffff:127.0.0.1
+        host = re.sub("^::ffff:(?=.*[.])", "", host)    # ::ffff:127.0.0.1 means 127.0.0.1
         reached.add((LOOPBACK_OF.get(host, host), port))
     return reached
 
@@ -6491,7 +6488,7 @@ def resolve(address, wildcard=LOOPBACK, flags=0):
 def resolve_numeric(address):
     """Return the socket addresses of (host, port, ...), or [] if a resolver is needed.
 
-    `resolve` itself knows the addresses of localhost and of an empty host.
+    An IP address, localhost and an empty host need no resolver.
     """
     try:
         return resolve(address, flags=socket.AI_NUMERICHOST)
@@ -6515,7 +6512,7 @@ class CannotListen(OSError):
     setting = ""
 
     def __init__(self, error, address, mode="normal"):
-        """`error` is the system's OSError. `mode` is the mode of Listener that has failed."""
+        """`error` is the OSError of the system. `mode` is the mode that the Listener needs."""
         self.address = format_address(address)
         self.reason = error.strerror or str(error)
         if mode != "normal":
@@ -6525,7 +6522,7 @@ class CannotListen(OSError):
     @classmethod
     @contextlib.contextmanager
     def naming(cls, setting):
-        """Set the attribute `setting` of a CannotListen that the with statement's body raises."""
+        """Set `setting` in a CannotListen that the body of the `with` statement raises."""
         try:
             yield
         except cls as error:
@@ -6536,7 +6533,7 @@ class CannotListen(OSError):
 class Listener:
     """Accepts connections on all addresses of a host, on one port. Runs in the loop's thread.
 
-    The kernel replies to a client's SYN before a program sees the client. Therefore a mode
+    The kernel replies to the SYN of a client before a program sees the client. Therefore a mode
     applies to all new clients. Open connections continue. The modes are:
 
       mode      state of the sockets                                   a new connect
@@ -6545,22 +6542,23 @@ class Listener:
       drop      they listen, but the fillers, which are connections    gets no reply until the
                 of the listener to itself, keep the backlog full       mode is normal again
 
-    In the mode drop, each socket is always readable, because a filler waits in its backlog.
-    Therefore the loop does not watch the sockets.
+    In the mode drop, the loop does not watch the sockets. The waiting fillers make the sockets
+    readable at all times.
 
-    With reuse_port, other processes listen on the port too, and the kernel spreads new connects
-    over the listening sockets. A listener with the mode refuse leaves all connects to the other
-    processes. A listener with the mode drop discards its share of the connects with a packet
-    filter. Fillers are no solution, because the kernel could connect a filler to another process.
+    With reuse_port, the kernel spreads new connects over the listening sockets of several
+    processes. A process with the mode refuse gets no share. A process with the mode drop
+    discards its share with a packet filter, because the kernel could connect a filler to another
+    process.
     """
 
     last_warning = -RETRY_DELAY     # when any listener last warned that it cannot accept
     burst = 1.0                     # the most connections that the next `accept` accepts
 
     def __init__(self, local, on_accept, mode="normal", reuse_port=None):
-        """Bind the port. on_accept(client, peer) gets each connection. Raises CannotListen.
+        """Bind the port. Raises CannotListen.
 
-        reuse_port    the number of this process among those that share the port, or None
+        on_accept     function that is called with the socket and the address of each client
+        reuse_port    the number of this process among the processes on the port, or None
         """
         self.local = local
         self.on_accept = on_accept
@@ -6575,31 +6573,31 @@ class Listener:
         return " and ".join(format_address(sock.getsockname()) for sock in self.sockets)
 
     def address(self):
-        """Return the (host, port, ...) of the first socket."""
+        """Return the socket address of the first socket."""
         return self.sockets[0].getsockname()
 
     def bind(self):
-        """Bind the port. After `close`, this binds the same port again. Raises CannotListen."""
+        """Bind the port, or, after `close`, bind the same port again. Raises CannotListen."""
         self.loop = None                        # set by `open`
         self.sockets = listen(self.local, self.reuse_port)
         host, _ = self.local
         _, bound_port, *_ = self.address()
         self.local = host, bound_port           # for port 0, the kernel has picked a port
-        mode, self.mode = self.mode, "normal"   # the new sockets listen; set_mode() follows
+        wanted_mode = self.mode
+        self.mode = "normal"                    # the mode of the sockets that listen() returns
         try:
             if self.reuse_port:
                 self.lock_number()
-            self.set_mode(mode)
+            self.set_mode(wanted_mode)
         except CannotListen:
             self.close()
             raise
 
     def lock_number(self):
-        """Reserve the number `reuse_port` for this listener, on each of its addresses.
+        """Reserve the number `reuse_port` at each address. Raises CannotListen if it is taken.
 
-        Raises CannotListen if another listener has the number. The name of an abstract socket
-        serves as a lock (man 7 unix). Only one socket can have the name, and the kernel frees
-        the name when the process ends. Abstract names belong to a network namespace, as ports do.
+        The lock is an abstract socket (man 7 unix). Only one abstract socket in a network
+        namespace can have a name, and the kernel frees the name when the process ends.
         """
         for sock in self.sockets:
             address = sock.getsockname()
@@ -6620,16 +6618,14 @@ class Listener:
             self.watch(sock)
 
     def watch(self, sock):
-        """Let the loop call `accept` when a client waits. Only the mode normal needs this."""
+        """In the mode normal, let the loop call `accept` when a client waits."""
         if self.mode == "normal":
             self.loop.watch(sock, EVENT_READ, functools.partial(self.accept, sock))
 
     def set_mode(self, mode):
-        """Change the mode, after accepting the clients that wait in the backlog.
+        """Change the mode. If a socket does not permit the mode, raises CannotListen.
 
-        If no descriptor is left for these clients, the mode refuse resets them, and in the mode
-        drop they continue to wait. If the new mode is not possible, sets the mode normal and
-        raises CannotListen.
+        After CannotListen, the mode is normal.
         """
         if mode == self.mode:
             return
@@ -6637,27 +6633,24 @@ class Listener:
             if not is_connected(filler):        # `accept_one` closes the connected fillers
                 del self.fillers[address]
                 filler.close()
-        for sock in self.sockets:               # first, return to the mode normal
+        for sock in self.sockets:               # the new mode replaces the mode normal
             self.listen_again(sock)
+        self.mode = mode
         if mode != "normal":
             self.leave_normal(mode)
-        self.mode = mode
-        if self.loop:
+        elif self.loop:
             for sock in self.sockets:
                 self.watch(sock)
 
     def leave_normal(self, mode):
-        """Let the kernel refuse or drop connects.
+        """Let the kernel refuse or drop connects, after the clients that wait are accepted.
 
-        If a socket does not permit this, sets the mode normal again and raises CannotListen.
+        If no descriptor is left for a client that waits, the mode refuse resets the client, and
+        the mode drop lets the client wait.
         """
-        self.mode = mode                        # `watch`, which `pause` calls later, reads this
         for index, sock in enumerate(self.sockets):
             if self.loop:                       # before `open`, no client is accepted
-                self.loop.watch(sock, 0)
-                for _ in range(BACKLOG):        # accept the clients that wait
-                    if not self.accept_one(sock):
-                        break
+                self.accept_backlog(sock)
             address = sock.getsockname()
             try:
                 if mode == "refuse":
@@ -6670,8 +6663,15 @@ class Listener:
                 self.set_mode("normal")
                 raise CannotListen(error, address, mode) from None
 
+    def accept_backlog(self, sock):
+        """Accept all clients that wait, and stop watching the socket."""
+        self.loop.watch(sock, 0)
+        for _ in range(BACKLOG):
+            if not self.accept_one(sock):
+                return
+
     def listen_again(self, sock):
-        """Let a socket listen as in the mode normal. Raises CannotListen."""
+        """End the mode refuse or drop of a socket. Raises CannotListen."""
         try:
             set_reuse_address(sock, 1)          # refuse_connects() has set the option to 0
             if self.reuse_port:
@@ -6684,23 +6684,22 @@ class Listener:
     def fill_backlog(self, sock):
         """Connect to a listening socket until a connect gets no reply. Raises OSError.
 
-        The kernel drops a SYN while the backlog is full (man 2 listen). On Linux, a backlog of 0
-        holds one connection. On macOS, 0 means the largest backlog.
+        While the backlog is full, the kernel drops each SYN (man 2 listen).
         """
-        # While a backlog of 0 is empty, Linux replies to a SYN with a SYN cookie. Therefore the
-        # first filler connects before the backlog is 0.
+        # The first filler connects before listen(0), because Linux replies with a SYN cookie to
+        # the first SYN after listen(0).
         self.add_filler(sock)
-        sock.listen(0 if LINUX else 1)
+        sock.listen(0 if LINUX else 1)      # room for one. On macOS, 0 means the largest backlog
         for _ in range(FILLERS_MAX):
             if not is_connected(self.add_filler(sock)):
                 return
         raise OSError(errno.ENOTSUP, "this system accepts clients beyond the backlog")
 
     def add_filler(self, sock):
-        """Connect to a listening socket, and wait FILL_TIMEOUT at most. Raises OSError.
+        """Connect to a listening socket. Returns the filler. Raises OSError.
 
-        Returns the filler. If its connect has no reply yet, the connect continues: the kernel
-        may be slow, and put the connection into the backlog later.
+        After FILL_TIMEOUT without a reply, the connect continues, because a slow kernel may still
+        put the connection into the backlog.
         """
         filler = RawSocket(sock.family, socket.SOCK_STREAM)
         try:
@@ -6717,22 +6716,22 @@ class Listener:
     def accept(self, sock, events):
         """Accept the connections that wait, `burst` at most.
 
-        An accept() that finds no connection wastes a system call. Therefore the burst grows
-        after a full burst, and halves after one with fewer connections.
+        The next burst is larger if `burst` connections waited, and smaller if fewer waited: an
+        accept() without a waiting connection wastes a system call.
         """
         burst = self.burst
-        self.burst = max(1.0, burst / 2)            # unless the burst turns out to be full
+        self.burst = max(1.0, burst / 2)            # if the loop ends early
         for _ in range(int(burst)):
             # An earlier callback may have closed the socket, or changed the mode.
-            if (sock not in self.sockets or self.mode != "normal"
-                    or not self.accept_one(sock)):
+            is_accepting = sock in self.sockets and self.mode == "normal"
+            if not is_accepting or not self.accept_one(sock):
                 return
         self.burst = min(ACCEPT_BURST, 1.25 * burst)
 
     def accept_one(self, sock):
-        """Accept a connection. Returns False if no connection can be accepted now.
+        """Accept a connection. Returns False if no connection waits.
 
-        Either no connection waits, or no resources are left. In the second case, calls `pause`.
+        If no descriptors or no memory are left, calls `pause` and returns False.
         """
         reason = self.loop.capacity_error()
         if reason:
@@ -6753,14 +6752,14 @@ class Listener:
             return False
         self.paused_since = None
         if fd + SPARE_FDS >= self.loop.fd_limit:
-            Loop.fds_exhausted = True
+            Loop.fds_exhausted = True           # capacity_error() checks the next connections
         if self.fillers and peer in self.fillers:   # the other end of a filler
             self.fillers.pop(peer).close()
             client.close()
             return True
         try:
-            # If the client has closed the connection, macOS returns no peer. getpeername() then
-            # raises OSError.
+            # macOS returns no peer if the client has closed the connection. In this case,
+            # getpeername() raises OSError.
             self.on_accept(client, peer or client.getpeername())
         except OSError:
             client.close()
@@ -6769,10 +6768,9 @@ class Listener:
     def pause(self, sock, reason):
         """Stop accepting for RETRY_DELAY. Logs the reason, at most once in RETRY_DELAY.
 
-        After ACCEPT_TIMEOUT without an accepted client, resets the clients that wait. Otherwise
-        two proxies A and B, each the backend of the other, might never continue. The clients that
-        wait at B are connections that A has made. They use A's descriptors, so that A cannot
-        accept clients, either.
+        After ACCEPT_TIMEOUT without an accepted client, resets the clients that wait. The reset
+        frees descriptors in the clients. Without a reset, two proxies that are each the backend
+        of the other could wait for each other forever.
         """
         self.loop.watch(sock, 0)
         now = self.loop.clock()
@@ -6784,15 +6782,15 @@ class Listener:
             Listener.last_warning = now
             log.warning("cannot accept on %s: %s: trying again in %g s", self, reason,
                         RETRY_DELAY)
+        self.loop.call_at(now + RETRY_DELAY, functools.partial(self.resume, sock))
 
-        def resume():
-            try:
-                if sock in self.sockets:
-                    self.watch(sock)
-            except OSError as error:    # the selector takes no more sockets
-                self.pause(sock, error.strerror)
-
-        self.loop.call_at(now + RETRY_DELAY, resume)
+    def resume(self, sock):
+        """End a pause, unless the socket is closed."""
+        try:
+            if sock in self.sockets:
+                self.watch(sock)
+        except OSError as error:        # the selector takes no more sockets
+            self.pause(sock, error.strerror)
 
     @staticmethod
     def reset_waiting(sock):
@@ -6835,11 +6833,10 @@ def set_drop_filter(sock):
 
 
 def refuse_connects(sock):
-    """Let the kernel refuse connects to a listening socket, but keep its port. Raises OSError.
+    """Let the kernel refuse connects to a listening socket, but keep the port. Raises OSError.
 
-    On Linux, the socket stops listening, and is returned. On other systems, the socket is
-    closed, and a new socket is returned, which is bound to the port but does not listen.
-    SO_REUSEADDR is switched off, so no other program can bind the port.
+    Returns the socket that keeps the port: `sock` on Linux, and a new socket on other systems.
+    While SO_REUSEADDR is 0, no other program can bind the port.
     """
     family, address = sock.family, sock.getsockname()
     set_reuse_address(sock, 0)
@@ -6863,17 +6860,16 @@ def is_connected(sock):
 def listen(local, reuse_port=None):
     """Return sockets that listen on every address of (host, port), all on one port.
 
-    Port 0 means any port that is free on all addresses. With reuse_port, other processes may
-    listen on the port too. Raises CannotListen.
+    Port 0 means any port that is free on all addresses. Raises CannotListen.
     """
-    # For port 0, the kernel picks a port that is free on the first address. If this port is in
-    # use on the next address, another attempt gets another port.
+    # For port 0, the kernel picks a port that is free on the first address. If the port is in use
+    # on the second address, another attempt gets another port.
     _, port = local
     attempts = 20 if port == 0 else 1
     for _ in range(attempts):
         sockets, error = try_listen(local, reuse_port)
-        # On a machine without IPv6, the sockets of IPv4 are enough.
-        if error is None or (sockets and address_unavailable(error)):
+        lacks_only_ipv6 = sockets and error and address_unavailable(error)
+        if error is None or lacks_only_ipv6:
             return sockets
         for sock in sockets:
             sock.close()
@@ -6885,8 +6881,8 @@ def listen(local, reuse_port=None):
 def try_listen(local, reuse_port=None):
     """Listen on the addresses of (host, port), in order.
 
-    An address that this machine lacks is skipped. After any other error, the addresses that
-    follow are not tried. Returns (sockets, error): error is the last CannotListen, or None.
+    Skips addresses that this machine lacks, and stops at any other error. Returns (sockets,
+    error), in which error is the last CannotListen or None.
     """
     host, port = local
     if is_wildcard(host):
@@ -6900,7 +6896,7 @@ def try_listen(local, reuse_port=None):
         address = (ip, port, *ipv6_fields)
         try:
             sockets.append(bind_listener(family, address, reuse_port))
-            _, port, *_ = sockets[0].getsockname()  # the next addresses get the same port
+            _, port, *_ = sockets[0].getsockname()  # not 0: use one port for all addresses
         except OSError as exc:
             error = CannotListen(exc, address)
             if not address_unavailable(exc):
@@ -6932,9 +6928,8 @@ def bind_listener(family, address, reuse_port=None):
     """Return a socket that listens on one address. Raises OSError."""
     _, port, *_ = address
     if LINUX and port == 0:
-        # refuse_connects() calls shutdown(), which frees the port if the kernel has picked it
-        # for the socket. Therefore a first socket finds a free port, and the second socket binds
-        # this port by its number.
+        # Bind port 0 with a socket of its own, to get the number of a free port. If the listening
+        # socket had bound port 0, shutdown() in refuse_connects() would free the port.
         with contextlib.closing(bind_socket(family, address)) as sock:
             address = sock.getsockname()
     sock = bind_socket(family, address, reuse_port)
@@ -6966,10 +6961,9 @@ def bind_socket(family, address, reuse_port=None):
 
 
 def first_address(local):
-    """Return the first address of a listener at (host, port), as Toxiproxy writes it.
+    """Return the first address of a listener at (host, port), as text. Raises CannotListen.
 
-    Toxiproxy writes the wildcard address as [::], for example [::]:8000. Raises CannotListen if
-    the host cannot be resolved.
+    The text for a wildcard host is like [::]:8000, as in Toxiproxy.
     """
     host, port = local
     if is_wildcard(host):
@@ -6984,8 +6978,8 @@ def first_address(local):
 class KernelPipe:
     """A pipe in the kernel, through which splice moves bytes between sockets without a copy.
 
-    A delay queue uses a pipe like a bytes object: len(pipe) is the number of bytes in the pipe,
-    and pipe[n:] is the pipe after n bytes have been sent.
+    A delay queue uses a pipe like a bytes object: len(pipe) is the number of bytes in the pipe.
+    After n bytes have been sent, pipe[n:] subtracts n from this number and returns the pipe.
     """
 
     __slots__ = ("read_fd", "write_fd", "held")
@@ -6997,8 +6991,8 @@ class KernelPipe:
         if max(self.read_fd, self.write_fd) >= fd_limit:
             self.close()
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        # The call fails if the pipes of the user have reached a limit (man 7 pipe). The pipe
-        # then keeps its default size, which is smaller.
+        # If the pipes of the user have reached a limit (man 7 pipe), the call fails, and the pipe
+        # keeps its smaller default size.
         with contextlib.suppress(OSError):
             fcntl.fcntl(self.write_fd, F_SETPIPE_SZ, KERNEL_PIPE_SIZE)
 
@@ -7006,29 +7000,18 @@ class KernelPipe:
         return self.held
 
     def __getitem__(self, unsent):
-        """Subtract n bytes, which splice_to() has sent, and return the pipe itself.
-
-        So a caller writes data = data[n:] for a pipe, too.
-
-        unsent    slice(n, None)
-        """
-        self.held -= unsent.start
+        sent = unsent.start             # `unsent` is slice(n, None)
+        self.held -= sent
         return self
 
     def splice_from(self, source):
-        """Move bytes from a socket into the empty pipe. Raises OSError like recv().
-
-        Returns the number of bytes.
-        """
+        """Receive n bytes into the empty pipe, and return n. Raises OSError like recv()."""
         self.held = os.splice(source.fileno(), self.write_fd, KERNEL_PIPE_SIZE,
                               flags=os.SPLICE_F_NONBLOCK)
         return self.held
 
     def splice_to(self, target):
-        """Move bytes from the pipe into a socket. Raises OSError like send().
-
-        Returns the number of bytes.
-        """
+        """Send n bytes of the pipe, and return n. Raises OSError like send()."""
         return os.splice(self.read_fd, target.fileno(), self.held, flags=os.SPLICE_F_NONBLOCK)
 
     def close(self):
@@ -7052,8 +7035,8 @@ def start_connect(family, address, fd_limit):
         set_stream_options(sock)
         error = sock.connect_ex(address)
         if error == errno.EINPROGRESS and LINUX:
-            # If the backend runs on this machine, the first call has completed the handshake,
-            # but returns EINPROGRESS nevertheless. Only the second call returns 0.
+            # The first connect() to a backend on this machine returns EINPROGRESS, although the
+            # socket is connected. A second connect() returns 0.
             error = sock.connect_ex(address)
         if not error:
             error = self_connect_error(sock, address)
@@ -7068,36 +7051,34 @@ def start_connect(family, address, fd_limit):
 
 
 def connect_error(sock):
-    """Return the error number of a connect() that is no longer pending. 0 means success."""
+    """Return the error number of a connect() that has ended, or 0 after success."""
     error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if error:
+        return error
     try:
-        if not error:
-            error = self_connect_error(sock, sock.getpeername())
-    except OSError:             # the backend has reset the connection: recv() reports it
-        pass
-    return error
+        return self_connect_error(sock, sock.getpeername())
+    except OSError:             # the backend has reset the connection: recv() reports the reset
+        return 0
 
 
 def self_connect_error(sock, peer):
-    """Return ECONNREFUSED if a socket is connected to itself, otherwise 0.
+    """Return ECONNREFUSED if a socket is connected to itself, and 0 if not.
 
     peer    the address that the socket has connected to
 
-    While no backend listens on a port of this machine, the kernel may pick this port for the
-    socket that connects. The SYN then reaches the socket that has sent it, which TCP accepts as
-    a simultaneous open (RFC 9293, 3.5). The caller closes the socket. The close sends RST, so
-    the port is free for the backend at once.
+    If no backend listens on a port of this machine, the kernel may give the port to the
+    connecting socket. Its SYN reaches itself, as a simultaneous open (RFC 9293, 3.5).
     """
     if sock.getsockname() != peer:
         return 0
-    reset_on_close(sock)
+    reset_on_close(sock)            # so that the caller's close() frees the port at once
     return errno.ECONNREFUSED
 
 
 def socket_strerror(error):
     """Return the message for an error number of a socket function.
 
-    On Windows, only the socket module knows these numbers; os.strerror() does not.
+    On Windows, os.strerror() does not know these numbers, but socket.errorTab does.
     """
     return getattr(socket, "errorTab", {}).get(error) or os.strerror(error)
 
