@@ -7085,13 +7085,12 @@ def socket_strerror(error):
 
 # -- Certificates -------------------------------------------------------------
 #
-# This section makes certificates without a package or a program. The keys are of the elliptic
-# curve P-256, the signatures are ECDSA with SHA-256 (FIPS 186-4), and the encoding is DER
-# (X.690). The duration of the arithmetic depends on the keys, and an attacker could measure the
-# duration. Therefore the keys are for tests only. A key exists only in the memory of this
-# process, except while SSLContext.load_cert_chain reads the key from a temporary file.
+# Certificates for tests. The keys are of the elliptic curve P-256, the signatures are ECDSA with
+# SHA-256 (FIPS 186-4), and the encoding is DER (X.690). The keys are for tests only, because an
+# attacker could compute a key from the duration of the arithmetic. A key exists only in the memory
+# of this process, except while SSLContext.load_cert_chain reads the key from a temporary file.
 
-# {fault of a certificate: the arguments with which Authority.issue makes the fault}
+# {fault of a certificate: arguments of Authority.issue}
 CERTIFICATE_FAULTS: "OrderedDict[str, Dict[str, Any]]" = OrderedDict((
     ("expired", {"days": (-30, -1)}),
     ("not_yet_valid", {"days": (2, 30)}),
@@ -7107,32 +7106,52 @@ P256_GENERATOR = (0x6B17D1F2E12C4247F8BCE6E563A440F277037D812DEB33A0F4A13945D898
                   0x4FE342E2FE1A7F9B8EE7EB4A7C0F9E162BCE33576B315ECECBB6406837BF51F5)
 P256_OID, PUBLIC_KEY_OID = "1.2.840.10045.3.1.7", "1.2.840.10045.2.1"
 ECDSA_SHA256_OID = "1.2.840.10045.4.3.2"
+BASIC_CONSTRAINTS, KEY_USAGE, SUBJECT_KEY_ID = "2.5.29.19", "2.5.29.15", "2.5.29.14"
+AUTHORITY_KEY_ID, EXTENDED_KEY_USAGE, ALTERNATIVE_NAMES = "2.5.29.35", "2.5.29.37", "2.5.29.17"
+SERVER_AUTH, CLIENT_AUTH = "1.3.6.1.5.5.7.3.1", "1.3.6.1.5.5.7.3.2"
+COMMON_NAME = "2.5.4.3"
 
 
 def multiply_generator(factor):
     """Return the point (x, y) that is `factor` times the generator of P-256, 0 < factor < order.
 
-    Each bit of the factor after the first doubles the point, and each 1 of these bits adds the
-    generator. Jacobian coordinates x, y, z stand for the point (x / z^2, y / z^3). With these
-    coordinates, only the last step needs a division. The formulas are dbl-2001-b and madd of the
-    Explicit-Formulas Database.
+    The method is "double and add". Jacobian coordinates (x, y, z) mean (x / z^2, y / z^3).
     """
-    p, (gx, gy) = P256_PRIME, P256_GENERATOR
-    x, y, z = gx, gy, 1
-    for bit in bin(factor)[3:]:                 # after "0b1"
-        delta, gamma = z * z % p, y * y % p     # double
-        beta, alpha = x * gamma % p, 3 * (x - delta) * (x + delta) % p
-        x, z = (alpha * alpha - 8 * beta) % p, 2 * y * z % p
-        y = (alpha * (4 * beta - x) - 8 * gamma * gamma) % p
+    point = (*P256_GENERATOR, 1)
+    for bit in bin(factor)[3:]:         # the bits after "0b1"
+        point = double_point(*point)
         if bit == "1":
-            square = z * z % p                  # add the generator
-            h, r = (gx * square - x) % p, (gy * square * z - y) % p
-            hh = h * h % p
-            hhh, v = h * hh % p, x * hh % p
-            x, z = (r * r - hhh - 2 * v) % p, z * h % p
-            y = (r * (v - x) - y * hhh) % p
-    inverse = pow(z, p - 2, p)                  # 1 / z, by Fermat's little theorem
-    return x * inverse ** 2 % p, y * inverse ** 3 % p
+            point = add_generator(*point)
+    x, y, z = point
+    inverse = invert(z, P256_PRIME)
+    return x * inverse ** 2 % P256_PRIME, y * inverse ** 3 % P256_PRIME
+
+
+def double_point(x, y, z):
+    """Return 2 times a point. The formula is dbl-2001-b of the Explicit-Formulas Database."""
+    p = P256_PRIME
+    delta, gamma = z * z % p, y * y % p
+    beta, alpha = x * gamma % p, 3 * (x - delta) * (x + delta) % p
+    x3 = (alpha * alpha - 8 * beta) % p
+    y3 = (alpha * (4 * beta - x3) - 8 * gamma * gamma) % p
+    return x3, y3, 2 * y * z % p
+
+
+def add_generator(x, y, z):
+    """Return a point plus the generator. The formula is madd of the Explicit-Formulas Database."""
+    p, (gx, gy) = P256_PRIME, P256_GENERATOR
+    zz = z * z % p
+    h, r = (gx * zz - x) % p, (gy * zz * z - y) % p
+    hh = h * h % p
+    hhh, v = h * hh % p, x * hh % p
+    x3 = (r * r - hhh - 2 * v) % p
+    y3 = (r * (v - x3) - y * hhh) % p
+    return x3, y3, z * h % p
+
+
+def invert(number, prime):
+    """Return 1 / number modulo a prime, by Fermat's little theorem."""
+    return pow(number, prime - 2, prime)
 
 
 def sign(key, message):
@@ -7141,8 +7160,7 @@ def sign(key, message):
     nonce = secrets.randbelow(P256_ORDER - 1) + 1
     x, _ = multiply_generator(nonce)
     r = x % P256_ORDER
-    inverse = pow(nonce, P256_ORDER - 2, P256_ORDER)        # 1 / nonce
-    s = inverse * (digest + r * key) % P256_ORDER
+    s = invert(nonce, P256_ORDER) * (digest + r * key) % P256_ORDER
     return der(SEQUENCE, der_int(r), der_int(s))
 
 
@@ -7153,27 +7171,28 @@ TRUE = b"\1\1\xff"
 
 
 def der(tag, *parts):
-    """Return a value in DER, whose content is the joined parts."""
+    """Return a value in DER: the tag, the size of all parts together, and the parts."""
     body = b"".join(parts)
     size = len(body)
     if size < 128:
         encoded_size = bytes([size])
-    else:                               # the number of bytes in `size_bytes` comes first
+    else:                               # 300 is 82 01 2C: 82 means that 2 bytes follow
         size_bytes = size.to_bytes((size.bit_length() + 7) // 8, "big")
         encoded_size = bytes([0x80 | len(size_bytes)]) + size_bytes
     return bytes([tag]) + encoded_size + body
 
 
 def der_int(number):
-    """Return a positive number in DER. A first bit of 1 would mean a negative number."""
-    return der(INTEGER, number.to_bytes(number.bit_length() // 8 + 1, "big"))
+    """Return a positive number in DER."""
+    size = number.bit_length() // 8 + 1     # the first bit is 0: the sign of a positive number
+    return der(INTEGER, number.to_bytes(size, "big"))
 
 
 def der_oid(text):
     """Return an object identifier like 1.2.840 in DER (X.690, 8.19).
 
-    The first two numbers share a byte. Each other number has 7 bits in each byte, and the
-    eighth bit is 1 in all bytes except the last.
+    The first two numbers share a byte. Each byte has 7 bits of another number. The first bit of
+    the byte is 0 in the last byte of a number, and 1 in the other bytes.
     """
     first, second, *others = map(int, text.split("."))
     encoded = bytes([40 * first + second])
@@ -7187,20 +7206,19 @@ def der_oid(text):
 
 
 def der_bits(data):
-    """Return a bit string in DER. The byte 0 means that the last byte has no unused bits."""
-    return der(BIT_STRING, b"\0", data)
+    """Return the bits of some bytes in DER."""
+    return der(BIT_STRING, b"\0", data)     # 0 unused bits in the last byte
 
 
 def der_name(common_name):
-    """Return an X.501 name in DER, which consists of the common name only."""
-    name = common_name[:64]         # the limit of RFC 5280, appendix A
-    return der(SEQUENCE, der(SET, der(SEQUENCE, der_oid("2.5.4.3"),         # commonName
-                                      der(UTF8_STRING, name.encode()))))
+    """Return an X.501 name in DER that has only a common name."""
+    text = common_name[:64].encode()        # at most 64 characters (RFC 5280, appendix A)
+    return der(SEQUENCE, der(SET, der(SEQUENCE, der_oid(COMMON_NAME), der(UTF8_STRING, text))))
 
 
-def der_extension(oid, value, *critical):
-    """Return an X.509 extension in DER. Peers may ignore it, unless `critical` is TRUE."""
-    return der(SEQUENCE, der_oid(oid), *critical, der(OCTET_STRING, value))
+def der_extension(oid, value, critical=b""):
+    """Return an X.509 extension in DER. `critical` is TRUE if peers must know the extension."""
+    return der(SEQUENCE, der_oid(oid), critical, der(OCTET_STRING, value))
 
 
 def alternative_name(host):
@@ -7221,10 +7239,10 @@ def make_certificate(subject, issuer, hosts=(), days=(-1, 3650)):
 
     subject, issuer    (common name, key, encoded public key)
     hosts              names and addresses of the subject; a CA has none
-    days               first and last day of validity, counted from now
+    days               when the validity begins and ends, in days from now
     """
     (name, _, public), (issuer_name, issuer_key, issuer_public) = subject, issuer
-    serial_number = secrets.randbits(119) + 2 ** 119        # 120 bits, of which the first is 1
+    serial_number = secrets.randbits(119) + 2 ** 119        # always 120 bits
     algorithm = der(SEQUENCE, der_oid(ECDSA_SHA256_OID))
     times = [time.strftime("%y%m%d%H%M%SZ", time.gmtime(time.time() + day * 86400)).encode()
              for day in days]
@@ -7245,19 +7263,18 @@ def make_certificate(subject, issuer, hosts=(), days=(-1, 3650)):
 def make_extensions(public, issuer_public, hosts):
     """Return the extensions of a certificate, each in DER (RFC 5280, 4.2.1)."""
     is_ca = not hosts
-    usage = b"\1\6" if is_ca else b"\7\x80"         # keyCertSign and cRLSign, digitalSignature
+    usage = b"\1\6" if is_ca else b"\7\x80"     # keyCertSign and cRLSign, or digitalSignature
     key_id, issuer_key_id = (hashlib.sha1(key).digest() for key in (public, issuer_public))
-    # basicConstraints, keyUsage, subjectKeyIdentifier, authorityKeyIdentifier
     extensions = [
-        der_extension("2.5.29.19", der(SEQUENCE, TRUE if is_ca else b""), TRUE),
-        der_extension("2.5.29.15", der(BIT_STRING, usage), TRUE),
-        der_extension("2.5.29.14", der(OCTET_STRING, key_id)),
-        der_extension("2.5.29.35", der(SEQUENCE, der(0x80, issuer_key_id)))]
-    if not is_ca:                                   # extKeyUsage, subjectAltName
-        purposes = der_oid("1.3.6.1.5.5.7.3.1") + der_oid("1.3.6.1.5.5.7.3.2")
-        extensions += [
-            der_extension("2.5.29.37", der(SEQUENCE, purposes)),
-            der_extension("2.5.29.17", der(SEQUENCE, *map(alternative_name, hosts)))]
+        der_extension(BASIC_CONSTRAINTS, der(SEQUENCE, TRUE if is_ca else b""), TRUE),
+        der_extension(KEY_USAGE, der(BIT_STRING, usage), TRUE),
+        der_extension(SUBJECT_KEY_ID, der(OCTET_STRING, key_id)),
+        der_extension(AUTHORITY_KEY_ID, der(SEQUENCE, der(0x80, issuer_key_id)))]
+    if not is_ca:
+        purposes = der(SEQUENCE, der_oid(SERVER_AUTH), der_oid(CLIENT_AUTH))
+        names = der(SEQUENCE, *map(alternative_name, hosts))
+        extensions += [der_extension(EXTENDED_KEY_USAGE, purposes),
+                       der_extension(ALTERNATIVE_NAMES, names)]
     return extensions
 
 
@@ -7276,13 +7293,13 @@ def to_pem(label, data):
 
 
 class Authority:
-    """A certificate authority (CA) for this run of the program.
+    """A certificate authority (CA) for this run of the program, and a second CA for faults.
 
-    Its key and its certificate are made on first use. Any thread may call `pem` and `issue`.
+    Keys and certificates are made on first use. Any thread may call `pem` and `issue`.
     """
 
     def __init__(self):
-        self.lock = threading.Lock()    # two threads must not make two keys of a CA
+        self.lock = threading.Lock()    # so that two threads never make two keys of a CA
         self.identities = {}        # {role: (common name, key, encoded public key)}
         self.ca_pem = ""            # the certificate of the CA
 
@@ -7294,9 +7311,9 @@ class Authority:
             return self.ca_pem
 
     def identity(self, role):
-        """Return the (common name, key, encoded public key) of "CA", "another CA" or "host".
+        """Return the (common name, key, encoded public key) of a role. The caller has the lock.
 
-        The caller holds the lock.
+        role    "CA", "another CA" or "host"
         """
         if role not in self.identities:
             key = secrets.randbelow(P256_ORDER - 1) + 1
@@ -7307,11 +7324,10 @@ class Authority:
         """Return a certificate for a host, and the key of the certificate, in PEM.
 
         host         a name or an address
-        days         first and last day of validity, counted from now
+        days         when the validity begins and ends, in days from now
         signed_by    "CA", "another CA", or "itself"
 
-        A certificate for a loopback address is also valid for localhost and for the other
-        loopback address.
+        A certificate for a loopback address is valid for localhost and all loopback addresses.
         """
         with self.lock:
             _, key, public = self.identity("host")      # all hosts share one key
@@ -7326,8 +7342,7 @@ AUTHORITY = Authority()
 
 # -- TLS ----------------------------------------------------------------------
 #
-# This section contains the TLS settings of a proxy, and TlsSocket, which a Connection uses like
-# a plain socket. The module ssl is imported on first use.
+# The TLS settings of a proxy, and TlsSocket, which a Connection uses like a plain socket.
 
 TLS_VERSIONS = ("1.0", "1.1", "1.2", "1.3")
 PEM_MAX = 16 * 1024 * 1024          # the most bytes that are read from a PEM file
@@ -7380,23 +7395,22 @@ def check_tls(value):
             raise ValueError("has no field %r%s: there are %s" % (
                 name, did_you_mean(name, TLS_FIELDS), ", ".join(TLS_FIELDS)))
         if given is not None:
-            fields[name] = check_field(name, TLS_FIELDS[name].check,
-                                       given if name == "verify" else str(given))
+            fields[name] = check_field(name, TLS_FIELDS[name].check, str(given))
     return fields
 
 
 class TlsConfig:
     """The TLS settings of a proxy, and the SSLContexts for its clients and its backend.
 
-    fields       {field: value} of the TLS_FIELDS that are set
+    fields       {name in TLS_FIELDS: value} of the settings that are not None
     accepts      whether clients must use TLS
     cert_file    the file with the certificate for clients, or "" if the proxy makes certificates
     """
 
     def __init__(self, fields, alpn=()):
-        """Read the files of the fields. Raises InputError.
+        """Check the fields, and read their files. Raises InputError.
 
-        alpn    names of application protocols: the proxy agrees on one with each peer (RFC 7301)
+        alpn    the names of the application protocols that the proxy accepts (RFC 7301)
         """
         self.fields = OrderedDict((name, value) for name, value in fields.items()
                                   if value is not None)
@@ -7404,7 +7418,7 @@ class TlsConfig:
         self.accepts = "cert" in self.fields or "fault" in self.fields
         cert = self.fields.get("cert", "auto")
         self.cert_file = "" if cert == "auto" else cert
-        # The two caches of contexts belong to this object: both are deleted together with it.
+        # A decorator lru_cache of a method would keep each TlsConfig in memory.
         self.cached_context = functools.lru_cache(NAMES_MAX)(self.make_accept_context)
         self.connect_context = functools.lru_cache(1)(self.make_connect_context)
         try:
@@ -7415,7 +7429,7 @@ class TlsConfig:
     def check(self):
         """Check that the fields fit together, and read the files. Raises ValueError.
 
-        The error begins with the name of a field. `__init__` adds the prefix "tls-".
+        Each error begins with the name of a field, without the prefix "tls-".
         """
         fields = self.fields
         if fields:
@@ -7431,16 +7445,17 @@ class TlsConfig:
         if "client_key" in fields and "client_cert" not in fields:
             raise ValueError("client-key needs tls-client-cert")
         if self.accepts:
-            self.accept_context(LOOPBACK[0])    # this reads the files
+            self.accept_context(LOOPBACK[0])    # reads the files for clients
         if "ca" in fields or "client_cert" in fields:
-            self.connect_context()              # this reads the files
+            self.connect_context()              # reads the files for the backend
 
     def accept_context(self, host):
         """Return the SSLContext for a client.
 
-        host    the name that the client asks for, or the address that it has connected to
+        host    the name that the client asks for, or else the local address of the connection
         """
-        return self.cached_context("" if self.cert_file else host)
+        needs_host = not self.cert_file     # the certificate in a file is for all hosts
+        return self.cached_context(host if needs_host else "")
 
     def make_accept_context(self, host):
         """Return a new SSLContext for clients.
@@ -7454,11 +7469,11 @@ class TlsConfig:
         else:
             self.load_new_certificate(context, host)
             context.set_servername_callback(self.on_server_name)
-        # TlsSocket cannot handle a second handshake. Python 3.6 has no such option.
+        # TlsSocket cannot handle a second handshake. Python 3.6 lacks the option.
         context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
         if hasattr(context, "num_tickets"):     # since Python 3.8
-            # By default, OpenSSL sends session tickets after the handshake. A client that only
-            # sends never reads the tickets, and a close with unread bytes sends RST, not FIN.
+            # Send no session tickets after the handshake. A client that only sends would not
+            # read the tickets, and the client's close() with unread bytes would send RST.
             context.num_tickets = 0
         if "client_ca" in fields:
             load_cas(context, fields["client_ca"], "client-ca")
@@ -7470,9 +7485,10 @@ class TlsConfig:
         return context
 
     def load_new_certificate(self, context, host):
-        """Let a context use a new certificate for a host, with the field `fault` if it is set."""
-        fault = CERTIFICATE_FAULTS.get(self.fields.get("fault", ""), {})
-        arguments = dict({"host": host}, **fault)       # wrong_host replaces the host
+        """Let a context use a new certificate for a host. The field `fault` adds a fault."""
+        arguments = {"host": host}
+        if "fault" in self.fields:
+            arguments.update(CERTIFICATE_FAULTS[self.fields["fault"]])
         fd, path = tempfile.mkstemp()       # only this user may read the file
         try:
             with open(fd, "w") as file:
@@ -7482,7 +7498,7 @@ class TlsConfig:
             os.unlink(path)
 
     def on_server_name(self, ssl_object, name, context):
-        """Use the certificate for the name that the client asks for. The module ssl calls this."""
+        """Use the certificate for the name that the client asks for, if it asks for a name."""
         if name and is_valid_host(name):
             ssl_object.context = self.accept_context(name.lower())
 
@@ -7504,12 +7520,12 @@ class TlsConfig:
         return context
 
     def server_name(self, host):
-        """Return the name that the proxy asks a backend for: SNI (RFC 6066, 3)."""
+        """Return the server name that the proxy sends to a backend (SNI, RFC 6066, 3)."""
         return self.fields.get("sni") or host.rstrip(".") or "localhost"
 
 
 def require_pem(path, label, setting):
-    """Raise ValueError, with the setting's name, if a file has no PEM block with this label."""
+    """Raise ValueError if a file has no PEM block with this label, like CERTIFICATE."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError("it is no regular file")   # a FIFO would block open()
@@ -7538,7 +7554,7 @@ def load_cas(context, path, setting):
 def load_certificate(context, path, key_path, setting, key_setting):
     """Let a context use the certificate and the key in these files. Raises ValueError.
 
-    key_path                the file with the key, or None if `path` has both
+    key_path                the file with the key, or None if the key is in the file `path`
     setting, key_setting    the names of the settings, for errors
     """
     key_path = key_path or path
@@ -7560,13 +7576,13 @@ def load_certificate(context, path, key_path, setting, key_setting):
 def limit_version(context, max_version):
     """Let a context use no TLS version above max_version."""
     with warnings.catch_warnings():
-        # Newer versions of Python deprecate these options, but Python 3.6 has no others.
+        # Python 3.6 has only the options OP_NO_TLSv1 ..., which are deprecated since Python 3.7.
         warnings.simplefilter("ignore", DeprecationWarning)
         for version in TLS_VERSIONS[TLS_VERSIONS.index(max_version) + 1:]:
             suffix = version.replace(".0", "").replace(".", "_")    # "1_2" for "1.2"
             context.options |= getattr(ssl, "OP_NO_TLSv" + suffix)
         if max_version in ("1.0", "1.1"):
-            # OpenSSL permits these old versions only with the security level 0.
+            # OpenSSL permits TLS 1.0 and TLS 1.1 only with the security level 0.
             context.set_ciphers("ALL:@SECLEVEL=0")
             if hasattr(ssl, "TLSVersion"):      # since Python 3.7
                 context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
@@ -7584,36 +7600,33 @@ class TlsSocket:
     """TLS on a non-blocking socket. A Connection uses a TlsSocket like a plain socket.
 
     A TlsSocket has an SSLObject, which encrypts and decrypts, and two buffers for ciphertext.
-    The class SSLSocket does not fit, for three reasons. Its shutdown() loses the state of TLS.
-    Its unwrap() fails while data arrives. And SSLSocket may hold decrypted bytes, which no
-    selector reports.
+    An SSLSocket does not fit: shutdown() loses the state of TLS, unwrap() fails while data
+    arrives, and no selector reports the decrypted bytes that an SSLSocket holds.
 
     is_open               whether the handshake has succeeded
     error                 the reason why TLS has failed, or ""
     ended                 whether the peer has ended its stream
     lacks_close_notify    whether the peer has ended its stream without close_notify
-    skip_close_notify     whether `shutdown` should send no close_notify; the owner sets this
-    readable              whether `recv_into` has something to return without an event of the
-                          socket: bytes, the end of the stream, or an error
+    skip_close_notify     whether `shutdown` should send no close_notify; set by the owner
+    readable              whether `recv_into` would return bytes, return the end of the stream, or
+                          raise an error, without an event of the socket
 
-    `interest` returns the events to watch the socket for. In three cases this result changes
-    without an event of the socket: the handshake has ended, ciphertext begins to wait, or
-    `readable` becomes true. Then a timer calls on_change() soon.
+    on_change() tells the owner to call `interest` again. A timer calls on_change() when the
+    handshake has ended, when ciphertext begins to wait, and when `readable` becomes true.
 
-    At most SEND_BATCH bytes of ciphertext wait. Decrypted bytes never wait: `recv_into` returns
-    all of them. They may be one record (16 KiB) more than the caller has asked for.
+    At most SEND_BATCH bytes of ciphertext wait. `recv_into` returns all decrypted bytes, which
+    may be one record (16 KiB) more than `size`.
     """
 
     ALERT, HANDSHAKE = 21, 22       # types of records
-    RECV_MAX = 64 * 1024            # bytes of the largest recv; the buffer `incoming` grows to
-                                    #   this size, and never shrinks
+    RECV_MAX = 64 * 1024            # the most bytes in the buffer `incoming`, which never shrinks
     SEND_BATCH = 4 * 16384          # bytes that are encrypted for one send: 4 records
 
     def __init__(self, sock, loop, on_change, timeout, context, server_side=False,
                  server_hostname=None, received=b""):
         """Begin the handshake, which may take `timeout` seconds.
 
-        on_change          function without arguments, for changes without an event of the socket
+        on_change          function without arguments that calls `interest` again
         server_side        whether the peer is a client
         server_hostname    the name that the peer must have if it is a server, or None
         received           the first bytes of the peer, if they have been received already
@@ -7644,38 +7657,29 @@ class TlsSocket:
         self.sock.setsockopt(level, option, value)
 
     def note_change(self):
-        """Let the loop call on_change() soon."""
-        # A timer loses its callback when it is due or cancelled.
-        is_pending = self.change_timer and self.change_timer[CALLBACK]
-        if not is_pending:
+        """Let a timer call on_change(), unless the timer is already set."""
+        is_set = self.change_timer and self.change_timer[CALLBACK]  # None after the timer's call
+        if not is_set:
             self.change_timer = self.loop.call_at(self.loop.clock(), self.on_change)
 
     def interest(self, wanted):
-        """Return the events to watch the socket for. The caller must watch the socket for them.
+        """Return the events for which the owner must watch the socket.
 
-        wanted    the events that the owner of the TlsSocket wants
+        wanted    the events that the owner needs for its own data
         """
-        if self.is_open:
-            events = wanted
-            if self.readable and wanted & EVENT_READ:
-                self.note_change()      # no event of the socket will tell the owner to read
-        else:
-            # The owner cannot send during the handshake. But the socket is nearly always
-            # writable, so EVENT_WRITE would wake up the loop again and again.
-            events = EVENT_READ
+        # During the handshake, the owner cannot send, and EVENT_WRITE would occur all the time.
+        events = wanted if self.is_open else EVENT_READ
         if self.unsent:
             events |= EVENT_WRITE
         self.awaits_write = bool(events & EVENT_WRITE)
+        if self.readable and wanted & EVENT_READ:
+            self.note_change()          # no event of the socket will tell the owner to read
         return events
 
     # The handshake
 
     def shake_hands(self):
-        """Receive bytes, and continue the handshake with them.
-
-        After the handshake has failed, the bytes are dropped. A close with unread bytes would
-        send RST, which could destroy the alert to the peer.
-        """
+        """Handle an event of the socket during the handshake."""
         try:
             data, end_reason = self.sock.recv(self.RECV_MAX), "closed by the peer"
         except BlockingIOError:         # the event was EVENT_WRITE only
@@ -7686,11 +7690,13 @@ class TlsSocket:
         if not data:
             self.ended = True
             self.fail(end_reason)
+        # After an error, the bytes only have to be read: a close with unread bytes would send
+        # RST, which could destroy the alert.
         elif not self.error:
             self.continue_handshake(data)
 
     def continue_handshake(self, data):
-        """Process bytes from the peer, and send the reply. At the start, there may be no bytes."""
+        """Process bytes of the peer, and send the reply. `data` may be empty in the first call."""
         if data and not self.begun:
             self.begun = True
             if data[0] not in (self.ALERT, self.HANDSHAKE):
@@ -7706,13 +7712,13 @@ class TlsSocket:
             self.fail(tls_error_text(error))
         else:
             self.is_open = True
-            self.readable = True        # `incoming` may contain bytes after the last message
+            self.readable = True        # `incoming` may contain data after the handshake
             self.loop.cancel(self.deadline)
             self.push_quietly()
             self.note_change()
 
     def fail(self, reason):
-        """End the handshake with an error. Send the alert that OpenSSL may have encrypted."""
+        """End the handshake with an error, and send the alert if OpenSSL has made an alert."""
         self.error = self.error or reason
         self.loop.cancel(self.deadline)
         self.push_quietly()
@@ -7726,32 +7732,30 @@ class TlsSocket:
     def recv_into(self, buffer, size):
         """Receive at most `size` bytes of ciphertext, and decrypt them into the buffer.
 
-        Returns the number of decrypted bytes, or 0 at the end of the stream. Raises OSError like
-        a socket, and after an alert.
+        Returns the number of decrypted bytes, or 0 at the end of the stream. Raises OSError.
         """
-        was_readable, self.readable = self.readable, False
+        has_ciphertext, self.readable = self.readable, False    # True only after the handshake
         count = 0
         if not self.error and not self.ended:
-            if not was_readable:            # after the handshake, ciphertext may have come already
+            if not has_ciphertext:
                 ciphertext = self.sock.recv(min(size, self.RECV_MAX))
                 self.incoming.write(ciphertext)
                 self.lacks_close_notify = not ciphertext    # until decrypt() finds close_notify
             count = self.decrypt(memoryview(buffer))
             self.push_quietly()             # OpenSSL may have made a reply or an alert
-        if count:
-            self.readable = self.ended or bool(self.error)      # the next call reports this
-            if self.readable:
-                self.note_change()
-        elif self.error:
+        if count and (self.ended or self.error):
+            self.readable = True            # the next call reports the end or the error
+            self.note_change()
+        if not count and self.error:
             raise OSError(errno.ECONNABORTED, self.error)
-        elif not self.ended:
+        if not count and not self.ended:
             raise BlockingIOError(errno.EAGAIN, "no complete record")
         return count
 
     def decrypt(self, view):
         """Decrypt all complete records into a buffer. Returns the number of decrypted bytes.
 
-        If the stream ends or fails after these bytes, sets `ended` or `error`.
+        Sets `ended` at the end of the stream, and `error` after an alert or an invalid record.
         """
         count = 0
         try:
@@ -7763,27 +7767,30 @@ class TlsSocket:
         except ssl.SSLWantReadError:        # no complete record is left
             self.ended = self.lacks_close_notify        # after FIN, no record can follow
             return count
-        except ssl.SSLZeroReturnError:      # close_notify, if this side has sent its own before
+        except ssl.SSLZeroReturnError:      # close_notify, after this side has sent close_notify
             pass
-        except OSError as error:            # an alert, or bytes that are not of TLS
+        except OSError as error:            # an alert, or an invalid record
             self.error = tls_error_text(error)
             return count
         self.ended, self.lacks_close_notify = True, False       # after close_notify
         return count
 
     def send(self, data):
-        """Encrypt and send bytes. Returns the number of bytes taken. Raises OSError."""
+        """Encrypt and send bytes, in batches. Returns the number of bytes encrypted.
+
+        Raises OSError.
+        """
         if self.error:
             raise OSError(errno.EPIPE, self.error)
         if not self.is_open or not self.send_ciphertext():
             raise BlockingIOError(errno.EAGAIN, "ciphertext waits")
-        taken = 0
-        while taken < len(data) and not self.unsent:
-            end = min(len(data), taken + self.SEND_BATCH)
-            while taken < end:
-                taken += self.engine.write(data[taken:end])     # takes one record, 16 KiB
+        encrypted = 0
+        while encrypted < len(data) and not self.unsent:
+            end = min(len(data), encrypted + self.SEND_BATCH)
+            while encrypted < end:
+                encrypted += self.engine.write(data[encrypted:end])     # one record, 16 KiB
             self.send_ciphertext()          # sets `unsent` if the socket takes no more
-        return taken
+        return encrypted
 
     def push(self):
         """Send the ciphertext that waits. Raises OSError.
@@ -7793,46 +7800,46 @@ class TlsSocket:
         if not self.send_ciphertext() or not self.closing:
             return
         self.encrypt_close_notify()
-        if not self.send_ciphertext() or self.fin_sent:
-            return
-        if self.notified or self.skip_close_notify or self.error:
+        may_send_fin = self.notified or self.skip_close_notify or self.error
+        if self.send_ciphertext() and may_send_fin and not self.fin_sent:
             self.fin_sent = True
             self.sock.shutdown(socket.SHUT_WR)
 
     def send_ciphertext(self):
-        """Send the ciphertext that waits. Returns whether all of it is sent. Raises OSError."""
+        """Send the ciphertext that waits. Returns whether no ciphertext waits any more.
+
+        Raises OSError.
+        """
         self.unsent = self.unsent or self.outgoing.read()
         while self.unsent:
             try:
                 sent = self.sock.send(self.unsent)
             except BlockingIOError:
-                if not self.awaits_write:   # ask the Connection to watch for EVENT_WRITE
+                if not self.awaits_write:   # let the owner watch for EVENT_WRITE
                     self.note_change()
                 return False
             self.unsent = self.unsent[sent:] or self.outgoing.read()
         return True
 
     def push_quietly(self):
-        """Call `push`, and ignore an OSError: the next send() raises the error again."""
+        """Call `push`, and ignore an OSError, which the next send() raises again."""
         with contextlib.suppress(OSError):
             self.push()
 
     def encrypt_close_notify(self):
         """Encrypt close_notify, once, and not before all received bytes are read."""
         can_notify = self.is_open and not self.skip_close_notify and not self.error
-        if not can_notify or self.notified:
-            return
-        # unwrap() fails while bytes are unread. When they are read, recv_into() calls push().
-        # After the end of the peer's stream, no bytes are unread: only the end itself may be.
-        if self.readable and not self.ended:
+        # With unread bytes, unwrap() would fail. recv_into() calls push() after reading the bytes.
+        has_unread_bytes = self.readable and not self.ended
+        if self.notified or not can_notify or has_unread_bytes:
             return
         self.notified = True
-        # unwrap() encrypts close_notify. Then it raises if the peer has sent no close_notify yet.
+        # unwrap() encrypts close_notify, and raises if the peer has sent no close_notify yet.
         with contextlib.suppress(OSError, ValueError):
             self.engine.unwrap()
 
     def shutdown(self, how):
-        """Send close_notify and FIN, after the handshake and after the ciphertext that waits.
+        """Send close_notify and FIN when the handshake has ended and no ciphertext waits.
 
         `how` is SHUT_WR in every call.
         """
@@ -7845,24 +7852,29 @@ class TlsSocket:
         self.loop.cancel(self.deadline)
         self.awaits_write = True        # so that send_ciphertext() never calls note_change()
         can_send = self.is_open and self.loop.running and not self.resets and not self.error
-        if can_send and self.closing and not self.fin_sent:
-            self.deadline = self.loop.call_at(self.loop.clock() + self.timeout, self.close_now)
-            with contextlib.suppress(OSError):      # the selector may take no more sockets
-                self.loop.watch(self.sock, EVENT_WRITE, self.on_writable)
-                return
-        self.close_now()
+        must_send = self.closing and not self.fin_sent
+        if not can_send or not must_send:
+            self.close_now()
+            return
+        self.deadline = self.loop.call_at(self.loop.clock() + self.timeout, self.close_now)
+        try:
+            self.loop.watch(self.sock, EVENT_WRITE, self.on_writable)
+        except OSError:                 # the selector takes no more sockets
+            self.close_now()
 
     def on_writable(self, events):
-        """Continue to send after `close`. Close the socket at the end, or after an error."""
+        """After `close`, continue to send. Close the socket after FIN, or after an error."""
         self.readable = False           # the owner reads no more: close_notify need not wait
-        with contextlib.suppress(OSError):
+        try:
             self.push()
-            if not self.fin_sent:
-                return
-        self.close_now()
+        except OSError:
+            self.close_now()
+            return
+        if self.fin_sent:
+            self.close_now()
 
     def close_now(self):
-        """Close the socket without sending more."""
+        """Close the socket at once, although ciphertext may wait."""
         self.loop.cancel(self.deadline)
         self.loop.watch(self.sock, 0)
         self.sock.close()
@@ -10143,8 +10155,7 @@ class ProxyTable(OrderedDict):
 
 # -- Metrics ------------------------------------------------------------------
 #
-# This section makes metrics of the counts of all proxies, for Prometheus (GET /metrics) and for
-# StatsD.
+# The metrics of all proxies, for Prometheus (GET /metrics) and for StatsD.
 
 def measure_bytes(proxy, name):
     """Return [(labels, bytes)] for both directions. `name` is "received" or "sent"."""
@@ -10154,8 +10165,8 @@ def measure_bytes(proxy, name):
             for direction in (UPSTREAM, DOWNSTREAM)]
 
 
-# {name for Prometheus: (kind, help, values)}. values(proxy) is a function that returns
-# [(labels, value)]. `measure` adds the label `proxy`.
+# {name for Prometheus: (kind, help, values)}. values(proxy) returns [(labels, value)]. `measure`
+# adds the label `proxy`.
 METRICS: "OrderedDict[str, Sequence[Any]]" = OrderedDict((name, metric) for name, *metric in [
     ("toxiproxy_proxy_received_bytes_total", "counter",
      "Bytes from the client (upstream) and from the backend (downstream).",
@@ -10186,8 +10197,11 @@ METRICS: "OrderedDict[str, Sequence[Any]]" = OrderedDict((name, metric) for name
 
 def measure(proxy):
     """Return the metrics of a proxy: {name: [(labels, value)]}. Runs in the loop's thread."""
-    return {name: [(dict(labels, proxy=proxy.name), value) for labels, value in values(proxy)]
-            for name, (_, _, values) in METRICS.items()}
+    metrics = {}
+    for name, (_, _, values) in METRICS.items():
+        metrics[name] = [(dict(labels, proxy=proxy.name), value)
+                         for labels, value in values(proxy)]
+    return metrics
 
 
 def format_metric(value):
@@ -10198,8 +10212,8 @@ def format_metric(value):
 class Statsd:
     """Sends the metrics of all proxies to a StatsD server by UDP, every STATSD_INTERVAL seconds.
 
-    A counter is sent as its increase (vaurien.PROXY.requests:3|c), a gauge as its value. All
-    methods except `connect` run in the loop's thread.
+    The line for a counter has the increase (vaurien.PROXY.requests:3|c), and the line for a gauge
+    has the value. All methods except `connect` run in the loop's thread.
     """
 
     CONNECT_RETRY_DELAY = 60        # seconds
@@ -10208,10 +10222,10 @@ class Statsd:
         self.address = address
         self.proxies = proxies
         self.loop = self.sock = None
-        self.last_values = {}       # {(proxy, name): value} as sent last
+        self.last_values = {}       # {(proxy, name): value} when the metrics were last sent
 
     def bind(self):
-        """Do nothing. Other services bind their ports here, but this service has no port."""
+        """Do nothing: this service, unlike the other services, has no port."""
 
     def open(self, loop):
         """Start to connect to the server."""
@@ -10227,7 +10241,7 @@ class Statsd:
         return sock
 
     def on_connected(self, sock, error):
-        """Start to send, or retry later if `connect` has failed."""
+        """Start to send, or connect again later if `connect` has failed."""
         if error:
             log.warning("statsd: cannot connect to %s: %s", format_address(self.address), error)
             self.loop.call_at(self.loop.clock() + self.CONNECT_RETRY_DELAY,
@@ -10243,7 +10257,7 @@ class Statsd:
             self.loop.call_at(self.loop.clock() + STATSD_INTERVAL, self.on_timer)
 
     def send(self):
-        """Send all lines, in packets of at most STATSD_PACKET_MAX bytes."""
+        """Send all metrics, in packets of at most STATSD_PACKET_MAX bytes."""
         packet = b""
         for line in map(str.encode, self.metric_lines()):
             longer_packet = packet + b"\n" + line if packet else line
@@ -10260,19 +10274,20 @@ class Statsd:
             self.sock.send(packet)
 
     def metric_lines(self):
-        """Return a line for each gauge, and for each counter that has grown."""
-        lines, previous_values, self.last_values = [], self.last_values, {}
+        """Return a line for each gauge, and for each counter that grew since the last call."""
+        lines, new_values = [], {}
         for proxy in list(self.proxies.values()):
             for metric, values in measure(proxy).items():
                 kind, _, _ = METRICS[metric]
                 for labels, value in values:
                     name = self.metric_name(metric, labels)
-                    self.last_values[proxy, name] = value
-                    increase = value - previous_values.get((proxy, name), 0)
+                    new_values[proxy, name] = value
+                    increase = value - self.last_values.get((proxy, name), 0)
                     if kind == "gauge":
                         lines.append("%s:%s|g" % (name, format_metric(value)))
                     elif increase:
                         lines.append("%s:%d|c" % (name, increase))
+        self.last_values = new_values
         return lines
 
     def metric_name(self, metric, labels):
@@ -10295,13 +10310,13 @@ class Statsd:
 # -- Page ---------------------------------------------------------------------
 #
 # The web page of the control server: HTML, a style sheet and a script in one text. The page polls
-# `GET /status` each second while it is visible, and makes its forms from `GET /declarations`. All
-# data on the page come from the control server. The page loads no other file, so it works offline.
+# `GET /status` each second while it is visible, and makes its forms from `GET /declarations`. The
+# page loads no other file, and therefore works offline.
 #
-# Names, SQL and keys on the page come from peers, and may contain HTML. So the script writes every
-# text as a text node, which a browser never parses as HTML. The header Content-Security-Policy
-# also forbids every script and style sheet without the right nonce attribute. The server replaces
-# NONCE with new random characters in each response.
+# Names, SQL and keys on the page come from peers, and may contain HTML. Therefore the script
+# writes every text as a text node, which a browser never parses as HTML. The header
+# Content-Security-Policy forbids every script and style sheet without the right nonce attribute.
+# The server replaces NONCE with new random characters in each response.
 
 PAGE = r"""<!DOCTYPE html>
 <html lang="en">
