@@ -8885,7 +8885,19 @@ class TestRoutes(unittest.TestCase):
             ("GET", "/handler?x=1", b"",
              "querystring", "x", "does not know 'x'"),
             ("GET", "/events?since=x", b"",
-             "querystring", "since", "since must be"))
+             "querystring", "since", "since must be"),
+            ("POST", "/blocks?only=x", b'{"name": "hang"}',
+             "querystring", "only", "only must be yes or no, not 'x'"))
+
+    def test_errors_in_a_path(self):
+        self.check_errors(
+            ("DELETE", "/blocks/x", b"",
+             "path", "block", "block must be a whole number"),
+            ("DELETE", "/connections/x", b"",
+             "path", "number", "number must be a whole number"))
+        (location, name, text), = self.request_errors("GET", "/proxies/on/events", status=404)
+        self.assertEqual((location, name), ("path", "proxy"))
+        self.assertIn("there is no proxy 'on' (did you mean one?)", text)
 
     def test_a_response_lists_all_errors_of_its_request(self):
         for target, body, names in [

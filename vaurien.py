@@ -10972,29 +10972,28 @@ poll();
 
 # -- Control ------------------------------------------------------------------
 #
-# The HTTP control server. Tests use the control server to change running proxies. handle_request
-# shows the steps from a request to its response.
+# The HTTP control server, with which tests change running proxies. handle_request has the steps
+# from a request to its response.
 #
-# A dialect is a format of results and errors: that of Vaurien or that of Toxiproxy. Each route
-# has a dialect. If a path has no route, DIALECTS has the dialect of the error.
+# A dialect is a format of results and errors: the format of Vaurien or of Toxiproxy. Each route
+# has a dialect.
 #
 # Threads: the control server's loop has a thread of its own. The loop accepts clients, and
 # disconnects clients that exceed a time limit. Each client has a client thread, which reads the
-# client's requests and calls the functions of routes. These functions change a proxy only by
-# `proxy.loop.run_sync(function, ...)`.
+# client's requests and calls the functions of routes. A route's function changes a proxy only by
+# `proxy.loop.run_sync(function, ...)`: the loop of the proxies calls `function`.
 #
 # To add a route: write a function that takes an ApiRequest, and decorate it with @route.
 # `GET /` lists the route with the first line of the function's docstring.
 
 ROUTES = OrderedDict()          # {path: {method: Route}}; a segment in capitals matches any name
-DIALECTS = []                   # [(prefix, Dialect)] for paths without a route; for any other
-                                #   prefix, the control server has a default dialect
+DIALECTS = []                   # [(prefix of a path, Dialect)] for errors about unknown paths
 REQUEST_BODY_MAX = 1 << 20      # bytes of a request's body
 REQUEST_HEAD_MAX = 1 << 16      # bytes of a request's headers
 INT_DIGITS_MAX = 400            # digits of an integer in a body; the largest float has 309
 CLIENTS_MAX = 512               # clients connected at a time
-KEEP_ALIVE_SHARE = 0.5          # if more clients than this share of `max_clients` are connected,
-                                #   each connection is closed after its next response
+KEEP_ALIVE_SHARE = 0.5          # while more than this share of `max_clients` is connected, each
+                                #   response closes its connection
 IDLE_TIMEOUT = 60.0             # seconds to wait for the next request, as in Toxiproxy
 READ_TIMEOUT = 10.0             # seconds to wait for the next bytes of a request
 REQUEST_TIMEOUT = 30.0          # seconds from the first byte of a request to the last byte of
@@ -11005,11 +11004,10 @@ MEASURE_MAX = 10.0              # seconds for which `GET /status` measures rates
 NO_HEADERS = types.MappingProxyType({})
 PAGE_HEADER = "X-Fetch-Site"    # the web page sends this header with the value "same-origin"
 
-# In a DNS rebinding attack, an attacker registers a host name that resolves to the address of
-# this server. A browser then lets the attacker's page send requests to this server. The Host
-# header of these requests has the attacker's host name.
-#
-# In these domains, an attacker from the Internet cannot register a name.
+# DNS rebinding is an attack on this server: the host name of the attacker's page resolves to the
+# address of this server. Therefore the browser lets the page send requests to this server. The
+# Host header of the requests has the attacker's host name. Attackers from the Internet cannot
+# register names in these domains:
 UNREBINDABLE = (".localhost",       # this machine (RFC 6761)
                 ".local",           # names of multicast DNS (RFC 6762)
                 ".internal",        # private networks (ICANN)
@@ -11021,11 +11019,11 @@ UNREBINDABLE = (".localhost",       # this machine (RFC 6761)
 #
 # control    the Control that received the request
 # proxy      the ProxyServer that the path or ?proxy=NAME names, by default the first proxy; None
-#            if there is no such proxy
+#            if the proxy does not exist
 # names      the variable parts of the path: {"PROXY": "redis"} for the route /proxies/PROXY and
 #            the path /proxies/redis
 # query      {key: value} of the query, without the key `proxy`
-# body       text
+# body       the body as text
 # headers    {name: value}, or another object with the method `get`
 ApiRequest = namedtuple("ApiRequest", "control proxy names query body headers")
 ApiResponse = namedtuple("ApiResponse", "status headers text")
@@ -11042,8 +11040,7 @@ class ApiError(Exception):
                 limit; "server" for an internal error
     name        the field, parameter or header, or ""
     headers     additional headers of the response
-    errors      [(location, name, description)], with the arguments of __init__. The ApiError for
-                an InputError may have several
+    errors      [(location, name, description)]; several entries only for an InputError
     """
 
     def __init__(self, status, location, name, description, headers=()):
@@ -11053,7 +11050,7 @@ class ApiError(Exception):
 
 
 class Dialect:
-    """The format of results and errors. This base class implements the JSON of Vaurien 1.x."""
+    """A format of results and errors. The base class has the format of Vaurien 1.x."""
 
     head_as_get = True              # whether a route for GET also accepts HEAD
     decode_errors = "strict"        # the argument `errors` of bytes.decode, for the body
@@ -11066,17 +11063,16 @@ class Dialect:
         return ApiResponse(status, {"Content-Type": "application/json"}, text)
 
     def to_api_error(self, exc):
-        """Return the ApiError for an exception of a route's function.
-
-        Returns None for an unexpected exception, which is a bug.
-        """
+        """Return the ApiError for an exception of a route's function, or None for a bug."""
+        if isinstance(exc, ApiError):
+            return exc
+        if isinstance(exc, CannotListen):
+            return ApiError(500, "server", "", exc.strerror)
         if isinstance(exc, InputError):
             error = ApiError(400, "body", "", str(exc))
             error.errors = [("body", field, sentence) for field, sentence in exc.errors]
             return error
-        if isinstance(exc, CannotListen):
-            return ApiError(500, "server", "", exc.strerror)
-        return exc if isinstance(exc, ApiError) else None
+        return None         # the exception is a bug
 
     def render_error(self, error):
         """Return the ApiResponse for an ApiError."""
@@ -11092,15 +11088,15 @@ VAURIEN_1 = Dialect()
 def route(methods, paths, example="", query=(), needs_proxy=True, dialect=VAURIEN_1, status=200):
     """Return a decorator that registers a function for all these methods and paths.
 
-    methods, paths    text, separated by spaces
+    methods, paths    words in one text, with spaces between the words
     example           an example of the query (GET) or of the body (other methods), for `GET /`
     query             the keys that a query may have besides `proxy`; None accepts all keys
-    needs_proxy       whether a request is refused if its proxy does not exist
+    needs_proxy       True: a request is refused if its proxy does not exist
     dialect           the Dialect of results and errors
     status            the status of the response to a successful request
 
-    The function takes an ApiRequest. It returns a value for Dialect.render, or an ApiResponse.
-    It raises ApiError or InputError to refuse a request.
+    The function takes an ApiRequest, and returns an ApiResponse or an argument for Dialect.render.
+    To refuse a request, the function raises ApiError or InputError.
     """
     def register(function):
         for path in paths.split():
@@ -11119,7 +11115,7 @@ def handle_request(control, method, target, read_body, headers=NO_HEADERS):
     target       path and query
     read_body    a function that returns the body as bytes; called only after the access check
 
-    Raises ConnectionError if read_body raises it. All other exceptions become error responses.
+    Raises ConnectionError. All other exceptions become error responses.
     """
     without_fragment, _, _ = target.partition("#")
     path, _, query = without_fragment.partition("?")
@@ -11139,8 +11135,8 @@ def handle_request(control, method, target, read_body, headers=NO_HEADERS):
     except ConnectionError:
         raise
     except BaseException as exc:
-        # Not only an Exception: the code of a user's handler may raise SystemExit. Ctrl-C raises
-        # no KeyboardInterrupt here, because its signal handler only calls Loop.stop.
+        # BaseException, because a user's handler may raise SystemExit. KeyboardInterrupt does not
+        # occur here: the signal handler for Ctrl-C only calls Loop.stop.
         return error_response(exc, dialect, method, target)
 
 
@@ -11154,10 +11150,12 @@ def error_response(exc, dialect, method, target):
 
 
 def find_routes(path, default_dialect):
-    """Return ({method: Route}, {segment in capitals: name}, Dialect) for a path.
+    """Return (routes, names, dialect) for a path.
 
-    If the path has no route, both dicts are empty, and the Dialect is that of the path's prefix
-    in DIALECTS. If DIALECTS has no such prefix, the Dialect is default_dialect.
+    routes     {method: Route}, empty if the path is unknown
+    names      the result of match_segments
+    dialect    the Dialect of the routes. For an unknown path: the Dialect of a prefix in DIALECTS,
+               by default `default_dialect`
     """
     segments = path.split("/")
     for pattern, routes in ROUTES.items():
@@ -11191,8 +11189,8 @@ def match_segments(pattern, segments):
 def choose_route(routes, method, path, dialect):
     """Return the Route for a method.
 
-    Raises ApiError: with status 404 if there is no route for the path, 405 if there is none for
-    this method of the path.
+    Raises ApiError with status 404 if the path is unknown, or 405 if the path has no route for
+    the method.
     """
     if not routes:
         raise ApiError(404, "path", "path", "there is no %s: there are %s"
@@ -11213,25 +11211,24 @@ def read_request(control, chosen_route, path, names, query_text, body, headers):
         raise ApiError(400, "body", "", "the body must be UTF-8: %s" % error) from None
     query = dict(urls.parse_qsl(query_text, keep_blank_values=True))
     first_proxy_name = next(iter(control.proxies), "")
-    name_in_query = query.pop("proxy", first_proxy_name)
-    proxy_name = names.get("PROXY", name_in_query)
+    proxy_name = query.pop("proxy", first_proxy_name)
+    status, location = 400, "querystring"
+    if "PROXY" in names:
+        proxy_name, status, location = names["PROXY"], 404, "path"
     proxy = control.proxies.get(proxy_name)
     if proxy is None and chosen_route.needs_proxy:
-        is_in_path = "PROXY" in names
-        raise ApiError(404 if is_in_path else 400, "querystring", "proxy",
-                       "there is no proxy %r%s: there are %s" % (
-                           proxy_name[:200], did_you_mean(proxy_name[:200], control.proxies),
-                           ", ".join(control.proxies) or "none yet"))
-    allowed = query if chosen_route.query is None else chosen_route.query
-    unknown = sorted(set(query) - set(allowed))
-    if unknown:
+        raise ApiError(status, location, "proxy", "there is no proxy %r%s: there are %s" % (
+            proxy_name[:200], did_you_mean(proxy_name[:200], control.proxies),
+            ", ".join(control.proxies) or "none yet"))
+    unknown = sorted(set(query) - set(chosen_route.query or ()))
+    if unknown and chosen_route.query is not None:      # None: the route accepts all keys
         raise ApiError(400, "querystring", unknown[0],
                        "%s does not know %r in a query" % (path, unknown[0][:200]))
     return ApiRequest(control, proxy, names, query, text, headers)
 
 
 def parse_json_object(body):
-    """Return a body, which must be a JSON object, as a dict. Raises InputError."""
+    """Parse a body, which must be a JSON object. Returns a dict. Raises InputError."""
     try:
         value = json.loads(body, parse_int=parse_short_int)
     except (ValueError, RecursionError) as error:
@@ -11243,9 +11240,9 @@ def parse_json_object(body):
 
 
 def parse_short_int(text):
-    """Return int(text). Raises ValueError if the text is longer than INT_DIGITS_MAX.
+    """Return int(text). Raises ValueError for more than INT_DIGITS_MAX digits.
 
-    The limit is there because the time of int() grows with the square of the number of digits.
+    For very long texts, int() takes too long: its time grows with the square of the length.
     """
     if len(text) > INT_DIGITS_MAX:
         raise ValueError("an integer may have %d digits at most, not %d"
@@ -11257,7 +11254,7 @@ def parse_short_int(text):
 
 @route("GET", "/", needs_proxy=False)
 def index(request):
-    """Return this list, or the web page if the client accepts text/html."""
+    """List all routes, or return the web page if the client accepts text/html."""
     if accepts_html(request.headers):
         return page_response()
     lines = ["Vaurien %s control API, one example each." % __version__, ""]
@@ -11266,10 +11263,10 @@ def index(request):
             lines.append("%-6s %-28s %s" % (method, path, summary(listed_route.function)))
             lines.append("     curl " + curl_arguments(
                 request.control.url, method, path, listed_route.example))
+    proxies = ", ".join("%s (%s)" % (proxy.name, proxy.describe_seed())
+                        for proxy in request.control.proxies.values())
     lines += ["", "Handlers: %s." % ", ".join(HANDLERS),
-              "Proxies: %s; ?proxy=NAME picks one, default: the first." % (
-                  ", ".join("%s (%s)" % (proxy.name, proxy.describe_seed())
-                            for proxy in request.control.proxies.values()) or "none yet")]
+              "Proxies: %s; ?proxy=NAME picks one, default: the first." % (proxies or "none yet")]
     return "\n".join(lines) + "\n"
 
 
@@ -11279,11 +11276,8 @@ def accepts_html(headers):
 
 
 def page_response():
-    """Return the ApiResponse with the page.
-
-    The headers forbid the browser to run any script or style without this response's nonce.
-    """
-    nonce = os.urandom(16).hex()
+    """Return the ApiResponse with the web page."""
+    nonce = os.urandom(16).hex()        # the browser runs only scripts and styles with this nonce
     return ApiResponse(200, {
         "Content-Type": "text/html; charset=utf-8",
         "Content-Security-Policy": (
@@ -11300,8 +11294,8 @@ def curl_arguments(url, method, path, example):
     if method == "GET":
         return url + path + example         # the example is a query
     data = "-d '%s' " % example if example else ""
-    option = "" if method == "POST" and data else "-X %s " % method     # curl's -d implies POST
-    return option + data + url + path
+    method_is_implied = method == "POST" and data       # by -d
+    return "%s%s%s%s" % ("" if method_is_implied else "-X %s " % method, data, url, path)
 
 
 @route("GET", "/handler")
@@ -11314,9 +11308,7 @@ def get_handler_name(request):
 def set_handler(request):
     """Set a handler: a bare name, or JSON with its options and percent."""
     text = request.body.strip()
-    # A JSON array or string is invalid. parse_json_object says so: read_rules would take the text
-    # as the name of a handler.
-    is_json = text[:1] in ("{", "[", '"')
+    is_json = text.startswith(("{", "[", '"'))      # parse_json_object accepts only an object
     set_rules(request, [parse_json_object(text) if is_json else {"name": text}])
     return "ok"
 
@@ -11329,9 +11321,7 @@ def list_handlers(request):
 
 @route("GET", "/declarations", needs_proxy=False)
 def list_declarations(request):
-    """Return the declarations of handlers and rule fields, and the kinds of errors that the
-    protocols have.
-    """
+    """Return the declarations of handlers and rule fields, and the error kinds of protocols."""
     handlers = OrderedDict()
     for name, function in HANDLERS.items():
         helps, checks = option_help(function), getattr(function, "option_checks", {})
@@ -11341,15 +11331,15 @@ def list_declarations(request):
         handlers[name] = {"help": summary(function), "options": options}
     fields = OrderedDict((name, declaration(field.default, field.help, field.check))
                          for name, field in RULE_FIELDS.items())
-    return {"handlers": handlers, "fields": fields, "kinds": {
-        name: list(protocol.errors) if protocol else []     # tcp is None in PROTOCOLS
-        for name, protocol in PROTOCOLS.items()}}
+    kinds = {name: list(protocol.errors) if protocol else []        # PROTOCOLS["tcp"] is None
+             for name, protocol in PROTOCOLS.items()}
+    return {"handlers": handlers, "fields": fields, "kinds": kinds}
 
 
 def declaration(default, help_text, check):
     """Return the declaration of an option or a rule field as a JSON value.
 
-    The type is that of the default: bool, int, float or str. For a default of None it is str.
+    default    a value of the type that the declaration has; None stands for the type str
     """
     return {"type": "str" if default is None else type(default).__name__, "default": default,
             "help": help_text, "choices": list(getattr(check, "choices", ()))}
@@ -11377,20 +11367,22 @@ def list_behaviors(request):
 def get_rules(request):
     """Return the rules of the behavior with all options and fields, open blocks, and the seed."""
     proxy = request.proxy
-    return {"rules": rules_to_json(proxy, proxy.behavior), "seed": proxy.seed, "blocks": [
-        {"block": number, "only": block.only, "rules": rules_to_json(proxy, block.rules)}
-        for number, block in proxy.blocks.items()]}
+    blocks = [{"block": number, "only": block.only, "rules": rules_to_json(proxy, block.rules)}
+              for number, block in proxy.blocks.items()]
+    return {"rules": rules_to_json(proxy, proxy.behavior), "seed": proxy.seed, "blocks": blocks}
 
 
 def rules_to_json(proxy, rules):
-    """Return a list of rules, which share one draw, in the form that `PUT /rules` accepts."""
+    """Return the rules of a behavior or block in the form that `PUT /rules` accepts.
+
+    A rule acts on draws from draw_min to draw_max. `PUT /rules` puts these ranges one after the
+    other, so a dummy rule must fill a gap between two ranges.
+    """
     rule_dicts, previous_max = [], 0.0
     for rule in rules:
-        if rule.draw_min > previous_max:
-            # No rule acts on a request whose draw is between previous_max and draw_min. In the
-            # result, a dummy stands for this range: for `PUT /rules`, the range of a rule begins
-            # where that of the previous rule ends.
-            rule_dicts.append({"name": "dummy", "percent": rule.draw_min - previous_max})
+        gap = rule.draw_min - previous_max
+        if gap > 0:
+            rule_dicts.append({"name": "dummy", "percent": gap})
         rule_dicts.append(dict(rule.to_json(), **rule.times_to_json(proxy.to_unix)))
         previous_max = rule.draw_max
     return rule_dicts
@@ -11401,15 +11393,13 @@ def rules_to_json(proxy, rules):
 def put_rules(request):
     """Replace the rules of the behavior: at most one of them acts on a request."""
     body = parse_json_object(request.body)
-    for key in "seed", "blocks":        # ignored: the body may be the result of `GET /rules`
-        body.pop(key, None)
-    rule_dicts = body.pop("rules", None)
+    rule_dicts = body.get("rules")
     is_list = isinstance(rule_dicts, list) and all(isinstance(rule, dict) for rule in rule_dicts)
-    has_other_keys = bool(body)
-    if has_other_keys or not is_list:
+    # The body may be the result of `GET /rules`: ignore its keys `seed` and `blocks`, and the keys
+    # `active` and `until` of its rules.
+    if not is_list or not set(body) <= {"rules", "seed", "blocks"}:
         raise InputError([("rules", "the body must be "
                                     "{\"rules\": [{\"name\": ..., \"percent\": ...}, ...]}")])
-    # without_moment removes `active` and `until`, which `GET /rules` adds.
     set_rules(request, [without_moment(rule) for rule in rule_dicts])
 
 
@@ -11420,16 +11410,16 @@ def set_rules(request, rule_dicts):
 
 @route("POST", "/blocks", '{"name": "delay", "sleep": 2}', query=["only"], status=201)
 def begin_block(request):
-    """Let a rule act until its block ends; ?only=yes stops the rules of earlier blocks."""
+    """Begin a block with one rule; ?only=yes stops the rules of earlier blocks meanwhile."""
     rules = read_rules([parse_json_object(request.body)])
-    only = check_field("only", check_yes_no, request.query.get("only", "no"))
+    only = check_query(request, "only", False, check_yes_no)
     return {"block": request.proxy.loop.run_sync(request.proxy.begin_block, rules, only)}
 
 
 @route("DELETE", "/blocks/BLOCK")
 def end_block(request):
-    """End a block. After the last block, the behavior acts again."""
-    number = check_field("block", check_count, request.names["BLOCK"])
+    """End a block. The behavior acts again when no block is open."""
+    number = check_part("path", "block", check_count, request.names["BLOCK"])
     request.proxy.loop.run_sync(request.proxy.end_block, number)
 
 
@@ -11445,8 +11435,7 @@ def state_to_json(proxy):
         ("name", proxy.name), ("listen", proxy.listen), ("backend", format_address(proxy.backend)),
         ("enabled", proxy.enabled), ("accept", proxy.accept.to_json(proxy.to_unix)),
         ("max_connections", proxy.max_connections), ("reuse_port", proxy.reuse_port),
-        ("rules", proxy.describe()),
-        ("faults", proxy.fault_count)])
+        ("rules", proxy.describe()), ("faults", proxy.fault_count)])
 
 
 @route("GET", "/status", "?seconds=1", query=["seconds"], needs_proxy=False)
@@ -11456,19 +11445,20 @@ def measure_status(request):
         float, "0, or a number of seconds from 0.01 to %g" % MEASURE_MAX,
         lambda value: value == 0 or 0.01 <= value <= MEASURE_MAX))
     proxies = list(request.control.proxies.values())
-    earlier = [proxy.loop.run_sync(count_all, proxy) if seconds else None for proxy in proxies]
-    time.sleep(seconds)
+    earlier = {}
+    if seconds:
+        earlier = {proxy: proxy.loop.run_sync(count_all, proxy) for proxy in proxies}
+        time.sleep(seconds)
     try:
         return {"version": __version__, "proxies": [
-            proxy.loop.run_sync(status_to_json, proxy, before)
-            for proxy, before in zip(proxies, earlier)
+            proxy.loop.run_sync(status_to_json, proxy, earlier.get(proxy)) for proxy in proxies
             if request.control.proxies.get(proxy.name) is proxy]}   # not removed meanwhile
     except RuntimeError:    # the proxies have stopped: close the connection without a response
         raise ConnectionAbortedError from None
 
 
 def count_all(proxy):
-    """Return the time of the loop's clock, and {name: count since the start of the proxy}."""
+    """Return (the time of the loop's clock, {name: count since the start of the proxy})."""
     byte_counts = proxy.byte_counts()
     return proxy.loop.clock(), OrderedDict([
         ("connections", proxy.accepted), ("requests", proxy.rules.request_count),
@@ -11477,23 +11467,24 @@ def count_all(proxy):
         ("bytes_down", byte_counts[DOWNSTREAM, "received"])])
 
 
-def status_to_json(proxy, before):
+def status_to_json(proxy, earlier):
     """Return the state, the counts, the rates and the installed rules of a proxy as a JSON value.
 
-    before    the result of an earlier count_all: rates are measured from then to now. None: the
-              result has no rates
+    earlier    an earlier result of count_all, to compute rates; None leaves `rates` empty
     """
     now, counts = count_all(proxy)
-    since, earlier_counts = before or (now, {})     # without earlier counts, no rates
+    rates = {}
+    if earlier:
+        earlier_time, earlier_counts = earlier
+        rates = {name: round((counts[name] - count) / (now - earlier_time), 3)
+                 for name, count in earlier_counts.items()}
     return OrderedDict(
         state_to_json(proxy), protocol=proxy.protocol_name(), time=round(time.time(), 3),
-        open=len(proxy.connections), counts=counts,
+        open=len(proxy.connections), counts=counts, rates=rates,
         latency={name: round(seconds, 6) for name, seconds in
                  proxy.latencies.percentiles(now).items()},
         kinds=[{"handler": handler, "kind": kind, "count": count}
                for (handler, kind), count in sorted(proxy.kinds.items())],
-        rates={name: round((counts[name] - count) / (now - since), 3)
-               for name, count in earlier_counts.items()},
         installed=[dict(rule.to_json(), block=rule.block, **rule.times_to_json(proxy.to_unix))
                    for rule in proxy.rules.installed])
 
@@ -11501,31 +11492,33 @@ def status_to_json(proxy, before):
 @route("PUT", "/proxy", '{"accept": "refuse"}')
 def put_status(request):
     """Change how new clients are accepted, or how many are served at a time."""
-    checks = {"accept": check_accept, "max_connections": check_count}
-    body, values, errors = parse_json_object(request.body), {}, []
-    for name in sorted(body):
+    changes = check_values(parse_json_object(request.body),
+                           {"accept": check_accept, "max_connections": check_count})
+    with request.proxy.lock:
+        request.control.proxies.change(request.proxy, **changes)
+
+
+def check_values(json_object, checks):
+    """Return the checked values of a JSON object: {name: value}. Raises InputError.
+
+    checks    {name: check} of all known names
+    """
+    values, errors = {}, []
+    for name in sorted(json_object):
         if name in checks:
-            check_into(values, errors, name, checks[name], body[name])
+            check_into(values, errors, name, checks[name], json_object[name])
         else:
-            errors.append((name, "%s is not known here: there are %s" % (name, ", ".join(checks))))
+            errors.append((name, "%s is not known here, only %s" % (name, ", ".join(checks))))
     if errors:
         raise InputError(errors)
-    change_proxy_of(request, ProxyTable.change, **values)
+    return values
 
 
 @route("POST", "/proxy/reset")
 def reset_proxy(request):
     """Enable a proxy, accept clients, and remove rules and toxics. Connections stay open."""
-    change_proxy_of(request, ProxyTable.reset)
-
-
-def change_proxy_of(request, method, **arguments):
-    """Call a method of ProxyTable for the proxy of a request, and hold the proxy's lock meanwhile.
-
-    Raises CannotListen.
-    """
     with request.proxy.lock:
-        method(request.control.proxies, request.proxy, **arguments)
+        request.control.proxies.reset(request.proxy)
 
 
 @route("GET", "/ca.pem", needs_proxy=False)
@@ -11542,15 +11535,11 @@ def get_backend(request):
 
 @route("PUT", "/backend", '{"backend": "localhost:80"}')
 def set_backend(request):
-    """Set the backend of new connections. Open connections keep theirs."""
-    body, proxy, values = parse_json_object(request.body), request.proxy, {}
-    errors = [(name, "%s is not known here: the only field is backend" % name)
-              for name in sorted(set(body) - {"backend"})]
-    # With str(), parse_backend refuses JSON values that are not text, like 80.
-    check_into(values, errors, "backend", parse_backend, str(body.get("backend", "")))
-    if errors:
-        raise InputError(errors)
-    # ProxyServer.set_backend raises ValueError for the proxy's own address.
+    """Set the backend of new connections. Open connections keep their backend."""
+    json_object = dict({"backend": ""}, **parse_json_object(request.body))      # "" is refused
+    values = check_values(json_object, {"backend": lambda value: parse_backend(str(value))})
+    proxy = request.proxy
+    # The proxy's own address passes parse_backend, but set_backend raises ValueError.
     check_field("backend", proxy.loop.run_sync, proxy.set_backend, values["backend"])
 
 
@@ -11560,11 +11549,10 @@ def list_connections(request):
     proxy = request.proxy
     numbers = proxy.loop.run_sync(list, proxy.connections)      # the oldest connection first
     newest = check_query(request, "newest", len(numbers), check_count)
-    numbers = numbers[-newest:] if newest else []       # numbers[-0:] would be all of them
+    first_newest = max(0, len(numbers) - newest)
     connections = []
-    # A call delays the data of all connections. So each call lists only 100 connections, which
-    # takes 0.3 ms.
-    for first in range(0, len(numbers), 100):
+    # In steps of 100 connections, because each step delays the data of all connections (0.3 ms).
+    for first in range(first_newest, len(numbers), 100):
         connections += proxy.loop.run_sync(proxy.list_connections, numbers[first:first + 100])
     return {"connections": connections}
 
@@ -11572,7 +11560,7 @@ def list_connections(request):
 @route("DELETE", "/connections/NUMBER /proxies/PROXY/connections/NUMBER", query=["reset"])
 def close_connection(request):
     """Close a connection, or reset it with ?reset=yes."""
-    number = check_field("number", check_count, request.names["NUMBER"])
+    number = check_part("path", "number", check_count, request.names["NUMBER"])
     reset = check_query(request, "reset", False, check_yes_no)
     if not request.proxy.loop.run_sync(request.proxy.close_connection, number, reset):
         raise ApiError(404, "path", "number", "there is no open connection %d" % number)
@@ -11582,7 +11570,7 @@ def close_connection(request):
 def list_events(request):
     """Return the fault records after number ?since=N; ?wait=SECONDS waits for the first.
 
-    ?handler=NAME selects the faults of a handler. Then records about windows are left out.
+    ?handler=NAME selects the faults of a handler, without records about its windows.
     """
     since = check_query(request, "since", 0, check_count)
     seconds = check_query(request, "wait", 0, number_check(
@@ -11593,12 +11581,10 @@ def list_events(request):
     def matches(record):
         if name is None:
             return True
-        is_fault = record.change is None
-        # "accept" makes no faults: all its records are about windows.
-        return record.handler == name and (is_fault or name == Accept.name)
+        is_about_window = record.change is not None     # all records of "accept" are
+        return record.handler == name and (name == Accept.name or not is_about_window)
 
-    # This client thread waits for the records, even if its client disconnects meanwhile.
-    # wait_limit limits the threads that wait, so that some stay free for short requests.
+    # wait_limit limits the client threads that wait, because other clients need threads too.
     if seconds and not request.control.wait_limit.acquire(blocking=False):
         raise ApiError(503, "querystring", "wait", "too many clients wait: try again without wait")
     try:
@@ -11610,14 +11596,18 @@ def list_events(request):
 
 
 def check_query(request, name, default, check):
-    """Return check(value) for a key of the query. If the key is absent, return the default.
+    """Return a checked value of the query, or the default for an absent key. Raises ApiError."""
+    if name not in request.query:
+        return default
+    return check_part("querystring", name, check, request.query[name])
 
-    Raises ApiError.
-    """
+
+def check_part(location, name, check, value):
+    """Return check(value). Raises ApiError with this location and name if the check fails."""
     try:
-        return check(request.query[name]) if name in request.query else default
+        return check(value)
     except ValueError as error:
-        raise ApiError(400, "querystring", name, "%s %s" % (name, error)) from None
+        raise ApiError(400, location, name, "%s %s" % (name, error)) from None
 
 
 @route("GET", "/changes /proxies/PROXY/changes")
@@ -11635,8 +11625,8 @@ class Control:
     local      the (host, port) to listen on
     proxies    the ProxyTable that the routes show and change
     token      the bearer token that clients must send; None if clients need no token
-    names      further host names that a request may have in its Host header: see is_own_host
-    dialect    the Dialect of errors about paths that have no route and no prefix in DIALECTS
+    names      further host names of the server, for is_own_host
+    dialect    the Dialect of errors about unknown paths without a prefix in DIALECTS
     """
 
     def __init__(self, local, proxies, token=None, names=(), dialect=VAURIEN_1):
@@ -11644,14 +11634,14 @@ class Control:
         self.proxies = proxies
         self.dialect = dialect
         self.token = token
-        # An empty host to listen on means all addresses, and is no name.
-        self.names = set(map(normalize_host, [local[0], *names])) - {""}
+        local_host, _ = local
+        self.names = set(map(normalize_host, [local_host, *names])) - {""}      # "": all addresses
         self.listener = None
         self.url = ""
-        self.clients = OrderedDict()        # {socket: Session}, in the order of their last use
+        self.clients = OrderedDict()        # {socket: Session}, the least recently used first
         self.max_clients = CLIENTS_MAX
-        self.wait_limit = threading.Semaphore(CLIENTS_MAX // 2)     # of threads in list_events
-        self.last_refusal_log = 0.0         # the time.monotonic() when a refusal was last logged
+        self.wait_limit = threading.Semaphore(CLIENTS_MAX // 2)     # for threads in list_events
+        self.last_refusal_log = 0.0         # the time of the last log line about a refused request
         self.loop = None
 
     def bind(self):
@@ -11659,35 +11649,33 @@ class Control:
         with CannotListen.naming("--http-port"):
             self.listener = Listener(self.local, self.on_accept)
         host, _ = self.local
-        _, port, *_ = self.listener.address()       # not port 0, which picks a free port
-        if is_wildcard(host):
-            host = "localhost"
-        self.url = "http://%s" % format_address((host, port))
+        _, port, *_ = self.listener.address()       # a free port if the port of `local` is 0
+        self.url = "http://" + format_address(("localhost" if is_wildcard(host) else host, port))
 
     def open(self, proxies_loop):
         """Start to accept clients, in a new thread with a loop of its own.
 
-        proxies_loop    the loop of the proxies
-
-        The control server responds even while the proxies' loop is busy, because its own loop
-        runs in another thread. To respond even if the proxies' connections have used up their
-        descriptors, it reserves some descriptors for itself.
+        proxies_loop    the loop of the proxies. The control server responds even while this loop
+                        is busy, and even if this loop has used up its file descriptors
         """
         # The class is made here, because the import of http.server would slow down the start.
         self.request_handler_class = type(
             "HttpRequestHandler", (RequestHandler, http_server.BaseHTTPRequestHandler), {})
-        # Clients of this server use at most a quarter of the descriptors. The rest is for proxies.
         fd_limit = raise_fd_limit() or 4 * CLIENTS_MAX      # 0 means that the limit is unknown
         self.max_clients = max(4, min(CLIENTS_MAX, fd_limit // 4))
-        reserved = min(CONTROL_FDS, fd_limit // 4)
-        proxies_loop.fd_limit = fd_limit - reserved
+        proxies_loop.fd_limit = fd_limit - min(CONTROL_FDS, fd_limit // 4)
         self.loop = Loop()
         self.listener.open(self.loop)
         self.thread = threading.Thread(target=self.loop.run, name="control", daemon=True)
         self.thread.start()
         log.info("control on %s", self.listener)
-        only_loopback = all(is_loopback(sock.getsockname()[0]) for sock in self.listener.sockets)
-        if not self.token and not only_loopback:
+        if not self.token:
+            self.warn_about_missing_token()
+
+    def warn_about_missing_token(self):
+        """Log a warning if clients on other machines can reach the server."""
+        hosts = [sock.getsockname()[0] for sock in self.listener.sockets]
+        if not all(map(is_loopback, hosts)):
             log.warning(
                 "control: the control server on %s is open to everyone: a client that reaches it "
                 "can create proxies to all addresses that this machine reaches, internal ones "
@@ -11704,17 +11692,16 @@ class Control:
 
     # Access
 
-    def check_access(self, headers, is_page=False):
+    def check_access(self, headers, is_page):
         """Raise ApiError, and log it, unless a request with these headers is permitted.
 
-        is_page    whether the request is for the web page. The page is the same for everyone and
-                   has no data. So a request for it needs no token, and may come from a link on
-                   another site
+        is_page    whether the request is for the web page. The page has no data, so everyone may
+                   request the page: without a token, and by a link on another site
         """
         try:
             if not self.token:
                 self.check_origin(headers, is_page)
-            elif not is_page:
+            elif not is_page:       # check_origin is not needed: other sites do not know the token
                 self.check_token(headers)
         except ApiError as error:
             now = time.monotonic()
@@ -11724,13 +11711,9 @@ class Control:
             raise
 
     def check_token(self, headers):
-        """Raise ApiError unless the client has sent the token.
-
-        With a token, check_origin is not needed: a page of another site does not know the token.
-        """
+        """Raise ApiError unless the client has sent the token."""
         scheme, _, token = headers.get("Authorization", "").partition(" ")
-        # compare_digest takes the same time for all wrong tokens. With ==, a client could guess
-        # the token byte by byte by measuring the time.
+        # The time of == would tell a client how many bytes of a wrong token are right.
         is_right = hmac.compare_digest(token.strip().encode("utf-8", "replace"),
                                        self.token.encode("utf-8"))
         if scheme.lower() != "bearer" or not is_right:
@@ -11738,12 +11721,11 @@ class Control:
                            "where TOKEN is the value of --http-token",
                            {"WWW-Authenticate": "Bearer"})
 
-    def check_origin(self, headers, is_page=False):
+    def check_origin(self, headers, is_page):
         """Raise ApiError if a browser has sent the request for a page of another site.
 
-        The headers Origin (RFC 6454) and Sec-Fetch-Site (Fetch Metadata) show the site. They do
-        not show a DNS rebinding attack: the browser believes that the attacker's page comes
-        from this server. Only the Host header has the attacker's name then.
+        The headers Origin (RFC 6454) and Sec-Fetch-Site (Fetch Metadata) show the site of the
+        page. DNS rebinding changes neither header: only the Host header shows the attack.
         """
         host = headers.get("Host", "localhost")     # browsers always send it
         if not self.is_own_host(host):
@@ -11761,23 +11743,20 @@ class Control:
             raise ApiError(403, "header", "Sec-Fetch-Site", "cross-site request refused")
 
     def is_own_host(self, host):
-        """Return whether the Host header of a request excludes a DNS rebinding attack.
+        """Return whether a host is one of `names`, or a host that no attacker can register.
 
-        In such an attack, the header has a host name that the attacker has registered: see
-        UNREBINDABLE. So these are safe: an IP address, one of `names`, a name without a dot, and
-        a name under a domain in UNREBINDABLE.
+        host    the Host header of a request. DNS rebinding needs a registered host: see
+                UNREBINDABLE
         """
         name = normalize_host(re.sub(r":\d*$", "", host.strip()))       # without the port
         is_without_dot = re.fullmatch(r"[a-z0-9_-]{1,63}", name)
-        if name in self.names or is_without_dot:
-            return True
-        if name.endswith(UNREBINDABLE) and is_valid_host(name):
+        is_unrebindable = name.endswith(UNREBINDABLE) and is_valid_host(name)
+        if name in self.names or is_without_dot or is_unrebindable:
             return True
         is_bracketed = name.startswith("[") and name.endswith("]")      # an IPv6 address
         address = name[1:-1] if is_bracketed else name
-        # An IP address has only these characters, at most 45. resolve_numeric would also accept
-        # an empty text.
-        return bool(re.fullmatch("[0-9a-f.:]{1,45}", address) and resolve_numeric((address, 0)))
+        has_only_address_chars = re.fullmatch("[0-9a-f.:]{1,45}", address)
+        return bool(has_only_address_chars and resolve_numeric((address, 0)))
 
     # Clients
 
@@ -11785,7 +11764,7 @@ class Control:
         """Start a client thread. If there are too many clients, first disconnect one of them."""
         while len(self.clients) >= self.max_clients:
             self.disconnect_least_used()
-        # The client thread needs the methods of socket.socket, such as makefile.
+        # The client thread needs methods of socket.socket that raw_socket lacks, like makefile.
         client = socket.socket(raw_socket.family, socket.SOCK_STREAM, 0, raw_socket.detach())
         client.settimeout(READ_TIMEOUT)
         session = self.clients[client] = Session(self, client)
@@ -11797,10 +11776,9 @@ class Control:
 
         If all clients are within a request, disconnect the one whose request began first.
         """
-        # `clients` is in the order of last use. A session has a timer only during a request.
-        sessions = self.clients.values()
-        session = next((session for session in sessions if not session.timer), None)
-        session = session or next(iter(sessions))
+        sessions = list(self.clients.values())      # the least recently used client first
+        idle = [session for session in sessions if not session.timer]   # not within a request
+        session = (idle or sessions)[0]
         del self.clients[session.client]
         session.disconnect()
 
@@ -11812,8 +11790,8 @@ class Control:
         with session.client as client:
             self.request_handler_class(client, peer, session)   # __init__ handles all requests
             client.shutdown(socket.SHUT_WR)
-            # Read until the client closes: a close with unread bytes sends RST. After an RST, the
-            # client could lose the last response.
+            # Read until the client closes. A close with unread bytes would send RST, and the RST
+            # could destroy the last response on its way to the client.
             session.set_deadline(LINGER_TIMEOUT)
             client.settimeout(1)
             for _ in range(1000):       # a limit, because a client may send without end
@@ -11835,9 +11813,8 @@ class Control:
 class Session:
     """A client of the control server, with the deadline of its current request.
 
-    Only the loop's thread uses `timer`. A client thread queues a call of set_timer for the loop.
-    The loop runs the queued calls of a client in order, and on_client_done is the last of these
-    calls. So no timer is left when a client thread has ended.
+    Only the loop's thread uses `timer`. A client thread queues calls of set_timer for the loop,
+    which runs these calls before on_client_done.
     """
 
     def __init__(self, control, client):
@@ -11855,15 +11832,13 @@ class Session:
         loop.call_soon_threadsafe(self.set_timer, t)
 
     def set_timer(self, t):
-        """Disconnect the client at the time t. Replaces the previous timer; None cancels it.
+        """Disconnect the client at the time t, or never if t is None. Replaces the timer.
 
-        Called in the loop's thread.
+        Called in the loop's thread, at the beginning and at the end of each request.
         """
         loop = self.control.loop
         loop.cancel(self.timer)
         self.timer = None if t is None else loop.call_at(t, self.disconnect)
-        # set_timer is called at the beginning and at the end of each request. So the order of
-        # `clients` is that of their last use.
         if self.client in self.control.clients:
             self.control.clients.move_to_end(self.client)
 
@@ -11877,18 +11852,17 @@ class Session:
 
 
 class LimitedReader:
-    """A binary file whose readline has a limit for the length of all lines together."""
+    """A binary file with a limit for the bytes that readline returns."""
 
     def __init__(self, file):
         self.file = file
-        self.bytes_left = math.inf          # the bytes that readline may still read
+        self.bytes_left = math.inf          # until readline fails
 
     def __getattr__(self, name):
         return getattr(self.file, name)
 
     def readline(self, size):
-        # Read one byte more than the limit: if there is such a byte, the line is too long.
-        line = self.file.readline(min(size, self.bytes_left + 1))
+        line = self.file.readline(min(size, self.bytes_left + 1))   # + 1 finds a line too long
         self.bytes_left -= len(line)
         if self.bytes_left < 0:
             raise http_client.LineTooLong("head")       # http.server then sends status 431
@@ -11900,10 +11874,9 @@ class RequestHandler:
 
     A mixin for http.server.BaseHTTPRequestHandler. The attribute `server` is the Session.
 
-    Time limits: the first byte of a request must come within IDLE_TIMEOUT, and each further
-    read and write has READ_TIMEOUT. From the first byte of a request to the end of its response,
-    the session's deadline applies too. Without the deadline, a client could keep its thread busy
-    by sending one byte every few seconds.
+    Time limits: IDLE_TIMEOUT for the first byte of a request, READ_TIMEOUT for each further read
+    and write, and REQUEST_TIMEOUT from the first byte of a request to the end of its response.
+    Without REQUEST_TIMEOUT, a client could keep its thread busy by sending a byte every 9 seconds.
     """
 
     protocol_version = "HTTP/1.1"
@@ -11931,15 +11904,11 @@ class RequestHandler:
             self.rfile.close()      # if the last flush fails, super().finish() leaves it open
 
     def handle(self):
-        """Respond to all requests of the client.
-
-        A client that sends no first request in time gets an error. A client that sends no further
-        request gets no error: the connection is only closed.
-        """
+        """Respond to all requests of the client."""
         self.close_connection = False
         if not self.wait_for_request():
-            # send_error sets close_connection, which skips the loop.
             self.send_error(408, "no request within %g seconds" % IDLE_TIMEOUT)
+            return
         while not self.close_connection:
             self.server.set_deadline(REQUEST_TIMEOUT)
             self.handle_one_request()
@@ -11948,10 +11917,7 @@ class RequestHandler:
                 self.close_connection = True
 
     def wait_for_request(self):
-        """Wait for the first byte of a request, or for the end of the stream.
-
-        Returns False if neither comes within IDLE_TIMEOUT.
-        """
+        """Wait for the first byte of a request, or for EOF. Returns False after IDLE_TIMEOUT."""
         self.connection.settimeout(IDLE_TIMEOUT)
         try:
             self.rfile.peek(1)
@@ -11963,7 +11929,7 @@ class RequestHandler:
     def parse_request(self):
         """Read the headers, REQUEST_HEAD_MAX bytes at most.
 
-        Returns False, and has sent an error, if the request is invalid.
+        If the request is invalid, sends an error and returns False.
         """
         self.rfile.bytes_left = REQUEST_HEAD_MAX
         valid = super().parse_request()  # type: ignore
@@ -11975,9 +11941,8 @@ class RequestHandler:
         control, self.body_read = self.server.control, False
         response = handle_request(control, self.command, self.path, self.read_body, self.headers)
         is_crowded = len(control.clients) > KEEP_ALIVE_SHARE * control.max_clients
-        # Close the connection if other clients need its place or its descriptor. Close it also if
-        # the body has not been read: the body would be parsed as the next request.
-        if is_crowded or Loop.fds_exhausted or not self.body_read:
+        # An unread body would be parsed as the next request.
+        if not self.body_read or is_crowded or Loop.fds_exhausted:
             self.close_connection = True
         self.send_api_response(response)
 
@@ -11994,7 +11959,7 @@ class RequestHandler:
             raise ConnectionAbortedError(str(error)) from None
 
     def read_plain_body(self):
-        """Return a body with Content-Length. Raises ApiError or OSError."""
+        """Return a body of Content-Length bytes. Raises ApiError or OSError."""
         if self.headers.get("Transfer-Encoding"):
             raise http_error(411, "a body needs Content-Length or Transfer-Encoding: chunked")
         if self.headers.get("Content-Encoding", "identity") != "identity":
@@ -12016,8 +11981,7 @@ class RequestHandler:
         self.wfile.flush()      # sends "100 Continue", if the client waits for it
         body = bytearray()
         while True:
-            # After a semicolon there may be extensions, which are ignored.
-            size_text, _, _ = self.rfile.readline(100).partition(b";")
+            size_text, _, _ = self.rfile.readline(100).partition(b";")      # ignore extensions
             if not re.fullmatch(b"[0-9A-Fa-f]{1,8}", size_text.strip()):
                 raise http_error(400, "a chunk must begin with its length")
             size = int(size_text, 16)
@@ -12050,8 +12014,7 @@ class RequestHandler:
     def send_error(self, code, message=None, explain=None):
         """Send an error response to a request that could not be parsed."""
         self.close_connection = True
-        # Until a request has been parsed, http.server assumes HTTP/0.9, which has no headers.
-        self.request_version = self.protocol_version
+        self.request_version = self.protocol_version    # HTTP/0.9, the default, has no headers
         self.send_api_response(VAURIEN_1.render_error(http_error(code, message or explain or "")))
         self.wfile.flush()
 
@@ -12060,7 +12023,7 @@ class RequestHandler:
 
 
 def http_error(status, description):
-    """Return the ApiError for a request that breaks the rules of HTTP or exceeds a limit."""
+    """Return an ApiError for a request that breaks the rules of HTTP or exceeds a limit."""
     return ApiError(status, "request", "", description)
 
 
@@ -12076,59 +12039,52 @@ def http_error(status, description):
 #   * a value of a wrong type is an error
 #
 # The functions that read bodies raise InputError or ApiError. The response for an InputError has
-# status 400 and a text that begins with "bad request body". An ApiError has its own status and
-# text.
+# status 400 and a text that begins with "bad request body".
 #
-# Threads: client threads call the functions of routes. During a request that changes a proxy, the
-# client thread holds the proxy's lock. So two requests never change the same proxy at once. A
-# change may take seconds, because the host to listen on must be resolved. Requests about other
-# proxies do not wait for this.
+# Threads: during a request that changes a proxy, the client thread holds the proxy's lock.
+# Therefore two requests never change a proxy at the same time.
 #
 # Listings: typed clients (Java, .NET, Rust ...) fail if a listing has a toxic that Toxiproxy
-# lacks. Therefore the key `toxics` has only toxics that Toxiproxy could have: see
-# exists_in_toxiproxy. The other toxics of a proxy are called Vaurien's toxics here:
+# lacks (see exists_in_toxiproxy). The table shows where a response has these toxics.
 #
-#   request                                         where Vaurien's toxics are in the response
 #   GET /proxies, GET /proxies/PROXY,               under the key `rules` of the proxy; the key is
 #   POST and PATCH of a proxy, POST /populate       absent if there are none
 #   GET /proxies/PROXY/toxics                       nowhere
-#   all of these with the query ?all=1              among the other toxics; no key `rules`
-#   requests about one toxic, PUT .../toxics        like other toxics: the client has named them
+#   with ?all=1 in the query                        under the key `toxics`, with the other toxics
+#   PUT .../toxics, requests about one toxic        like other toxics
 #
-# A client may send back what it got from a listing, so requests that create a proxy accept the
-# key `rules` too.
+# Clients may send listings back: requests that create a proxy accept the key `rules` too.
 #
 # To add a route: write a function, and decorate it with @toxiproxy_route. A new rule field needs
 # no change in this section.
 
-# {expected type: its name in the errors of Go's JSON decoder}
-GO_TYPES = {str: "string", bool: "bool", int: "int64", float: "float64", list: "[]", dict: "{}"}
-# {expected type: (lowest, highest) value that Go accepts}
-GO_RANGES = {int: (-INT64_MAX - 1, INT64_MAX), float: (-sys.float_info.max, sys.float_info.max)}
-# {type of the received value: its name in these errors}
-JSON_TYPES = {str: "string", bool: "bool", int: "number", float: "number", list: "array",
-              dict: "object", type(None): "null"}
-# Go's error for a wrong type: (received value, place, Go's name of the expected type)
+# An error of Go's JSON decoder, with the names that Go has for the received and the expected type:
+# "json: cannot unmarshal string into Go struct field Proxy.enabled of type bool"
 GO_TYPE_ERROR = "json: cannot unmarshal %s into Go %s of type %s"
-# {Go's name of a type: a name for readers who do not know Go}. See in_plain_words.
+JSON_TYPES = {str: "string", bool: "bool", int: "number", float: "number", list: "array",
+              dict: "object", type(None): "null"}       # names of received types
+GO_TYPES = {str: "string", bool: "bool", int: "int64", float: "float64", list: "[]", dict: "{}"}
+# The lowest and the highest number that Go accepts.
+GO_RANGES = {int: (-INT64_MAX - 1, INT64_MAX), float: (-sys.float_info.max, sys.float_info.max)}
+# The names of Go's types for readers who do not know Go.
 PLAIN_TYPES = {"string": "text", "bool": "true or false", "int64": "a whole number",
                "float64": "a number", "[]": "a list", "{}": "an object",
                "[]toxiproxy.Proxy": "a list of proxies", "toxiproxy.Proxy": "an object",
                "toxics.ToxicWrapper": "an object", "attributes": "an object"}
-# {type of Toxiproxy's toxics: its attributes}
+# The types of Toxiproxy's toxics, with their attributes.
 TOXIPROXY_TYPES = {
     "noop": (), "latency": ("latency", "jitter"), "bandwidth": ("rate",),
     "slicer": ("average_size", "size_variation", "delay"), "slow_close": ("delay",),
     "timeout": ("timeout",), "reset_peer": ("timeout",), "limit_data": ("bytes",),
     "packet_loss": ("loss_rate", "correlation")}
 UNRELEASED_TYPES = {"packet_loss"}      # only on Toxiproxy's main branch: clients do not know it
-# {field of a proxy: type, or None if any type is possible}
+# The fields of a proxy, with their types. None: several types are valid, see PROXY_CHECKS.
 PROXY_FIELDS = OrderedDict((("name", str), ("listen", str), ("upstream", str),
                             ("enabled", bool), ("toxics", list), ("rules", list),
                             ("protocol", str), ("accept", None), ("max_connections", int),
                             ("tls", dict)))
-# {field: check} of the fields that ProxyServer takes under the same name. If PROXY_FIELDS lacks a
-# field, the field is an argument of Proxy and not part of the API.
+# {name: check} of some arguments of ProxyServer. PROXY_FIELDS lacks the arguments that a client of
+# Toxiproxy's API cannot set, but a user of the class Proxy can.
 PROXY_CHECKS = OrderedDict((
     ("timeout", check_timeout), ("protocol", check_protocol),
     ("overwrite_host_header", check_yes_no), ("enabled", check_yes_no), ("accept", check_accept),
@@ -12144,7 +12100,7 @@ class ToxiproxyDialect(Dialect):
 
     head_as_get = False
     decode_errors = "replace"
-    # {location of an ApiError: body of the response}. Toxiproxy's HTTP router sends no JSON.
+    # The bodies of errors about an unknown path or method. Toxiproxy's HTTP router sends no JSON.
     router_texts = {"path": "404 page not found\n", "method": ""}
 
     def render(self, result, status):
@@ -12174,7 +12130,7 @@ DIALECTS.append(("/proxies/", TOXIPROXY))
 
 
 def toxiproxy_error(status, message):
-    """Return an ApiError. An error of Toxiproxy has only a status and a message."""
+    """Return an ApiError as in Toxiproxy: with only a status and a message."""
     return ApiError(status, "", "", message)
 
 
@@ -12184,7 +12140,7 @@ def error_to_json(error):
 
 
 def text_response(status, text):
-    """Return an ApiResponse with the headers that Go's http.Error sets."""
+    """Return an ApiResponse with the headers of the function http.Error in Go."""
     return ApiResponse(status, {"Content-Type": "text/plain; charset=utf-8",
                                 "X-Content-Type-Options": "nosniff"}, text)
 
@@ -12198,8 +12154,8 @@ def toxiproxy_route(methods, path, example="", status=200):
     """Return a decorator that registers a function for these methods of a path.
 
     The function takes the ApiRequest, and the ProxyServer and the Toxic that the path names. The
-    function returns a JSON value, None for status 204, or an ApiResponse. During a call of the
-    function, the lock of this proxy is held, unless the method is GET.
+    function returns a JSON value, None for status 204, or an ApiResponse. While a function for
+    another method than GET runs, the client thread holds the lock of the proxy.
     """
     def register(function):
         @functools.wraps(function)
@@ -12208,14 +12164,14 @@ def toxiproxy_route(methods, path, example="", status=200):
             if is_browser and not is_from_own_page(request.headers):
                 # Toxiproxy's server refuses all browsers, with this response.
                 return text_response(403, "User agent not allowed\n")
-            with contextlib.ExitStack() as stack:
-                # If the proxy in the path does not exist, find_path_objects raises the error.
-                if methods != "GET" and "PROXY" in request.names and request.proxy:
-                    stack.enter_context(request.proxy.lock)
+            proxy_to_change = None
+            if "PROXY" in request.names and methods != "GET":
+                proxy_to_change = request.proxy         # None if the proxy does not exist
+            with proxy_to_change.lock if proxy_to_change else contextlib.ExitStack():
                 return function(request, *find_path_objects(request))
 
-        # needs_proxy is False because find_path_objects raises Toxiproxy's error if the proxy
-        # does not exist. query is None because Toxiproxy ignores unknown keys of a query.
+        # query is None because Toxiproxy ignores unknown keys. needs_proxy is False because
+        # find_path_objects raises Toxiproxy's error if the proxy does not exist.
         route(methods, path, example, query=None, needs_proxy=False, dialect=TOXIPROXY,
               status=status)(call)
         return function
@@ -12225,12 +12181,12 @@ def toxiproxy_route(methods, path, example="", status=200):
 def is_from_own_page(headers):
     """Return whether a browser's request comes from the page of the control server itself.
 
-    One of these headers then has the value "same-origin". A page of another site can set neither:
+    A request for a page of another site has "same-origin" in none of these headers:
 
     Sec-Fetch-Site    Browsers set this header themselves, but only for https and for localhost.
-    PAGE_HEADER       The control server's page sets this header. If another site's page sets it,
-                      the browser first asks the server with the method OPTIONS (CORS), and the
-                      server refuses that method.
+    PAGE_HEADER       The control server's page sets this header. To set the header, a page of
+                      another site needs permission by an OPTIONS request (CORS), which the control
+                      server refuses.
     """
     return "same-origin" in (headers.get("Sec-Fetch-Site"), headers.get(PAGE_HEADER))
 
@@ -12243,7 +12199,7 @@ def find_path_objects(request):
     if "PROXY" not in request.names:
         return []
     proxy = request.proxy
-    # request.proxy was looked up without the lock: another request may have removed the proxy.
+    # Another request may have removed the proxy while this thread waited for the lock.
     if proxy is None or request.control.proxies.get(proxy.name) is not proxy:
         raise toxiproxy_error(404, "proxy not found")
     if "TOXIC" not in request.names:
@@ -12257,16 +12213,13 @@ def find_path_objects(request):
 # Reading
 
 def bad_body(text):
-    """Return an InputError about no field in particular."""
+    """Return an InputError that names no field."""
     return InputError([("", text)])
 
 
 @contextlib.contextmanager
 def error_suffix(suffix):
-    """Append a suffix to the text of an InputError or ApiError that a `with` block raises.
-
-    suffix    the position in the body
-    """
+    """Append the position in the body to the InputError or ApiError that a `with` block raises."""
     try:
         yield
     except InputError as error:
@@ -12278,7 +12231,7 @@ def error_suffix(suffix):
 def read_json(text, ignore_rest=True):
     """Return the first JSON value in a text. Raises InputError.
 
-    ignore_rest    whether text after the value is ignored, as in Go, or is an error
+    ignore_rest    True: text after the value is ignored, as in Go. False: such text is an error
     """
     def refuse_constant(name):
         raise ValueError("invalid number %s" % name)        # NaN or Infinity
@@ -12292,10 +12245,9 @@ def read_json(text, ignore_rest=True):
         value, _ = decoder.raw_decode(text)
         return value
     except json.JSONDecodeError as error:
-        at_end = error.pos >= len(text.rstrip())
-        # If a string has no closing quote, error.pos is the beginning of the string.
-        cut_off = at_end or error.msg.startswith("Unterminated string")
-        raise bad_body("unexpected EOF" if cut_off else "invalid JSON: %s" % error) from None
+        is_cut_off = (error.pos >= len(text.rstrip())
+                      or error.msg.startswith("Unterminated string"))   # no closing quote
+        raise bad_body("unexpected EOF" if is_cut_off else "invalid JSON: %s" % error) from None
     except RecursionError:
         raise bad_body("nested too deeply") from None
     except ValueError as error:     # from refuse_constant or parse_short_int
@@ -12303,31 +12255,33 @@ def read_json(text, ignore_rest=True):
 
 
 def read_value(value, type_, field_path):
-    """Return a JSON value if it has the expected type. Otherwise raises InputError.
+    """Return a JSON value, converted from int to float if a float is expected.
 
-    type_         the expected type; if it is float, an int is valid too, and is converted
+    type_         the expected type
     field_path    Go's name of the struct and the field, for the error: "Proxy.enabled"
+
+    Raises InputError if the value has another type, or is a number outside of Go's range.
     """
     # type() and not isinstance(), which would accept True for an int.
     valid = type(value) is type_ or (type_ is float and type(value) is int)
     if valid and type_ in GO_RANGES:
         lowest, highest = GO_RANGES[type_]
         valid = lowest <= value <= highest
-    if not valid:
-        received = JSON_TYPES[type(value)]
-        if received == "number" and type_ in GO_RANGES:
-            received = "number %s" % str(value)[:50]
-        raise bad_body(GO_TYPE_ERROR % (received, "struct field " + field_path, GO_TYPES[type_]))
-    return float(value) if type_ is float else value
+    if valid:
+        return type_(value)
+    received = JSON_TYPES[type(value)]
+    if received == "number" and type_ in GO_RANGES:
+        received = "number %s" % str(value)[:50]
+    raise bad_body(GO_TYPE_ERROR % (received, "struct field " + field_path, GO_TYPES[type_]))
 
 
 def read_object(value, struct, known=None):
     """Return a JSON object as a dict, without the keys whose value is null.
 
-    value     the JSON object. The value null counts as {}
-    struct    Go's name of the type, for the error
-    known     the keys to return. In the object they may be in upper or lower case. None returns
-              all keys as they are
+    value     the JSON object; null counts as {}
+    struct    Go's name of the object's type, for the error
+    known     the keys to return, whether a client writes them in upper or lower case. None returns
+              all keys unchanged
 
     Raises InputError if the value is not an object.
     """
@@ -12344,12 +12298,10 @@ def read_object(value, struct, known=None):
 
 
 def read_fields(json_object, types, struct):
-    """Return a JSON object if each value has the expected type. Otherwise raises InputError.
+    """Return {key: result of read_value} of a JSON object. Raises InputError.
 
-    types     {key: type}. If a key of the object is absent here or has None, any value is valid
+    types     {key: expected type}; a key without a type may have any value
     struct    Go's name of the object's type, for the error
-
-    Where a float is expected, an int is converted.
     """
     fields = {}
     for key, value in json_object.items():
@@ -12360,26 +12312,24 @@ def read_fields(json_object, types, struct):
 
 def read_proxy_fields(value):
     """Return the known fields of a JSON object for a proxy: {name: value}. Raises InputError."""
-    fields = read_fields(read_object(value, "toxiproxy.Proxy", PROXY_FIELDS), PROXY_FIELDS,
-                         "Proxy")
-    if fields.get("listen") == "":      # Go then listens on all addresses and a free port
+    json_object = read_object(value, "toxiproxy.Proxy", PROXY_FIELDS)
+    fields = read_fields(json_object, PROXY_FIELDS, "Proxy")
+    if fields.get("listen") == "":      # means all addresses and a free port, as in Go
         fields["listen"] = ":0"
     return fields
 
 
 def read_proxies(text, proxies):
-    """Make the proxies that a JSON array describes, without opening them.
+    """Read a JSON array of proxies. Raises InputError or ApiError.
 
-    Returns [(ProxyServer, fields, JSON object)]. The fields are those of read_proxy_fields.
-    Raises InputError or ApiError.
+    Returns [(ProxyServer, result of read_proxy_fields, JSON object)]. No proxy is open yet.
     """
     values = read_json(text)
     if values is None:
         values = []
     if not isinstance(values, list):
         raise bad_body(GO_TYPE_ERROR % (JSON_TYPES[type(values)], "value", "[]toxiproxy.Proxy"))
-    # Wherever the errors are in the array, a wrong type is reported before a wrong value, and a
-    # wrong value before a duplicate name. Go's decoder checks all types first, too.
+    # As in Go's decoder, the types of all proxies are checked before the first value is checked.
     all_fields = [read_proxy_fields(value) for value in values]
     new_proxies, names = [], set()
     for index, fields in enumerate(all_fields, 1):
@@ -12393,26 +12343,23 @@ def read_proxies(text, proxies):
 
 
 def check_proxy_fields(fields):
-    """Check the fields of a proxy that are in PROXY_CHECKS, and return only these fields.
-
-    Raises InputError.
-    """
+    """Return the checked values of the fields in PROXY_CHECKS, if present. Raises InputError."""
     return {name: check_field(name, check, fields[name])
             for name, check in PROXY_CHECKS.items() if name in fields}
 
 
 def make_proxy(fields, proxies):
-    """Return a ProxyServer, which is not open yet. Raises InputError or ApiError.
+    """Return a new ProxyServer, which is not open yet. Raises InputError or ApiError.
 
     fields     the result of read_proxy_fields
-    proxies    the ProxyTable, whose shared settings the new proxy has
+    proxies    the ProxyTable, for its shared settings
     """
     for name in "name", "upstream":
         if not fields.get(name):
             raise toxiproxy_error(400, "missing required field: %s" % name)
     check_field("name", check_name, fields["name"])
-    toxics = []
-    for index, value in enumerate([*fields.get("toxics", ()), *fields.get("rules", ())], 1):
+    toxics, json_objects = [], [*fields.get("toxics", ()), *fields.get("rules", ())]
+    for index, value in enumerate(json_objects, 1):
         with error_suffix(" (toxic %d of proxy %s)" % (index, fields["name"])):
             toxics.append(read_toxic(value))
     check_unique_names(toxics)
@@ -12430,10 +12377,10 @@ def check_unique_names(toxics):
 
 
 def parse_upstream(text):
-    """Parse the address of a backend into (host, port). Raises ValueError.
+    """Parse the address of a backend. Returns (host, port). Raises ValueError.
 
-    The port is a number, the name of a service like "http", or "" if the text has no port:
-    Toxiproxy accepts all of these, because it checks the port only when a client connects.
+    The port is a number, the name of a service like "http", or "" if the text has no port.
+    Toxiproxy accepts all three: it checks the port only when a client connects.
     """
     try:
         return parse_backend(text)
@@ -12449,39 +12396,36 @@ def read_listen(text, prefix=""):
     """Return the (host, port) of an address to listen on.
 
     text      "HOST:PORT" or "HOST:SERVICE", like "localhost:http"
-    prefix    the beginning of each error of Go's net package
+    prefix    the beginning of an ApiError
 
-    Raises ApiError with the text of Go's net package if the port is missing or too high, or if
-    the service is unknown. Raises InputError for any other error.
+    If the port is missing or too high, or if the service is unknown, raises ApiError with the text
+    of Go's net package. Raises InputError for any other error.
     """
-    host, _, port_text = text.rpartition(":")
+    host, colon, port = text.rpartition(":")
+    if colon and re.fullmatch("[A-Za-z][A-Za-z0-9-]*", port):       # the name of a service
+        try:
+            text = "%s:%d" % (host, socket.getservbyname(port, "tcp"))
+        except OSError:
+            raise toxiproxy_error(500, "%slookup tcp/%s: unknown port" % (prefix, port)) from None
     try:
-        if re.fullmatch("[A-Za-z][A-Za-z0-9-]*", port_text) and ":" in text:
-            text = "%s:%d" % (host, socket.getservbyname(port_text, "tcp"))
         return parse_listener(text)
-    except OSError:                     # from getservbyname
-        raise toxiproxy_error(500, "%slookup tcp/%s: unknown port" % (prefix, port_text)
-                              ) from None
     except ValueError as error:
-        if ":" not in text:
+        if not colon:
             raise toxiproxy_error(500, "%saddress %s: missing port in address"
                                   % (prefix, text)) from None
-        is_too_high = re.fullmatch(r"\d{5,}", port_text)
+        is_too_high = re.fullmatch(r"\d{5,}", port)
         if is_too_high and ":" not in host and is_valid_host(host):
-            raise toxiproxy_error(500, "%saddress %s: invalid port" % (prefix, port_text)
-                                  ) from None
+            raise toxiproxy_error(500, "%saddress %s: invalid port" % (prefix, port)) from None
         raise InputError([("listen", "listen %s" % error)]) from None
 
 
 def read_toxic_object(value, known):
-    """Return the fields of a JSON object for a toxic. Their values are not checked.
+    """Return a JSON object for a toxic as a dict, as read_object does. Raises InputError.
 
     known    the keys to return; None returns all keys
-
-    Raises InputError if the value is not an object.
     """
     if isinstance(value, dict):
-        value = without_moment(value)       # without `active` and `until`, which a listing has
+        value = without_moment(value)       # the value may come from a listing
     json_object = read_object(value, "toxics.ToxicWrapper", known)
     if json_object.get("attributes") == []:     # PHP encodes an empty array like this
         json_object["attributes"] = {}
@@ -12491,15 +12435,13 @@ def read_toxic_object(value, known):
 def read_toxic(value, strict=False):
     """Return the Toxic that a JSON object describes. Raises InputError or ApiError.
 
-    strict    whether to refuse three kinds of input that Toxiproxy accepts: unknown keys, a
-              toxicity that is not from 0 to 1, and negative numbers
+    strict    True: refuse three kinds of input that Toxiproxy accepts: unknown keys, a toxicity
+              that is not from 0 to 1, and negative numbers
     """
-    fields = read_fields(read_toxic_object(value, None if strict else TOXIC_KEYS), TOXIC_FIELDS,
-                         "ToxicWrapper")
+    json_object = read_toxic_object(value, None if strict else TOXIC_KEYS)
+    fields = read_fields(json_object, TOXIC_FIELDS, "ToxicWrapper")
     type_ = fields.pop("type", "")
-    # Toxiproxy's own types act downstream by default, other handlers in both directions.
-    is_extension = type_ in HANDLERS and type_ not in TOXIPROXY_TYPES
-    stream = fields.pop("stream", "both" if is_extension else DOWNSTREAM)
+    stream = fields.pop("stream", DOWNSTREAM if type_ in TOXIPROXY_TYPES else "both")
     if stream.lower() not in ("both", UPSTREAM, DOWNSTREAM):
         raise toxiproxy_error(400, "stream was invalid, can be either upstream or downstream")
     if type_ not in HANDLERS:
@@ -12508,8 +12450,7 @@ def read_toxic(value, strict=False):
     name = fields.pop("name", "") or "%s_%s" % (type_, stream)
     check_field("name", check_name, name)
     attributes = read_attributes(type_, fields.pop("attributes", {}), strict)
-    # The toxicity and the rule fields are left in `fields`, and with `strict` also unknown keys,
-    # which make_toxic refuses.
+    # `fields` now has the toxicity, rule fields, and unknown keys, which make_toxic refuses.
     toxic = make_toxic(type_, name, dict(fields, stream=stream.lower()), attributes,
                        toxiproxy=not strict)
     toxic.stream = stream       # as the client wrote it, perhaps in upper case
@@ -12519,8 +12460,7 @@ def read_toxic(value, strict=False):
 def read_attributes(type_, value, strict=False):
     """Return the options of a handler in a JSON object: {option: value}. Raises InputError.
 
-    strict    whether unknown keys are kept, so that make_toxic refuses them; otherwise they are
-              ignored
+    strict    True: keep unknown keys, so that make_toxic refuses them. False: ignore unknown keys
     """
     types = {option: type(default)
              for option, default in handler_options(HANDLERS[type_]).items()}
@@ -12529,25 +12469,22 @@ def read_attributes(type_, value, strict=False):
 
 
 def in_plain_words(message):
-    """Return the message of an error without the words of Go. For example, of
+    """Return the message of an error, with a plain sentence in place of a GO_TYPE_ERROR.
 
-        json: cannot unmarshal string into Go struct field Proxy.enabled of type bool
-
-    it returns "enabled must be true or false, not string". Other messages stay as they are.
+    For example: "enabled must be true or false, not string".
     """
     place = r"(?:value|struct field \S*?(?P<field>\w+))"
     pattern = GO_TYPE_ERROR % (r"(?P<received>.+?)", place, r"(?P<type>\S+)")
 
     def replace(match):
-        subject = match.group("field") or "it"      # no field: the whole JSON value is meant
+        subject = match.group("field") or "it"      # without a field, the whole JSON value
         return "%s must be %s, not %s" % (
             subject, PLAIN_TYPES[match.group("type")], match.group("received"))
 
     return re.sub(pattern, replace, message)
 
 
-# Warnings about input that Toxiproxy accepts. Each of the functions *_warnings takes a JSON
-# object that has been read without an error, and yields texts.
+# Warnings about JSON objects that make_proxy or read_toxic has accepted, as Toxiproxy does
 
 def log_warnings(texts):
     for text in texts:
@@ -12572,13 +12509,14 @@ def proxy_warnings(value):
 def toxic_warnings(value, source, type_=None):
     """Yield the warnings about a JSON object for a toxic.
 
-    source    the proxy, at the beginning of each text: "proxy redis"
-    type_     the type of the toxic, if the object does not have it
+    source    the beginning of each warning: "proxy redis"
+    type_     the type of the toxic, if the object has no key `type`
     """
     fields = read_toxic_object(value, TOXIC_KEYS)
     type_ = type_ or fields["type"]
     source = "%s, toxic %s" % (source, fields.get("name") or type_)
-    yield from unknown_key_warnings(read_toxic_object(value, None), TOXIC_KEYS, source)
+    fields_and_unknown_keys = read_toxic_object(value, None)
+    yield from unknown_key_warnings(fields_and_unknown_keys, TOXIC_KEYS, source)
     yield from unknown_key_warnings(fields.get("attributes"), handler_options(HANDLERS[type_]),
                                     source + ", attributes")
     if not 0 <= fields.get("toxicity", 1) <= 1:
@@ -12586,9 +12524,9 @@ def toxic_warnings(value, source, type_=None):
 
 
 def unknown_key_warnings(value, known, source):
-    """Yield a warning for each unknown key of a JSON object. Such keys are ignored.
+    """Yield a warning for each unknown key of a JSON object.
 
-    source    the object, at the beginning of each text: "proxy redis, toxic slow"
+    source    the beginning of each warning: "proxy redis, toxic slow"
     """
     known = [key.lower() for key in known]
     for key in OrderedDict.fromkeys(map(str.lower, read_object(value, ""))):
@@ -12600,9 +12538,10 @@ def unknown_key_warnings(value, known, source):
 # Writing
 
 def toxic_to_json(proxy, toxic):
-    """Return a toxic as a JSON object: Toxiproxy's keys, then those of Vaurien."""
-    # Toxiproxy writes 1, and not 1.0.
-    toxicity = int(toxic.toxicity) if toxic.toxicity == int(toxic.toxicity) else toxic.toxicity
+    """Return a toxic as a JSON object: Toxiproxy's keys, followed by Vaurien's keys."""
+    toxicity = toxic.toxicity
+    if toxicity == int(toxicity):
+        toxicity = int(toxicity)        # 1 and not 1.0, as in Toxiproxy
     fields = OrderedDict((("attributes", attributes_to_json(toxic)), ("name", toxic.name),
                           ("type", toxic.rule.name), ("stream", toxic.stream),
                           ("toxicity", toxicity)))
@@ -12612,52 +12551,50 @@ def toxic_to_json(proxy, toxic):
 
 
 def attributes_to_json(toxic):
-    """Return the attributes of a toxic. Omit an attribute with its default if Toxiproxy lacks it.
+    """Return the attributes of a toxic, without defaults of attributes that Toxiproxy lacks.
 
     Typed clients (Java, .NET, Rust ...) may fail if a toxic has an attribute that Toxiproxy lacks.
     """
-    # If Toxiproxy lacks the type, list all attributes.
-    known = TOXIPROXY_TYPES.get(toxic.rule.name, toxic.attributes)
+    if toxic.rule.name not in TOXIPROXY_TYPES:
+        return dict(toxic.attributes)
+    known = TOXIPROXY_TYPES[toxic.rule.name]
     defaults = handler_options(toxic.rule.handler)
     return OrderedDict((name, value) for name, value in toxic.attributes.items()
                        if name in known or value != defaults[name])
 
 
 def exists_in_toxiproxy(toxic):
-    """Return whether Toxiproxy could have this toxic.
+    """Return whether a release of Toxiproxy knows the type, attributes and stream of a toxic.
 
-    It could if a release of Toxiproxy knows the type, the attributes and the stream, and if no
-    rule field is set.
+    Toxiproxy knows no rule field except the stream.
     """
     type_ = toxic.rule.name
-    return (type_ in TOXIPROXY_TYPES and type_ not in UNRELEASED_TYPES
-            and toxic.rule.stream != "both" and not toxic.rule.own_fields()
-            and set(attributes_to_json(toxic)) <= set(TOXIPROXY_TYPES[type_]))
+    if type_ not in TOXIPROXY_TYPES or type_ in UNRELEASED_TYPES:
+        return False
+    other_attributes = set(attributes_to_json(toxic)) - set(TOXIPROXY_TYPES[type_])
+    return not other_attributes and toxic.rule.stream != "both" and not toxic.rule.own_fields()
 
 
 def toxics_to_json(proxy, toxics):
-    """Return toxics of a proxy as JSON objects, as in Toxiproxy sorted by direction.
-
-    The order is upstream, downstream, both. The toxics of one direction stay in their order.
-    """
+    """Return toxics of a proxy as JSON objects, sorted by direction, as in Toxiproxy."""
     order = [UPSTREAM, DOWNSTREAM, "both"]
     return [toxic_to_json(proxy, toxic)
             for toxic in sorted(toxics, key=lambda toxic: order.index(toxic.rule.stream))]
 
 
 def listed_toxics(proxy, request):
-    """Return the toxics for the key `toxics` of a proxy's JSON object."""
+    """Return the toxics for the key `toxics` of a proxy: all with ?all=1, or Toxiproxy's."""
     list_all = request.query.get("all") == "1"
     return [toxic for toxic in proxy.toxics if list_all or exists_in_toxiproxy(toxic)]
 
 
 def proxy_to_json(proxy, request):
-    """Return a proxy as a JSON object. `request` is for listed_toxics."""
+    """Return a proxy as a JSON object, for a request that may have ?all=1."""
     def to_json():
         listed = listed_toxics(proxy, request)
         rules = [toxic for toxic in proxy.toxics if toxic not in listed]
         accept = proxy.accept.to_json(proxy.to_unix)
-        # Toxiproxy lacks these fields. A field is omitted if it is empty or has its default.
+        # The fields that Toxiproxy lacks, each with a false value if the proxy has the default.
         extensions = (("rules", toxics_to_json(proxy, rules)),
                       ("protocol", proxy.protocol_name() if proxy.protocol else ""),
                       ("accept", "" if accept == "normal" else accept),
@@ -12709,7 +12646,8 @@ def update_proxy(request, proxy):
     if fields.get("upstream"):
         backend = check_field("upstream", parse_upstream, fields["upstream"])
     check_field("upstream", check_backend, backend, [local])
-    # A client may send back a listing, which has these two fields, but cannot change them.
+    # A listing that a client sends back has the fields `protocol` and `tls`. No client can change
+    # these fields.
     for name, current in ("protocol", proxy.protocol_name()), ("tls", proxy.tls.fields):
         requested = check_field(name, PROXY_CHECKS[name], fields.get(name, current))
         if requested != current:
@@ -12760,14 +12698,11 @@ def put_toxics(request, proxy):
 def read_listed_toxic(proxy, value):
     """Return the Toxic that a JSON object describes.
 
-    A client may send back an unchanged toxic of a listing. For this, the function returns the
-    Toxic object that the proxy has already: for a new object, set_toxics would begin the ttl
-    again.
+    If a client sends an unchanged toxic of a listing back, returns the Toxic object that the proxy
+    has already, because a new Toxic object would begin the ttl again.
     """
     toxic = read_toxic(value, strict=True)
-    # Only listings have `active` and `until`, which without_moment removes.
-    is_listed = without_moment(value) is not value
-    if not is_listed:
+    if "active" not in value:       # only the toxics of a listing have this key
         return toxic
     fields = without_moment(toxic_to_json(proxy, toxic))
     return next((existing for existing in proxy.toxics
@@ -12788,12 +12723,11 @@ def update_toxic(request, proxy, toxic):
     proxy.loop.run_sync(proxy.set_toxics, [changed if other is toxic else other
                                            for other in proxy.toxics])
     log_warnings(toxic_warnings(value, "proxy " + proxy.name, toxic.rule.name))
-    # set_toxics keeps the object `toxic`, and gives it the values of `changed`.
-    return toxic_to_json(proxy, toxic)
+    return toxic_to_json(proxy, toxic)      # set_toxics has copied the values of `changed`
 
 
 def copy_toxic(toxic, value):
-    """Return a copy of a toxic with the changes from a JSON object. Raises InputError."""
+    """Return a copy of a toxic, changed according to a JSON object. Raises InputError."""
     known = [key for key in TOXIC_KEYS if key not in ("name", "type", "stream")]
     fields = read_fields(read_toxic_object(value, known), TOXIC_FIELDS, "")
     changed_attributes = read_attributes(toxic.rule.name, fields.pop("attributes", {}))
@@ -12807,8 +12741,7 @@ def copy_toxic(toxic, value):
     for name in RULE_FIELDS:
         if before.get(name) != after.get(name) and name != "ttl":
             raise bad_body("%s cannot be changed: remove the toxic and add it again" % name)
-    # make_toxic has set the attributes that the client did not send to their defaults: use the
-    # values of `toxic` instead.
+    # Attributes that the client has not sent keep their values: make_toxic has set the defaults.
     changed.update(changed.toxicity, dict(toxic.attributes, **changed_attributes))
     return changed
 
@@ -12823,7 +12756,7 @@ def delete_toxic(request, proxy, toxic):
                                       '"upstream": "localhost:6379", '
                                       '"toxics": [{"type": "latency"}]}]')
 def populate(request):
-    """Create or change several proxies. If one of them is invalid, nothing is changed."""
+    """Create or change several proxies. If a proxy in the body is invalid, nothing is changed."""
     proxies, populated, result = request.control.proxies, [], OrderedDict()
     try:
         for proxy, fields, value in read_proxies(request.body, proxies):
@@ -12831,53 +12764,46 @@ def populate(request):
             log_warnings(proxy_warnings(value))
     except (InputError, ApiError, CannotListen) as exc:
         result = error_to_json(TOXIPROXY.to_api_error(exc))
-    # If a proxy cannot listen, the proxies before it have changed: list them beside the error.
-    # For an empty list, Go writes null.
+    # `populated` has the proxies that were changed before a CannotListen. Go writes [] as null.
     result["proxies"] = [proxy_to_json(proxy, request) for proxy in populated] or None
     return TOXIPROXY.render(result, result.get("status", 201))
 
 
 def add_or_update_proxy(proxies, proxy, fields):
-    """Add a proxy, or update the existing proxy with the same name.
+    """Add a proxy, or update the existing proxy with the same name. Raises CannotListen.
 
     fields    the fields that `proxy` was made from
 
-    Returns the proxy that is in use: `proxy` or the existing one. Raises CannotListen.
+    Returns the added or updated proxy.
     """
-    while not proxies.add(proxy):
+    while not proxies.add(proxy):       # again if another request has removed the existing proxy
         existing = proxies.get(proxy.name)
-        # If another request has removed the existing proxy meanwhile, add `proxy` again.
         if existing and update_existing(proxies, existing, proxy, fields):
             return existing
     return proxy
 
 
 def update_existing(proxies, existing, proxy, fields):
-    """Update a proxy. Returns False, and changes nothing, if it has been removed meanwhile.
+    """Update a proxy. Returns False, without a change, if another request has removed the proxy.
 
     existing    the proxy to update
     proxy       a ProxyServer with the new values, which is never opened
     fields      the fields that `proxy` was made from
 
-    If both proxies have the same addresses, protocol and options of TLS, these fields change if
-    they are in `fields`: accept, max_connections, toxics and rules. Otherwise the existing proxy
-    becomes like `proxy`: it takes all settings and toxics, and the rules of its behavior are
-    removed.
+    If the addresses, the protocol or the options of TLS differ, all settings and toxics change,
+    and the rules of the behavior are removed. If they are equal, only fields in `fields` change.
     """
     with existing.lock:
         if proxies.get(proxy.name) is not existing:
             return False
-        # `listen` of an open proxy is its first IP address, with the port that it got.
-        same = (existing.backend == proxy.backend and existing.protocol is proxy.protocol
-                and existing.tls.fields == proxy.tls.fields
-                and existing.listen in (proxy.listen, first_address(proxy.local)))
-        names = fields if same else PROXY_FIELDS    # the names of the fields to take from `proxy`
+        is_same = has_same_addresses(existing, proxy)
+        names = fields if is_same else PROXY_FIELDS     # of the values to take from `proxy`
         changes = {name: getattr(proxy, name) for name in ("accept", "max_connections")
                    if name in names}
-        if same:
-            proxies.change(existing, **changes)
-        else:
-            proxies.change(existing, proxy.local, proxy.backend, proxy.enabled, **changes)
+        if not is_same:
+            changes.update(local=proxy.local, backend=proxy.backend, enabled=proxy.enabled)
+        proxies.change(existing, **changes)
+        if not is_same:
             existing.loop.run_sync(existing.set_rules, [])
             existing.loop.run_sync(existing.set_protocol, proxy.protocol,
                                    proxy.overwrite_host_header, proxy.tls)
@@ -12887,14 +12813,20 @@ def update_existing(proxies, existing, proxy, fields):
         return True
 
 
+def has_same_addresses(existing, proxy):
+    """Return whether a proxy has the addresses, protocol and options of TLS of another proxy."""
+    # `existing` is open, so existing.listen is an IP address with the actual port.
+    return (existing.listen in (proxy.listen, first_address(proxy.local))
+            and existing.backend == proxy.backend and existing.protocol is proxy.protocol
+            and existing.tls.fields == proxy.tls.fields)
+
+
 def replace_toxics(current, new, names):
-    """Return the new toxics, and the current toxics that are not replaced.
+    """Return the new toxics, and the current toxics that the new toxics do not replace.
 
-    A listing has each current toxic under one of two keys, "toxics" or "rules". The toxics of a
-    key are replaced if `names` contains the key. A new toxic also replaces a current toxic of
-    the same name.
+    names    replace all toxics of the keys "toxics" and "rules" that this collection contains
 
-    In the result, the toxics of the key "toxics" come before those of "rules".
+    A new toxic also replaces a current toxic with the name of the new toxic.
     """
     new_names = {toxic.name for toxic in new}
     kept = []
@@ -12902,6 +12834,7 @@ def replace_toxics(current, new, names):
         key = "toxics" if exists_in_toxiproxy(toxic) else "rules"
         if key not in names and toxic.name not in new_names:
             kept.append(toxic)
+    # The toxics of the key "toxics" are before the toxics of "rules".
     return kept + new if "rules" in names else new + kept
 
 
@@ -12918,7 +12851,7 @@ def reset(request):
 
 @toxiproxy_route("GET", "/version")
 def version(request):
-    """Return the version. Clients check that it is at least 2.6.0."""
+    """Return the version. Toxiproxy's clients accept a version from 2.6.0 on."""
     return ApiResponse(200, {"Content-Type": "application/json;charset=utf-8"},
                        '{"version": "%s"}\n' % __version__)
 
@@ -12938,7 +12871,7 @@ def metrics(request):
 
 
 def format_labels(labels):
-    """Return labels in the text format of Prometheus: name="value",..."""
+    """Return labels as in the text format of Prometheus: name="value",..."""
     def escape(value):
         return str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return ",".join('%s="%s"' % (name, escape(value)) for name, value in sorted(labels.items()))
