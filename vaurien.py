@@ -3546,7 +3546,7 @@ class Scheduled:
           |  sleeps  |   1st window    |      sleeps      | 2nd window |
                       ramp: the share rises from 0 to 1
 
-    The proxy has the timer for Moment.next_change and `expires`. All times are seconds of the
+    The proxy sets a timer for Moment.next_change and `expires`. All times are seconds of the
     loop's clock.
     """
 
@@ -3569,10 +3569,10 @@ class Scheduled:
         return bool(self.start or self.duration)
 
     def begin_schedule(self, now):
-        """Start the schedule at the time `now`. The caller must set the first Moment."""
+        """Start the schedule at the time `now`."""
         self.since = now
         self.renew_ttl(now)
-        self.set_active(not self.has_windows())     # so that the caller notices the first window
+        self.set_active(not self.has_windows())     # ProxyServer.update_moment sees a change
 
     def renew_ttl(self, now):
         """Begin the ttl again, at the time `now`."""
@@ -3596,7 +3596,7 @@ class Scheduled:
             count = count_periods(first_begin, self.every, now)
             begin = first_begin + self.every * count
             next_begin = first_begin + self.every * (count + 1)
-        # Windows without pauses are one endless window. But a ramp rises again in each window.
+        # Windows without pauses are one endless window, unless a ramp rises in each window.
         endless = not self.duration or (self.duration == self.every and not self.ramp)
         end = NEVER if endless else begin + self.duration
         if now >= end:
@@ -3616,11 +3616,12 @@ class Scheduled:
         return steps_done / step_count, begin + step_seconds * (steps_done + 1)
 
     def times_to_json(self, to_unix):
-        """Return {"active": in a window, "until": ...}, or {} if there is no schedule.
+        """Return {"active": bool, "until": time}, or {} if there is no schedule.
 
         to_unix    a function that converts a time of the loop's clock to seconds since 1970
 
-        "until" is the time when "active" changes or the ttl ends, or None if this never happens.
+        "active" is True in a window. At the time "until", "active" changes or the ttl ends. None:
+        no such time.
         """
         if not self.has_schedule():
             return {}
@@ -3638,10 +3639,10 @@ def count_periods(begin, period, now):
 
 
 def without_moment(json_object):
-    """Return the JSON object of a rule without `active` and `until`, as times_to_json adds them.
+    """Return the JSON object of a rule without the keys `active` and `until` of times_to_json.
 
-    So a client may send back the rules that it has received. Keys with any other value stay: the
-    caller refuses unknown keys.
+    So a client may send back the rules that it has received. If times_to_json cannot have made
+    the values, the keys stay, and the caller refuses the unknown keys.
     """
     has_active = isinstance(json_object.get("active"), bool)
     until = json_object.get("until")
@@ -3730,7 +3731,7 @@ class Rule(Scheduled):
         self.draw_min, self.draw_max, self.draw_key = draw_min, draw_max, draw_key
         super().__init__(**dict(FIELD_DEFAULTS, **fields))
         self.set_options(dict(handler_options(self.handler), **options or {}))
-        # The most requests to act on. 0: no limit. With `of`, `selects` applies `times`.
+        # The most requests to act on, or 0 for no limit. With `of`, `times` is used in `selects`.
         self.limit = 0 if self.of else self.times
         # Attributes of the handler: see with_attributes
         self.keeps_due_time = getattr(self.handler, "keeps_due_time", False)
@@ -3793,7 +3794,7 @@ class Rule(Scheduled):
             self.acting_max = self.draw_min + moment.share * (self.draw_max - self.draw_min)
 
     def set_draw_max(self, draw_max):
-        """Change the percentage: draw_min stays."""
+        """Set draw_max, and so the percentage."""
         self.draw_max = draw_max
         self.set_moment(self.moment)        # computes acting_max
 
@@ -3804,7 +3805,8 @@ class Rule(Scheduled):
     def own_fields(self):
         """Return {field: value} of the rule fields that differ from their defaults.
 
-        The percentage, and the stream of a toxic, are left out: callers write them separately.
+        The result has no percentage, and no stream of a toxic: callers have their own keys for
+        these values.
         """
         defaults = FIELD_DEFAULTS.copy()
         if self.toxic:
@@ -3922,7 +3924,7 @@ class ActiveRule(Counter):
         return substates[name]
 
     def set_acts(self, acts):
-        """Set `acts`, and clear the state at a change. Returns whether the rule begins to act."""
+        """Set `acts`, and clear the state if `acts` changes. Returns whether the rule begins."""
         if acts == self.acts:
             return False
         self.acts = acts
@@ -3931,16 +3933,17 @@ class ActiveRule(Counter):
         return acts
 
     def may_act(self):
-        """Return whether `times` lets the rule act on this request, or act again."""
-        limit = self.rule.limit
-        return self.has_acted or limit == 0 or self.rule.acted_count < limit
+        """Return whether `times` lets the rule act on this request."""
+        if self.has_acted:          # this request is counted already
+            return True
+        return self.rule.limit == 0 or self.rule.acted_count < self.rule.limit
 
     def is_over(self):
         """Return whether the rule no longer acts on this request, because the rule sleeps now."""
         return self.acts and self.rule.sleeps()
 
     def mark_acted(self):
-        """Count this request in acted_count. Returns False if the request is counted already."""
+        """Count this request in rule.acted_count, only once. Returns whether the count rises."""
         if self.has_acted:
             return False
         self.has_acted = True
@@ -3951,7 +3954,7 @@ class ActiveRule(Counter):
 # The size of the cache is limited, because toxics may get new names again and again.
 @functools.lru_cache(maxsize=1024, typed=True)
 def hash_prefix(seed, proxy_name, draw_key):
-    """Return the hash of the first three inputs of a drawn number: see RuleSet.draw_batch."""
+    """Return the hash of the three arguments. RuleSet.draw_batch adds further inputs."""
     return hashlib.blake2b(("%s %s %s " % (seed, proxy_name, draw_key)).encode())
 
 
@@ -4025,10 +4028,10 @@ def fault_key(proxy, connection, request, rule_json):
 class Replay:
     """The faults that a Recorder has written, for a second run with the same rules.
 
-    In the second run, no numbers are drawn: a rule acts on the requests or connections on which
-    the rule has acted in the recorded run. Percentages, `match`, `after`, `times` and `of` have no
-    effect. Connections are numbered in the order of accept. So if clients connect at the same
-    time, their timing decides which client gets which faults.
+    No numbers are drawn in the second run. A rule acts on a request or a connection if the rule
+    has acted on the same request or connection in the recorded run. Percentages, `match`, `after`,
+    `times` and `of` have no effect. Connections are numbered in the order of accept. So if clients
+    connect at the same time, their timing decides which client gets which faults.
     """
 
     def __init__(self, path):
@@ -4058,7 +4061,7 @@ class Replay:
                              % (line_number, self.path)) from None
 
     def rules(self, proxy):
-        """Return (rules, toxics): those with a recorded fault of a proxy. Raises ValueError."""
+        """Return (rules, toxics) that have made the faults of a proxy. Raises ValueError."""
         texts = OrderedDict.fromkeys(key.rule for key in self.faults if key.proxy == proxy)
         rules, toxics = [], []
         for table in map(json.loads, texts):
@@ -4070,12 +4073,12 @@ class Replay:
         return rules, toxics
 
     def draw(self, proxy, connection, request, rule):
-        """Return the recorded result of Chain.draw_number. The rule acts if a fault is recorded.
+        """Return (drawn number, whether the rule acts, ActiveRule.request), as recorded.
 
         proxy, connection, request    as in FaultKey
         """
         key = fault_key(proxy, connection, request, rule.to_json())
-        if key not in self.faults:
+        if key not in self.faults:          # the rule has not acted in the recorded run
             return 0, False, 0
         number, count = self.faults[key]
         return number, True, count
@@ -4128,15 +4131,17 @@ class Toxic:
         self.attributes.update(attributes)
         options = self.attributes.copy()
         for option, value in self.attributes.items():
-            if not isinstance(value, str) and value < 0:
+            if not isinstance(value, str) and value < 0:    # Toxiproxy treats -5 like 0
                 options[option] = type(value)(0)
         self.rule.set_options(options)
         self.rule.set_draw_max(100.0 * toxicity)
 
     def same_rule(self, other):
-        """Return whether another toxic may differ only in its toxicity, attributes and ttl."""
-        own, others = (dict(toxic.rule.own_fields(), ttl=0) for toxic in (self, other))
-        return (self.stream, self.rule.name, own) == (other.stream, other.rule.name, others)
+        """Return whether another toxic has the same type, stream and fields except the ttl."""
+        fields = dict(self.rule.own_fields(), ttl=0)
+        other_fields = dict(other.rule.own_fields(), ttl=0)
+        return (self.stream, self.rule.name, fields) == (
+            other.stream, other.rule.name, other_fields)
 
     def __str__(self):
         return str(self.rule)
@@ -4158,7 +4163,7 @@ class Accept(Scheduled):
         self.mode, self.fields = mode, fields or {}
         self.options = {"mode": mode}
         super().__init__(**self.fields)
-        # Without `start`, a listener has the mode before the schedule starts.
+        # Unless `start` is set, a new listener has the mode from the beginning.
         self.set_active(not self.start)
 
     def current_mode(self):
@@ -4295,7 +4300,7 @@ def behavior_tables(behavior, options=None, resolve=lambda name: name):
     resolve     a function: resolve(handler) returns the name of a handler, because a behavior in
                 Python may contain the handler function. May raise ValueError
 
-    Raises ValueError. The caller puts the subject of the sentence before the message.
+    Raises ValueError. Callers put the name of a setting before the message.
     """
     refusal = ValueError("must be PERCENT:HANDLER[,PERCENT:HANDLER ...], like 20:delay,5:error, "
                          "{handler: percent} or [(percent, handler)], not %r" % (behavior,))
@@ -4365,7 +4370,7 @@ def check_into(target, errors, key, check, *args):
 
 
 def read_rules(tables):
-    """Return the rules of one behavior. At most one of them acts on a request.
+    """Return the rules of one behavior: at most one rule acts on a request.
 
     tables    one dict for each rule: {"name": the name of the handler, key: value}. A key is an
               option or a rule field. Missing keys have their default
@@ -4528,10 +4533,9 @@ class Chain:
         self.per_connection = {}        # {rule per connection: its ActiveRule}
         self.batch = -1                 # the number of the last batch drawn. -1: no batch
         self.batch_hits = NOTHING       # for each request of the batch: [(rule, drawn number)]
-        # Read by the connection
-        self.newly_acted = []           # [(ActiveRule, request number, text)] of rules that have
-                                        #   acted. The connection empties the list
-        self.modified = False           # a rule has changed an event (the caller resets this)
+        # Read and reset by the connection
+        self.newly_acted = []           # [(ActiveRule, request number, text)], for fault records
+        self.modified = False           # a rule has changed an event
         self.answered_early = False     # a rule has replied in the backend's place
         self.kept = 0                   # memory of exchanges, queued events and a held head
         # (number, first bytes) of the last request with active rules. Not in a ProtocolChain
@@ -4560,7 +4564,7 @@ class Chain:
                 self.begin_batch(request // 8)
             for rule in rule_set.installed:
                 rule.drawn_count += 1
-            hits = self.batch_hits[request % 8]
+            hits = self.batch_hits[request % 8]     # [(rule, drawn number)], often empty
             self.active_rules = [ActiveRule(rule, rule.drawn_count, number)
                                  for rule, number in hits
                                  if rule.selects(rule.drawn_count)] if hits else NOTHING
@@ -4621,7 +4625,7 @@ class Chain:
         return self.make_active(rule)
 
     def make_active(self, rule):
-        """Draw a rule. Returns its ActiveRule, or None if a rule per request does not act."""
+        """Draw a rule. Returns an ActiveRule, or None for a rule per request that does not act."""
         number, acts, drawn_count = self.draw_number(rule)
         if not acts and rule.per == "request":
             return None
@@ -4653,7 +4657,7 @@ class Chain:
         return active
 
     def draw_more(self, rules):
-        """Draw more rules for the current request. Its active rules stay."""
+        """Draw more rules for the current request, and keep the current active rules."""
         drawn = {active.rule: active for active in self.active_rules}
         drawn.update((rule, self.draw_rule(rule)) for rule in rules if rule.per == "request")
         self.active_rules = self.collect(drawn)
@@ -4662,7 +4666,7 @@ class Chain:
         """Apply a change of the installed rules.
 
         new        rules that were not installed before
-        changed    rules whose options or percentages have changed. They keep their state
+        changed    rules whose options or percentages have changed, but not their state
         woken      rules whose percentage rises because of their schedule
 
         A new or woken rule per connection begins now. A new or woken rule per request begins with
@@ -4675,8 +4679,11 @@ class Chain:
         installed = self.rule_set.installed
         self.per_connection = {rule: active for rule, active in self.per_connection.items()
                                if rule in installed}
-        begun = [rule for rule, active in self.per_connection.items()
-                 if (rule in changed or rule.has_schedule()) and self.update_acts(active)]
+        begun = []
+        for rule, active in self.per_connection.items():
+            may_change = rule in changed or rule.has_schedule()
+            if may_change and self.update_acts(active):
+                begun.append(rule)
         self.undrawn = [rule for rule in [*self.undrawn, *new] if rule in installed]
         current = {active.rule: active for active in self.active_rules if not active.is_over()}
         if self.last_direction is None:         # request 1 has no bytes yet
@@ -4761,15 +4768,14 @@ class Chain:
         """Run bytes or a signal through the active rules.
 
         Returns [(t, to, data, delays)]. `delays` has one tuple (rule, seconds, from_open) for each
-        rule that has delayed the event. from_open is True if the rule got OPEN, and has yielded
-        another event in place of OPEN.
+        rule that has delayed the event. from_open is True if the rule has made the event of OPEN.
         """
         return self.run_chain(self.active_rules, now, to, [(now, to, data, ())])
 
     def process_open(self, now, directions, rules=None):
         """Give the signal OPEN to rules that begin now, or whose options have changed.
 
-        rules    these rules. None: all rules per connection, because the connection begins
+        rules    the rules that begin. None: all rules per connection, for a new connection
 
         Returns the events that the rules yield in place of OPEN, or in addition to OPEN. OPEN is
         not returned, because the connection is open already.
@@ -4821,7 +4827,7 @@ class Chain:
         rule = active.rule
         if not active.acts and not self.find_match(active, to, data):
             return [event]
-        # Most rules have no limit. Without a limit, a call of may_act would only take time.
+        # Most rules have no limit, and do not need the call of may_act.
         if to not in rule.directions or (rule.limit and not active.may_act()):
             return [event]
         active.request_number, active.current_request = self.current_number, self.current_request
@@ -4858,12 +4864,11 @@ class Chain:
                             % ", ".join(map(repr, made))[:200]) from None
 
     def note_changes(self, active, to, events, opening):
-        """Record that a rule has made `events` of another event.
+        """Note that a rule has replaced an event. Raises TypeError for invalid new events.
 
-        to         the direction of the other event
+        to         the direction of the old event
+        events     the new events
         opening    as in run_chain
-
-        Raises TypeError if one of `events` is invalid.
         """
         self.modified = True
         for _, direction, data in events:
@@ -4875,7 +4880,7 @@ class Chain:
                 self.last_direction = DOWNSTREAM    # counts like a reply of the backend
                 self.answered_early = self.answered_early or to == UPSTREAM
         only_delays_open = opening and all(data is OPEN for _, _, data in events)
-        if not active.has_acted and not only_delays_open:   # to delay OPEN has no effect
+        if not active.has_acted and not only_delays_open:   # a delay of OPEN is not a fault
             active.mark_acted()
             self.newly_acted.append((active, self.current_number, self.request_text()))
 
@@ -4957,7 +4962,7 @@ class Exchange:
         """Begin a new exchange. To make a new object would be slower."""
         self.number = number            # the number of the request in the connection
         self.active_rules = active_rules
-        self.request = request          # a Request. None while the client connects
+        self.request = request          # a Request. None before the first request
         self.handshake = handshake      # the server's greeting counts as the reply
         self.queued_events = []         # [(start, to, data, delays)], as in DelayQueue.put
         self.forwarded = False          # the backend gets some bytes of the request
@@ -4967,7 +4972,7 @@ class Exchange:
         self.kept = 0                   # the memory of this exchange, a part of Chain.kept
 
     def is_done(self):
-        """Return whether the request has ended, and no part of a reply can still come."""
+        """Return whether the reply has ended, or whether no reply will come."""
         if self.reply_done:
             return True
         if not self.complete:
@@ -5005,12 +5010,10 @@ class ProtocolChain(Chain):
     exchange. The queued events of the exchange that is now the first are released.
 
     While any rule is installed, the head of a request is held until the head is complete. So
-    rules can act on whole requests. Two time limits end the wait for a complete head:
-
-        UNRECOGNIZED_MAX    before the client has sent bytes that can only be of the protocol. The
-                            parsing ends, because the client may speak another protocol.
-        HEAD_TIMEOUT        later. The head is forwarded, the parsing continues, and no rule per
-                            request acts on the request.
+    rules can act on whole requests. The parsing ends if a head is incomplete after
+    UNRECOGNIZED_MAX, and the client may speak another protocol. If the client certainly speaks
+    the protocol, an incomplete head is forwarded after HEAD_TIMEOUT, the parsing continues, and no
+    rule per request acts on the request.
 
     A rule can refuse a request when the rule gets the head: see Exchange.refusal.
 
@@ -5023,8 +5026,8 @@ class ProtocolChain(Chain):
     4. Only one rule can refuse a request: at the first event of the request, while the backend
        has got no byte of the request.
     5. A rule that has refused a request sends the reply even if the rule is removed or changed.
-    6. Events in delay queues and exchanges wait only for installed rules that do not sleep. Active
-       rules keep no due times that were computed with delays of other rules.
+    6. Events in delay queues and exchanges wait only for installed rules that do not sleep. After
+       delays were undone, no rule keeps a due time after that of the last chunk in the queue.
     7. After a refusal that closes the connection, the backend gets no further bytes. After a
        rule has closed or reset the connection, the client gets no further replies.
     """
@@ -5076,8 +5079,7 @@ class ProtocolChain(Chain):
         return bool(self.rule_set.replay) or rule.matches(self.current_request.text[:MATCH_MAX])
 
     def rules_changed(self, new, changed=(), woken=()):
-        # Set the exchange for process_open. When a rule gets OPEN, the rule may refuse a client
-        # that has not sent or received any bytes yet.
+        # For process_open: a rule that gets OPEN may refuse the client if no bytes have come yet.
         last = self.exchanges[-1]
         self.set_exchange(
             last, is_refusable=last.request is None and self.last_direction is None)
@@ -5115,12 +5117,13 @@ class ProtocolChain(Chain):
         """
         self.current_exchange = exchange
         self.current_request, self.current_number = exchange.request, exchange.number
-        self.protocol.refusable = exchange if is_refusable and not exchange.refusal else None
+        may_refuse = is_refusable and not exchange.refusal
+        self.protocol.refusable = exchange if may_refuse else None      # for Protocol.refuse
 
     def release(self, removed, changed):
-        """Undo the delays of events in exchanges by removed or changed rules.
+        """Undo the delays that removed and changed rules have given to events in exchanges.
 
-        Returns whether there were such delays. DelayQueue.release does the same for a delay queue.
+        Returns whether a delay was undone.
         """
         rules, released = [*removed, *changed], False
         for exchange in self.exchanges:
@@ -5155,11 +5158,10 @@ class ProtocolChain(Chain):
     def begin_exchange(self, request):
         """Draw the rules for a request whose head is complete, and begin the exchange."""
         last = self.exchanges[-1]
-        # `start` has made an exchange when the client connected. Without a handshake, this
-        # exchange is for request 1.
-        is_first = last.request is None and not last.handshake
-        self.draw_for(request, is_first)
-        if is_first:
+        # Without a handshake, `start` has begun request 1 when the client connected.
+        is_begun = last.request is None and not last.handshake
+        self.draw_for(request, is_begun)
+        if is_begun:
             last.request, last.active_rules = request, self.active_rules
             last.reply_done = False     # bytes that came before request 1 are no reply
         elif len(self.exchanges) == 1 and not last.active_rules and last.is_done():
@@ -5174,14 +5176,13 @@ class ProtocolChain(Chain):
         if self.active_rules:
             self.last_affected = last
 
-    def draw_for(self, request, is_first):
+    def draw_for(self, request, is_begun):
         """Draw the rules for a request.
 
-        is_first    whether `start` has begun the request. Rules with `match`, and rules that were
-                    installed after `start`, are not drawn yet
+        is_begun    whether `start` has begun the request, and has drawn rules for the request
         """
         self.current_request = request
-        if is_first:
+        if is_begun:        # rules with `match`, and rules installed after `start`, are not drawn
             late = [rule for rule in self.rule_set.installed
                     if rule.match or rule in self.undrawn]
             if late:
@@ -5227,10 +5228,13 @@ class ProtocolChain(Chain):
 
     def take_queued(self, exchange, now):
         """Remove the queued events of an exchange, and return [(t, to, data, delays)]."""
-        queued, exchange.queued_events = exchange.queued_events, []
-        self.modified = self.modified or bool(queued)
-        return [(max(now, start + sum(seconds for _, seconds, _ in delays)), to, data, delays)
-                for start, to, data, delays in queued]
+        events = []
+        for start, to, data, delays in exchange.queued_events:
+            due = start + sum(seconds for _, seconds, _ in delays)
+            events.append((max(now, due), to, data, delays))
+        exchange.queued_events = []
+        self.modified = self.modified or bool(events)
+        return events
 
     # Bytes
 
@@ -5253,7 +5257,7 @@ class ProtocolChain(Chain):
 
     def may_pass(self, to, size):
         """Return whether no rule can act on the next bytes, so that the fast path is allowed."""
-        # After a ProtocolError, only the slow path forwards a held head.
+        # Rules may act on an affected exchange. A held head must leave before the next bytes.
         needs_slow_path = self.last_affected or self.head
         if to is UPSTREAM:              # rules would be drawn for a request that begins
             needs_slow_path = needs_slow_path or self.rule_set.installed or self.drops_requests
@@ -5290,7 +5294,7 @@ class ProtocolChain(Chain):
                 if self.encrypted is not None:
                     return self.split_encrypted(to, bytes(data), end)
         except ProtocolError as error:
-            # Update the chain only. No events are needed, because all bytes are returned below.
+            # The calls update the chain. Their events are not used: see the return of all bytes.
             self.process_part(0.0, to, bytes(data[end:]))
             self.fall_back(0.0, to, str(error))
             return bytes(data)          # not `data` itself: the connection must end the parsing
@@ -5306,13 +5310,14 @@ class ProtocolChain(Chain):
         """
         framer = self.framer(to)
         message = bytes(data)
+        # A Request, or True for a reply. False or None: not one whole message.
         parsed = framer.parse_whole(message) if framer.at_boundary else None
         if not parsed:
             return None
         if to is DOWNSTREAM:
             self.exchanges[0].reply_done = True
         else:
-            self.apply_boundary(to, parsed)          # `parsed` is a Request
+            self.apply_boundary(to, parsed)
             self.exchanges[-1].forwarded = True
             self.end_request()
             if self.protocol.host:
@@ -5322,7 +5327,7 @@ class ProtocolChain(Chain):
         return data
 
     def process_bytes(self, now, to, data):
-        """Slow path: apply the boundaries in bytes. Returns the events that the rules make."""
+        """Slow path: return the events that the rules make of bytes and their boundaries."""
         events, start = [], 0           # start: the offset of the last boundary
         if self.drops(to):
             return events
@@ -5396,15 +5401,16 @@ class ProtocolChain(Chain):
             now, UPSTREAM, "no whole line or message in the first %g s" % UNRECOGNIZED_MAX)
 
     def process_boundary(self, now, to, boundary):
-        """Apply a boundary. Returns the events of rules and the released queued events."""
+        """Apply a boundary. Returns the events of rules, and queued events that may leave now."""
         if boundary is END_OF_MESSAGE or boundary is END_OF_ROW:
+            # Rules get the signal first: apply_boundary may end the exchange.
             events = self.process_in_exchange(now, to, boundary)
             self.apply_boundary(to, boundary)
             return events + self.release_done(now)
         self.apply_boundary(to, boundary)
         if boundary is TLS_BEGINS:
             return []
-        # The boundary is a Request or CONTINUATION: now the head is complete.
+        # The boundary is a Request or CONTINUATION. The held head ends at this boundary.
         events, head = self.release_done(now), self.take_head()
         is_request = boundary is not CONTINUATION
         if is_request:
@@ -5419,20 +5425,19 @@ class ProtocolChain(Chain):
 
         is_refusable    whether the data is the whole head of a request that a rule may refuse
 
-        Returns the events that may leave now. If the exchange is not the first of the queue, the
-        replies of rules are queued in the exchange.
+        Returns the events that the rules make, without the events that queue_replies has queued.
         """
         exchange = self.exchange_of(to)
         # While a client connects, a rule may refuse the client at any data.
         self.set_exchange(exchange, is_refusable or (to is UPSTREAM and exchange.is_connecting()))
         # CONTINUATION bytes, like COPY data or a password, come after a complete request.
-        continues = to is UPSTREAM and exchange.complete
-        if data is END_OF_MESSAGE and (continues or not exchange.active_rules):
+        is_continuation = to is UPSTREAM and exchange.complete
+        if data is END_OF_MESSAGE and (is_continuation or not exchange.active_rules):
             return []                   # rules get only the first END_OF_MESSAGE of a request
         events = []
         for event in self.run_chain(exchange.active_rules, now, to, [(now, to, data, ())]):
             _, direction, made, _ = event
-            if direction == UPSTREAM and made and not continues:
+            if direction == UPSTREAM and made and not is_continuation:
                 exchange.forwarded = True
             if made is not END_OF_MESSAGE and made is not END_OF_ROW:
                 events.append(event)
@@ -5448,12 +5453,12 @@ class ProtocolChain(Chain):
         start      the time when `made_of` came
         made_of    the bytes or the signal that the events were made of
 
-        Returns the other events, which may leave now.
+        Returns bytes for the backend, and an unchanged signal of the client: these events are not
+        queued.
         """
         may_leave = []
         for event in events:
             _, to, made, delays = event
-            # Only bytes for the backend, and an unchanged signal of the client, may leave now.
             if to == UPSTREAM and (made or made is made_of):
                 may_leave.append(event)
             else:
@@ -5500,7 +5505,7 @@ class ProtocolChain(Chain):
         return events + self.process_in_exchange(now, to, data)
 
     def flush_head(self, now):
-        """Return the events that forward a held head, if there is a held head. No rule acts."""
+        """Return [the event that forwards the held head], or []. No rule acts on the event."""
         head = self.take_head()
         return [(now, UPSTREAM, head, ())] if head else []
 
@@ -5509,9 +5514,9 @@ class ProtocolChain(Chain):
 
         error    the reason, as text. The connection logs this text
 
-        Stores a tcp Chain in `successor`, which replaces this chain. But if the client's bytes are
-        wrong and the client must still get errors of rules, this chain stays: the chain forwards
-        the further bytes of the client, and still parses the replies.
+        Stores a tcp Chain in `successor`, which replaces this chain. No successor is made if the
+        client's bytes are wrong and the client must still get errors of rules. Without successor,
+        this chain forwards the further bytes of the client, and still parses the replies.
 
         Returns the events that were held or queued.
         """
@@ -5525,9 +5530,9 @@ class ProtocolChain(Chain):
         events = [event for exchange in self.exchanges
                   for event in self.take_queued(exchange, now)]
         if self.head:
-            # The head begins a request, whose rules must be drawn. `start` has drawn the rules of
-            # request 1, which is the request of the head if the last exchange has no Request.
-            if self.exchanges[-1].request or self.protocol.server_first:
+            # The head begins a request. `start` has begun request 1, unless the server is first.
+            is_begun = not self.exchanges[-1].request and not self.protocol.server_first
+            if not is_begun:
                 chain.begin_request()
             events += chain.process(now, UPSTREAM, self.head)
         return events
