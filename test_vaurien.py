@@ -12522,7 +12522,8 @@ class TestBadInput(TempDirTestCase):
              "stream must be both or downstream for cut, because it changes replies"),
             (["--fault", "hang", "--handlers.hang.after", "3"],
              "or use --fault hang.after=3"),
-            (["--behavior", "5:hang", "--handlers.hang.every", "3"], "every needs duration"),
+            (["--behavior", "5:hang", "--handlers.hang.every", "3"],
+             "--handlers.hang.every needs duration"),
             (["--behavior", "5:hang", "--handlers.hang.start", "x"],
              "--handlers.hang.start must be 0, or a time from 1ms"))
         self.check_files(
@@ -12530,7 +12531,11 @@ class TestBadInput(TempDirTestCase):
                                                   "unknown handler 'nope'"),
             ("[vaurien]\nfault = hang\n[toxic:hang]\ntype = noop\n",
              "[toxic:hang] needs another name, because a fault has it"),
-            ("[handler:hang]\nstart = x\n", "v.ini: [handler:hang] start must be 0, or a time"))
+            ("[handler:hang]\nstart = x\n", "v.ini: [handler:hang] start must be 0, or a time"),
+            ("[handler:hang]\nevery = 5\n", "v.ini: [handler:hang] every needs duration"),
+            ("[proxy:a]\n[behavior:hang]\nduration = 5\nof = 3\n",
+             "v.ini: [behavior:hang] of needs times"),
+            ("[handler:cut]\nstream = upstream\n", "v.ini: [handler:cut] stream must be both or"))
 
     def test_arguments_that_a_json_file_leaves_without_effect(self):
         path = self.write("t.json", '[{"name": "p", "listen": "", "upstream": "localhost:1"}]')

@@ -12836,19 +12836,19 @@ def format_labels(labels):
 
 # -- Interface ----------------------------------------------------------------
 #
-# Proxy and Client are for tests. A Proxy runs in the process of the test. A Client sends requests
-# to the control server of a proxy in another process, or on another host. Both classes have the
-# methods of Interface, so a test can use either class. start_proxy and stop_proxy start and stop
-# a proxy in a process of its own.
+# Tests use a Proxy or a Client, which have the same methods: those of Interface. A Proxy runs in
+# the process of the test. A Client sends requests to the control server of a proxy in another
+# process, or on another host. start_proxy and stop_proxy start and stop the process of a proxy.
 #
-# Threads: several threads may share a Proxy or a Client. A Proxy has a loop in a thread of its
-# own. A Client opens a connection for each request.
+# Several threads may share a Proxy or a Client. A Proxy has a loop in a thread of its own. A
+# Client opens a connection for each request.
 #
-# To add a method: add it to Interface. If the method needs the proxy itself, implement it twice:
-# in Proxy, with a function that runs in the loop's thread, and in Client, with a request.
+# To add a method that only calls other methods, add the method to Interface. To add a method that
+# needs the proxy itself, add the method to Proxy (a call in the loop's thread), to Client (a
+# request), and to Interface (the docstring).
 
 class Fault:
-    """A `with` block of a test in which a handler acts, and the faults of this block.
+    """A `with` block of a test in which a handler acts. The block counts its faults.
 
         with proxy.handler("delay", sleep=2) as fault:
             ...
@@ -12856,19 +12856,18 @@ class Fault:
         assert fault.count == 1
 
     The methods `handler`, `with_handler` and `toxic` of Proxy and Client return a Fault.
-
-    name    the handler's name
     """
 
-    def __init__(self, interface, name, begin, end, field):
-        self.name: str = name
+    def __init__(self, interface, handler_name, begin, end, key_field):
+        self.name: str = handler_name
         self._interface = interface
-        self._begin, self._end = begin, end     # functions: begin() -> key, end(key)
-        self._field = field         # "block" or "toxic": the field of FaultRecords with the key
+        self._begin = begin         # function that begins the block. Returns the key of the block
+        self._end = end             # function of the key that ends the block
         self._key = None            # the number of the block, or the name of the toxic
+        self._key_field = key_field     # the field of a FaultRecord with the key: block or toxic
         self._since = 0             # the number of the last FaultRecord before the block
-        self._until: float = 0      # the number of the last FaultRecord in the block, or math.inf
-                                    #   while the block is open
+        self._until: float = 0      # the number of the last FaultRecord in the block. While the
+                                    #   block is open: math.inf
 
     def __enter__(self) -> "Fault":
         self._since, self._until = self._interface._last_record(), math.inf
@@ -12886,7 +12885,7 @@ class Fault:
 
     def events(self) -> "List[FaultRecord]":
         """Return the fault records of this block, the oldest first."""
-        return [record for record in self._interface.events(self._since) if self._owns(record)]
+        return list(filter(self._has_caused, self._interface.events(self._since)))
 
     @property
     def count(self) -> int:
@@ -12901,16 +12900,18 @@ class Fault:
 
         Returns the FaultRecord of fault number `count` of this block. Raises TimeoutError.
         """
-        return self._interface._wait_for_fault(self.name, self._since, self._owns, count, timeout)
+        return self._interface._wait_for_fault(self.name, self._since, self._has_caused, count,
+                                               timeout)
 
     async def wait_async(self, timeout: float = 5, count: int = 1) -> FaultRecord:
         """Wait as `wait` does, without blocking the event loop of asyncio."""
         return await run_in_executor(self.wait, timeout, count)
 
-    def _owns(self, record):
-        """Return whether a FaultRecord is of a fault in this block."""
-        return (self._since < record.number <= self._until and record.change is None
-                and getattr(record, self._field) == self._key)
+    def _has_caused(self, record):
+        """Return whether a FaultRecord is of a fault that this block has caused."""
+        is_fault = record.change is None
+        is_in_time = self._since < record.number <= self._until
+        return is_fault and is_in_time and getattr(record, self._key_field) == self._key
 
 
 async def run_in_executor(function, *args):
@@ -12921,8 +12922,8 @@ async def run_in_executor(function, *args):
 class Interface:
     """The methods that Proxy and Client share.
 
-    A handler is given by its name, like "delay", or as the function or class itself. The options
-    of the handler are keyword arguments. So are the rule fields: percent, per, stream, match,
+    A handler is given by its name, like "delay", or as the function or class itself. Keyword
+    arguments set the options of the handler, and the rule fields percent, per, stream, match,
     after, times, of, start, duration, every, ramp and ttl. Times are numbers of seconds, or texts
     like "90s", "5m" or "500ms".
 
@@ -12941,23 +12942,22 @@ class Interface:
             with proxy.handler("error", percent=20, times=3) as fault:
                 ...
 
-        In a block within a block, the handlers of both blocks act, and each has its own draw. In
-        a block of the handler `dummy`, no other handler acts, except in toxics. Blocks may end in
-        any order. After the last block, the behavior acts again. Toxics act in and out of blocks.
+        If blocks are nested, the handlers of all open blocks act, each with a draw of its own. In
+        a block of the handler `dummy`, no handlers act except toxics. When the last block has
+        ended, the behavior acts again. Blocks do not affect toxics. Blocks may end in any order.
 
-        Returns a Fault. Raises RuntimeError if the proxy is not running.
+        Raises RuntimeError if the proxy is not running.
         """
         name = self._handler_name(name)
-        # `only`, because in a block of dummy the handlers of outer blocks must not act.
-        return self._block(dict(fields, name=name), only=(name == "dummy"))
+        return self._block(dict(fields, name=name), replaces_outer_blocks=(name == "dummy"))
 
     def with_handler(self, name: "Handler", **fields: "OptionValue") -> Fault:
         """Return a `with` block in which only this handler acts, as in Vaurien 1.x.
 
-        Within a block of `with_handler`, the handlers of outer blocks do not act. Within a block
-        of `handler` they do.
+        The handlers of outer blocks do not act during this block.
         """
-        return self._block(dict(fields, name=self._handler_name(name)), only=True)
+        return self._block(dict(fields, name=self._handler_name(name)),
+                           replaces_outer_blocks=True)
 
     def toxic(self, type: "Handler", name: "Optional[str]" = None, **fields: "Any") -> Fault:
         """Return a `with` block with a toxic, which acts beside the behavior and other toxics.
@@ -12965,18 +12965,17 @@ class Interface:
             with proxy.toxic("latency", latency=200, jitter=50):
                 ...
 
-        The arguments are those of add_toxic. Returns a Fault.
+        The method `add_toxic` documents the arguments.
         """
         self._check_running()
-        return Fault(self, self._handler_name(type),
-                     lambda: self.add_toxic(type, name, **fields), self._discard_toxic, "toxic")
+        return Fault(self, self._handler_name(type), key_field="toxic",
+                     begin=lambda: self.add_toxic(type, name, **fields), end=self._discard_toxic)
 
     @contextlib.contextmanager
     def down(self) -> "Iterator[None]":
-        """Refuse all clients during a `with` block.
+        """Close the port and all connections during a `with` block, as if the backend were down.
 
-        Open connections are closed, and the port refuses new ones, as Toxiproxy does for a proxy
-        that is not enabled. After the block, the proxy listens on the same port again.
+        After the block, the proxy listens on the same port again.
         """
         self.disable()
         try:
@@ -12987,8 +12986,7 @@ class Interface:
     def refusing(self, **times: "Union[float, str]") -> "ContextManager[None]":
         """Refuse new clients during a `with` block, as if no server listened on the port.
 
-        times    start, duration, every and ttl, as in set_accept: clients are refused only during
-                 windows within the block
+        times    the windows within the block, as in `set_accept`
 
         A new connect fails with ECONNREFUSED at once. Open connections continue.
         """
@@ -12997,12 +12995,11 @@ class Interface:
     def dropping(self, **times: "Union[float, str]") -> "ContextManager[None]":
         """Let connects of new clients time out during a `with` block.
 
-        times    start, duration, every and ttl, as in set_accept: connects time out only during
-                 windows within the block
+        times    the windows within the block, as in `set_accept`
 
-        A new connect gets no reply, as if a firewall dropped the packets. TCP sends the SYN of
-        a connect again, first after one second. If the client still waits after the block, the
-        next SYN connects it. Open connections continue. Not possible on Windows.
+        A new connect gets no reply, as if a firewall dropped the packets. The client's TCP repeats
+        the SYN, first after one second. The first SYN after the block connects the client. Open
+        connections continue. This method raises OSError on Windows.
         """
         return self._accepting("drop", times)
 
@@ -13028,18 +13025,20 @@ class Interface:
         options     {handler: {option: value}}
         fields      options and rule fields; only permitted for a single handler
 
-        The handlers of open blocks act no longer.
+        From now on, the handlers of open `with` blocks do not act.
         """
         is_name = isinstance(behavior, str) and ":" not in behavior
-        if is_name or callable(behavior):       # a single handler
+        is_single_handler = is_name or callable(behavior)
+        if is_single_handler:
             name = self._handler_name(behavior)
-            tables = [{**(options or {}).get(name, {}), **fields, "name": name}]
+            values = (options or {}).get(name, {})
+            tables = [{**values, **fields, "name": name}]
+        elif fields:
+            raise ValueError("%s needs a single handler: use options={handler: {option: value}}"
+                             % ", ".join(fields))
         else:
             tables = check_field("behavior", behavior_tables, behavior, options,
                                  self._handler_name)
-            if fields:
-                raise ValueError("%s needs a single handler: use options={handler: {option: "
-                                 "value}}" % ", ".join(fields))
         self._set_rules(tables)
 
     def set_handler(self, name: "Handler", **fields: "OptionValue") -> None:
@@ -13054,14 +13053,13 @@ class Interface:
         fields    options of the handler, and rule fields. A `toxicity` from 0 to 1 may replace
                   `percent`
 
-        These defaults differ from those of other rules: a toxic is drawn for each connection
-        (per), and if its type is one of Toxiproxy's, it acts downstream only (stream).
+        By default, a toxic is drawn for each connection, and the types that Toxiproxy also has act
+        downstream only.
 
         Returns the name. Raises ValueError if the proxy has a toxic of this name already.
         """
-        type = self._handler_name(type)
-        table = toxic_table(dict(fields, type=type, name=name))
-        return self._add_toxic(table)
+        fields.update(type=self._handler_name(type), name=name)
+        return self._add_toxic(toxic_table(fields))
 
     def remove_toxic(self, name: str) -> None:
         """Remove a toxic. The data that the toxic delays is sent at once.
@@ -13098,10 +13096,9 @@ class Interface:
     def set_accept(self, accept: str, **times: "Union[float, str]") -> None:
         """Set how new clients are accepted, until the next change.
 
-        accept    "normal"; "refuse": a connect fails at once, see `refusing`; or "drop": a
-                  connect times out, see `dropping`
-        times     start, duration, every and ttl, as for a rule. Outside of these windows, clients
-                  are accepted. The times may be in the text too: "refuse start=2 duration=5"
+        accept    "normal", "refuse" (a connect fails at once), or "drop" (a connect times out)
+        times     the windows in which clients are refused or dropped: start, duration, every and
+                  ttl, as for a rule. The text may have the times, too: "refuse duration=5"
 
         Raises OSError if this operating system cannot refuse or drop connects.
         """
@@ -13116,13 +13113,12 @@ class Interface:
     def wait_for(self, name: "Optional[Handler]" = None, timeout: float = 5,
                  since: "Optional[int]" = None, times: int = 1,
                  match: "Optional[str]" = None) -> FaultRecord:
-        """Wait until a handler has acted.
+        """Wait until a handler has acted. Returns the last FaultRecord that the caller waits for.
 
         timeout    seconds to wait at most
         times      the number of faults to wait for
 
-        The other arguments select these faults, as in `count`. Returns the FaultRecord of fault
-        number `times` among them. Raises TimeoutError.
+        The method `count` documents the other arguments. Raises TimeoutError.
         """
         timeout = check_field("timeout", number_check(float, "a number of seconds, 0 or more"),
                               timeout)
@@ -13143,12 +13139,11 @@ class Interface:
         """Return how often a handler has acted.
 
         name     the handler; by default, the faults of all handlers count
-        match    a regular expression. A fault counts if the field `text` of its record has a
-                 match. `text` is the beginning of the request, 80 characters at most
-        since    the number of a fault record: only later faults count. By default, faults in the
-                 innermost open `with` block of this handler count. If there is no such block,
-                 faults in the innermost open block of any handler count. If no block is open,
-                 faults after the last reset count
+        match    a regular expression for the field `text` of a fault record: the beginning of the
+                 request, 80 characters at most
+        since    the number of a fault record: only later faults count. By default, faults count
+                 from the beginning of a `with` block on: the innermost open block of the handler,
+                 or of any handler. Without an open block, faults count from the last reset on
         """
         since, matches = self._selection(name, since, match)
         return len(list(filter(matches, self.events(since))))
@@ -13156,10 +13151,9 @@ class Interface:
     def events(self, since: int = 0) -> "List[FaultRecord]":
         """Return the fault records with a number greater than `since`, the oldest first.
 
-        A record whose field `change` is None is about a fault. Otherwise the record is about the
-        rule itself: its window "begins" or "ends", or the rule "expires" after its ttl.
-
-        The proxy keeps the last 10,000 records. The list is a copy.
+        In the record of a fault, the field `change` is None. A record whose `change` is "begins"
+        or "ends" is about a window of a rule. A record whose `change` is "expires" is about the
+        ttl of a rule. The proxy keeps the last 10,000 records.
         """
         raise NotImplementedError
 
@@ -13198,11 +13192,11 @@ class Interface:
     # The names of Vaurien 1.9
 
     def get_behavior(self) -> str:
-        """Return the names of the handlers, joined by commas, as `get_handler` does."""
+        """Return the result of `get_handler`."""
         return self.get_handler()
 
     def list_behaviors(self) -> "List[str]":
-        """Return the names of all handlers, as `list_handlers` does."""
+        """Return the result of `list_handlers`."""
         return self.list_handlers()
 
     with_behavior = with_handler
@@ -13217,66 +13211,61 @@ class Interface:
     _begin_block: "Callable[[Any, bool], int]"      # (table of read_rules, only) -> number
     _end_block: "Callable[[int], None]"     # (number)
     _last_record: "Callable[[], int]"       # () -> number of the last FaultRecord
-    # (since, matches, count, timeout): see wait_for_records
     _wait_for_records: ("Callable[[int, Callable[[FaultRecord], bool], int, float],"
-                        " List[FaultRecord]]")
+                        " List[FaultRecord]]")      # (since, matches, count, timeout)
 
     # For Fault
 
     def _wait_for_fault(self, name, since, matches, count, timeout):
-        """Wait for a fault. Returns its FaultRecord, or raises TimeoutError.
+        """Wait until `count` faults match. Returns the last FaultRecord of these faults.
 
-        name       the handler, for the error
-        since      the number of a FaultRecord: only later faults count
-        matches    function that returns whether the fault of a FaultRecord counts
-        count      the number of faults that must count; the last of them is returned
-        timeout    seconds
+        Raises TimeoutError, like "delay has not acted 3 times, but 1, in 5 seconds". The function
+        wait_for_records documents the arguments.
         """
         found = self._wait_for_records(since, matches, count, timeout)
         if len(found) >= count:
             return found[count - 1]
-        how_often = "" if count == 1 else " %d times, but %d," % (count, len(found))
-        all_faults = Counter(record.handler for record in self.events(since)
-                             if record.change is None)
-        raise TimeoutError("%s has not acted%s in %g seconds; faults: %s" % (
-            name, how_often, timeout,
-            ", ".join("%d %s" % (fault_count, handler)
-                      for handler, fault_count in all_faults.items()) or "none"))
+        numbers = "" if count == 1 else " %d times, but %d," % (count, len(found))
+        faults = Counter(record.handler for record in self.events(since) if record.change is None)
+        fault_counts = ", ".join("%d %s" % (number, handler) for handler, number in faults.items())
+        raise TimeoutError("%s has not acted%s in %g seconds; faults: %s"
+                           % (name, numbers, timeout, fault_counts or "none"))
 
     def _selection(self, name, since, match):
-        """Return (number, matches) for the arguments of `count`. Raises ValueError.
+        """Return (since, matches) for _wait_for_fault, from arguments of `count`.
 
-        A FaultRecord counts if it comes after this number and matches(record) is true.
+        Raises ValueError.
         """
         if name is not None:
             name = self._handler_name(name)
             if name not in self.list_handlers():
                 raise ValueError(unknown_handler(name))
         pattern = check_optional("match", check_match, match)
-        since = check_optional("since", check_count, since)
-        if since is None:
-            of_handler = [fault for fault in self._open_faults if fault.name == name]
-            candidates = of_handler or self._open_faults
-            since = candidates[-1]._since if candidates else self._reset_record
 
         def matches(record):
             is_fault = record.change is None
-            return (is_fault and (name is None or name == record.handler) and
-                    (pattern is None or bool(pattern.search(record.text.encode("utf-8")))))
-        return since, matches
+            is_of_handler = name is None or name == record.handler
+            return is_fault and is_of_handler and (
+                pattern is None or bool(pattern.search(record.text.encode("utf-8"))))
+        since = check_optional("since", check_count, since)
+        return self._default_since(name) if since is None else since, matches
 
-    def _block(self, table, only):
-        """Return the Fault of a block.
+    def _default_since(self, name):
+        """Return the number of the last FaultRecord before the innermost open block of a handler.
 
-        table    a dict for read_rules
-        only     whether the rules of outer blocks do not act in this block
+        If the handler has no open block, use the blocks of other handlers, then the last reset.
         """
+        blocks = [fault for fault in self._open_faults if fault.name == name] or self._open_faults
+        return blocks[-1]._since if blocks else self._reset_record
+
+    def _block(self, table, replaces_outer_blocks):
+        """Return the Fault for a block with one rule. The table is a dict for read_rules."""
         self._check_running()
-        return Fault(self, table["name"], lambda: self._begin_block(table, only),
-                     self._end_block, "block")
+        return Fault(self, table["name"], key_field="block", end=self._end_block,
+                     begin=lambda: self._begin_block(table, replaces_outer_blocks))
 
     def _discard_toxic(self, name):
-        """Remove a toxic, unless it has been removed already."""
+        """Remove a toxic if the proxy still has the toxic."""
         with contextlib.suppress(ValueError):       # raised if reset() has removed the toxic
             self.remove_toxic(name)
 
@@ -13285,17 +13274,14 @@ class Interface:
 
 
 def toxic_table(fields):
-    """Return a toxic in the JSON form of Toxiproxy's API.
+    """Return a toxic in the JSON form of Toxiproxy's API, with all options in `attributes`.
 
-    fields    the type, name, stream, toxicity, attributes and rule fields of the toxic. An option
-              of the handler may be in `attributes`, or may itself be a key
-
-    In the result, all options are in `attributes`.
+    {"type": "latency", "latency": 9} becomes {"type": "latency", "attributes": {"latency": 9}}.
     """
     table, attributes = {}, dict(fields.get("attributes") or {})
-    function = HANDLERS.get(fields.get("type"))
+    handler_function = HANDLERS.get(fields.get("type"))
     for key, value in fields.items():
-        if key in TOXIC_FIELDS or is_rule_field(function, key):
+        if key in TOXIC_FIELDS or is_rule_field(handler_function, key):
             table[key] = value
         else:
             attributes[key] = value
@@ -13304,16 +13290,17 @@ def toxic_table(fields):
 
 
 def make_local_toxic(toxic):
-    """Return the Toxic that a dict describes. Raises ValueError.
+    """Return the Toxic for a dict of toxic_table, whose type may be a handler itself.
 
-    toxic    a dict as for toxic_table. Its type may be a handler's function or class
+    Raises ValueError.
     """
     if not isinstance(toxic, dict) or not toxic.get("type"):
         raise ValueError("a toxic must be a dict like {'type': 'latency', 'latency': 200}, not %r"
                          % (toxic,))
     table = toxic_table(dict(toxic, type=local_handler(toxic["type"])))
-    try:        # encode and decode, because read_toxic expects the types of JSON: a list, no tuple
-        return read_toxic(json.loads(json.dumps(table)), strict=True)
+    try:
+        json_value = json.loads(json.dumps(table))      # with lists: read_toxic refuses tuples
+        return read_toxic(json_value, strict=True)
     except TypeError as error:          # json cannot encode a value
         raise ValueError("toxic %r: %s" % (table["type"], error)) from None
     except (InputError, ApiError) as error:
@@ -13323,7 +13310,7 @@ def make_local_toxic(toxic):
 def parse_endpoint(address, parse):
     """Return the result of parse("HOST:PORT"). Raises ValueError.
 
-    address    "HOST:PORT", (host, port), or an address of an IPv6 socket, which has four items
+    address    "HOST:PORT", (host, port), or the four items of an IPv6 socket's address
     """
     if isinstance(address, (tuple, list)) and len(address) in (2, 4):
         host, port, *_ = address
@@ -13337,14 +13324,14 @@ def parse_endpoint(address, parse):
 
 
 def check_optional(name, check, value):
-    """Return check_field(name, check, value). If the value is None, return None."""
+    """Check a value that may be None. Returns the checked value, or None. Raises ValueError."""
     return None if value is None else check_field(name, check, value)
 
 
 def check_handler_options(options):
-    """Check that options are {handler: {option: value}}. Raises ValueError.
+    """Return {handler name: {option: value}} for {handler or its name: {option: value}}.
 
-    Returns {handler's name: {option: value}}. In `options`, a handler may be its function.
+    Raises ValueError.
     """
     is_valid = isinstance(options, dict) and all(
         isinstance(values, dict) for values in options.values())
@@ -13362,44 +13349,43 @@ class Proxy(Interface):
                 ...
             assert fault.count == 1
 
-    The proxy runs from `start` to `stop`, or during a `with` or an `async with` block. It can be
-    started again. In a fork of this process, the end of the block has no effect, and methods that
-    need the proxy raise RuntimeError.
+    The proxy runs from `start` to `stop`, or during a `with` or an `async with` block. After
+    `stop`, the proxy can start again. In a fork of this process, `stop` has no effect, and methods
+    that need the proxy raise RuntimeError.
 
     Args:
-        distant     the backend, "HOST:PORT" or (host, port); the proxy connects to it for each
-                    client
-        local       the address to listen on, "HOST:PORT" or (host, port); port 0 picks a free port
+        distant     the backend, "HOST:PORT" or (host, port); the proxy makes a connection to the
+                    backend for each client.
+        local       the address to listen on, "HOST:PORT" or (host, port). Port 0 picks a free
+                    port.
         behavior    the percentage of requests on which each handler acts:
                     "PERCENT:HANDLER,...", {handler: percent}, or [(percent, handler)]. A handler
-                    is a name or a dotted path like "mine.stutter". In a dict or a list, it may be
-                    the function itself
-        options     {handler: {option: value}}
-        name        the name of the proxy, for the log. The draws depend on the name
-        seed        a whole number: with the same seed, a test gets the same faults. None draws a
-                    seed
-        timeout     seconds to connect to the backend, for all its addresses together
+                    is a name, a dotted path like "mine.stutter", or in a dict or a list also the
+                    function itself.
+        options     options of the handlers: {handler: {option: value}}.
+        name        the name of the proxy in the log. The draws depend on the name.
+        seed        a whole number: with the same seed, a test gets the same faults. If the seed
+                    is None, Vaurien draws a seed.
+        timeout     seconds to connect to the backend, for all its addresses together.
         protocol    the application protocol: tcp, http, redis, memcache, mysql, postgres, smtp
-                    or tls
+                    or tls.
         overwrite_host_header
                     for http: whether the proxy replaces the Host header of requests by the
-                    backend's name
+                    backend's name.
         toxics      rules beside the behavior: [{"type": "latency", "latency": 200}]. The keys are
-                    the arguments of add_toxic. As in Toxiproxy, the options may be in a dict
-                    `attributes`
-        enabled     False: do not listen until `enable` is called
-        tls         the options of TLS, without "tls-": {"cert": "auto", "max_version": "1.2"}.
-                    `vaurien --help tls` lists them
-        accept      how new clients are accepted, as in set_accept
+                    the arguments of add_toxic, or "attributes": {option: value}.
+        enabled     False: do not listen until `enable` is called.
+        tls         options of `vaurien --help tls`: {"cert": "auto", "max_version": "1.2"}.
+        accept      how new clients are accepted, as in set_accept.
         max_connections
-                    the number of clients that are served at a time, at most; 0 is no limit. A
-                    further client gets the protocol's error for too many connections. If the
-                    protocol has no such error, the connection is closed
-        record      a file to which each fault is written, from `start` on
-        replay      a file that `record` has written. The faults in the file are made again, on
-                    the same connections and requests. The percentages of rules have no effect
-        reuse_port  for several processes that share one port: the number of this process, 1 or
-                    more. The draws depend on it. Only on Linux
+                    the most clients at a time; 0 is no limit. Further clients get the protocol's
+                    error for too many connections. Protocols without this error close the
+                    connection.
+        record      a file to write the faults to.
+        replay      a file that `record` has written: repeat its faults, on the same connections
+                    and requests. The percentages of rules have no effect.
+        reuse_port  share the port with other processes, on Linux. Each process has another
+                    number, 1 or more. The draws depend on the number.
 
     Raises:
         ValueError      an argument is invalid; the message names the argument
@@ -13451,18 +13437,20 @@ class Proxy(Interface):
         return self
 
     def stop(self) -> None:
-        """Close the port and all connections, and wait until the thread has ended.
+        """Close the port and all connections, and wait until the proxy's thread has ended.
 
         Does nothing if the proxy is not running.
         """
-        if self._thread and not self._server.loop.is_forked():
+        if self._runs_in_this_process():
             loop = self._server.loop
             loop.stop()
-            self._thread.join()
+            self._thread.join()         # from now on, only this thread uses the proxy and the loop
             self._thread = None
-            # The loop's thread has ended: this thread may now do what only that thread does.
             self._proxies.close()
             loop.close()
+
+    def _runs_in_this_process(self):
+        return self._thread and not self._server.loop.is_forked()
 
     def __enter__(self) -> "Proxy":
         return self.start()
@@ -13480,7 +13468,7 @@ class Proxy(Interface):
         local = self._server.listener or ("disabled" if self._thread else "not running")
         return "<Proxy %s %s -> %s: %s>" % (self.name, local, self.get_backend(), self.describe())
 
-    # Values. Interface documents the methods that have no docstring here
+    # Values. The docstrings of the methods are in Interface
 
     @property
     def port(self) -> int:
@@ -13500,7 +13488,7 @@ class Proxy(Interface):
 
     @property
     def ca(self) -> str:
-        """The certificate, in PEM, of the CA that tls={"cert": "auto"} uses."""
+        """The certificate, in PEM, of the CA that signs the certificates of tls-cert auto."""
         return AUTHORITY.pem()
 
     @property
@@ -13521,7 +13509,7 @@ class Proxy(Interface):
     def address(self) -> "Tuple[str, int]":
         self._check_running()
         host, port = self._server.local
-        if not port:
+        if not port:                    # the proxy has not listened yet: local is (host, 0)
             raise RuntimeError("the proxy has no port before it is enabled")
         if self._server.listener:
             host, *_ = self._server.listener.address()      # an IPv6 address has four items
@@ -13586,13 +13574,13 @@ class Proxy(Interface):
         self._change(ProxyTable.change, accept=check_field("accept", check_accept, accept))
 
     def _change(self, method, **arguments):
-        """Call a method of ProxyTable for the proxy, and hold the proxy's lock meanwhile."""
+        """Call a method of ProxyTable for this proxy, while this thread holds the proxy's lock."""
         self._check_running()
         with self._server.lock:
             method(self._proxies, self._server, **arguments)
 
     def _check_running(self):
-        """Raise RuntimeError if the proxy is not running, or if its loop calls this method."""
+        """Raise RuntimeError if the proxy is not running, or in the thread of the proxy's loop."""
         if not self._thread:
             raise RuntimeError('the proxy is not running; use "with" or start()')
         if self._thread is threading.current_thread():      # the thread would wait for itself
@@ -13623,34 +13611,29 @@ class Proxy(Interface):
         return self._call(self._server.begin_block, read_rules([table]), only)
 
     def _end_block(self, number):
-        # The block may end after the proxy, or in a fork, which has no loop.
-        if self._thread and not self._server.loop.is_forked():
+        if self._runs_in_this_process():        # the proxy may end before the block
             self._call(self._server.end_block, number)
 
     def _last_record(self):
         return self._server.fault_count
 
     def _wait_for_records(self, since, matches, count, timeout):
-        if not self._thread:            # a proxy that is not running makes no faults: do not wait
-            timeout = 0
-        else:       # in a fork, the lock of the records may be locked and never be released
-            self._server.loop.check_process()
+        if self._thread:
+            self._server.loop.check_process()   # a fork might wait forever for a lock
+        else:
+            timeout = 0         # there are no new faults while the proxy does not run
         return wait_for_records(self._server.next_records, since, matches, count, timeout)
 
 
 def check_path(path):
-    """Return the path of a file as text.
-
-    path    text, or an object like a pathlib.Path
-    """
+    """Return a path as text. Accepts an object like a pathlib.Path, too. Raises ValueError."""
     return check_file(os.fspath(path) if isinstance(path, os.PathLike) else path)
 
 
 def make_recording(record, replay):
-    """Return (Recorder or None, Replay or None). Raises ValueError.
+    """Return a Recorder and a Replay for two paths. Raises ValueError.
 
-    record    the path of the file to write, or None
-    replay    the path of the file to read, or None
+    If a path is None, its object is None, too.
     """
     record = check_optional("record", check_path, record)
     replay = check_optional("replay", check_path, replay)
@@ -13665,8 +13648,8 @@ class Client(Interface):
     Args:
         host, port    the address of the control server
         scheme        http or https
-        proxy         the name of the proxy to control; by default the server's first proxy
-        token         the server's --http-token, if it has one
+        proxy         the name of the proxy to control; by default, the server's first proxy
+        token         the --http-token of the server, or None
 
     Raises:
         ValueError      the server refuses a request; the message is from the server
@@ -13699,10 +13682,10 @@ class Client(Interface):
             path += "?" + urls.urlencode(query)
         response, text = self._exchange(method, path, None if body is None else json.dumps(body))
         is_error = response.status >= 400
-        is_json = response.getheader("Content-Type", "").startswith("application/json") or (
-            is_error and text.startswith("{"))      # the type of Toxiproxy's errors is text/plain
+        has_json_type = response.getheader("Content-Type", "").startswith("application/json")
+        is_toxiproxy_error = is_error and text.startswith("{")  # JSON, but its type is text/plain
         try:
-            value = json.loads(text) if is_json else text
+            value = json.loads(text) if has_json_type or is_toxiproxy_error else text
         except (ValueError, RecursionError):
             raise OSError("not a vaurien control server") from None
         if is_error:
@@ -13713,14 +13696,16 @@ class Client(Interface):
 
     @property
     def ca(self) -> str:
-        """The certificate, in PEM, of the CA that tls-cert auto uses."""
+        """The certificate, in PEM, of the CA that signs the certificates of tls-cert auto."""
         return self.request("GET", "/ca.pem")
 
     def _exchange(self, method, path, body):
         """Send a request. Returns (response, text): a http.client.HTTPResponse and its body."""
-        class_name = {"http": "HTTPConnection", "https": "HTTPSConnection"}.get(self.scheme, "")
-        connection_class = getattr(http_client, class_name, None)
-        if connection_class is None:    # http.client has no HTTPSConnection without module ssl
+        connection_class = {
+            "http": http_client.HTTPConnection,
+            "https": getattr(http_client, "HTTPSConnection", None),     # missing without ssl
+        }.get(self.scheme)
+        if connection_class is None:
             raise ValueError("scheme must be http or https, not %r" % self.scheme)
         headers = {"Authorization": "Bearer " + self.token} if self.token else {}
         connection = connection_class(self.host, self.port, timeout=30)
@@ -13734,7 +13719,7 @@ class Client(Interface):
         finally:
             connection.close()
 
-    # Values. Interface documents the methods that have no docstring here
+    # Values. The docstrings of the methods are in Interface
 
     def address(self) -> "Tuple[str, int]":
         host, port = parse_listener(self._status()["listen"])
@@ -13799,9 +13784,9 @@ class Client(Interface):
         return "/proxies/" + urls.quote(self._status()["name"], safe="")
 
     def _handler_name(self, handler):
-        # The server, and not the client, checks whether there is a handler of this name.
         if isinstance(handler, str):
             return handler
+        # A BaseHandler may have a `name`. The server refuses the repr of any other object.
         return getattr(handler, "name", "") or getattr(handler, "__name__", repr(handler))
 
     def _set_rules(self, tables):
@@ -13820,8 +13805,8 @@ class Client(Interface):
         return self._status()["faults"]
 
     def _wait_for_records(self, since, matches, count, timeout):
+        # wait_for_records calls next_records again, because the server waits EVENTS_WAIT_MAX only.
         def next_records(since, seconds):
-            # The server waits EVENTS_WAIT_MAX at most. wait_for_records then calls this again.
             return self._records(since=since, wait="%.3f" % min(seconds, EVENTS_WAIT_MAX))
         return wait_for_records(next_records, since, matches, count, timeout)
 
@@ -13832,7 +13817,7 @@ class Client(Interface):
 
 
 def error_text(value):
-    """Return the text of a JSON error of the control server, or "" for any other value."""
+    """Return the text of an error of the control server, or "" if the JSON value is no error."""
     if not isinstance(value, dict):
         return ""
     if "errors" in value:               # the format of Vaurien's own routes
@@ -13840,11 +13825,10 @@ def error_text(value):
     return str(value.get("error", ""))  # the format of Toxiproxy's routes
 
 
-# The program of the process that start_proxy starts. It imports this file as a module, and calls
-# `main`. Its first two arguments are the name by which this process has imported the module, and
-# the path of the file. The file of a user's handler may import the module by that name or as
-# `vaurien`. If sys.modules lacked the name, Python would import a second copy of the module, and
-# the handler would be registered in that copy.
+# The program of the process that start_proxy starts. The program imports this file as a module,
+# and calls `main`. The first arguments are the module's name in the process of the test, and the
+# path of this file. A user's handler may import the module by this name or as `vaurien`. Without
+# these names in sys.modules, Python would import a second copy of the module for the handler.
 BOOTSTRAP = """\
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location(*sys.argv[1:3])
@@ -13859,10 +13843,10 @@ STARTED_PROCESSES = {}      # {pid: (Popen, pid of the process that called start
 
 
 class ProxyProcess(int):
-    """The pid of the process of a proxy that start_proxy has started.
+    """The pid of the process of a proxy, as start_proxy returns it.
 
-    port         the port on which the proxy listens
-    http_port    the port of the proxy's control server; 0 if there is no control server
+    port         the port of the proxy
+    http_port    the port of the control server; 0 if there is no control server
     """
 
     port = http_port = 0
@@ -13876,21 +13860,18 @@ def start_proxy(host: str = "localhost", port: int = 8888, http: bool = True, wa
                 log_level: str = "info", log_output: str = "-") -> "ProxyProcess":
     """Start a proxy in a process of its own, and wait until it listens.
 
-    host, port       the backend; backend_host and backend_port are other names for these
+    host, port       the backend; backend_host and backend_port are other names of host and port.
     proxy_host, proxy_port
-                     the address on which the proxy listens; port 0 picks a free port
-    http             whether to start the control server, on http_host and http_port
-    http_token       the bearer token that clients of the control server must send; None: they
-                     need no token
-    warmup           seconds to wait, at most, until the proxy listens
-    options          further arguments of the command line, like ["--behavior", "20:delay"]
+                     the address on which the proxy listens; port 0 picks a free port.
+    http             whether to start the control server, on http_host and http_port.
+    http_token       the bearer token that clients of the control server must send, or None.
+    warmup           seconds to wait, at most, until the proxy listens.
+    options          further arguments of the command line, like ["--behavior", "20:delay"].
 
-    Returns the pid of the process, as a ProxyProcess: an int whose attributes `port` and
-    `http_port` are the ports that were picked. Raises RuntimeError, with the error of the proxy,
-    if the proxy cannot start.
+    Returns the pid of the process. The pid has the attributes `port` and `http_port`: see
+    ProxyProcess. Raises RuntimeError with the error of the proxy, if the proxy cannot start.
 
-    The proxy runs until `stop_proxy` is called or this process ends. If this process is killed,
-    the proxy ends, too.
+    The proxy runs until `stop_proxy` is called, or until this process ends or is killed.
     """
     backend = format_address((backend_host or host, int(backend_port or port)))
     if isinstance(options, str):
@@ -13909,52 +13890,49 @@ def start_proxy(host: str = "localhost", port: int = 8888, http: bool = True, wa
 
 
 def start_process(arguments, environment, seconds):
-    """Start a process of the command `vaurien`, and wait until it is ready.
+    """Start a process of the command `vaurien`, and wait `seconds` until the proxy listens.
 
-    arguments      the arguments of the command
-    environment    the environment variables of the process
-    seconds        the time to wait, at most
-
-    Returns a ProxyProcess. Raises RuntimeError if the process is not ready in time.
+    Returns a ProxyProcess. Raises RuntimeError if the proxy does not listen in time.
     """
     program = [sys.executable, "-c", BOOTSTRAP, __name__, os.path.abspath(__file__)]
-    # --attached: the process announces when it is ready, and ends when this process ends.
+    # With --attached, the process prints "ready" and the addresses when the proxy listens. The
+    # process ends when this process ends.
     process = subprocess.Popen(
         [*program, "--attached", *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         universal_newlines=True, env=environment)
     STARTED_PROCESSES[process.pid] = process, os.getpid()
     try:
         addresses = wait_until_ready(process, seconds)
-    except BaseException:       # KeyboardInterrupt, too: leave no process behind
+    except BaseException:       # also KeyboardInterrupt: leave no process behind
         stop_proxy(process.pid)
         raise
     pid = ProxyProcess(process.pid)
-    proxy_address = next(iter(addresses["proxies"].values()))
-    _, pid.port = parse_address(proxy_address)
+    first_proxy, *_ = addresses["proxies"].values()
+    _, pid.port = parse_address(first_proxy)
     if addresses["control"]:
         _, pid.http_port = parse_address(addresses["control"])
     return pid
 
 
 def wait_until_ready(process, seconds):
-    """Wait until a proxy prints the line "ready" and, in the next line, its addresses.
+    """Return the addresses that announce_ready prints in a process.
 
-    Returns the addresses: see announce_ready. Raises RuntimeError, with the last line of the
-    output, if the proxy does not print the addresses in time.
+    Raises RuntimeError if the process does not print the addresses in time. The error contains the
+    last line that the process has printed.
     """
-    lines = []
+    lines = []      # of stdout, up to the addresses: [..., "ready", addresses as JSON]
 
     def is_ready():
-        return len(lines) >= 2 and lines[-2] == "ready"
+        return lines[-2:-1] == ["ready"]
 
-    def read_stdout():
+    def read_lines():
         for line in process.stdout:
             lines.append(line.strip())
             if is_ready():
                 return
 
-    # A thread, because a read of a pipe has no time limit.
-    reader = threading.Thread(target=read_stdout, daemon=True)
+    # A read of a pipe has no time limit, but the join of a thread has a time limit.
+    reader = threading.Thread(target=read_lines, daemon=True)
     reader.start()
     reader.join(seconds)
     if not is_ready():
@@ -13966,7 +13944,7 @@ def wait_until_ready(process, seconds):
 def stop_proxy(pid: int) -> None:
     """Stop a proxy that `start_proxy` has started, and wait until its process has ended.
 
-    Raises ValueError for any other pid.
+    Raises ValueError if `start_proxy` has not returned this pid.
     """
     if not isinstance(pid, int) or pid not in STARTED_PROCESSES:
         raise ValueError("no proxy was started as process %r" % (pid,))
@@ -13984,9 +13962,9 @@ def stop_proxy(pid: int) -> None:
 
 @atexit.register
 def stop_started_proxies():
-    """Stop the proxies that this process has started, at the end of this process."""
+    """At the end of this process, stop the proxies that this process has started."""
     for pid, (_, starter_pid) in list(STARTED_PROCESSES.items()):
-        if starter_pid == os.getpid():      # not those that the parent of a fork has started
+        if starter_pid == os.getpid():      # a fork has a copy of the entries of its parent
             stop_proxy(pid)
 
 
@@ -14000,40 +13978,37 @@ RECORDS_REPORTED = 100      # the most fault records of a proxy in the report of
 
 
 def pytest_addoption(parser):
-    """Add the option of the plugin to pytest's command line."""
-    # pytest raises ValueError if another copy of this module has already added the option.
-    with contextlib.suppress(ValueError):
+    """Add the option --vaurien-seed to pytest's command line."""
+    with contextlib.suppress(ValueError):   # raised if a copy of this module has added the option
         parser.getgroup("vaurien").addoption(
             "--vaurien-seed", metavar="N",
             help="seed of the proxies of the fixture vaurien; by default, a random seed")
 
 
 def pytest_configure(config):
-    """Register the fixture and the reports, and draw a seed if the user has given none.
-
-    The drawn seed becomes the value of the option. So pytest-xdist passes this seed to all of its
-    worker processes.
-    """
+    """Register the plugin. Without --vaurien-seed, draw a seed for all tests."""
     import pytest  # type: ignore       # not at the top: only this plugin needs pytest
-    # There is no option if pytest loads the plugin late: then pytest calls no pytest_addoption.
+    # If pytest loads the plugin late, it does not call pytest_addoption: the option is missing.
     seed = getattr(config.option, "vaurien_seed", None)
+    if seed is None:
+        seed = random.SystemRandom().getrandbits(32)
     try:
-        seed = random.SystemRandom().getrandbits(32) if seed is None else check_count(seed)
+        seed = check_count(seed)
     except ValueError as error:
         raise pytest.UsageError("--vaurien-seed %s" % error) from None
-    config.option.vaurien_seed = seed
+    config.option.vaurien_seed = seed       # pytest-xdist passes the options to its processes
     config.pluginmanager.register(make_pytest_plugin(pytest, seed))
 
 
 def make_pytest_plugin(pytest, seed):
-    """Return the plugin object, with the fixture and the reports.
+    """Return the plugin: an object with the fixture and the hooks.
 
     pytest    the module pytest, whose decorators the class needs
-    seed      the seed of each proxy for which the test gives no seed
+    seed      the seed of proxies for which the test gives no seed
     """
     class PytestPlugin:
         def __init__(self):
-            self.proxies = {}       # {test item: [Proxy]}: those that the fixture has started
+            self.proxies = {}       # {test item: [Proxy that the fixture has started]}
 
         def pytest_report_header(self):
             """Return the line that pytest prints before the first test."""
@@ -14041,14 +14016,10 @@ def make_pytest_plugin(pytest, seed):
 
         @pytest.fixture
         def vaurien(self, request):
-            """A function that starts a proxy. It takes the arguments of Proxy.
-
-            The proxies of a test stop when the test ends.
-            """
+            """A function that starts a Proxy, and stops the Proxy when the test ends."""
             proxies = self.proxies[request.node] = []
-            with contextlib.ExitStack() as stack:
+            with contextlib.ExitStack() as stack:       # stops the proxies after the test
                 def start(distant, *args, **kwargs):
-                    """Start a Proxy, which stops when the test ends."""
                     kwargs.setdefault("seed", seed)
                     proxy = stack.enter_context(Proxy(distant, *args, **kwargs))
                     proxies.append(proxy)
@@ -14057,7 +14028,7 @@ def make_pytest_plugin(pytest, seed):
 
         @pytest.hookimpl(hookwrapper=True)
         def pytest_runtest_makereport(self, item, call):
-            """Add the faults of a test's proxies to the report, if the test has failed.
+            """Add the faults of a test's proxies to the report of a failed test.
 
             pytest makes three reports for each test: "setup", "call" and "teardown".
             """
@@ -14086,7 +14057,7 @@ def report_faults(proxy):
 def describe_record(record):
     """Return a FaultRecord as one line of text."""
     words = [record.handler]
-    if record.handler in HANDLERS:      # the record of an Accept has the name "accept" instead
+    if record.handler in HANDLERS:      # not "accept", as in the records of an Accept
         words.append(describe_options(HANDLERS[record.handler], record.options))
     if record.toxic:
         words.append("toxic=%s stream=%s" % (record.toxic, record.stream))
@@ -14104,60 +14075,58 @@ def describe_record(record):
 # The commands `vaurien` and `vaurien serve` read the command line and the --config file, create
 # the proxies, and run them.
 #
-# SETTINGS declares each setting. The signature of a handler declares the handler's options. The
-# parser, the keys of the ini file and the help are generated from these declarations. The command
-# line overrides the file, and the file overrides the defaults.
+# The table SETTINGS declares the settings. The signature of a handler declares the handler's
+# options. The flags, the keys of the ini file and the help are generated from these declarations.
+# The command line overrides the file, and the file overrides the defaults.
 #
-# All input is text until a check parses it. If a text is invalid, the check raises ValueError with
-# the end of a sentence, like "must be a host". The class SourcedText puts the source of the text
-# first: "--local must be a host".
+# A setting is a text until the `check` function of the setting parses the text. For an invalid
+# text, the check raises ValueError with the end of a sentence, like "must be a host". The method
+# SourcedText.parse puts the flag or the place in the file first: "--http-host must be a host".
 #
 # To add a setting, add a line to SETTINGS.
 
 # The declaration of a setting:
 #
-# flags      the flags on the command line. The ini file has the same names without the dashes
-#            before them
-# scope      proxy           each proxy has a value. ProxyServer gets the value as the argument
-#                            with the setting's name
-#            shared          like `proxy`, but each proxy without a value gets the value of the
-#                            section [vaurien]. Proxies that the API creates later get this value
-#                            too
-#            process         there is one value, which `prepare` applies
-#            command line    there is one value, and the file cannot set the setting
-# default    the text to parse if the user gives no value. None: without a text, the value is None
-# check      the function that parses the text
-# metavar    the name of the value in the help. None: the flag takes no value, and the key in the
-#            ini file takes yes or no. If the metavar ends with " ...", users may repeat the flag.
-#            `check` then gets one text with a line for each value
-# help       the text for --help
+# flags      the flags on the command line. The keys of the ini file are the flags without "--".
+# scope      proxy           each proxy has a value of its own: an argument of ProxyServer.
+#            shared          each proxy may have a value of its own. The value in the section
+#                            [vaurien] is the default, also for proxies that the API creates.
+#            process         the process has one value. The function `prepare` uses the value.
+#            command line    the process has one value. The file cannot set the value.
+# default    the text to parse if the user gives no text. Without a default, the value is None.
+# check      the function that parses the text.
+# metavar    the placeholder of the value in the help. If the metavar is None, the flag takes no
+#            value, and in the file the value is yes or no. If the metavar ends with " ...", the
+#            flag may be repeated, and the check gets a text with a line for each value.
+# help       the text for --help.
 Setting = namedtuple("Setting", "flags scope default check metavar help")
 
 
 def check_host(text):
-    """Return a text that is a host name or an IP address. Raises ValueError."""
+    """Return the text if it is a host name or an IP address. Raises ValueError."""
     if not is_valid_host(text):
         raise ValueError("must be a host, like localhost or 127.0.0.1, not %r" % text)
     return text
 
 
 def check_names(text):
-    """Parse "a.example,b.example" into a list of host names. Raises ValueError for a port."""
+    """Parse "a.example,b.example" into a list of host names. Raises ValueError."""
     names = [name.strip() for name in text.split(",")]
     for name in names:
-        if not name or ":" in name or not is_valid_host(name):
+        has_port = ":" in name
+        if not name or has_port or not is_valid_host(name):
             raise ValueError("must be NAME[,NAME ...], like chaos.example, not %r" % text)
     return names
 
 
 def check_log_level(text):
-    """Parse the name of a log level, in upper or lower case. Returns the name for `logging`."""
+    """Return a log level in the form of `logging`: "info" becomes "INFO". Raises ValueError."""
     check = choice_check("debug", "info", "warning", "error", "critical")
     return check(text.lower()).upper()
 
 
 def import_handler(name):
-    """Import a user's handler if its name is a dotted path that HANDLERS does not have yet.
+    """Import a user's handler, like mine.stutter, if HANDLERS does not have the handler yet.
 
     Raises ValueError for an unknown name.
     """
@@ -14169,7 +14138,7 @@ def import_handler(name):
 
 
 def check_behavior(text):
-    """Parse PERCENT:HANDLER,... into [(percent, handler name)], and import the handlers."""
+    """Parse "20:delay,5:mine.stutter" into [(20.0, "delay"), ...], and import users' handlers."""
     behavior = parse_behavior(text)
     for _, name in behavior:
         import_handler(name)
@@ -14177,7 +14146,7 @@ def check_behavior(text):
 
 
 def check_faults(text):
-    """Parse faults into a list of Toxics, and import their handlers. Each line is a fault."""
+    """Parse lines like "error percent=20" into Toxics, and import users' handlers."""
     if not text.strip():
         raise ValueError("must be HANDLER [NAME=VALUE ...], not %r" % text)
     toxics = OrderedDict()
@@ -14192,29 +14161,27 @@ def check_faults(text):
     return list(toxics.values())
 
 
-def parse_fault(words, taken):
-    """Return the Toxic that the words of a fault describe. Raises ValueError.
+def parse_fault(words, taken_names):
+    """Return the Toxic for the words of a fault: HANDLER, NAME=VALUE, ... Raises ValueError.
 
-    words    HANDLER, and any number of NAME=VALUE
-    taken    names of other faults. Without name=, a fault has the name of its handler, like
-             `delay`. If `delay` is taken, the name is `delay_2`
+    taken_names    the names of the faults before this fault
     """
     type_, texts = parse_rule_words(words)
     import_handler(type_)
     name = texts.pop("name", None)
-    if not name:
+    if not name:            # the default is `delay`, or `delay_2` if the name `delay` is taken
         name, number = type_, 1
-        while name in taken:
+        while name in taken_names:
             number += 1
             name = "%s_%d" % (type_, number)
-    # A Toxic has Toxiproxy's defaults, but a fault has the defaults of a rule in a behavior: one
-    # draw for each request, and both streams.
+    # The defaults of a fault are those of a behavior, and not those of a toxic: there is a draw
+    # for each request, and the fault acts on both streams.
     defaults = {field: RULE_FIELDS[field].default for field in Toxic.DEFAULTS}
     return make_flat_toxic(type_, check_field("name", check_name, name), texts, defaults)
 
 
 def settings_table(rows):
-    """Return {name: Setting} of rows (name, "FLAG ...", scope, default, check, metavar, help)."""
+    """Return {name: Setting} for rows (name, "FLAG ...", scope, default, check, metavar, help)."""
     return OrderedDict((name, Setting(flags.split(), *others)) for name, flags, *others in rows)
 
 
@@ -14285,7 +14252,7 @@ SETTINGS = settings_table([
 
 
 def with_scope(settings, *scopes):
-    """Return the settings that have one of these scopes."""
+    """Return the settings that have one of the scopes."""
     return OrderedDict((name, setting) for name, setting in settings.items()
                        if setting.scope in scopes)
 
@@ -14295,14 +14262,13 @@ PROXY_SETTINGS = with_scope(SETTINGS, "proxy", "shared")
 FILE_SETTINGS = with_scope(SETTINGS, "proxy", "shared", "process")
 SERVE_SETTINGS = with_scope(SETTINGS, "shared", "process", "command line")
 del SERVE_SETTINGS["http"]      # the control server always runs
-# Toxiproxy's server has the flags --host and --port, and its default port is 8474.
+# As Toxiproxy's server, `vaurien serve` has the flags --host and --port, and the port 8474.
 SERVE_SETTINGS["http-host"] = SETTINGS["http-host"]._replace(flags=["--http-host", "--host"])
 SERVE_SETTINGS["http-port"] = SETTINGS["http-port"]._replace(
     flags=["--http-port", "--port"], default="8474")
-ADDRESS_SETTINGS = {"local", "distant"}     # with one of these, [vaurien] is a proxy
+ADDRESS_SETTINGS = {"local", "distant"}     # in [vaurien], they define the proxy `vaurien`
 
-# {type of a handler's option: the option's metavar}
-METAVARS = {bool: "YES|NO", int: "N", float: "NUMBER", str: "TEXT"}
+METAVARS = {bool: "YES|NO", int: "N", float: "NUMBER", str: "TEXT"}     # {type of an option: ...}
 PROXY_INTRODUCTION = """\
 Vaurien is a chaos TCP proxy. It sits between an application and a backend, and misbehaves
 on purpose: requests are delayed, fail, hang or get lost.
@@ -14323,35 +14289,25 @@ HELP_COLUMN = 31            # the column where the second column of the help beg
 
 
 class SourcedText:
-    """A text from the user, and its source.
-
-    source    an option, like "--local", or the place in the file: "FILE: [SECTION] KEY"
-    """
+    """A text from the user, and its source: a flag like "--local", or "FILE: [SECTION] KEY"."""
 
     def __init__(self, source, text):
         self.source, self.text = source, text
 
     def parse(self, check, *args):
-        """Return check(*args, text). Raises ValueError with the source in front of the error."""
+        """Return check(*args, text). Raises ValueError that begins with the source."""
         return check_field(self.source, check, *args, self.text)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of the command line. All its values are text, and it has no default values.
-
-    The parser raises ValueError for a wrong command line instead of exiting the process.
-    """
+    """A parser of the command line. Returns only texts, and only for flags that the user gives."""
 
     def __init__(self, settings, prog):
-        # "resolve": if two handlers have options with the same flag, the later handler gets the
-        # flag.
-        super().__init__(prog=prog, add_help=False, allow_abbrev=False,
-                         argument_default=argparse.SUPPRESS, conflict_handler="resolve",
-                         # Each add_argument makes a formatter. A formatter without a width
-                         # imports shutil to learn the width of the terminal. To import shutil
-                         # takes time.
-                         formatter_class=functools.partial(argparse.HelpFormatter,
-                                                           width=HELP_WIDTH))
+        super().__init__(
+            prog=prog, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+            conflict_handler="resolve",         # for handlers with the same flag: the last wins
+            # Without a fixed width, argparse would import shutil. This import would take time.
+            formatter_class=functools.partial(argparse.HelpFormatter, width=HELP_WIDTH))
         self.settings = settings
         self.add_argument("--version", action="version", version="vaurien " + __version__)
         self.add_argument("-h", "--help", nargs="?", const="")      # "": --help without a topic
@@ -14374,10 +14330,10 @@ class Parser(argparse.ArgumentParser):
         raise ValueError("%s (see %s --help)" % (message, self.prog))
 
     def read_settings(self, values):
-        """Return the settings among the values of a command line: {name: SourcedText}.
+        """Return the settings of a command line: {name: SourcedText}.
 
-        values    {name of a setting or handler's option: text}. If a flag may be repeated, the
-                  value is the list of its texts
+        values    the attributes of argparse's namespace. The value of a repeatable flag is a list
+                  of texts, all other values are texts.
         """
         texts = {}
         for name, setting in self.settings.items():
@@ -14387,21 +14343,20 @@ class Parser(argparse.ArgumentParser):
                 texts[name] = SourcedText(setting.flags[0], text)
         return texts
 
-    def refuse(self, unknown):
-        """Raise ValueError for unknown arguments. The message is about the first argument."""
-        flag, _, _ = unknown[0].partition("=")
-        match = HANDLER_FLAG.match(flag)
-        if match:
-            new_style_name, old_style_name, option = match.groups()
-            name = new_style_name or old_style_name
-            # Either the handler or its option is unknown: one of these checks raises ValueError.
+    def refuse(self, unknown_arguments):
+        """Raise ValueError. The error explains the first of the unknown arguments."""
+        flag, _, _ = unknown_arguments[0].partition("=")
+        handler_flag = HANDLER_FLAG.match(flag)
+        if handler_flag:        # the handler or the option is unknown: a check raises ValueError
+            name = handler_flag.group("name") or handler_flag.group("old_name")
+            option = handler_flag.group("option").replace("-", "_")
             check_field(flag, import_handler, name)
-            check_field(flag, check_handler_option, name, option.replace("-", "_"), "")
+            check_field(flag, check_handler_option, name, option, "")
         flags = ["--version", "--help"]
         for setting in self.settings.values():
             flags += setting.flags
         self.error("unrecognized arguments: %s%s" % (
-            " ".join(unknown), did_you_mean(flag, flags)))
+            " ".join(unknown_arguments), did_you_mean(flag, flags)))
 
     def add_handler_options(self):
         """Add the flags that set options and rule fields of the handlers."""
@@ -14410,19 +14365,21 @@ class Parser(argparse.ArgumentParser):
                 self.add_argument(*option_flags(name, option), dest="%s.%s" % (name, option))
 
 
-# The help. argparse's own help would list every option of every handler. Here, `--help NAME` lists
-# the options of one handler.
+# argparse's own help would list every option of every handler. Instead, `--help` lists the
+# handlers, and `--help NAME` lists the options of one handler.
 
 def command_help(prog, introduction, settings):
-    """Return the help of a command: its introduction, its settings in groups, the handlers."""
+    """Return the help of a command: the introduction, the settings in groups, the handlers."""
     groups = OrderedDict((title, []) for title in ("proxy", "control server", "process"))
     for name, setting in settings.items():
         if name.startswith("tls"):
             continue                            # `--help tls` lists the settings for TLS
         if name.startswith("http"):
             title = "control server"
+        elif setting.scope in ("proxy", "shared"):
+            title = "proxy"
         else:
-            title = "proxy" if setting.scope in ("proxy", "shared") else "process"
+            title = "process"
         groups[title].append(setting_row(setting))
     lines = ["usage: %s [OPTION ...]" % prog, "", introduction]
     for title, rows in groups.items():
@@ -14437,7 +14394,7 @@ def command_help(prog, introduction, settings):
 
 
 def setting_row(setting):
-    """Return a setting as a row of format_rows."""
+    """Return (flags, help) of a setting, for format_rows."""
     flags = ", ".join(setting.flags)
     if not setting.metavar:
         return flags, setting.help
@@ -14450,27 +14407,27 @@ def topic_help(name):
     if protocol_class:
         return protocol_help(protocol_class)
     import_handler(name)
-    function, help_texts = HANDLERS[name], option_help(HANDLERS[name])
+    function = HANDLERS[name]
     lines = ["%s: %s" % (name, summary(function)), "",
              "usage: vaurien --behavior PERCENT:%s [OPTION ...]" % name,
              "       vaurien --fault \"%s [NAME=VALUE ...]\"" % name]
-    options = [("--handlers.%s.%s %s" % (name, option, METAVARS[type(default)]),
-                text_with_default(help_texts.get(option, ""), format_value(default)))
-               for option, default in handler_options(function).items()]
-    if options:
-        lines += ["", "options:", *format_rows(options)]
-    fields = [("--handlers.%s.%s" % (name, field),
-               text_with_default(RULE_FIELDS[field].help, RULE_FIELDS[field].default))
-              for field in settable_fields(function)]
-    lines += ["", "options of every handler:", *format_rows(fields), "",
-              "The ini file has these options in the section [handler:%s], without --handlers.%s. "
-              "before" % (name, name), "their names."]
+    prefix, help_texts, rows = "--handlers.%s." % name, option_help(function), []
+    for option, default in handler_options(function).items():
+        text = text_with_default(help_texts.get(option, ""), format_value(default))
+        rows.append(("%s%s %s" % (prefix, option, METAVARS[type(default)]), text))
+    if rows:
+        lines += ["", "options:", *format_rows(rows)]
+    fields = [(field, RULE_FIELDS[field]) for field in settable_fields(function)]
+    rows = [(prefix + name, text_with_default(field.help, field.default))
+            for name, field in fields]
+    lines += ["", "options of every handler:", *format_rows(rows), "",
+              "The ini file has these options in the section [handler:%s], without %s "
+              "before" % (name, prefix), "their names."]
     return "\n".join(lines)
 
 
 def protocol_help(class_):
-    """Return the help of a protocol."""
-    # After these errors the proxy closes the connection, as the server would.
+    # After these errors, the proxy closes the connection, as the server would.
     closing = [kind for kind in class_.errors
                if kind in class_.fatal_errors or kind in class_.connect_errors]
     rows = [("kinds of errors", ", ".join(class_.errors)),
@@ -14490,56 +14447,47 @@ def protocol_help(class_):
 
 
 def text_with_default(text, default):
-    """Return the help of an option, with its default if it has one."""
     return text if default in (None, "") else "%s (default: %s)" % (text, default)
 
 
 def format_rows(rows):
-    """Return the lines of a table with two columns.
-
-    rows    [(left, right)]: an option, and its help
-    """
+    """Return the lines of a table of the help. A row is (flag, help)."""
     lines, indent = [], " " * HELP_COLUMN
-    for left, right in rows:
-        left = "  " + left
-        right_lines = textwrap.wrap(right, HELP_WIDTH, initial_indent=indent,
-                                    subsequent_indent=indent) or [""]
-        if len(left) > HELP_COLUMN - 2:         # too long for the first column
-            lines.append(left)
-        else:                                   # fits into the indent of the first line
-            right_lines[0] = left + right_lines[0][len(left):]
-        lines += right_lines
+    for flag, text in rows:
+        first_column = "  " + flag
+        if len(first_column) > HELP_COLUMN - 2:     # the help begins in the next line
+            lines.append(first_column)
+            first_column = ""
+        lines += textwrap.wrap(text, HELP_WIDTH, initial_indent=first_column.ljust(HELP_COLUMN),
+                               subsequent_indent=indent) or [first_column]
     return lines
 
 
 def settable_fields(function):
-    """Return the rule fields that users set like options of the handler.
+    """Return the names of the rule fields that have flags like the options of a handler.
 
-    `percent` is missing, because --behavior has the percentage. A field is also missing if the
-    handler has an option with the name of the field.
+    `percent` has no flag, because --behavior has the percentage. If an option of the handler has
+    the name of a rule field, the flag sets the option.
     """
     return [field for field in FIELD_DEFAULTS if is_rule_field(function, field)]
 
 
 def option_flags(handler_name, option):
-    """Return the flags that set a handler's option.
-
-    The first flag is in the help, and has the form of version 0.1. The other flags have the form
-    of versions 1.x.
-    """
-    flags = ["--handlers.%s.%s" % (handler_name, option),
-             "--behavior-%s-%s" % (handler_name, option),
-             "--behavior-%s-%s" % (handler_name, option.replace("_", "-"))]
+    """Return the flags that set an option of a handler. The first flag is in the help."""
+    flags = ["--handlers.%s.%s" % (handler_name, option),                       # 0.1
+             "--behavior-%s-%s" % (handler_name, option),                       # 1.x
+             "--behavior-%s-%s" % (handler_name, option.replace("_", "-"))]     # 1.x
     return list(OrderedDict.fromkeys(flags))        # without duplicates
 
 
-# A flag in one of the forms of option_flags. Its groups: the handler's name after "--handlers.",
-# or the handler's name after "--behavior-"; and the option.
-HANDLER_FLAG = re.compile(r"--(?:handlers\.(.+)\.|behavior-([^-]+)-)([^.]+)$")
+# matches --handlers.mine.stutter.max_size, --behavior-stutter-max_size and
+# --behavior-stutter-max-size
+HANDLER_FLAG = re.compile(
+    r"--(?:handlers\.(?P<name>.+)\.|behavior-(?P<old_name>[^-]+)-)(?P<option>[^.]+)$")
 
 
 def check_handler_option(handler_name, option, text):
-    """Raise ValueError if a text is not valid for a handler's option or rule field."""
+    """Raise ValueError if a text is not valid for an option or rule field of a handler."""
     if not is_rule_field(HANDLERS[handler_name], option):
         check_option(handler_name, option, text)
     elif option == "percent":
@@ -14549,37 +14497,28 @@ def check_handler_option(handler_name, option, text):
 
 
 class ParsedConfig:
-    """The content of the command line and of the --config file.
-
-    Each `text` in the comments is a SourcedText.
-    """
+    """The content of the command line and of the --config file. The texts are SourcedTexts."""
 
     def __init__(self):
-        self.arguments = {}     # settings of the command line: {setting: text}
-        self.main = {}          # settings of the section [vaurien]: {setting: text}
-        self.sections = OrderedDict()   # sections [proxy:NAME]: {proxy name: {setting: text}}
+        self.arguments = {}                     # settings of the command line: {setting: text}
+        self.vaurien_section = {}               # settings of [vaurien]: {setting: text}
+        self.proxy_sections = OrderedDict()     # of [proxy:NAME]: {proxy name: {setting: text}}
         self.options = {}       # options and rule fields: {handler name: {option: text}}
-        self.toxics = []        # sections [toxic:NAME]: [(Toxic, text of the proxy name or None)]
-        self.json = None        # if the file is JSON: the text of the whole file, not parsed yet
+        self.toxics = []        # of [toxic:NAME]: [(Toxic, text of the proxy name or None)]
+        self.json_file = None   # the text of a JSON file, not parsed yet
 
     def global_settings(self):
-        """Return the settings of the command line and of [vaurien]: {setting: text}.
-
-        The command line overrides the section.
-        """
-        return ChainMap(self.arguments, self.main)
+        """Return the settings of [vaurien] and of the command line, which overrides [vaurien]."""
+        return ChainMap(self.arguments, self.vaurien_section)
 
     def check_settings(self, command_settings):
-        """Check the texts of all settings. Raises ValueError.
+        """Check the settings, also overridden settings. Raises ValueError.
 
-        command_settings    {name: Setting} of the command line
-
-        A text is checked even if another text overrides it. The checks of --behavior and --fault
-        also import the user's handlers.
+        The checks of --behavior and --fault also import users' handlers.
         """
-        for texts in [self.arguments, self.main, *self.sections.values()]:
+        for texts in [self.arguments, self.vaurien_section, *self.proxy_sections.values()]:
             for name, sourced in texts.items():
-                # The file may have settings that the command line does not have.
+                # The file may have settings for which the command has no flag.
                 setting = command_settings.get(name) or SETTINGS[name]
                 sourced.parse(setting.check)
 
@@ -14590,10 +14529,9 @@ def read_arguments(argv, settings, prog="vaurien", introduction=""):
     settings        settings of the command line: {name: Setting}
     introduction    the beginning of the help
 
-    The command line is parsed twice. The first pass ignores flags of handlers, because the file,
-    --behavior and --fault may name handlers that are not imported yet. After the import, the
-    second pass knows the options of all handlers. If the command line asks for help, this function
-    prints the help and raises SystemExit.
+    The command line is parsed twice. The first pass imports users' handlers, which the file,
+    --behavior and --fault may name. The second pass knows the flags of all handlers. With --help,
+    this function prints the help and raises SystemExit.
     """
     parser = Parser(settings, prog)
     namespace, _ = parser.parse_known_args(argv)
@@ -14603,36 +14541,35 @@ def read_arguments(argv, settings, prog="vaurien", introduction=""):
     if "config" in arguments:
         config = read_config(arguments["config"].parse(check_file))
     config.arguments = arguments
-    config.check_settings(settings)
-    if "help" in values:            # after the import, because the topic may be a user's handler
+    config.check_settings(settings)     # imports users' handlers
+    if "help" in values:
         topic = values["help"]
         if topic:
-            text = SourcedText("--help", topic).parse(topic_help)
+            text = check_field("--help", topic_help, topic)
         else:
             text = command_help(prog, introduction, settings)
         print_safe(text, sys.stdout)
         raise SystemExit(0)
     parser.add_handler_options()
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parser.refuse(unknown)
-    add_options(vars(namespace), config.options)
+    namespace, unknown_arguments = parser.parse_known_args(argv)
+    if unknown_arguments:
+        parser.refuse(unknown_arguments)
+    add_options(config, vars(namespace))
     return config
 
 
-def add_options(values, options):
+def add_options(config, values):
     """Add the handlers' options of a command line to those of the file. Raises ValueError.
 
-    values     {name: text}. The name is a setting, or HANDLER.OPTION
-    options    {handler name: {option: SourcedText}}
+    values    {name of a setting: text} and {HANDLER.OPTION: text}
     """
     for name, text in values.items():
-        handler_name, dot, option = name.rpartition(".")    # HANDLER may be a dotted path
-        if dot:
+        if "." in name:
+            handler_name, _, option = name.rpartition(".")      # HANDLER may be a dotted path
             first_flag, *_ = option_flags(handler_name, option)
-            sourced = SourcedText(first_flag, text)
-            sourced.parse(check_handler_option, handler_name, option)
-            options.setdefault(handler_name, {})[option] = sourced
+            check_field(first_flag, check_handler_option, handler_name, option, text)
+            options = config.options.setdefault(handler_name, {})
+            options[option] = SourcedText(first_flag, text)
 
 
 def read_config(path):
@@ -14643,26 +14580,24 @@ def read_config(path):
     except (OSError, ValueError) as error:      # ValueError: the file is not UTF-8
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValueError("cannot read %s: %s" % (path, reason)) from None
-    # Toxiproxy's JSON begins with {, [{ or []. No ini file begins like this.
-    if re.match(r"\s*(\{|\[\s*[]{])", text):
+    is_json = re.match(r"\s*(\{|\[\s*[]{])", text)      # {, [{ or []: no ini file begins so
+    if is_json:
         config = ParsedConfig()
-        config.json = SourcedText("cannot read %s:" % path, text)
+        config.json_file = SourcedText("cannot read %s:" % path, text)
         return config
     return read_ini(path, text)
 
 
 def read_ini(path, text):
     """Return the ParsedConfig of an ini file, and import its handlers. Raises ValueError."""
-    config, toxic_sections = ParsedConfig(), OrderedDict()
+    config, proxy_sections, toxic_sections = ParsedConfig(), OrderedDict(), OrderedDict()
     for title, texts in parse_ini(path, text):
         source = "%s: [%s]" % (path, title)
         kind, _, name = (part.strip() for part in title.partition(":"))
         if title.strip() == "vaurien":
-            # [vaurien] and [proxy:vaurien] would both be the proxy vaurien. [vaurien] is put among
-            # the sections of proxies here, so that set_once raises ValueError if both exist.
-            set_once(config.sections, "vaurien", source, settings_by_name(texts, FILE_SETTINGS))
+            set_once(proxy_sections, "vaurien", source, settings_by_name(texts, FILE_SETTINGS))
         elif kind == "proxy" and name:
-            set_once(config.sections, name, source, settings_by_name(texts, PROXY_SETTINGS))
+            set_once(proxy_sections, name, source, settings_by_name(texts, PROXY_SETTINGS))
         elif kind in ("handler", "behavior") and name:      # [behavior:NAME]: Vaurien 1.x
             read_ini_handler(name, source, texts, config.options)
         elif kind == "toxic" and name:
@@ -14671,8 +14606,10 @@ def read_ini(path, text):
             raise ValueError("%s is not a section%s: there are [vaurien], [proxy:NAME], "
                              "[handler:NAME] and [toxic:NAME]" % (source, did_you_mean(
                                  kind, ["vaurien", "proxy", "handler", "toxic"])))
-    config.main = config.sections.pop("vaurien", {})
-    # Toxics are read last: a toxic may use a handler that a later section imports.
+    # The sections [vaurien] and [proxy:vaurien] have the same meaning.
+    config.vaurien_section = proxy_sections.pop("vaurien", {})
+    config.proxy_sections = proxy_sections
+    # A toxic may use a handler that a later section imports. So toxics are read last.
     config.toxics = [read_ini_toxic(name, "%s: [toxic:%s]" % (path, name), texts)
                      for name, texts in toxic_sections.items()]
     return config
@@ -14680,35 +14617,30 @@ def read_ini(path, text):
 
 def parse_ini(path, text):
     """Yield (title, {key: SourcedText}) for each section of an ini file. Raises ValueError."""
-    # With an empty default_section, no section sets defaults of other sections. Without
-    # interpolation, only expand_env replaces ${NAME}.
-    parser = configparser.ConfigParser(interpolation=None, default_section="")
+    # Vaurien has no section with defaults of other sections. expand_env replaces ${NAME}.
+    parser = configparser.ConfigParser(default_section="", interpolation=None)
     parser.optionxform = str  # type: ignore    # keep the case of keys
     try:
         parser.read_string(text, path)
     except (ValueError, configparser.Error) as error:
         raise ValueError("cannot read %s: %s" % (path, " ".join(str(error).split()))) from None
     for title in parser.sections():
-        SourcedText("%s: the name of a section" % path, title).parse(check_name)
+        check_field("%s: the name of a section" % path, check_name, title)
         texts = {}
         for key, value in parser.items(title):
             source = "%s: [%s] %s" % (path, title, key)
-            with_references = SourcedText(source, value)
-            texts[key] = SourcedText(source, with_references.parse(expand_env))
+            texts[key] = SourcedText(source, check_field(source, expand_env, value))
         yield title, texts
 
 
 def read_ini_handler(name, source, texts, options):
-    """Import the handler of a section [handler:NAME], and add its options to `options`.
-
-    texts      {key: SourcedText} of the section
-    options    {handler name: {option: SourcedText}}
+    """Import the handler of a section [handler:NAME], and add the section's options to `options`.
 
     Raises ValueError.
     """
     if "callable" in texts:             # the dotted path of a user's handler
         texts.pop("callable").parse(load_handler, name)
-    SourcedText(source, name).parse(import_handler)
+    check_field(source, import_handler, name)
     for option, text in texts.items():
         text.parse(check_handler_option, name, option)
         set_once(options.setdefault(name, {}), option, text.source, text)
@@ -14731,9 +14663,8 @@ def read_ini_toxic(name, source, texts):
 
 def expand_env(text):
     """Replace each ${NAME} by the value of the environment variable NAME. Raises ValueError."""
-    def value_of(match):
-        """Return the value of the variable in a match of `reference`."""
-        name = match.group(1)
+    def value_of(reference_match):
+        name = reference_match.group(1)
         if name not in os.environ:
             raise ValueError("needs ${%s}, which is not set in the environment" % name)
         return os.environ[name]
@@ -14746,13 +14677,14 @@ def expand_env(text):
 
 
 def settings_by_name(texts, settings):
-    """Replace the keys of an ini section by names of settings. Returns {name: SourcedText}.
+    """Return the settings of an ini section: {name: SourcedText}. Raises ValueError.
 
-    A key is a flag without the dashes before it. Underscores may replace the other dashes.
-    Raises ValueError for any other key.
+    texts    {key: SourcedText}. The key of the setting with the flag --http-port is http-port or
+             http_port.
     """
-    names = {flag.lstrip("-"): name             # {flag without the dashes before it: name}
-             for name, setting in settings.items() for flag in setting.flags}
+    names = {}
+    for name, setting in settings.items():
+        names.update((flag.lstrip("-"), name) for flag in setting.flags)
     named_texts = {}
     for key, text in texts.items():
         flag = key.replace("_", "-")
@@ -14764,75 +14696,69 @@ def settings_by_name(texts, settings):
 
 
 def set_once(target, key, source, value):
-    """Set target[key] to the value. Raises ValueError if target has the key already.
-
-    source    the source of the value, for the error
-    """
+    """Set target[key]. Raises ValueError with the source of the value if target has the key."""
     if key in target:
         raise ValueError("%s is set twice" % source)
     target[key] = value
 
 
 def resolve_settings(texts, settings):
-    """Return the parsed value of each setting: {name: value}.
+    """Return {name: parsed value} for all settings. Raises ValueError.
 
-    texts    {name: SourcedText}. A setting without a text has its default value
+    texts    {name: SourcedText}. A setting without a text gets the default of the setting.
     """
     values = {}
     for name, setting in settings.items():
         if name in texts:
             values[name] = texts[name].parse(setting.check)
+        elif setting.default is None:
+            values[name] = None
         else:
-            values[name] = None if setting.default is None else setting.check(setting.default)
+            values[name] = setting.check(setting.default)
     return values
 
 
-def main_is_proxy(config, needs_one):
-    """Return whether the section [vaurien] and the command line describe a proxy of their own.
-
-    needs_one    whether to return True if the user has configured no proxy at all
-    """
-    if ADDRESS_SETTINGS & set(config.main):         # the section has an address
+def has_vaurien_proxy(config, needs_one):
+    """Return whether there is a proxy `vaurien`, with the settings of [vaurien]."""
+    if ADDRESS_SETTINGS & set(config.vaurien_section):
         return True
-    if config.sections:     # then an address on the command line is for a section [proxy:NAME]
+    if config.proxy_sections:       # the flags --local and --distant are for one of the sections
         return False
-    if ADDRESS_SETTINGS & set(config.arguments):    # the command line has an address
+    if ADDRESS_SETTINGS & set(config.arguments):
         return True
-    return needs_one and not config.json
+    return needs_one and not config.json_file       # the user has configured no proxy
 
 
 def proxy_settings(config, needs_one):
     """Return the settings of each proxy: {name: ChainMap of {setting: SourcedText}}.
 
-    The command line overrides a section. A section overrides the shared settings of [vaurien].
-    If [vaurien] is not a proxy, each section also gets the behavior and the faults of [vaurien].
-
-    If [vaurien] is a proxy, --local and --distant apply to this proxy only. Otherwise they apply
-    to the only section [proxy:NAME]. Raises ValueError if there are several such sections.
+    Raises ValueError if --local or --distant may be for several proxies.
     """
     settings, arguments = OrderedDict(), config.arguments
-    shared_names = set(SHARED_SETTINGS)
-    if main_is_proxy(config, needs_one):
+    inherited_names = set(SHARED_SETTINGS)      # the proxies inherit these settings of [vaurien]
+    if has_vaurien_proxy(config, needs_one):
         settings["vaurien"] = config.global_settings()
         arguments = {name: text for name, text in arguments.items()
                      if name not in ADDRESS_SETTINGS}
     else:
-        if len(config.sections) > 1 and ADDRESS_SETTINGS & set(arguments):
+        if len(config.proxy_sections) > 1 and ADDRESS_SETTINGS & set(arguments):
             raise ValueError("--local and --distant are ambiguous: the file has the proxies %s"
-                             % ", ".join(config.sections))
-        shared_names |= {"behavior", "network", "toxics"}
-    shared = {name: text for name, text in config.main.items() if name in shared_names}
-    for name, section in config.sections.items():
-        settings[name] = ChainMap(arguments, section, shared)       # earlier dicts override
+                             % ", ".join(config.proxy_sections))
+        inherited_names |= {"behavior", "network", "toxics"}
+    inherited = {name: text for name, text in config.vaurien_section.items()
+                 if name in inherited_names}
+    for name, section in config.proxy_sections.items():
+        settings[name] = ChainMap(arguments, section, inherited)    # earlier dicts override
     return settings
 
 
 def make_proxies(config, needs_one=True):
-    """Return the ProxyTable of a ParsedConfig. Its proxies are not open yet. Raises ValueError.
+    """Return a ProxyTable with the proxies of a ParsedConfig, not open yet. Raises ValueError.
 
-    needs_one    True: if the user has configured no proxy, make one with the default addresses
+    needs_one    True: if the user has configured no proxy, make one with the default addresses.
     """
     proxies = ProxyTable(**resolve_settings(config.global_settings(), SHARED_SETTINGS))
+    options = option_texts(config)
     for name, texts in proxy_settings(config, needs_one).items():
         values = resolve_settings(texts, PROXY_SETTINGS)
         values["toxics"] = add_network(values.pop("network"), values["toxics"] or [])
@@ -14840,21 +14766,22 @@ def make_proxies(config, needs_one=True):
             values["seed"] = proxies.shared["seed"]     # drawn by ProxyTable
         values["tls"] = {field: values.pop("tls_" + field) for field in TLS_FIELDS}
         try:
-            proxies[name] = ProxyServer(name=name, options=option_texts(config), **values)
+            proxies[name] = ProxyServer(name=name, options=options, **values)
         except ValueError as error:
             if name == "vaurien":       # the invalid setting may be from the command line
                 raise
             raise ValueError("[proxy:%s] %s" % (name, error)) from None
-    if config.json:
+    if config.json_file:
         read_json_proxies(config, proxies)
-    attach_toxics(proxies, config.toxics)
+    for toxic, proxy_name in config.toxics:
+        attach_toxic(proxies, toxic, proxy_name)
     return proxies
 
 
 def add_network(profile, toxics):
-    """Return [the toxic for --network, *toxics]. Raises ValueError.
+    """Return a list of the toxics and, if --network has a profile, the toxic `network` first.
 
-    profile    the value of --network, or None. Without a profile, `toxics` is returned
+    Raises ValueError.
     """
     if not profile:
         return toxics
@@ -14864,25 +14791,34 @@ def add_network(profile, toxics):
 
 
 def option_texts(config):
-    """Return the options of the handlers as plain text: {handler name: {option: text}}."""
-    return {name: {option: sourced.text for option, sourced in options.items()}
-            for name, options in config.options.items()}
+    """Return the options of the handlers: {handler name: {option: text}}. Raises ValueError."""
+    all_texts = {}
+    for name, options in config.options.items():
+        texts = {option: sourced.text for option, sourced in options.items()}
+        try:
+            read_rules([dict(texts, name=name)])
+        except InputError as error:         # options that do not fit together
+            option, sentence = error.errors[0]      # the sentence begins with the option
+            raise ValueError(options[option].source + sentence[len(option):]) from None
+        all_texts[name] = texts
+    return all_texts
 
 
 def unused_options(config, used):
-    """Return the sources of the options in the file that have no effect.
+    """Return the places of the options in the file that have no effect.
 
-    used    names of the handlers of all behaviors: options of other handlers have no effect
+    used    the names of the handlers in all behaviors: only their options have an effect.
 
-    Raises ValueError if an option of the command line has no effect. About an option of the file,
-    the caller only logs a warning, because other command lines may use the file too.
+    Raises ValueError if an option of the command line has no effect. An option of the file is no
+    error, because other command lines may use the same file.
     """
     unused = []
     for name, options in config.options.items():
         if name in used:
             continue
         for option, sourced in options.items():
-            if sourced.source.startswith("--"):
+            is_flag = sourced.source.startswith("--")
+            if is_flag:
                 raise ValueError(
                     "%s has no effect: add %s to the behavior, like --behavior 20:%s, or use "
                     "--fault %s.%s=%s" % (sourced.source, name, name, name, option, sourced.text))
@@ -14892,55 +14828,48 @@ def unused_options(config, used):
 
 def read_json_proxies(config, proxies):
     """Add the proxies of a file with Toxiproxy's JSON to the ProxyTable. Raises ValueError."""
-    unused = [text.source for name, text in config.arguments.items()
-              if SETTINGS[name].scope == "proxy"]
-    if unused and not proxies:      # the command line has no proxy to which the options apply
-        raise ValueError("%s has no effect on the proxies of a JSON file, which have toxics of "
-                         "their own" % unused[0])
-    source = config.json.source
+    if not proxies:                 # the command line describes no proxy beside the file
+        for name, text in config.arguments.items():
+            if SETTINGS[name].scope == "proxy":
+                raise ValueError("%s has no effect on the proxies of a JSON file, which have "
+                                 "toxics of their own" % text.source)
+    source = config.json_file.source
     try:
-        for proxy, _, value in read_proxies(config.json.text, proxies):
+        for proxy, _, json_object in read_proxies(config.json_file.text, proxies):
             set_once(proxies, proxy.name, "%s %s" % (source, proxy.name), proxy)
-            proxies.warnings += proxy_warnings(value)
+            proxies.warnings += proxy_warnings(json_object)
     except (ApiError, InputError) as error:
         raise ValueError("%s %s" % (source, in_plain_words(str(error)))) from None
 
 
-def attach_toxics(proxies, toxics):
-    """Add each toxic of the ini file to its proxy. Raises ValueError.
+def attach_toxic(proxies, toxic, proxy_name):
+    """Add a toxic of the ini file to a proxy. Raises ValueError.
 
-    toxics    [(Toxic, proxy name as SourcedText)]. If the name is None, there must be only one
-              proxy
+    proxy_name    a SourcedText. If the name is None, there must be exactly one proxy.
     """
-    for toxic, proxy_name in toxics:
-        if not proxies:
-            raise ValueError("[toxic:%s] needs a proxy, but there is none" % toxic.name)
-        if proxy_name:
-            existing_name = proxy_name.parse(choice_check(*proxies))
-            proxy = proxies[existing_name]
-        elif len(proxies) == 1:
-            proxy, = proxies.values()
-        else:
-            raise ValueError("[toxic:%s] needs proxy = one of %s"
-                             % (toxic.name, ", ".join(proxies)))
-        if any(other.name == toxic.name for other in proxy.toxics):
-            raise ValueError("[toxic:%s] needs another name, because a fault has it" % toxic.name)
-        proxy.toxics.append(toxic)
-        check_field("[toxic:%s]" % toxic.name, proxy.install_rules, proxy.behavior, proxy.blocks,
-                    proxy.toxics)
+    source = "[toxic:%s]" % toxic.name
+    if not proxies:
+        raise ValueError("%s needs a proxy, but there is none" % source)
+    if proxy_name:
+        existing_name = proxy_name.parse(choice_check(*proxies))
+        proxy = proxies[existing_name]
+    elif len(proxies) == 1:
+        proxy, = proxies.values()
+    else:
+        raise ValueError("%s needs proxy = one of %s" % (source, ", ".join(proxies)))
+    if toxic.name in [fault.name for fault in proxy.toxics]:
+        raise ValueError("%s needs another name, because a fault has it" % source)
+    check_field(source, proxy.install_rules, proxy.behavior, proxy.blocks, [*proxy.toxics, toxic])
 
 
 def start_log(level, output, format_):
-    """Log to the file `output`, or to stderr if it is "-". Raises ValueError.
-
-    format_    a key of LOG_FORMATTERS
-    """
-    fd = 2                              # stderr
-    if output != "-":
-        try:
-            fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        except OSError as error:
-            raise ValueError("cannot log to %s: %s" % (output, error.strerror)) from None
+    """Log to the file `output`, or to stderr if `output` is "-". Raises ValueError."""
+    stderr_fd = 2
+    try:
+        fd = stderr_fd if output == "-" else os.open(
+            output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    except OSError as error:
+        raise ValueError("cannot log to %s: %s" % (output, error.strerror)) from None
     log_handler = LogThread(fd)
     log_handler.setFormatter(LOG_FORMATTERS[format_])
     logging.raiseExceptions = False     # print no traceback if a line cannot be formatted
@@ -14950,7 +14879,7 @@ def start_log(level, output, format_):
 
 
 def is_main_thread():
-    """Return whether this is the main thread, the only one that can handle OS signals."""
+    """Return whether this is the main thread. Only the main thread can handle OS signals."""
     return threading.current_thread() is threading.main_thread()
 
 
@@ -14958,10 +14887,9 @@ def serve(services, attached):
     """Run services (proxies, the control server ...) until an OS signal stops them. Returns 0.
 
     attached    whether to print "ready" when all services listen, and to stop also when stdin
-                closes or the parent process ends
+                closes or the parent process ends.
 
-    Raises OSError if a service cannot listen, or if the system permits too few descriptors. No
-    service accepts a connection before such an error.
+    Raises OSError if a service cannot listen, or if the system permits too few descriptors.
     """
     fd_limit = raise_fd_limit()
     if 0 < fd_limit < FDS_MIN:          # 0 means that the limit is unknown
@@ -14972,18 +14900,11 @@ def serve(services, attached):
     if is_main_thread():
         handle_signals(loop)
     try:
-        # Bind all services before the first service accepts connections: each bind may fail.
-        for service in services:
+        for service in services:        # if a bind fails, no service has accepted a connection
             service.bind()
         for service in services:
             service.open(loop)
-        # The garbage collector is only needed for objects that refer to each other in a cycle.
-        # The objects of connections are in no cycle. With Python's default threshold (700 to
-        # 2,000), the garbage collector takes 15 % of the time of 1,000 delayed requests.
-        gc.set_threshold(GC_THRESHOLD)
-        gc.collect()
-        if hasattr(gc, "freeze"):       # later collections skip all objects that exist now
-            gc.freeze()
+        reduce_garbage_collection()
         if attached:
             announce_ready(services)
             loop.run_in_thread(wait_for_stdin_end, lambda *_: loop.stop())
@@ -14998,20 +14919,32 @@ def serve(services, attached):
     return 0
 
 
+def reduce_garbage_collection():
+    """Let Python search less often for objects that refer to each other in a cycle.
+
+    The objects of connections are in no cycle. With Python's default threshold (700 to 2,000), the
+    garbage collector takes 15 % of the time of 1,000 delayed requests.
+    """
+    gc.set_threshold(GC_THRESHOLD)
+    gc.collect()
+    if hasattr(gc, "freeze"):           # later collections skip all objects that exist now
+        gc.freeze()
+
+
 def handle_signals(loop):
     """Stop a loop when an OS signal arrives: SIGTERM, SIGINT (Ctrl-C) or SIGHUP.
 
-    The kernel sends SIGHUP when the terminal closes. A process that nohup has started ignores
-    SIGHUP, also after this call.
+    The kernel sends SIGHUP when the terminal closes. If nohup has started this process, SIGHUP
+    stays without effect.
     """
     signums = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signums.append(signal.SIGHUP)
     for signum in signums:
         signal.signal(signum, lambda *_: loop.stop())
-    SEARCH_LIMIT.enable()       # a signal ends a search for `match` that takes too long
-    # On Windows, a signal does not interrupt select(). So let Python write a byte to the wakeup
-    # socket of the loop when a signal arrives.
+    SEARCH_LIMIT.enable()       # the limit for searches of `match` uses a signal, too
+    # On Windows, a signal does not interrupt select(). But Python also writes a byte to the wakeup
+    # socket when a signal arrives, and this byte interrupts select().
     signal.set_wakeup_fd(loop.wakeup_send.fileno())
 
 
@@ -15021,8 +14954,8 @@ def announce_ready(services):
     The addresses are a line of JSON: {"proxies": {name: "HOST:PORT"}, "control": "HOST:PORT"}.
     Without a control server, "control" is null.
 
-    The parent reads no more of stdout than these two lines. If handlers printed to this pipe
-    later, the pipe would fill up, and `print` would block the proxy.
+    The parent reads these two lines of the pipe, and no more. Without the redirection, the output
+    of handlers would fill the pipe, and then `print` would block the proxy.
     """
     addresses = {"proxies": {}, "control": None}
     for service in services:
@@ -15037,33 +14970,30 @@ def announce_ready(services):
 
 
 def watch_parent(loop, parent_pid):
-    """Stop the loop once the parent process has ended. Checks this now, and each half second.
+    """Check each half second whether the parent process has ended, and if so, stop the loop.
 
-    parent_pid    the process id of the parent. When the parent ends, the kernel gives this
-                  process another parent
-
-    The end of stdin is not enough: another child of the parent may keep the pipe of stdin open.
+    If the parent is killed, stdin may stay open, because another child of the parent may hold the
+    other end of the pipe.
     """
     if os.getppid() == parent_pid:
         loop.call_at(loop.clock() + 0.5, lambda: watch_parent(loop, parent_pid))
-    else:
+    else:                   # when a parent ends, the kernel gives its child another parent
         loop.stop()
 
 
 def wait_for_stdin_end():
-    """Read stdin until it ends, and discard the bytes.
+    """Read stdin until its end, and discard the bytes.
 
-    The thread may still block here when Python exits. A thread that blocks in sys.stdin.read
-    holds a lock that Python needs for its exit. os.read needs no such lock.
+    sys.stdin.read would hold a lock that Python needs for its exit. os.read uses no lock.
     """
     stdin_fd = 0
     while os.read(stdin_fd, 4096):
         pass
 
 
-# A command is a function that takes the arguments after the command's name. The command checks the
-# arguments, and raises ValueError for bad input. Otherwise the command returns a function without
-# parameters. `main` calls this function, which does the work and returns the exit status.
+# A command is a function that takes command line arguments. The function checks the arguments, and
+# raises ValueError for bad input. A command returns a function without parameters, which does the
+# work and returns the exit status. `main` calls the returned function.
 
 SERVE_INTRODUCTION = """\
 Run a server for Toxiproxy's clients, which create and remove proxies through its API.
@@ -15074,10 +15004,7 @@ or has Toxiproxy's JSON. The flags of Toxiproxy's server work too, for example -
 
 
 def proxy_command(argv):
-    """Return a function that runs the proxies of the command line and the file.
-
-    This is the command without a name: `vaurien [OPTION ...]`.
-    """
+    """The command `vaurien [OPTION ...]`: run the proxies of the command line and of the file."""
     config = read_arguments(argv, SETTINGS, "vaurien", PROXY_INTRODUCTION)
     values = resolve_process_settings(config, SETTINGS)
     for name, text in config.global_settings().items():
@@ -15091,18 +15018,14 @@ def proxy_command(argv):
 
 
 def serve_command(argv):
-    """Return a function that runs the control server, and the proxies of the file, if any.
-
-    This is the command `vaurien serve`.
-    """
-    # GET /metrics is always enabled. So ignore the flags of Toxiproxy that enable it.
+    """The command `vaurien serve`: run the control server, and the proxies of the file."""
+    # GET /metrics is always enabled. Toxiproxy's flags for metrics are ignored.
     argv = [text for text in argv
             if not re.fullmatch("--?(proxy|runtime)-metrics(=.*)?", text)]
     config = read_arguments(argv, SERVE_SETTINGS, "vaurien serve", SERVE_INTRODUCTION)
     values = resolve_process_settings(config, SERVE_SETTINGS)
     values["http"] = True
     return prepare(config, make_proxies(config, needs_one=False), values, TOXIPROXY)
-
 
 
 def resolve_process_settings(config, settings):
@@ -15113,17 +15036,17 @@ def resolve_process_settings(config, settings):
 def prepare(config, proxies, values, dialect=VAURIEN_1):
     """Create the services, start the log, and return a function that runs the services.
 
-    values      the parsed values of the settings with the scope `process`: {name: value}
-    dialect     the Dialect of the control server's errors
+    values     parsed values of the settings with the scope `process`: {name: value}.
+    dialect    the Dialect of the control server's errors.
     """
     proxies.recorder, proxies.replay = make_recording(values["record"], values["replay"])
-    # Without an API, no client can set the rules that made the faults of a recording. So take the
-    # rules from the recording too.
+    # A recording has the faults and the rules of a test. Without a control server, the test cannot
+    # set its rules again, so the proxies get the rules of the recording.
     if proxies.replay and not values["http"]:
         for proxy in proxies.values():
             proxy.use_rules_of(proxies.replay)
-    used = {rule.name for proxy in proxies.values() for rule in proxy.behavior}
-    unused = unused_options(config, used)
+    used_handlers = {rule.name for proxy in proxies.values() for rule in proxy.behavior}
+    unused = unused_options(config, used_handlers)
     services = [proxies]
     if values["http"]:
         services.append(Control((values["http-host"], values["http-port"]), proxies,
@@ -15140,7 +15063,7 @@ def prepare(config, proxies, values, dialect=VAURIEN_1):
 
 
 def write_ca(path):
-    """Write the certificate of the CA of --tls-cert auto to a file. Raises ValueError."""
+    """Write the CA certificate for --tls-cert auto to a file. Raises ValueError."""
     try:
         with open(path, "w", encoding="ascii") as file:
             file.write(AUTHORITY.pem())
@@ -15149,22 +15072,18 @@ def write_ca(path):
 
 
 def get_token(option_text):
-    """Return the token of the control server, or None if no token is set. Raises ValueError.
-
-    option_text    the text of --http-token. If it is None or empty, the environment variable
-                   TOKEN_VARIABLE may have the token
-    """
+    """Return the token of --http-token or of the environment, or None. Raises ValueError."""
     source, text = "--http-token", option_text
     if not text:
         source, text = TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE)
-    return SourcedText(source, text).parse(check_token) if text else None
+    return check_field(source, check_token, text) if text else None
 
 
 def print_error(message, status, attached=False, prog="vaurien"):
     """Print an error in one line on stderr. Returns `status`, the exit status.
 
-    attached    True: print the error on stdout too, which a supervisor reads
-    prog        the name of the command, at the start of the line
+    attached    whether to print the error on stdout, too, because a supervisor reads stdout.
+    prog        the name of the command, at the start of the line.
     """
     text = escape_control_chars(" ".join(str(message).split()))
     print_safe("%s: %s" % (prog, text), sys.stderr)
