@@ -1410,31 +1410,27 @@ def check_signature(function):
 # threads.
 #
 # Each protocol has two readers, the generators `requests` and `replies`. A Framer feeds bytes to
-# a reader. The reader yields the input that the reader needs next, or a boundary in the bytes:
+# a reader. A reader yields the input that the reader needs next, or a boundary in the bytes:
 #
 #   an int              skip this many bytes
-#   NeedBytes(count)    receive this many bytes, as the value of the yield
-#   NeedMatch(pattern)  receive the bytes up to the end of the pattern's first match, HEAD_MAX
-#                       bytes at most
-#   SkipUntil(marker)   skip all bytes up to the end of the marker
+#   NeedBytes(count)    receive `count` bytes, as the value of the yield
+#   NeedMatch(pattern)  receive the bytes up to the end of the pattern's first match
+#   SkipUntil(marker)   skip all bytes up to the end of the next marker
 #   a Request           the bytes since the last END_OF_MESSAGE are the head of this request
 #   CONTINUATION        the bytes since the last END_OF_MESSAGE belong to the previous request
 #   END_OF_MESSAGE      a request or a reply ends here
-#   TLS_BEGINS          the further bytes of this direction are in TLS. Yielded only if `joins_tls`
-#                       is set. The chain then starts a new reader, for the decrypted bytes, and
-#                       this reader does not continue
-#   END_OF_ROW          a row of a reply ends here. Yielded only if `counts_rows` is set, because
-#                       each boundary takes time
+#   END_OF_ROW          a row of a reply ends here, only if `counts_rows` is set
+#   TLS_BEGINS          the further bytes of this direction are in TLS, only if `joins_tls` is set
 #
-# A reader raises ProtocolError at bytes that are not of the protocol. A reader also raises
-# ProtocolError if another protocol follows, such as TLS. The connection then continues as tcp.
+# After TLS_BEGINS, the chain drops the reader, and starts a new reader for the decrypted bytes. A
+# reader raises ProtocolError at bytes that are not of the protocol, and when another protocol
+# follows. After a ProtocolError, the connection continues as tcp.
 #
-# The ProtocolChain gets each boundary from the Framer, and updates the queue of exchanges before
-# the reader continues. A reader may read this queue through `exchanges`, `awaited` and
-# `awaited_request`, but never changes the queue. A reader may change Requests in the queue: their
-# `replies` and `info`.
+# The ProtocolChain applies each boundary to the queue of exchanges before the reader continues. A
+# reader calls `awaited` and `awaited_request` to read this queue. A reader may change `replies`
+# and `info` of a Request in the queue, and nothing else in the queue.
 #
-# The smallest protocol: one line is a request, one line is its reply.
+# The smallest protocol: a request is a line, and a reply is a line.
 #
 #     @protocol
 #     class Lines(Protocol):
@@ -1469,35 +1465,31 @@ class ProtocolError(Exception):
     """The bytes are not of the protocol. The log shows the text of this exception."""
 
 
-# A reader yields objects of the next classes to ask for input. For each chunk of data, until the
-# input is complete, the Framer calls the method
+# A NeedBytes, NeedMatch or SkipUntil takes bytes from each chunk until its input is complete:
 #
-#   take(buffered, data, offset, size)
+#   offset, value, buffered = awaiting.take(buffered, data, offset, size)
 #
-#   buffered             the bytes of the input that earlier calls have taken
-#   data[offset:size]    the new bytes: the call takes all of them, or the first of them
-#
-# The call returns (offset of the first byte not taken, input, buffered). If the input is still
-# incomplete, None is returned in its place, and the next call gets the returned `buffered`.
+#   buffered             the bytes that are kept for the next call; b"" in the first call
+#   data[offset:size]    the bytes of the chunk that no reader has got yet
+#   offset, returned     the offset behind the bytes that `take` has taken
+#   value                the input for the reader; None while the input is incomplete
 
 class NeedBytes(int):
-    """A reader yields this to receive a number of bytes."""
+    """Asks for a number of bytes. The int is this number."""
 
     def take(self, buffered, data, offset, size):
-        """Take the missing bytes, or as many of them as the data has."""
-        missing = self - len(buffered)      # self is an int: the number of bytes
+        missing = self - len(buffered)
         end = min(size, offset + missing)
         received = buffered + data[offset:end]
         return (end, received, b"") if len(received) == self else (end, None, received)
 
 
 class NeedMatch:
-    """A reader yields this to receive the bytes up to the end of a pattern's first match.
+    """Asks for the bytes up to the end of a pattern's first match.
 
     end      the pattern whose first match ends the input
-    start    a pattern for the beginning of the input. `start` must match valid input of any
-             length, also while the input is incomplete. If a group of `start` matches, the input
-             can only be of the protocol
+    start    a pattern that must match the input, also while the input is incomplete. If a group
+             of `start` matches, the input is certainly of the protocol
     error    the text of the ProtocolError for input that `start` does not match
     """
 
@@ -1508,11 +1500,7 @@ class NeedMatch:
         self.match_start = re.compile(start).match if start else None
 
     def take(self, buffered, data, offset, size):
-        """Take the bytes up to the end of the match, or all bytes if `end` does not match.
-
-        Returns (offset in data behind the taken bytes, the input or None, the bytes to buffer).
-        Raises ProtocolError if the input is longer than HEAD_MAX or does not match `start`.
-        """
+        """Raise ProtocolError if the input is longer than HEAD_MAX or does not match `start`."""
         if buffered:
             joined = buffered + data[offset:size]
             match = self.search(joined)
@@ -1525,44 +1513,39 @@ class NeedMatch:
         if self.match_start and not self.match_start(received):
             is_tls = received[:1] == b"\x16"        # the type of a handshake record
             raise ProtocolError("TLS" if is_tls else self.error)
-        taken_to = offset + len(received) - len(buffered)
-        return (taken_to, received, b"") if match else (taken_to, None, received)
+        if not match:
+            return size, None, received
+        return offset + len(received) - len(buffered), received, b""
 
 
 class SkipUntil(namedtuple("SkipUntil", "marker tail")):
-    """A reader yields this to skip all bytes up to the end of the next marker.
+    """Asks to skip all bytes up to the end of the next marker.
 
     marker    the bytes to search for
-    tail      the last bytes before the skipped bytes. The marker may begin in `tail`
+    tail      the last bytes before the skipped bytes: the marker may begin in `tail`
     """
 
     __slots__ = ()
 
     def take(self, buffered, data, offset, size):
-        """Take the bytes up to the end of the marker, or all bytes if there is no marker."""
-        before = buffered or self.tail          # in the first call, nothing is buffered
-        searched = before + data[offset:size]
-        index = searched.find(self.marker)
-        if index < 0:                           # keep the bytes in which a marker may begin
+        searched = (buffered or self.tail) + data[offset:size]
+        _, marker, after = searched.partition(self.marker)
+        if not marker:                      # the last bytes may be the beginning of the marker
             return size, None, searched[1 - len(self.marker):]
-        marker_end = index + len(self.marker)   # in `searched`
-        return offset + marker_end - len(before), b"", b""
+        return size - len(after), b"", b""
 
 
 def beginning_with(*parts):
-    """Return the pattern `start` of a NeedMatch: it matches bytes that begin with these parts.
+    """Return a pattern `start` of a NeedMatch, for input that begins with these patterns.
 
-    parts    patterns, in order
-
-    The pattern also matches b"", and bytes that end after any of the parts. Its only group is the
-    last part, so the group matches only if all parts are there. For example,
-    beginning_with(b"a", b"b") matches b"", b"a", b"ab" and b"abc". The group matches in b"ab" and
-    b"abc".
+    The pattern also matches incomplete input that ends after any part. The group of the pattern
+    is the last part. For example, beginning_with(b"a", b"b") matches b"", b"a", b"ab" and b"abc",
+    and its group matches in b"ab" and b"abc".
     """
     expression = b"(%s)" % parts[-1]
     for part in reversed(parts[:-1]):
         expression = b"%s(?:\\Z|%s)" % (part, expression)
-    return b"\\Z|" + expression
+    return b"\\Z|" + expression         # for the example: \Z|a(?:\Z|(b))
 
 
 PRINTABLE = rb"[^\0-\x08\x0b\x0c\x0e-\x1f\x7f]"     # a byte that is no control character
@@ -1576,11 +1559,11 @@ class Request:
     """A request of a protocol. A reader makes the Request as soon as the head is complete.
 
     text           the bytes in which `match` searches
-    name           the command, as a str. With MySQL, the number of the command, as an int
+    name           the command: a str, or for MySQL an int
     replies        whether the backend replies to the request
     info           data that the protocol keeps until the reply: see the class of each protocol
-    independent    whether rules are drawn for the request. If not, the active rules of the
-                   previous request act on this request too
+    independent    True: rules are drawn for the request. False: the active rules of the previous
+                   request act on this request
     """
 
     __slots__ = ("text", "name", "replies", "info", "independent")
@@ -1597,9 +1580,8 @@ class Reply(namedtuple("Reply", "data closes substitute")):
     """An error reply to a request, or to a client that connects.
 
     data          the bytes that the client gets
-    closes        whether the connection is closed after `data`
-    substitute    the bytes that the backend gets in place of the request. b"" means that the
-                  backend gets nothing
+    closes        whether the proxy closes the connection after `data`
+    substitute    the bytes that the backend gets in place of the request, b"" for no bytes
     """
 
     __slots__ = ()
@@ -1633,38 +1615,35 @@ class Framer:
         self.at_boundary = True
 
     def skips(self, size):
-        """Return whether the reader skips the next `size` bytes and at least one more byte.
-
-        If so, no boundary is in the next `size` bytes, nor at their end.
-        """
+        """Return whether the reader skips more than `size` bytes, so that no boundary is near."""
         return type(self.awaiting) is int and self.awaiting > size
 
     def recognizes(self, head):
-        """Return whether the bytes of an incomplete head can only be of the protocol.
+        """Return whether the bytes of an incomplete head are certainly of the protocol.
 
-        This is certain once the reader has received input, such as a complete line. It is also
-        certain if the group of a NeedMatch matches, such as a complete request line of HTTP.
+        This is certain after the reader has received input, such as a line, or when the group of
+        a NeedMatch matches, such as a whole request line of HTTP.
         """
-        if len(self.buffered) < len(head):      # the reader has received the first of these bytes
+        if len(self.buffered) < len(head):      # the reader has received the other bytes
             return True
         if type(self.awaiting) is not NeedMatch or not self.awaiting.match_start:
             return False
         match = self.awaiting.match_start(self.buffered)
-        return bool(match and match.lastindex)      # lastindex is None if no group has matched
+        return match is not None and match.lastindex is not None    # the group has matched
 
     def whole_message(self, data):
-        """Parse data fast, if data is exactly one message of a common form.
+        """Return ((offset, boundary), ...) of data that is exactly one message of a simple form.
 
-        Returns ((offset, boundary), ...), with the same boundaries as `feed`. Returns None for
-        other data, and also if the previous message is incomplete. Raises ProtocolError.
+        This is faster than `feed`, and finds the same boundaries. Returns None if the data is not
+        one message of a simple form, or the last message is incomplete. Raises ProtocolError.
         """
         parsed = self.parse_whole(data) if self.at_boundary else None
         if not parsed:
             return None
         message_end = (len(data), END_OF_MESSAGE)
-        if parsed is True:                  # the data is a reply
-            return (message_end,)
-        return (len(data), parsed), message_end     # all of the data is the head of a request
+        if type(parsed) is Request:         # the whole data is the head
+            return (len(data), parsed), message_end
+        return (message_end,)               # a reply
 
     def feed(self, data, size):
         """Parse the first `size` bytes of data. Yield (offset, boundary) for each boundary.
@@ -1698,7 +1677,7 @@ class Framer:
 
 
 def read_opaque():
-    """Skip all bytes. This is the reader of a stream that is no longer parsed."""
+    """Skip all bytes: a reader for a stream without boundaries."""
     yield UNLIMITED
 
 
@@ -1710,32 +1689,26 @@ class Protocol:
 
     # The errors
     errors: dict = {}               # {kind: data for `encode_error`}
-    default_errors: tuple = ()      # kinds for requests. If the option `kind` of a rule is empty,
-                                    #   one of these kinds is drawn
-    connect_errors: tuple = ()      # kinds for a client that connects. If such a kind is fatal,
-                                    #   the kind is for requests too
+    default_errors: tuple = ()      # kinds that the handler `error` draws for requests
+    connect_errors: tuple = ()      # kinds for a client that connects
     fatal_errors: tuple = ()        # kinds after which a server closes the connection
-    overload_error = ""             # the kind for a client beyond max_connections. "" if a server
-                                    #   closes the connection without an error
-    never_fail: tuple = ()          # names of requests to which a server never replies with an
-                                    #   error
+    overload_error = ""             # the kind for a client beyond max_connections. "": only close
+    never_fail: tuple = ()          # names of requests to which a server sends no errors
     # The messages
-    server_first = False            # the server sends a greeting, or a handshake comes before the
-                                    #   first request. The handshake then counts as request 1
-    credentials: tuple = ()         # names of requests with passwords. Fault records show only
-                                    #   the name of such a request
+    server_first = False            # a greeting or handshake comes first, and counts as request 1
+    credentials: tuple = ()         # names of requests with passwords, which no fault record shows
     has_rows = False                # replies have rows
-    counts_rows = False             # a rule needs the rows. The ProtocolChain sets this
+    counts_rows = False             # a rule needs the rows. Set by the ProtocolChain
     # TLS
     alpn: tuple = ()                # names of the protocol in ALPN (RFC 7301)
     starts_tls = False              # TLS may begin within a connection
-    joins_tls = False               # the proxy decrypts this TLS. The Connection sets this
+    joins_tls = False               # the proxy decrypts TLS within a connection. Set by Connection
 
     def __init__(self, host=b""):
         self.host = host            # the new value of Host header fields. b"": replace no value
-        self.exchanges: deque = deque()     # the queue, which only the ProtocolChain changes
-        self.refusable = None       # the Exchange that a rule may refuse now, or None. The
-                                    #   ProtocolChain sets this before each event
+        # The ProtocolChain sets these two attributes.
+        self.exchanges: deque = deque()     # the queue
+        self.refusable = None       # the Exchange that a rule may refuse at this event, or None
         self.request_framer = Framer(self.requests(), self.parse_whole_request)
         self.reply_framer = Framer(self.replies(), self.parse_whole_reply)
 
@@ -1759,33 +1732,30 @@ class Protocol:
             return request.name.encode()
         return request.text[:BEGINNING_MAX]
 
-    # Each protocol defines the two readers. It overrides the other methods as needed.
+    # Each protocol must define `requests` and `replies`.
 
     def requests(self):
-        """Find the requests in the client's bytes. A generator.
-
-        The comment at the beginning of this section says what a reader yields and receives.
-        """
+        """Find the requests: this reader gets the client's bytes."""
         raise NotImplementedError
 
     def replies(self):
-        """Find the replies in the backend's bytes. A generator like `requests`."""
+        """Find the replies: this reader gets the backend's bytes."""
         raise NotImplementedError
 
     def parse_whole_request(self, data):
-        """Return the Request if data is exactly one request of a common form.
+        """Return the Request if data is exactly one request of a simple form, without a reader.
 
-        Only a request to which the backend replies has a common form. Returns None for other
-        data, and changes nothing in this case. Raises ProtocolError.
+        Returns None, and changes nothing, for all other data, and for a request without a reply.
+        Raises ProtocolError.
         """
         return None
 
     def parse_whole_reply(self, data):
-        """Return whether data is exactly one reply of a common form."""
+        """Return whether data is exactly one reply of a simple form, without a reader."""
         return False
 
     def rewrite_head(self, head):
-        """Return the head of a request as the backend gets it."""
+        """Return the bytes that the backend gets for the head of a request."""
         return head
 
     def connect_error(self, kind, data):
@@ -1793,7 +1763,7 @@ class Protocol:
 
         data    OPEN, or the first bytes that the client has sent
 
-        Returns None if a server would not send an error of this kind at this moment.
+        Returns None if a server would not reply to `data` with this error.
         """
         if kind not in self.connect_errors or data is not OPEN:
             return None
@@ -1804,7 +1774,7 @@ class Protocol:
 
         received    OPEN, or the bytes that the client has sent since the last Reply
 
-        Returns None if a server would wait for more bytes.
+        Returns None if a server would reply only after more bytes.
         """
         if not self.overload_error:
             return Reply(b"", closes=True)
@@ -1816,9 +1786,8 @@ class Protocol:
         Returns None if a server would not reply to the request with this error.
         """
         closes = kind in self.fatal_errors
-        if kind in self.connect_errors and not closes:      # only for a client that connects
-            return None
-        if request.name in self.never_fail or not request.replies:
+        is_only_for_connects = kind in self.connect_errors and not closes
+        if is_only_for_connects or request.name in self.never_fail or not request.replies:
             return None
         substitute = b"" if closes else self.make_substitute(kind, request)
         return Reply(self.encode_error(kind), closes, substitute)
@@ -1826,85 +1795,76 @@ class Protocol:
     def make_substitute(self, kind, request):
         """Return the bytes that the backend gets in place of a request that fails, or b"".
 
-        The caller sends the bytes, so a protocol may also note in its state that they are sent.
+        May change the state of the protocol, because the caller certainly sends the bytes.
         """
         return b""
 
     def finish_reply(self, reply, request):
-        """Return the bytes of an error reply. The caller sends them at once.
-
-        A protocol may add data that is known only now, such as a sequence number.
-        """
+        """Return `reply.data` with details that were unknown before, such as a sequence number."""
         return reply.data
 
     def encode_error(self, kind):
-        """Return the bytes with which a server reports an error of this kind."""
+        """Return the bytes of an error of this kind."""
         return self.errors[kind].encode() + b"\r\n"
 
     # A rule sends an error when a failing server would send the error:
     #
-    #   - when a client connects
-    #   - when a request begins, if the error closes the connection
-    #   - when a request ends, if the request has no substitute
-    #   - when the backend's reply to the substitute ends. The backend gets the substitute when the
-    #     request ends
+    #   to a client that connects                 at once
+    #   if the error closes the connection        when the head of the request is complete
+    #   to a request without a substitute         when the request ends
+    #   to a request with a substitute            when the backend's reply to the substitute ends
     #
-    # A rule can refuse a request only at the event with the head of the request. The exchange of
-    # the request then has a Refusal, which names the rule. The handler of this rule gets no
-    # further events of the exchange: the ProtocolChain calls finish_refusal for these events. For
-    # all other rules, the events are as if the server had failed.
+    # A rule can refuse a request only at the event with the head of the request. The Exchange of a
+    # refused request has a Refusal, which names the rule. From that event on, the ProtocolChain
+    # calls finish_refusal in place of the handler of the rule. Other rules get the events that a
+    # failing server would cause.
 
     def reply_with_error(self, state, t, to, data, kind):
         """Yield the events that the handler `error` makes of one event.
 
-        Refuses the request whose head is in the event, or the client that connects. Any other
-        event passes unchanged. An event also passes unchanged if a server would not fail.
+        Refuses the request whose head is in the event, or the client that connects. The event
+        passes unchanged if a server would not fail at this event.
+
+        kind    "" to draw the kind
         """
         exchange, reply = self.refusable, None
-        # Only bytes, or OPEN, can be the head of a request or the beginning of a connection.
-        if exchange and to == UPSTREAM and (data or data is OPEN):
-            kind, reply = self.choose_error(state, exchange.request, data, kind)
+        begins = to == UPSTREAM and (data or data is OPEN)      # a request or the connection
+        if exchange and begins:
+            request = exchange.request              # None if the client connects
+            kind = kind or self.draw_kind(state, request)
+            reply = self.error_reply(kind, request) if request else self.connect_error(kind, data)
         if reply is None:
             yield t, to, data
             return
         state.drawn_options = {"kind": kind}        # for the fault record
-        request = exchange.request                  # None if the client connects
-        # Postgres: a Reply to a client that connects may leave the connection open. The rule then
-        # refuses one of the client's next messages.
-        if request or reply.closes:
+        if request or reply.closes:                 # Postgres: Reply(b"N") refuses only encryption
             exchange.refusal = Refusal(state, reply)
             self.refusable = None                   # no other rule can refuse the request
         if request and not reply.closes:
-            return                      # finish_refusal sends the error when the request ends
+            return                                  # finish_refusal sends the error
         if reply.data:
             yield t, DOWNSTREAM, reply.data
         if reply.closes:
             yield from close_both(t)
 
-    def choose_error(self, state, request, data, kind):
-        """Return (kind, Reply): an error for a request, or for a client that connects.
+    def draw_kind(self, state, request):
+        """Draw the kind of an error for a request, or for a client that connects (None).
 
-        request    None if the client connects
-        kind       "" to draw the kind
-
-        The Reply is None if a server would not fail.
+        Returns "" for no error: while a client connects, unless connecting counts as request 1.
         """
         if request:
-            kind = kind or state.random.choice(self.default_errors)
-            return kind, self.error_reply(kind, request)
-        # A rule without a kind acts on requests. If connecting counts as request 1, the rule also
-        # acts on connecting. For Postgres, this method is called for each of the first messages of
-        # a client. All these calls must choose the same kind. So the draw of the rule decides.
-        if self.server_first and self.connect_errors and not kind:
-            kind = self.connect_errors[state.draw % len(self.connect_errors)]
-        return kind, self.connect_error(kind, data)
+            return state.random.choice(self.default_errors)
+        if not self.server_first or not self.connect_errors:
+            return ""
+        # Postgres calls this method at each message of a login. `state.draw` stays the same.
+        return self.connect_errors[state.draw % len(self.connect_errors)]
 
     def finish_refusal(self, exchange, t, to, data):
         """Yield the events that replace one event of an exchange with a refused request.
 
-        The request is dropped. When it ends, the backend gets the substitute, or the client gets
-        the error if there is no substitute. The backend's reply to the substitute is dropped too.
-        When this reply ends, the client gets the error.
+        Drops the request, and the backend's reply to the substitute. At the end of the request,
+        sends the substitute. Sends the error at the end of the reply to the substitute, or at the
+        end of a request without a substitute.
         """
         reply = exchange.refusal.reply
         if to == UPSTREAM:              # drop the bytes of the refused request
@@ -1918,7 +1878,7 @@ class Protocol:
         elif data is END_OF_MESSAGE and not reply.closes:
             if to == UPSTREAM and reply.substitute:
                 yield t, UPSTREAM, reply.substitute
-            else:                       # no substitute, or the end of the reply to the substitute
+            else:
                 yield t, DOWNSTREAM, self.finish_reply(reply, exchange.request)
 
 
@@ -1931,19 +1891,17 @@ def parse_length(text, largest=1 << 60):
     Raises ProtocolError if the text is not a valid length.
     """
     text = text.strip()
-    # The digits are counted first, because int() is slow for a long text.
+    # int() is slow for a long text, and therefore comes last.
     if not text.isdigit() or len(text) > 18 or int(text) > largest:
         raise ProtocolError("%r is not a length" % text[:20])
     return int(text)
 
 
-# The header fields of an HTTP request. They are stored because the next request often has the
-# same header fields:
+# The header fields of an HTTP request:
 #
-#   text                 the head without its first line. The line feed of this line is included
-#   rewritten            `text` with the new value of the Host header field. If nothing was
-#                        replaced, `rewritten` is the same object as `text`
-#   close, keep_alive    as Http.connection_options returns them
+#   text                 the head from the line feed of the request line on
+#   rewritten            `text` with the new value of the Host header field, or `text` itself
+#   close, keep_alive    see Http.connection_options
 HeaderFields = namedtuple("HeaderFields", "text rewritten close keep_alive")
 
 
@@ -1951,7 +1909,7 @@ HeaderFields = namedtuple("HeaderFields", "text rewritten close keep_alive")
 class Http(Protocol):
     """HTTP/1.0 and 1.1 (RFC 9112).
 
-    Request.info is True if the server closes the connection after the reply, otherwise False.
+    Request.info tells whether the server closes the connection after the reply.
     """
 
     alpn = ("http/1.1",)
@@ -1963,25 +1921,23 @@ class Http(Protocol):
     has_rows = True                 # chunks, or events of a text/event-stream
     HEAD_END = rb"\n\r?\n"
     REQUEST_LINE = re.compile(rb"\s*([A-Z]+) [^ \r\n]+ HTTP/1\.([01])\r?\n")
-    # Each character of "HTTP/1." is a part, because incomplete bytes may end after any of them.
+    # Each character of "HTTP/1." is a part, because an incomplete head may end there.
     REQUEST_HEAD = NeedMatch(HEAD_END, beginning_with(
         rb"\s*", rb"[A-Z]+", rb" ", rb"[^ \r\n]+", rb" ", *rb"H T T P / 1 \. [01] \r? \n".split()),
         "no request line of HTTP/1")
     REPLY_HEAD = NeedMatch(HEAD_END, beginning_with(
         *rb"H T T P / 1 \. [01]".split(), rb" ", rb"\d", rb"\d", rb"\d"),
         "no status line of HTTP/1")
-    COMMON_STATUS = re.compile(rb"HTTP/1\.[01] (200|[45]\d\d)")      # such replies have a body
+    STATUS_WITH_BODY = re.compile(rb"HTTP/1\.[01] (200|[45]\d\d)")      # the most common ones
     LENGTH = re.compile(rb"(?im)^content-length[ \t]*:[ \t]*(\d+)[ \t]*\r?$")
     CHUNKED = re.compile(rb"(?im)^transfer-encoding[ \t]*:.*chunked[ \t]*\r?$")
     CLOSE = re.compile(rb"(?im)^connection[ \t]*:.*\bclose\b")
     KEEP_ALIVE = re.compile(rb"(?im)^connection[ \t]*:.*\bkeep-alive\b")
     CHUNK_SIZE = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,15})[ \t]*[;\r\n]")
+    HOST = re.compile(rb"(?i)\nhost:[ \t\r]*([^\n]*[^ \t\r\n])?")
     EXPECT = re.compile(rb"(?im)^expect[ \t]*:.*100-continue")
     EVENT_STREAM = re.compile(rb"(?im)^content-type[ \t]*:[ \t]*text/event-stream\b")
-    # Most clients send the same request many times, or at least the same header fields. Most
-    # replies have the same head as the last reply. To save time, such a request, its header fields
-    # or such a head are not parsed again. Requests and heads of more than CACHED_HEAD_MAX bytes
-    # are not stored here.
+    # Caches: many messages repeat the last request, its header fields or the last reply's head.
     last_request: tuple = (None, None)         # the bytes of a request, and its Request
     last_fields = HeaderFields(None, None, False, False)
     last_reply: tuple = (None, 0)              # the head of a reply, and the size of its body
@@ -2003,15 +1959,12 @@ class Http(Protocol):
             yield END_OF_MESSAGE
 
     def beginning(self, request):
-        # Only the request line, because header fields can have passwords.
+        """Return the request line: other lines can have passwords."""
         request_line, _, _ = super().beginning(request).partition(b"\n")
         return request_line
 
     def make_request(self, head, close, keep_alive):
-        """Return the Request of a head. Raises ProtocolError.
-
-        close, keep_alive    as connection_options returns them
-        """
+        """Return the Request of a head, with the results of connection_options."""
         match = self.REQUEST_LINE.match(head)
         if not match:
             raise ProtocolError(self.REQUEST_HEAD.error)
@@ -2022,11 +1975,10 @@ class Http(Protocol):
         return Request(text, method.decode(), info=closes)
 
     def connection_options(self, head):
-        """Return (close, keep_alive): the options in the Connection header field.
+        """Return (close, keep_alive): which of the options the Connection header field has.
 
-        `close` is also True for a request with "Expect: 100-continue". The client waits for a
-        reply before it sends the body. So an error must be sent at once, and this is only possible
-        if the error closes the connection.
+        A client with "Expect: 100-continue" sends no body before a reply. `close` is True for this
+        client, because only an error that closes the connection is sent before the request ends.
         """
         lower_head = head.lower()           # a search for bytes is faster than the patterns
         if b"\nconnection" not in lower_head and b"\nexpect" not in lower_head:
@@ -2035,19 +1987,16 @@ class Http(Protocol):
                 bool(self.KEEP_ALIVE.search(head)))
 
     def parse_whole_request(self, data):
-        """Return the Request if data is exactly one request without a body, and otherwise None.
-
-        Data that equals the last request is not parsed. Header fields that equal those of the last
-        request are not parsed either. Raises ProtocolError.
-        """
+        """Return the Request if data is exactly one request without a body, otherwise None."""
         last_data, request = self.last_request
         if data != last_data:
-            text = data[data.find(b"\n"):]
-            fields = self.last_fields
+            if not data[:1].isalpha():          # an empty line before the request line
+                return None
+            text, fields = data[data.find(b"\n"):], self.last_fields
             if text != fields.text:
                 fields = self.parse_fields(text)
-            if not fields or not data[:1].isalpha():    # perhaps an empty line comes first
-                return None
+                if fields is None:
+                    return None
             request = self.make_request(data, fields.close, fields.keep_alive)
             if len(data) <= CACHED_HEAD_MAX:
                 self.last_request, self.last_fields = (data, request), fields
@@ -2055,16 +2004,13 @@ class Http(Protocol):
         return Request(request.text, request.name, info=request.info)
 
     def parse_fields(self, text):
-        """Return the HeaderFields of a request without a body.
+        """Return the HeaderFields of a request: see HeaderFields.text.
 
-        text    the head without its first line. The line feed of this line is included
-
-        Returns None if the text is not exactly one head, or if a body follows.
+        Returns None if the text is not exactly the rest of a head, or if a body follows.
         """
         lower_text = text.lower()
-        # A head ends with an empty line: "\r\n", or "\n" alone, which is not common.
-        is_one_head = (text.endswith(b"\n\r\n") and text.find(b"\n\r\n") == len(text) - 3
-                       and b"\n\n" not in text)
+        _, end, rest = text.partition(b"\n\r\n")
+        is_one_head = end and not rest and b"\n\n" not in text      # "\n\n" may also end a head
         has_body = b"\ncontent-length" in lower_text or b"\ntransfer-encoding" in lower_text
         if not is_one_head or has_body:
             return None
@@ -2081,47 +2027,38 @@ class Http(Protocol):
             if status < 200:                # an interim reply, before the final reply
                 continue
             if method != "HEAD" and status not in (204, 304):   # all other replies have a body
-                rows = ""
-                if self.counts_rows:
-                    rows = "events" if self.EVENT_STREAM.search(head) else "chunks"
-                yield from self.read_body(head, default_length=UNLIMITED, rows=rows)
+                rows = "events" if self.EVENT_STREAM.search(head) else "chunks"
+                yield from self.read_body(head, default_length=UNLIMITED,
+                                          rows=rows if self.counts_rows else "")
             yield END_OF_MESSAGE
 
     def parse_whole_reply(self, data):
-        """Return whether data is exactly one reply with a Content-Length.
-
-        The head is not parsed if the head and the size of the body equal those of the last reply.
-        """
+        """Return whether data is exactly one reply with a Content-Length."""
         if self.awaited_request().name in ("", "HEAD", "CONNECT"):      # "": no reply is awaited
             return False
-        head_size = data.find(b"\n\r\n") + 3       # 2 if nothing is found
+        head_size = data.find(b"\n\r\n") + 3        # 2 if no head ends. announces_body is False
         head_and_size = data[:head_size], len(data) - head_size
         if head_and_size != self.last_reply:
-            if not self.is_common_reply(*head_and_size):
+            if not self.announces_body(*head_and_size):
                 return False
             self.last_reply = head_and_size if head_size <= CACHED_HEAD_MAX else (None, 0)
         return True
 
-    def is_common_reply(self, head, body_size):
-        """Return whether this is the head of a reply of a common form, with a body of this size.
-
-        The head must have a Content-Length in the usual spelling.
-        """
-        lower_head, field = head.lower(), b"\ncontent-length"
-        length_offset = lower_head.find(field)      # the first such field, as in read_body
-        if length_offset < 0 or not self.COMMON_STATUS.match(head):
-            return False
-        return (lower_head.startswith(b"%s: %d\r\n" % (field, body_size), length_offset)
-                and b"\n\n" not in lower_head and b"\ntransfer-encoding" not in lower_head)
+    def announces_body(self, head, size):
+        """Return whether the head of a reply has the Content-Length `size`, in its usual form."""
+        lower_head = head.lower()
+        _, _, after_name = lower_head.partition(b"\ncontent-length")
+        return (after_name.startswith(b": %d\r\n" % size)
+                and b"\n\n" not in head and b"\ntransfer-encoding" not in lower_head
+                and self.STATUS_WITH_BODY.match(head) is not None)
 
     def read_body(self, head, default_length, rows=""):
         """Read the body that follows a head.
 
-        default_length    size of the body if the head has no Content-Length, and the body is not
-                          chunked
+        default_length    the size of a body without a Content-Length that is not chunked
         rows              the rows to report: "chunks" or "events"; "" for none
         """
-        lower_head = head.lower()
+        lower_head = head.lower()           # a search for bytes is faster than the patterns
         if b"\ntransfer-encoding" in lower_head and self.CHUNKED.search(head):
             yield from self.read_chunked_body(rows)
             return
@@ -2136,8 +2073,7 @@ class Http(Protocol):
         """Read `size` bytes of a text/event-stream. An empty line ends an event.
 
         Yields END_OF_ROW after each event that ends before the last byte. Returns whether an event
-        ends with the last byte: the caller yields END_OF_ROW then, because in a chunked body (RFC
-        9112, 7.1) a line end follows, which belongs to the row.
+        ends with the last byte.
         """
         row_ends = False
         for index in range(size):
@@ -2158,41 +2094,31 @@ class Http(Protocol):
             size = int(match.group(1), 16)
             if not size:
                 break
+            row_ends = rows == "chunks"
             if rows == "events":            # an event may begin in one chunk and end in another
                 row_ends = yield from self.read_events(size)
-                yield len(b"\r\n")
-            else:
-                row_ends = rows == "chunks"
-                yield size + len(b"\r\n")
+                size = 0                    # the data has been read
+            yield size + len(b"\r\n")       # the line end of a chunk belongs to the row
             if row_ends:
                 yield END_OF_ROW
         while (yield LINE).strip():         # trailer fields, up to an empty line
             pass
 
     def rewrite_head(self, head):
-        """Replace the value of the Host header field by `host`. Returns the new head.
-
-        Returns the same object if nothing is replaced: `host` is b"", or the head has no value to
-        replace.
-        """
-        fields_offset, last = head.find(b"\n"), self.last_fields
-        # Most heads have the header fields of the last request.
-        if head[fields_offset:] == last.text:
-            return head if last.rewritten is last.text else head[:fields_offset] + last.rewritten
-        field_offset = head.lower().find(b"\nhost:") if self.host else -1
-        if field_offset < 0:
+        """Return the head with the new value of the Host header field, or `head` itself."""
+        if not self.host:
             return head
-        start = field_offset + len(b"\nhost:")
-        value = head[start:head.find(b"\n", start)].strip(b" \t\r")
+        fields_offset, last = head.find(b"\n"), self.last_fields
+        if head[fields_offset:] == last.text:       # the header fields of the last request
+            return head if last.rewritten is last.text else head[:fields_offset] + last.rewritten
+        match = self.HOST.search(head)
+        value = match and match.group(1)
         if not value or value.lower() == self.host:
             return head
-        return head[:start] + head[start:].replace(value, self.host, 1)
+        return head[:match.start(1)] + self.host + head[match.end(1):]
 
     def refuse_client(self, received):
-        """Wait for the first bytes of a request, and reply to this request.
-
-        The proxy drops the rest of the request until the client closes the connection.
-        """
+        """Return the Reply to the first bytes of a request."""
         if not received:                    # OPEN: HTTP has no reply before a request
             return None
         name = "HEAD" if received.startswith(b"HEAD ") else ""
@@ -2219,7 +2145,7 @@ class Http(Protocol):
 class Redis(Protocol):
     """RESP2, RESP3 and inline commands (redis.io, protocol specification).
 
-    Request.info is True for a command in a transaction, otherwise False.
+    Request.info tells whether the command is in a transaction.
     """
 
     errors = {
@@ -2245,12 +2171,11 @@ class Redis(Protocol):
     never_fail = ("QUIT", "RESET", "MULTI", "EXEC", "DISCARD")
     credentials = ("ACL", "AUTH", "CONFIG", "HELLO", "MIGRATE")
     overload_error = "MAXCLIENTS"
-    # After these commands the server sends data without a request.
+    # Commands after which the server sends data without a request
     SERVER_PUSH = {"SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE", "MONITOR", "SYNC", "PSYNC",
                    "REPLCONF"}
-    # {type: the number of values in an item}, for arrays, sets and maps. An item of a map is a key
-    # and a value.
-    VALUES_PER_ITEM = {b"*": 1, b"~": 1, b"%": 2}
+    STRINGS = (b"$", b"=", b"!")
+    VALUES_PER_ITEM = {b"*": 1, b"~": 1, b"%": 2}       # of arrays, sets and maps (key and value)
     has_rows = True         # the items of the reply, but not the items of nested values
     UNKNOWN_COMMAND = b"*1\r\n$7\r\nvaurien\r\n"
     REPLY_LINE = NeedMatch(rb"\n", beginning_with(rb"[$=!*~%|+:_#,(-]"), "no type of a reply")
@@ -2267,25 +2192,21 @@ class Redis(Protocol):
             yield END_OF_MESSAGE
 
     def read_array(self, line):
-        """Read a command that is an array of bulk strings.
+        """Read a command that is an array of bulk strings, after the first line of the array.
 
-        line    the first line of the array
-
-        Yields the Request at the end of the array. But if the arguments have more than MATCH_MAX
-        bytes, yields the Request after MATCH_MAX bytes.
+        Yields the Request at the end of the array, or after MATCH_MAX bytes of the arguments.
         """
         is_null = line[1:2] == b"-"
         count = 0 if is_null else parse_length(line[1:], largest=1 << 20)
         args, text_left = [], MATCH_MAX
         for index in range(count):
             size = self.argument_size((yield LINE))
-            if size > text_left:          # MATCH_MAX bytes end in this argument
+            if size > text_left:
                 args.append((yield NeedBytes(text_left)))
                 yield self.make_request(args)
                 yield size - text_left + len(b"\r\n")       # skip the rest of the argument
-                for _ in range(index + 1, count):           # skip all other arguments
-                    size = self.argument_size((yield LINE))
-                    yield size + len(b"\r\n")
+                for _ in range(index + 1, count):           # skip the arguments after it
+                    yield self.argument_size((yield LINE)) + len(b"\r\n")
                 return
             argument = yield NeedBytes(size + len(b"\r\n"))
             args.append(argument[:size])
@@ -2293,16 +2214,13 @@ class Redis(Protocol):
         yield self.make_request(args)
 
     def argument_size(self, line):
-        """Return the size of an argument, from the first line of its bulk string.
-
-        Raises ProtocolError if the line does not begin a bulk string.
-        """
+        """Return the size of an argument: b"$3\\r\\n" begins an argument of 3 bytes."""
         if line[:1] != b"$":
             raise ProtocolError("%r in a command" % line[:20])
         return parse_length(line[1:])
 
     def parse_whole_request(self, data):
-        """Return the Request if data is exactly one array of bulk strings, and otherwise None."""
+        """Return the Request if data is exactly one array of bulk strings, otherwise None."""
         # b"*2\r\n$3\r\nGET\r\n$1\r\na\r\n" becomes the lines *2, $3, GET, $1, a and an empty line.
         lines = data.split(b"\r\n")
         args = lines[2:-1:2]
@@ -2313,7 +2231,7 @@ class Redis(Protocol):
         return self.make_request(args)
 
     def make_request(self, args):
-        """Make the Request of a command. Note whether the command begins or ends a transaction.
+        """Return the Request of a command, and update `in_multi` after the command.
 
         Raises ProtocolError at a command after which replies and requests do not alternate.
         """
@@ -2331,40 +2249,47 @@ class Redis(Protocol):
     def replies(self):
         """Find the replies. A reply is one value, which may have nested values."""
         while True:
-            values_left = 1         # how many values of the reply have not been read. Nested
-                                    #   values count too
-            # The rows are the items of the outermost value. For an array of 3 items, `values_left`
-            # is 3 after the first line, and `row_end` is 2, then 1, then 0.
-            row_size = 0            # the values in a row, or 0 if no rows are reported
-            row_end = 0             # `values_left` at the end of the current row
-            while values_left:
+            line = yield self.REPLY_LINE
+            while line[:1] == b"|":             # attributes come before the value that has them
+                yield from self.read_values(self.nested_values(line) - 1)
                 line = yield self.REPLY_LINE
-                values_left -= 1
-                if line[:1] in (b"$", b"=", b"!"):      # a string
-                    if line[1:2] not in (b"-", b"?"):   # null and streamed strings have no length
-                        yield parse_length(line[1:]) + len(b"\r\n")
-                else:
-                    nested = self.nested_values(line)
-                    # If no other values are left, this is the outermost value.
-                    if self.counts_rows and values_left == 0 and row_size == 0:
-                        row_size = self.VALUES_PER_ITEM.get(line[:1], 0)
-                        row_end = nested - row_size
-                    values_left += nested
-                if row_size and values_left <= row_end:
-                    yield END_OF_ROW
-                    row_end -= row_size
+            if line[:1] in self.STRINGS:
+                yield self.string_size(line)
+            elif self.counts_rows and line[:1] in self.VALUES_PER_ITEM:
+                yield from self.read_rows(line)
+            else:
+                yield from self.read_values(self.nested_values(line))
             yield END_OF_MESSAGE
 
-    def nested_values(self, line):
-        """Return the number of values that follow the first line of a value and belong to it.
+    def read_rows(self, line):
+        """Read the items of a value, after its first line. Yields END_OF_ROW after each item."""
+        row_size = self.VALUES_PER_ITEM[line[:1]]
+        for _ in range(self.nested_values(line) // row_size):
+            yield from self.read_values(row_size)
+            yield END_OF_ROW
 
-        line    the first line
-        """
-        if line[:1] == b"|":                # a map of attributes, then the value that has them
+    def read_values(self, count):
+        """Read values, and the values nested in them."""
+        strings, reply_line = self.STRINGS, self.REPLY_LINE
+        while count:
+            line = yield reply_line
+            count -= 1
+            if line[:1] in strings:
+                yield self.string_size(line)
+            else:
+                count += self.nested_values(line)
+
+    def string_size(self, line):
+        """Return how many bytes of a string follow its first line."""
+        has_size = line[1:2] not in (b"-", b"?")        # null and streamed strings have no size
+        return parse_length(line[1:]) + len(b"\r\n") if has_size else 0
+
+    def nested_values(self, line):
+        """Return how many values belong to a value, after its first line."""
+        if line[:1] == b"|":                # attributes, and then the value that has them
             return 2 * parse_length(line[1:]) + 1
-        if line[:1] not in self.VALUES_PER_ITEM:
-            return 0
-        if line[1:2] == b"-":               # the size -1 means null
+        is_null = line[1:2] == b"-"         # the size -1
+        if line[:1] not in self.VALUES_PER_ITEM or is_null:
             return 0
         return parse_length(line[1:]) * self.VALUES_PER_ITEM[line[:1]]
 
@@ -2376,8 +2301,7 @@ class Redis(Protocol):
         size = data[1:line_end - 2]
         if type_ != b"$" or data[line_end - 2:line_end] != b"\r\n" or not size.isdigit():
             return False
-        # int() is slow for a long text. A size of more than nine digits is larger than data in any
-        # case: data has COPY_MAX bytes at most.
+        # Nine digits are enough, because data has COPY_MAX bytes at most. int() is slow for more.
         return line_end + int(size[:9]) + len(b"\r\n") == len(data)
 
     def encode_error(self, kind):
@@ -2386,25 +2310,22 @@ class Redis(Protocol):
         return ("-%s %s\r\n" % (code, self.errors[kind])).encode()
 
     def make_substitute(self, kind, request):
-        """Return an unknown command if the request is in a transaction.
-
-        Redis replies with an error, and EXEC then fails, as after the error of the proxy.
-        """
-        return self.UNKNOWN_COMMAND if request.info else b""
+        """Return an unknown command in a transaction: after an error, Redis refuses the EXEC."""
+        is_in_transaction = request.info
+        return self.UNKNOWN_COMMAND if is_in_transaction else b""
 
 
 @protocol
 class Memcache(Protocol):
     """The text protocol of memcached, with its meta commands (doc/protocol.txt).
 
-    A quiet meta command gets a reply only in some cases. After quiet commands, a client sends
-    `mn`, because the reply to `mn` comes in any case, after all other replies. If a rule refuses a
-    command after quiet commands, the backend gets `mn` in place of this command. The client gets
-    the error when the reply to `mn` has come. So no error overtakes a reply to a quiet command.
+    A quiet meta command gets a reply only in some cases. The command `mn` always gets a reply.
+    Clients send `mn` after quiet commands, to know when all their replies have come. If a rule
+    refuses a command after quiet commands, the backend gets `mn` in place of the command. The
+    client gets the error after the reply to `mn`, and after all replies to quiet commands.
 
-    Request.info is None, except for a request that `mn` has replaced: then Request.info has the
-    last bytes that the backend has sent. They may be the beginning of the reply to `mn`, so the
-    client has not got them.
+    Request.info is bytes for a request that `mn` has replaced: the last bytes from the backend,
+    which may be a part of the reply to `mn`. Request.info is None for all other requests.
     """
 
     errors = {
@@ -2437,27 +2358,26 @@ class Memcache(Protocol):
             if name in ("watch", "lru_crawler"):
                 raise ProtocolError("%s starts server push" % name)
             body_size = self.body_size(name, words)
-            # The flags of a meta command follow the key. Each flag is one letter, and a value.
+            # The flags of a meta command follow the key. A flag is a letter with a value.
             flags = [word[:1] for word in words[2:]] if name in self.META else []
             is_quiet = b"q" in flags
-            # In a GET, "noreply" is a key.
-            is_noreply = words[-1:] == [b"noreply"] and name not in self.GET
+            is_noreply = words[-1:] == [b"noreply"] and name not in self.GET    # there: a key
             gets_no_reply = is_quiet or is_noreply or name == "quit"
             request = Request(line.strip(), name, replies=not gets_no_reply)
-            yield request
-            # During this yield, a rule may have refused the request and replaced it by `mn`, which
-            # is_flush() recognizes.
-            self.quiet_sent = is_quiet or (self.quiet_sent and not self.is_flush(request))
+            yield request                   # make_substitute may replace the request now
+            if is_quiet:
+                self.quiet_sent = True
+            elif self.is_flush(request):
+                self.quiet_sent = False
             yield body_size
             yield END_OF_MESSAGE
 
     def body_size(self, name, words):
-        """Return the size of the body of a command. The size includes the line end of the body.
-
-        Returns 0 if the size is missing: the backend then reads no body and replies with an error.
-        """
-        index = self.SIZE_INDEX.get(name, 0)
-        return parse_length(words[index]) + len(b"\r\n") if 0 < index < len(words) else 0
+        """Return the size of a command's body with its line end. Returns 0 without a body."""
+        index = self.SIZE_INDEX.get(name)
+        if index is None or index >= len(words):        # memcached reads no body without a size
+            return 0
+        return parse_length(words[index]) + len(b"\r\n")
 
     def replies(self):
         """Find the replies: one line, or several lines, some of them with a body."""
@@ -2465,18 +2385,14 @@ class Memcache(Protocol):
             line = yield self.REPLY_LINE
             words, request = line.split(), self.awaited_request()
             type_ = words[0]
-            is_flush = self.is_flush(request)
             if type_ == b"VALUE" and len(words) > 3:
-                yield parse_length(words[3]) + len(b"\r\n")    # the reply ends with an END line
-            elif type_ == b"VA" and len(words) > 1:
+                yield parse_length(words[3]) + len(b"\r\n")
+                continue                    # the reply ends with an END line
+            if type_ == b"VA" and len(words) > 1:
                 yield parse_length(words[1]) + len(b"\r\n")
-                if not is_flush:            # otherwise a reply to a quiet command. MN comes later
-                    yield END_OF_MESSAGE
-            elif is_flush and type_ != b"MN":
-                continue                    # also a reply to a quiet command. MN comes later
-            elif type_ in (b"STAT", b"ITEM", b"PREFIX") and request.name not in self.GET:
-                continue                    # a line of statistics: more lines follow
-            else:
+            is_statistic = type_ in (b"STAT", b"ITEM", b"PREFIX") and request.name not in self.GET
+            is_quiet_reply = self.is_flush(request) and type_ != b"MN"      # the MN comes later
+            if not is_statistic and not is_quiet_reply:
                 yield END_OF_MESSAGE
 
     def is_flush(self, request):
@@ -2484,7 +2400,7 @@ class Memcache(Protocol):
         return request.name == "mn" or request.info is not None
 
     def make_substitute(self, kind, request):
-        """Return `mn` after quiet commands, and note in the request that `mn` replaces it."""
+        """Return `mn` after quiet commands, and set `info` of the request."""
         if not self.quiet_sent:
             return b""
         request.info = b""
@@ -2502,17 +2418,14 @@ class Memcache(Protocol):
     def pass_quiet_replies(self, request, t, data):
         """Yield the events with the replies to quiet commands.
 
-        data    the bytes that the backend has sent, or EOF
-
-        The last bytes may belong to the reply to `mn`. So they wait in request.info for the next
-        event. After an EOF, the reply to `mn` cannot come, and the client gets all bytes.
+        data    bytes of the backend, or EOF. The last bytes before EOF are not the reply to `mn`
         """
-        received = request.info + data
-        waiting_size = 0 if data is EOF else min(len(received), len(self.FLUSHED))
-        passed_size = len(received) - waiting_size
-        request.info = received[passed_size:]
-        if passed_size:
-            yield t, DOWNSTREAM, received[:passed_size]
+        received, size = request.info + data, len(self.FLUSHED)
+        passed, request.info = received[:-size], received[-size:]
+        if data is EOF:
+            passed, request.info = received, b""
+        if passed:
+            yield t, DOWNSTREAM, passed
         if data is EOF:
             yield t, DOWNSTREAM, EOF
 
@@ -2520,9 +2433,9 @@ class Memcache(Protocol):
 class StatementTexts(OrderedDict):
     """The texts of the prepared statements of a connection, {key: text}.
 
-    A client may prepare any number of statements. The client may also drop statements by SQL,
-    which is not parsed. So this class forgets the least recently used texts if all texts together
-    take more than STATEMENTS_MAX bytes. In place of a forgotten text, `match` searches in b"".
+    A client may prepare any number of statements, and may drop statements by SQL, which is not
+    parsed. Therefore the least recently used texts are forgotten when all texts together take more
+    than STATEMENTS_MAX bytes. In place of a forgotten text, `match` searches in b"".
     """
 
     size = 0            # bytes of memory that all texts take
@@ -2541,7 +2454,7 @@ class StatementTexts(OrderedDict):
             del self[key]
 
     def use(self, key):
-        """Return the text with this key, and note the use. Returns b"" for an unknown key."""
+        """Return the text with this key as the last used text, or b"" for an unknown key."""
         if key not in self:
             return b""
         self.move_to_end(key)
@@ -2561,22 +2474,23 @@ def mysql_header(header):
 def mysql_integer(data, offset):
     """Return (number, offset of the next byte) of a length-encoded integer.
 
-    The first byte is the number itself, or tells the size of a number that follows. If data ends
-    too early, the missing bytes count as 0.
+    The first byte is the number, or tells the size of a number that follows. If data ends too
+    early, the missing bytes count as 0.
     """
     first_byte = data[offset] if offset < len(data) else 0
-    size = {0xfc: 2, 0xfd: 3, 0xfe: 8}.get(first_byte, 0)
-    start = offset + 1 if size else offset
-    end = offset + 1 + size
-    return int.from_bytes(data[start:end], "little"), end
+    start = offset + 1
+    size = {0xfc: 2, 0xfd: 3, 0xfe: 8}.get(first_byte)
+    if size is None:
+        return first_byte, start
+    return int.from_bytes(data[start:start + size], "little"), start + size
 
 
 class SkipRows:
-    """A reader yields this to skip rows, up to a packet that is not one whole row.
+    """Asks to skip rows, up to a packet that is not one whole row.
 
-    A reader that takes each row on its own would be slower than this loop over the data.
+    This is faster than a NeedBytes for each row.
 
-    left    bytes of the current row that have not arrived
+    left    bytes of the last row that have not arrived
     """
 
     __slots__ = ("left",)
@@ -2587,26 +2501,25 @@ class SkipRows:
         self.left = 0
 
     def take(self, buffered, data, offset, size):
-        """Take whole rows, and the beginning of a row whose end has not arrived."""
         offset, unpack_from = offset + self.left, self.HEADER.unpack_from
         while offset + 5 <= size:
             size_and_sequence, type_ = unpack_from(data, offset)
             body_size = size_and_sequence & 0xFFFFFF
-            # An EOF or ERR is no row. A row with this body size continues in the next packet.
+            # Not an EOF or ERR, and not a row that continues in the next packet
             if type_ >= 0xFE or body_size == 0xFFFFFF:
                 break
             offset += 4 + body_size
-        self.left = max(0, offset - size)
-        # If offset < size, a packet that is not skipped begins at `offset`, and the reader parses
-        # this packet.
-        return (offset, b"", b"") if offset < size else (size, None, b"")
+        if offset < size:               # the reader gets the packet at `offset`
+            return offset, b"", b""
+        self.left = offset - size
+        return size, None, b""
 
 
 class MysqlCommand:
     """The data that Mysql keeps of a command until the reply ends.
 
     text            the SQL of the command, or of the prepared statement that the command executes
-    statement_id    the id of this prepared statement
+    statement_id    the id of the prepared statement
     sequence        the sequence number of the last packet of the command
     substitutes     how many commands the backend gets in place of the command
     """
@@ -2624,19 +2537,15 @@ class Mysql(Protocol):
     A packet has a header of 4 bytes: the size of the body (3 bytes, little-endian), and the
     sequence number. The body of a command is one byte for the command, and its arguments.
 
-    Clients may send commands without waiting for the replies. So each reply is parsed up to its
-    end. These are the forms of a reply. The items are packets, and the items in the plural are
-    any number of packets. Items in brackets may be missing. The first three forms are results,
-    and a reply may have several of them, one after the other:
+    The reply to PREPARE has these packets: OK, parameters, [EOF], columns, [EOF]. The packets in
+    brackets may be missing. The reply to a query is one result, or several results:
 
-        OK, ERR or EOF                          a result without rows. The status in an OK tells
-                                                whether another result follows
-        count, columns, [EOF], rows, EOF        a result with rows. The last packet may be an OK
-                                                in place of an EOF. If the status in the first EOF
-                                                says that a cursor is open, the reply ends there
-        LOCAL INFILE, OK                        the client sends a file before the backend sends
-                                                the OK
-        OK, parameters, [EOF], columns, [EOF]   the reply to PREPARE
+        OK, ERR or EOF                      a result without rows
+        count, columns, [EOF], rows, EOF    a result with rows. The last EOF may be an OK
+        LOCAL INFILE, OK                    the client sends a file before the OK
+
+    The status in the last OK or EOF of a result tells whether another result follows. If the
+    status in the first EOF says that a cursor is open, no rows follow.
 
     Request.info is a MysqlCommand.
     """
@@ -2677,8 +2586,7 @@ class Mysql(Protocol):
     # Types of the backend's packets: the first byte of the body
     OK, LOCAL_INFILE, EOF, ERR = b"\x00", b"\xfb", b"\xfe", b"\xff"
     PROGRESS_REPORT = b"\xff\xff\xff"      # MariaDB: such an ERR comes before the reply
-    EOF_SIZE = 5                            # the size of an EOF. An OK with the type of an EOF is
-                                            #   longer
+    EOF_SIZE = 5                            # an OK with the type of an EOF is longer
     # Flags of a status
     MORE_RESULTS, CURSOR_EXISTS = 0x08, 0x40
     # Capability flags of the login
@@ -2689,8 +2597,7 @@ class Mysql(Protocol):
     has_rows = True
     LAST_PREPARED = b"\xff\xff\xff\xff"     # MariaDB: the id means the last prepared statement
     PACKET_MAX = 0xFFFFFF                   # a body of this size continues in the next packet
-    HEAD_SIZE = 256                         # how many bytes of a backend's packet are parsed, at
-                                            #   most
+    HEAD_SIZE = 256                         # the most bytes of a backend's packet that are parsed
 
     def __init__(self, host=b""):
         self.statements = StatementTexts()      # {id: text}
@@ -2707,8 +2614,8 @@ class Mysql(Protocol):
             size, sequence = mysql_header((yield NeedBytes(4)))
             if size > HEAD_MAX and not self.capabilities_known:     # perhaps bytes of TLS
                 raise ProtocolError("no packet of a login")
-            # A command has a body, and begins with the sequence number 0.
-            if sequence or not size or self.loading:
+            is_command = sequence == 0 and size > 0 and not self.loading
+            if not is_command:
                 yield from self.read_continuation(size, sequence)
                 continue
             body = yield NeedBytes(min(size, MATCH_MAX))
@@ -2725,24 +2632,23 @@ class Mysql(Protocol):
         if not size:
             self.loading = False            # an empty packet ends the data of LOCAL INFILE
         yield CONTINUATION
-        # The first packet of the login. (A packet of LOCAL INFILE may have the sequence 0.)
-        if sequence and not self.capabilities_known:
+        is_login = sequence and not self.capabilities_known
+        if is_login:
             size = yield from self.read_capabilities(size)
         yield size
         yield END_OF_MESSAGE
 
     def read_capabilities(self, size):
-        """Read the capability flags: the first bytes of a login packet.
+        """Read the capability flags: the first 4 bytes of a login packet.
 
-        size    bytes of the packet's body
+        size    the number of bytes in the packet's body
 
         Returns how many bytes of the body are left.
         """
         head = yield NeedBytes(min(4, size))
         flags, size_left = int.from_bytes(head, "little"), size - len(head)
-        # An SSLRequest is a login packet that ends before the user's name. The complete login
-        # packet follows in TLS.
-        if size == 32 and flags & self.CLIENT_SSL:
+        is_ssl_request = size == 32 and flags & self.CLIENT_SSL     # the login follows in TLS
+        if is_ssl_request:
             if not self.joins_tls:
                 raise ProtocolError("TLS follows")
             yield size_left
@@ -2765,15 +2671,14 @@ class Mysql(Protocol):
     def note_statement(self, body):
         """Return the SQL of a command, or of the prepared statement that the command executes.
 
-        Returns b"" if there is no such SQL. Keeps the text of a PREPARE for later commands. CLOSE
-        forgets the text of a statement.
+        Returns b"" for commands without SQL. Keeps the SQL of a PREPARE. Forgets the SQL of a
+        statement that a CLOSE names.
         """
         command, statement_id = body[0], body[1:5]
         if command == self.QUERY:
-            # If both peers have this flag, query attributes come before the SQL. b"\0\1" means
-            # 0 attributes, in 1 set. Other attributes are not parsed, and count as SQL.
-            sends_attributes = self.flags & self.CLIENT_QUERY_ATTRIBUTES
-            sql_offset = 3 if sends_attributes and body[1:3] == b"\0\1" else 1
+            # Query attributes come before the SQL: usually b"\0\1", which is an empty list.
+            has_attributes = self.flags & self.CLIENT_QUERY_ATTRIBUTES
+            sql_offset = 3 if has_attributes and body[1:3] == b"\0\1" else 1
             return body[sql_offset:]
         if command == self.PREPARE:
             self.prepared = body[1:]
@@ -2787,7 +2692,7 @@ class Mysql(Protocol):
         return b""
 
     def replies(self):
-        """Find the greeting, the login and the replies. Skip packets that no command awaits."""
+        """Find the greeting, the login and the replies, and skip all other packets."""
         while True:
             size, head = yield from self.read_packet()
             request = self.awaited_request()
@@ -2801,12 +2706,10 @@ class Mysql(Protocol):
 
     def note_greeting(self, head):
         """Keep the capability flags of the greeting."""
-        # The fields and their sizes: the protocol (1), the version up to a zero byte, the id of
-        # the connection (4), a nonce (8), a filler (1), the lower flags (2), the character set
-        # (1), the status (2), the upper flags (2).
-        version_end = head.find(b"\0") + 1
-        offset = version_end + 13
-        lower, upper = head[offset:offset + 2], head[offset + 5:offset + 7]
+        # protocol (1 byte), version, zero byte, connection id (4), nonce (8), filler (1), lower
+        # flags (2), character set (1), status (2), upper flags (2)
+        _, _, fields = head.partition(b"\0")
+        lower, upper = fields[13:15], fields[18:20]
         self.server_flags = int.from_bytes(lower + upper, "little")
 
     def read_login(self):
@@ -2818,8 +2721,7 @@ class Mysql(Protocol):
     def read_packet(self):
         """Read a packet, and the packets that continue its body. Skips progress reports.
 
-        Returns (size, head): the size of the packet's body, and its first bytes, HEAD_SIZE at
-        most.
+        Returns (size, head): the size of the first packet's body, and its first HEAD_SIZE bytes.
         """
         while True:
             size, _ = mysql_header((yield NeedBytes(4)))
@@ -2833,10 +2735,7 @@ class Mysql(Protocol):
                 return size, head
 
     def read_reply(self, request, size, head):
-        """Read the rest of a reply, after its first packet.
-
-        size, head    the first packet, as read_packet returns it
-        """
+        """Read the rest of a reply, after its first packet (size, head)."""
         command, type_ = request.name, head[:1]
         if request.info.substitutes:        # the reply to each substitute is one packet
             for _ in range(request.info.substitutes - 1):
@@ -2855,16 +2754,13 @@ class Mysql(Protocol):
             raise ProtocolError("an unknown reply to command %d" % command)
 
     def read_results(self, size, head):
-        """Read all results of a reply.
-
-        size, head    the first packet of the first result, as read_packet returns it
-        """
+        """Read the rest of a reply that has results, after its first packet (size, head)."""
         while True:
             self.loading = head[:1] == self.LOCAL_INFILE
             if head[:1] in (self.OK, self.ERR):
                 status = self.status(size, head)
             elif self.loading:
-                status = self.MORE_RESULTS      # an OK or ERR follows
+                status = self.MORE_RESULTS      # the OK or ERR after the file
             else:
                 status = yield from self.read_result(size, head)
             if not status & self.MORE_RESULTS:
@@ -2872,15 +2768,12 @@ class Mysql(Protocol):
             size, head = yield from self.read_packet()
 
     def read_result(self, size, head):
-        """Read a result with rows, after its first packet. Returns the status of the result.
+        """Read the rest of a result with rows, after its first packet (size, head).
 
-        size, head    the first packet, as read_packet returns it
-
-        If the client knows the columns, MariaDB leaves them out. Then the first packet is the
-        number of columns and a zero byte.
+        Returns the status of the result.
         """
         count, end = mysql_integer(head, 0)
-        omits_columns = size == end + 1 and head[end] == 0
+        omits_columns = size == end + 1 and head[end] == 0      # MariaDB: the client has them
         if not omits_columns:
             for _ in range(count):
                 yield from self.read_packet()
@@ -2893,31 +2786,24 @@ class Mysql(Protocol):
         return (yield from self.read_rows(size, head))
 
     def read_rows(self, size, head):
-        """Read rows, up to the packet that ends them. Returns the status in this last packet.
-
-        size, head    the first packet, as read_packet returns it
-        """
+        """Read rows from the packet (size, head) on. Returns the status after the last row."""
         while self.is_row(size, head):
             if self.counts_rows:
                 yield END_OF_ROW
             else:
-                yield SkipRows()        # all rows that have come, without a packet for each
+                yield SkipRows()
             size, head = yield from self.read_packet()
         return self.status(size, head)
 
     def is_row(self, size, head):
-        """Return whether this packet is a row, and not the EOF or ERR after the rows.
-
-        A row can also begin with the type of an EOF: if its first value has 16 MiB or more. The
-        packet of such a row has the largest size, which an EOF never has.
-        """
+        """Return whether a packet is a row, and not the EOF or ERR after the rows."""
+        # A row begins like an EOF if the first value of the row has 16 MiB or more.
         return head[:1] not in (self.EOF, self.ERR) or size == self.PACKET_MAX
 
     def read_prepared(self, request, head):
         """Read the parameters and the columns in the reply to PREPARE. Keep the statement's text.
 
-        head    the first packet: a zero byte, the id (4), the number of columns (2) and the
-                number of parameters (2)
+        head    a zero byte, the id (4 bytes), the numbers of columns (2) and of parameters (2)
         """
         statement_id, column_count, parameter_count = head[1:5], head[5:7], head[7:9]
         self.statements[statement_id] = request.info.text
@@ -2947,15 +2833,10 @@ class Mysql(Protocol):
         return mysql_packet(1, code + ("#" + sqlstate + text).encode())     # see finish_reply
 
     def make_substitute(self, kind, request):
-        """Return commands for the backend in place of a refused request.
-
-        They bring the backend into the state that it would have after an error of its own. Returns
-        b"" if no command is needed.
-        """
+        """Return commands after which the backend has the same state as after an error."""
         commands, statement_id = [], request.info.statement_id
         if request.name == self.PREPARE:
-            # This PREPARE fails. Without it, the client's next EXECUTE of the last prepared
-            # statement would execute an earlier statement.
+            # After a PREPARE that fails, EXECUTE cannot execute the last prepared statement.
             commands.append(bytes([self.PREPARE]) + b"vaurien")
         elif request.name in self.EXECUTES and statement_id != self.LAST_PREPARED:
             # Like EXECUTE, RESET makes the backend forget the data of SEND_LONG_DATA.
@@ -2979,7 +2860,7 @@ def pg_message(type_, body):
 class PostgresReply:
     """The data that Postgres keeps of a request until the reply ends.
 
-    ends          types of messages: each of these types ends the reply. Only for an EXECUTE
+    ends          the types of messages that end the reply to an EXECUTE, b"" for other requests
     bound         whether BindComplete has arrived
     copy_ended    whether the client has sent CopyDone or CopyFail after the request
     """
@@ -3001,15 +2882,15 @@ class Postgres(Protocol):
     Describe, Execute, and a Sync at the end. A Bind makes a portal from a prepared statement, and
     an Execute runs a portal. After an error, the backend skips all messages up to the next Sync.
 
-    A message that makes no request, such as Parse, belongs to the next request. Request.name is
-    one of these:
+    The first column has Request.name. All other messages, such as Parse, belong to the next
+    request:
 
-    QUERY      for a Query or FunctionCall. The reply ends with ReadyForQuery
-    EXECUTE    for a Bind. If the next Execute runs the portal of this Bind, this Execute continues
-               the request. The reply ends with CommandComplete or an error. If no such Execute
-               follows, the reply ends with BindComplete or an error
-    EXECUTE    for any other Execute. The reply ends with CommandComplete or an error
-    SYNC       for a Sync. The reply ends with ReadyForQuery
+        name       messages of the request    last message of the reply
+        QUERY      Query or FunctionCall      ReadyForQuery
+        EXECUTE    Bind and its Execute       CommandComplete or an error
+        EXECUTE    Bind without an Execute    BindComplete or an error
+        EXECUTE    Execute without a Bind     CommandComplete or an error
+        SYNC       Sync                       ReadyForQuery
 
     Request.info is a PostgresReply.
     """
@@ -3033,8 +2914,7 @@ class Postgres(Protocol):
     fatal_errors = ("57P01", "25P03", "57P05")
     never_fail = ("SYNC",)
     server_first = has_rows = True
-    # Codes of a first message that is not the startup message. A startup message has a version
-    # in place of the code.
+    # Codes of first messages. A startup message has a version in place of a code.
     TLS, GSS, CANCEL = 80877103, 80877104, 80877102
     # Types of the client's messages
     QUERY, PARSE, BIND, EXECUTE, SYNC, CLOSE = b"Q", b"P", b"B", b"E", b"S", b"C"
@@ -3049,18 +2929,15 @@ class Postgres(Protocol):
     BIND_ENDS = b"2E"               # BindComplete, ErrorResponse: for a Bind without its Execute
     ROWS = b"Dd"                    # DataRow, CopyData
     EXECUTE_ENDS = b"CIsE"          # CommandComplete, EmptyQuery, PortalSuspended, ErrorResponse
-    # The status of a transaction in ReadyForQuery: no transaction, or a failed transaction. For
-    # any other transaction, the status is T.
-    IDLE, FAILED = b"I", b"E"
+    IDLE, FAILED = b"I", b"E"       # ReadyForQuery: no transaction, a failed transaction
     # Statements that end a transaction
     ROLLBACK = re.compile(rb"(?i)\s*(rollback|abort)\b")
     COMMIT = re.compile(rb"(?i)\s*(commit|end)\b")
-    # Substitutes for a simple query (with QUERY in the name) and for an extended query (all
-    # others). A zero byte ends each name and the SQL. Names may be empty, and all counts are 0.
+    # Substitutes for a simple query
     INVALID_QUERY = pg_message(QUERY, b"vaurien\0")
-    INVALID_PARSE = pg_message(PARSE, b"vaurien\0" + b"vaurien\0" + bytes(2))
     ROLLBACK_QUERY = pg_message(QUERY, b"ROLLBACK\0")
-    # ROLLBACK, and then an error, so that the backend skips the rest of the client's batch.
+    # Substitutes for an extended query. The error at the end makes the backend skip to the Sync.
+    INVALID_PARSE = pg_message(PARSE, b"vaurien\0" + b"vaurien\0" + bytes(2))
     ROLLBACK_BATCH = (pg_message(PARSE, b"\0" + b"ROLLBACK\0" + bytes(2))
                       + pg_message(BIND, bytes(8)) + pg_message(EXECUTE, bytes(5))
                       + INVALID_PARSE)
@@ -3069,17 +2946,15 @@ class Postgres(Protocol):
         self.statements = StatementTexts()      # {name: text}
         self.portals = StatementTexts()         # {name: text of the portal's statement}
         self.last_request = Request(b"", "", info=PostgresReply())     # the client's last request
-        self.bound_portal = None    # the portal of the client's last Bind. None if a later Execute
-                                    #   or request has ended the request of the Bind
-        self.encryption_requested = False       # the client has asked for TLS or GSS, and the
-                                                #   backend replies with one byte
+        self.bound_portal = None    # the portal of a Bind that waits for its Execute, or None
+        self.encryption_requested = False       # the backend's next byte accepts or refuses
         self.status = self.IDLE     # the status of the transaction in the last ReadyForQuery
         self.skipping = False       # the backend skips all messages up to the next Sync
         self.copying = False        # the backend reads COPY data, and ignores Sync
         super().__init__(host)
 
     def requests(self):
-        """Find the requests: see Request.name in the description of the class."""
+        """Find the startup messages and the requests."""
         yield from self.read_startup()
         while True:
             yield from self.read_request()
@@ -3093,8 +2968,7 @@ class Postgres(Protocol):
             if not (is_startup or asks_for_encryption or code == self.CANCEL):
                 raise ProtocolError("no startup message")
             if asks_for_encryption:
-                # The reader of the replies waits for the 5 bytes of a message. A new reader waits
-                # for one byte. The backend has sent nothing, so no bytes are lost.
+                # The current reader of replies awaits 5 bytes. A new reader awaits one byte.
                 self.encryption_requested = True
                 self.reply_framer.restart(self.replies())
             yield CONTINUATION
@@ -3106,7 +2980,7 @@ class Postgres(Protocol):
     def read_request(self):
         """Read messages, up to the first message that makes or continues a request."""
         boundary = None
-        while boundary is None:                 # see make_boundary
+        while boundary is None:
             type_, message_size = struct.unpack(">cI", (yield NeedBytes(5)))
             size, body = message_size - 4, b""
             if not type_.isalpha() or size < 0:
@@ -3120,10 +2994,9 @@ class Postgres(Protocol):
         yield END_OF_MESSAGE
 
     def make_boundary(self, type_, body):
-        """Return the Request that a message makes. Note names, and the end of COPY data.
+        """Return the Request that begins with a message, and update the state for the message.
 
-        Returns CONTINUATION if the message continues the last request. Returns None if the message
-        belongs to the next request.
+        Returns CONTINUATION for a message of the last request, None for a message of the next one.
         """
         if type_ in self.CONTINUATIONS:
             if type_ in self.COPY_ENDS:
@@ -3134,23 +3007,18 @@ class Postgres(Protocol):
         if type_ not in self.REQUESTS:
             return None
         portal, _, _ = body.partition(b"\0")        # only Bind and Execute have a portal
-        bound_portal, self.bound_portal = self.bound_portal, None
-        if type_ == self.BIND:
-            self.bound_portal = portal
-        if bound_portal is not None:        # the last request is a Bind that waits for its Execute
-            if type_ == self.EXECUTE and portal == bound_portal:
-                return CONTINUATION
+        last_portal, self.bound_portal = self.bound_portal, portal if type_ == self.BIND else None
+        if type_ == self.EXECUTE and portal == last_portal:
+            return CONTINUATION
+        if last_portal is not None:
             self.expect_no_execute(self.last_request)
         self.last_request = self.make_request(type_, body, portal)
         return self.last_request
 
     def expect_no_execute(self, request):
-        """Expect only BindComplete, or an error, as the reply to the request of a Bind.
-
-        This is called when the client sends no Execute after the Bind.
-        """
-        # If a rule has refused the request, make_substitute has set `ends`, which must stay.
-        if request.info.ends != self.EXECUTE_ENDS:
+        """Set the end of the reply to a Bind after which the client sends no Execute."""
+        is_refused = request.info.ends != self.EXECUTE_ENDS     # see make_substitute
+        if is_refused:
             return
         request.info.ends = self.BIND_ENDS
         if request.info.bound:              # BindComplete has arrived already: the reply is done
@@ -3171,24 +3039,20 @@ class Postgres(Protocol):
             self.portals[portal] = self.statements.use(statement)
 
     def make_request(self, type_, body, portal):
-        """Return the Request that a message makes.
-
-        While the backend skips all messages up to the next Sync, no request before this Sync gets
-        a reply. While the backend reads COPY data, a Sync gets no reply.
-        """
+        """Return the Request that begins with a message."""
         if type_ in (self.BIND, self.EXECUTE):
             return Request(self.portals.use(portal), "EXECUTE", replies=not self.skipping,
                            info=PostgresReply(self.EXECUTE_ENDS))
         if type_ == self.SYNC:
             self.skipping = False
-            # The active rules of an EXECUTE also act on the Sync after it.
+            follows_execute = self.last_request.name == "EXECUTE"       # the same rules act
             return Request(b"", "SYNC", replies=not self.copying, info=PostgresReply(),
-                           independent=self.last_request.name != "EXECUTE")
+                           independent=not follows_execute)
         return Request(body.rstrip(b"\0"), "QUERY", replies=not self.skipping,
                        info=PostgresReply())
 
     def replies(self):
-        """Find the replies, and note what the messages of the backend change."""
+        """Find the replies, and update the state for each message."""
         while True:
             if self.encryption_requested:
                 yield from self.read_encryption_reply()
@@ -3209,13 +3073,13 @@ class Postgres(Protocol):
                 yield END_OF_MESSAGE
 
     def note_message(self, type_):
-        """Note what a message of the backend changes. Returns whether the message ends a reply."""
-        request = self.awaited_request()
+        """Update the state for a message. Returns whether the message ends a reply."""
         if type_ == self.READY:
             return True
         if type_ == self.ERROR and not self.awaited():
             self.skip_to_sync()             # a Parse has failed, and its Bind has not come yet
             return False
+        request = self.awaited_request()
         if request.name != "EXECUTE":
             return False
         if type_ in request.info.ends:
@@ -3223,7 +3087,7 @@ class Postgres(Protocol):
                 self.skip_to_sync()
             return True
         if type_ in self.COPY_RESPONSES:
-            self.copy_to_end()
+            self.begin_copy()
         elif type_ == self.BIND_COMPLETE:
             request.info.bound = True
         return False
@@ -3232,40 +3096,35 @@ class Postgres(Protocol):
         """Read the one byte that accepts or refuses encryption."""
         self.encryption_requested = False
         reply = yield NeedBytes(1)
-        if reply == b"S" and self.joins_tls:
+        accepts_tls, accepts_gss = reply == b"S", reply == b"G"
+        if accepts_tls and self.joins_tls:
             yield TLS_BEGINS
-        elif reply in b"SG":                # the backend accepts TLS or GSS
+        elif accepts_tls or accepts_gss:
             raise ProtocolError("encryption follows")
 
-    def copy_to_end(self):
-        """Expect no reply to the Syncs that the client sent before its CopyDone or CopyFail.
-
-        The backend ignores them, because it reads COPY data. If the client has not sent CopyDone
-        or CopyFail yet, sets `copying`, so that its next Syncs get no reply, either.
-        """
-        for index, exchange in enumerate(self.awaited()):
-            if index > 0:           # the first exchange is that of the COPY itself
-                exchange.request.replies = False
-            # The CopyDone or CopyFail came directly after this exchange.
+    def begin_copy(self):
+        """Expect no reply to Syncs before the end of the COPY data: the backend ignores Syncs."""
+        self.copying = False
+        copy, *later = self.awaited()
+        if copy.request.info.copy_ended:
+            return
+        for exchange in later:
+            exchange.request.replies = False
             if exchange.request.info.copy_ended:
-                self.copying = False
                 return
-        self.copying = True
+        self.copying = True         # the client has not sent the end of the COPY data
 
     def skip_to_sync(self):
         """After an error, expect no reply to the requests before the next Sync."""
         self.copying = False
-        for exchange in self.awaited()[1:]:     # the first exchange is that of the error itself
+        for exchange in self.awaited()[1:]:     # the first exchange gets the error
             if exchange.request.name == "SYNC":
-                return              # the client has sent that Sync already
+                return
             exchange.request.replies = False
-        self.skipping = True        # also for the requests that the client sends next
+        self.skipping = True        # the client has not sent the Sync
 
     def finish_reply(self, reply, request):
-        """Add ReadyForQuery to the error of a simple query.
-
-        The ReadyForQuery has the last status that the backend has sent.
-        """
+        """Add a ReadyForQuery, with the backend's last status, to the error of a simple query."""
         if request.name != "QUERY":
             return reply.data
         return reply.data + pg_message(self.READY, self.status)
@@ -3279,27 +3138,24 @@ class Postgres(Protocol):
         return pg_message(self.ERROR, body.encode())
 
     def connect_error(self, kind, data):
-        """Return the Reply to a client that connects: an error only after the startup message.
-
-        If the client asks for encryption first, the Reply says that the server has none.
-        """
+        """Return the Reply to a client that connects: an error only after the startup message."""
         if kind not in self.connect_errors:
             return None
-        if not data:                # OPEN: send nothing, and wait for the client's first message
+        if not data:                # OPEN: send nothing
             return Reply(b"")
-        if int.from_bytes(data[4:8], "big") in (self.TLS, self.GSS):
-            return Reply(b"N")      # no encryption. The client then sends the startup message
+        asks_for_encryption = int.from_bytes(data[4:8], "big") in (self.TLS, self.GSS)
+        if asks_for_encryption:     # refuse encryption. The startup message follows
+            return Reply(b"N")
         return Reply(self.encode_error(kind), closes=True)
 
     def refuse_client(self, received):
-        """Wait for the first 8 bytes of a message: its size and its code. Reply to the message."""
+        """Return the Reply to a message whose size and code have arrived: 8 bytes."""
         return super().refuse_client(received) if len(received) >= 8 else None
 
     def error_reply(self, kind, request):
-        """Return the Reply to a statement.
+        """Return the Reply to a request, or None if only a fatal error can happen.
 
-        Returns None if only an error that closes the connection can happen: to a ROLLBACK, and to
-        a statement of a transaction that has failed already.
+        Only a fatal error can happen to a ROLLBACK, and in a transaction that has failed already.
         """
         only_fatal = self.status == self.FAILED or self.ROLLBACK.match(request.text)
         if only_fatal and kind not in self.fatal_errors:
@@ -3307,20 +3163,16 @@ class Postgres(Protocol):
         return super().error_reply(kind, request)
 
     def make_substitute(self, kind, request):
-        """Return messages for the backend in place of a refused request.
+        """Return messages after which the transaction has the same state as after an error.
 
-        They bring the transaction into the state that it would have after an error of the backend:
-        an invalid statement makes the transaction fail, and the proxy drops its error. But a
-        COMMIT that fails rolls the transaction back.
+        An invalid statement makes a transaction fail. A COMMIT that fails ends the transaction.
         """
-        rolls_back = self.COMMIT.match(request.text)
+        is_commit = self.COMMIT.match(request.text)
         if request.name == "QUERY":
-            return self.ROLLBACK_QUERY if rolls_back else self.INVALID_QUERY
+            return self.ROLLBACK_QUERY if is_commit else self.INVALID_QUERY
         self.skipping = True            # after the invalid statement, up to the Sync
-        # Only the error of the invalid statement ends the reply. The CommandComplete of a ROLLBACK
-        # before the statement does not.
-        request.info.ends = self.ERROR
-        return self.ROLLBACK_BATCH if rolls_back else self.INVALID_PARSE
+        request.info.ends = self.ERROR  # the CommandComplete of a ROLLBACK does not end the reply
+        return self.ROLLBACK_BATCH if is_commit else self.INVALID_PARSE
 
 
 @protocol
@@ -3346,7 +3198,7 @@ class Smtp(Protocol):
     auth_continues = False          # the client's next line belongs to AUTH, and is no command
 
     def requests(self):
-        """Find the commands. A message after DATA is a request too: see read_message."""
+        """Find the commands. After DATA, read_message takes the place of this reader."""
         while True:
             line = yield COMMAND_LINE
             if self.auth_continues:
@@ -3362,11 +3214,10 @@ class Smtp(Protocol):
             yield END_OF_MESSAGE
 
     def read_message(self):
-        """Read the message after DATA, and then the further requests of the client."""
+        """Read the message after DATA, which is a request, and then the further requests."""
         first = yield NeedBytes(1)      # wait until the client begins to send the message
         yield Request(b"", "MESSAGE")
-        # A line with only a dot ends the message, and may be its first line. So the search begins
-        # with the line end of DATA.
+        # A line with only a dot ends the message. The tail has the line end before the message.
         yield SkipUntil(b"\r\n.\r\n", tail=b"\r\n" + first)
         yield END_OF_MESSAGE
         yield from self.requests()
@@ -3388,7 +3239,7 @@ class Smtp(Protocol):
                 yield END_OF_MESSAGE
                 yield TLS_BEGINS            # the chain starts a new reader, and drops this reader
             if name == "DATA" and code == b"354":
-                # No bytes are lost: the client waits for this reply before it sends the message.
+                # The client waits for this reply, and sends the message after it.
                 self.request_framer.restart(self.read_message())
             yield END_OF_MESSAGE
 
@@ -3407,7 +3258,7 @@ class Tls(Protocol):
     The request is the ClientHello. `match` searches in the server name of the client (SNI), the
     application protocols (ALPN) and the TLS versions, for example in
     "db.example h2,http/1.1 TLSv1.3,TLSv1.2". A field that the client does not send is "-". All
-    other bytes of the connection belong to this request.
+    bytes after the ClientHello continue the request.
     """
 
     # {kind: AlertDescription} of RFC 8446, section 6
@@ -3427,14 +3278,12 @@ class Tls(Protocol):
     RECORD_MAX = 1 << 14        # bytes of a record, without its header
 
     def requests(self):
-        """Find the ClientHello, and skip all other bytes."""
-        # The header of the ClientHello has 4 bytes: the type, and the size of the rest. The
-        # ClientHello may come in several records.
-        hello, hello_size = b"", 4
+        """Find the ClientHello, which may come in several records, and skip all other bytes."""
+        hello, hello_size = b"", 4      # the header has 4 bytes: a type, and the size of the rest
         while len(hello) < hello_size:
             record_header = yield NeedBytes(5)
             size = int.from_bytes(record_header[3:], "big")
-            is_handshake = record_header[:2] == b"\x16\3"   # the type, and 3 of the version
+            is_handshake = record_header[:2] == b"\x16\3"   # the type, and the major version
             if not is_handshake or size == 0 or size > self.RECORD_MAX:
                 raise ProtocolError("no ClientHello of TLS")
             hello += yield NeedBytes(size)
@@ -3453,17 +3302,15 @@ class Tls(Protocol):
         yield UNLIMITED
 
     def replies(self):
-        """Skip all bytes: the backend's bytes have no boundaries."""
         return read_opaque()
 
     def describe_hello(self, hello):
-        """Return the text of a ClientHello for `match`. Raises IndexError if it is malformed."""
+        """Return the text for `match`. Raises IndexError if the ClientHello is malformed."""
         names, protocols = [], []
         versions = [hello[4:6]]                 # the highest version of a client before TLS 1.3
         for type_, body in self.read_extensions(hello):
             if type_ == self.SNI:
-                # Before the name: the size of the list (2), the type (1) and size (2) of the name.
-                names = [body[5:]]
+                names = [body[5:]]              # after the sizes of list and name, and a type
             elif type_ == self.ALPN:
                 position = 2                    # after the size of the list
                 while position < len(body):
@@ -3471,7 +3318,7 @@ class Tls(Protocol):
                     protocols.append(body[position + 1:end])
                     position = end
             elif type_ == self.SUPPORTED_VERSIONS:
-                # The list begins with its size (1), and replaces the field at the beginning.
+                # A list that takes the place of the highest version. Its first byte is its size.
                 versions = [body[index:index + 2] for index in range(1, len(body), 2)]
         version_names = [self.VERSIONS[code] for code in versions if code in self.VERSIONS]
         return b" ".join(b",".join(field) or b"-" for field in (names, protocols, version_names))
@@ -3482,22 +3329,19 @@ class Tls(Protocol):
         Raises IndexError if the ClientHello is malformed.
         """
         position = 4 + 2 + 32                   # after the header, the version and random bytes
-        # Each of the next three fields begins with its size, in 1 or 2 bytes.
-        position += 1 + hello[position]         # after the id of the session
+        # Each field that is skipped has a size, in 1 or 2 bytes, and a content.
+        position += 1 + hello[position]         # the session id
         cipher_suites_size = int.from_bytes(hello[position:position + 2], "big")
         position += 2 + cipher_suites_size
-        position += 1 + hello[position]         # after the compression methods
-        position += 2                           # after the size of all extensions together
+        position += 1 + hello[position]         # the compression methods
+        position += 2                           # only the size, before the extensions
         while position + 4 <= len(hello):
             type_, size = struct.unpack_from(">HH", hello, position)
             position += 4 + size
             yield type_, hello[position - size:position]
 
     def encode_error(self, kind):
-        """Return an alert record.
-
-        The record has the version of TLS 1.2. Before the ServerHello, all clients accept it.
-        """
+        """Return an alert record. Its version is TLS 1.2, which all clients accept."""
         alert, version, size, fatal = 21, (3, 3), (0, 2), 2
         return bytes([alert, *version, *size, fatal, self.errors[kind]])
 
