@@ -7684,8 +7684,7 @@ class TlsSocket:
 # -- Connection ---------------------------------------------------------------
 #
 # A connection has a client's socket, a backend's socket, and two links between these sockets. The
-# loop's thread runs the code of this section. Only a blocking handler runs in a thread of its
-# own, with duplicates of the sockets.
+# loop's thread runs the code of this section, except blocking handlers: see HandOff.
 #
 # The phase of a connection:
 #
@@ -7696,20 +7695,18 @@ class TlsSocket:
 #   CONNECTING   the backend's name is being resolved, or connect() is pending
 #   CONNECTED    both sockets are open; only this phase has a fast path
 #   HANDED_OFF   a blocking handler works on the sockets
-#   LINGERING    the proxy has sent a rule's reply or a TLS alert, and FIN, to the client. The
-#                proxy reads until the client closes
+#   LINGERING    the client has got its last bytes and FIN, but has not closed its side yet
 #   CLOSED       both sockets are closed
 #
 # The endings of a connection:
 #
 #   event                               effect
-#   a peer closes its side              EOF goes through the chain. Then the proxy calls
-#                                       shutdown(SHUT_WR) on the other socket
+#   a peer closes its side              EOF goes through the chain, and FIN to the other peer
 #   both peers have closed their sides  close
-#   a peer resets: recv or send fails   the data that this peer has sent is delivered. Then both
-#                                       sockets are reset
-#   the client resets, but its data is  both sockets are reset at once, because the data cannot
-#     never due or waits for connect()  be delivered
+#   a peer resets: recv or send fails   both sockets are reset, after the data that this peer has
+#                                       sent is delivered
+#   the client resets, but its data is  both sockets are reset at once
+#     never due or waits for connect()
 #   a rule closes both sides            lingering close if a rule has replied to a request,
 #                                       otherwise close
 #   a rule resets the connection        both sockets are reset
@@ -7720,8 +7717,9 @@ class TlsSocket:
 WAITING, CONNECTING, CONNECTED = "waiting", "connecting", "connected"
 HANDED_OFF, LINGERING, CLOSED = "handed off", "lingering", "closed"
 
-NO_SPLICE = -(1 << 60)          # the `bulk_reads` of a link that cannot use splice, for example
-                                #   because of TLS. The value can never grow to SPLICE_AFTER
+# The `bulk_reads` of a link that must not use splice, for example because of TLS. To count from
+# this number to SPLICE_AFTER would take years.
+NO_SPLICE = -(1 << 60)
 
 
 class Link(DelayQueue):
@@ -7736,25 +7734,22 @@ class Link(DelayQueue):
         self.source = None      # the socket or TlsSocket of the sender; None before connect()
         self.source_reset = False       # the source has reset the connection
         self.target = None      # the socket or TlsSocket of the receiver; None until connected
-        self.watched = 0        # the events for which the loop watches the source: EVENT_READ for
-                                #   this link, EVENT_WRITE for the link in the other direction
+        # The loop watches the source for EVENT_READ to receive bytes for this link. The loop
+        # watches the source for EVENT_WRITE to send the bytes of the link in the other direction.
+        self.watched = 0
         self.fast_events = 0    # EVENT_READ if the fast path is open, otherwise 0
-        self.bulk_reads = 0 if HAVE_SPLICE else NO_SPLICE   # number of reads of BULK_READ bytes or
-                                                            #   more. splice() can set 0 again
-        # To measure latencies
-        self.measure_after = sys.maxsize    # of the link upstream: the connection measures the
-                                            #   first request after this many requests
-        self.request_time = 0.0     # of the link downstream: when the request came whose latency
-                                    #   is being measured; 0 if there is none
+        self.bulk_reads = 0 if HAVE_SPLICE else NO_SPLICE   # reads of BULK_READ bytes or more
+        self.measure_after = sys.maxsize    # upstream: request_count at the next measured request
+        self.request_time = 0.0     # downstream: when the measured request came, or 0
 
-    def put_due(self, data):
-        """Queue a memoryview or a KernelPipe whose bytes are due now."""
+    def buffer_due(self, data):
+        """Append bytes to send_buffer. `data` is a memoryview or a KernelPipe."""
         self.buffered_in += len(data)
         self.charge(len(data))
         self.append_due(data)
 
     def discard(self):
-        """Drop all bytes and signals that are held. Close the kernel pipes among them."""
+        """Drop all held bytes and signals, and close the kernel pipes that hold bytes."""
         for data in self.send_buffer:
             if isinstance(data, KernelPipe):
                 data.close()
@@ -7764,24 +7759,24 @@ class Link(DelayQueue):
 class HandOff:
     """A call of a blocking handler, in a thread of its own.
 
-    The handler gets duplicates of the connection's two sockets. A socket and its duplicate share
-    the flag O_NONBLOCK, which the loop needs. But a handler expects that recv() and send() wait.
-    So the duplicates have a time-out: Python then waits by itself.
+    The handler gets duplicates of the connection's two sockets. The handler expects that recv()
+    and send() wait. But a duplicate shares the flag O_NONBLOCK with its socket, and the loop needs
+    this flag. Therefore a duplicate gets a time-out: then recv() and send() wait in Python.
     """
 
     def __init__(self, connection, rule, to_backend):
         """Duplicate the sockets. Raises OSError if no descriptors are left.
 
-        to_backend    whether the client has sent the bytes that wait to be received
+        to_backend    True if the client has sent the unread bytes, False if the backend has
         """
         self.connection, self.rule, self.to_backend = connection, rule, to_backend
         self.socks = [socket.fromfd(sock.fileno(), sock.family, socket.SOCK_STREAM)
                       for sock in (connection.client, connection.backend)]
 
     def run(self):
-        """Call the handler. Returns whether the handler has left both sockets open.
+        """Call the handler, in its thread. Returns whether the handler has closed no socket.
 
-        This runs in the handler's thread. Raises the exceptions of the handler.
+        Raises the exceptions of the handler.
         """
         try:
             for sock in self.socks:
@@ -7793,7 +7788,7 @@ class HandOff:
             self.close()                # only the duplicates; the connection keeps its sockets
 
     def on_done(self, left_open, exc):
-        """Continue or close the connection after the handler. This runs in the loop's thread.
+        """In the loop's thread: continue or close the connection after the call of the handler.
 
         left_open    the result of `run`, or None
         exc          the exception of `run` or of the thread's start, or None
@@ -7833,9 +7828,9 @@ class Connection:
                  "faults", "records_without_text", "timer", "deadline_timer", "began")
 
     def __init__(self, proxy, number, client, peer):
-        """Create the chain and the links. Then the caller calls `start` or `refuse`.
+        """Create the chain and the links. The caller must call `start` or `refuse` next.
 
-        number    of the connection: the proxy counts its connections from 1
+        number    how many connections the proxy has accepted, including this connection
         client    the client's socket
         peer      the client's address
         """
@@ -7859,13 +7854,11 @@ class Connection:
         self.connect_deadline = None    # the time when the proxy gives up all connects
         self.reset_reason = ""          # once a peer has gone: why both sockets will be reset
         self.faults = ()                # names of the handlers that have acted
-        self.records_without_text = ()  # numbers of the FaultRecords that will get the first
-                                        #   bytes of request 1 when these bytes come
+        self.records_without_text = ()  # numbers of the FaultRecords that add_text() completes
         self.timer = None               # calls on_timer when the next event is due
         self.deadline_timer = None      # see set_deadline
         self.began = self.loop.clock()
-        self.announcing_link = None     # the link that holds the announcement of TLS, or None:
-                                        #   see begin_tls
+        self.announcing_link = None     # the link with the announcement of TLS: see begin_tls
         if proxy.tls.accepts and not proxy.joins_tls():     # TLS from the first byte
             self.start_tls(self.up)
 
@@ -7875,7 +7868,7 @@ class Connection:
         return format_address(self.peer)
 
     def start(self):
-        """Give OPEN to the active rules. If there are none, connect to the backend at once."""
+        """Give OPEN to the active rules. If no rule is active, connect to the backend at once."""
         now = self.began
         self.chain.start()
         if self.chain.active_rules:
@@ -7884,7 +7877,7 @@ class Connection:
         else:
             self.connect_backend()
             self.update_interest()
-            if self.up.fast_events:     # do not wait: most clients have sent a request by now
+            if self.up.fast_events:     # most clients have sent a request already
                 self.on_ready(self.up, EVENT_READ)
 
     def refuse(self):
@@ -7894,7 +7887,7 @@ class Connection:
         """
         self.chain = RefusingChain(self.proxy.rules, self.number, self.chain.protocol)
         self.set_deadline(self.began + self.proxy.timeout, lambda: self.close("refused"))
-        # In some protocols, the server speaks first. Then the client gets the error now.
+        # In a protocol whose server speaks first, OPEN sends the error to the client now.
         self.process_signal(UPSTREAM, OPEN)
 
     # Reading
@@ -7925,13 +7918,13 @@ class Connection:
         if not size:
             self.on_eof(link)
             return
-        # direction_changed() may begin a request. It returns a number for measure_after.
+        # When the direction changes, a request may begin. direction_changed() counts requests.
         if chain.last_direction is not link.to and (
                 chain.direction_changed(link.to) >= link.measure_after):
             self.begin_measurement()
         data = loop.view[:size]
         if chain.protocol or chain.active_rules or not link.fast_events:
-            data = self.filter(link, data)
+            data = self.process_received(link, data)
             if not data:
                 return
         else:
@@ -7946,69 +7939,59 @@ class Connection:
             self.after_send(link, data[sent:])
 
     def begin_measurement(self):
-        """Begin to measure the latency of the request that comes now.
-
-        Does nothing if another request is being measured.
-        """
+        """Begin to measure the latency of a request, unless another request is being measured."""
         if not self.down.request_time:
             self.down.request_time = self.loop.clock()
-            self.up.measure_after = self.chain.request_count + self.proxy.latencies.skips()
+            skipped_count = self.proxy.latencies.skips()
+            self.up.measure_after = self.chain.request_count + skipped_count
 
     def end_measurement(self):
-        """Record the latency of the request that is being measured.
-
-        The caller has just sent the first bytes of the reply to the client.
-        """
+        """Record the latency of the measured request, whose reply the client begins to get."""
         self.proxy.latencies.add(self.loop.clock(), self.down.request_time)
         self.down.request_time = 0.0
 
     def prepare_read(self, link, events):
         """Handle the cases in which on_ready cannot simply receive.
 
-        events    the events that the source is ready for. If the source has an error, there may
-                  be events that are not watched. recv() or send() reports the error.
+        events    the events that the source is ready for. A source with an error is ready for
+                  all events, so also for events that are not watched
 
-        Returns the most bytes to receive now. Returns 0 in these cases: the connection is closed
-        or not connected yet, the source has nothing to read, splice has moved the bytes, the
-        link is full, or a blocking handler has the sockets or will get them.
+        Returns the most bytes to receive now. Returns 0 if on_ready must not receive.
         """
-        if self.phase is CLOSED:        # an earlier callback of this select() has closed it
+        if self.phase is CLOSED:        # by an earlier callback of this select()
             return 0
-        if self.phase is CONNECTING and link is self.down:      # connect() has ended
-            self.on_connected()
+        if self.phase is CONNECTING and link is self.down:
+            self.on_connected()         # the event reports the end of connect()
             return 0
         if isinstance(link.source, TlsSocket) and not self.advance_tls(link):
-            return 0
+            return 0                    # the handshake had not ended
         if events & link.watched & EVENT_WRITE:
-            self.pump()
-        if not events & EVENT_READ or link.source is None:      # pump() may have closed the source
+            self.pump()                 # may close the source
+        if not events & EVENT_READ or link.source is None:
             return 0
         if link.fast_events and link.bulk_reads >= SPLICE_AFTER and self.splice(link):
-            return 0
+            return 0                    # splice() has replaced recv()
         limit = link.read_limit(self.loop.clock)
-        if limit <= 0 or self.phase is HANDED_OFF:      # an earlier callback has changed this
-            self.update_interest()
+        if limit <= 0 or self.phase is HANDED_OFF:
+            self.update_interest()      # stops reading
             return 0
         if self.proxy.has_blocking and self.hand_off(link):
-            return 0
+            return 0                    # a blocking handler will read the bytes
         return min(limit, link.recv_size, self.parse_limit(link))
 
     def parse_limit(self, link):
-        """Return the most bytes to receive: there must be memory for the requests in them."""
-        # Replies need no memory. With a larger recv_size, no requests are parsed: the bytes are
-        # of tcp, or of one long body.
-        if link is self.down or link.recv_size > PARSED_CHUNK:
+        """Return the most bytes to receive, because each parsed request takes memory."""
+        parses_requests = link is self.up and link.recv_size <= PARSED_CHUNK
+        if not parses_requests:
             return CHUNK
-        return max(1, (link.budget.allowance(HELD_MAX) - link.held - link.kept) // EXPANSION)
+        free_memory = link.budget.allowance(HELD_MAX) - link.held - link.kept
+        return max(1, free_memory // EXPANSION)
 
-    def filter(self, link, data):
-        """Run received bytes through the chain. Returns the bytes to send at once, or None.
+    def process_received(self, link, data):
+        """Run received bytes through the chain.
 
-        Returns None if the bytes were queued or dropped. Bytes are queued if a rule has changed
-        or delayed them, or if the fast path is closed.
-
-        This function counts the received bytes, except the bytes that it returns. on_ready counts
-        the returned bytes after it has sent them.
+        Returns the bytes that on_ready must send and count. Returns None if all bytes were queued
+        or dropped: this function has counted them.
         """
         chain, size = self.chain, len(data)
         if self.phase is LINGERING:     # the client has got its last reply: drop further bytes
@@ -8017,13 +8000,13 @@ class Connection:
         to_send = chain.pass_through(link.to, data)     # often `data` itself
         if chain.protocol and (size >= PARSED_CHUNK or link.recv_size > PARSED_CHUNK):
             link.recv_size = chain.recv_size(link.to)   # a long body may have begun or ended
-        if to_send is None:
+        if to_send is None:             # a rule may act
             to_send = self.run_rules(link, data)
         elif to_send is not data or not link.fast_events:
-            self.end_parsing(link)
+            self.after_parsing(link)
             to_send = self.send_or_queue(link, size, to_send)
         if to_send is not None and (self.chain.kept > KEPT_MIN or self.up.kept):
-            self.note_kept()            # for queued bytes, update_interest() calls count_kept()
+            self.kept_changed()         # for queued bytes, update_interest() calls charge_kept()
         return to_send
 
     def run_rules(self, link, data):
@@ -8034,9 +8017,9 @@ class Connection:
         now, chain = self.loop.clock(), self.chain
         chain.modified = False
         events = chain.process_bytes(now, link.to, bytes(data))
-        self.end_parsing(link)
-        if not chain.modified:          # then all events are bytes of this direction, due now
-            to_send = b"".join([made for _, _, made, _ in events])
+        self.after_parsing(link)
+        if not chain.modified:          # all events are bytes for the target, due now
+            to_send = b"".join([chunk for _, _, chunk, _ in events])
             return self.send_or_queue(link, len(data), to_send)
         link.buffered_in += len(data)
         self.enqueue(now, events, link)
@@ -8046,44 +8029,42 @@ class Connection:
         """Return `to_send` if the fast path is open. Otherwise queue `to_send`, and return None.
 
         size       the number of bytes received
-        to_send    the bytes to send for the bytes received. No rule has changed or delayed them,
-                   but the chain may have rewritten a head
+        to_send    the received bytes, after the chain may have rewritten a head in them
         """
         if link.fast_events:
-            link.buffered_in += size - len(to_send)     # on_ready counts the bytes of to_send
+            link.buffered_in += size - len(to_send)     # on_ready will count len(to_send)
             return to_send
         now = self.loop.clock()
         link.buffered_in += size
         self.enqueue(now, [(now, link.to, bytes(to_send), ())], link)
         return None
 
-    def end_parsing(self, link):
-        """Handle a protocol error, or the beginning of TLS, if the chain has noted one."""
+    def after_parsing(self, link):
+        """Continue as tcp after a protocol error. Begin TLS after the announcement of TLS."""
         if self.chain.protocol_error:
             self.on_protocol_error()
         if self.chain.encrypted is not None:
             self.begin_tls(link)
 
-    def count_kept(self):
-        """Count in the budget the memory that the chain keeps for exchanges.
+    def charge_kept(self):
+        """Charge the budget for the memory that the chain keeps for exchanges.
 
-        Each reply frees the memory of its exchange. After the backend's EOF there are no replies.
-        Then the memory does not count, because a full budget would stop all further reads from
-        the client.
+        After the backend's EOF, no reply frees memory of the chain. The budget is not charged for
+        such memory, because a full budget would stop the reads from the client for ever.
         """
         kept = self.chain.kept
         counts = kept > KEPT_MIN and not self.down.eof
         self.up.keep(kept if counts else 0)
 
-    def note_kept(self):
-        """Call count_kept. Then, if necessary, stop or resume reading from the client."""
-        self.count_kept()
+    def kept_changed(self):
+        """Charge the budget for kept memory. Stop or resume reading from the client if needed."""
+        self.charge_kept()
         is_read = bool(self.up.watched & EVENT_READ)
         if self.wants_read(self.up, self.down) != is_read:
             self.update_interest()
 
     def on_forward_error(self, link, data, error):
-        """Handle an error of send() on the fast path. No byte of the data was sent."""
+        """Handle an error of send() on the fast path: no byte of `data` was sent."""
         if isinstance(error, BlockingIOError):
             self.buffer_unsent(link, data)
         else:
@@ -8092,7 +8073,7 @@ class Connection:
             self.pump()
 
     def after_send(self, link, unsent):
-        """End the measurement of a latency, if there is one. Buffer the bytes not sent."""
+        """End the measurement of a latency, if the proxy measures. Buffer the unsent bytes."""
         if link.request_time:
             self.end_measurement()
         if unsent:
@@ -8100,14 +8081,13 @@ class Connection:
 
     def buffer_unsent(self, link, data):
         """Buffer bytes of the fast path that the target does not accept now."""
-        link.put_due(memoryview(bytes(data)))
+        link.buffer_due(memoryview(bytes(data)))
         self.update_interest()
 
     def on_protocol_error(self):
-        """Log that bytes were not of the protocol, and use the chain's successor if there is one.
+        """Log that bytes were not of the protocol. Replace the chain if it has a successor.
 
-        Without a successor, the chain stays, and no longer parses the client's bytes: see
-        ProtocolChain.fall_back.
+        A chain without a successor continues as tcp by itself: see ProtocolChain.fall_back.
         """
         chain = self.chain
         log.info("%sconnection %d, request %d: protocol parsing stopped, continuing as tcp: %s",
@@ -8125,13 +8105,11 @@ class Connection:
     def splice(self, link):
         """Forward bulk data through a kernel pipe, without a copy: a kind of fast path.
 
-        Returns False, and moves no bytes, if the caller must use recv. The reasons are: the
-        bytes are for a rule or a protocol, they may begin a request, no descriptor for a pipe is
-        left, there is no data, or the source has closed its side.
+        Returns False if the caller must call recv, because no bytes were moved.
         """
         pool, chain = self.loop.pipe_pool, self.chain
         if chain.active_rules or chain.protocol or chain.last_direction is not link.to:
-            return False
+            return False                # the chain must get the bytes
         try:
             pipe = pool.pop() if pool else KernelPipe(self.loop.fd_limit)
         except OSError:                 # no descriptors
@@ -8147,8 +8125,8 @@ class Connection:
             link.bulk_reads = 0
         if not size:
             self.release_pipe(pipe)
-            return link.eof             # True only if on_recv_error has handled an error
-        link.put_due(pipe)
+            return link.eof             # if on_recv_error has set `eof`, no recv must follow
+        link.buffer_due(pipe)
         self.flush(link)
         if link.send_buffer or link.write_closed:       # the target takes no more, or has gone
             self.pump()
@@ -8162,10 +8140,7 @@ class Connection:
             pipe.close()
 
     def on_eof(self, link):
-        """Handle the EOF of a link's source.
-
-        On the fast path, half-close the target at once. Otherwise, run EOF through the chain.
-        """
+        """Handle the EOF of a link's source. On the fast path, half-close the target at once."""
         link.eof = True
         if self.chain.protocol or self.chain.active_rules or not link.fast_events:
             self.process_signal(link.to, EOF)
@@ -8177,16 +8152,15 @@ class Connection:
             self.update_interest()
 
     def hand_off(self, link):
-        """Look for a blocking handler that is active for the bytes that wait in a link's source.
+        """Leave the unread bytes of a link's source to a blocking handler, if one is active.
 
-        If both peers are connected and no data is held, hand the sockets to the handler.
-        Otherwise, leave the bytes unread: wants_read() stops reading until the handler can begin.
+        While the handler cannot begin, wants_read() stops the reading.
 
         Returns whether a blocking handler is active.
         """
         data = b""
         with contextlib.suppress(OSError):
-            data = link.source.recv(BEGINNING_MAX, socket.MSG_PEEK)     # does not take the bytes
+            data = link.source.recv(BEGINNING_MAX, socket.MSG_PEEK)     # leaves the bytes unread
         if not data:                    # on_ready() handles an EOF and an error
             return False
         if self.chain.last_direction is not link.to:
@@ -8195,8 +8169,8 @@ class Connection:
         if active is None:
             return False
         if link is self.up:
-            self.chain.note_beginning(data)
-        if self.is_drained():
+            self.chain.note_beginning(data)     # for the fault record
+        if self.can_start_handler():
             self.start_handler(link, active)
         self.update_interest()
         return True
@@ -8214,7 +8188,7 @@ class Connection:
                                     self.chain.request_text())
         self.loop.run_in_thread(handoff.run, handoff.on_done)
 
-    def is_drained(self):
+    def can_start_handler(self):
         """Return whether both peers are connected and no data is held."""
         return self.phase is CONNECTED and not (self.up.held or self.down.held)
 
@@ -8243,14 +8217,14 @@ class Connection:
     def enqueue(self, now, events, received_by=None):
         """Put the chain's events into the delay queues, record faults, and send due data.
 
-        received_by    the link whose bytes the chain has processed, or None
+        received_by    the link whose received bytes have caused the events; None for a signal
         """
         for t, to, data, delays in events:
             link = self.up if to == UPSTREAM else self.down
             link.put(t, data, now, delays)
-            # If the event goes back to the peer that has sent the bytes, it is a rule's reply.
+            # An event that goes back to the sender of the bytes is a reply of a rule.
             is_reply = received_by is not None and link is not received_by
-            if is_reply and link.held:
+            if is_reply and link.held:      # put() may have dropped the event
                 link.has_replies = True
         newly_acted, self.chain.newly_acted = self.chain.newly_acted, []
         for active, request, beginning in newly_acted:
@@ -8260,17 +8234,13 @@ class Connection:
         self.pump()
 
     def add_text(self):
-        """Add the first bytes of request 1 to the FaultRecords that were made before these bytes.
-
-        Does nothing if the bytes have not come yet. After request 1, these records stay without
-        text.
-        """
+        """Add the first bytes of request 1, if they have come, to the earlier FaultRecords."""
         if self.chain.current_number == 1:
             text = self.chain.request_text()
-            if not text:
+            if not text:                # the bytes have not come yet
                 return
             self.proxy.set_record_text(self.records_without_text, text)
-        self.records_without_text = ()
+        self.records_without_text = ()  # after request 1, the records stay without text
 
     def rules_changed(self, new, removed, changed, woken=()):
         """Apply a change of the installed rules.
@@ -8279,20 +8249,18 @@ class Connection:
         removed    rules that are not installed any more, or that begin to sleep
         changed    rules with new options or percentages
         woken      rules whose percentage rises now because of their schedule
-
-        Releases the data that the removed rules and the changed rules have delayed.
         """
         now = self.loop.clock()
-        begun = self.chain.rules_changed(new, changed, woken)
+        begun = self.chain.rules_changed(new, changed, woken)   # rules that begin to act
         self.set_recv_sizes()
-        chain_released = self.chain.release(removed, changed)
+        chain_released = self.chain.release(removed, changed)   # whether delays were undone
         for link in self.up, self.down:
             link_released = link.release(removed, changed)
             if link_released or chain_released:
-                # The other rules must not keep a due time that comes from the released delays.
+                # Other rules remember due times that include the undone delays.
                 self.chain.reset_due_times(link.to, max(now, link.latest))
-        self.enqueue(now, self.chain.process_open(now, [UPSTREAM, DOWNSTREAM],
-                                                  [*new, *changed, *begun]))
+        opened = [*new, *changed, *begun]
+        self.enqueue(now, self.chain.process_open(now, [UPSTREAM, DOWNSTREAM], opened))
 
     def on_timer(self):
         """Send the data that is due. Release a held head if its time limit is over."""
@@ -8302,14 +8270,13 @@ class Connection:
             self.pump()
             return
         events = self.chain.give_up_head(now)
-        self.end_parsing(self.up)
+        self.after_parsing(self.up)
         self.enqueue(now, events)
 
     def pump(self):
-        """Send all data that is due. Then end the connection, or wait for the next event.
+        """Send all data that is due. End the connection, or set the timer and watched events.
 
-        To wait means to set the timer and the watched events. The slow path always ends with
-        a call of this function.
+        The slow path always ends with a call of this function.
         """
         now = self.loop.clock()
         signals = self.send_due(now)
@@ -8346,13 +8313,14 @@ class Connection:
 
         If only the client's EOF is due, end the connection without a backend.
         """
-        has_bytes = any(self.up.send_buffer)    # EOF is false, like all empty bytes
+        has_bytes = any(data is not EOF for data in self.up.send_buffer)
+        has_eof = EOF in self.up.send_buffer
         if OPEN in signals or has_bytes:
             self.connect_backend()
-        elif self.up.send_buffer:               # only EOF
+        elif has_eof:
             self.up.discard()
             self.up.write_closed = True
-            self.down.put(now, EOF, now)        # the other direction ends too
+            self.down.put(now, EOF, now)        # for the client
 
     def flush(self, link):
         """Send the data of send_buffer, until the target takes no more."""
@@ -8360,7 +8328,7 @@ class Connection:
         while link.send_buffer and target is not None:
             data = link.send_buffer[0]
             try:
-                if link.write_closed:       # drop data that follows the EOF
+                if link.write_closed:       # EOF was sent: drop the data after EOF
                     link.send_buffer.popleft()
                     link.credit(len(data) + CHUNK_OVERHEAD)
                 elif data is EOF:
@@ -8368,7 +8336,7 @@ class Connection:
                     self.close_write(link)
                 elif isinstance(data, KernelPipe):
                     link.consume(data.splice_to(target))
-                    if not data.held:       # consume() has subtracted the bytes from `held`
+                    if not data.held:       # the pipe is empty
                         self.release_pipe(data)
                 else:
                     link.consume(target.send(data))
@@ -8385,10 +8353,10 @@ class Connection:
         is_tls = isinstance(link.target, TlsSocket)
         if is_tls:
             link.target.skip_close_notify = self.is_truncated(link)
-        if self.reset_reason:                   # reset() follows, which sends RST
-            return
+        if self.reset_reason:
+            return                              # finish() will send RST instead of FIN
         if not is_tls and self.up.write_closed and self.down.write_closed:
-            return                              # finish() follows, and its close() sends FIN
+            return                              # finish() will close the socket: this sends FIN
         try:
             link.target.shutdown(socket.SHUT_WR)
         except OSError:
@@ -8397,24 +8365,23 @@ class Connection:
     # Interest in socket events
 
     def update_interest(self):
-        """Watch both sockets for the events that matter now, and open or close the fast path.
-
-        The events and the fast path depend only on the state of the connection.
-        """
+        """Watch both sockets for the events that matter now, and open or close the fast path."""
         if self.phase is CLOSED:
             return
         up, down = self.up, self.down
         if self.chain.kept > KEPT_MIN or up.kept:
-            self.count_kept()
+            self.charge_kept()
         fast = self.phase is CONNECTED and not self.proxy.has_blocking
         for link, back in (up, down), (down, up):   # the source of `link` is the target of `back`
             source = link.source
-            if source is None:
+            if source is None:              # the backend's socket before connect()
                 continue
             if self.phase is CONNECTING and link is down:
                 events = EVENT_WRITE        # a socket is writable when its connect() has ended
+            elif self.wants_read(link, back):
+                events = EVENT_READ
             else:
-                events = EVENT_READ if self.wants_read(link, back) else 0
+                events = 0
             if back.send_buffer:
                 events |= EVENT_WRITE
             if isinstance(source, TlsSocket):
@@ -8425,10 +8392,10 @@ class Connection:
                 self.watch(link, events)
 
     def watch(self, link, events):
-        """Watch a link's source for these events. If this fails, reset the connection.
+        """Watch a link's source for these events. If the kernel refuses, reset the connection.
 
-        The kernel has a limit for the sockets that all selectors of a user watch together (man 7
-        epoll, max_user_watches).
+        The kernel limits the sockets that a user's programs watch: see max_user_watches in man
+        7 epoll.
         """
         link.watched = events
         callback = functools.partial(self.on_ready, link) if events else None
@@ -8442,29 +8409,19 @@ class Connection:
     def wants_read(self, link, back):
         """Return whether to read from a link's source.
 
-        back    the link in the other direction, whose target is this source
-
-        The source is not read in these cases:
-        1. The source has sent EOF.
-        2. The link is full, or its requests need as much memory as they may. This slows down the
-           sender (backpressure).
-        3. `back` is full, and some of its bytes are replies of rules. The sender must first read
-           these replies.
-        4. The target has gone. Bytes for the target would only be dropped.
-        5. The link holds the announcement of TLS: see begin_tls.
-        6. A blocking handler works on the sockets.
-        7. A blocking handler waits for the sockets. It gets them when both peers are connected and
-           no data is held. Until then, no more data may come.
+        back    the link in the other direction, which sends to the source
         """
         clock = self.loop.clock
-        if link.eof or link.is_full(clock) or (back.has_replies and back.is_full(clock)):
-            return False                                # cases 1 to 3
+        if link.eof or link.is_full(clock):     # a sender that is not read slows down
+            return False
+        if back.has_replies and back.is_full(clock):
+            return False                        # the source must first read the replies of rules
         if link.write_closed and self.reset_reason:
-            return False                                # case 4
+            return False                        # the target has gone
         if self.announcing_link is link or self.phase is HANDED_OFF:
-            return False                                # cases 5 and 6
+            return False
         if self.proxy.has_blocking and self.chain.blocking_rule() is not None:
-            return self.is_drained()                    # False in case 7
+            return self.can_start_handler()     # until then, no more data must be held
         return True
 
     def set_timer(self, now):
@@ -8484,7 +8441,7 @@ class Connection:
     def start_tls(self, link, received=b""):
         """Replace a link's source by a TlsSocket, which begins the handshake.
 
-        received    bytes of TLS that have been received already
+        received    the first bytes of TLS, if they have come already
         """
         config, is_client = self.proxy.tls, link is self.up
         if is_client:
@@ -8495,7 +8452,7 @@ class Connection:
             backend_host = self.proxy.backend[0]
             back, server_name = self.up, config.server_name(backend_host)
             context = config.connect_context()
-        if link.watched:        # later, update_interest() watches the socket for the TlsSocket
+        if link.watched:        # update_interest() will watch the TlsSocket instead
             self.loop.watch(link.source, 0)
             link.watched = 0
         link.source = back.target = TlsSocket(
@@ -8508,18 +8465,16 @@ class Connection:
     def begin_tls(self, link):
         """Begin TLS with a link's source, which has announced TLS in the protocol (STARTTLS).
 
-        The target must first receive the announcement without TLS. Then continue_tls begins TLS
-        with the target too.
+        The announcement itself goes to the target without TLS. When the announcement is sent,
+        continue_tls begins TLS with the target.
         """
         received, self.chain.encrypted = self.chain.encrypted, None
         self.announcing_link = link
         self.start_tls(link, received)
-        # Let pump() run soon, which calls continue_tls(). If the announcement has been sent
-        # already, no event of a socket would call pump().
-        link.source.note_change()
+        link.source.note_change()       # soon calls pump(), which calls continue_tls()
 
     def continue_tls(self):
-        """Begin TLS with the target too, if all bytes of the announcement have been sent."""
+        """Begin TLS with the target of announcing_link, unless the announcement still waits."""
         link = self.announcing_link
         if not link.held:
             self.announcing_link = None
@@ -8528,7 +8483,7 @@ class Connection:
     def advance_tls(self, link):
         """Handle an event of a link's TlsSocket: continue the handshake, or send ciphertext.
 
-        Returns whether the handshake has succeeded.
+        Returns whether the handshake had ended before the event.
         """
         source = link.source
         if not source.is_open:
@@ -8537,7 +8492,7 @@ class Connection:
         try:
             source.push()
         except OSError:
-            back = self.down if link is self.up else self.up    # sends to this TlsSocket
+            back = self.down if link is self.up else self.up    # the TlsSocket is its target
             self.on_send_error(back)
         return True
 
@@ -8547,16 +8502,14 @@ class Connection:
         if source.error and not source.is_open:
             self.on_handshake_failed(link, source)
             return
-        self.pump()
-        # `readable`: recv_into() returns bytes, the end of the stream or an error at once.
+        self.pump()                     # may close the connection
         if source.readable and self.phase is not CLOSED and link.watched & EVENT_READ:
             self.on_ready(link, EVENT_READ)
 
     def on_handshake_failed(self, link, source):
-        """Close the connection after a failed handshake. First, let the client receive the alert.
+        """Close the connection after a failed handshake.
 
-        For a client, there may be two calls: when the handshake fails, and when the client closes
-        its side afterwards.
+        A client first gets the alert. When the client has closed its side, there is a second call.
         """
         if link is self.down:
             self.connect_failed("TLS handshake: %s" % source.error)
@@ -8564,8 +8517,7 @@ class Connection:
         if self.phase is not LINGERING:         # the first call
             log.info("%sconnection %d: TLS handshake with the client failed: %s (client %s)",
                      self.proxy.log_prefix, self.number, source.error, self.name)
-            # No data can be decrypted or encrypted. So neither link reads or sends any more.
-            for failed in self.up, self.down:
+            for failed in self.up, self.down:   # neither link can decrypt or encrypt data
                 failed.discard()
                 failed.eof = failed.write_closed = True
             self.linger()
@@ -8576,8 +8528,7 @@ class Connection:
         """Return whether a link's stream ends without close_notify, as if the sender had died."""
         if link.eof:                            # the target sees the same end as the proxy
             return isinstance(link.source, TlsSocket) and link.source.lacks_close_notify
-        # A rule ends the stream. After a reply of the rule, the stream ends like that of a server
-        # that closes, with close_notify. Otherwise it ends as if the server had died.
+        # A rule has ended the stream. Only a stream with a reply of a rule ends with close_notify.
         return not self.chain.answered_early
 
     # Connecting to the backend
@@ -8594,14 +8545,18 @@ class Connection:
             self.proxy.resolve_backend(self.on_resolved)
 
     def on_resolved(self, addresses, error):
-        """Connect to the addresses of the backend's name. One of the arguments is None."""
+        """Connect to the addresses of the backend's name, unless the resolver has failed.
+
+        addresses    as in connect_next; None after an error
+        error        the exception of the resolver, or None
+        """
         if self.phase is not CONNECTING or self.backend is not None:
             return                      # the connection has ended in the meantime
         self.addresses = list(addresses or ())
         self.connect_again(getattr(error, "strerror", error))
 
     def connect_again(self, reason):
-        """Try the next address. First close the socket that has failed to connect, if any.
+        """Close the socket that has failed to connect, if any, and try the next address.
 
         reason    why no address has been connected yet: a text, or None
         """
@@ -8624,37 +8579,31 @@ class Connection:
                     self.addresses.insert(0, (family, sockaddr))
                     self.set_deadline(self.loop.clock() + RETRY_DELAY, self.retry_connect)
                     return
-                # Report that IPv6 is not available only if no other address has failed.
+                # That IPv6 is not available is the reason only if no other address has failed.
                 if reason is None or not address_unavailable(error):
                     reason = error.strerror
                 continue
             self.down.source = self.backend
             if pending:
-                self.limit_connect(1 + len(self.addresses))
+                self.limit_connect()
             else:
                 self.set_connected()
             return
         self.connect_failed(reason or "no address found")
 
-    def limit_connect(self, address_count):
-        """Give the pending connect() its share of the time until connect_deadline.
-
-        address_count    how many addresses share this time: the pending address, and the addresses
-                         that have not been tried yet
-
-        So an address that does not reply leaves time for the next addresses.
-        """
+    def limit_connect(self):
+        """Limit the time of the pending connect(), to leave time for the untried addresses."""
         now = self.loop.clock()
-        share = (self.connect_deadline - now) / address_count
+        share = (self.connect_deadline - now) / (1 + len(self.addresses))
         self.set_deadline(now + share, lambda: self.connect_again("timed out"))
 
     def set_deadline(self, t, callback):
-        """Call callback() at the time t. Replaces the previous deadline of the connection."""
+        """Call callback() at the time t. The connection has no other deadline any more."""
         self.loop.cancel(self.deadline_timer)
         self.deadline_timer = self.loop.call_at(t, callback)
 
     def retry_connect(self):
-        """Try to connect again, RETRY_DELAY after the descriptors had run out."""
+        """Try to connect again, because file descriptors may be free now."""
         if self.loop.clock() < self.connect_deadline:
             self.connect_again(None)
         else:
@@ -8688,18 +8637,10 @@ class Connection:
     # Endings: see the table at the top of the section
 
     def on_recv_error(self, link, error):
-        """Handle an error of recv(): the source has gone.
-
-        Data for the source is dropped. The data that the source has sent is delivered to the
-        target. Then the target is reset. But if this data is from the client, and is never due or
-        waits for connect(), both sockets are reset at once.
-        """
+        """Handle an error of recv(): the source has gone."""
         if isinstance(error, BlockingIOError):      # not a failure: no bytes have come yet
             return
-        if link is self.up:
-            peer, back = "client", self.down
-        else:
-            peer, back = "backend", self.up
+        peer, back = ("client", self.down) if link is self.up else ("backend", self.up)
         link.source_reset = isinstance(error, ConnectionResetError)
         self.reset_reason = ("reset by %s" % peer if link.source_reset
                              else "%s lost: %s" % (peer, error.strerror))
@@ -8710,18 +8651,14 @@ class Connection:
             link.eof = True
             self.reset(self.reset_reason)
         else:
-            self.on_eof(link)       # EOF follows the data; then finish() resets
+            self.on_eof(link)       # after the data and EOF were sent, finish() resets the target
 
     def on_send_error(self, link):
-        """Handle an error of send(): the target has gone.
-
-        Data for the target is dropped. The data that the target has sent is still received and
-        delivered. Then both sockets are reset.
-        """
+        """Handle an error of send(): the target has gone. Data from the target is delivered."""
         link.discard()
         link.write_closed = True
         peer = "backend" if link is self.up else "client"
-        self.reset_reason = self.reset_reason or "reset by %s" % peer
+        self.reset_reason = self.reset_reason or "reset by %s" % peer   # for finish()
 
     def finish(self):
         """End the connection, because nothing more can be sent in either direction."""
@@ -8736,13 +8673,12 @@ class Connection:
             self.close("closed by %s" % (" and ".join(faults) or "a fault"))
 
     def linger(self):
-        """Begin the lingering close: send FIN, and read until the client closes its side.
+        """Send FIN, and wait until the client closes its side, but LINGER_TIMEOUT at most.
 
-        Wait LINGER_TIMEOUT at most. A close with unread bytes sends RST, and then the client could
-        lose the reply of the rule.
+        A close with unread bytes would send RST, and RST could destroy the reply of the rule.
         """
         self.close_backend()
-        self.down.eof = True            # so finish() closes after the client's EOF
+        self.down.eof = True            # finish() closes when up.eof is True too
         if self.phase is not LINGERING:     # finish() may call this function again
             self.phase = LINGERING
             with contextlib.suppress(OSError):
@@ -8791,10 +8727,7 @@ class Connection:
     # For the log, the API and the metrics
 
     def backend_name(self):
-        """Return the address of the connected backend, as text.
-
-        Without a connected backend, return the address in the settings of the proxy.
-        """
+        """Return the address of the backend as text: the connected address, or the setting."""
         try:
             return format_address(self.backend.getpeername())
         except (AttributeError, OSError):       # no socket yet, or not connected
