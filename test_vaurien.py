@@ -7660,7 +7660,7 @@ class TestLatencies(unittest.TestCase):
         skips = []
         for count in range(2 * vaurien.LATENCIES_KEPT):
             latencies.add(0.001 * count, 0)
-            skips.append(latencies.skips())
+            skips.append(latencies.draw_skip_count())
         self.assertEqual(len(latencies.samples), vaurien.LATENCIES_KEPT)
         self.assertEqual(set(skips[:vaurien.Latencies.SAMPLES_PER_STEP - 1]), {0})
         last = skips[-500:]

@@ -7846,7 +7846,7 @@ class Connection:
             self.chain = Chain(proxy.rules, number)
         self.up = Link(UPSTREAM, self.loop.budget, self.chain.recv_size(UPSTREAM))
         self.down = Link(DOWNSTREAM, self.loop.budget, self.chain.recv_size(DOWNSTREAM))
-        self.up.measure_after = proxy.latencies.skips()
+        self.up.measure_after = proxy.latencies.draw_skip_count()
         self.client = self.up.source = self.down.target = client    # None after `close`
         self.backend = None             # the backend's socket; None before connect()
         self.phase = WAITING
@@ -7942,8 +7942,8 @@ class Connection:
         """Begin to measure the latency of a request, unless another request is being measured."""
         if not self.down.request_time:
             self.down.request_time = self.loop.clock()
-            skipped_count = self.proxy.latencies.skips()
-            self.up.measure_after = self.chain.request_count + skipped_count
+            skip_count = self.proxy.latencies.draw_skip_count()
+            self.up.measure_after = self.chain.request_count + skip_count
 
     def end_measurement(self):
         """Record the latency of the measured request, whose reply the client begins to get."""
@@ -8788,27 +8788,25 @@ LOG_FORMATTERS = OrderedDict((      # {format of --log-format: its formatter}
 class LogThread(logging.Handler):
     """A log handler that writes the lines in a thread of its own, to a file descriptor.
 
-    A write blocks while a pipe is full, or while a disk is busy. The loop must not wait for
-    this. A non-blocking stderr is no solution, because stderr would become non-blocking for all
-    processes that share its open file. Therefore `emit` only appends the line to `lines`. While
-    LOG_LINES_MAX lines wait, further lines are dropped and counted.
+    A write blocks while a pipe is full, or while a disk is busy. Meanwhile the loop must go on. A
+    non-blocking stderr is no solution: stderr would become non-blocking for other processes too.
 
-    When Python exits, the module logging calls `close`, which waits for the last lines.
+    When Python exits, the module logging calls `close`.
     """
 
     def __init__(self, fd, on_error=None):
-        """on_error(error) gets the first OSError of a write. By default, errors are ignored."""
+        """Create the thread. on_error(error) is called for the first OSError of a write."""
         super().__init__()
         self.fd = fd
         self.on_error = on_error
         self.lines = deque()            # lines that are not written yet
         self.dropped = 0                # number of lines dropped since the last write
         self.closing = False
-        self.changed = threading.Condition()    # guards the three attributes above
+        self.changed = threading.Condition()    # guards lines, dropped and closing
         self.thread = threading.Thread(target=self.write_lines, name="log", daemon=True)
 
     def emit(self, record):
-        """Queue the line of a record. The first line starts the thread."""
+        """Queue the line of a record, unless LOG_LINES_MAX lines wait. Start the thread."""
         try:
             line = self.format(record)
             if not self.closing and not self.thread.is_alive():
@@ -8824,7 +8822,7 @@ class LogThread(logging.Handler):
             self.changed.notify()
 
     def close(self):
-        """Let the thread write the lines that wait, for LOG_CLOSE_TIMEOUT at most."""
+        """Wait until the thread has written all lines, but LOG_CLOSE_TIMEOUT at most."""
         with self.changed:
             self.closing = True
             self.changed.notify()
@@ -8865,7 +8863,7 @@ class LogThread(logging.Handler):
 class Recorder:
     """Writes each fault of the proxies to a file, as a line with a JSON object.
 
-    path    the file, which Replay can read; the first `open` deletes its old content
+    path    the file, which Replay can read
     """
 
     def __init__(self, path):
@@ -8874,25 +8872,24 @@ class Recorder:
         self.thread = None              # the LogThread that writes, while the file is open
 
     def open(self):
-        """Open the file. After the first time, new faults are appended. Raises OSError."""
+        """Open the file. The first call for a Recorder empties the file. Raises OSError."""
         if self.thread:
             return
         try:
             fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            self.lock_file(fd)
+            self.lock_and_empty(fd)
         except OSError as error:
             raise OSError(error.errno, "cannot record to %s: %s"
                           % (self.path, error.strerror)) from None
         self.thread = LogThread(fd, lambda error: log.error(
             "cannot record to %s: %s: the file lacks faults", self.path, error.strerror))
 
-    def lock_file(self, fd):
-        """Lock the file, and empty it when it is opened for the first time.
+    def lock_and_empty(self, fd):
+        """Lock the file. Empty the file if this Recorder opens the file for the first time.
 
-        If another process has locked the file, closes `fd` and raises OSError. Does nothing for
-        a pipe or a device.
+        If another process has locked the file, closes `fd` and raises OSError.
         """
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        if not stat.S_ISREG(os.fstat(fd).st_mode):      # a pipe or a device
             return
         if fcntl:
             try:
@@ -8911,7 +8908,7 @@ class Recorder:
         """Write a FaultRecord, and the values of its ActiveRule that Replay needs."""
         line = json.dumps(dict(record._asdict(), rule=active.rule.to_json(), draw=active.draw,
                                count=active.request))
-        # A record without arguments is not formatted, so the line may contain "%".
+        # The module logging replaces "%" in `line` only if a record has arguments.
         self.thread.handle(logging.makeLogRecord({"msg": line}))
 
     def close(self):
@@ -8926,12 +8923,11 @@ class Recorder:
 # -- Proxy --------------------------------------------------------------------
 #
 # A proxy keeps the state that its connections share: the listener, the rules, the counts, and
-# the fault records. A ProxyTable holds the proxies of one process. Comments between the methods
-# of a class say in which thread the methods below the comment run while a proxy is open.
+# the fault records. A ProxyTable holds the proxies of one process. A comment such as "In the
+# loop's thread" says where the methods below the comment run while a proxy is open.
 
-# A fault record says that a rule has acted on a request, or that the schedule of a rule has
-# changed the rule. The class and the namedtuple have the same fields. Only type checkers need
-# the class.
+# Type checkers read the class FaultRecord. The program uses the namedtuple FaultRecord. A fault
+# record of a schedule has connection 0, request 0, and no client and text.
 if MYPY:
     class FaultRecord(NamedTuple):
         number: int
@@ -8944,13 +8940,9 @@ if MYPY:
         options: "Dict[str, OptionValue]"   # options of the handler, and values that it has drawn
         toxic: "Optional[str]" = None       # the name of the rule's toxic, if any
         block: "Optional[int]" = None       # the number of the rule's Block, if any
-        change: "Optional[str]" = None      # a key of CHANGES if the schedule has changed the
-                                            #   rule: then connection and request are 0, and
-                                            #   client and text are empty
+        change: "Optional[str]" = None      # a key of CHANGES if the schedule changed the rule
         stream: str = "both"                # the stream of the rule
-        text: str = ""                      # the first bytes of the request, printable; empty
-                                            #   before these bytes arrive, or if the protocol
-                                            #   has no text for the request
+        text: str = ""                      # the first bytes of the request, printable, or ""
 else:
     FaultRecord = namedtuple("FaultRecord", "number time proxy connection client request handler "
                                             "options toxic block change stream text")
@@ -8960,17 +8952,17 @@ else:
 CHANGES = {"begins": "a window begins", "ends": "the window ends",
            "expires": "removed, because its ttl has expired"}
 
-# A record of the rules that a proxy has, after each change of the rules and after the start.
+# The rules of a proxy after its start, or after a change of the rules.
 #
 # after         the number of the last fault record before the change
 # connection    the number of the last client before the change
 # rules         the new rules, in the form of Rule.to_json
 RuleChange = namedtuple("RuleChange", "after time proxy connection rules")
 
-# The rules that act instead of the behavior while a `with` statement of a test runs its body.
+# A block of a test: rules that act instead of the behavior while the block is open.
 #
 # rules    the list of rules, which share one draw
-# only     whether the rules of earlier blocks stop acting while this block is open
+# only     whether the open block also stops the rules of earlier blocks
 Block = namedtuple("Block", "rules only")
 
 
@@ -8985,23 +8977,22 @@ class Latencies:
     each request would cost 4 % of a round trip.
     """
 
-    SAMPLES_PER_STEP = 64       # each time that the number of samples grows by this number,
-                                #   connections leave out one more request on average
+    SAMPLES_PER_STEP = 64
 
     def __init__(self):
         self.samples = deque(maxlen=LATENCIES_KEPT)     # (time of the reply, time of the request)
         self.random = random.Random(0)      # a user may have seeded the generator of the module
 
-    def skips(self):
-        """Return how many requests a connection leaves out before it measures the next request.
+    def draw_skip_count(self):
+        """Return how many requests a connection leaves out before the next measured request.
 
-        This is random. The more samples there are, the more requests are left out on average.
+        The number is random. Its mean grows by 1 whenever SAMPLES_PER_STEP samples are added.
         """
         mean = len(self.samples) // self.SAMPLES_PER_STEP
         return int(2 * mean * self.random.random()) if mean else 0
 
     def add(self, replied, asked):
-        """Add a sample: the times of a reply and of its request. Remove samples that are old."""
+        """Add a sample: the times of a reply and of its request. Remove the old samples."""
         while self.samples and self.samples[0][0] < replied - LATENCY_AGE_MAX:
             self.samples.popleft()
         self.samples.append((replied, asked))
@@ -9010,10 +9001,12 @@ class Latencies:
         """Return {name: seconds}, or {} if no sample is of the last LATENCY_AGE_MAX seconds."""
         latencies = sorted(replied - asked for replied, asked in self.samples
                            if replied >= now - LATENCY_AGE_MAX)
-        if not latencies:
-            return OrderedDict()
-        return OrderedDict((name, latencies[math.ceil(len(latencies) * share) - 1])
-                           for name, share in QUANTILES.items())
+        percentiles = OrderedDict()
+        if latencies:
+            for name, share in QUANTILES.items():
+                rank = math.ceil(len(latencies) * share)        # counted from 1
+                percentiles[name] = latencies[rank - 1]
+        return percentiles
 
 
 class ProxyServer:
@@ -9048,10 +9041,11 @@ class ProxyServer:
         self.accept = accept or Accept()
         self.enabled, self.max_connections, self.timeout = enabled, max_connections, timeout
         self.seed = random.SystemRandom().getrandbits(32) if seed is None else seed
-        # Processes that share a port need different draws. Number 1 draws like a single process.
-        self.rules = RuleSet(self.seed if reuse_port in (None, 1)
+        # Processes that share a port draw different numbers, because their seeds differ.
+        is_first_process = reuse_port in (None, 1)
+        self.rules = RuleSet(self.seed if is_first_process
                              else "%d/%d" % (self.seed, reuse_port), name)
-        # Check the options of each handler here: the behavior may lack some of these handlers.
+        # Also check the options of handlers that the behavior lacks.
         read_rules([dict(values, name=handler, percent=0)
                     for handler, values in (options or {}).items()])
         self.blocks_begun = 0               # the number of the last Block
@@ -9074,7 +9068,7 @@ class ProxyServer:
         self.rule_changes = deque(maxlen=RULE_CHANGES_KEPT)     # RuleChanges
         self.fault_recorded = threading.Condition()     # guards and announces the FaultRecords
         self.latencies = Latencies()
-        self.recorder = None                # set by ProxyTable.begin, like rules.replay
+        self.recorder = None                # set by ProxyTable.open_proxy, like rules.replay
         self.lookups = {}                   # {backend: callbacks that wait for its addresses}
         self.lock = threading.RLock()       # held during changes that take several steps
 
@@ -9117,14 +9111,14 @@ class ProxyServer:
                                    self.reuse_port))
 
     def set_listener(self, listener):
-        """Use a listener whose port is bound."""
+        """Use a listener whose port is bound, and note its address."""
         self.listener, self.local = listener, listener.local
         host, port = self.local
         # Toxiproxy writes the wildcard address as [::].
         self.listen = format_address(("::", port) if is_wildcard(host) else listener.address())
 
     def open(self, loop):
-        """Set the loop. If the port is bound, begin to accept clients."""
+        """Begin to work in a loop. Accept clients if the port is bound."""
         self.loop = loop
         self.record_rule_change()
         self.begin_schedules()
@@ -9145,18 +9139,21 @@ class ProxyServer:
             return
         try:
             self.apply_accept()
-        except CannotListen:
+        except CannotListen:            # the listener may be closed: restore the earlier mode
             self.accept = before
             with contextlib.suppress(CannotListen):
                 self.apply_accept()
             raise
-        # Setting the same mode again changes nothing, unless it has times: these start again.
-        if accept.to_text() != before.to_text() or accept.fields:
+        begins_again = bool(accept.fields)
+        if begins_again or accept.to_text() != before.to_text():
             log.info("%saccept: %s", self.log_prefix, accept.to_text())
         self.begin_schedules()
 
     def apply_accept(self):
-        """Give the listener the mode that the Accept has now. Raises CannotListen."""
+        """Set the mode of the listener, if it is open, to the mode of `accept` at this time.
+
+        Raises CannotListen.
+        """
         if self.listener:
             self.listener.set_mode(self.accept.current_mode())
 
@@ -9173,7 +9170,7 @@ class ProxyServer:
             connection.close(reason)
 
     def on_accept(self, client, peer):
-        """Start a connection for a new client. `client` is its socket, `peer` its address."""
+        """Start a connection for a client, with its socket `client` and its address `peer`."""
         client.setblocking(False)
         if not LINUX:           # on Linux, the socket inherits these options from the listener
             set_stream_options(client)
@@ -9198,11 +9195,9 @@ class ProxyServer:
         """Change the addresses, `enabled` and `accept`. Close the connections if necessary.
 
         backend     a backend that check_backend has accepted
-        listener    a new Listener at local; None if the address stays the same, or the proxy is
-                    disabled
+        listener    a new Listener at local; None to keep the listener, or to disable the proxy
 
-        If the listener cannot have the mode of `accept`, raises CannotListen and changes
-        nothing.
+        Raises CannotListen, and changes nothing, if the listener cannot have the mode of `accept`.
         """
         self.set_accept(accept)
         reason = "%s by the control" % ("changed" if enabled else "disabled")
@@ -9258,25 +9253,22 @@ class ProxyServer:
     def resolve_backend(self, on_resolved):
         """Resolve the backend's name in a thread, then call on_resolved(addresses, error).
 
-        Either addresses or error is None. Clients that wait at the same time share one lookup.
-        A client that comes after the end of a lookup starts another lookup.
+        Either `addresses` or `error` is None. Clients that wait at one time share one lookup.
         """
         backend = self.backend
-        waiting = self.lookups.setdefault(backend, [])
-        waiting.append(on_resolved)
+        if backend in self.lookups:
+            self.lookups[backend].append(on_resolved)
+            return
+        self.lookups[backend] = [on_resolved]
 
         def on_done(addresses, error):
             for callback in self.lookups.pop(backend):
                 callback(addresses, error)
 
-        if len(waiting) == 1:
-            self.loop.run_in_thread(lambda: resolve(backend), on_done)
+        self.loop.run_in_thread(lambda: resolve(backend), on_done)
 
     def set_protocol(self, protocol, overwrite_host_header, tls):
-        """Use these settings for new connections.
-
-        If one of these settings changes, closes the open connections.
-        """
+        """Change these settings. Close the open connections if a setting has another value."""
         before = self.protocol, self.overwrite_host_header, self.tls.fields
         if before != (protocol, overwrite_host_header, tls.fields):
             self.protocol, self.overwrite_host_header = protocol, overwrite_host_header
@@ -9294,10 +9286,7 @@ class ProxyServer:
                     and not backend_is_tls)
 
     def host_header(self):
-        """Return the value of the Host header for the backend.
-
-        Returns b"" if the header of the client should stay as it is.
-        """
+        """Return the Host header that the backend gets, or b"" to forward the client's header."""
         if not self.overwrite_host_header or self.protocol is not Http:
             return b""
         host, port, *tls = self.backend
@@ -9310,20 +9299,21 @@ class ProxyServer:
     # In the loop's thread: rules
 
     def acting_rules(self):
-        """Return lists of rules: the list of each block that acts, or the list of the behavior.
+        """Return [the rules of each block that acts], or [the rules of the behavior].
 
-        A block acts instead of the behavior. The rules of one list share one draw.
+        The rules of each returned list share one draw.
         """
         acting = []
         for block in self.blocks.values():
-            acting = [block.rules] if block.only else [*acting, block.rules]
+            if block.only:
+                acting.clear()
+            acting.append(block.rules)
         return acting or [self.behavior]
 
     def describe(self):
         """Return the behavior and the toxics as text: "20:delay sleep=1.0, 80:dummy"."""
-        # A list without rules is the behavior 100:dummy. It is shown only if no list has rules.
-        acting = [rules for rules in self.acting_rules() if rules] or [[]]
-        return ", ".join(["; ".join(map(describe_shares, acting)), *map(str, self.toxics)])
+        acting = "; ".join(describe_shares(rules) for rules in self.acting_rules() if rules)
+        return ", ".join([acting or "100:dummy", *map(str, self.toxics)])
 
     def handler_names(self):
         """Return the names of the handlers in acting_rules(), joined by commas."""
@@ -9346,35 +9336,34 @@ class ProxyServer:
     def begin_block(self, rules, only):
         """Let the rules of a block act. Returns the number of the block.
 
-        The block gets the first draw key that no open block has. So a test draws the same
-        numbers in each run with the same seed, even if other tests run before.
+        The block gets the first draw key that no open block has: "behavior", "block 1", "block 2"
+        ... With the same seed, a test draws the same numbers even if other tests run before.
         """
         number = self.blocks_begun + 1
         used_keys = {rule.draw_key for block in self.blocks.values() for rule in block.rules}
-        draw_key = next(key for key in map(block_key, itertools.count()) if key not in used_keys)
+        draw_key, index = "behavior", 0
+        while draw_key in used_keys:
+            index += 1
+            draw_key = "block %d" % index
         for rule in rules:
             rule.block, rule.draw_key = number, draw_key
         blocks = OrderedDict(self.blocks)
         blocks[number] = Block(rules, only)
         self.replace_rules(self.behavior, blocks, self.toxics)
-        self.blocks_begun = number              # unless replace_rules() has raised InputError
+        self.blocks_begun = number
         return number
 
     def end_block(self, number):
-        """Remove the rules of a block, if the block is still open. Blocks may end in any order."""
+        """Remove the rules of a block. Blocks may end in any order, and by a ttl."""
         if number in self.blocks:
             blocks = OrderedDict(self.blocks)
             del blocks[number]
             self.replace_rules(self.behavior, blocks, self.toxics)
 
     def set_toxics(self, toxics):
-        """Replace the toxics.
+        """Replace the toxics. A current toxic remains, with its state, if its rule is the same.
 
-        A new toxic may differ from a current toxic only in its toxicity, attributes and ttl.
-        Then the current toxic remains, with its state, and takes these values. Its ttl begins
-        again. If its toxicity or an attribute changes, the data that it delays is released.
-
-        If a toxic is not valid here, raises InputError and changes nothing.
+        Raises InputError, and changes nothing, if a toxic is not valid for this proxy.
         """
         current = {toxic.name: toxic for toxic in self.toxics}
         for toxic in toxics:            # a refused toxic must not change an installed rule
@@ -9388,15 +9377,24 @@ class ProxyServer:
                 toxics_after.append(toxic)
                 continue
             toxics_after.append(old)
-            if old is not toxic:        # if the caller gives the current object, its ttl continues
-                old.rule.ttl = toxic.rule.ttl
-                old.rule.renew_ttl(self.loop.clock())
-            if (old.toxicity, old.attributes) != (toxic.toxicity, toxic.attributes):
-                old.update(toxic.toxicity, toxic.attributes)
+            if self.update_toxic(old, toxic):
                 changed_rules.append(old.rule)
-                if old.rule.instance:
-                    old.rule.instance.update_settings(old.rule.options)
         self.replace_rules(self.behavior, self.blocks, toxics_after, changed_rules)
+
+    def update_toxic(self, toxic, new):
+        """Give a toxic the ttl, toxicity and attributes of another toxic with the same rule.
+
+        Returns whether the toxicity or the attributes have changed.
+        """
+        if new is not toxic:            # the ttl begins again
+            toxic.rule.ttl = new.rule.ttl
+            toxic.rule.renew_ttl(self.loop.clock())
+        if (new.toxicity, new.attributes) == (toxic.toxicity, toxic.attributes):
+            return False
+        toxic.update(new.toxicity, new.attributes)
+        if toxic.rule.instance:
+            toxic.rule.instance.update_settings(toxic.rule.options)
+        return True
 
     def replace_rules(self, behavior, blocks, toxics, changed=()):
         """Install the rules of the behavior, blocks and toxics, also on open connections.
@@ -9404,8 +9402,7 @@ class ProxyServer:
         changed    installed rules whose options have changed
 
         A new rule does not affect data that is already in transit. Data that a removed or
-        changed rule was delaying is released at once. Chain.rules_changed documents when new
-        rules begin on open connections. Raises InputError.
+        changed rule was delaying is released at once. Raises InputError.
         """
         before = self.rules.installed
         self.install_rules(behavior, blocks, toxics)
@@ -9418,10 +9415,7 @@ class ProxyServer:
         self.change_connections(new, removed, changed)
 
     def record_rule_change(self):
-        """Record the installed rules, so that a user can set them at the same points again.
-
-        Then the same seed and the same traffic lead to the same faults.
-        """
+        """Record the installed rules, so that a user can repeat a run with the same changes."""
         self.rule_changes.append(RuleChange(
             self.fault_count, time.time(), self.name, self.accepted,
             [rule.to_json() for rule in self.rules.installed]))
@@ -9429,8 +9423,7 @@ class ProxyServer:
     def change_connections(self, new, removed, changed, woken=()):
         """Apply a change of the rules to the open connections: see Connection.rules_changed."""
         for rule in [*removed, *changed]:
-            # All data that the rule delays is released. So a link that the connections share
-            # becomes idle now: remove the later times at which the link would become idle.
+            # No chunk waits any more for the link that connections share: see `bandwidth`.
             rule.shared.pop(UPSTREAM, None)
             rule.shared.pop(DOWNSTREAM, None)
         for connection in list(self.connections.values()):
@@ -9442,21 +9435,20 @@ class ProxyServer:
                 *(toxic.rule for toxic in self.toxics)]
 
     def scheduled_rules(self):
-        """Return the rules that have a schedule, and the Accept if it has a schedule."""
-        return [rule for rule in [*self.all_rules(), self.accept]
-                if rule.has_schedule()]
+        """Return the rules with a schedule. An Accept with a schedule counts as a rule."""
+        return [rule for rule in [*self.all_rules(), self.accept] if rule.has_schedule()]
 
     def begin_schedules(self):
         """Start the schedules of new rules, and set the timer for all schedules."""
         now = self.loop.clock()
         for rule in self.scheduled_rules():
-            if rule.since is None:
+            if rule.since is None:      # the schedule has not begun
                 rule.begin_schedule(now)
                 self.update_moment(rule, now)
         self.set_rule_timer()
 
     def update_moment(self, rule, now):
-        """Set the moment of a rule for now. If a window has begun or ended, record this."""
+        """Set rule.moment for the time `now`. Record the beginning or the end of a window."""
         before = rule.moment
         rule.set_moment(rule.moment_at(now))
         if rule.moment.active != before.active:
@@ -9487,7 +9479,6 @@ class ProxyServer:
             elif rule.moment.share > share_before:
                 woken.append(rule)
         if asleep or woken:
-            # Connections handle a rule that has begun to sleep like a removed rule.
             self.change_connections(new=[], removed=asleep, changed=[], woken=woken)
         if expired:
             self.remove_expired(expired)
@@ -9498,21 +9489,21 @@ class ProxyServer:
             log.warning("%s%s", self.log_prefix, error.strerror)
 
     def remove_expired(self, rules):
-        """Remove rules whose ttl has ended. A block ends if its rule expires.
+        """Remove rules whose ttl has ended. A block ends with the first of its rules.
 
-        rules    the rules whose ttl has ended. self.accept may be one of them
+        rules    may contain self.accept
         """
         for rule in rules:
             self.record_change(rule, "expires")
         if self.accept in rules:
             self.accept = Accept()
-            if len(rules) == 1:         # only the Accept has expired
+            if len(rules) == 1:         # no other rule has expired
                 return
-        self.replace_rules(
-            [rule for rule in self.behavior if rule not in rules],
-            OrderedDict((number, block) for number, block in self.blocks.items()
-                        if set(rules).isdisjoint(block.rules)),
-            [toxic for toxic in self.toxics if toxic.rule not in rules])
+        behavior = [rule for rule in self.behavior if rule not in rules]
+        blocks = OrderedDict((number, block) for number, block in self.blocks.items()
+                             if set(rules).isdisjoint(block.rules))
+        toxics = [toxic for toxic in self.toxics if toxic.rule not in rules]
+        self.replace_rules(behavior, blocks, toxics)
 
     def install_rules(self, behavior, blocks, toxics):
         """Set the behavior, the open blocks and the toxics, and install their rules.
@@ -9521,8 +9512,7 @@ class ProxyServer:
         blocks      {number: Block}, the oldest first
         toxics      a list of toxics, in the order in which they act
 
-        Creates the objects of blocking handlers. If a rule does not fit the protocol, raises
-        InputError and changes nothing.
+        Raises InputError, and changes nothing, if a rule does not fit the protocol.
         """
         for rules in [behavior, *(block.rules for block in blocks.values()),
                       [toxic.rule for toxic in toxics]]:
@@ -9536,7 +9526,7 @@ class ProxyServer:
         self.has_blocking = any(rule.blocking for rule in installed)
 
     def create_instance(self, rule):
-        """Create the object of a blocking handler, if the rule has none. Raises InputError."""
+        """Create rule.instance: the object of a blocking handler. Raises InputError."""
         if rule.blocking and rule.instance is None:
             try:
                 rule.instance = rule.handler(rule.options, self)
@@ -9559,11 +9549,7 @@ class ProxyServer:
             self.check_error_rule(rule)
 
     def check_error_rule(self, rule):
-        """Raise InputError if a rule of `error` or `transient` does not fit the protocol.
-
-        The protocol must have the kind of error, if the rule has a kind. A rule that replies
-        instead of the backend needs both directions.
-        """
+        """Raise InputError if a rule of `error` or `transient` does not fit the protocol."""
         kind = rule.options["kind"]
         if kind and self.protocol is None:
             raise InputError([("kind", "kind needs --protocol: tcp has no error of the kind %r"
@@ -9572,9 +9558,8 @@ class ProxyServer:
             raise InputError([("kind", "kind must be one of %s, the errors of %s, not %r%s" % (
                 ", ".join(self.protocol.errors), self.protocol_name(), kind,
                 did_you_mean(kind, self.protocol.errors)))])
-        # With `inject`, or without a protocol, the rule changes the reply of the backend instead.
-        replies = self.protocol and not rule.options["inject"]
-        if replies and rule.stream != "both":
+        replies_for_backend = self.protocol and not rule.options["inject"]
+        if replies_for_backend and rule.stream != "both":
             raise InputError([("stream", "stream must be both for %s, because this handler "
                                          "replies instead of the backend" % rule.name)])
 
@@ -9597,7 +9582,7 @@ class ProxyServer:
             self.recorder.write(record, active)
         if self.rules.replay:
             self.rules.replay.mark_made(self.name, connection.number, request, rule)
-        if not beginning and request == 1:      # set_record_text() adds the text later
+        if not beginning and request == 1:      # Connection.add_text() will complete the record
             connection.records_without_text = (*connection.records_without_text, record.number)
         shown_text = ", " + record.text if record.text else ""
         is_remote = not is_loopback(connection.peer[0])
@@ -9633,18 +9618,18 @@ class ProxyServer:
                     self.fault_records[index] = record._replace(text=printable(beginning))
 
     def to_unix(self, t):
-        """Convert a time of the loop's clock to seconds since 1970, as FaultRecords have them."""
+        """Convert a time of the loop's clock to seconds since 1970."""
         return round(t + time.time() - self.loop.clock(), 3)
 
     def on_connect_failed(self, connection, reason):
-        """Count and log that the backend cannot be reached."""
+        """Count and log that a connection cannot reach the backend."""
         self.failures += 1
         log.warning("%sconnection %d: cannot connect to backend %s: %s (client %s)",
                     self.log_prefix, connection.number, format_address(self.backend), reason,
                     connection.name)
 
     def on_connection_closed(self, connection, reason):
-        """Remove and log a closed connection. The counts of its bytes are kept."""
+        """Remove and log a closed connection. Keep the counts of its bytes."""
         del self.connections[connection.number]
         if connection.number in self.open_refused:
             self.open_refused.remove(connection.number)
@@ -9661,7 +9646,7 @@ class ProxyServer:
     def list_connections(self, numbers=None):
         """Return a list with a dict for each open connection.
 
-        numbers    only the connections with these numbers, or None
+        numbers    the numbers of the wanted connections; None for all
         """
         now = self.loop.clock()
         if numbers is None:
@@ -9702,7 +9687,7 @@ class ProxyServer:
 def wait_for_records(next_records, since, matches, count, timeout):
     """Wait until `count` FaultRecords match, but at most `timeout` seconds.
 
-    next_records    ProxyServer.next_records, or a function that does the same
+    next_records    a function like ProxyServer.next_records
     since           the number of a record: only later records count
     matches         function that returns whether a record counts
 
@@ -9716,12 +9701,7 @@ def wait_for_records(next_records, since, matches, count, timeout):
             return found
         if records:
             last_number = records[-1].number
-        time.sleep(WAIT_PAUSE)          # otherwise this thread would wake up for each record
-
-
-def block_key(index):
-    """Return a draw key for blocks: "behavior", "block 1", "block 2" for 0, 1, 2."""
-    return "block %d" % index if index else "behavior"
+        time.sleep(WAIT_PAUSE)          # several records may come in this time
 
 
 def describe_shares(rules):
@@ -9737,14 +9717,12 @@ def describe_shares(rules):
 class ProxyTable(OrderedDict):
     """The proxies of one process, in one loop: {name: ProxyServer}.
 
-    recorder  a Recorder of the faults, or None
-    replay    a Replay that replaces the draws, or None
-    shared    the settings of proxies that are created later: seed, timeout, reuse_port. If the
-              seed is None, a seed is drawn
+    recorder    a Recorder of the faults, or None
+    replay      a Replay that replaces the draws, or None
+    shared      settings of proxies that are created later: seed (None: draw a seed), timeout,
+                reuse_port
 
-    Each step of a change runs in the loop's thread, which never waits for a peer. Another
-    thread may make a change of several steps. This thread holds the proxy's `lock` from the
-    first step until the last step.
+    A thread that changes a proxy in several steps holds the proxy's `lock` during all steps.
     """
 
     def __init__(self, proxies=(), recorder=None, replay=None, **shared):
@@ -9757,10 +9735,7 @@ class ProxyTable(OrderedDict):
         self.loop = None
 
     def bind(self):
-        """Bind the ports of the enabled proxies, and open the recording.
-
-        Raises OSError, whose message has the address or the file.
-        """
+        """Bind the ports of the enabled proxies, and open the recording. Raises OSError."""
         if self.recorder:
             self.recorder.open()
         for proxy in self.values():
@@ -9779,10 +9754,10 @@ class ProxyTable(OrderedDict):
         if self.replay:
             log.info("replay: %d faults of %s", len(self.replay.faults), self.replay.path)
         for proxy in self.values():
-            self.begin(proxy)
+            self.open_proxy(proxy)
 
-    def begin(self, proxy):
-        """Open a proxy, in the loop's thread."""
+    def open_proxy(self, proxy):
+        """Open a proxy, with the recorder and the replay of the table."""
         proxy.recorder = self.recorder
         proxy.rules.set_replay(self.replay)
         proxy.open(self.loop)
@@ -9794,7 +9769,7 @@ class ProxyTable(OrderedDict):
         if self.recorder:
             self.recorder.close()
 
-    # Not in the loop's thread. The caller holds the proxy's `lock`, except for `add`
+    # Not in the loop's thread. Except for `add`, the caller holds the proxy's `lock`
 
     def add(self, proxy):
         """Add a proxy, and open it if it is enabled. Returns False if the name is taken.
@@ -9810,17 +9785,17 @@ class ProxyTable(OrderedDict):
         try:
             if proxy.enabled:
                 proxy.bind()
-            added = self.loop.run_sync(self.open_proxy, proxy)
+            added = self.loop.run_sync(self.add_and_open, proxy)
         finally:                # another thread may have taken the name, or the loop has ended
             if not added and proxy.listener:
                 proxy.listener.close()
         return added
 
-    def open_proxy(self, proxy):
-        """Add and open a proxy, in the loop's thread. Returns False if the name is taken."""
+    def add_and_open(self, proxy):
+        """In the loop's thread: add and open a proxy. Returns False if the name is taken."""
         if proxy.name in self:
             return False
-        self.begin(proxy)
+        self.open_proxy(proxy)
         self[proxy.name] = proxy
         return True
 
@@ -9833,8 +9808,7 @@ class ProxyTable(OrderedDict):
         """Change these settings of a proxy.
 
         An argument that is None changes nothing. Connections are closed only if an address
-        changes or the proxy is disabled. If the proxy cannot listen on the new address, nothing
-        changes. Raises OSError or InputError.
+        changes or the proxy is disabled. Raises OSError or InputError.
         """
         local = local or proxy.local
         proxy.check_port(local)
@@ -9861,19 +9835,18 @@ class ProxyTable(OrderedDict):
     def rebind(self, proxy, local, accept):
         """Return a new listener at local, with the mode of `accept`. Raises CannotListen.
 
-        An old listener on the same port could prevent the new listener. Therefore the old
-        listener is closed first. If the new listener fails, the old listener is bound again. If
-        another process has taken the port meanwhile, the proxy is disabled.
+        The proxy's listener is closed before, if both have the same port. If the new listener
+        fails, the proxy gets this listener back.
         """
         (_, old_port), (_, new_port) = proxy.local, local
-        old = proxy.listener if old_port == new_port else None
-        if old:
-            proxy.loop.run_sync(old.close)
+        conflicting = proxy.listener if old_port == new_port else None
+        if conflicting:
+            proxy.loop.run_sync(conflicting.close)
         try:
             return Listener(local, proxy.on_accept, accept.current_mode(), proxy.reuse_port)
         except CannotListen:
-            if old:
-                self.bind_again(proxy, old)
+            if conflicting:
+                self.bind_again(proxy, conflicting)
             raise
 
     def bind_again(self, proxy, listener):
