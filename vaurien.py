@@ -7850,7 +7850,7 @@ class Connection:
         self.client = self.up.source = self.down.target = client    # None after `close`
         self.backend = None             # the backend's socket; None before connect()
         self.phase = WAITING
-        self.addresses = None           # the backend's addresses that have not been tried yet
+        self.addresses = []             # the backend's addresses that have not been tried yet
         self.connect_deadline = None    # the time when the proxy gives up all connects
         self.reset_reason = ""          # once a peer has gone: why both sockets will be reset
         self.faults = ()                # names of the handlers that have acted
@@ -8049,8 +8049,8 @@ class Connection:
     def charge_kept(self):
         """Charge the budget for the memory that the chain keeps for exchanges.
 
-        After the backend's EOF, no reply frees memory of the chain. The budget is not charged for
-        such memory, because a full budget would stop the reads from the client for ever.
+        After the backend's EOF, no reply frees memory of the chain, so the budget is not charged.
+        Otherwise a full budget would stop all further reads from the client.
         """
         kept = self.chain.kept
         counts = kept > KEPT_MIN and not self.down.eof
