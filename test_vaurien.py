@@ -6247,7 +6247,7 @@ class DownloadMixin:
 class TestFastPath(DownloadMixin, unittest.TestCase):
     """Bytes that no fault changes are sent in the callback that received them."""
 
-    @mock.patch.object(vaurien.Latencies, "skips", lambda self: sys.maxsize)
+    @mock.patch.object(vaurien.Latencies, "draw_skip_count", lambda self: sys.maxsize)
     def test_fast_path_reads_no_clock_and_leaves_the_selector_alone(self):
         """Only the latency of a sample needs a clock."""
         calls = Counter()
