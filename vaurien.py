@@ -6058,7 +6058,7 @@ WILDCARD = ("0.0.0.0", "::")        # a listener on these has all addresses of t
 # address.
 LOOPBACK_OF = dict(zip(WILDCARD, LOOPBACK))
 
-# The base class of socket.socket, whose objects are created and closed in half the time.
+# The base class of socket.socket. To create and close a RawSocket takes half the time.
 RawSocket = socket.SocketType
 SOCK_NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)     # macOS and Windows lack this flag
 HAVE_SPLICE = hasattr(os, "splice")     # Linux, with Python 3.10 or newer
@@ -6167,8 +6167,8 @@ def encode_host(host):
 def is_valid_host(host):
     """Return whether a host is empty, an IPv6 address, or a name that a resolver accepts.
 
-    A name consists of labels of 1 to 63 bytes with dots between the labels, and may end with a
-    dot. Without a final dot, a name has at most 253 bytes.
+    A name has at most 253 bytes, and consists of labels of 1 to 63 bytes with dots between the
+    labels. One more dot may follow the name.
     """
     if ":" in host:
         return bool(re.fullmatch(r"[0-9A-Fa-f:.]+(%[\w.-]+)?", host))
@@ -6239,7 +6239,7 @@ def check_backend(backend, local_addresses):
 
 
 def reached_addresses(address):
-    """Return the set of (host, port) that a connect to (host, port) reaches.
+    """Return the addresses that a connect to (host, port) reaches: a set of (host, port).
 
     The set is empty if the host needs a resolver.
     """
@@ -6313,7 +6313,7 @@ class CannotListen(OSError):
     setting = ""
 
     def __init__(self, error, address, mode="normal"):
-        """`error` is the OSError of the system. `mode` is the mode that the Listener needs."""
+        """`error` is the OSError of a system call for `mode`, which is a mode of Listener."""
         self.address = format_address(address)
         self.reason = error.strerror or str(error)
         if mode != "normal":
@@ -6343,13 +6343,13 @@ class Listener:
       drop      they listen, but the fillers, which are connections    gets no reply until the
                 of the listener to itself, keep the backlog full       mode is normal again
 
-    In the mode drop, the loop does not watch the sockets. The waiting fillers make the sockets
-    readable at all times.
+    In the mode drop, the loop does not watch the sockets, because the fillers in the backlogs
+    make all sockets readable.
 
     With reuse_port, the kernel spreads new connects over the listening sockets of several
     processes. A process with the mode refuse gets no share. A process with the mode drop
-    discards its share with a packet filter, because the kernel could connect a filler to another
-    process.
+    discards its share with a packet filter. A process with reuse_port has no fillers, because
+    the kernel could connect a filler to another process.
     """
 
     last_warning = -RETRY_DELAY     # when any listener last warned that it cannot accept
@@ -6395,10 +6395,11 @@ class Listener:
             raise
 
     def lock_number(self):
-        """Reserve the number `reuse_port` at each address. Raises CannotListen if it is taken.
+        """Reserve the number `reuse_port` at each address of this listener.
 
-        The lock is an abstract socket (man 7 unix). Only one abstract socket in a network
-        namespace can have a name, and the kernel frees the name when the process ends.
+        Raises CannotListen if another listener has the number. Each lock is an abstract socket
+        (man 7 unix), whose name has the address and the number. In a network namespace, no two
+        sockets can have this name. The kernel frees the name when the process ends.
         """
         for sock in self.sockets:
             address = sock.getsockname()
@@ -6424,17 +6425,14 @@ class Listener:
             self.loop.watch(sock, EVENT_READ, functools.partial(self.accept, sock))
 
     def set_mode(self, mode):
-        """Change the mode. If a socket does not permit the mode, raises CannotListen.
-
-        After CannotListen, the mode is normal.
-        """
+        """Change the mode. After a failure, sets the mode normal and raises CannotListen."""
         if mode == self.mode:
             return
         for address, filler in list(self.fillers.items()):
             if not is_connected(filler):        # `accept_one` closes the connected fillers
                 del self.fillers[address]
                 filler.close()
-        for sock in self.sockets:               # the new mode replaces the mode normal
+        for sock in self.sockets:               # first, return to the mode normal
             self.listen_again(sock)
         self.mode = mode
         if mode != "normal":
@@ -6487,8 +6485,8 @@ class Listener:
 
         While the backlog is full, the kernel drops each SYN (man 2 listen).
         """
-        # The first filler connects before listen(0), because Linux replies with a SYN cookie to
-        # the first SYN after listen(0).
+        # The first filler connects before listen(0), because Linux replies to a SYN with a SYN
+        # cookie while a backlog of 0 is empty.
         self.add_filler(sock)
         sock.listen(0 if LINUX else 1)      # room for one. On macOS, 0 means the largest backlog
         for _ in range(FILLERS_MAX):
@@ -6499,8 +6497,8 @@ class Listener:
     def add_filler(self, sock):
         """Connect to a listening socket. Returns the filler. Raises OSError.
 
-        After FILL_TIMEOUT without a reply, the connect continues, because a slow kernel may still
-        put the connection into the backlog.
+        After FILL_TIMEOUT without a reply, leaves the connect pending, because a slow kernel may
+        still put the connection into the backlog.
         """
         filler = RawSocket(sock.family, socket.SOCK_STREAM)
         try:
@@ -6559,8 +6557,8 @@ class Listener:
             client.close()
             return True
         try:
-            # macOS returns no peer if the client has closed the connection. In this case,
-            # getpeername() raises OSError.
+            # If the client has closed the connection, macOS returns no peer, and getpeername()
+            # raises OSError.
             self.on_accept(client, peer or client.getpeername())
         except OSError:
             client.close()
@@ -6586,7 +6584,7 @@ class Listener:
         self.loop.call_at(now + RETRY_DELAY, functools.partial(self.resume, sock))
 
     def resume(self, sock):
-        """End a pause, unless the socket is closed."""
+        """Accept again after a pause, unless the socket is closed."""
         try:
             if sock in self.sockets:
                 self.watch(sock)
@@ -6697,7 +6695,7 @@ def try_listen(local, reuse_port=None):
         address = (ip, port, *ipv6_fields)
         try:
             sockets.append(bind_listener(family, address, reuse_port))
-            _, port, *_ = sockets[0].getsockname()  # not 0: use one port for all addresses
+            _, port, *_ = sockets[0].getsockname()  # for port 0, the kernel has picked a port
         except OSError as exc:
             error = CannotListen(exc, address)
             if not address_unavailable(exc):
@@ -6780,7 +6778,7 @@ class KernelPipe:
     """A pipe in the kernel, through which splice moves bytes between sockets without a copy.
 
     A delay queue uses a pipe like a bytes object: len(pipe) is the number of bytes in the pipe.
-    After n bytes have been sent, pipe[n:] subtracts n from this number and returns the pipe.
+    After n bytes have been sent, pipe[n:] subtracts n from len(pipe) and returns the pipe.
     """
 
     __slots__ = ("read_fd", "write_fd", "held")
@@ -6867,8 +6865,8 @@ def self_connect_error(sock, peer):
 
     peer    the address that the socket has connected to
 
-    If no backend listens on a port of this machine, the kernel may give the port to the
-    connecting socket. Its SYN reaches itself, as a simultaneous open (RFC 9293, 3.5).
+    If no backend listens on a port of this machine, the kernel may give the port to the socket
+    that connects. TCP then connects the socket to itself (simultaneous open, RFC 9293, 3.5).
     """
     if sock.getsockname() != peer:
         return 0
@@ -6916,7 +6914,7 @@ COMMON_NAME = "2.5.4.3"
 def multiply_generator(factor):
     """Return the point (x, y) that is `factor` times the generator of P-256, 0 < factor < order.
 
-    The method is "double and add". Jacobian coordinates (x, y, z) mean (x / z^2, y / z^3).
+    The method is "double and add". Jacobian coordinates x, y, z describe (x / z^2, y / z^3).
     """
     point = (*P256_GENERATOR, 1)
     for bit in bin(factor)[3:]:         # the bits after "0b1"
@@ -6992,8 +6990,8 @@ def der_int(number):
 def der_oid(text):
     """Return an object identifier like 1.2.840 in DER (X.690, 8.19).
 
-    The first two numbers share a byte. Each byte has 7 bits of another number. The first bit of
-    the byte is 0 in the last byte of a number, and 1 in the other bytes.
+    The first two numbers share a byte. The other numbers have base 128, for example 86 48 for
+    840 = 6 * 128 + 72. The first bit of each byte is 1, except in the last byte of a number.
     """
     first, second, *others = map(int, text.split("."))
     encoded = bytes([40 * first + second])
@@ -7007,7 +7005,7 @@ def der_oid(text):
 
 
 def der_bits(data):
-    """Return the bits of some bytes in DER."""
+    """Return bytes as a bit string in DER."""
     return der(BIT_STRING, b"\0", data)     # 0 unused bits in the last byte
 
 
@@ -7128,7 +7126,7 @@ class Authority:
         days         when the validity begins and ends, in days from now
         signed_by    "CA", "another CA", or "itself"
 
-        A certificate for a loopback address is valid for localhost and all loopback addresses.
+        A certificate for an address in LOOPBACK is valid for localhost and all of LOOPBACK.
         """
         with self.lock:
             _, key, public = self.identity("host")      # all hosts share one key
@@ -7270,7 +7268,7 @@ class TlsConfig:
         else:
             self.load_new_certificate(context, host)
             context.set_servername_callback(self.on_server_name)
-        # TlsSocket cannot handle a second handshake. Python 3.6 lacks the option.
+        # Forbid a second handshake, which TlsSocket cannot handle. Python 3.6 lacks this option.
         context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
         if hasattr(context, "num_tickets"):     # since Python 3.8
             # Send no session tickets after the handshake. A client that only sends would not
@@ -7286,7 +7284,7 @@ class TlsConfig:
         return context
 
     def load_new_certificate(self, context, host):
-        """Let a context use a new certificate for a host. The field `fault` adds a fault."""
+        """Let a context use a new certificate for a host, with the fault of --tls-fault if any."""
         arguments = {"host": host}
         if "fault" in self.fields:
             arguments.update(CERTIFICATE_FAULTS[self.fields["fault"]])
@@ -7299,7 +7297,7 @@ class TlsConfig:
             os.unlink(path)
 
     def on_server_name(self, ssl_object, name, context):
-        """Use the certificate for the name that the client asks for, if it asks for a name."""
+        """Use the certificate for the name that the client asks for, if any."""
         if name and is_valid_host(name):
             ssl_object.context = self.accept_context(name.lower())
 
@@ -7379,7 +7377,8 @@ def limit_version(context, max_version):
     with warnings.catch_warnings():
         # Python 3.6 has only the options OP_NO_TLSv1 ..., which are deprecated since Python 3.7.
         warnings.simplefilter("ignore", DeprecationWarning)
-        for version in TLS_VERSIONS[TLS_VERSIONS.index(max_version) + 1:]:
+        newer_versions = TLS_VERSIONS[TLS_VERSIONS.index(max_version) + 1:]
+        for version in newer_versions:
             suffix = version.replace(".0", "").replace(".", "_")    # "1_2" for "1.2"
             context.options |= getattr(ssl, "OP_NO_TLSv" + suffix)
         if max_version in ("1.0", "1.1"):
@@ -7415,8 +7414,8 @@ class TlsSocket:
     on_change() tells the owner to call `interest` again. A timer calls on_change() when the
     handshake has ended, when ciphertext begins to wait, and when `readable` becomes true.
 
-    At most SEND_BATCH bytes of ciphertext wait. `recv_into` returns all decrypted bytes, which
-    may be one record (16 KiB) more than `size`.
+    At most SEND_BATCH bytes of ciphertext wait for the socket. `recv_into` returns all decrypted
+    bytes, which may be one record (16 KiB) more than `size`.
     """
 
     ALERT, HANDSHAKE = 21, 22       # types of records
@@ -7427,7 +7426,7 @@ class TlsSocket:
                  server_hostname=None, received=b""):
         """Begin the handshake, which may take `timeout` seconds.
 
-        on_change          function without arguments that calls `interest` again
+        on_change          function without arguments, in which the owner calls `interest` again
         server_side        whether the peer is a client
         server_hostname    the name that the peer must have if it is a server, or None
         received           the first bytes of the peer, if they have been received already
@@ -7480,7 +7479,11 @@ class TlsSocket:
     # The handshake
 
     def shake_hands(self):
-        """Handle an event of the socket during the handshake."""
+        """Receive bytes for the handshake.
+
+        After a failed handshake, drops the bytes: a close with unread bytes would send RST, which
+        could destroy the alert to the peer.
+        """
         try:
             data, end_reason = self.sock.recv(self.RECV_MAX), "closed by the peer"
         except BlockingIOError:         # the event was EVENT_WRITE only
@@ -7491,8 +7494,6 @@ class TlsSocket:
         if not data:
             self.ended = True
             self.fail(end_reason)
-        # After an error, the bytes only have to be read: a close with unread bytes would send
-        # RST, which could destroy the alert.
         elif not self.error:
             self.continue_handshake(data)
 
@@ -7535,10 +7536,11 @@ class TlsSocket:
 
         Returns the number of decrypted bytes, or 0 at the end of the stream. Raises OSError.
         """
-        has_ciphertext, self.readable = self.readable, False    # True only after the handshake
+        needs_recv = not self.readable      # after the handshake, `incoming` may have ciphertext
+        self.readable = False
         count = 0
         if not self.error and not self.ended:
-            if not has_ciphertext:
+            if needs_recv:
                 ciphertext = self.sock.recv(min(size, self.RECV_MAX))
                 self.incoming.write(ciphertext)
                 self.lacks_close_notify = not ciphertext    # until decrypt() finds close_notify
@@ -7559,28 +7561,24 @@ class TlsSocket:
         Sets `ended` at the end of the stream, and `error` after an alert or an invalid record.
         """
         count = 0
+        has_close_notify = False
         try:
-            while True:
+            while not has_close_notify:
                 size = self.engine.read(len(view) - count, view[count:])
-                if size == 0:               # close_notify
-                    break
                 count += size
+                has_close_notify = size == 0
+        except ssl.SSLZeroReturnError:      # if this side has sent close_notify before
+            has_close_notify = True
         except ssl.SSLWantReadError:        # no complete record is left
             self.ended = self.lacks_close_notify        # after FIN, no record can follow
-            return count
-        except ssl.SSLZeroReturnError:      # close_notify, after this side has sent close_notify
-            pass
         except OSError as error:            # an alert, or an invalid record
             self.error = tls_error_text(error)
-            return count
-        self.ended, self.lacks_close_notify = True, False       # after close_notify
+        if has_close_notify:
+            self.ended, self.lacks_close_notify = True, False
         return count
 
     def send(self, data):
-        """Encrypt and send bytes, in batches. Returns the number of bytes encrypted.
-
-        Raises OSError.
-        """
+        """Encrypt and send bytes. Returns the number of encrypted bytes. Raises OSError."""
         if self.error:
             raise OSError(errno.EPIPE, self.error)
         if not self.is_open or not self.send_ciphertext():
@@ -7607,10 +7605,7 @@ class TlsSocket:
             self.sock.shutdown(socket.SHUT_WR)
 
     def send_ciphertext(self):
-        """Send the ciphertext that waits. Returns whether no ciphertext waits any more.
-
-        Raises OSError.
-        """
+        """Send the ciphertext that waits. Returns False if some still waits. Raises OSError."""
         self.unsent = self.unsent or self.outgoing.read()
         while self.unsent:
             try:
@@ -7630,7 +7625,7 @@ class TlsSocket:
     def encrypt_close_notify(self):
         """Encrypt close_notify, once, and not before all received bytes are read."""
         can_notify = self.is_open and not self.skip_close_notify and not self.error
-        # With unread bytes, unwrap() would fail. recv_into() calls push() after reading the bytes.
+        # unwrap() fails while received bytes are unread. After a read, recv_into() calls push().
         has_unread_bytes = self.readable and not self.ended
         if self.notified or not can_notify or has_unread_bytes:
             return
