@@ -10707,9 +10707,9 @@ NO_HEADERS = types.MappingProxyType({})
 PAGE_HEADER = "X-Fetch-Site"    # the web page sends this header with the value "same-origin"
 
 # DNS rebinding is an attack on this server: the host name of the attacker's page resolves to the
-# address of this server. Therefore the browser lets the page send requests to this server. The
-# Host header of the requests has the attacker's host name. Attackers from the Internet cannot
-# register names in these domains:
+# address of this server. Therefore a browser lets the page send requests to this server. The Host
+# header of the requests has the attacker's host name. Attackers from the Internet cannot register
+# names in the following domains.
 UNREBINDABLE = (".localhost",       # this machine (RFC 6761)
                 ".local",           # names of multicast DNS (RFC 6762)
                 ".internal",        # private networks (ICANN)
@@ -10872,10 +10872,9 @@ def find_routes(path, default_dialect):
 
 
 def match_segments(pattern, segments):
-    """Compare a path with the path of a route, both as lists of segments.
+    """Return {segment in capitals: name}, or None if a path does not match the path of a route.
 
-    Returns {segment in capitals: name}, or None if the path does not match. For example,
-    ["", "proxies", "PROXY"] and ["", "proxies", "redis"] give {"PROXY": "redis"}.
+    For example, ["", "proxies", "PROXY"] and ["", "proxies", "redis"] give {"PROXY": "redis"}.
     """
     if len(pattern) != len(segments):
         return None
@@ -11039,12 +11038,10 @@ def list_declarations(request):
 
 
 def declaration(default, help_text, check):
-    """Return the declaration of an option or a rule field as a JSON value.
-
-    default    a value of the type that the declaration has; None stands for the type str
-    """
-    return {"type": "str" if default is None else type(default).__name__, "default": default,
-            "help": help_text, "choices": list(getattr(check, "choices", ()))}
+    """Return the declaration of an option or a rule field as a JSON value."""
+    type_ = str if default is None else type(default)
+    return {"type": type_.__name__, "default": default, "help": help_text,
+            "choices": list(getattr(check, "choices", ()))}
 
 
 @route("GET", "/behavior")
@@ -11077,8 +11074,8 @@ def get_rules(request):
 def rules_to_json(proxy, rules):
     """Return the rules of a behavior or block in the form that `PUT /rules` accepts.
 
-    A rule acts on draws from draw_min to draw_max. `PUT /rules` puts these ranges one after the
-    other, so a dummy rule must fill a gap between two ranges.
+    A rule acts on draws from draw_min to draw_max. `PUT /rules` leaves no gap between the ranges
+    of two rules, so a dummy rule must fill each gap.
     """
     rule_dicts, previous_max = [], 0.0
     for rule in rules:
@@ -11238,10 +11235,10 @@ def get_backend(request):
 @route("PUT", "/backend", '{"backend": "localhost:80"}')
 def set_backend(request):
     """Set the backend of new connections. Open connections keep their backend."""
-    json_object = dict({"backend": ""}, **parse_json_object(request.body))      # "" is refused
-    values = check_values(json_object, {"backend": lambda value: parse_backend(str(value))})
-    proxy = request.proxy
-    # The proxy's own address passes parse_backend, but set_backend raises ValueError.
+    proxy, body = request.proxy, parse_json_object(request.body)
+    body.setdefault("backend", "")      # parse_backend refuses ""
+    values = check_values(body, {"backend": lambda value: parse_backend(str(value))})
+    # set_backend, like a check, may raise ValueError.
     check_field("backend", proxy.loop.run_sync, proxy.set_backend, values["backend"])
 
 
@@ -11283,8 +11280,9 @@ def list_events(request):
     def matches(record):
         if name is None:
             return True
-        is_about_window = record.change is not None     # all records of "accept" are
-        return record.handler == name and (name == Accept.name or not is_about_window)
+        is_fault = record.change is None
+        # "accept" has records of windows only, and no faults.
+        return record.handler == name and (is_fault or name == Accept.name)
 
     # wait_limit limits the client threads that wait, because other clients need threads too.
     if seconds and not request.control.wait_limit.acquire(blocking=False):
@@ -11364,8 +11362,9 @@ class Control:
         self.request_handler_class = type(
             "HttpRequestHandler", (RequestHandler, http_server.BaseHTTPRequestHandler), {})
         fd_limit = raise_fd_limit() or 4 * CLIENTS_MAX      # 0 means that the limit is unknown
-        self.max_clients = max(4, min(CLIENTS_MAX, fd_limit // 4))
-        proxies_loop.fd_limit = fd_limit - min(CONTROL_FDS, fd_limit // 4)
+        quarter = fd_limit // 4         # the proxies need most of the file descriptors
+        self.max_clients = max(4, min(CLIENTS_MAX, quarter))
+        proxies_loop.fd_limit = fd_limit - min(CONTROL_FDS, quarter)
         self.loop = Loop()
         self.listener.open(self.loop)
         self.thread = threading.Thread(target=self.loop.run, name="control", daemon=True)
@@ -11402,9 +11401,10 @@ class Control:
         """
         try:
             if not self.token:
+                self.check_host(headers)
                 self.check_origin(headers, is_page)
-            elif not is_page:       # check_origin is not needed: other sites do not know the token
-                self.check_token(headers)
+            elif not is_page:
+                self.check_token(headers)       # a page of another site does not know the token
         except ApiError as error:
             now = time.monotonic()
             if now - self.last_refusal_log >= 1:        # log at most once a second
@@ -11415,7 +11415,7 @@ class Control:
     def check_token(self, headers):
         """Raise ApiError unless the client has sent the token."""
         scheme, _, token = headers.get("Authorization", "").partition(" ")
-        # The time of == would tell a client how many bytes of a wrong token are right.
+        # compare_digest and not ==, whose time shows how many bytes of a wrong token are right.
         is_right = hmac.compare_digest(token.strip().encode("utf-8", "replace"),
                                        self.token.encode("utf-8"))
         if scheme.lower() != "bearer" or not is_right:
@@ -11423,21 +11423,23 @@ class Control:
                            "where TOKEN is the value of --http-token",
                            {"WWW-Authenticate": "Bearer"})
 
+    def check_host(self, headers):
+        """Raise ApiError if a request may be a part of DNS rebinding: see UNREBINDABLE."""
+        host = headers.get("Host", "localhost")     # browsers always send Host
+        if not self.is_own_host(host):
+            names = "".join(" (%s)" % name for name in sorted(self.names))
+            raise ApiError(403, "header", "Host", "Host must be an address, a name without a dot, "
+                           "a name under %s, or an --http-name%s, not %r"
+                           % (", ".join(UNREBINDABLE), names, host[:200]))
+
     def check_origin(self, headers, is_page):
         """Raise ApiError if a browser has sent the request for a page of another site.
 
-        The headers Origin (RFC 6454) and Sec-Fetch-Site (Fetch Metadata) show the site of the
-        page. DNS rebinding changes neither header: only the Host header shows the attack.
+        The headers Origin (RFC 6454) and Sec-Fetch-Site (Fetch Metadata) show the page's site.
         """
-        host = headers.get("Host", "localhost")     # browsers always send it
-        if not self.is_own_host(host):
-            raise ApiError(403, "header", "Host", "Host must be an address, a name without a dot, "
-                           "a name under %s, or an --http-name%s, not %r" % (
-                               ", ".join(UNREBINDABLE),
-                               "".join(" (%s)" % name for name in sorted(self.names)), host[:200]))
-        own_origins = "http://" + host.lower(), "https://" + host.lower()
+        host = headers.get("Host", "localhost").lower()
         origin = headers.get("Origin")
-        if origin is not None and origin.lower() not in own_origins:
+        if origin is not None and origin.lower() not in ("http://" + host, "https://" + host):
             raise ApiError(403, "header", "Origin",
                            "cross-origin request from %r refused" % origin[:200])
         is_cross_site = headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")
@@ -11445,11 +11447,7 @@ class Control:
             raise ApiError(403, "header", "Sec-Fetch-Site", "cross-site request refused")
 
     def is_own_host(self, host):
-        """Return whether a host is one of `names`, or a host that no attacker can register.
-
-        host    the Host header of a request. DNS rebinding needs a registered host: see
-                UNREBINDABLE
-        """
+        """Return whether a Host header is one of `names`, or a host that nobody can register."""
         name = normalize_host(re.sub(r":\d*$", "", host.strip()))       # without the port
         is_without_dot = re.fullmatch(r"[a-z0-9_-]{1,63}", name)
         is_unrebindable = name.endswith(UNREBINDABLE) and is_valid_host(name)
@@ -11463,7 +11461,7 @@ class Control:
     # Clients
 
     def on_accept(self, raw_socket, peer):
-        """Start a client thread. If there are too many clients, first disconnect one of them."""
+        """Start a client thread. If there are too many clients, first disconnect a client."""
         while len(self.clients) >= self.max_clients:
             self.disconnect_least_used()
         # The client thread needs methods of socket.socket that raw_socket lacks, like makefile.
@@ -11476,13 +11474,13 @@ class Control:
     def disconnect_least_used(self):
         """Disconnect the client that has been idle longest.
 
-        If all clients are within a request, disconnect the one whose request began first.
+        If each client has an open request, disconnect the client with the oldest request.
         """
         sessions = list(self.clients.values())      # the least recently used client first
-        idle = [session for session in sessions if not session.timer]   # not within a request
-        session = (idle or sessions)[0]
-        del self.clients[session.client]
-        session.disconnect()
+        idle = [session for session in sessions if not session.timer]   # without an open request
+        least_used, *_ = idle or sessions
+        del self.clients[least_used.client]
+        least_used.disconnect()
 
     def serve(self, session, peer):
         """Respond to the requests of a client, then close its connection.
@@ -11541,11 +11539,11 @@ class Session:
         loop = self.control.loop
         loop.cancel(self.timer)
         self.timer = None if t is None else loop.call_at(t, self.disconnect)
-        if self.client in self.control.clients:
+        if self.client in self.control.clients:     # else the server is disconnecting the client
             self.control.clients.move_to_end(self.client)
 
     def disconnect(self):
-        """Shut the connection down. This also ends a client thread that waits for the client.
+        """Shut the connection down, which also ends a waiting client thread.
 
         Called in the loop's thread.
         """
@@ -11564,7 +11562,7 @@ class LimitedReader:
         return getattr(self.file, name)
 
     def readline(self, size):
-        line = self.file.readline(min(size, self.bytes_left + 1))   # + 1 finds a line too long
+        line = self.file.readline(min(size, self.bytes_left + 1))   # + 1 shows a line too long
         self.bytes_left -= len(line)
         if self.bytes_left < 0:
             raise http_client.LineTooLong("head")       # http.server then sends status 431
@@ -11747,7 +11745,7 @@ def http_error(status, description):
 # Therefore two requests never change a proxy at the same time.
 #
 # Listings: typed clients (Java, .NET, Rust ...) fail if a listing has a toxic that Toxiproxy
-# lacks (see exists_in_toxiproxy). The table shows where a response has these toxics.
+# lacks (see exists_in_toxiproxy). Responses have the toxics that Toxiproxy lacks
 #
 #   GET /proxies, GET /proxies/PROXY,               under the key `rules` of the proxy; the key is
 #   POST and PATCH of a proxy, POST /populate       absent if there are none
@@ -11785,8 +11783,8 @@ PROXY_FIELDS = OrderedDict((("name", str), ("listen", str), ("upstream", str),
                             ("enabled", bool), ("toxics", list), ("rules", list),
                             ("protocol", str), ("accept", None), ("max_connections", int),
                             ("tls", dict)))
-# {name: check} of some arguments of ProxyServer. PROXY_FIELDS lacks the arguments that a client of
-# Toxiproxy's API cannot set, but a user of the class Proxy can.
+# {name: check} of arguments of ProxyServer. A user of the class Proxy can set all these arguments.
+# A client of Toxiproxy's API can set the arguments in PROXY_FIELDS.
 PROXY_CHECKS = OrderedDict((
     ("timeout", check_timeout), ("protocol", check_protocol),
     ("overwrite_host_header", check_yes_no), ("enabled", check_yes_no), ("accept", check_accept),
@@ -11856,28 +11854,28 @@ def toxiproxy_route(methods, path, example="", status=200):
     """Return a decorator that registers a function for these methods of a path.
 
     The function takes the ApiRequest, and the ProxyServer and the Toxic that the path names. The
-    function returns a JSON value, None for status 204, or an ApiResponse. While a function for
-    another method than GET runs, the client thread holds the lock of the proxy.
+    function returns a JSON value, None for status 204, or an ApiResponse.
     """
     def register(function):
-        @functools.wraps(function)
-        def call(request):
-            is_browser = request.headers.get("User-Agent", "").startswith("Mozilla/")
-            if is_browser and not is_from_own_page(request.headers):
-                # Toxiproxy's server refuses all browsers, with this response.
-                return text_response(403, "User agent not allowed\n")
-            proxy_to_change = None
-            if "PROXY" in request.names and methods != "GET":
-                proxy_to_change = request.proxy         # None if the proxy does not exist
-            with proxy_to_change.lock if proxy_to_change else contextlib.ExitStack():
-                return function(request, *find_path_objects(request))
-
+        call = functools.partial(call_route_function, function, needs_lock=methods != "GET")
+        functools.update_wrapper(call, function)        # for the docstring
         # query is None because Toxiproxy ignores unknown keys. needs_proxy is False because
         # find_path_objects raises Toxiproxy's error if the proxy does not exist.
         route(methods, path, example, query=None, needs_proxy=False, dialect=TOXIPROXY,
               status=status)(call)
         return function
     return register
+
+
+def call_route_function(function, request, needs_lock):
+    """Return the result of a route's function, which may need the lock of the path's proxy."""
+    is_browser = request.headers.get("User-Agent", "").startswith("Mozilla/")
+    if is_browser and not is_from_own_page(request.headers):
+        # Toxiproxy's server refuses all browsers, with this response.
+        return text_response(403, "User agent not allowed\n")
+    proxy = request.proxy if "PROXY" in request.names else None
+    with proxy.lock if proxy and needs_lock else contextlib.ExitStack():
+        return function(request, *find_path_objects(request))
 
 
 def is_from_own_page(headers):
@@ -11933,7 +11931,7 @@ def error_suffix(suffix):
 def read_json(text, ignore_rest=True):
     """Return the first JSON value in a text. Raises InputError.
 
-    ignore_rest    True: text after the value is ignored, as in Go. False: such text is an error
+    ignore_rest    whether to ignore text after the value, as Go does, or to raise InputError
     """
     def refuse_constant(name):
         raise ValueError("invalid number %s" % name)        # NaN or Infinity
@@ -11957,9 +11955,9 @@ def read_json(text, ignore_rest=True):
 
 
 def read_value(value, type_, field_path):
-    """Return a JSON value, converted from int to float if a float is expected.
+    """Return a JSON value that has the expected type.
 
-    type_         the expected type
+    type_         the expected type. If a float is expected, an int is converted
     field_path    Go's name of the struct and the field, for the error: "Proxy.enabled"
 
     Raises InputError if the value has another type, or is a number outside of Go's range.
@@ -11970,7 +11968,7 @@ def read_value(value, type_, field_path):
         lowest, highest = GO_RANGES[type_]
         valid = lowest <= value <= highest
     if valid:
-        return type_(value)
+        return type_(value)     # converts an int to float
     received = JSON_TYPES[type(value)]
     if received == "number" and type_ in GO_RANGES:
         received = "number %s" % str(value)[:50]
@@ -11994,13 +11992,13 @@ def read_object(value, struct, known=None):
     fields = {key: item for key, item in value.items() if item is not None}
     if known is None:
         return fields
-    spelling = {key.lower(): key for key in known}
-    return {spelling[key.lower()]: item for key, item in fields.items()
-            if key.lower() in spelling}
+    known_by_lower_case = {key.lower(): key for key in known}
+    return {known_by_lower_case[key.lower()]: item for key, item in fields.items()
+            if key.lower() in known_by_lower_case}
 
 
 def read_fields(json_object, types, struct):
-    """Return {key: result of read_value} of a JSON object. Raises InputError.
+    """Return {key: result of read_value} for the keys of a JSON object. Raises InputError.
 
     types     {key: expected type}; a key without a type may have any value
     struct    Go's name of the object's type, for the error
@@ -12031,7 +12029,7 @@ def read_proxies(text, proxies):
         values = []
     if not isinstance(values, list):
         raise bad_body(GO_TYPE_ERROR % (JSON_TYPES[type(values)], "value", "[]toxiproxy.Proxy"))
-    # As in Go's decoder, the types of all proxies are checked before the first value is checked.
+    # Go's decoder, too, checks the types of all values first.
     all_fields = [read_proxy_fields(value) for value in values]
     new_proxies, names = [], set()
     for index, fields in enumerate(all_fields, 1):
@@ -12082,7 +12080,7 @@ def parse_upstream(text):
     """Parse the address of a backend. Returns (host, port). Raises ValueError.
 
     The port is a number, the name of a service like "http", or "" if the text has no port.
-    Toxiproxy accepts all three: it checks the port only when a client connects.
+    Toxiproxy accepts all three kinds, and checks the port only when a client connects.
     """
     try:
         return parse_backend(text)
@@ -12098,10 +12096,9 @@ def read_listen(text, prefix=""):
     """Return the (host, port) of an address to listen on.
 
     text      "HOST:PORT" or "HOST:SERVICE", like "localhost:http"
-    prefix    the beginning of an ApiError
+    prefix    the beginning of an error of Go's net package
 
-    If the port is missing or too high, or if the service is unknown, raises ApiError with the text
-    of Go's net package. Raises InputError for any other error.
+    Raises ApiError for an error that Go's net package has too, and InputError for other errors.
     """
     host, colon, port = text.rpartition(":")
     if colon and re.fullmatch("[A-Za-z][A-Za-z0-9-]*", port):       # the name of a service
@@ -12122,7 +12119,7 @@ def read_listen(text, prefix=""):
 
 
 def read_toxic_object(value, known):
-    """Return a JSON object for a toxic as a dict, as read_object does. Raises InputError.
+    """Return the result of read_object for a JSON object of a toxic. Raises InputError.
 
     known    the keys to return; None returns all keys
     """
@@ -12152,7 +12149,7 @@ def read_toxic(value, strict=False):
     name = fields.pop("name", "") or "%s_%s" % (type_, stream)
     check_field("name", check_name, name)
     attributes = read_attributes(type_, fields.pop("attributes", {}), strict)
-    # `fields` now has the toxicity, rule fields, and unknown keys, which make_toxic refuses.
+    # If `fields` has an unknown key, make_toxic refuses the toxic.
     toxic = make_toxic(type_, name, dict(fields, stream=stream.lower()), attributes,
                        toxiproxy=not strict)
     toxic.stream = stream       # as the client wrote it, perhaps in upper case
@@ -12171,7 +12168,7 @@ def read_attributes(type_, value, strict=False):
 
 
 def in_plain_words(message):
-    """Return the message of an error, with a plain sentence in place of a GO_TYPE_ERROR.
+    """Return a message, with a sentence for users in place of each GO_TYPE_ERROR.
 
     For example: "enabled must be true or false, not string".
     """
@@ -12186,7 +12183,7 @@ def in_plain_words(message):
     return re.sub(pattern, replace, message)
 
 
-# Warnings about JSON objects that make_proxy or read_toxic has accepted, as Toxiproxy does
+# Warnings. make_proxy or read_toxic has accepted the JSON object, because Toxiproxy accepts it
 
 def log_warnings(texts):
     for text in texts:
@@ -12231,7 +12228,8 @@ def unknown_key_warnings(value, known, source):
     source    the beginning of each warning: "proxy redis, toxic slow"
     """
     known = [key.lower() for key in known]
-    for key in OrderedDict.fromkeys(map(str.lower, read_object(value, ""))):
+    keys = [key.lower() for key in read_object(value, "")]
+    for key in OrderedDict.fromkeys(keys):      # each key once
         if key not in known:
             yield "%s: the unknown key %r%s is ignored: there are %s" % (
                 source, key[:50], did_you_mean(key, known), ", ".join(known) or "none")
@@ -12285,7 +12283,7 @@ def toxics_to_json(proxy, toxics):
 
 
 def listed_toxics(proxy, request):
-    """Return the toxics for the key `toxics` of a proxy: all with ?all=1, or Toxiproxy's."""
+    """Return the toxics of a proxy that its key `toxics` lists. ?all=1 lists all toxics."""
     list_all = request.query.get("all") == "1"
     return [toxic for toxic in proxy.toxics if list_all or exists_in_toxiproxy(toxic)]
 
@@ -12296,16 +12294,16 @@ def proxy_to_json(proxy, request):
         listed = listed_toxics(proxy, request)
         rules = [toxic for toxic in proxy.toxics if toxic not in listed]
         accept = proxy.accept.to_json(proxy.to_unix)
-        # The fields that Toxiproxy lacks, each with a false value if the proxy has the default.
+        fields = OrderedDict((
+            ("name", proxy.name), ("listen", proxy.listen),
+            ("upstream", format_address(proxy.backend)), ("enabled", proxy.enabled),
+            ("toxics", toxics_to_json(proxy, listed))))
         extensions = (("rules", toxics_to_json(proxy, rules)),
                       ("protocol", proxy.protocol_name() if proxy.protocol else ""),
                       ("accept", "" if accept == "normal" else accept),
                       ("max_connections", proxy.max_connections), ("tls", proxy.tls.fields))
-        return OrderedDict((
-            ("name", proxy.name), ("listen", proxy.listen),
-            ("upstream", format_address(proxy.backend)), ("enabled", proxy.enabled),
-            ("toxics", toxics_to_json(proxy, listed)),
-            *((name, value) for name, value in extensions if value)))
+        fields.update((name, value) for name, value in extensions if value)
+        return fields
     return proxy.loop.run_sync(to_json)
 
 
@@ -12321,7 +12319,7 @@ def list_proxies(request):
 @toxiproxy_route("POST", "/proxies", '{"name": "redis", "listen": "localhost:26379", '
                                      '"upstream": "localhost:6379"}', status=201)
 def create_proxy(request):
-    """Create a proxy. Its `toxics` act on all its connections."""
+    """Create a proxy, which may have toxics for all connections."""
     proxies = request.control.proxies
     value = read_json(request.body)
     proxy = make_proxy(read_proxy_fields(value), proxies)
@@ -12348,8 +12346,7 @@ def update_proxy(request, proxy):
     if fields.get("upstream"):
         backend = check_field("upstream", parse_upstream, fields["upstream"])
     check_field("upstream", check_backend, backend, [local])
-    # A listing that a client sends back has the fields `protocol` and `tls`. No client can change
-    # these fields.
+    # A client that sends a listing back sends `protocol` and `tls`, but no client can change them.
     for name, current in ("protocol", proxy.protocol_name()), ("tls", proxy.tls.fields):
         requested = check_field(name, PROXY_CHECKS[name], fields.get(name, current))
         if requested != current:
@@ -12400,11 +12397,12 @@ def put_toxics(request, proxy):
 def read_listed_toxic(proxy, value):
     """Return the Toxic that a JSON object describes.
 
-    If a client sends an unchanged toxic of a listing back, returns the Toxic object that the proxy
-    has already, because a new Toxic object would begin the ttl again.
+    For an unchanged toxic of a listing, the result is the existing Toxic object of the proxy,
+    because a new Toxic object would begin the ttl again.
     """
     toxic = read_toxic(value, strict=True)
-    if "active" not in value:       # only the toxics of a listing have this key
+    is_listed = "active" in value       # only a toxic of a listing has this key
+    if not is_listed:
         return toxic
     fields = without_moment(toxic_to_json(proxy, toxic))
     return next((existing for existing in proxy.toxics
@@ -12425,7 +12423,7 @@ def update_toxic(request, proxy, toxic):
     proxy.loop.run_sync(proxy.set_toxics, [changed if other is toxic else other
                                            for other in proxy.toxics])
     log_warnings(toxic_warnings(value, "proxy " + proxy.name, toxic.rule.name))
-    return toxic_to_json(proxy, toxic)      # set_toxics has copied the values of `changed`
+    return toxic_to_json(proxy, toxic)      # set_toxics has copied the changed values to `toxic`
 
 
 def copy_toxic(toxic, value):
@@ -12443,7 +12441,7 @@ def copy_toxic(toxic, value):
     for name in RULE_FIELDS:
         if before.get(name) != after.get(name) and name != "ttl":
             raise bad_body("%s cannot be changed: remove the toxic and add it again" % name)
-    # Attributes that the client has not sent keep their values: make_toxic has set the defaults.
+    # make_toxic has set attributes that the client has not sent to their defaults: undo this.
     changed.update(changed.toxicity, dict(toxic.attributes, **changed_attributes))
     return changed
 
@@ -12466,7 +12464,7 @@ def populate(request):
             log_warnings(proxy_warnings(value))
     except (InputError, ApiError, CannotListen) as exc:
         result = error_to_json(TOXIPROXY.to_api_error(exc))
-    # `populated` has the proxies that were changed before a CannotListen. Go writes [] as null.
+    # After CannotListen, `populated` has the proxies before the error. Go writes [] as null.
     result["proxies"] = [proxy_to_json(proxy, request) for proxy in populated] or None
     return TOXIPROXY.render(result, result.get("status", 201))
 
@@ -12493,19 +12491,19 @@ def update_existing(proxies, existing, proxy, fields):
     fields      the fields that `proxy` was made from
 
     If the addresses, the protocol or the options of TLS differ, all settings and toxics change,
-    and the rules of the behavior are removed. If they are equal, only fields in `fields` change.
+    and the rules of the behavior are removed. Without a difference, only `fields` change.
     """
     with existing.lock:
         if proxies.get(proxy.name) is not existing:
             return False
-        is_same = has_same_addresses(existing, proxy)
-        names = fields if is_same else PROXY_FIELDS     # of the values to take from `proxy`
+        is_replaced = not has_same_addresses(existing, proxy)
+        names = PROXY_FIELDS if is_replaced else fields     # the fields to take from `proxy`
         changes = {name: getattr(proxy, name) for name in ("accept", "max_connections")
                    if name in names}
-        if not is_same:
+        if is_replaced:
             changes.update(local=proxy.local, backend=proxy.backend, enabled=proxy.enabled)
         proxies.change(existing, **changes)
-        if not is_same:
+        if is_replaced:
             existing.loop.run_sync(existing.set_rules, [])
             existing.loop.run_sync(existing.set_protocol, proxy.protocol,
                                    proxy.overwrite_host_header, proxy.tls)
@@ -12526,9 +12524,10 @@ def has_same_addresses(existing, proxy):
 def replace_toxics(current, new, names):
     """Return the new toxics, and the current toxics that the new toxics do not replace.
 
-    names    replace all toxics of the keys "toxics" and "rules" that this collection contains
+    names    a collection of fields. "toxics" means: the new toxics replace all current toxics that
+             Toxiproxy could have. "rules" means: the new toxics replace all other current toxics
 
-    A new toxic also replaces a current toxic with the name of the new toxic.
+    In any case, a new toxic replaces a current toxic of its name.
     """
     new_names = {toxic.name for toxic in new}
     kept = []
@@ -12536,7 +12535,7 @@ def replace_toxics(current, new, names):
         key = "toxics" if exists_in_toxiproxy(toxic) else "rules"
         if key not in names and toxic.name not in new_names:
             kept.append(toxic)
-    # The toxics of the key "toxics" are before the toxics of "rules".
+    # The result begins with toxics that Toxiproxy could have.
     return kept + new if "rules" in names else new + kept
 
 
@@ -12573,7 +12572,7 @@ def metrics(request):
 
 
 def format_labels(labels):
-    """Return labels as in the text format of Prometheus: name="value",..."""
+    """Return labels in the text format of Prometheus, like name="value"."""
     def escape(value):
         return str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return ",".join('%s="%s"' % (name, escape(value)) for name, value in sorted(labels.items()))
