@@ -23,8 +23,8 @@ The path of a chunk (the bytes that one recv has returned):
     Loop: wakes for ready sockets, for the next due chunk, and for calls of other threads
 
 A handler is a function that receives one event, which includes the time, and yields the events
-that take the place of this event. A handler never blocks, reads no clock and uses no socket. Only
-a "blocking handler", the class form of Vaurien 0.1, may block, in a thread of its own.
+that take the place of this event. A handler never blocks, reads no clock and uses no socket. A
+"blocking handler" is a class, as in Vaurien 0.1. It runs in a thread of its own, and may block.
 
 Each section uses only the sections above it. `grep -n '^# -- ' vaurien.py` lists the sections:
 
@@ -271,8 +271,8 @@ OPEN = Signal("OPEN")
 # After an EOF in both directions, the proxy closes the connection.
 EOF = Signal("EOF")
 RESET = Signal("RESET")     # the proxy drops all data and resets both sockets
-# With a protocol, the handlers (but not the peers) receive END_OF_MESSAGE after each request and
-# reply. They receive END_OF_ROW after each row while an installed rule has `rows` above 0.
+# With a protocol, END_OF_MESSAGE follows each request and reply. END_OF_ROW follows each row while
+# an installed rule has the option `rows`. Only handlers receive these signals, not the peers.
 END_OF_MESSAGE = END = Signal("END_OF_MESSAGE")     # END is an older name, for users' handlers
 END_OF_ROW = Signal("END_OF_ROW")
 
@@ -338,21 +338,16 @@ def number_check(type_, expected, valid=lambda number: number >= 0):
                 are always invalid
     """
     def check(value):
-        refusal = ValueError("must be %s, not %r" % (expected, value))
-        if isinstance(value, bool):     # to Python, True is the number 1
-            raise refusal
-        try:
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             number = type_(value)
-        except (TypeError, ValueError, OverflowError):
-            raise refusal from None
-        if isinstance(value, str):
-            is_exact = "_" not in value         # Python's int and float accept "1_0"
-        else:
-            is_exact = number == value          # int(2.5) is rounded
-        is_finite = -math.inf < number < math.inf       # math.isfinite fails for large integers
-        if is_exact and is_finite and valid(number):
-            return number
-        raise refusal
+            if isinstance(value, str):
+                accepted = "_" not in value     # Python's int and float accept "1_0"
+            else:                               # int(2.5) is rounded, and int(True) is 1
+                accepted = number == value and not isinstance(value, bool)
+            is_finite = -math.inf < number < math.inf   # math.isfinite fails for large integers
+            if accepted and is_finite and valid(number):
+                return number
+        raise ValueError("must be %s, not %r" % (expected, value))
     return check
 
 
@@ -484,7 +479,7 @@ def format_value(value):
 #   *, ...   the options. The default of an option determines the type of the option: bool, int,
 #            float or str. The docstring has a line for each option: its help
 #
-# A complete handler. The command line, ini files, both APIs and the help know the handler:
+# An example. A handler needs no more code than this, not even for the command line and the APIs:
 #
 #     @handler
 #     def lose(state, t, to, data, *, percent_lost=10):
@@ -514,8 +509,8 @@ def with_attributes(**attributes: "Any") -> "Callable[[Function], Function]":
     choose_direction    set by the decorator only_direction
     changes_replies     set by the decorator changes_replies
     rate_limited        set by the decorator rate_limited
-    held_max            with rate_limited: the limit in bytes of a recv, and of the delay queue
-                        while the link is slow (RATE_BACKLOG). The default is HELD_MAX_IDLE
+    held_max            with rate_limited: the most bytes of a recv, and of a delay queue of a slow
+                        link (DelayQueue.read_limit). The default is HELD_MAX_IDLE
     keeps_due_time      True: state[to] is a time before which the handler lets no chunk pass.
                         After the removal of another rule, Chain.reset_due_times makes state[to]
                         earlier, because the other rule delays no data any more
@@ -567,11 +562,10 @@ def delay(state, t, to, data, *, sleep=1.0, before=True):
     sleep    seconds to wait
     before   yes: delay connecting and the request; no: delay the first byte of the reply
     """
-    is_first = data and state["delayed_request"] != state.request_number    # of request or reply
     if data is OPEN:            # the client connects, or the rule has new options
         state[to] = t + sleep
         state["delayed_request"] = 0
-    elif is_first:
+    elif data and state["delayed_request"] != state.request_number:     # the first bytes
         state[to] = t + sleep
         state["delayed_request"] = state.request_number
     yield max(t, state[to]), to, data       # later bytes do not overtake the first bytes
@@ -586,25 +580,35 @@ def error(state, t, to, data, *, inject=False, warmup=0, kind=""):
     warmup   number of requests of the proxy that pass before the first one fails
     kind     an error of the protocol, like 503, LOADING, 1213 or 57P01; default: one is drawn
     """
-    in_reply = data and to == DOWNSTREAM
     if state.request <= warmup:
         yield t, to, data
-    elif state.protocol_lost and not inject:    # random bytes are only for proxies of tcp
+    elif inject:
+        yield from inject_random_bytes(state, t, to, data)
+    elif state.protocol_lost:       # random bytes are only for proxies of tcp
         yield t, to, data
-    elif state.protocol and not inject:
+    elif state.protocol:
         yield from state.protocol.reply_with_error(state, t, to, data, kind)
-    elif not in_reply:
-        yield t, to, data
-    elif state["failed_request"] == state.request_number:   # later bytes of the failed reply
-        if inject:              # without `inject`, the later bytes are dropped
-            yield t, to, data
     else:
+        yield from reply_with_random_bytes(state, t, to, data)
+
+
+def inject_random_bytes(state, t, to, data):
+    """Insert random bytes into the first chunk of a reply, and pass the other events."""
+    if data and to == DOWNSTREAM and state["failed_request"] != state.request_number:
         state["failed_request"] = state.request_number
-        if inject:
-            middle = len(data) // 2
-            yield t, to, data[:middle] + random_bytes(state.random, 100) + data[middle:]
-        else:       # with a line end, for clients that read whole lines
-            yield t, to, random_bytes(state.random, 998) + b"\r\n"
+        middle = len(data) // 2
+        data = data[:middle] + random_bytes(state.random, 100) + data[middle:]
+    yield t, to, data
+
+
+def reply_with_random_bytes(state, t, to, data):
+    """Replace the first chunk of a reply by random bytes, and drop the rest of the reply."""
+    if to == UPSTREAM or not data:
+        yield t, to, data
+    elif state["failed_request"] != state.request_number:
+        state["failed_request"] = state.request_number
+        line_end = b"\r\n"          # for clients that wait for a whole line
+        yield t, to, random_bytes(state.random, 998) + line_end
 
 
 @handler
@@ -617,7 +621,7 @@ def transient(state, t, to, data, *, agitate=1, inject=False, warmup=0, kind="")
     warmup   number of requests of the proxy that pass before the first one fails
     kind     an error of the protocol, like 503, LOADING, 1213 or 57P01; default: one is drawn
     """
-    # The first byte of a request after the warmup gives the request its number, from 1 on.
+    # After the warmup, each request gets a number when the proxy receives the first byte.
     connecting = state.protocol and not state.current_request
     in_request = data and not connecting and state.request > warmup
     if in_request and not state["number"]:
@@ -661,7 +665,7 @@ def abort(state, t, to, data):
 def cut(state, t, to, data, *, bytes=0, rows=0, how="close"):
     """A backend that dies while it replies: only the first part of each reply passes.
 
-    bytes    number of bytes that pass, from the beginning of the reply or after its whole rows
+    bytes    number of bytes of the reply that pass, without the bytes of whole rows
     rows     with a protocol: number of whole rows that pass, like rows of a result, elements of
              an array (Redis), chunks or events of a text/event-stream (HTTP)
     how      close; reset (RST); or hang: the rest waits until the rule is removed
@@ -672,7 +676,8 @@ def cut(state, t, to, data, *, bytes=0, rows=0, how="close"):
     if data is END_OF_ROW:
         state["rows"] += 1
     in_whole_rows = state["rows"] < rows
-    if not data or in_whole_rows:               # signals always pass
+    is_signal = not data
+    if is_signal or in_whole_rows:
         yield t, to, data
         return
     allowed = max(0, bytes - state["passed"])   # state["passed"] does not count whole rows
@@ -700,9 +705,9 @@ HANDLERS["noop"] = dummy        # Toxiproxy's name
 
 
 def pareto_deviation(rng):
-    """Draw a deviation from the mean 0 by Pareto's distribution with the shape 3, as netem does.
+    """Draw a number by Pareto's distribution, shifted to the mean 0.
 
-    Pareto's distribution with the shape 3 has the mean 1.5. The scale 4 / 3 is from netem.
+    The shape 3, with the mean 1.5, and the scale 4 / 3 are from netem.
     """
     return ((1 - rng.random()) ** (-1 / 3) - 1.5) * 4 / 3
 
@@ -763,9 +768,8 @@ def bandwidth(state, t, to, data, *, rate=0, shared=False):
     """
     # state[to] is the time when the link has sent all chunks of this connection so far.
     # state.shared[to] is the time when a shared link has sent the chunks of all connections. A
-    # shared link serves chunks in the order in which the proxy has received them. So no connection
-    # waits for a chunk of another connection that another rule delays. But several delayed chunks
-    # that become due at one time exceed the rate for a moment.
+    # chunk takes time of a shared link from `received_at` on, even if another rule delays the
+    # chunk. Several delayed chunks that become due at one time exceed the rate for a moment.
     if data is OPEN:            # the options may be new: forget the delay by the old options
         state[to] = t
     # Pieces let the bytes arrive evenly. A piece is one TCP segment, but has the bytes of 10 ms at
@@ -821,9 +825,9 @@ def timeout(state, t, to, data, *, timeout=0):
 
     timeout  milliseconds after the rule begins to act; 0 never closes
     """
-    is_first = "began" not in state     # the first event is an OPEN, or the start of a request
+    is_first = "began" not in state
     state.setdefault("began", t)
-    if is_first or data is OPEN:        # the options may be new after an OPEN
+    if is_first or data is OPEN:        # after an OPEN, the options may be new
         close_at = state["began"] + timeout / 1000 if timeout > 0 else NEVER
         yield from close_both(close_at)     # when the rule is removed, both EOFs are due at once
     if not data:                # bytes are dropped
@@ -885,7 +889,7 @@ class TcpSender:
 
     A real sender learns of a loss a round trip later. In a bulk transfer, this class reduces cwnd
     at the loss, because the throughput is then nearer to the throughput of Linux. Measured
-    fractions of the throughput by the formula of Mathis (see packet_loss):
+    throughput, divided by the throughput that the formula of Mathis gives (see packet_loss):
 
         Linux                                   0.82 to 0.94
         cwnd reduced at the loss                0.82 to 0.92
@@ -898,8 +902,9 @@ class TcpSender:
                                     #   when its acknowledgement arrives
         self.cwnd = 10.0            # in segments; the first value is that of RFC 6928
         self.ssthresh = math.inf    # the cwnd at which slow start ends
-        self.repair = None          # "fast" or "time-out" after a loss; None when cwnd is reduced
-        self.recovers_until = 0.0   # losses before this time do not reduce cwnd again
+        self.repair = None          # how a loss is repaired, "fast" or "time-out", while the loss
+                                    #   has not reduced cwnd yet
+        self.recovers_until = 0.0   # the end of the repair. A loss before this time does not count
         self.losing = False         # the last segment was lost
 
     def arrival(self, t, path, behind, is_bulk):
@@ -911,27 +916,27 @@ class TcpSender:
         sent, delay = self.send(t), 0
         if self.loses(path):
             delay, timed_out = self.draw_repair(path, behind, is_bulk)
-            repairs_another_loss = sent < self.recovers_until
-            if not repairs_another_loss:
+            in_recovery = sent < self.recovers_until
+            if not in_recovery:
                 self.recovers_until = sent + delay
                 self.repair = "fast"
             if timed_out:
                 self.repair = "time-out"
-            if is_bulk:             # else `send` reduces cwnd, after the rest of this chunk
+            if is_bulk:             # without is_bulk, `send` reduces cwnd, after this chunk
                 self.reduce_cwnd()
-        # In place of the acknowledgement of a segment with a fast repair (one round trip), the
-        # sender gets acknowledgements of later segments.
+        # A fast repair (of one round trip) delays no acknowledgement: the receiver acknowledges
+        # later segments.
         acknowledgement_delay = delay if delay > path.rtt else 0
         self.in_flight.append(sent + path.rtt + acknowledgement_delay)
         return sent + delay
 
     def send(self, t):
-        """Return the time when the sender sends a segment that is ready at t, and change cwnd."""
+        """Return the time when the sender sends a segment that is ready at t. Changes cwnd."""
         in_flight, now = self.in_flight, max(t, self.sent)
-        is_half_full = 2 * len(in_flight) >= self.cwnd
+        may_grow = 2 * len(in_flight) >= self.cwnd      # only if half of cwnd is in use
         # Take the acknowledgements that have arrived. If cwnd is full, wait for acknowledgements.
         while in_flight and (in_flight[0] <= now or len(in_flight) >= self.cwnd):
-            if is_half_full and self.cwnd < CWND_MAX:
+            if may_grow and self.cwnd < CWND_MAX:
                 in_slow_start = self.cwnd < self.ssthresh
                 self.cwnd += 1 if in_slow_start else 1 / self.cwnd
             now = max(now, in_flight.popleft())
@@ -943,8 +948,8 @@ class TcpSender:
     def reduce_cwnd(self):
         """Reduce cwnd if there was a loss since the last reduction (RFC 5681, 3.1 and 3.2)."""
         if self.repair:
-            # + 1: the caller is about to send one more segment.
-            self.ssthresh = max(2.0, (len(self.in_flight) + 1) / 2)
+            in_flight = len(self.in_flight) + 1     # with the segment that is sent next
+            self.ssthresh = max(2.0, in_flight / 2)
             self.cwnd = 1.0 if self.repair == "time-out" else self.ssthresh
             self.repair = None
 
@@ -974,14 +979,14 @@ class TcpSender:
         """
         timeout = path.rtt + RTO_MIN
         waiting = math.inf if is_bulk else behind
-        following = min(waiting, self.cwnd - 1)         # sent before the loss is repaired
+        following = min(waiting, self.cwnd - 1)     # cwnd limits the segments after the lost one
         if following >= 3:
             delay = path.rtt
         elif behind or self.in_flight:
             delay = min(2 * path.rtt, timeout)
         else:
             delay = timeout
-        timed_out = delay == timeout        # or the time-out comes before the tail loss probe
+        timed_out = delay == timeout
         for count in range(RETRANSMISSIONS):
             if path.rng.random() >= path.loss_rate:     # the retransmission arrives
                 break
@@ -1008,7 +1013,7 @@ def packet_loss(state, t, to, data, *, loss_rate=0.0, correlation=0.0, rtt=100, 
     burst        mean number of packets that are lost in a row; alternative to correlation
     """
     # state[to] is the time when the last segment arrives.
-    sender = state["sender " + to]      # 0 if there is no TcpSender yet
+    sender = state["sender " + to]      # 0 for the first event
     if data is OPEN or not sender:
         sender = state["sender " + to] = TcpSender()
     if data is OPEN:
@@ -1022,9 +1027,9 @@ def packet_loss(state, t, to, data, *, loss_rate=0.0, correlation=0.0, rtt=100, 
     # If bursts have n segments on average, a burst ends after each segment with probability 1 / n.
     loss_after_loss = min(max(loss_rate + correlation, 1 - 1 / burst), 1 - 1 / BURST_MAX)
     path = TcpPath(rtt / 1000, loss_rate, loss_after_loss, state.random)
-    sends_earlier_chunk = sender.sent > t
-    is_bulk = len(data) >= READ_MIN or sends_earlier_chunk
-    start = 0                           # the offset of the segments that are not yielded yet
+    earlier_chunk_waits = sender.sent > t
+    is_bulk = len(data) >= READ_MIN or earlier_chunk_waits
+    start = 0                           # the offset of the first byte that is not yielded yet
     for offset in range(0, len(data), SEGMENT):
         behind = (len(data) - offset - 1) // SEGMENT
         arrival = sender.arrival(t, path, behind, is_bulk)
@@ -1081,19 +1086,18 @@ check_network = choice_check(*NETWORKS)
 def network(state, t, to, data, *, profile="3g"):
     """A network with a name: its latency, its data rate and its packet loss, both ways.
 
-    Connecting takes a round trip. A toxic with this handler needs stream = both in its file.
+    Connecting takes a round trip. In a file, a toxic with this handler needs stream = both.
 
     profile  2g, 2g-urban, gprs, edge, edge-good, edge-lossy, 3g, 3g-good, 3g-lossy, slow-3g,
              fast-3g, 4g, lte, dial-up, dsl, dsl-poor, cable, wifi, wifi-lossy, satellite or
              very-bad
     """
-    # The handlers of `steps` act one after the other, each with a state of its own. state[to] is
-    # the time when the last bytes arrive.
     rates, delays, loss = NETWORKS[profile]
     index, rtt = DIRECTIONS.index(to), sum(delays)
     if data is OPEN and to == UPSTREAM:
         t += rtt / 1000         # connecting takes a round trip
     events = [(t, to, data)]
+    # The handlers of `steps` act one after the other, each with a state of its own.
     steps: "Any" = [(packet_loss, {"loss_rate": loss, "rtt": rtt}),
                     (bandwidth, {"rate": rates[index] / 8}),        # kbit to kilobytes
                     (latency, {"latency": delays[index]})]
@@ -1101,8 +1105,9 @@ def network(state, t, to, data, *, profile="3g"):
         substate = state.substate(function.__name__)
         if data is not OPEN:            # Chain.reset_due_times may have made state[to] earlier
             substate[to] = min(substate[to], state[to])
-        events = [made for event in events for made in function(substate, *event, **options)]
-    state[to] = events[-1][0]
+        events = [new_event for event in events
+                  for new_event in function(substate, *event, **options)]
+    state[to], _, _ = events[-1]        # the time when the last bytes arrive
     yield from events
 
 
@@ -1110,10 +1115,10 @@ PIECES_MAX = 1000   # the most pieces of one chunk. A piece takes CHUNK_OVERHEAD
 
 
 def split_chunk(data, size, variation=0, rng=None):
-    """Yield the pieces of a chunk. Yields a signal whole, and a chunk too if `size` is 0.
+    """Yield the pieces of a chunk. A signal is one piece. If `size` is 0, a chunk is one piece.
 
-    size         the bytes of a piece. The pieces of a large chunk are larger, so that there are
-                 PIECES_MAX pieces at most
+    size         the bytes of a piece. If a chunk had more than PIECES_MAX pieces of this size, the
+                 pieces are larger
     variation    with `rng`: the largest difference between a piece and `size`, in bytes
     rng          a random.Random, or None for pieces of equal size
     """
@@ -1208,7 +1213,10 @@ class BaseHandler:
 
 
 def is_blocking_handler(function):
-    """Return whether a handler is a subclass of BaseHandler, also of another copy of this file."""
+    """Return whether a handler is a subclass of BaseHandler, of this or another copy of the file.
+
+    A user's handler may import a second copy of this file.
+    """
     return isinstance(function, type) and getattr(function, "blocking", False)
 
 
@@ -1228,7 +1236,7 @@ def option_help(function):
     """Return {option: help} of a handler. Options without help are missing."""
     if is_blocking_handler(function):
         return {name: help_text for name, (help_text, _, _) in function.options.items()}
-    # The name of an option, two or more spaces, and the help. Further lines begin with a space.
+    # Example: "rate     kilobytes per second;\n         0 lets nothing through"
     entries = re.findall(r"^(\w+) {2,}(\S.*(?:\n +\S.*)*)$", inspect.getdoc(function) or "",
                          re.MULTILINE)
     return {name: " ".join(help_text.split()) for name, help_text in entries
@@ -1333,8 +1341,8 @@ def load_handler(name, path):
     """
     module_name, _, attribute = path.rpartition(".")
     with contextlib.suppress(OSError):      # the working directory may have been removed
-        is_in_path = os.getcwd() in sys.path or "" in sys.path      # not for an installed vaurien
-        if not is_in_path:
+        is_in_path = os.getcwd() in sys.path or "" in sys.path
+        if not is_in_path:                  # the installed command `vaurien` runs
             sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), attribute)
@@ -14891,7 +14899,7 @@ def demo_command(argv):
     """Return a function that runs `vaurien demo`. Raises ValueError."""
     config = read_arguments(argv, DEMO_SETTINGS, "vaurien demo", DEMO_INTRODUCTION)
     values = resolve_settings(config.arguments, DEMO_SETTINGS)
-    unused_options(config, {name for _, name in values["behavior"]})
+    unused_options(config, {name for _, name in values["behavior"]})    # raises ValueError
     return lambda: run_demo(values["requests"], behavior=values["behavior"], seed=values["seed"],
                             options=option_texts(config))
 
@@ -14979,7 +14987,7 @@ def show_progress(done, count):
 def overwrite_line(text):
     """Replace the current line of stderr by a text, if stderr is a terminal."""
     if sys.stderr is not None and sys.stderr.isatty():
-        # \r moves the cursor to the start of the line. 60 columns erase the old text.
+        # \r moves the cursor to the start of the line. The 60 columns hide the old text.
         sys.stderr.write("\r%-60s\r" % text)
         sys.stderr.flush()
 
@@ -15014,8 +15022,7 @@ def match_faults(outcomes, records):
 
     records    fault records of the proxy
 
-    A later client may get the port of an earlier client. So the times of a record and a request
-    are compared, too.
+    This function also compares times, because a later client may get the port of an earlier one.
     """
     return {outcome: record.handler for outcome in outcomes for record in records
             if record.client == outcome.client
@@ -15085,12 +15092,12 @@ def summarize(outcomes, faults):
 
 
 def describe_fault(handler_name, affected, normal_seconds):
-    """Return a text like "were delayed (delay), by 1.00 s at the median", without failures.
+    """Return a text like "were delayed (delay), by 1.00 s at the median".
 
     affected          Outcomes of the requests on which the handler acted
-    normal_seconds    median time of the requests without a fault, or 0 without an answered request
+    normal_seconds    median time of the requests without a fault, or 0 if it is unknown
 
-    With failures, the text is like "met error: 5 x a wrong answer".
+    If an affected request has failed, the text is like "met error: 5 x a wrong answer".
     """
     answered, failures = answered_only(affected), count_failures(affected)
     if normal_seconds and not failures:
@@ -15132,7 +15139,7 @@ examples:
 def parse_host(text):
     """Parse SCHEME://HOST:PORT into (host, port, scheme). Raises ValueError.
 
-    The default of SCHEME is http, the default of HOST is localhost, and that of PORT is 8080.
+    The defaults of the parts are http, localhost and 8080.
     """
     scheme, _, address = text.rpartition("://")
     address = address.rstrip("/")
@@ -15198,8 +15205,8 @@ def change_text(client, text):
 def ctl_set_handler(client, name, *fields):
     """Set the only rule of the behavior. `fields` are options and rule fields as NAME=VALUE."""
     handler_name, texts = parse_rule_words([name, *fields])
-    # The values stay text, because only the server knows the types of options. As keyword
-    # arguments of client.set_handler, a field with the NAME `self` would raise TypeError.
+    # The values stay text, because only the server knows the types of options. A field with the
+    # NAME `self` cannot be a keyword argument of client.set_handler.
     client.request("PUT", "/behavior", dict(texts, name=handler_name))
     return change_text(client, "Handler changed to \"%s\"" % handler_name)
 
@@ -15210,20 +15217,20 @@ def ctl_rules(client):
 
 
 def ctl_set_rules(client, first, *others):
-    """Set the rules of the behavior. The arguments are those of parse_rule_texts, at least one."""
+    """Set the rules of the behavior. The arguments are texts for parse_rule_texts."""
     client.request("PUT", "/rules", {"rules": parse_rule_texts([first, *others])})
     return change_text(client, "Rules changed to %s" % ctl_rules(client))
 
 
 def ctl_backend(client, backend=None):
-    """Return the address of the backend, after a change if `backend` is an address."""
+    """Change the backend if `backend` is given, and return the address of the backend."""
     if backend:
         client.set_backend(backend)
     return client.get_backend()
 
 
 def ctl_accept(client, *words):
-    """Set the Accept of a proxy from words like "refuse", "ttl=5". No words: return the Accept."""
+    """Set the Accept of the proxy, given as words like "refuse", "ttl=5", or return the Accept."""
     if not words:
         return client.get_accept()
     client.set_accept(" ".join(words))
@@ -15272,7 +15279,7 @@ def ctl_add_toxic(client, type_, *fields):
 
 
 def find_toxic(toxics, name):
-    """Return the toxic with a name. Raises ValueError, which lists all names."""
+    """Return the toxic with a name. Raises ValueError for an unknown name."""
     for toxic in toxics:
         if toxic["name"] == name:
             return toxic
@@ -15284,8 +15291,8 @@ def find_toxic(toxics, name):
 def ctl_update_toxic(client, name, *fields):
     """Change a toxic. `fields` are fields and attributes of the toxic as NAME=VALUE.
 
-    As in Toxiproxy, a request that changes one toxic may have unknown names. So this function
-    replaces all toxics with a request in which the server refuses unknown names.
+    In a request that changes one toxic, the server ignores unknown names, as Toxiproxy does. In a
+    request that replaces all toxics, the server refuses unknown names.
     """
     toxics = client.list_toxics()
     set_toxic_fields(find_toxic(toxics, name), parse_assignments(fields))
@@ -15467,7 +15474,7 @@ def choose_command(argv):
     if not argv or argv[0].startswith("-"):
         return proxy_command, argv
     name = argv[0]
-    if name in HANDLERS or PROTOCOLS.get(name):
+    if name in HANDLERS or PROTOCOLS.get(name):     # PROTOCOLS["tcp"] is None
         raise ValueError("%s is not a command: see vaurien --help %s" % (name, name))
     if name not in COMMANDS:
         raise ValueError("unknown command %r%s: there are %s (see vaurien --help)" % (
@@ -15492,8 +15499,8 @@ def main_ctl() -> int:
     return main(["ctl", *sys.argv[1:]])
 
 
-# For `from vaurien.handlers import BaseHandler`, although vaurien is a single module. Users may
-# have imported this file under another name than vaurien.
+# Make `from vaurien.handlers import BaseHandler` work, although vaurien is a single module. The
+# user may have imported this file under another name than vaurien.
 handlers = types.ModuleType(__name__ + ".handlers", "The base class of blocking handlers.")
 handlers.BaseHandler = BaseHandler      # type: ignore
 sys.modules[handlers.__name__] = handlers
