@@ -6066,7 +6066,7 @@ WILDCARD = ("0.0.0.0", "::")        # a listener on these has all addresses of t
 # address.
 LOOPBACK_OF = dict(zip(WILDCARD, LOOPBACK))
 
-# The base class of socket.socket. To create and close a RawSocket takes half the time.
+# The base class of socket.socket. A socket.socket takes twice the time to create and close.
 RawSocket = socket.SocketType
 SOCK_NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)     # macOS and Windows lack this flag
 HAVE_SPLICE = hasattr(os, "splice")     # Linux, with Python 3.10 or newer
@@ -6406,8 +6406,8 @@ class Listener:
         """Reserve the number `reuse_port` at each address of this listener.
 
         Raises CannotListen if another listener has the number. Each lock is an abstract socket
-        (man 7 unix), whose name has the address and the number. In a network namespace, no two
-        sockets can have this name. The kernel frees the name when the process ends.
+        (man 7 unix), whose name has the address and the number. Two sockets in one network
+        namespace cannot have one name. The kernel frees the name when the process ends.
         """
         for sock in self.sockets:
             address = sock.getsockname()
@@ -6874,7 +6874,7 @@ def self_connect_error(sock, peer):
     peer    the address that the socket has connected to
 
     If no backend listens on a port of this machine, the kernel may give the port to the socket
-    that connects. TCP then connects the socket to itself (simultaneous open, RFC 9293, 3.5).
+    that connects, and connect the socket to itself (simultaneous open, RFC 9293, 3.5).
     """
     if sock.getsockname() != peer:
         return 0
@@ -7118,7 +7118,7 @@ class Authority:
             return self.ca_pem
 
     def identity(self, role):
-        """Return the (common name, key, encoded public key) of a role. The caller has the lock.
+        """Return the (common name, key, encoded public key) of a role. The caller holds `lock`.
 
         role    "CA", "another CA" or "host"
         """
@@ -7215,7 +7215,7 @@ class TlsConfig:
     """
 
     def __init__(self, fields, alpn=()):
-        """Check the fields, and read their files. Raises InputError.
+        """Check the fields, and read the files that the fields name. Raises InputError.
 
         alpn    the names of the application protocols that the proxy accepts (RFC 7301)
         """
@@ -7613,7 +7613,7 @@ class TlsSocket:
             self.sock.shutdown(socket.SHUT_WR)
 
     def send_ciphertext(self):
-        """Send the ciphertext that waits. Returns False if some still waits. Raises OSError."""
+        """Send the ciphertext. Returns False if ciphertext still waits. Raises OSError."""
         self.unsent = self.unsent or self.outgoing.read()
         while self.unsent:
             try:
