@@ -7720,8 +7720,8 @@ class TlsSocket:
 WAITING, CONNECTING, CONNECTED = "waiting", "connecting", "connected"
 HANDED_OFF, LINGERING, CLOSED = "handed off", "lingering", "closed"
 
-# The `bulk_reads` of a link that must not use splice, for example because of TLS. To count from
-# this number to SPLICE_AFTER would take years.
+# The `bulk_reads` of a link that must not use splice, for example because of TLS. No link reads so
+# often that the number reaches SPLICE_AFTER.
 NO_SPLICE = -(1 << 60)
 
 
@@ -7729,7 +7729,7 @@ class Link(DelayQueue):
     """One direction of a connection: a source, a target, and the delay queue between them."""
 
     __slots__ = ("source", "source_reset", "target", "watched", "fast_events", "bulk_reads",
-                 "recv_size", "request_time", "measure_after")
+                 "recv_size", "request_time", "measure_from")
 
     def __init__(self, to, budget, recv_size):
         DelayQueue.__init__(self, to, budget)       # faster than super()
@@ -7737,12 +7737,10 @@ class Link(DelayQueue):
         self.source = None      # the socket or TlsSocket of the sender; None before connect()
         self.source_reset = False       # the source has reset the connection
         self.target = None      # the socket or TlsSocket of the receiver; None until connected
-        # The loop watches the source for EVENT_READ to receive bytes for this link. The loop
-        # watches the source for EVENT_WRITE to send the bytes of the link in the other direction.
-        self.watched = 0
+        self.watched = 0        # the events for which the loop watches the source
         self.fast_events = 0    # EVENT_READ if the fast path is open, otherwise 0
         self.bulk_reads = 0 if HAVE_SPLICE else NO_SPLICE   # reads of BULK_READ bytes or more
-        self.measure_after = sys.maxsize    # upstream: request_count at the next measured request
+        self.measure_from = sys.maxsize     # upstream: the request_count of the next measurement
         self.request_time = 0.0     # downstream: when the measured request came, or 0
 
     def buffer_due(self, data):
@@ -7763,8 +7761,8 @@ class HandOff:
     """A call of a blocking handler, in a thread of its own.
 
     The handler gets duplicates of the connection's two sockets. The handler expects that recv()
-    and send() wait. But a duplicate shares the flag O_NONBLOCK with its socket, and the loop needs
-    this flag. Therefore a duplicate gets a time-out: then recv() and send() wait in Python.
+    and send() wait. But each duplicate shares the flag O_NONBLOCK with a socket of the loop.
+    Therefore the duplicates have a time-out: Python waits for a socket that has a time-out.
     """
 
     def __init__(self, connection, rule, to_backend):
@@ -7777,7 +7775,7 @@ class HandOff:
                       for sock in (connection.client, connection.backend)]
 
     def run(self):
-        """Call the handler, in its thread. Returns whether the handler has closed no socket.
+        """Call the handler, in its thread. Returns whether both sockets are still open.
 
         Raises the exceptions of the handler.
         """
@@ -7849,7 +7847,7 @@ class Connection:
             self.chain = Chain(proxy.rules, number)
         self.up = Link(UPSTREAM, self.loop.budget, self.chain.recv_size(UPSTREAM))
         self.down = Link(DOWNSTREAM, self.loop.budget, self.chain.recv_size(DOWNSTREAM))
-        self.up.measure_after = proxy.latencies.draw_skip_count()
+        self.up.measure_from = proxy.latencies.draw_skip_count()
         self.client = self.up.source = self.down.target = client    # None after `close`
         self.backend = None             # the backend's socket; None before connect()
         self.phase = WAITING
@@ -7921,9 +7919,9 @@ class Connection:
         if not size:
             self.on_eof(link)
             return
-        # When the direction changes, a request may begin. direction_changed() counts requests.
+        # direction_changed() returns request_count. Only a sample of the requests is measured.
         if chain.last_direction is not link.to and (
-                chain.direction_changed(link.to) >= link.measure_after):
+                chain.direction_changed(link.to) >= link.measure_from):
             self.begin_measurement()
         data = loop.view[:size]
         if chain.protocol or chain.active_rules or not link.fast_events:
@@ -7946,18 +7944,17 @@ class Connection:
         if not self.down.request_time:
             self.down.request_time = self.loop.clock()
             skip_count = self.proxy.latencies.draw_skip_count()
-            self.up.measure_after = self.chain.request_count + skip_count
+            self.up.measure_from = self.chain.request_count + skip_count
 
     def end_measurement(self):
-        """Record the latency of the measured request, whose reply the client begins to get."""
+        """Record the latency of the measured request: the client gets its first reply bytes."""
         self.proxy.latencies.add(self.loop.clock(), self.down.request_time)
         self.down.request_time = 0.0
 
     def prepare_read(self, link, events):
         """Handle the cases in which on_ready cannot simply receive.
 
-        events    the events that the source is ready for. A source with an error is ready for
-                  all events, so also for events that are not watched
+        events    the events that the source is ready for; all events if the source has an error
 
         Returns the most bytes to receive now. Returns 0 if on_ready must not receive.
         """
@@ -7986,15 +7983,15 @@ class Connection:
         """Return the most bytes to receive, because each parsed request takes memory."""
         parses_requests = link is self.up and link.recv_size <= PARSED_CHUNK
         if not parses_requests:
-            return CHUNK
+            return CHUNK                # no limit
         free_memory = link.budget.allowance(HELD_MAX) - link.held - link.kept
         return max(1, free_memory // EXPANSION)
 
     def process_received(self, link, data):
         """Run received bytes through the chain.
 
-        Returns the bytes that on_ready must send and count. Returns None if all bytes were queued
-        or dropped: this function has counted them.
+        Returns the bytes that on_ready must send, or None if all bytes were queued or dropped.
+        on_ready counts the returned bytes. The other bytes are counted here.
         """
         chain, size = self.chain, len(data)
         if self.phase is LINGERING:     # the client has got its last reply: drop further bytes
@@ -8052,8 +8049,8 @@ class Connection:
     def charge_kept(self):
         """Charge the budget for the memory that the chain keeps for exchanges.
 
-        After the backend's EOF, no reply frees memory of the chain, so the budget is not charged.
-        Otherwise a full budget would stop all further reads from the client.
+        After the backend's EOF, no reply can free the memory, so a full budget would stop the
+        reads from the client. Therefore the charge ends with the backend's EOF.
         """
         kept = self.chain.kept
         counts = kept > KEPT_MIN and not self.down.eof
@@ -8076,7 +8073,7 @@ class Connection:
             self.pump()
 
     def after_send(self, link, unsent):
-        """End the measurement of a latency, if the proxy measures. Buffer the unsent bytes."""
+        """End a measurement of the latency, if there is a measurement. Buffer the unsent bytes."""
         if link.request_time:
             self.end_measurement()
         if unsent:
@@ -8128,7 +8125,7 @@ class Connection:
             link.bulk_reads = 0
         if not size:
             self.release_pipe(pipe)
-            return link.eof             # if on_recv_error has set `eof`, no recv must follow
+            return link.eof             # recv() must not follow if on_recv_error has set `eof`
         link.buffer_due(pipe)
         self.flush(link)
         if link.send_buffer or link.write_closed:       # the target takes no more, or has gone
@@ -8155,11 +8152,10 @@ class Connection:
             self.update_interest()
 
     def hand_off(self, link):
-        """Leave the unread bytes of a link's source to a blocking handler, if one is active.
+        """Let an active blocking handler read the bytes that wait in a link's source.
 
-        While the handler cannot begin, wants_read() stops the reading.
-
-        Returns whether a blocking handler is active.
+        Returns whether a blocking handler is active. wants_read() then stops the reading until
+        the handler can start.
         """
         data = b""
         with contextlib.suppress(OSError):
@@ -8237,7 +8233,7 @@ class Connection:
         self.pump()
 
     def add_text(self):
-        """Add the first bytes of request 1, if they have come, to the earlier FaultRecords."""
+        """Add the first bytes of request 1 to the FaultRecords that were made without bytes."""
         if self.chain.current_number == 1:
             text = self.chain.request_text()
             if not text:                # the bytes have not come yet
@@ -8422,9 +8418,9 @@ class Connection:
         if link.write_closed and self.reset_reason:
             return False                        # the target has gone
         if self.announcing_link is link or self.phase is HANDED_OFF:
-            return False
+            return False                        # TLS begins, or a blocking handler reads
         if self.proxy.has_blocking and self.chain.blocking_rule() is not None:
-            return self.can_start_handler()     # until then, no more data must be held
+            return self.can_start_handler()     # a handler starts only if no data is held
         return True
 
     def set_timer(self, now):
@@ -8477,7 +8473,7 @@ class Connection:
         link.source.note_change()       # soon calls pump(), which calls continue_tls()
 
     def continue_tls(self):
-        """Begin TLS with the target of announcing_link, unless the announcement still waits."""
+        """Begin TLS with the target of announcing_link if the announcement has been sent."""
         link = self.announcing_link
         if not link.held:
             self.announcing_link = None
@@ -8512,7 +8508,7 @@ class Connection:
     def on_handshake_failed(self, link, source):
         """Close the connection after a failed handshake.
 
-        A client first gets the alert. When the client has closed its side, there is a second call.
+        A client first gets the alert. A second call follows when the client has closed its side.
         """
         if link is self.down:
             self.connect_failed("TLS handshake: %s" % source.error)
@@ -8531,7 +8527,7 @@ class Connection:
         """Return whether a link's stream ends without close_notify, as if the sender had died."""
         if link.eof:                            # the target sees the same end as the proxy
             return isinstance(link.source, TlsSocket) and link.source.lacks_close_notify
-        # A rule has ended the stream. Only a stream with a reply of a rule ends with close_notify.
+        # If a rule ends the stream, close_notify is sent only after a reply of the rule.
         return not self.chain.answered_early
 
     # Connecting to the backend
@@ -8550,7 +8546,7 @@ class Connection:
     def on_resolved(self, addresses, error):
         """Connect to the addresses of the backend's name, unless the resolver has failed.
 
-        addresses    as in connect_next; None after an error
+        addresses    [(family, address)], or None after an error
         error        the exception of the resolver, or None
         """
         if self.phase is not CONNECTING or self.backend is not None:
@@ -8582,7 +8578,7 @@ class Connection:
                     self.addresses.insert(0, (family, sockaddr))
                     self.set_deadline(self.loop.clock() + RETRY_DELAY, self.retry_connect)
                     return
-                # That IPv6 is not available is the reason only if no other address has failed.
+                # A missing IPv6 must not hide the reason why an IPv4 address has failed.
                 if reason is None or not address_unavailable(error):
                     reason = error.strerror
                 continue
@@ -8596,12 +8592,12 @@ class Connection:
 
     def limit_connect(self):
         """Limit the time of the pending connect(), to leave time for the untried addresses."""
-        now = self.loop.clock()
-        share = (self.connect_deadline - now) / (1 + len(self.addresses))
+        now, address_count = self.loop.clock(), 1 + len(self.addresses)
+        share = (self.connect_deadline - now) / address_count
         self.set_deadline(now + share, lambda: self.connect_again("timed out"))
 
     def set_deadline(self, t, callback):
-        """Call callback() at the time t. The connection has no other deadline any more."""
+        """Call callback() at the time t. Cancel the earlier deadline of the connection."""
         self.loop.cancel(self.deadline_timer)
         self.deadline_timer = self.loop.call_at(t, callback)
 
@@ -8647,21 +8643,22 @@ class Connection:
         link.source_reset = isinstance(error, ConnectionResetError)
         self.reset_reason = ("reset by %s" % peer if link.source_reset
                              else "%s lost: %s" % (peer, error.strerror))
-        back.discard()
+        back.discard()              # the source can receive no data
         back.write_closed = True
         is_undeliverable = link.latest == NEVER or self.phase is CONNECTING
         if link is self.up and is_undeliverable:
             link.eof = True
             self.reset(self.reset_reason)
         else:
-            self.on_eof(link)       # after the data and EOF were sent, finish() resets the target
+            self.on_eof(link)       # finish() resets the target after the data and EOF were sent
 
     def on_send_error(self, link):
-        """Handle an error of send(): the target has gone. Data from the target is delivered."""
+        """Handle an error of send(): the target has gone."""
         link.discard()
         link.write_closed = True
         peer = "backend" if link is self.up else "client"
-        self.reset_reason = self.reset_reason or "reset by %s" % peer   # for finish()
+        # finish() resets both sockets when the data from the target is delivered.
+        self.reset_reason = self.reset_reason or "reset by %s" % peer
 
     def finish(self):
         """End the connection, because nothing more can be sent in either direction."""
@@ -8681,7 +8678,7 @@ class Connection:
         A close with unread bytes would send RST, and RST could destroy the reply of the rule.
         """
         self.close_backend()
-        self.down.eof = True            # finish() closes when up.eof is True too
+        self.down.eof = True            # finish() closes the connection when up.eof is True too
         if self.phase is not LINGERING:     # finish() may call this function again
             self.phase = LINGERING
             with contextlib.suppress(OSError):
@@ -8791,7 +8788,7 @@ LOG_FORMATTERS = OrderedDict((      # {format of --log-format: its formatter}
 class LogThread(logging.Handler):
     """A log handler that writes the lines in a thread of its own, to a file descriptor.
 
-    A write blocks while a pipe is full, or while a disk is busy. Meanwhile the loop must go on. A
+    The loop must not block, but a write blocks while a pipe is full or a disk is busy. A
     non-blocking stderr is no solution: stderr would become non-blocking for other processes too.
 
     When Python exits, the module logging calls `close`.
@@ -8809,7 +8806,7 @@ class LogThread(logging.Handler):
         self.thread = threading.Thread(target=self.write_lines, name="log", daemon=True)
 
     def emit(self, record):
-        """Queue the line of a record, unless LOG_LINES_MAX lines wait. Start the thread."""
+        """Queue the line of a record. The first call starts the thread."""
         try:
             line = self.format(record)
             if not self.closing and not self.thread.is_alive():
@@ -8929,8 +8926,8 @@ class Recorder:
 # the fault records. A ProxyTable holds the proxies of one process. A comment such as "In the
 # loop's thread" says where the methods below the comment run while a proxy is open.
 
-# Type checkers read the class FaultRecord. The program uses the namedtuple FaultRecord. A fault
-# record of a schedule has connection 0, request 0, and no client and text.
+# Type checkers read the class FaultRecord. The program uses the namedtuple FaultRecord. If the
+# field `change` is set, connection and request are 0, and client and text are empty.
 if MYPY:
     class FaultRecord(NamedTuple):
         number: int
@@ -8989,7 +8986,7 @@ class Latencies:
     def draw_skip_count(self):
         """Return how many requests a connection leaves out before the next measured request.
 
-        The number is random. Its mean grows by 1 whenever SAMPLES_PER_STEP samples are added.
+        The number is random. The mean of the number grows with the number of samples.
         """
         mean = len(self.samples) // self.SAMPLES_PER_STEP
         return int(2 * mean * self.random.random()) if mean else 0
@@ -9048,7 +9045,7 @@ class ProxyServer:
         is_first_process = reuse_port in (None, 1)
         self.rules = RuleSet(self.seed if is_first_process
                              else "%d/%d" % (self.seed, reuse_port), name)
-        # Also check the options of handlers that the behavior lacks.
+        # Also check the options of handlers that are not in the behavior.
         read_rules([dict(values, name=handler, percent=0)
                     for handler, values in (options or {}).items()])
         self.blocks_begun = 0               # the number of the last Block
@@ -9114,14 +9111,14 @@ class ProxyServer:
                                    self.reuse_port))
 
     def set_listener(self, listener):
-        """Use a listener whose port is bound, and note its address."""
+        """Set the listener, whose port is bound, and the addresses `local` and `listen`."""
         self.listener, self.local = listener, listener.local
         host, port = self.local
         # Toxiproxy writes the wildcard address as [::].
         self.listen = format_address(("::", port) if is_wildcard(host) else listener.address())
 
     def open(self, loop):
-        """Begin to work in a loop. Accept clients if the port is bound."""
+        """Use a loop: begin the schedules, and accept clients if the port is bound."""
         self.loop = loop
         self.record_rule_change()
         self.begin_schedules()
@@ -9147,16 +9144,13 @@ class ProxyServer:
             with contextlib.suppress(CannotListen):
                 self.apply_accept()
             raise
-        begins_again = bool(accept.fields)
-        if begins_again or accept.to_text() != before.to_text():
+        schedule_begins = bool(accept.fields)
+        if schedule_begins or accept.to_text() != before.to_text():
             log.info("%saccept: %s", self.log_prefix, accept.to_text())
         self.begin_schedules()
 
     def apply_accept(self):
-        """Set the mode of the listener, if it is open, to the mode of `accept` at this time.
-
-        Raises CannotListen.
-        """
+        """Give the listener the mode that `accept` has at this time. Raises CannotListen."""
         if self.listener:
             self.listener.set_mode(self.accept.current_mode())
 
@@ -9357,7 +9351,7 @@ class ProxyServer:
         return number
 
     def end_block(self, number):
-        """Remove the rules of a block. Blocks may end in any order, and by a ttl."""
+        """Remove the rules of a block, unless a ttl has ended the block already."""
         if number in self.blocks:
             blocks = OrderedDict(self.blocks)
             del blocks[number]
@@ -9426,7 +9420,7 @@ class ProxyServer:
     def change_connections(self, new, removed, changed, woken=()):
         """Apply a change of the rules to the open connections: see Connection.rules_changed."""
         for rule in [*removed, *changed]:
-            # No chunk waits any more for the link that connections share: see `bandwidth`.
+            # A link that the connections share (see `bandwidth`) has no chunks any more.
             rule.shared.pop(UPSTREAM, None)
             rule.shared.pop(DOWNSTREAM, None)
         for connection in list(self.connections.values()):
@@ -9492,7 +9486,7 @@ class ProxyServer:
             log.warning("%s%s", self.log_prefix, error.strerror)
 
     def remove_expired(self, rules):
-        """Remove rules whose ttl has ended. A block ends with the first of its rules.
+        """Remove rules whose ttl has ended. If a rule of a block expires, remove the block.
 
         rules    may contain self.accept
         """
@@ -9838,8 +9832,8 @@ class ProxyTable(OrderedDict):
     def rebind(self, proxy, local, accept):
         """Return a new listener at local, with the mode of `accept`. Raises CannotListen.
 
-        The proxy's listener is closed before, if both have the same port. If the new listener
-        fails, the proxy gets this listener back.
+        If the port stays the same, the old listener is closed first. If the new listener fails,
+        the old listener is opened again.
         """
         (_, old_port), (_, new_port) = proxy.local, local
         conflicting = proxy.listener if old_port == new_port else None
