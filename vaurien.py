@@ -1483,7 +1483,7 @@ class ProtocolError(Exception):
 #   value                the input for the reader; None while the input is incomplete
 
 class NeedBytes(int):
-    """Asks for a number of bytes. The int is this number."""
+    """Asks for a number of bytes: NeedBytes(5) asks for 5 bytes."""
 
     def take(self, buffered, data, offset, size):
         missing = self - len(buffered)
@@ -1547,8 +1547,8 @@ def beginning_with(*parts):
     """Return a pattern `start` of a NeedMatch, for input that begins with these patterns.
 
     The pattern also matches incomplete input that ends after any part. The group of the pattern
-    is the last part. For example, beginning_with(b"a", b"b") matches b"", b"a", b"ab" and b"abc",
-    and its group matches in b"ab" and b"abc".
+    is the last part. For example, beginning_with(b"a", b"b") matches b"", b"a", b"ab" and b"abc".
+    The group matches in b"ab" and b"abc".
     """
     expression = b"(%s)" % parts[-1]
     for part in reversed(parts[:-1]):
@@ -1623,14 +1623,14 @@ class Framer:
         self.at_boundary = True
 
     def skips(self, size):
-        """Return whether the reader skips more than `size` bytes, so that no boundary is near."""
+        """Return whether the reader skips more than `size` bytes, without any boundary."""
         return type(self.awaiting) is int and self.awaiting > size
 
     def recognizes(self, head):
         """Return whether the bytes of an incomplete head are certainly of the protocol.
 
-        This is certain after the reader has received input, such as a line, or when the group of
-        a NeedMatch matches, such as a whole request line of HTTP.
+        The head is certain after the reader has received input, such as a line, or when the group
+        of a NeedMatch matches, such as a whole request line of HTTP.
         """
         if len(self.buffered) < len(head):      # the reader has received the other bytes
             return True
@@ -1642,8 +1642,8 @@ class Framer:
     def whole_message(self, data):
         """Return ((offset, boundary), ...) of data that is exactly one message of a simple form.
 
-        This is faster than `feed`, and finds the same boundaries. Returns None if the data is not
-        one message of a simple form, or the last message is incomplete. Raises ProtocolError.
+        Is faster than `feed`, and finds the same boundaries. Returns None if the data is not one
+        message of a simple form, or the last message is incomplete. Raises ProtocolError.
         """
         parsed = self.parse_whole(data) if self.at_boundary else None
         if not parsed:
@@ -1714,8 +1714,8 @@ class Protocol:
 
     def __init__(self, host=b""):
         self.host = host            # the new value of Host header fields. b"": replace no value
-        # The ProtocolChain sets these two attributes.
-        self.exchanges: deque = deque()     # the queue
+        # The ProtocolChain sets `exchanges`, which is the queue, and `refusable`.
+        self.exchanges: deque = deque()
         self.refusable = None       # the Exchange that a rule may refuse at this event, or None
         self.request_framer = Framer(self.requests(), self.parse_whole_request)
         self.reply_framer = Framer(self.replies(), self.parse_whole_reply)
@@ -1753,8 +1753,8 @@ class Protocol:
     def parse_whole_request(self, data):
         """Return the Request if data is exactly one request of a simple form, without a reader.
 
-        Returns None, and changes nothing, for all other data, and for a request without a reply.
-        Raises ProtocolError.
+        Returns None, and changes nothing, if the data is not exactly one request, if the form is
+        not simple, or if the request gets no reply. Raises ProtocolError.
         """
         return None
 
@@ -1808,7 +1808,7 @@ class Protocol:
         return b""
 
     def finish_reply(self, reply, request):
-        """Return `reply.data` with details that were unknown before, such as a sequence number."""
+        """Return the bytes to send for a Reply: perhaps with a new sequence number or status."""
         return reply.data
 
     def encode_error(self, kind):
@@ -1856,15 +1856,16 @@ class Protocol:
             yield from close_both(t)
 
     def draw_kind(self, state, request):
-        """Draw the kind of an error for a request, or for a client that connects (None).
+        """Draw the kind of an error. Returns "" for no error.
 
-        Returns "" for no error: while a client connects, unless connecting counts as request 1.
+        request    None for a client that connects
         """
         if request:
             return state.random.choice(self.default_errors)
-        if not self.server_first or not self.connect_errors:
+        connecting_is_request = self.server_first
+        if not connecting_is_request or not self.connect_errors:
             return ""
-        # Postgres calls this method at each message of a login. `state.draw` stays the same.
+        # A client of Postgres sends several messages. `state.draw` gives each the same error.
         return self.connect_errors[state.draw % len(self.connect_errors)]
 
     def finish_refusal(self, exchange, t, to, data):
@@ -1929,7 +1930,7 @@ class Http(Protocol):
     has_rows = True                 # chunks, or events of a text/event-stream
     HEAD_END = rb"\n\r?\n"
     REQUEST_LINE = re.compile(rb"\s*([A-Z]+) [^ \r\n]+ HTTP/1\.([01])\r?\n")
-    # Each character of "HTTP/1." is a part, because an incomplete head may end there.
+    # Each character of "HTTP/1." is a part: an incomplete head may end after any character.
     REQUEST_HEAD = NeedMatch(HEAD_END, beginning_with(
         rb"\s*", rb"[A-Z]+", rb" ", rb"[^ \r\n]+", rb" ", *rb"H T T P / 1 \. [01] \r? \n".split()),
         "no request line of HTTP/1")
@@ -1945,7 +1946,7 @@ class Http(Protocol):
     HOST = re.compile(rb"(?i)\nhost:[ \t\r]*([^\n]*[^ \t\r\n])?")
     EXPECT = re.compile(rb"(?im)^expect[ \t]*:.*100-continue")
     EVENT_STREAM = re.compile(rb"(?im)^content-type[ \t]*:[ \t]*text/event-stream\b")
-    # Caches: many messages repeat the last request, its header fields or the last reply's head.
+    # Caches: clients repeat requests or header fields, and backends repeat heads.
     last_request: tuple = (None, None)         # the bytes of a request, and its Request
     last_fields = HeaderFields(None, None, False, False)
     last_reply: tuple = (None, 0)              # the head of a reply, and the size of its body
@@ -1972,7 +1973,7 @@ class Http(Protocol):
         return request_line
 
     def make_request(self, head, close, keep_alive):
-        """Return the Request of a head, with the results of connection_options."""
+        """Return the Request of a head. `close` and `keep_alive`: see connection_options."""
         match = self.REQUEST_LINE.match(head)
         if not match:
             raise ProtocolError(self.REQUEST_HEAD.error)
@@ -1985,8 +1986,8 @@ class Http(Protocol):
     def connection_options(self, head):
         """Return (close, keep_alive): which of the options the Connection header field has.
 
-        A client with "Expect: 100-continue" sends no body before a reply. `close` is True for this
-        client, because only an error that closes the connection is sent before the request ends.
+        `close` is also True with "Expect: 100-continue": the client sends no body before a reply,
+        and only an error that closes the connection is sent before the request ends.
         """
         lower_head = head.lower()           # a search for bytes is faster than the patterns
         if b"\nconnection" not in lower_head and b"\nexpect" not in lower_head:
@@ -2012,7 +2013,7 @@ class Http(Protocol):
         return Request(request.text, request.name, info=request.info)
 
     def parse_fields(self, text):
-        """Return the HeaderFields of a request: see HeaderFields.text.
+        """Return the HeaderFields of a request, for HeaderFields.text.
 
         Returns None if the text is not exactly the rest of a head, or if a body follows.
         """
@@ -2035,16 +2036,17 @@ class Http(Protocol):
             if status < 200:                # an interim reply, before the final reply
                 continue
             if method != "HEAD" and status not in (204, 304):   # all other replies have a body
-                rows = "events" if self.EVENT_STREAM.search(head) else "chunks"
-                yield from self.read_body(head, default_length=UNLIMITED,
-                                          rows=rows if self.counts_rows else "")
+                rows = ""
+                if self.counts_rows:
+                    rows = "events" if self.EVENT_STREAM.search(head) else "chunks"
+                yield from self.read_body(head, default_length=UNLIMITED, rows=rows)
             yield END_OF_MESSAGE
 
     def parse_whole_reply(self, data):
         """Return whether data is exactly one reply with a Content-Length."""
         if self.awaited_request().name in ("", "HEAD", "CONNECT"):      # "": no reply is awaited
             return False
-        head_size = data.find(b"\n\r\n") + 3        # 2 if no head ends. announces_body is False
+        head_size = data.find(b"\n\r\n") + len(b"\n\r\n")
         head_and_size = data[:head_size], len(data) - head_size
         if head_and_size != self.last_reply:
             if not self.announces_body(*head_and_size):
@@ -2053,7 +2055,7 @@ class Http(Protocol):
         return True
 
     def announces_body(self, head, size):
-        """Return whether the head of a reply has the Content-Length `size`, in its usual form."""
+        """Return whether the head of a reply has the Content-Length `size`, in the usual form."""
         lower_head = head.lower()
         _, _, after_name = lower_head.partition(b"\ncontent-length")
         return (after_name.startswith(b": %d\r\n" % size)
@@ -2309,7 +2311,7 @@ class Redis(Protocol):
         size = data[1:line_end - 2]
         if type_ != b"$" or data[line_end - 2:line_end] != b"\r\n" or not size.isdigit():
             return False
-        # Nine digits are enough, because data has COPY_MAX bytes at most. int() is slow for more.
+        # data has COPY_MAX bytes at most. int() of nine digits is fast.
         return line_end + int(size[:9]) + len(b"\r\n") == len(data)
 
     def encode_error(self, kind):
@@ -2327,13 +2329,13 @@ class Redis(Protocol):
 class Memcache(Protocol):
     """The text protocol of memcached, with its meta commands (doc/protocol.txt).
 
-    A quiet meta command gets a reply only in some cases. The command `mn` always gets a reply.
-    Clients send `mn` after quiet commands, to know when all their replies have come. If a rule
+    A quiet meta command gets a reply only in some cases. A client sends `mn` after quiet commands,
+    because the reply to `mn` shows that no replies to quiet commands will follow. If a rule
     refuses a command after quiet commands, the backend gets `mn` in place of the command. The
     client gets the error after the reply to `mn`, and after all replies to quiet commands.
 
-    Request.info is bytes for a request that `mn` has replaced: the last bytes from the backend,
-    which may be a part of the reply to `mn`. Request.info is None for all other requests.
+    Request.info is None, unless `mn` has replaced the request. After `mn`, Request.info has the
+    last bytes from the backend, as they may be the beginning of the reply to `mn`.
     """
 
     errors = {
@@ -2369,7 +2371,7 @@ class Memcache(Protocol):
             # The flags of a meta command follow the key. A flag is a letter with a value.
             flags = [word[:1] for word in words[2:]] if name in self.META else []
             is_quiet = b"q" in flags
-            is_noreply = words[-1:] == [b"noreply"] and name not in self.GET    # there: a key
+            is_noreply = words[-1:] == [b"noreply"] and name not in self.GET    # or a key of a GET
             gets_no_reply = is_quiet or is_noreply or name == "quit"
             request = Request(line.strip(), name, replies=not gets_no_reply)
             yield request                   # make_substitute may replace the request now
@@ -2417,20 +2419,21 @@ class Memcache(Protocol):
     def finish_refusal(self, exchange, t, to, data):
         """Let the replies to quiet commands pass. Drop only the reply to `mn`."""
         request = exchange.request          # None if a client that connects was refused
-        awaits_flushed = request and request.info is not None and not exchange.reply_done
-        if awaits_flushed and to == DOWNSTREAM and (data or data is EOF):
+        is_replaced = request and request.info is not None          # by `mn`
+        is_before_flushed = is_replaced and to == DOWNSTREAM and not exchange.reply_done
+        if is_before_flushed and (data or data is EOF):
             yield from self.pass_quiet_replies(request, t, data)
         else:
             yield from super().finish_refusal(exchange, t, to, data)
 
     def pass_quiet_replies(self, request, t, data):
-        """Yield the events with the replies to quiet commands.
+        """Yield events with the bytes from the backend that cannot be the reply to `mn`.
 
-        data    bytes of the backend, or EOF. The last bytes before EOF are not the reply to `mn`
+        data    bytes from the backend, or EOF
         """
         received, size = request.info + data, len(self.FLUSHED)
         passed, request.info = received[:-size], received[-size:]
-        if data is EOF:
+        if data is EOF:                 # the backend sends no reply to `mn`
             passed, request.info = received, b""
         if passed:
             yield t, DOWNSTREAM, passed
@@ -2462,7 +2465,7 @@ class StatementTexts(OrderedDict):
             del self[key]
 
     def use(self, key):
-        """Return the text with this key as the last used text, or b"" for an unknown key."""
+        """Return the text with this key, or b"". The text becomes the most recently used text."""
         if key not in self:
             return b""
         self.move_to_end(key)
@@ -2513,7 +2516,7 @@ class SkipRows:
         while offset + 5 <= size:
             size_and_sequence, type_ = unpack_from(data, offset)
             body_size = size_and_sequence & 0xFFFFFF
-            # Not an EOF or ERR, and not a row that continues in the next packet
+            # An EOF, an ERR, or a row that continues in the next packet
             if type_ >= 0xFE or body_size == 0xFFFFFF:
                 break
             offset += 4 + body_size
@@ -2617,7 +2620,7 @@ class Mysql(Protocol):
         super().__init__(host)
 
     def requests(self):
-        """Find the commands. All other packets continue the last command, or the login."""
+        """Find the commands. A packet without a command continues a command, or the login."""
         while True:
             size, sequence = mysql_header((yield NeedBytes(4)))
             if size > HEAD_MAX and not self.capabilities_known:     # perhaps bytes of TLS
@@ -2844,7 +2847,7 @@ class Mysql(Protocol):
         """Return commands after which the backend has the same state as after an error."""
         commands, statement_id = [], request.info.statement_id
         if request.name == self.PREPARE:
-            # After a PREPARE that fails, EXECUTE cannot execute the last prepared statement.
+            # This PREPARE fails. Afterwards, LAST_PREPARED is the id of no statement.
             commands.append(bytes([self.PREPARE]) + b"vaurien")
         elif request.name in self.EXECUTES and statement_id != self.LAST_PREPARED:
             # Like EXECUTE, RESET makes the backend forget the data of SEND_LONG_DATA.
@@ -2890,15 +2893,14 @@ class Postgres(Protocol):
     Describe, Execute, and a Sync at the end. A Bind makes a portal from a prepared statement, and
     an Execute runs a portal. After an error, the backend skips all messages up to the next Sync.
 
-    The first column has Request.name. All other messages, such as Parse, belong to the next
-    request:
+    Messages that are not in this table, such as Parse, belong to the next request:
 
-        name       messages of the request    last message of the reply
-        QUERY      Query or FunctionCall      ReadyForQuery
-        EXECUTE    Bind and its Execute       CommandComplete or an error
-        EXECUTE    Bind without an Execute    BindComplete or an error
-        EXECUTE    Execute without a Bind     CommandComplete or an error
-        SYNC       Sync                       ReadyForQuery
+        Request.name    messages of the request    last message of the reply
+        QUERY           Query or FunctionCall      ReadyForQuery
+        EXECUTE         Bind and its Execute       CommandComplete or an error
+        EXECUTE         Bind without an Execute    BindComplete or an error
+        EXECUTE         Execute without a Bind     CommandComplete or an error
+        SYNC            Sync                       ReadyForQuery
 
     Request.info is a PostgresReply.
     """
@@ -3004,7 +3006,8 @@ class Postgres(Protocol):
     def make_boundary(self, type_, body):
         """Return the Request that begins with a message, and update the state for the message.
 
-        Returns CONTINUATION for a message of the last request, None for a message of the next one.
+        Returns CONTINUATION if the message belongs to the last request. Returns None if the
+        message belongs to the next request.
         """
         if type_ in self.CONTINUATIONS:
             if type_ in self.COPY_ENDS:
@@ -3015,7 +3018,8 @@ class Postgres(Protocol):
         if type_ not in self.REQUESTS:
             return None
         portal, _, _ = body.partition(b"\0")        # only Bind and Execute have a portal
-        last_portal, self.bound_portal = self.bound_portal, portal if type_ == self.BIND else None
+        last_portal = self.bound_portal
+        self.bound_portal = portal if type_ == self.BIND else None
         if type_ == self.EXECUTE and portal == last_portal:
             return CONTINUATION
         if last_portal is not None:
@@ -3033,7 +3037,7 @@ class Postgres(Protocol):
             request.replies = False
 
     def note_names(self, type_, body):
-        """Note the prepared statement or the portal that a message makes or closes."""
+        """Keep or forget the prepared statement or portal that a message makes or closes."""
         if type_ == self.PARSE:         # the name of the statement, its SQL, and more fields
             name, _, rest = body.partition(b"\0")
             sql, _, _ = rest.partition(b"\0")
@@ -3111,7 +3115,7 @@ class Postgres(Protocol):
             raise ProtocolError("encryption follows")
 
     def begin_copy(self):
-        """Expect no reply to Syncs before the end of the COPY data: the backend ignores Syncs."""
+        """Expect no replies to the Syncs before the end of the COPY data."""
         self.copying = False
         copy, *later = self.awaited()
         if copy.request.info.copy_ended:
@@ -3225,7 +3229,7 @@ class Smtp(Protocol):
         """Read the message after DATA, which is a request, and then the further requests."""
         first = yield NeedBytes(1)      # wait until the client begins to send the message
         yield Request(b"", "MESSAGE")
-        # A line with only a dot ends the message. The tail has the line end before the message.
+        # A line with only a dot ends the message, and may be the first line of the message.
         yield SkipUntil(b"\r\n.\r\n", tail=b"\r\n" + first)
         yield END_OF_MESSAGE
         yield from self.requests()
@@ -3326,7 +3330,7 @@ class Tls(Protocol):
                     protocols.append(body[position + 1:end])
                     position = end
             elif type_ == self.SUPPORTED_VERSIONS:
-                # A list that takes the place of the highest version. Its first byte is its size.
+                # The first byte of this list of versions is the size of the list.
                 versions = [body[index:index + 2] for index in range(1, len(body), 2)]
         version_names = [self.VERSIONS[code] for code in versions if code in self.VERSIONS]
         return b" ".join(b",".join(field) or b"-" for field in (names, protocols, version_names))
@@ -3349,7 +3353,7 @@ class Tls(Protocol):
             yield type_, hello[position - size:position]
 
     def encode_error(self, kind):
-        """Return an alert record. Its version is TLS 1.2, which all clients accept."""
+        """Return an alert record of TLS 1.2. All clients accept this version in an alert."""
         alert, version, size, fatal = 21, (3, 3), (0, 2), 2
         return bytes([alert, *version, *size, fatal, self.errors[kind]])
 
