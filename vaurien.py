@@ -10680,8 +10680,8 @@ poll();
 
 # -- Control ------------------------------------------------------------------
 #
-# The HTTP control server, with which tests change running proxies. handle_request has the steps
-# from a request to its response.
+# The HTTP control server, with which tests change running proxies. handle_request has all steps
+# between a request and its response.
 #
 # A dialect is a format of results and errors: the format of Vaurien or of Toxiproxy. Each route
 # has a dialect.
@@ -10843,8 +10843,8 @@ def handle_request(control, method, target, read_body, headers=NO_HEADERS):
     except ConnectionError:
         raise
     except BaseException as exc:
-        # BaseException, because a user's handler may raise SystemExit. KeyboardInterrupt does not
-        # occur here: the signal handler for Ctrl-C only calls Loop.stop.
+        # BaseException, because a user's handler may raise SystemExit. Ctrl-C does not raise
+        # KeyboardInterrupt: the signal handler only calls Loop.stop.
         return error_response(exc, dialect, method, target)
 
 
@@ -10949,7 +10949,7 @@ def parse_json_object(body):
 def parse_short_int(text):
     """Return int(text). Raises ValueError for more than INT_DIGITS_MAX digits.
 
-    For very long texts, int() takes too long: its time grows with the square of the length.
+    The time of int() grows with the square of the number of digits.
     """
     if len(text) > INT_DIGITS_MAX:
         raise ValueError("an integer may have %d digits at most, not %d"
@@ -11096,7 +11096,7 @@ def rules_to_json(proxy, rules):
 @route("PUT", "/rules",
        '{"rules": [{"name": "delay", "percent": 20}, {"name": "hang", "percent": 5}]}')
 def put_rules(request):
-    """Replace the rules of the behavior: at most one of them acts on a request."""
+    """Replace the rules of the behavior. At most one rule acts on a request."""
     body = parse_json_object(request.body)
     rule_dicts = body.get("rules")
     is_list = isinstance(rule_dicts, list) and all(isinstance(rule, dict) for rule in rule_dicts)
@@ -11115,7 +11115,7 @@ def set_rules(request, rule_dicts):
 
 @route("POST", "/blocks", '{"name": "delay", "sleep": 2}', query=["only"], status=201)
 def begin_block(request):
-    """Begin a block with one rule; ?only=yes stops the rules of earlier blocks meanwhile."""
+    """Begin a block with one rule; ?only=yes stops the rules of earlier blocks until its end."""
     rules = read_rules([parse_json_object(request.body)])
     only = check_query(request, "only", False, check_yes_no)
     return {"block": request.proxy.loop.run_sync(request.proxy.begin_block, rules, only)}
@@ -11244,13 +11244,13 @@ def set_backend(request):
     proxy, body = request.proxy, parse_json_object(request.body)
     body.setdefault("backend", "")      # parse_backend refuses ""
     values = check_values(body, {"backend": lambda value: parse_backend(str(value))})
-    # set_backend, like a check, may raise ValueError.
+    # set_backend raises ValueError if the backend is the proxy's own address.
     check_field("backend", proxy.loop.run_sync, proxy.set_backend, values["backend"])
 
 
 @route("GET", "/connections /proxies/PROXY/connections", "?newest=100", query=["newest"])
 def list_connections(request):
-    """Return the open connections, each with the bytes it holds; ?newest=N: only the last N."""
+    """Return the open connections with the bytes that each holds; ?newest=N: only the last N."""
     proxy = request.proxy
     numbers = proxy.loop.run_sync(list, proxy.connections)      # the oldest connection first
     newest = check_query(request, "newest", len(numbers), check_count)
@@ -11287,10 +11287,10 @@ def list_events(request):
         if name is None:
             return True
         is_fault = record.change is None
-        # "accept" has records of windows only, and no faults.
+        # All records of "accept" are about windows.
         return record.handler == name and (is_fault or name == Accept.name)
 
-    # wait_limit limits the client threads that wait, because other clients need threads too.
+    # wait_limit limits the client threads that wait. Some threads stay free for short requests.
     if seconds and not request.control.wait_limit.acquire(blocking=False):
         raise ApiError(503, "querystring", "wait", "too many clients wait: try again without wait")
     try:
@@ -11361,10 +11361,10 @@ class Control:
     def open(self, proxies_loop):
         """Start to accept clients, in a new thread with a loop of its own.
 
-        proxies_loop    the loop of the proxies. The control server responds even while this loop
-                        is busy, and even if this loop has used up its file descriptors
+        proxies_loop    the loop of the proxies. The control server responds even while the loop
+                        of the proxies is busy, or has used up its file descriptors
         """
-        # The class is made here, because the import of http.server would slow down the start.
+        # A class statement would import http.server early, and slow down the start.
         self.request_handler_class = type(
             "HttpRequestHandler", (RequestHandler, http_server.BaseHTTPRequestHandler), {})
         fd_limit = raise_fd_limit() or 4 * CLIENTS_MAX      # 0 means that the limit is unknown
@@ -11453,7 +11453,7 @@ class Control:
             raise ApiError(403, "header", "Sec-Fetch-Site", "cross-site request refused")
 
     def is_own_host(self, host):
-        """Return whether a Host header is one of `names`, or a host that nobody can register."""
+        """Return whether a Host header is one of `names`, or a host that no attacker can have."""
         name = normalize_host(re.sub(r":\d*$", "", host.strip()))       # without the port
         is_without_dot = re.fullmatch(r"[a-z0-9_-]{1,63}", name)
         is_unrebindable = name.endswith(UNREBINDABLE) and is_valid_host(name)
@@ -11489,10 +11489,7 @@ class Control:
         least_used.disconnect()
 
     def serve(self, session, peer):
-        """Respond to the requests of a client, then close its connection.
-
-        Called in the client's thread.
-        """
+        """Respond to the requests of a client, and close the connection, in a client thread."""
         with session.client as client:
             self.request_handler_class(client, peer, session)   # __init__ handles all requests
             client.shutdown(socket.SHUT_WR)
@@ -11505,7 +11502,7 @@ class Control:
                     break
 
     def on_client_done(self, session, error):
-        """Forget a client whose thread has ended or could not be started, and close its socket.
+        """Close the socket of a client after the end, or a failed start, of the client thread.
 
         error    the exception that ended the thread, or None
         """
@@ -11578,7 +11575,7 @@ class LimitedReader:
 class RequestHandler:
     """Reads the requests of one client and writes the responses, in the client's thread.
 
-    A mixin for http.server.BaseHTTPRequestHandler. The attribute `server` is the Session.
+    A mixin for BaseHTTPRequestHandler, whose attribute `server` is the Session here.
 
     Time limits: IDLE_TIMEOUT for the first byte of a request, READ_TIMEOUT for each further read
     and write, and REQUEST_TIMEOUT from the first byte of a request to the end of its response.
@@ -11589,7 +11586,7 @@ class RequestHandler:
     server_version = "vaurien/" + __version__
     disable_nagle_algorithm = True
     wbufsize = -1                   # buffer: head and body of a response leave in one segment
-    command = requestline = ""      # send_error reads both, even if no request has been read
+    command = requestline = ""      # send_error reads these names even before the first request
     server: Session
     rfile: LimitedReader
 
@@ -11751,15 +11748,16 @@ def http_error(status, description):
 # Therefore two requests never change a proxy at the same time.
 #
 # Listings: typed clients (Java, .NET, Rust ...) fail if a listing has a toxic that Toxiproxy
-# lacks (see exists_in_toxiproxy). Responses have the toxics that Toxiproxy lacks
+# lacks (see exists_in_toxiproxy). The table shows where responses list Vaurien's own toxics, which
+# Toxiproxy lacks.
 #
 #   GET /proxies, GET /proxies/PROXY,               under the key `rules` of the proxy; the key is
 #   POST and PATCH of a proxy, POST /populate       absent if there are none
 #   GET /proxies/PROXY/toxics                       nowhere
-#   with ?all=1 in the query                        under the key `toxics`, with the other toxics
-#   PUT .../toxics, requests about one toxic        like other toxics
+#   GET and POST with ?all=1 in the query           under the key `toxics`
+#   PUT .../toxics, requests about one toxic        like the toxics that Toxiproxy knows
 #
-# Clients may send listings back: requests that create a proxy accept the key `rules` too.
+# A client may send a listing back: requests that create a proxy accept the key `rules`.
 #
 # To add a route: write a function, and decorate it with @toxiproxy_route. A new rule field needs
 # no change in this section.
@@ -11783,14 +11781,14 @@ TOXIPROXY_TYPES = {
     "slicer": ("average_size", "size_variation", "delay"), "slow_close": ("delay",),
     "timeout": ("timeout",), "reset_peer": ("timeout",), "limit_data": ("bytes",),
     "packet_loss": ("loss_rate", "correlation")}
-UNRELEASED_TYPES = {"packet_loss"}      # only on Toxiproxy's main branch: clients do not know it
+UNRELEASED_TYPES = {"packet_loss"}      # on Toxiproxy's main branch, but unknown to clients
 # The fields of a proxy, with their types. None: several types are valid, see PROXY_CHECKS.
 PROXY_FIELDS = OrderedDict((("name", str), ("listen", str), ("upstream", str),
                             ("enabled", bool), ("toxics", list), ("rules", list),
                             ("protocol", str), ("accept", None), ("max_connections", int),
                             ("tls", dict)))
-# {name: check} of arguments of ProxyServer. A user of the class Proxy can set all these arguments.
-# A client of Toxiproxy's API can set the arguments in PROXY_FIELDS.
+# {name: check} of arguments of ProxyServer. A user of the class Proxy can set all arguments. A
+# client of Toxiproxy's API can set only the arguments in PROXY_FIELDS.
 PROXY_CHECKS = OrderedDict((
     ("timeout", check_timeout), ("protocol", check_protocol),
     ("overwrite_host_header", check_yes_no), ("enabled", check_yes_no), ("accept", check_accept),
@@ -11890,9 +11888,8 @@ def is_from_own_page(headers):
     A request for a page of another site has "same-origin" in none of these headers:
 
     Sec-Fetch-Site    Browsers set this header themselves, but only for https and for localhost.
-    PAGE_HEADER       The control server's page sets this header. To set the header, a page of
-                      another site needs permission by an OPTIONS request (CORS), which the control
-                      server refuses.
+    PAGE_HEADER       The control server's page sets PAGE_HEADER. A page of another site needs
+                      permission by an OPTIONS request (CORS), which the control server refuses.
     """
     return "same-origin" in (headers.get("Sec-Fetch-Site"), headers.get(PAGE_HEADER))
 
@@ -11905,7 +11902,7 @@ def find_path_objects(request):
     if "PROXY" not in request.names:
         return []
     proxy = request.proxy
-    # Another request may have removed the proxy while this thread waited for the lock.
+    # While a client thread waits for the lock, another request may remove the proxy.
     if proxy is None or request.control.proxies.get(proxy.name) is not proxy:
         raise toxiproxy_error(404, "proxy not found")
     if "TOXIC" not in request.names:
@@ -11986,8 +11983,8 @@ def read_object(value, struct, known=None):
 
     value     the JSON object; null counts as {}
     struct    Go's name of the object's type, for the error
-    known     the keys to return, whether a client writes them in upper or lower case. None returns
-              all keys unchanged
+    known     the keys to return; clients may use upper or lower case. None returns all keys
+              unchanged
 
     Raises InputError if the value is not an object.
     """
@@ -12035,7 +12032,7 @@ def read_proxies(text, proxies):
         values = []
     if not isinstance(values, list):
         raise bad_body(GO_TYPE_ERROR % (JSON_TYPES[type(values)], "value", "[]toxiproxy.Proxy"))
-    # Go's decoder, too, checks the types of all values first.
+    # As in Go's decoder, errors in types are reported before errors in values.
     all_fields = [read_proxy_fields(value) for value in values]
     new_proxies, names = [], set()
     for index, fields in enumerate(all_fields, 1):
@@ -12064,8 +12061,8 @@ def make_proxy(fields, proxies):
         if not fields.get(name):
             raise toxiproxy_error(400, "missing required field: %s" % name)
     check_field("name", check_name, fields["name"])
-    toxics, json_objects = [], [*fields.get("toxics", ()), *fields.get("rules", ())]
-    for index, value in enumerate(json_objects, 1):
+    toxics = []
+    for index, value in enumerate([*fields.get("toxics", ()), *fields.get("rules", ())], 1):
         with error_suffix(" (toxic %d of proxy %s)" % (index, fields["name"])):
             toxics.append(read_toxic(value))
     check_unique_names(toxics)
@@ -12086,7 +12083,7 @@ def parse_upstream(text):
     """Parse the address of a backend. Returns (host, port). Raises ValueError.
 
     The port is a number, the name of a service like "http", or "" if the text has no port.
-    Toxiproxy accepts all three kinds, and checks the port only when a client connects.
+    Toxiproxy checks the port only when a client connects.
     """
     try:
         return parse_backend(text)
@@ -12102,9 +12099,9 @@ def read_listen(text, prefix=""):
     """Return the (host, port) of an address to listen on.
 
     text      "HOST:PORT" or "HOST:SERVICE", like "localhost:http"
-    prefix    the beginning of an error of Go's net package
+    prefix    the beginning of the text of an ApiError
 
-    Raises ApiError for an error that Go's net package has too, and InputError for other errors.
+    Raises ApiError for an error that Go's net package knows, and InputError for other errors.
     """
     host, colon, port = text.rpartition(":")
     if colon and re.fullmatch("[A-Za-z][A-Za-z0-9-]*", port):       # the name of a service
@@ -12118,8 +12115,9 @@ def read_listen(text, prefix=""):
         if not colon:
             raise toxiproxy_error(500, "%saddress %s: missing port in address"
                                   % (prefix, text)) from None
-        is_too_high = re.fullmatch(r"\d{5,}", port)
-        if is_too_high and ":" not in host and is_valid_host(host):
+        is_valid_name = ":" not in host and is_valid_host(host)
+        is_port_too_high = re.fullmatch(r"\d{5,}", port)
+        if is_valid_name and is_port_too_high:
             raise toxiproxy_error(500, "%saddress %s: invalid port" % (prefix, port)) from None
         raise InputError([("listen", "listen %s" % error)]) from None
 
@@ -12165,7 +12163,7 @@ def read_toxic(value, strict=False):
 def read_attributes(type_, value, strict=False):
     """Return the options of a handler in a JSON object: {option: value}. Raises InputError.
 
-    strict    True: keep unknown keys, so that make_toxic refuses them. False: ignore unknown keys
+    strict    False ignores unknown keys. True returns unknown keys, which make_toxic refuses
     """
     types = {option: type(default)
              for option, default in handler_options(HANDLERS[type_]).items()}
@@ -12189,7 +12187,7 @@ def in_plain_words(message):
     return re.sub(pattern, replace, message)
 
 
-# Warnings. make_proxy or read_toxic has accepted the JSON object, because Toxiproxy accepts it
+# Warnings about JSON objects, after make_proxy or read_toxic has accepted the object
 
 def log_warnings(texts):
     for text in texts:
@@ -12289,7 +12287,7 @@ def toxics_to_json(proxy, toxics):
 
 
 def listed_toxics(proxy, request):
-    """Return the toxics of a proxy that its key `toxics` lists. ?all=1 lists all toxics."""
+    """Return the toxics for the key `toxics` of a proxy. ?all=1 adds Vaurien's own toxics."""
     list_all = request.query.get("all") == "1"
     return [toxic for toxic in proxy.toxics if list_all or exists_in_toxiproxy(toxic)]
 
@@ -12325,7 +12323,7 @@ def list_proxies(request):
 @toxiproxy_route("POST", "/proxies", '{"name": "redis", "listen": "localhost:26379", '
                                      '"upstream": "localhost:6379"}', status=201)
 def create_proxy(request):
-    """Create a proxy, which may have toxics for all connections."""
+    """Create a proxy, which may have toxics."""
     proxies = request.control.proxies
     value = read_json(request.body)
     proxy = make_proxy(read_proxy_fields(value), proxies)
@@ -12352,7 +12350,7 @@ def update_proxy(request, proxy):
     if fields.get("upstream"):
         backend = check_field("upstream", parse_upstream, fields["upstream"])
     check_field("upstream", check_backend, backend, [local])
-    # A client that sends a listing back sends `protocol` and `tls`, but no client can change them.
+    # A client may send `protocol` and `tls` as in a listing, but cannot change their values.
     for name, current in ("protocol", proxy.protocol_name()), ("tls", proxy.tls.fields):
         requested = check_field(name, PROXY_CHECKS[name], fields.get(name, current))
         if requested != current:
@@ -12379,7 +12377,7 @@ def list_toxics(request, proxy):
 @toxiproxy_route("POST", "/proxies/PROXY/toxics",
                  '{"type": "latency", "attributes": {"latency": 200}}')
 def create_toxic(request, proxy):
-    """Add a toxic, which also acts on open connections; ?strict=1 refuses unknown keys."""
+    """Add a toxic, also to open connections; ?strict=1 refuses unknown keys."""
     value = read_json(request.body)
     toxic = read_toxic(value, strict=request.query.get("strict") == "1")
     toxics = [*proxy.toxics, toxic]
@@ -12437,7 +12435,7 @@ def copy_toxic(toxic, value):
     known = [key for key in TOXIC_KEYS if key not in ("name", "type", "stream")]
     fields = read_fields(read_toxic_object(value, known), TOXIC_FIELDS, "")
     changed_attributes = read_attributes(toxic.rule.name, fields.pop("attributes", {}))
-    if "toxicity" not in fields and "percent" not in fields:    # both mean the same
+    if "toxicity" not in fields and "percent" not in fields:    # percent is 100 * toxicity
         fields["toxicity"] = toxic.toxicity
     changed = make_toxic(toxic.rule.name, toxic.name,
                          dict(toxic.rule.own_fields(), **fields, stream=toxic.rule.stream),
@@ -12447,7 +12445,7 @@ def copy_toxic(toxic, value):
     for name in RULE_FIELDS:
         if before.get(name) != after.get(name) and name != "ttl":
             raise bad_body("%s cannot be changed: remove the toxic and add it again" % name)
-    # make_toxic has set attributes that the client has not sent to their defaults: undo this.
+    # Attributes that the client has not sent keep the values of `toxic`.
     changed.update(changed.toxicity, dict(toxic.attributes, **changed_attributes))
     return changed
 
@@ -12470,13 +12468,13 @@ def populate(request):
             log_warnings(proxy_warnings(value))
     except (InputError, ApiError, CannotListen) as exc:
         result = error_to_json(TOXIPROXY.to_api_error(exc))
-    # After CannotListen, `populated` has the proxies before the error. Go writes [] as null.
+    # If a proxy cannot listen, `populated` has the proxies before it. Go writes [] as null.
     result["proxies"] = [proxy_to_json(proxy, request) for proxy in populated] or None
     return TOXIPROXY.render(result, result.get("status", 201))
 
 
 def add_or_update_proxy(proxies, proxy, fields):
-    """Add a proxy, or update the existing proxy with the same name. Raises CannotListen.
+    """Add a proxy, or update the existing proxy of this name. Raises CannotListen.
 
     fields    the fields that `proxy` was made from
 
@@ -12496,8 +12494,8 @@ def update_existing(proxies, existing, proxy, fields):
     proxy       a ProxyServer with the new values, which is never opened
     fields      the fields that `proxy` was made from
 
-    If the addresses, the protocol or the options of TLS differ, all settings and toxics change,
-    and the rules of the behavior are removed. Without a difference, only `fields` change.
+    If has_same_addresses returns True, only `fields` change. If has_same_addresses returns False,
+    all settings and toxics change, and the rules of the behavior are removed.
     """
     with existing.lock:
         if proxies.get(proxy.name) is not existing:
@@ -12521,7 +12519,7 @@ def update_existing(proxies, existing, proxy, fields):
 
 def has_same_addresses(existing, proxy):
     """Return whether a proxy has the addresses, protocol and options of TLS of another proxy."""
-    # `existing` is open, so existing.listen is an IP address with the actual port.
+    # The `listen` of an open proxy is an IP address with the actual port.
     return (existing.listen in (proxy.listen, first_address(proxy.local))
             and existing.backend == proxy.backend and existing.protocol is proxy.protocol
             and existing.tls.fields == proxy.tls.fields)
@@ -12530,10 +12528,10 @@ def has_same_addresses(existing, proxy):
 def replace_toxics(current, new, names):
     """Return the new toxics, and the current toxics that the new toxics do not replace.
 
-    names    a collection of fields. "toxics" means: the new toxics replace all current toxics that
-             Toxiproxy could have. "rules" means: the new toxics replace all other current toxics
+    names    names of fields. The name "toxics" removes all current toxics that Toxiproxy could
+             have. The name "rules" removes all current toxics that Toxiproxy lacks
 
-    In any case, a new toxic replaces a current toxic of its name.
+    A new toxic always replaces the current toxic with the name of the new toxic.
     """
     new_names = {toxic.name for toxic in new}
     kept = []
