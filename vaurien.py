@@ -4522,7 +4522,7 @@ class Chain:
         """Apply a change of the installed rules.
 
         new        rules that were not installed before
-        changed    rules whose options or percentages have changed, but not their state
+        changed    rules that keep their state, with new options or percentages
         woken      rules whose percentage rises because of their schedule
 
         A new or woken rule per connection begins now. A new or woken rule per request begins with
@@ -4537,7 +4537,7 @@ class Chain:
                                if rule in installed}
         begun = []
         for rule, active in self.per_connection.items():
-            may_change = rule in changed or rule.has_schedule()
+            may_change = rule in changed or rule.has_schedule()     # may begin or stop
             if may_change and self.update_acts(active):
                 begun.append(rule)
         self.undrawn = [rule for rule in [*self.undrawn, *new] if rule in installed]
@@ -4761,7 +4761,7 @@ class Chain:
 class RefusingChain(Chain):
     """The chain of a client beyond max_connections: no rule acts, and no backend is connected.
 
-    With a protocol, the client gets the error of a server with too many connections. Then the
+    With a protocol, the client gets the error of a server with too many connections before the
     connection is closed.
     """
 
@@ -4883,7 +4883,7 @@ class ProtocolChain(Chain):
        has got no byte of the request.
     5. A rule that has refused a request sends the reply even if the rule is removed or changed.
     6. Events in delay queues and exchanges wait only for installed rules that do not sleep. After
-       delays were undone, no rule keeps a due time after that of the last chunk in the queue.
+       delays were undone, no rule keeps a due time later than that of the last queued chunk.
     7. After a refusal that closes the connection, the backend gets no further bytes. After a
        rule has closed or reset the connection, the client gets no further replies.
     """
@@ -5150,7 +5150,7 @@ class ProtocolChain(Chain):
                 if self.encrypted is not None:
                     return self.split_encrypted(to, bytes(data), end)
         except ProtocolError as error:
-            # The calls update the chain. Their events are not used: see the return of all bytes.
+            # Ignore the events that the calls return, because all bytes are returned below.
             self.process_part(0.0, to, bytes(data[end:]))
             self.fall_back(0.0, to, str(error))
             return bytes(data)          # not `data` itself: the connection must end the parsing
@@ -5271,9 +5271,9 @@ class ProtocolChain(Chain):
         is_request = boundary is not CONTINUATION
         if is_request:
             head = self.protocol.rewrite_head(head)
+        is_refusable = is_request and not self.head_forwarded   # the backend has got no byte
         if head:
-            events += self.process_in_exchange(
-                now, to, head, is_refusable=is_request and not self.head_forwarded)
+            events += self.process_in_exchange(now, to, head, is_refusable)
         return events
 
     def process_in_exchange(self, now, to, data, is_refusable=False):
@@ -5299,7 +5299,7 @@ class ProtocolChain(Chain):
                 events.append(event)
         if exchange is not self.exchanges[0]:
             events = self.queue_replies(exchange, now, data, events)
-        if self.modified:
+        if self.modified:               # by a rule, which may end the replies
             self.note_end(now, data, events)
         return events
 
@@ -5309,13 +5309,14 @@ class ProtocolChain(Chain):
         start      the time when `made_of` came
         made_of    the bytes or the signal that the events were made of
 
-        Returns bytes for the backend, and an unchanged signal of the client: these events are not
-        queued.
+        Returns the events that are not queued: bytes for the backend, and an unchanged signal of
+        the client.
         """
         may_leave = []
         for event in events:
             _, to, made, delays = event
-            if to == UPSTREAM and (made or made is made_of):
+            is_bytes_or_unchanged = made or made is made_of
+            if to == UPSTREAM and is_bytes_or_unchanged:
                 may_leave.append(event)
             else:
                 exchange.queued_events.append((start, to, made, delays))
@@ -5371,8 +5372,8 @@ class ProtocolChain(Chain):
         error    the reason, as text. The connection logs this text
 
         Stores a tcp Chain in `successor`, which replaces this chain. No successor is made if the
-        client's bytes are wrong and the client must still get errors of rules. Without successor,
-        this chain forwards the further bytes of the client, and still parses the replies.
+        client's bytes are wrong and the client must still get errors of rules. Without a
+        successor, this chain forwards the further bytes of the client, and parses the replies.
 
         Returns the events that were held or queued.
         """
@@ -5386,7 +5387,7 @@ class ProtocolChain(Chain):
         events = [event for exchange in self.exchanges
                   for event in self.take_queued(exchange, now)]
         if self.head:
-            # The head begins a request. `start` has begun request 1, unless the server is first.
+            # The head begins a request. `start` has begun request 1 if the client sends first.
             is_begun = not self.exchanges[-1].request and not self.protocol.server_first
             if not is_begun:
                 chain.begin_request()
