@@ -4428,9 +4428,7 @@ class Chain:
             for active in self.per_connection.values():
                 if active.match_buffer:         # search only the bytes of the new request
                     active.match_buffer = b""
-            self.active_rules = self.collect(
-                {rule: self.draw_rule(rule) for rule in rule_set.installed
-                 if rule.per == "request"})
+            self.active_rules = self.collect()
 
     def direction_changed(self, to):
         """Set last_direction, because the next bytes go in another direction.
@@ -4487,14 +4485,17 @@ class Chain:
             return None
         return ActiveRule(rule, drawn_count, number, acts)
 
-    def collect(self, drawn):
+    def collect(self, drawn=None):
         """Return the active rules of the current request, in the order of the rules.
 
-        drawn    {rule per request: ActiveRule, or None if the rule does not act}
+        drawn    {rule per request: ActiveRule or None}. Without this dict, the rules are drawn
         """
         collected = []
         for rule in self.rule_set.installed:
-            active = drawn.get(rule) if rule.per == "request" else self.connection_rule(rule)
+            if rule.per == "connection":
+                active = self.connection_rule(rule)
+            else:
+                active = self.draw_rule(rule) if drawn is None else drawn.get(rule)
             # A rule with a match_buffer still searches the request, and may act later.
             if active is not None and (active.acts or active.match_buffer is not None):
                 collected.append(active)
