@@ -23,8 +23,8 @@ The path of a chunk (the bytes that one recv has returned):
     Loop: wakes for ready sockets, for the next due chunk, and for calls of other threads
 
 A handler is a function that receives one event, which includes the time, and yields the events
-that take the place of this event. A handler never blocks, reads no clock and uses no socket. A
-"blocking handler" is a class, as in Vaurien 0.1. It runs in a thread of its own, and may block.
+that take the place of this event. A handler never blocks, reads no clock and uses no socket. Only
+a "blocking handler" may block: a class, as in Vaurien 0.1, that runs in a thread of its own.
 
 Each section uses only the sections above it. `grep -n '^# -- ' vaurien.py` lists the sections:
 
@@ -37,25 +37,32 @@ Each section uses only the sections above it. `grep -n '^# -- ' vaurien.py` list
 
 Glossary:
 
-    client, backend        the program that connects to Vaurien, the server that Vaurien
-                           connects to
+    client, backend        the program that connects to Vaurien, and the server behind Vaurien
     upstream, downstream   towards the backend, towards the client
     event                  (t, to, data): the due time, the direction, and bytes or a signal
+    exchange               a request and its reply
+    boundary               a position in a stream where a request or reply begins or ends
+    head                   the first bytes of a request or reply, which tell its kind and length
+    row                    a part of a reply: a row, an element of an array, a chunk or an event
+    framer                 finds the boundaries in one direction of a connection
+
     rule                   a handler with options, and the fields that say when it acts
     behavior               rules of a proxy that share one draw: at most one of them acts
     toxic                  a rule of a proxy with a name and a draw of its own
     toxicity               the probability that a toxic acts, from 0 to 1
     block                  the rules that a test sets for the body of a `with` statement
-    Accept                 how a proxy treats new clients: accept, refuse or drop them, and when
-    installed rule         a rule that a proxy uses now. The rules of a block may replace the
-                           behavior
-    draw                   the random number that decides whether a rule acts on a request or a
-                           connection. The seed determines all draws
+    installed rule         a rule that a proxy uses now. A block may replace the behavior
+    draw                   the random number that decides whether a rule acts. The seed determines
+                           all draws
     window                 a period in which a rule acts, given by `start` and `duration`
-    sleep                  a rule sleeps, and does not act, outside of its windows
+    sleep                  a rule sleeps outside of its windows: the rule does not act
     ramp                   the beginning of a window, while the percentage rises from 0
-    ttl                    the time to live: after this time, the rule is removed
+    ttl                    the time to live, after which a rule is removed
     schedule               the windows of a rule, its ramp and its ttl
+    Accept                 how a proxy treats new clients: accept, refuse or drop them, and when
+    fault record           an entry of the log and the API: a rule has acted on a request, a window
+                           of the rule has begun or ended, or its ttl has ended
+
     active rule            a rule drawn for one request or connection, with its state
     chain                  the active rules of a connection, in order
     delay queue            the bytes of one direction, each chunk with its due time
@@ -63,15 +70,6 @@ Glossary:
     budget                 the limit for the bytes in all delay queues of a loop together
     fast path              recv and send in one callback
     slow path              from recv through the chain and the delay queue to send
-    exchange               a request and its reply
-    boundary               a position in a stream where a request or reply begins or ends
-    head                   the first bytes of a request or reply, which tell what it is and how
-                           long it is, like the header of an HTTP message
-    row                    a part of a reply: a row of a result, an element of an array, a chunk
-                           of a body, or an event of a stream
-    framer                 finds the boundaries in one direction of a connection
-    fault record           an entry of the log and the API: a rule has acted on a request, a window
-                           of the rule has begun or ended, or its ttl has ended
 
 To add
 
@@ -272,7 +270,7 @@ OPEN = Signal("OPEN")
 EOF = Signal("EOF")
 RESET = Signal("RESET")     # the proxy drops all data and resets both sockets
 # With a protocol, END_OF_MESSAGE follows each request and reply. END_OF_ROW follows each row while
-# an installed rule has the option `rows`. Only handlers receive these signals, not the peers.
+# an installed rule has the option `rows`. The proxy sends neither signal to a peer.
 END_OF_MESSAGE = END = Signal("END_OF_MESSAGE")     # END is an older name, for users' handlers
 END_OF_ROW = Signal("END_OF_ROW")
 
@@ -479,7 +477,7 @@ def format_value(value):
 #   *, ...   the options. The default of an option determines the type of the option: bool, int,
 #            float or str. The docstring has a line for each option: its help
 #
-# An example. A handler needs no more code than this, not even for the command line and the APIs:
+# A complete handler, which also works on the command line, in ini files and in both APIs:
 #
 #     @handler
 #     def lose(state, t, to, data, *, percent_lost=10):
@@ -528,7 +526,7 @@ def rate_limited(function: "Function") -> "Function":
     """Mark a handler that delays chunks like a slow link.
 
     The handler sets state[to] to the time when the slow link has sent all chunks so far. While
-    this time is far away, the proxy reads little from the source (DelayQueue.read_limit).
+    state[to] is far away, the proxy reads little from the source (DelayQueue.read_limit).
     """
     return with_attributes(rate_limited=True, keeps_due_time=True)(function)
 
@@ -582,30 +580,19 @@ def error(state, t, to, data, *, inject=False, warmup=0, kind=""):
     """
     if state.request <= warmup:
         yield t, to, data
-    elif inject:
-        yield from inject_random_bytes(state, t, to, data)
+    elif inject:                    # change the first chunk of the reply
+        if data and to == DOWNSTREAM and state["failed_request"] != state.request_number:
+            state["failed_request"] = state.request_number
+            middle = len(data) // 2
+            data = data[:middle] + random_bytes(state.random, 100) + data[middle:]
+        yield t, to, data
     elif state.protocol_lost:       # random bytes are only for proxies of tcp
         yield t, to, data
     elif state.protocol:
         yield from state.protocol.reply_with_error(state, t, to, data, kind)
-    else:
-        yield from reply_with_random_bytes(state, t, to, data)
-
-
-def inject_random_bytes(state, t, to, data):
-    """Insert random bytes into the first chunk of a reply, and pass the other events."""
-    if data and to == DOWNSTREAM and state["failed_request"] != state.request_number:
-        state["failed_request"] = state.request_number
-        middle = len(data) // 2
-        data = data[:middle] + random_bytes(state.random, 100) + data[middle:]
-    yield t, to, data
-
-
-def reply_with_random_bytes(state, t, to, data):
-    """Replace the first chunk of a reply by random bytes, and drop the rest of the reply."""
-    if to == UPSTREAM or not data:
+    elif to == UPSTREAM or not data:
         yield t, to, data
-    elif state["failed_request"] != state.request_number:
+    elif state["failed_request"] != state.request_number:   # later chunks of the reply are dropped
         state["failed_request"] = state.request_number
         line_end = b"\r\n"          # for clients that wait for a whole line
         yield t, to, random_bytes(state.random, 998) + line_end
@@ -898,12 +885,10 @@ class TcpSender:
 
     def __init__(self):
         self.sent = 0.0             # the time when the last segment was sent
-        self.in_flight = deque()    # for each segment that is sent and not acknowledged: the time
-                                    #   when its acknowledgement arrives
+        self.in_flight = deque()    # the time of the acknowledgement of each segment in flight
         self.cwnd = 10.0            # in segments; the first value is that of RFC 6928
         self.ssthresh = math.inf    # the cwnd at which slow start ends
-        self.repair = None          # how a loss is repaired, "fast" or "time-out", while the loss
-                                    #   has not reduced cwnd yet
+        self.repair = None          # "fast" or "time-out" after a loss that must still reduce cwnd
         self.recovers_until = 0.0   # the end of the repair. A loss before this time does not count
         self.losing = False         # the last segment was lost
 
@@ -913,17 +898,19 @@ class TcpSender:
         behind     the number of later segments of the same chunk
         is_bulk    True if more chunks follow this chunk
         """
-        sent, delay = self.send(t), 0
-        if self.loses(path):
-            delay, timed_out = self.draw_repair(path, behind, is_bulk)
-            in_recovery = sent < self.recovers_until
-            if not in_recovery:
-                self.recovers_until = sent + delay
-                self.repair = "fast"
-            if timed_out:
-                self.repair = "time-out"
-            if is_bulk:             # without is_bulk, `send` reduces cwnd, after this chunk
-                self.reduce_cwnd()
+        sent = self.send(t)
+        if not self.loses(path):
+            self.in_flight.append(sent + path.rtt)
+            return sent
+        delay, timed_out = self.draw_repair(path, behind, is_bulk)
+        in_recovery = sent < self.recovers_until
+        if not in_recovery:
+            self.recovers_until = sent + delay
+            self.repair = "fast"
+        if timed_out:
+            self.repair = "time-out"
+        if is_bulk:             # without is_bulk, `send` reduces cwnd, after this chunk
+            self.reduce_cwnd()
         # A fast repair (of one round trip) delays no acknowledgement: the receiver acknowledges
         # later segments.
         acknowledgement_delay = delay if delay > path.rtt else 0
@@ -1117,8 +1104,8 @@ PIECES_MAX = 1000   # the most pieces of one chunk. A piece takes CHUNK_OVERHEAD
 def split_chunk(data, size, variation=0, rng=None):
     """Yield the pieces of a chunk. A signal is one piece. If `size` is 0, a chunk is one piece.
 
-    size         the bytes of a piece. If a chunk had more than PIECES_MAX pieces of this size, the
-                 pieces are larger
+    size         the bytes of a piece. In place of more than PIECES_MAX pieces, a chunk has larger
+                 pieces
     variation    with `rng`: the largest difference between a piece and `size`, in bytes
     rng          a random.Random, or None for pieces of equal size
     """
@@ -1213,10 +1200,8 @@ class BaseHandler:
 
 
 def is_blocking_handler(function):
-    """Return whether a handler is a subclass of BaseHandler, of this or another copy of the file.
-
-    A user's handler may import a second copy of this file.
-    """
+    """Return whether a handler is a subclass of BaseHandler."""
+    # issubclass fails if the user's module has imported a second copy of this file.
     return isinstance(function, type) and getattr(function, "blocking", False)
 
 
@@ -1341,8 +1326,8 @@ def load_handler(name, path):
     """
     module_name, _, attribute = path.rpartition(".")
     with contextlib.suppress(OSError):      # the working directory may have been removed
-        is_in_path = os.getcwd() in sys.path or "" in sys.path
-        if not is_in_path:                  # the installed command `vaurien` runs
+        # The installed command `vaurien` does not search the working directory for modules.
+        if os.getcwd() not in sys.path and "" not in sys.path:
             sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), attribute)
@@ -15215,7 +15200,7 @@ def ctl_rules(client):
 
 
 def ctl_set_rules(client, first, *others):
-    """Set the rules of the behavior. The arguments are texts for parse_rule_texts."""
+    """Set the rules of the behavior from texts like "20:delay", "sleep=2"."""
     client.request("PUT", "/rules", {"rules": parse_rule_texts([first, *others])})
     return change_text(client, "Rules changed to %s" % ctl_rules(client))
 
