@@ -7752,8 +7752,8 @@ class HandOff:
     """A call of a blocking handler, in a thread of its own.
 
     The handler gets duplicates of the connection's two sockets. The handler expects that recv()
-    and send() wait. But each duplicate shares the flag O_NONBLOCK with a socket of the loop.
-    Therefore the duplicates have a time-out: Python waits for a socket that has a time-out.
+    and send() wait, although a duplicate shares the flag O_NONBLOCK with the socket of the loop.
+    Therefore each duplicate has a time-out: if a socket has a time-out, Python itself waits.
     """
 
     def __init__(self, connection, rule, to_backend):
@@ -7864,7 +7864,7 @@ class Connection:
         now = self.began
         self.chain.start()
         if self.chain.active_rules:
-            events = self.chain.process(now, UPSTREAM, OPEN)
+            events = self.chain.process(now, UPSTREAM, OPEN)    # a due OPEN leads to connect()
             self.enqueue(now, events + self.chain.process_open(now, [DOWNSTREAM]))
         else:
             self.connect_backend()
@@ -7938,7 +7938,7 @@ class Connection:
             self.up.measure_from = self.chain.request_count + skip_count
 
     def end_measurement(self):
-        """Record the latency of the measured request: the client gets its first reply bytes."""
+        """Record the latency of the measured request: its first reply bytes have been sent."""
         self.proxy.latencies.add(self.loop.clock(), self.down.request_time)
         self.down.request_time = 0.0
 
@@ -7971,7 +7971,7 @@ class Connection:
         return min(limit, link.recv_size, self.parse_limit(link))
 
     def parse_limit(self, link):
-        """Return the most bytes to receive, because each parsed request takes memory."""
+        """Return the limit for the bytes to receive now, because parsed requests take memory."""
         parses_requests = link is self.up and link.recv_size <= PARSED_CHUNK
         if not parses_requests:
             return CHUNK                # no limit
@@ -7982,7 +7982,7 @@ class Connection:
         """Run received bytes through the chain.
 
         Returns the bytes that on_ready must send, or None if all bytes were queued or dropped.
-        on_ready counts the returned bytes. The other bytes are counted here.
+        on_ready counts the returned bytes. This function counts all other received bytes.
         """
         chain, size = self.chain, len(data)
         if self.phase is LINGERING:     # the client has got its last reply: drop further bytes
@@ -8031,7 +8031,7 @@ class Connection:
         return None
 
     def after_parsing(self, link):
-        """Continue as tcp after a protocol error. Begin TLS after the announcement of TLS."""
+        """Handle a protocol error or the beginning of TLS, which the parser may have found."""
         if self.chain.protocol_error:
             self.on_protocol_error()
         if self.chain.encrypted is not None:
@@ -8040,8 +8040,8 @@ class Connection:
     def charge_kept(self):
         """Charge the budget for the memory that the chain keeps for exchanges.
 
-        After the backend's EOF, no reply can free the memory, so a full budget would stop the
-        reads from the client. Therefore the charge ends with the backend's EOF.
+        The charge ends with the backend's EOF: later, no reply would free the memory, and a full
+        budget would stop the reads from the client.
         """
         kept = self.chain.kept
         counts = kept > KEPT_MIN and not self.down.eof
@@ -8064,7 +8064,7 @@ class Connection:
             self.pump()
 
     def after_send(self, link, unsent):
-        """End a measurement of the latency, if there is a measurement. Buffer the unsent bytes."""
+        """Buffer the unsent bytes. If a latency is being measured, end the measurement."""
         if link.request_time:
             self.end_measurement()
         if unsent:
@@ -8145,8 +8145,8 @@ class Connection:
     def hand_off(self, link):
         """Let an active blocking handler read the bytes that wait in a link's source.
 
-        Returns whether a blocking handler is active. wants_read() then stops the reading until
-        the handler can start.
+        Returns whether a blocking handler is active. Until the handler can start, wants_read()
+        stops the reading.
         """
         data = b""
         with contextlib.suppress(OSError):
@@ -8361,7 +8361,7 @@ class Connection:
         up, down = self.up, self.down
         if self.chain.kept > KEPT_MIN or up.kept:
             self.charge_kept()
-        fast = self.phase is CONNECTED and not self.proxy.has_blocking
+        allows_fast_path = self.phase is CONNECTED and not self.proxy.has_blocking
         for link, back in (up, down), (down, up):   # the source of `link` is the target of `back`
             source = link.source
             if source is None:              # the backend's socket before connect()
@@ -8376,8 +8376,8 @@ class Connection:
                 events |= EVENT_WRITE
             if isinstance(source, TlsSocket):
                 events = source.interest(events)
-                fast = fast and source.is_open      # no fast path during a handshake
-            link.fast_events = EVENT_READ if fast and link.is_unused() else 0
+                allows_fast_path = allows_fast_path and source.is_open  # not in a handshake
+            link.fast_events = EVENT_READ if allows_fast_path and link.is_unused() else 0
             if events != link.watched:
                 self.watch(link, events)
 
@@ -8448,7 +8448,7 @@ class Connection:
         link.source = back.target = TlsSocket(
             link.source, self.loop, functools.partial(self.on_tls_change, link),
             self.proxy.timeout, context, is_client, server_name, received)
-        self.client, self.backend = self.up.source, self.down.source
+        self.client, self.backend = self.up.source, self.down.source    # one is now a TlsSocket
         self.up.fast_events = self.down.fast_events = 0     # until the handshake has ended
         self.up.bulk_reads = self.down.bulk_reads = NO_SPLICE
 
@@ -8499,7 +8499,8 @@ class Connection:
     def on_handshake_failed(self, link, source):
         """Close the connection after a failed handshake.
 
-        A client first gets the alert. A second call follows when the client has closed its side.
+        A client first gets the alert, and on_tls_change calls this function again when the client
+        has closed its side.
         """
         if link is self.down:
             self.connect_failed("TLS handshake: %s" % source.error)
@@ -8744,7 +8745,7 @@ class Connection:
 class Formatter(logging.Formatter):
     """A log formatter that writes a message in one line, and indents a traceback.
 
-    It escapes control characters, because messages may contain bytes that a peer has sent.
+    Control characters are escaped, because messages may contain bytes that a peer has sent.
     """
 
     def formatMessage(self, record):
@@ -8863,7 +8864,7 @@ class Recorder:
         self.thread = None              # the LogThread that writes, while the file is open
 
     def open(self):
-        """Open the file. The first call for a Recorder empties the file. Raises OSError."""
+        """Open the file. The first call empties the file. Raises OSError."""
         if self.thread:
             return
         try:
@@ -8977,7 +8978,7 @@ class Latencies:
     def draw_skip_count(self):
         """Return how many requests a connection leaves out before the next measured request.
 
-        The number is random. The mean of the number grows with the number of samples.
+        The number is random, and on average grows with the number of samples.
         """
         mean = len(self.samples) // self.SAMPLES_PER_STEP
         return int(2 * mean * self.random.random()) if mean else 0
@@ -9036,7 +9037,7 @@ class ProxyServer:
         is_first_process = reuse_port in (None, 1)
         self.rules = RuleSet(self.seed if is_first_process
                              else "%d/%d" % (self.seed, reuse_port), name)
-        # Also check the options of handlers that are not in the behavior.
+        # Check the options of all handlers, even of handlers that are not in the behavior.
         read_rules([dict(values, name=handler, percent=0)
                     for handler, values in (options or {}).items()])
         self.blocks_begun = 0               # the number of the last Block
@@ -9124,7 +9125,7 @@ class ProxyServer:
                      "because it does not get the certificate of the backend", self.log_prefix)
 
     def set_accept(self, accept):
-        """Use an Accept. If the listener cannot, raises CannotListen and changes nothing."""
+        """Use an Accept. Raises CannotListen, and changes nothing, if the listener fails."""
         before, self.accept = self.accept, accept
         if accept is before:
             return
@@ -9189,7 +9190,7 @@ class ProxyServer:
         """
         self.set_accept(accept)
         reason = "%s by the control" % ("changed" if enabled else "disabled")
-        if listener or not enabled:
+        if listener or not enabled:         # the proxy no longer needs the old listener
             self.stop_listening(reason)
         elif backend != self.backend:
             self.drop_connections(reason)
@@ -9349,7 +9350,7 @@ class ProxyServer:
             self.replace_rules(self.behavior, blocks, self.toxics)
 
     def set_toxics(self, toxics):
-        """Replace the toxics. A current toxic remains, with its state, if its rule is the same.
+        """Replace the toxics. A current toxic with the same rule remains, and keeps its state.
 
         Raises InputError, and changes nothing, if a toxic is not valid for this proxy.
         """
