@@ -12185,7 +12185,7 @@ class TestSettings(TempDirTestCase):
         path = self.write("t.json", json.dumps([
             {"name": "p", "listen": "localhost:0", "upstream": "localhost:1", "toxic": []}]))
         settings = vaurien.read_arguments(["--config", path], vaurien.SERVE_SETTINGS)
-        proxies = vaurien.make_proxies(settings, needs_one=False)
+        proxies = vaurien.make_proxies(settings, needs_proxy=False)
         loop = vaurien.Loop()
         self.addCleanup(loop.close)
         with self.assertLogs("vaurien", "WARNING") as logged:
@@ -12200,7 +12200,7 @@ class TestSettings(TempDirTestCase):
 
     def test_serve_needs_no_proxy(self):
         settings = vaurien.read_arguments(["--seed=5"], vaurien.SERVE_SETTINGS)
-        self.assertEqual(len(vaurien.make_proxies(settings, needs_one=False)), 0)
+        self.assertEqual(len(vaurien.make_proxies(settings, needs_proxy=False)), 0)
         path = self.write("v.ini", (
             "[vaurien]\n"
             "seed = 3\n"
@@ -12208,7 +12208,7 @@ class TestSettings(TempDirTestCase):
             "[proxy:a]\n"
             "local = :1\n"))
         settings = vaurien.read_arguments(["--config", path], vaurien.SERVE_SETTINGS)
-        proxies = vaurien.make_proxies(settings, needs_one=False)
+        proxies = vaurien.make_proxies(settings, needs_proxy=False)
         self.assertEqual((list(proxies), proxies.shared["seed"], proxies["a"].seed), (["a"], 3, 3))
 
     def test_the_flags_of_toxiproxys_server(self):

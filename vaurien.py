@@ -12580,8 +12580,8 @@ def format_labels(labels):
 # Client opens a connection for each request.
 #
 # To add a method that only calls other methods, add the method to Interface. To add a method that
-# needs the proxy itself, add the method to Proxy (a call in the loop's thread), to Client (a
-# request), and to Interface (the docstring).
+# needs the proxy itself, write the docstring in Interface, a call in the loop's thread in Proxy,
+# and a request in Client.
 
 class Fault:
     """A `with` block of a test in which a handler acts. The block counts its faults.
@@ -12631,8 +12631,8 @@ class Fault:
     def wait(self, timeout: float = 5, count: int = 1) -> FaultRecord:
         """Wait until the handler has acted in this block.
 
-        timeout    seconds to wait at most
-        count      the number of faults to wait for
+        timeout    seconds to wait at most.
+        count      the number of faults to wait for.
 
         Returns the FaultRecord of fault number `count` of this block. Raises TimeoutError.
         """
@@ -12722,7 +12722,8 @@ class Interface:
     def refusing(self, **times: "Union[float, str]") -> "ContextManager[None]":
         """Refuse new clients during a `with` block, as if no server listened on the port.
 
-        times    the windows within the block, as in `set_accept`
+        times    windows within the block, if clients are not refused all the time: start,
+                 duration, every and ttl.
 
         A new connect fails with ECONNREFUSED at once. Open connections continue.
         """
@@ -12731,7 +12732,8 @@ class Interface:
     def dropping(self, **times: "Union[float, str]") -> "ContextManager[None]":
         """Let connects of new clients time out during a `with` block.
 
-        times    the windows within the block, as in `set_accept`
+        times    windows within the block, if connects do not time out all the time: start,
+                 duration, every and ttl.
 
         A new connect gets no reply, as if a firewall dropped the packets. The client's TCP repeats
         the SYN, first after one second. The first SYN after the block connects the client. Open
@@ -12749,7 +12751,7 @@ class Interface:
         finally:
             self.set_accept(before)
 
-    # Faults until the next change
+    # Faults without a `with` block
 
     def set_behavior(self, behavior: "Union[Behavior, Handler]",
                      options: "Optional[Dict[str, Dict[str, OptionValue]]]" = None,
@@ -12757,9 +12759,9 @@ class Interface:
         """Replace the behavior.
 
         behavior    "20:delay,5:error", {"delay": 20, "error": 5}, [(20, "delay"), (5, "error")],
-                    or a single handler, which by default acts on all requests
-        options     {handler: {option: value}}
-        fields      options and rule fields; only permitted for a single handler
+                    or a single handler, which by default acts on all requests.
+        options     options of the handlers: {handler: {option: value}}.
+        fields      options and rule fields of a single handler.
 
         From now on, the handlers of open `with` blocks do not act.
         """
@@ -12784,13 +12786,13 @@ class Interface:
     def add_toxic(self, type: "Handler", name: "Optional[str]" = None, **fields: "Any") -> str:
         """Add a toxic: a rule with a name, which acts beside the behavior and other toxics.
 
-        type      the handler, like "latency"
-        name      by default the type and the stream, like "latency_downstream"
+        type      the handler, like "latency".
+        name      the name of the toxic. The default is like "latency_downstream".
         fields    options of the handler, and rule fields. A `toxicity` from 0 to 1 may replace
-                  `percent`
+                  `percent`.
 
-        By default, a toxic is drawn for each connection, and the types that Toxiproxy also has act
-        downstream only.
+        By default, a toxic is drawn for each connection. By default, handlers with the name of a
+        type of Toxiproxy act downstream only.
 
         Returns the name. Raises ValueError if the proxy has a toxic of this name already.
         """
@@ -12807,7 +12809,7 @@ class Interface:
     def close_connection(self, number: int, reset: bool = False) -> None:
         """Close an open connection, or reset it.
 
-        number    the number of the connection, as `connections` returns it
+        number    the number of the connection: see `connections`.
 
         Raises ValueError if there is no open connection of this number.
         """
@@ -12832,9 +12834,10 @@ class Interface:
     def set_accept(self, accept: str, **times: "Union[float, str]") -> None:
         """Set how new clients are accepted, until the next change.
 
-        accept    "normal", "refuse" (a connect fails at once), or "drop" (a connect times out)
+        accept    "normal", "refuse" (a connect fails at once), or "drop" (a connect times out).
+                  The times may be in this text, too: "refuse duration=5".
         times     the windows in which clients are refused or dropped: start, duration, every and
-                  ttl, as for a rule. The text may have the times, too: "refuse duration=5"
+                  ttl, as for a rule.
 
         Raises OSError if this operating system cannot refuse or drop connects.
         """
@@ -12849,12 +12852,12 @@ class Interface:
     def wait_for(self, name: "Optional[Handler]" = None, timeout: float = 5,
                  since: "Optional[int]" = None, times: int = 1,
                  match: "Optional[str]" = None) -> FaultRecord:
-        """Wait until a handler has acted. Returns the last FaultRecord that the caller waits for.
+        """Wait until a handler has acted. Returns the FaultRecord of fault number `times`.
 
-        timeout    seconds to wait at most
-        times      the number of faults to wait for
+        timeout    seconds to wait at most.
+        times      the number of faults to wait for.
 
-        The method `count` documents the other arguments. Raises TimeoutError.
+        The method `count` documents the arguments name, since and match. Raises TimeoutError.
         """
         timeout = check_field("timeout", number_check(float, "a number of seconds, 0 or more"),
                               timeout)
@@ -12874,12 +12877,13 @@ class Interface:
               since: "Optional[int]" = None) -> int:
         """Return how often a handler has acted.
 
-        name     the handler; by default, the faults of all handlers count
+        name     the handler; by default, the faults of all handlers count.
         match    a regular expression for the field `text` of a fault record: the beginning of the
-                 request, 80 characters at most
+                 request, 80 characters at most.
         since    the number of a fault record: only later faults count. By default, faults count
-                 from the beginning of a `with` block on: the innermost open block of the handler,
-                 or of any handler. Without an open block, faults count from the last reset on
+                 after the beginning of the innermost open `with` block of the handler. If the
+                 handler has no open block, faults count after the beginning of the innermost
+                 open block of any handler. Without open blocks, faults count after the last reset.
         """
         since, matches = self._selection(name, since, match)
         return len(list(filter(matches, self.events(since))))
@@ -12953,7 +12957,7 @@ class Interface:
     # For Fault
 
     def _wait_for_fault(self, name, since, matches, count, timeout):
-        """Wait until `count` faults match. Returns the last FaultRecord of these faults.
+        """Wait until `count` faults match. Returns the FaultRecord of fault number `count`.
 
         Raises TimeoutError, like "delay has not acted 3 times, but 1, in 5 seconds". The function
         wait_for_records documents the arguments.
@@ -12961,14 +12965,14 @@ class Interface:
         found = self._wait_for_records(since, matches, count, timeout)
         if len(found) >= count:
             return found[count - 1]
-        numbers = "" if count == 1 else " %d times, but %d," % (count, len(found))
+        shortfall = "" if count == 1 else " %d times, but %d," % (count, len(found))
         faults = Counter(record.handler for record in self.events(since) if record.change is None)
         fault_counts = ", ".join("%d %s" % (number, handler) for handler, number in faults.items())
         raise TimeoutError("%s has not acted%s in %g seconds; faults: %s"
-                           % (name, numbers, timeout, fault_counts or "none"))
+                           % (name, shortfall, timeout, fault_counts or "none"))
 
     def _selection(self, name, since, match):
-        """Return (since, matches) for _wait_for_fault, from arguments of `count`.
+        """Convert arguments of `count` into (since, matches) for _wait_for_fault.
 
         Raises ValueError.
         """
@@ -12977,25 +12981,25 @@ class Interface:
             if name not in self.list_handlers():
                 raise ValueError(unknown_handler(name))
         pattern = check_optional("match", check_match, match)
+        since = check_optional("since", check_count, since)
+        if since is None:
+            since = self._default_since(name)
 
         def matches(record):
             is_fault = record.change is None
             is_of_handler = name is None or name == record.handler
-            return is_fault and is_of_handler and (
-                pattern is None or bool(pattern.search(record.text.encode("utf-8"))))
-        since = check_optional("since", check_count, since)
-        return self._default_since(name) if since is None else since, matches
+            has_text = pattern is None or bool(pattern.search(record.text.encode("utf-8")))
+            return is_fault and is_of_handler and has_text
+        return since, matches
 
-    def _default_since(self, name):
-        """Return the number of the last FaultRecord before the innermost open block of a handler.
-
-        If the handler has no open block, use the blocks of other handlers, then the last reset.
-        """
-        blocks = [fault for fault in self._open_faults if fault.name == name] or self._open_faults
+    def _default_since(self, handler_name):
+        """Return the argument `since` of `count` for users who do not set this argument."""
+        blocks_of_handler = [fault for fault in self._open_faults if fault.name == handler_name]
+        blocks = blocks_of_handler or self._open_faults
         return blocks[-1]._since if blocks else self._reset_record
 
     def _block(self, table, replaces_outer_blocks):
-        """Return the Fault for a block with one rule. The table is a dict for read_rules."""
+        """Return the Fault for a block with one rule: a dict for the function read_rules."""
         self._check_running()
         return Fault(self, table["name"], key_field="block", end=self._end_block,
                      begin=lambda: self._begin_block(table, replaces_outer_blocks))
@@ -13026,9 +13030,9 @@ def toxic_table(fields):
 
 
 def make_local_toxic(toxic):
-    """Return the Toxic for a dict of toxic_table, whose type may be a handler itself.
+    """Return the Toxic for a dict like {"type": "latency", "latency": 9}. Raises ValueError.
 
-    Raises ValueError.
+    The type may be the name of a handler, or the function or class of a handler.
     """
     if not isinstance(toxic, dict) or not toxic.get("type"):
         raise ValueError("a toxic must be a dict like {'type': 'latency', 'latency': 200}, not %r"
@@ -13044,9 +13048,9 @@ def make_local_toxic(toxic):
 
 
 def parse_endpoint(address, parse):
-    """Return the result of parse("HOST:PORT"). Raises ValueError.
+    """Parse an address with the function `parse`, which takes "HOST:PORT". Raises ValueError.
 
-    address    "HOST:PORT", (host, port), or the four items of an IPv6 socket's address
+    address    "HOST:PORT", (host, port), or the four items of an IPv6 socket's address.
     """
     if isinstance(address, (tuple, list)) and len(address) in (2, 4):
         host, port, *_ = address
@@ -13065,7 +13069,7 @@ def check_optional(name, check, value):
 
 
 def check_handler_options(options):
-    """Return {handler name: {option: value}} for {handler or its name: {option: value}}.
+    """Check {handler: {option: value}}. Returns the dict with the names of the handlers as keys.
 
     Raises ValueError.
     """
@@ -13099,7 +13103,7 @@ class Proxy(Interface):
                     is a name, a dotted path like "mine.stutter", or in a dict or a list also the
                     function itself.
         options     options of the handlers: {handler: {option: value}}.
-        name        the name of the proxy in the log. The draws depend on the name.
+        name        the name of the proxy, for the log and for the draws.
         seed        a whole number: with the same seed, a test gets the same faults. If the seed
                     is None, Vaurien draws a seed.
         timeout     seconds to connect to the backend, for all its addresses together.
@@ -13108,26 +13112,25 @@ class Proxy(Interface):
         overwrite_host_header
                     for http: whether the proxy replaces the Host header of requests by the
                     backend's name.
-        toxics      rules beside the behavior: [{"type": "latency", "latency": 200}]. The keys are
-                    the arguments of add_toxic, or "attributes": {option: value}.
+        toxics      rules beside the behavior, with the arguments of add_toxic:
+                    [{"type": "latency", "latency": 200}].
         enabled     False: do not listen until `enable` is called.
         tls         options of `vaurien --help tls`: {"cert": "auto", "max_version": "1.2"}.
         accept      how new clients are accepted, as in set_accept.
         max_connections
-                    the most clients at a time; 0 is no limit. Further clients get the protocol's
-                    error for too many connections. Protocols without this error close the
-                    connection.
+                    the most clients at a time; 0 is no limit. The other clients get the
+                    protocol's error for too many connections, or a closed connection.
         record      a file to write the faults to.
-        replay      a file that `record` has written: repeat its faults, on the same connections
-                    and requests. The percentages of rules have no effect.
-        reuse_port  share the port with other processes, on Linux. Each process has another
-                    number, 1 or more. The draws depend on the number.
+        replay      a file that `record` has written: do not draw faults, but repeat the faults of
+                    this file, on the same connections and requests.
+        reuse_port  the number of this process, 1 or more, if several processes share the port.
+                    Each number has draws of its own. Only on Linux.
 
     Raises:
-        ValueError      an argument is invalid; the message names the argument
-        OSError         `start` or `enable` cannot listen, or `start` cannot write a recording
-        RuntimeError    the proxy is not running, or `start` is called while it runs
-        TimeoutError    `wait_for` has waited too long
+        ValueError      an argument is invalid; the message names the argument.
+        OSError         `start` or `enable` cannot listen, or `start` cannot write a recording.
+        RuntimeError    the proxy is not running, or `start` is called while the proxy runs.
+        TimeoutError    `wait_for` has waited too long.
     """
 
     def __init__(self, distant: "Address", local: "Address" = "localhost:0",
@@ -13141,12 +13144,14 @@ class Proxy(Interface):
                  replay: "Optional[str]" = None, reuse_port: "Optional[int]" = None) -> None:
         super().__init__()
         options = check_field("options", check_handler_options, options or {})
+        name = check_field("name", check_text, name)
         self._server = ProxyServer(
-            check_field("distant", parse_endpoint, distant, parse_backend),
-            check_field("local", parse_endpoint, local, parse_listener),
-            check_field("behavior", behavior_tables, behavior, options, local_handler), options,
-            check_field("name", check_name, check_field("name", check_text, name)),
-            check_optional("seed", check_count, seed),
+            distant=check_field("distant", parse_endpoint, distant, parse_backend),
+            local=check_field("local", parse_endpoint, local, parse_listener),
+            behavior=check_field("behavior", behavior_tables, behavior, options, local_handler),
+            options=options,
+            name=check_field("name", check_name, name),
+            seed=check_optional("seed", check_count, seed),
             toxics=[make_local_toxic(toxic) for toxic in toxics],
             reuse_port=check_optional("reuse_port", check_reuse_port, reuse_port),
             **check_proxy_fields({
@@ -13367,9 +13372,9 @@ def check_path(path):
 
 
 def make_recording(record, replay):
-    """Return a Recorder and a Replay for two paths. Raises ValueError.
+    """Return (Recorder or None, Replay or None) for (path or None, path or None).
 
-    If a path is None, its object is None, too.
+    Raises ValueError.
     """
     record = check_optional("record", check_path, record)
     replay = check_optional("replay", check_path, replay)
@@ -13382,15 +13387,15 @@ class Client(Interface):
     """A client of the control server of a proxy that was started with --http.
 
     Args:
-        host, port    the address of the control server
-        scheme        http or https
-        proxy         the name of the proxy to control; by default, the server's first proxy
-        token         the --http-token of the server, or None
+        host, port    the address of the control server.
+        scheme        http or https.
+        proxy         the name of the proxy to control; by default, the server's first proxy.
+        token         the --http-token of the server, or None.
 
     Raises:
-        ValueError      the server refuses a request; the message is from the server
-        OSError         no control server listens on this address
-        TimeoutError    `wait_for` has waited too long
+        ValueError      the server refuses a request; the message is from the server.
+        OSError         no control server listens on this address.
+        TimeoutError    `wait_for` has waited too long.
     """
 
     def __init__(self, host: str = "localhost", port: int = 8080, scheme: str = "http",
@@ -13407,8 +13412,8 @@ class Client(Interface):
     def request(self, method: str, path: str, body: "Any" = None, **query: "Any") -> "Any":
         """Send a request. Returns the JSON value, or the text, of the response.
 
-        body     a value that is sent as JSON; None for no body
-        query    the keys and values of the query
+        body     a value that is sent as JSON; None for no body.
+        query    the keys and values of the query.
 
         Raises ValueError if the server refuses the request, and OSError if there is no server.
         """
@@ -13522,8 +13527,8 @@ class Client(Interface):
     def _handler_name(self, handler):
         if isinstance(handler, str):
             return handler
-        # A BaseHandler may have a `name`. The server refuses the repr of any other object.
-        return getattr(handler, "name", "") or getattr(handler, "__name__", repr(handler))
+        handler_name = getattr(handler, "name", "")     # some classes of handlers have a name
+        return handler_name or getattr(handler, "__name__", repr(handler))
 
     def _set_rules(self, tables):
         self.request("PUT", "/rules", {"rules": tables})
@@ -13541,8 +13546,8 @@ class Client(Interface):
         return self._status()["faults"]
 
     def _wait_for_records(self, since, matches, count, timeout):
-        # wait_for_records calls next_records again, because the server waits EVENTS_WAIT_MAX only.
         def next_records(since, seconds):
+            # The server waits at most EVENTS_WAIT_MAX. wait_for_records repeats this call.
             return self._records(since=since, wait="%.3f" % min(seconds, EVENTS_WAIT_MAX))
         return wait_for_records(next_records, since, matches, count, timeout)
 
@@ -13562,9 +13567,9 @@ def error_text(value):
 
 
 # The program of the process that start_proxy starts. The program imports this file as a module,
-# and calls `main`. The first arguments are the module's name in the process of the test, and the
-# path of this file. A user's handler may import the module by this name or as `vaurien`. Without
-# these names in sys.modules, Python would import a second copy of the module for the handler.
+# and calls `main`. The first two arguments of the program are the module's name in the process of
+# the test, and the path of this file. A user's handler may import the module by its name in the
+# test or as `vaurien`. If sys.modules lacked a name, Python would import a copy of this file.
 BOOTSTRAP = """\
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location(*sys.argv[1:3])
@@ -13581,8 +13586,8 @@ STARTED_PROCESSES = {}      # {pid: (Popen, pid of the process that called start
 class ProxyProcess(int):
     """The pid of the process of a proxy, as start_proxy returns it.
 
-    port         the port of the proxy
-    http_port    the port of the control server; 0 if there is no control server
+    port         the port of the proxy.
+    http_port    the port of the control server; 0 if there is no control server.
     """
 
     port = http_port = 0
@@ -13631,8 +13636,8 @@ def start_process(arguments, environment, seconds):
     Returns a ProxyProcess. Raises RuntimeError if the proxy does not listen in time.
     """
     program = [sys.executable, "-c", BOOTSTRAP, __name__, os.path.abspath(__file__)]
-    # With --attached, the process prints "ready" and the addresses when the proxy listens. The
-    # process ends when this process ends.
+    # With --attached, the new process prints "ready" and the addresses when the proxy listens, and
+    # ends when its parent process ends.
     process = subprocess.Popen(
         [*program, "--attached", *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         universal_newlines=True, env=environment)
@@ -13724,7 +13729,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """Register the plugin. Without --vaurien-seed, draw a seed for all tests."""
     import pytest  # type: ignore       # not at the top: only this plugin needs pytest
-    # If pytest loads the plugin late, it does not call pytest_addoption: the option is missing.
+    # The option is missing if pytest has loaded this plugin after the call of pytest_addoption.
     seed = getattr(config.option, "vaurien_seed", None)
     if seed is None:
         seed = random.SystemRandom().getrandbits(32)
@@ -13739,8 +13744,8 @@ def pytest_configure(config):
 def make_pytest_plugin(pytest, seed):
     """Return the plugin: an object with the fixture and the hooks.
 
-    pytest    the module pytest, whose decorators the class needs
-    seed      the seed of proxies for which the test gives no seed
+    pytest    the module pytest, whose decorators the class needs.
+    seed      the seed of proxies for which the test gives no seed.
     """
     class PytestPlugin:
         def __init__(self):
@@ -13825,11 +13830,12 @@ def describe_record(record):
 #
 # flags      the flags on the command line. The keys of the ini file are the flags without "--".
 # scope      proxy           each proxy has a value of its own: an argument of ProxyServer.
-#            shared          each proxy may have a value of its own. The value in the section
-#                            [vaurien] is the default, also for proxies that the API creates.
+#            shared          each proxy may have a value of its own. A value in the section
+#                            [vaurien] is the default for the other proxies, also for proxies that
+#                            the API creates.
 #            process         the process has one value. The function `prepare` uses the value.
-#            command line    the process has one value. The file cannot set the value.
-# default    the text to parse if the user gives no text. Without a default, the value is None.
+#            command line    the process has one value, which the file cannot set.
+# default    the text to parse if the user gives no text; None if the value is None by default.
 # check      the function that parses the text.
 # metavar    the placeholder of the value in the help. If the metavar is None, the flag takes no
 #            value, and in the file the value is yes or no. If the metavar ends with " ...", the
@@ -13889,7 +13895,7 @@ def check_faults(text):
     for line in text.splitlines():
         try:
             words = shlex.split(line)
-            if words:
+            if words:                   # no empty line
                 toxic = parse_fault(words, toxics)
                 set_once(toxics, toxic.name, "the name %s" % toxic.name, toxic)
         except ValueError as error:
@@ -13900,7 +13906,7 @@ def check_faults(text):
 def parse_fault(words, taken_names):
     """Return the Toxic for the words of a fault: HANDLER, NAME=VALUE, ... Raises ValueError.
 
-    taken_names    the names of the faults before this fault
+    taken_names    the names that this fault cannot have, because other faults have them.
     """
     type_, texts = parse_rule_words(words)
     import_handler(type_)
@@ -13910,8 +13916,8 @@ def parse_fault(words, taken_names):
         while name in taken_names:
             number += 1
             name = "%s_%d" % (type_, number)
-    # The defaults of a fault are those of a behavior, and not those of a toxic: there is a draw
-    # for each request, and the fault acts on both streams.
+    # Other toxics act downstream by default, with a draw for each connection. A fault acts on both
+    # streams by default, with a draw for each request.
     defaults = {field: RULE_FIELDS[field].default for field in Toxic.DEFAULTS}
     return make_flat_toxic(type_, check_field("name", check_name, name), texts, defaults)
 
@@ -13998,7 +14004,7 @@ PROXY_SETTINGS = with_scope(SETTINGS, "proxy", "shared")
 FILE_SETTINGS = with_scope(SETTINGS, "proxy", "shared", "process")
 SERVE_SETTINGS = with_scope(SETTINGS, "shared", "process", "command line")
 del SERVE_SETTINGS["http"]      # the control server always runs
-# As Toxiproxy's server, `vaurien serve` has the flags --host and --port, and the port 8474.
+# Like Toxiproxy's server, `vaurien serve` has the flags --host and --port, and the port 8474.
 SERVE_SETTINGS["http-host"] = SETTINGS["http-host"]._replace(flags=["--http-host", "--host"])
 SERVE_SETTINGS["http-port"] = SETTINGS["http-port"]._replace(
     flags=["--http-port", "--port"], default="8474")
@@ -14036,13 +14042,13 @@ class SourcedText:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of the command line. Returns only texts, and only for flags that the user gives."""
+    """A parser of the command line. All values are texts. There are no default values."""
 
     def __init__(self, settings, prog):
         super().__init__(
             prog=prog, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-            conflict_handler="resolve",         # for handlers with the same flag: the last wins
-            # Without a fixed width, argparse would import shutil. This import would take time.
+            conflict_handler="resolve",     # if two handlers have the same flag, the last wins
+            # Without a fixed width, argparse would spend time on the import of shutil.
             formatter_class=functools.partial(argparse.HelpFormatter, width=HELP_WIDTH))
         self.settings = settings
         self.add_argument("--version", action="version", version="vaurien " + __version__)
@@ -14101,8 +14107,8 @@ class Parser(argparse.ArgumentParser):
                 self.add_argument(*option_flags(name, option), dest="%s.%s" % (name, option))
 
 
-# argparse's own help would list every option of every handler. Instead, `--help` lists the
-# handlers, and `--help NAME` lists the options of one handler.
+# The help of argparse would list every option of every handler. The help of Vaurien is shorter:
+# `--help` lists the handlers, and `--help NAME` lists the options of one handler.
 
 def command_help(prog, introduction, settings):
     """Return the help of a command: the introduction, the settings in groups, the handlers."""
@@ -14153,9 +14159,10 @@ def topic_help(name):
         rows.append(("%s%s %s" % (prefix, option, METAVARS[type(default)]), text))
     if rows:
         lines += ["", "options:", *format_rows(rows)]
-    fields = [(field, RULE_FIELDS[field]) for field in settable_fields(function)]
-    rows = [(prefix + name, text_with_default(field.help, field.default))
-            for name, field in fields]
+    rows = []
+    for field in settable_fields(function):
+        text = text_with_default(RULE_FIELDS[field].help, RULE_FIELDS[field].default)
+        rows.append((prefix + field, text))
     lines += ["", "options of every handler:", *format_rows(rows), "",
               "The ini file has these options in the section [handler:%s], without %s "
               "before" % (name, prefix), "their names."]
@@ -14163,13 +14170,13 @@ def topic_help(name):
 
 
 def protocol_help(class_):
-    # After these errors, the proxy closes the connection, as the server would.
-    closing = [kind for kind in class_.errors
-               if kind in class_.fatal_errors or kind in class_.connect_errors]
+    """Return the help of a protocol."""
+    closing_kinds = [kind for kind in class_.errors
+                     if kind in class_.fatal_errors or kind in class_.connect_errors]
     rows = [("kinds of errors", ", ".join(class_.errors)),
             ("drawn without a kind", ", ".join(class_.default_errors))]
-    if closing:
-        rows.append(("close the connection", ", ".join(closing)))
+    if closing_kinds:
+        rows.append(("close the connection", ", ".join(closing_kinds)))
     name = class_.__name__.lower()
     lines = ["%s: %s" % (name, summary(class_)), "",
              "usage: vaurien --protocol %s --behavior PERCENT:error "
@@ -14248,9 +14255,9 @@ class ParsedConfig:
         return ChainMap(self.arguments, self.vaurien_section)
 
     def check_settings(self, command_settings):
-        """Check the settings, also overridden settings. Raises ValueError.
+        """Check all settings, also settings of the file that the command line overrides.
 
-        The checks of --behavior and --fault also import users' handlers.
+        Raises ValueError. The checks of --behavior and --fault import users' handlers.
         """
         for texts in [self.arguments, self.vaurien_section, *self.proxy_sections.values()]:
             for name, sourced in texts.items():
@@ -14262,12 +14269,11 @@ class ParsedConfig:
 def read_arguments(argv, settings, prog="vaurien", introduction=""):
     """Return the ParsedConfig of a command line and of its --config file. Raises ValueError.
 
-    settings        settings of the command line: {name: Setting}
-    introduction    the beginning of the help
+    The argument `introduction` is the beginning of the help. With --help, this function prints the
+    help and raises SystemExit.
 
     The command line is parsed twice. The first pass imports users' handlers, which the file,
-    --behavior and --fault may name. The second pass knows the flags of all handlers. With --help,
-    this function prints the help and raises SystemExit.
+    --behavior and --fault may name. The second pass knows the flags of all handlers.
     """
     parser = Parser(settings, prog)
     namespace, _ = parser.parse_known_args(argv)
@@ -14297,7 +14303,7 @@ def read_arguments(argv, settings, prog="vaurien", introduction=""):
 def add_options(config, values):
     """Add the handlers' options of a command line to those of the file. Raises ValueError.
 
-    values    {name of a setting: text} and {HANDLER.OPTION: text}
+    values    {key: text}. A key is HANDLER.OPTION, or the name of a setting.
     """
     for name, text in values.items():
         if "." in name:
@@ -14316,7 +14322,7 @@ def read_config(path):
     except (OSError, ValueError) as error:      # ValueError: the file is not UTF-8
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValueError("cannot read %s: %s" % (path, reason)) from None
-    is_json = re.match(r"\s*(\{|\[\s*[]{])", text)      # {, [{ or []: no ini file begins so
+    is_json = re.match(r"\s*(\{|\[\s*[]{])", text)      # no ini file begins with {, [{ or []
     if is_json:
         config = ParsedConfig()
         config.json_file = SourcedText("cannot read %s:" % path, text)
@@ -14342,10 +14348,10 @@ def read_ini(path, text):
             raise ValueError("%s is not a section%s: there are [vaurien], [proxy:NAME], "
                              "[handler:NAME] and [toxic:NAME]" % (source, did_you_mean(
                                  kind, ["vaurien", "proxy", "handler", "toxic"])))
-    # The sections [vaurien] and [proxy:vaurien] have the same meaning.
+    # A file cannot have [vaurien] and [proxy:vaurien]: they are two titles of the same section.
     config.vaurien_section = proxy_sections.pop("vaurien", {})
     config.proxy_sections = proxy_sections
-    # A toxic may use a handler that a later section imports. So toxics are read last.
+    # Toxics are read last, because a toxic may use a handler that a later section imports.
     config.toxics = [read_ini_toxic(name, "%s: [toxic:%s]" % (path, name), texts)
                      for name, texts in toxic_sections.items()]
     return config
@@ -14353,8 +14359,9 @@ def read_ini(path, text):
 
 def parse_ini(path, text):
     """Yield (title, {key: SourcedText}) for each section of an ini file. Raises ValueError."""
-    # Vaurien has no section with defaults of other sections. expand_env replaces ${NAME}.
-    parser = configparser.ConfigParser(default_section="", interpolation=None)
+    parser = configparser.ConfigParser(
+        default_section="",             # no section sets defaults for all sections
+        interpolation=None)             # expand_env replaces ${NAME}
     parser.optionxform = str  # type: ignore    # keep the case of keys
     try:
         parser.read_string(text, path)
@@ -14418,7 +14425,7 @@ def settings_by_name(texts, settings):
     texts    {key: SourcedText}. The key of the setting with the flag --http-port is http-port or
              http_port.
     """
-    names = {}
+    names = {}          # {flag without "--": name of the setting}
     for name, setting in settings.items():
         names.update((flag.lstrip("-"), name) for flag in setting.flags)
     named_texts = {}
@@ -14432,7 +14439,7 @@ def settings_by_name(texts, settings):
 
 
 def set_once(target, key, source, value):
-    """Set target[key]. Raises ValueError with the source of the value if target has the key."""
+    """Set target[key]. If target has the key, raise ValueError with the source of the value."""
     if key in target:
         raise ValueError("%s is set twice" % source)
     target[key] = value
@@ -14454,32 +14461,32 @@ def resolve_settings(texts, settings):
     return values
 
 
-def has_vaurien_proxy(config, needs_one):
-    """Return whether there is a proxy `vaurien`, with the settings of [vaurien]."""
+def has_vaurien_proxy(config, needs_proxy):
+    """Return whether the settings of [vaurien] define a proxy with the name `vaurien`."""
     if ADDRESS_SETTINGS & set(config.vaurien_section):
         return True
     if config.proxy_sections:       # the flags --local and --distant are for one of the sections
         return False
     if ADDRESS_SETTINGS & set(config.arguments):
         return True
-    return needs_one and not config.json_file       # the user has configured no proxy
+    return needs_proxy and not config.json_file     # the user has configured no proxy
 
 
-def proxy_settings(config, needs_one):
+def proxy_settings(config, needs_proxy):
     """Return the settings of each proxy: {name: ChainMap of {setting: SourcedText}}.
 
     Raises ValueError if --local or --distant may be for several proxies.
     """
     settings, arguments = OrderedDict(), config.arguments
-    inherited_names = set(SHARED_SETTINGS)      # the proxies inherit these settings of [vaurien]
-    if has_vaurien_proxy(config, needs_one):
+    inherited_names = set(SHARED_SETTINGS)
+    if has_vaurien_proxy(config, needs_proxy):      # --local and --distant are for `vaurien` only
         settings["vaurien"] = config.global_settings()
         arguments = {name: text for name, text in arguments.items()
                      if name not in ADDRESS_SETTINGS}
+    elif len(config.proxy_sections) > 1 and ADDRESS_SETTINGS & set(arguments):
+        raise ValueError("--local and --distant are ambiguous: the file has the proxies %s"
+                         % ", ".join(config.proxy_sections))
     else:
-        if len(config.proxy_sections) > 1 and ADDRESS_SETTINGS & set(arguments):
-            raise ValueError("--local and --distant are ambiguous: the file has the proxies %s"
-                             % ", ".join(config.proxy_sections))
         inherited_names |= {"behavior", "network", "toxics"}
     inherited = {name: text for name, text in config.vaurien_section.items()
                  if name in inherited_names}
@@ -14488,16 +14495,17 @@ def proxy_settings(config, needs_one):
     return settings
 
 
-def make_proxies(config, needs_one=True):
+def make_proxies(config, needs_proxy=True):
     """Return a ProxyTable with the proxies of a ParsedConfig, not open yet. Raises ValueError.
 
-    needs_one    True: if the user has configured no proxy, make one with the default addresses.
+    needs_proxy    True: if the user configures no proxy, make a proxy with default addresses.
     """
     proxies = ProxyTable(**resolve_settings(config.global_settings(), SHARED_SETTINGS))
     options = option_texts(config)
-    for name, texts in proxy_settings(config, needs_one).items():
+    for name, texts in proxy_settings(config, needs_proxy).items():
         values = resolve_settings(texts, PROXY_SETTINGS)
-        values["toxics"] = add_network(values.pop("network"), values["toxics"] or [])
+        faults, network_profile = values["toxics"] or [], values.pop("network")
+        values["toxics"] = [*network_toxics(network_profile, faults), *faults]
         if values["seed"] is None:
             values["seed"] = proxies.shared["seed"]     # drawn by ProxyTable
         values["tls"] = {field: values.pop("tls_" + field) for field in TLS_FIELDS}
@@ -14514,16 +14522,16 @@ def make_proxies(config, needs_one=True):
     return proxies
 
 
-def add_network(profile, toxics):
-    """Return a list of the toxics and, if --network has a profile, the toxic `network` first.
+def network_toxics(profile, faults):
+    """Return [the toxic for the profile of --network], or [] if the profile is None.
 
-    Raises ValueError.
+    Raises ValueError if one of the faults has the same name as this toxic: `network`.
     """
     if not profile:
-        return toxics
-    if "network" in [toxic.name for toxic in toxics]:
+        return []
+    if "network" in [fault.name for fault in faults]:
         raise ValueError("the fault network needs another name, because --network has it")
-    return [make_toxic("network", "network", {"stream": "both"}, {"profile": profile}), *toxics]
+    return [make_toxic("network", "network", {"stream": "both"}, {"profile": profile})]
 
 
 def option_texts(config):
@@ -14540,17 +14548,17 @@ def option_texts(config):
     return all_texts
 
 
-def unused_options(config, used):
+def unused_options(config, used_handlers):
     """Return the places of the options in the file that have no effect.
 
-    used    the names of the handlers in all behaviors: only their options have an effect.
+    used_handlers    the names of the handlers in all behaviors.
 
     Raises ValueError if an option of the command line has no effect. An option of the file is no
     error, because other command lines may use the same file.
     """
     unused = []
     for name, options in config.options.items():
-        if name in used:
+        if name in used_handlers:
             continue
         for option, sourced in options.items():
             is_flag = sourced.source.startswith("--")
@@ -14595,17 +14603,18 @@ def attach_toxic(proxies, toxic, proxy_name):
         raise ValueError("%s needs proxy = one of %s" % (source, ", ".join(proxies)))
     if toxic.name in [fault.name for fault in proxy.toxics]:
         raise ValueError("%s needs another name, because a fault has it" % source)
+    # install_rules raises ValueError if the toxic does not fit the protocol.
     check_field(source, proxy.install_rules, proxy.behavior, proxy.blocks, [*proxy.toxics, toxic])
 
 
 def start_log(level, output, format_):
     """Log to the file `output`, or to stderr if `output` is "-". Raises ValueError."""
-    stderr_fd = 2
-    try:
-        fd = stderr_fd if output == "-" else os.open(
-            output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    except OSError as error:
-        raise ValueError("cannot log to %s: %s" % (output, error.strerror)) from None
+    fd = 2                              # stderr
+    if output != "-":
+        try:
+            fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise ValueError("cannot log to %s: %s" % (output, error.strerror)) from None
     log_handler = LogThread(fd)
     log_handler.setFormatter(LOG_FORMATTERS[format_])
     logging.raiseExceptions = False     # print no traceback if a line cannot be formatted
@@ -14679,8 +14688,8 @@ def handle_signals(loop):
     for signum in signums:
         signal.signal(signum, lambda *_: loop.stop())
     SEARCH_LIMIT.enable()       # the limit for searches of `match` uses a signal, too
-    # On Windows, a signal does not interrupt select(). But Python also writes a byte to the wakeup
-    # socket when a signal arrives, and this byte interrupts select().
+    # On Windows, a byte on the wakeup socket ends select(), but a signal does not. With
+    # set_wakeup_fd, Python writes a byte when a signal arrives.
     signal.set_wakeup_fd(loop.wakeup_send.fileno())
 
 
@@ -14727,9 +14736,9 @@ def wait_for_stdin_end():
         pass
 
 
-# A command is a function that takes command line arguments. The function checks the arguments, and
-# raises ValueError for bad input. A command returns a function without parameters, which does the
-# work and returns the exit status. `main` calls the returned function.
+# The function of a command checks the arguments of the command line, raises ValueError for bad
+# input, and returns a second function. `main` calls the second function, which does the work and
+# returns the exit status.
 
 SERVE_INTRODUCTION = """\
 Run a server for Toxiproxy's clients, which create and remove proxies through its API.
@@ -14755,13 +14764,13 @@ def proxy_command(argv):
 
 def serve_command(argv):
     """The command `vaurien serve`: run the control server, and the proxies of the file."""
-    # GET /metrics is always enabled. Toxiproxy's flags for metrics are ignored.
+    # Toxiproxy's flags for metrics have no effect, because GET /metrics is always enabled.
     argv = [text for text in argv
             if not re.fullmatch("--?(proxy|runtime)-metrics(=.*)?", text)]
     config = read_arguments(argv, SERVE_SETTINGS, "vaurien serve", SERVE_INTRODUCTION)
     values = resolve_process_settings(config, SERVE_SETTINGS)
     values["http"] = True
-    return prepare(config, make_proxies(config, needs_one=False), values, TOXIPROXY)
+    return prepare(config, make_proxies(config, needs_proxy=False), values, TOXIPROXY)
 
 
 def resolve_process_settings(config, settings):
