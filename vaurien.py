@@ -1420,8 +1420,8 @@ def check_signature(function):
 # follows. After a ProtocolError, the connection continues as tcp.
 #
 # The ProtocolChain applies each boundary to the queue of exchanges before the reader continues. A
-# reader calls `awaited` and `awaited_request` to read this queue. A reader may change `replies`
-# and `info` of a Request in the queue, and nothing else in the queue.
+# reader calls `awaited` and `awaited_request` to read the queue. A reader may change `replies` and
+# `info` of a Request in the queue, and nothing else in the queue.
 #
 # The smallest protocol: a request is a line, and a reply is a line.
 #
@@ -1736,15 +1736,15 @@ class Protocol:
         raise NotImplementedError
 
     def parse_whole_request(self, data):
-        """Return the Request if data is exactly one request of a simple form, without a reader.
+        """Return the Request if data is exactly one request of a simple form, otherwise None.
 
-        Returns None, and changes nothing, if the data is not exactly one request, if the form is
-        not simple, or if the request gets no reply. Raises ProtocolError.
+        A simple form needs no reader, such as an HTTP request without a body. A request without a
+        reply has no simple form. Changes nothing if the result is None. Raises ProtocolError.
         """
         return None
 
     def parse_whole_reply(self, data):
-        """Return whether data is exactly one reply of a simple form, without a reader."""
+        """Return whether data is exactly one reply of a simple form."""
         return False
 
     def rewrite_head(self, head):
@@ -1788,7 +1788,7 @@ class Protocol:
     def make_substitute(self, kind, request):
         """Return the bytes that the backend gets in place of a request that fails, or b"".
 
-        May change the state of the protocol, because the caller certainly sends the bytes.
+        May change the state of the protocol: the caller always sends the bytes to the backend.
         """
         return b""
 
@@ -1821,8 +1821,9 @@ class Protocol:
         kind    "" to draw the kind
         """
         exchange, reply = self.refusable, None
-        begins = to == UPSTREAM and (data or data is OPEN)      # a request or the connection
-        if exchange and begins:
+        # OPEN begins a connection, and bytes begin a request.
+        may_begin = to == UPSTREAM and (data or data is OPEN)
+        if exchange and may_begin:
             request = exchange.request              # None if the client connects
             kind = kind or self.draw_kind(state, request)
             reply = self.error_reply(kind, request) if request else self.connect_error(kind, data)
@@ -1850,7 +1851,7 @@ class Protocol:
         connecting_is_request = self.server_first
         if not connecting_is_request or not self.connect_errors:
             return ""
-        # A client of Postgres sends several messages. `state.draw` gives each the same error.
+        # Each of several messages to Postgres draws again. `state.draw` makes the draws equal.
         return self.connect_errors[state.draw % len(self.connect_errors)]
 
     def finish_refusal(self, exchange, t, to, data):
@@ -1861,19 +1862,19 @@ class Protocol:
         end of a request without a substitute.
         """
         reply = exchange.refusal.reply
-        if to == UPSTREAM:              # drop the bytes of the refused request
+        if to == UPSTREAM:
             is_dropped = not exchange.complete
-        elif reply.closes:              # drop all bytes: the client already has the error
-            is_dropped = True
-        else:                           # drop the bytes of the reply to the substitute
-            is_dropped = exchange.forwarded and not exchange.reply_done
+        else:                           # after an error that closes, drop all bytes
+            in_reply_to_substitute = exchange.forwarded and not exchange.reply_done
+            is_dropped = reply.closes or in_reply_to_substitute
         if data is EOF or data is OPEN or not is_dropped:
             yield t, to, data
-        elif data is END_OF_MESSAGE and not reply.closes:
-            if to == UPSTREAM and reply.substitute:
-                yield t, UPSTREAM, reply.substitute
-            else:
-                yield t, DOWNSTREAM, self.finish_reply(reply, exchange.request)
+        elif data is not END_OF_MESSAGE or reply.closes:
+            return                      # drop the event
+        elif to == UPSTREAM and reply.substitute:
+            yield t, UPSTREAM, reply.substitute
+        else:
+            yield t, DOWNSTREAM, self.finish_reply(reply, exchange.request)
 
 
 def parse_length(text, largest=1 << 60):
@@ -1922,7 +1923,7 @@ class Http(Protocol):
     REPLY_HEAD = NeedMatch(HEAD_END, beginning_with(
         *rb"H T T P / 1 \. [01]".split(), rb" ", rb"\d", rb"\d", rb"\d"),
         "no status line of HTTP/1")
-    STATUS_WITH_BODY = re.compile(rb"HTTP/1\.[01] (200|[45]\d\d)")      # the most common ones
+    STATUS_WITH_BODY = re.compile(rb"HTTP/1\.[01] (200|[45]\d\d)")      # not all statuses
     LENGTH = re.compile(rb"(?im)^content-length[ \t]*:[ \t]*(\d+)[ \t]*\r?$")
     CHUNKED = re.compile(rb"(?im)^transfer-encoding[ \t]*:.*chunked[ \t]*\r?$")
     CLOSE = re.compile(rb"(?im)^connection[ \t]*:.*\bclose\b")
@@ -2193,7 +2194,7 @@ class Redis(Protocol):
         """
         is_null = line[1:2] == b"-"
         count = 0 if is_null else parse_length(line[1:], largest=1 << 20)
-        args, text_left = [], MATCH_MAX
+        args, text_left = [], MATCH_MAX     # how many bytes of arguments `match` still searches
         for index in range(count):
             size = self.argument_size((yield LINE))
             if size > text_left:
@@ -2320,7 +2321,7 @@ class Memcache(Protocol):
     client gets the error after the reply to `mn`, and after all replies to quiet commands.
 
     Request.info is None, unless `mn` has replaced the request. After `mn`, Request.info has the
-    last bytes from the backend, as they may be the beginning of the reply to `mn`.
+    last bytes from the backend, in which the reply to `mn` may begin.
     """
 
     errors = {
@@ -2404,9 +2405,9 @@ class Memcache(Protocol):
     def finish_refusal(self, exchange, t, to, data):
         """Let the replies to quiet commands pass. Drop only the reply to `mn`."""
         request = exchange.request          # None if a client that connects was refused
-        is_replaced = request and request.info is not None          # by `mn`
-        is_before_flushed = is_replaced and to == DOWNSTREAM and not exchange.reply_done
-        if is_before_flushed and (data or data is EOF):
+        replaced_by_mn = request and request.info is not None
+        awaits_mn_reply = replaced_by_mn and to == DOWNSTREAM and not exchange.reply_done
+        if awaits_mn_reply and (data or data is EOF):
             yield from self.pass_quiet_replies(request, t, data)
         else:
             yield from super().finish_refusal(exchange, t, to, data)
@@ -2441,7 +2442,7 @@ class StatementTexts(OrderedDict):
         super().__setitem__(key, text)
         self.size += len(key) + len(text) + STATEMENT_OVERHEAD
         while self.size > STATEMENTS_MAX:
-            self.forget(next(iter(self)))
+            self.forget(next(iter(self)))       # the least recently used text
 
     def forget(self, key):
         """Forget the text with this key, if there is one."""
@@ -2484,7 +2485,7 @@ def mysql_integer(data, offset):
 class SkipRows:
     """Asks to skip rows, up to a packet that is not one whole row.
 
-    This is faster than a NeedBytes for each row.
+    A SkipRows is faster than a NeedBytes for each row.
 
     left    bytes of the last row that have not arrived
     """
@@ -2628,8 +2629,8 @@ class Mysql(Protocol):
         if not size:
             self.loading = False            # an empty packet ends the data of LOCAL INFILE
         yield CONTINUATION
-        is_login = sequence and not self.capabilities_known
-        if is_login:
+        is_first_login_packet = sequence and not self.capabilities_known
+        if is_first_login_packet:
             size = yield from self.read_capabilities(size)
         yield size
         yield END_OF_MESSAGE
@@ -2823,10 +2824,11 @@ class Mysql(Protocol):
     def encode_error(self, kind):
         """Return an ERR packet."""
         sqlstate, text = self.errors[kind]
-        code = b"\xff" + int(kind).to_bytes(2, "little")
+        code = self.ERR + int(kind).to_bytes(2, "little")
         if kind in self.connect_errors:     # before the login, an ERR has no SQLSTATE
             return mysql_packet(0, code + text.encode())
-        return mysql_packet(1, code + ("#" + sqlstate + text).encode())     # see finish_reply
+        # finish_reply sets the sequence number.
+        return mysql_packet(1, code + ("#" + sqlstate + text).encode())
 
     def make_substitute(self, kind, request):
         """Return commands after which the backend has the same state as after an error."""
@@ -2942,7 +2944,7 @@ class Postgres(Protocol):
         self.portals = StatementTexts()         # {name: text of the portal's statement}
         self.last_request = Request(b"", "", info=PostgresReply())     # the client's last request
         self.bound_portal = None    # the portal of a Bind that waits for its Execute, or None
-        self.encryption_requested = False       # the backend's next byte accepts or refuses
+        self.encryption_requested = False       # the backend replies with one byte, no message
         self.status = self.IDLE     # the status of the transaction in the last ReadyForQuery
         self.skipping = False       # the backend skips all messages up to the next Sync
         self.copying = False        # the backend reads COPY data, and ignores Sync
