@@ -10908,20 +10908,24 @@ def read_request(control, chosen_route, path, names, query_text, body, headers):
         raise ApiError(400, "body", "", "the body must be UTF-8: %s" % error) from None
     query = dict(urls.parse_qsl(query_text, keep_blank_values=True))
     first_proxy_name = next(iter(control.proxies), "")
-    proxy_name = query.pop("proxy", first_proxy_name)
-    status, location = 400, "querystring"
-    if "PROXY" in names:
-        proxy_name, status, location = names["PROXY"], 404, "path"
+    name_in_query = query.pop("proxy", first_proxy_name)
+    proxy_name = names.get("PROXY", name_in_query)
     proxy = control.proxies.get(proxy_name)
     if proxy is None and chosen_route.needs_proxy:
-        raise ApiError(status, location, "proxy", "there is no proxy %r%s: there are %s" % (
-            proxy_name[:200], did_you_mean(proxy_name[:200], control.proxies),
-            ", ".join(control.proxies) or "none yet"))
-    unknown = sorted(set(query) - set(chosen_route.query or ()))
-    if unknown and chosen_route.query is not None:      # None: the route accepts all keys
-        raise ApiError(400, "querystring", unknown[0],
-                       "%s does not know %r in a query" % (path, unknown[0][:200]))
+        raise missing_proxy_error(control.proxies, proxy_name[:200], "PROXY" in names)
+    accepts_all_keys = chosen_route.query is None
+    for key in sorted(query):
+        if not accepts_all_keys and key not in chosen_route.query:
+            raise ApiError(400, "querystring", key,
+                           "%s does not know %r in a query" % (path, key[:200]))
     return ApiRequest(control, proxy, names, query, text, headers)
+
+
+def missing_proxy_error(proxies, name, is_in_path):
+    """Return the ApiError for the name of a proxy that does not exist."""
+    status, location = (404, "path") if is_in_path else (400, "querystring")
+    return ApiError(status, location, "proxy", "there is no proxy %r%s: there are %s" % (
+        name, did_you_mean(name, proxies), ", ".join(proxies) or "none yet"))
 
 
 def parse_json_object(body):
