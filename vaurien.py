@@ -5026,7 +5026,7 @@ class ProtocolChain(Chain):
         is_begun    whether `start` has begun the request, and has drawn rules for the request
         """
         self.current_request = request
-        if is_begun:        # rules with `match`, and rules installed after `start`, are not drawn
+        if is_begun:        # draw only the rules that `start` has not drawn
             late = [rule for rule in self.rule_set.installed
                     if rule.match or rule in self.undrawn]
             if late:
