@@ -8078,9 +8078,9 @@ class Connection:
         self.update_interest()
 
     def on_protocol_error(self):
-        """Log that bytes were not of the protocol. Replace the chain if it has a successor.
+        """Log that bytes were not of the protocol. Replace the chain if the chain has a successor.
 
-        A chain without a successor continues as tcp by itself: see ProtocolChain.fall_back.
+        A chain without a successor continues as tcp itself: see ProtocolChain.fall_back.
         """
         chain = self.chain
         log.info("%sconnection %d, request %d: protocol parsing stopped, continuing as tcp: %s",
@@ -8546,7 +8546,8 @@ class Connection:
         if self.phase is not CONNECTING or self.backend is not None:
             return                      # the connection has ended in the meantime
         self.addresses = list(addresses or ())
-        self.connect_again(getattr(error, "strerror", error))
+        reason = getattr(error, "strerror", error)      # a RuntimeError has no strerror
+        self.connect_again(reason)
 
     def connect_again(self, reason):
         """Close the socket that has failed to connect, if any, and try the next address.
@@ -8639,8 +8640,9 @@ class Connection:
                              else "%s lost: %s" % (peer, error.strerror))
         back.discard()              # the source can receive no data
         back.write_closed = True
-        is_undeliverable = link.latest == NEVER or self.phase is CONNECTING
-        if link is self.up and is_undeliverable:
+        is_undeliverable = link is self.up and (
+            link.latest == NEVER or self.phase is CONNECTING)
+        if is_undeliverable:
             link.eof = True
             self.reset(self.reset_reason)
         else:
