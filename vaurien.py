@@ -1209,7 +1209,7 @@ def handler_options(function):
     """Return the options of a handler: {option: default}."""
     if is_blocking_handler(function):
         return {name: type_(default) for name, (_, type_, default) in function.options.items()}
-    return getattr(function, "__kwdefaults__", None) or {}
+    return getattr(function, "__kwdefaults__", None) or {}      # the parameters after the *
 
 
 def summary(function):
@@ -15394,7 +15394,7 @@ def ctl_command(argv):
         raise SystemExit(0)
     flags = [text for text in unknown if text.startswith("-")]
     if flags:
-        parser.refuse(flags)
+        parser.refuse(flags)                # raises ValueError
     action = find_action(namespace.action)
     # In `set-handler --proxy a delay`, argparse puts `delay` into `unknown`.
     args = [*namespace.args, *unknown]
