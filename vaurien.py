@@ -889,7 +889,7 @@ class TcpSender:
         self.cwnd = 10.0            # in segments; the first value is that of RFC 6928
         self.ssthresh = math.inf    # the cwnd at which slow start ends
         self.repair = None          # "fast" or "time-out" after a loss that must still reduce cwnd
-        self.recovers_until = 0.0   # the end of the repair. A loss before this time does not count
+        self.recovers_until = 0.0   # until this time, only a time-out reduces cwnd again
         self.losing = False         # the last segment was lost
 
     def arrival(self, t, path, behind, is_bulk):
@@ -918,7 +918,7 @@ class TcpSender:
         return sent + delay
 
     def send(self, t):
-        """Return the time when the sender sends a segment that is ready at t. Changes cwnd."""
+        """Return the time when the sender sends a segment that is ready at t, and update cwnd."""
         in_flight, now = self.in_flight, max(t, self.sent)
         may_grow = 2 * len(in_flight) >= self.cwnd      # only if half of cwnd is in use
         # Take the acknowledgements that have arrived. If cwnd is full, wait for acknowledgements.
@@ -973,7 +973,7 @@ class TcpSender:
             delay = min(2 * path.rtt, timeout)
         else:
             delay = timeout
-        timed_out = delay == timeout
+        timed_out = delay == timeout        # also if 2 RTT are longer than the time-out
         for count in range(RETRANSMISSIONS):
             if path.rng.random() >= path.loss_rate:     # the retransmission arrives
                 break
