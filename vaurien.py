@@ -11286,14 +11286,15 @@ def list_events(request):
         # All records of "accept" are about windows.
         return record.handler == name and (is_fault or name == Accept.name)
 
-    # wait_limit limits the client threads that wait. Some threads stay free for short requests.
-    if seconds and not request.control.wait_limit.acquire(blocking=False):
+    must_wait = seconds > 0
+    wait_limit = request.control.wait_limit     # some client threads stay free for short requests
+    if must_wait and not wait_limit.acquire(blocking=False):
         raise ApiError(503, "querystring", "wait", "too many clients wait: try again without wait")
     try:
         records = wait_for_records(request.proxy.next_records, since, matches, 1, seconds)
     finally:
-        if seconds:
-            request.control.wait_limit.release()
+        if must_wait:
+            wait_limit.release()
     return {"events": [record._asdict() for record in records]}
 
 
@@ -11961,17 +11962,23 @@ def read_value(value, type_, field_path):
 
     Raises InputError if the value has another type, or is a number outside of Go's range.
     """
-    # type() and not isinstance(), which would accept True for an int.
-    valid = type(value) is type_ or (type_ is float and type(value) is int)
-    if valid and type_ in GO_RANGES:
-        lowest, highest = GO_RANGES[type_]
-        valid = lowest <= value <= highest
-    if valid:
+    if is_valid_in_go(value, type_):
         return type_(value)     # converts an int to float
     received = JSON_TYPES[type(value)]
     if received == "number" and type_ in GO_RANGES:
         received = "number %s" % str(value)[:50]
     raise bad_body(GO_TYPE_ERROR % (received, "struct field " + field_path, GO_TYPES[type_]))
+
+
+def is_valid_in_go(value, type_):
+    """Return whether Go's decoder accepts a JSON value where `type_` is expected."""
+    is_int_for_float = type_ is float and type(value) is int
+    if type(value) is not type_ and not is_int_for_float:       # True is no int here
+        return False
+    if type_ not in GO_RANGES:
+        return True
+    lowest, highest = GO_RANGES[type_]
+    return lowest <= value <= highest
 
 
 def read_object(value, struct, known=None):
@@ -12214,8 +12221,8 @@ def toxic_warnings(value, source, type_=None):
     fields = read_toxic_object(value, TOXIC_KEYS)
     type_ = type_ or fields["type"]
     source = "%s, toxic %s" % (source, fields.get("name") or type_)
-    fields_and_unknown_keys = read_toxic_object(value, None)
-    yield from unknown_key_warnings(fields_and_unknown_keys, TOXIC_KEYS, source)
+    all_keys = read_toxic_object(value, None)
+    yield from unknown_key_warnings(all_keys, TOXIC_KEYS, source)
     yield from unknown_key_warnings(fields.get("attributes"), handler_options(HANDLERS[type_]),
                                     source + ", attributes")
     if not 0 <= fields.get("toxicity", 1) <= 1:
@@ -12428,8 +12435,8 @@ def update_toxic(request, proxy, toxic):
 
 def copy_toxic(toxic, value):
     """Return a copy of a toxic, changed according to a JSON object. Raises InputError."""
-    known = [key for key in TOXIC_KEYS if key not in ("name", "type", "stream")]
-    fields = read_fields(read_toxic_object(value, known), TOXIC_FIELDS, "")
+    changeable = [key for key in TOXIC_KEYS if key not in ("name", "type", "stream")]
+    fields = read_fields(read_toxic_object(value, changeable), TOXIC_FIELDS, "")
     changed_attributes = read_attributes(toxic.rule.name, fields.pop("attributes", {}))
     if "toxicity" not in fields and "percent" not in fields:    # percent is 100 * toxicity
         fields["toxicity"] = toxic.toxicity
@@ -12437,13 +12444,17 @@ def copy_toxic(toxic, value):
                          dict(toxic.rule.own_fields(), **fields, stream=toxic.rule.stream),
                          changed_attributes, toxiproxy=True)
     changed.stream = toxic.stream       # as its creator wrote it, perhaps in upper case
-    before, after = toxic.rule.own_fields(), changed.rule.own_fields()
-    for name in RULE_FIELDS:
-        if before.get(name) != after.get(name) and name != "ttl":
-            raise bad_body("%s cannot be changed: remove the toxic and add it again" % name)
+    refuse_changed_fields(toxic.rule.own_fields(), changed.rule.own_fields())
     # Attributes that the client has not sent keep the values of `toxic`.
     changed.update(changed.toxicity, dict(toxic.attributes, **changed_attributes))
     return changed
+
+
+def refuse_changed_fields(before, after):
+    """Raise InputError if a rule field, except ttl, has changed."""
+    for name in RULE_FIELDS:
+        if before.get(name) != after.get(name) and name != "ttl":
+            raise bad_body("%s cannot be changed: remove the toxic and add it again" % name)
 
 
 @toxiproxy_route("DELETE", "/proxies/PROXY/toxics/TOXIC")
