@@ -12625,7 +12625,8 @@ class Fault:
                                     #   block is open: math.inf
 
     def __enter__(self) -> "Fault":
-        self._since, self._until = self._interface._last_record(), math.inf
+        self._since = self._interface._last_record()
+        self._until = math.inf
         self._key = self._begin()
         self._interface._open_faults.append(self)
         return self
@@ -12810,8 +12811,8 @@ class Interface:
         fields    options of the handler, and rule fields. A `toxicity` from 0 to 1 may replace
                   `percent`.
 
-        By default, a toxic is drawn for each connection. By default, handlers with the name of a
-        type of Toxiproxy act downstream only.
+        By default, a toxic is drawn for each connection. Toxics with a type of Toxiproxy, like
+        latency, act downstream by default.
 
         Returns the name. Raises ValueError if the proxy has a toxic of this name already.
         """
@@ -12854,7 +12855,7 @@ class Interface:
         """Set how new clients are accepted, until the next change.
 
         accept    "normal", "refuse" (a connect fails at once), or "drop" (a connect times out).
-                  The times may be in this text, too: "refuse duration=5".
+                  The text may contain the times: "refuse duration=5".
         times     the windows in which clients are refused or dropped: start, duration, every and
                   ttl, as for a rule.
 
@@ -13012,7 +13013,7 @@ class Interface:
         return since, matches
 
     def _default_since(self, handler_name):
-        """Return the argument `since` of `count` for users who do not set this argument."""
+        """Return the default value of the argument `since` of `count`."""
         blocks_of_handler = [fault for fault in self._open_faults if fault.name == handler_name]
         blocks = blocks_of_handler or self._open_faults
         return blocks[-1]._since if blocks else self._reset_record
@@ -13058,7 +13059,7 @@ def make_local_toxic(toxic):
                          % (toxic,))
     table = toxic_table(dict(toxic, type=local_handler(toxic["type"])))
     try:
-        json_value = json.loads(json.dumps(table))      # with lists: read_toxic refuses tuples
+        json_value = json.loads(json.dumps(table))      # has lists in place of tuples, like JSON
         return read_toxic(json_value, strict=True)
     except TypeError as error:          # json cannot encode a value
         raise ValueError("toxic %r: %s" % (table["type"], error)) from None
@@ -13088,7 +13089,7 @@ def check_optional(name, check, value):
 
 
 def check_handler_options(options):
-    """Check {handler: {option: value}}. Returns the dict with the names of the handlers as keys.
+    """Check {handler: {option: value}}. Returns {handler name: {option: value}}.
 
     Raises ValueError.
     """
@@ -13137,13 +13138,13 @@ class Proxy(Interface):
         tls         options of `vaurien --help tls`: {"cert": "auto", "max_version": "1.2"}.
         accept      how new clients are accepted, as in set_accept.
         max_connections
-                    the most clients at a time; 0 is no limit. The other clients get the
+                    the most clients at a time; 0 is no limit. Clients above the limit get the
                     protocol's error for too many connections, or a closed connection.
         record      a file to write the faults to.
         replay      a file that `record` has written: do not draw faults, but repeat the faults of
                     this file, on the same connections and requests.
-        reuse_port  the number of this process, 1 or more, if several processes share the port.
-                    Each number has draws of its own. Only on Linux.
+        reuse_port  the number of this process, 1 or more, if several processes share the port,
+                    on Linux. Processes with different numbers have different draws.
 
     Raises:
         ValueError      an argument is invalid; the message names the argument.
@@ -13379,7 +13380,7 @@ class Proxy(Interface):
 
     def _wait_for_records(self, since, matches, count, timeout):
         if self._thread:
-            self._server.loop.check_process()   # a fork might wait forever for a lock
+            self._server.loop.check_process()   # raises RuntimeError in a fork: no loop runs there
         else:
             timeout = 0         # there are no new faults while the proxy does not run
         return wait_for_records(self._server.next_records, since, matches, count, timeout)
@@ -13391,7 +13392,7 @@ def check_path(path):
 
 
 def make_recording(record, replay):
-    """Return (Recorder or None, Replay or None) for (path or None, path or None).
+    """Return (Recorder, Replay) for two paths. For a path that is None, the item is None.
 
     Raises ValueError.
     """
@@ -13588,7 +13589,7 @@ def error_text(value):
 # The program of the process that start_proxy starts. The program imports this file as a module,
 # and calls `main`. The first two arguments of the program are the module's name in the process of
 # the test, and the path of this file. A user's handler may import the module by its name in the
-# test or as `vaurien`. If sys.modules lacked a name, Python would import a copy of this file.
+# test or as `vaurien`. With both names in sys.modules, Python does not import the file twice.
 BOOTSTRAP = """\
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location(*sys.argv[1:3])
@@ -13850,8 +13851,8 @@ def describe_record(record):
 # flags      the flags on the command line. The keys of the ini file are the flags without "--".
 # scope      proxy           each proxy has a value of its own: an argument of ProxyServer.
 #            shared          each proxy may have a value of its own. A value in the section
-#                            [vaurien] is the default for the other proxies, also for proxies that
-#                            the API creates.
+#                            [vaurien] is the default for all proxies, also for proxies that the
+#                            API creates.
 #            process         the process has one value. The function `prepare` uses the value.
 #            command line    the process has one value, which the file cannot set.
 # default    the text to parse if the user gives no text; None if the value is None by default.
@@ -13935,8 +13936,8 @@ def parse_fault(words, taken_names):
         while name in taken_names:
             number += 1
             name = "%s_%d" % (type_, number)
-    # Other toxics act downstream by default, with a draw for each connection. A fault acts on both
-    # streams by default, with a draw for each request.
+    # By default, a fault acts on both streams, with a draw for each request. A toxic of the API
+    # acts downstream by default, with a draw for each connection.
     defaults = {field: RULE_FIELDS[field].default for field in Toxic.DEFAULTS}
     return make_flat_toxic(type_, check_field("name", check_name, name), texts, defaults)
 
@@ -14061,7 +14062,7 @@ class SourcedText:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of the command line. All values are texts. There are no default values."""
+    """A parser of the command line. The parser returns texts, and no default values."""
 
     def __init__(self, settings, prog):
         super().__init__(
@@ -14081,7 +14082,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         """Parse arguments. As in Go, a long option may begin with one dash: "-host=0.0.0.0"."""
-        end = args.index("--") if "--" in args else len(args)
+        end = args.index("--") if "--" in args else len(args)       # no options after "--"
         one_dash_and_two_letters = "^-(?=[a-z]{2})"         # not -h, which has one letter
         options = [re.sub(one_dash_and_two_letters, "--", text) for text in args[:end]]
         return super().parse_known_args(options + args[end:], namespace)
@@ -14105,7 +14106,7 @@ class Parser(argparse.ArgumentParser):
         return texts
 
     def refuse(self, unknown_arguments):
-        """Raise ValueError. The error explains the first of the unknown arguments."""
+        """Raise ValueError. The error explains the first unknown argument."""
         flag, _, _ = unknown_arguments[0].partition("=")
         handler_flag = HANDLER_FLAG.match(flag)
         if handler_flag:        # the handler or the option is unknown: a check raises ValueError
@@ -14172,7 +14173,8 @@ def topic_help(name):
     lines = ["%s: %s" % (name, summary(function)), "",
              "usage: vaurien --behavior PERCENT:%s [OPTION ...]" % name,
              "       vaurien --fault \"%s [NAME=VALUE ...]\"" % name]
-    prefix, help_texts, rows = "--handlers.%s." % name, option_help(function), []
+    prefix, help_texts = "--handlers.%s." % name, option_help(function)
+    rows = []
     for option, default in handler_options(function).items():
         text = text_with_default(help_texts.get(option, ""), format_value(default))
         rows.append(("%s%s %s" % (prefix, option, METAVARS[type(default)]), text))
@@ -14221,7 +14223,7 @@ def format_rows(rows):
             lines.append(first_column)
             first_column = ""
         lines += textwrap.wrap(text, HELP_WIDTH, initial_indent=first_column.ljust(HELP_COLUMN),
-                               subsequent_indent=indent) or [first_column]
+                               subsequent_indent=indent) or [first_column]      # [...]: no text
     return lines
 
 
@@ -14320,7 +14322,7 @@ def read_arguments(argv, settings, prog="vaurien", introduction=""):
 
 
 def add_options(config, values):
-    """Add the handlers' options of a command line to those of the file. Raises ValueError.
+    """Add the handlers' options of a command line to the options of the file. Raises ValueError.
 
     values    {key: text}. A key is HANDLER.OPTION, or the name of a setting.
     """
@@ -14338,9 +14340,10 @@ def read_config(path):
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
-    except (OSError, ValueError) as error:      # ValueError: the file is not UTF-8
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise ValueError("cannot read %s: %s" % (path, reason)) from None
+    except OSError as error:
+        raise ValueError("cannot read %s: %s" % (path, error.strerror)) from None
+    except ValueError as error:         # the file is not UTF-8
+        raise ValueError("cannot read %s: %s" % (path, error)) from None
     is_json = re.match(r"\s*(\{|\[\s*[]{])", text)      # no ini file begins with {, [{ or []
     if is_json:
         config = ParsedConfig()
@@ -14505,7 +14508,7 @@ def proxy_settings(config, needs_proxy):
     elif len(config.proxy_sections) > 1 and ADDRESS_SETTINGS & set(arguments):
         raise ValueError("--local and --distant are ambiguous: the file has the proxies %s"
                          % ", ".join(config.proxy_sections))
-    else:
+    else:                           # all proxies inherit the behavior and the faults of [vaurien]
         inherited_names |= {"behavior", "network", "toxics"}
     inherited = {name: text for name, text in config.vaurien_section.items()
                  if name in inherited_names}
@@ -14523,8 +14526,8 @@ def make_proxies(config, needs_proxy=True):
     options = option_texts(config)
     for name, texts in proxy_settings(config, needs_proxy).items():
         values = resolve_settings(texts, PROXY_SETTINGS)
-        faults, network_profile = values["toxics"] or [], values.pop("network")
-        values["toxics"] = [*network_toxics(network_profile, faults), *faults]
+        faults = values["toxics"] or []
+        values["toxics"] = [*network_toxics(values.pop("network"), faults), *faults]
         if values["seed"] is None:
             values["seed"] = proxies.shared["seed"]     # drawn by ProxyTable
         values["tls"] = {field: values.pop("tls_" + field) for field in TLS_FIELDS}
@@ -14542,9 +14545,9 @@ def make_proxies(config, needs_proxy=True):
 
 
 def network_toxics(profile, faults):
-    """Return [the toxic for the profile of --network], or [] if the profile is None.
+    """Return a list with the toxic for the profile of --network, or [] without a profile.
 
-    Raises ValueError if one of the faults has the same name as this toxic: `network`.
+    Raises ValueError if a fault has the name `network`.
     """
     if not profile:
         return []
@@ -14559,8 +14562,8 @@ def option_texts(config):
     for name, options in config.options.items():
         texts = {option: sourced.text for option, sourced in options.items()}
         try:
-            read_rules([dict(texts, name=name)])
-        except InputError as error:         # options that do not fit together
+            read_rules([dict(texts, name=name)])    # checks whether the options fit together
+        except InputError as error:
             option, sentence = error.errors[0]      # the sentence begins with the option
             raise ValueError(options[option].source + sentence[len(option):]) from None
         all_texts[name] = texts
@@ -14718,8 +14721,8 @@ def announce_ready(services):
     The addresses are a line of JSON: {"proxies": {name: "HOST:PORT"}, "control": "HOST:PORT"}.
     Without a control server, "control" is null.
 
-    The parent reads these two lines of the pipe, and no more. Without the redirection, the output
-    of handlers would fill the pipe, and then `print` would block the proxy.
+    The parent process does not read more than "ready" and the addresses. Without the redirection,
+    the output of handlers would fill the pipe, and then `print` would block the proxy.
     """
     addresses = {"proxies": {}, "control": None}
     for service in services:
