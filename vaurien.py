@@ -1821,7 +1821,7 @@ class Protocol:
         kind    "" to draw the kind
         """
         exchange, reply = self.refusable, None
-        # OPEN begins a connection, and bytes begin a request.
+        # Only OPEN or bytes can begin a connection or a request.
         may_begin = to == UPSTREAM and (data or data is OPEN)
         if exchange and may_begin:
             request = exchange.request              # None if the client connects
@@ -1851,7 +1851,7 @@ class Protocol:
         connecting_is_request = self.server_first
         if not connecting_is_request or not self.connect_errors:
             return ""
-        # Each of several messages to Postgres draws again. `state.draw` makes the draws equal.
+        # `state.draw` is the same number at each message of a login to Postgres.
         return self.connect_errors[state.draw % len(self.connect_errors)]
 
     def finish_refusal(self, exchange, t, to, data):
@@ -1894,7 +1894,7 @@ def parse_length(text, largest=1 << 60):
 
 # The header fields of an HTTP request:
 #
-#   text                 the head from the line feed of the request line on
+#   text                 the line feed of the request line, and the header fields
 #   rewritten            `text` with the new value of the Host header field, or `text` itself
 #   close, keep_alive    see Http.connection_options
 HeaderFields = namedtuple("HeaderFields", "text rewritten close keep_alive")
@@ -1999,7 +1999,7 @@ class Http(Protocol):
         return Request(request.text, request.name, info=request.info)
 
     def parse_fields(self, text):
-        """Return the HeaderFields of a request, for HeaderFields.text.
+        """Return the HeaderFields of a request. `text`: see HeaderFields.
 
         Returns None if the text is not exactly the rest of a head, or if a body follows.
         """
@@ -2297,7 +2297,7 @@ class Redis(Protocol):
         size = data[1:line_end - 2]
         if type_ != b"$" or data[line_end - 2:line_end] != b"\r\n" or not size.isdigit():
             return False
-        # data has COPY_MAX bytes at most. int() of nine digits is fast.
+        # A size within data has nine digits at most. int() of more digits is slow.
         return line_end + int(size[:9]) + len(b"\r\n") == len(data)
 
     def encode_error(self, kind):
@@ -2783,7 +2783,7 @@ class Mysql(Protocol):
         return (yield from self.read_rows(size, head))
 
     def read_rows(self, size, head):
-        """Read rows from the packet (size, head) on. Returns the status after the last row."""
+        """Read rows. The first packet is (size, head). Returns the status after the last row."""
         while self.is_row(size, head):
             if self.counts_rows:
                 yield END_OF_ROW
@@ -2834,7 +2834,7 @@ class Mysql(Protocol):
         """Return commands after which the backend has the same state as after an error."""
         commands, statement_id = [], request.info.statement_id
         if request.name == self.PREPARE:
-            # This PREPARE fails. Afterwards, LAST_PREPARED is the id of no statement.
+            # This PREPARE fails, so that LAST_PREPARED is the id of no statement.
             commands.append(bytes([self.PREPARE]) + b"vaurien")
         elif request.name in self.EXECUTES and statement_id != self.LAST_PREPARED:
             # Like EXECUTE, RESET makes the backend forget the data of SEND_LONG_DATA.
@@ -2933,7 +2933,7 @@ class Postgres(Protocol):
     # Substitutes for a simple query
     INVALID_QUERY = pg_message(QUERY, b"vaurien\0")
     ROLLBACK_QUERY = pg_message(QUERY, b"ROLLBACK\0")
-    # Substitutes for an extended query. The error at the end makes the backend skip to the Sync.
+    # Substitutes for an extended query. INVALID_PARSE makes the backend skip to the Sync.
     INVALID_PARSE = pg_message(PARSE, b"vaurien\0" + b"vaurien\0" + bytes(2))
     ROLLBACK_BATCH = (pg_message(PARSE, b"\0" + b"ROLLBACK\0" + bytes(2))
                       + pg_message(BIND, bytes(8)) + pg_message(EXECUTE, bytes(5))
