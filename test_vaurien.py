@@ -4686,6 +4686,13 @@ class TestMatch(unittest.TestCase):
 class TestChain(unittest.TestCase):
     """Events pass through all active rules, in the order of the rules."""
 
+    def test_a_rule_at_its_limit_acts_on_the_rest_of_a_request(self):
+        chain, times = chain_of(vaurien.Rule("delay", {"sleep": 1}, times=1)), []
+        for direction in [UPSTREAM, DOWNSTREAM, UPSTREAM]:
+            chain.direction_changed(direction)
+            times += [process_event(chain, 5, UPSTREAM, b"a").t for _ in range(2)]
+        self.assertEqual(times, [6, 6, 6, 6, 5, 5])
+
     def test_each_rule_gets_the_events_that_the_previous_one_yielded(self):
         one = vaurien.Rule("delay", {"sleep": 1.0}, draw_key="a")
         two = vaurien.Rule("delay", {"sleep": 2.0}, draw_key="b")
