@@ -9037,9 +9037,8 @@ class ProxyServer:
         self.accept = accept or Accept()
         self.enabled, self.max_connections, self.timeout = enabled, max_connections, timeout
         self.seed = random.SystemRandom().getrandbits(32) if seed is None else seed
-        # Processes that share a port draw different numbers, because their seeds differ.
-        is_first_process = reuse_port in (None, 1)
-        self.rules = RuleSet(self.seed if is_first_process
+        # Each further process that shares a port has a seed of its own, to draw other numbers.
+        self.rules = RuleSet(self.seed if reuse_port in (None, 1)
                              else "%d/%d" % (self.seed, reuse_port), name)
         # Check the options of all handlers, even of handlers that are not in the behavior.
         read_rules([dict(values, name=handler, percent=0)
