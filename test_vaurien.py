@@ -1235,6 +1235,15 @@ class TestHandlerLaws(unittest.TestCase):
                 self.assertEqual(queue.pop_due(7.5), [OPEN])        # after the EOF at 7
                 self.assertEqual(list(queue.send_buffer), [b"question", b"more", EOF])
 
+    def test_a_handler_delays_each_chunk_by_its_fixed_delay(self):
+        for latency, jitter, seconds in (20, 0, 0.02), (20, 5, 0), (0, 0, 0), (-20, 0, 0):
+            with self.subTest(latency=latency, jitter=jitter):
+                rule = vaurien.Rule("latency", {"latency": latency, "jitter": jitter})
+                self.assertEqual(rule.fixed_delay, seconds)
+                if seconds:
+                    self.assertEqual(chain_of(rule).process(0, UPSTREAM, b"question"), [
+                        (seconds, UPSTREAM, b"question", ((rule, seconds, False),))])
+
 
 # -- Protocols ------------------------------------------------------------------
 HTTP_GET = b"GET / HTTP/1.1\r\n\r\n"
@@ -4699,6 +4708,25 @@ class TestChain(unittest.TestCase):
         self.assertEqual(chain_of(one, two).process(0, UPSTREAM, b"q"),
                          [(3.0, UPSTREAM, b"q", ((one, 1.0, False), (two, 2.0, False)))])
 
+    def test_delays_are_fixed_if_the_rules_do_nothing_else(self):
+        def latency(milliseconds, per="connection", **fields):
+            return vaurien.Rule("latency", {"latency": milliseconds}, per=per,
+                                draw_key=str(milliseconds), **fields)
+
+        for rules, fixed in [([latency(1)], [0.001]),
+                             ([latency(1), latency(2)], [0.001, 0.002]),
+                             ([latency(1), latency(2, stream=UPSTREAM)], [0.001]),
+                             ([latency(1), latency(0)], []),        # latency 0 is no delay
+                             ([latency(1), vaurien.Rule("slicer", per="connection")], []),
+                             ([latency(1), latency(2, match=re.compile(b"x"))], []),
+                             ([latency(1, "request")], [])]:        # another request may have none
+            with self.subTest(list(map(str, rules))):
+                chain = chain_of(*rules)
+                self.assertEqual(chain.fixed_delays(DOWNSTREAM), ())    # no rule has acted yet
+                chain.process(0, DOWNSTREAM, b"reply")
+                self.assertEqual([seconds for _, seconds, _ in chain.fixed_delays(DOWNSTREAM)],
+                                 fixed)
+
     def test_a_rule_does_not_get_events_of_the_other_stream(self):
         chain = chain_of(vaurien.Rule("hang", stream=DOWNSTREAM))
         self.assertEqual(chain.process(0, UPSTREAM, b"q"), [(0, UPSTREAM, b"q", ())])
@@ -6282,6 +6310,52 @@ class TestFastPath(DownloadMixin, unittest.TestCase):
             self.assertEqual(loop.run_sync(lambda: proxy.rules.request_count), 101)
             set_behavior(proxy, "100:delay", delay={"sleep": 0.0})
             self.assertTrue(calls["clock"])         # the counters work
+
+    def test_only_the_first_chunk_with_a_fixed_delay_goes_through_the_chain(self):
+        processed, process = [], vaurien.Chain.process
+
+        def recorded_process(chain, now, to, data):
+            processed.append(bytes(data))
+            return process(chain, now, to, data)
+
+        toxics = [{"type": "latency", "name": str(milliseconds), "latency": milliseconds}
+                  for milliseconds in (1, 2)]
+        with mock.patch.object(vaurien.Chain, "process", recorded_process), \
+                running_proxy(echo, toxics=toxics) as proxy, connected_client(proxy) as sock:
+            for index in range(20):
+                began = time.monotonic()
+                self.assertEqual(send_and_read(sock, b"chunk %02d" % index), b"chunk %02d" % index)
+                self.assertGreaterEqual(time.monotonic() - began, 0.003)
+            self.assertEqual([data for data in processed if data], [b"chunk 00"])
+            data = random_data(3000000)         # more than a link may hold
+            received = send_and_read_all(sock, data)
+            self.assertEqual(received, Received(len(data), hashlib.sha1(data).hexdigest(), "eof"))
+
+    def test_chunks_with_a_fixed_delay_are_released_in_order(self):
+        """The clock stands still, so nothing but the removal of the toxic releases them."""
+        toxics = [{"type": "latency", "latency": 5000}]
+        with running_proxy(echo, toxics=toxics) as proxy, connected_client(proxy) as sock:
+            loop = proxy.loop
+            now = loop.clock()
+            loop.run_sync(setattr, loop, "clock", lambda: now)
+            wait_until(lambda: proxy.connections)
+            down = next(iter(proxy.connections.values())).down
+
+            def send(data):
+                size = down.received + len(data)
+                sock.sendall(data)
+                wait_until(lambda: loop.run_sync(lambda: down.received) == size)
+
+            send(b"first,")
+            now += 5
+            loop.run_sync(int)                  # wakes up the loop
+            self.assertEqual(read_exactly(sock, 6), b"first,")
+            for data in b"second,", b"third,", b"fourth,":
+                send(data)
+            self.assertEqual((len(down.queue), down.fast_events), (3, vaurien.EVENT_READ))
+            loop.run_sync(proxy.set_toxics, [])
+            self.assertEqual(read_exactly(sock, 20), b"second,third,fourth,")
+            self.assertEqual(send_and_read(sock, b"fifth"), b"fifth")
 
     def test_pieces_of_a_slicer_are_sent_one_by_one(self):
         sent = []

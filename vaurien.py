@@ -514,6 +514,9 @@ def with_attributes(**attributes: "Any") -> "Callable[[Function], Function]":
                         earlier, because the other rule delays no data any more
     on_dropped          a function (rule, to, size) to call when the proxy drops a chunk that the
                         handler has delayed
+    fixed_delay         a function (options). It returns a number of seconds if the handler only
+                        delays each chunk, always by this time, and otherwise 0. So a chain need
+                        not call the handler for each chunk
     """
     def decorate(function):
         for name, value in attributes.items():
@@ -720,7 +723,9 @@ DISTRIBUTIONS = OrderedDict((
 
 
 @handler
-@with_attributes(option_checks={"distribution": choice_check(*DISTRIBUTIONS)})
+@with_attributes(
+    option_checks={"distribution": choice_check(*DISTRIBUTIONS)},
+    fixed_delay=lambda options: 0 if options["jitter"] else max(0, options["latency"]) / 1000)
 def latency(state, t, to, data, *, latency=0, jitter=0, distribution="uniform"):
     """A longer link: every chunk arrives later, and the delays do not add up.
 
@@ -3587,8 +3592,14 @@ class Rule(Scheduled):
         self.shared = Counter()     # state.shared of the handler, for all connections
 
     def set_options(self, options):
-        """Replace the options, and set the directions of the events that the handler gets."""
+        """Replace the options, and set the attributes that depend on them.
+
+        directions     the directions of the events that the handler gets
+        fixed_delay    seconds: see with_attributes
+        """
         self.options = options
+        fixed_delay = getattr(self.handler, "fixed_delay", None)
+        self.fixed_delay = fixed_delay(options) if fixed_delay else 0
         stream = self.stream
         choose = getattr(self.handler, "choose_direction", None)
         if choose and stream == "both":     # the handler needs one direction: see only_direction
@@ -4583,6 +4594,22 @@ class Chain:
                 return None
         return data
 
+    def fixed_delays(self, to):
+        """Return the `delays` of bytes, in the form of `process`, if all delays are fixed.
+
+        Then `process` would only delay the bytes by these times, as before. Returns () if a rule
+        may do anything else, may act for the first time, or may leave the next request alone.
+        """
+        delays: tuple = ()
+        for active in self.active_rules:
+            rule = active.rule
+            if to not in rule.directions:
+                continue
+            if not rule.fixed_delay or not active.has_acted or rule.per == "request":
+                return ()
+            delays += ((rule, rule.fixed_delay, False),)
+        return delays
+
     def note_beginning(self, data):
         """Store the first bytes of the current request, for fault records."""
         number, _ = self.beginning
@@ -5501,8 +5528,8 @@ class DelayQueue:
         if self.write_closed and (data or data is EOF):
             self.tell_dropped(data, delays)
             return
-        if data is not RESET:
-            t = max(t, self.latest)
+        if t < self.latest and data is not RESET:
+            t = self.latest
         if data or data is OPEN:        # an EOF does not delay bytes that are put after the EOF
             self.latest = t
         # The rate limits alone would let the event pass at this time: see read_limit.
@@ -5510,7 +5537,8 @@ class DelayQueue:
         for rule, seconds, _ in delays:
             if rule.rate_limited:
                 limited_until += seconds
-        self.rate_limited_until = max(self.rate_limited_until, limited_until)
+        if limited_until > self.rate_limited_until:
+            self.rate_limited_until = limited_until
         self.order += 1
         self.charge(len(data))
         heapq.heappush(self.queue, (t, self.order, data, start, delays))
@@ -8008,6 +8036,11 @@ class Connection:
         Returns the bytes to send at once. Returns None if events were queued instead.
         """
         now, chain = self.loop.clock(), self.chain
+        if link.fast_events and not chain.protocol:
+            delays = chain.fixed_delays(link.to)
+            if delays:
+                self.delay(link, now, bytes(data), delays)
+                return None
         chain.modified = False
         events = chain.process_bytes(now, link.to, bytes(data))
         self.after_parsing(link)
@@ -8017,6 +8050,26 @@ class Connection:
         link.buffered_in += len(data)
         self.enqueue(now, events, link)
         return None
+
+    def delay(self, link, now, data, delays):
+        """Queue bytes that the rules only delay: a fast path beside `enqueue`.
+
+        The link's fast path stays open. Bytes cannot overtake the queued bytes, because the rules
+        delay all bytes until rules_changed() is called, and its pump() closes the fast path.
+
+        delays    the result of Chain.fixed_delays
+        """
+        due = now
+        for _, seconds, _ in delays:
+            due += seconds
+        link.buffered_in += len(data)
+        link.put(due, data, now, delays)
+        if self.records_without_text:
+            self.add_text()
+        if link.held > HELD_LOW:        # the link may be full
+            self.pump()
+        else:
+            self.set_timer(now)
 
     def send_or_queue(self, link, size, to_send):
         """Return `to_send` if the fast path is open. Otherwise queue `to_send`, and return None.
@@ -8258,12 +8311,27 @@ class Connection:
         """Send the data that is due. Release a held head if its time limit is over."""
         self.timer = None
         now = self.loop.clock()
-        if self.chain.head_deadline > now:      # NEVER if no head is held
+        if self.chain.head_deadline <= now:     # NEVER if no head is held
+            events = self.chain.give_up_head(now)
+            self.after_parsing(self.up)
+            self.enqueue(now, events)
+        elif not self.send_delayed(now):
             self.pump()
-            return
-        events = self.chain.give_up_head(now)
-        self.after_parsing(self.up)
-        self.enqueue(now, events)
+
+    def send_delayed(self, now):
+        """Send data that `delay` has queued, if it is due: a fast path beside pump().
+
+        Returns False if pump() must be called.
+        """
+        up, down = self.up, self.down
+        # While the fast path of a link is open, only `delay` has put data into its queue.
+        if (up.queue and not up.fast_events) or (down.queue and not down.fast_events):
+            return False
+        self.send_due(now)
+        if up.send_buffer or down.send_buffer or up.write_closed or down.write_closed:
+            return False
+        self.set_timer(now)
+        return True
 
     def pump(self):
         """Send all data that is due. End the connection, or set the timer and watched events.
@@ -8290,8 +8358,10 @@ class Connection:
         Returns the list of OPEN and RESET signals that are due.
         """
         up, down, signals = self.up, self.down, []
-        if up.queue or down.queue:
-            signals = up.pop_due(now) + down.pop_due(now)
+        if up.queue:
+            signals += up.pop_due(now)
+        if down.queue:
+            signals += down.pop_due(now)
         if self.phase is WAITING and (signals or up.send_buffer):
             self.end_waiting(now, signals)
         if down.send_buffer:
@@ -8420,8 +8490,10 @@ class Connection:
         """Set the timer for the next event that is due, or for the time limit of a held head."""
         up, down = self.up, self.down
         due = self.chain.head_deadline
-        if up.queue or down.queue:
-            due = min(due, up.next_time(now), down.next_time(now))
+        if up.queue:
+            due = min(due, up.next_time(now))
+        if down.queue:
+            due = min(due, down.next_time(now))
         if self.timer and self.timer[DUE] != due:
             self.loop.cancel(self.timer)
             self.timer = None
