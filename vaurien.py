@@ -2254,11 +2254,12 @@ class Redis(Protocol):
             while line[:1] == b"|":             # attributes come before the value that has them
                 yield from self.read_values(self.nested_values(line) - 1)
                 line = yield self.REPLY_LINE
+            has_items = line[:1] in self.VALUES_PER_ITEM
             if line[:1] in self.STRINGS:
                 yield self.string_size(line)
-            elif self.counts_rows and line[:1] in self.VALUES_PER_ITEM:
+            elif has_items and self.counts_rows:
                 yield from self.read_rows(line)
-            else:
+            elif has_items:
                 yield from self.read_values(self.nested_values(line))
             yield END_OF_MESSAGE
 
