@@ -2254,13 +2254,11 @@ class Redis(Protocol):
             while line[:1] == b"|":             # attributes come before the value that has them
                 yield from self.read_values(self.nested_values(line) - 1)
                 line = yield self.REPLY_LINE
-            has_items = line[:1] in self.VALUES_PER_ITEM
             if line[:1] in self.STRINGS:
                 yield self.string_size(line)
-            elif has_items and self.counts_rows:
-                yield from self.read_rows(line)
-            elif has_items:
-                yield from self.read_values(self.nested_values(line))
+            elif line[:1] in self.VALUES_PER_ITEM:
+                yield from (self.read_rows(line) if self.counts_rows
+                            else self.read_values(self.nested_values(line)))
             yield END_OF_MESSAGE
 
     def read_rows(self, line):
