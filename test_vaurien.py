@@ -3362,7 +3362,7 @@ class Talk:
     def check(self, faults):
         """Append to `problems` what is wrong after the end of the conversation.
 
-        faults    [(whether the rule is one per connection, request number)] of errors
+        faults    [(whether it is a per-connection rule, request number)] of errors
         """
         answered = [index for index in range(len(self.requests)) if index not in self.silent]
         if len(self.outcomes) != len(answered):
@@ -4414,7 +4414,7 @@ class TestSchedules(unittest.TestCase):
         self.assertEqual((connection.acting(), connection.released), ([], [rule]))
 
     def test_a_window_begins_on_open_connections(self):
-        """A rule per connection begins at once. Another one waits for the next request."""
+        """A per-connection rule begins at once. Another one waits for the next request."""
         for per, last_direction, acting in [("connection", DOWNSTREAM, ["delay"]),
                                             ("connection", None, ["delay"]),
                                             ("request", DOWNSTREAM, []),

@@ -56,6 +56,7 @@ Glossary:
                            all draws
     window                 a period in which a rule acts, given by `start` and `duration`
     sleep                  a rule sleeps outside of its windows: the rule does not act
+    wake                   a rule wakes when a window begins, or when the percentage rises
     ramp                   the beginning of a window, while the percentage rises from 0
     ttl                    the time to live, after which a rule is removed
     schedule               the windows of a rule, its ramp and its ttl
@@ -63,7 +64,11 @@ Glossary:
     fault record           an entry of the log and the API: a rule has acted on a request, a window
                            of the rule has begun or ended, or its ttl has ended
 
+    per-request rule       a rule that is drawn for each request: the field `per` is "request"
+    per-connection rule    a rule that is drawn once for each connection
     active rule            a rule drawn for one request or connection, with its state
+    delays                 which rules have delayed an event, and by how many seconds: a tuple of
+                           (rule, seconds, from_open), see Chain.process
     chain                  the active rules of a connection, in order
     delay queue            the bytes of one direction, each chunk with its due time
     link                   a delay queue with its two sockets: the source and the target
@@ -3731,7 +3736,7 @@ class ActiveRule(Counter):
     """The state of a rule for one request or connection: handlers get this object as `state`.
 
     The section Handlers describes the public attributes. `acts` is False while a rule with `match`
-    still searches the request, and if a rule per connection does not act on this connection.
+    still searches the request, and if a per-connection rule does not act on this connection.
     """
 
     request_number = 0
@@ -3862,7 +3867,7 @@ class RuleSet:
 #
 # proxy         the name of the proxy
 # connection    the number of the connection
-# request       the number of the request in the connection; 0 for a rule per connection
+# request       the number of the request in the connection; 0 for a per-connection rule
 # rule          JSON text: the dict of Rule.to_json without the percentage
 FaultKey = namedtuple("FaultKey", "proxy connection request rule")
 
@@ -4383,7 +4388,7 @@ class Chain:
         # Rules and draws
         self.active_rules = NOTHING     # the active rules of the current request, in order
         self.undrawn = NOTHING          # rules to draw for request 1 when its first bytes come
-        self.per_connection = {}        # {rule per connection: its ActiveRule}
+        self.per_connection = {}        # {per-connection rule: its ActiveRule}
         self.batch = -1                 # the number of the last batch drawn. -1: no batch
         self.batch_hits = NOTHING       # for each request of the batch: [(rule, drawn number)]
         # Read and reset by the connection
@@ -4455,7 +4460,7 @@ class Chain:
 
         Returns (drawn number, whether the rule acts, ActiveRule.request).
         """
-        # A rule per connection is drawn for request 0. The first request has the number 1.
+        # A per-connection rule is drawn for request 0. The first request has the number 1.
         request = self.request_count if rule.per == "request" else 0
         rule_set = self.rule_set
         if rule_set.replay:
@@ -4476,7 +4481,7 @@ class Chain:
         return self.make_active(rule)
 
     def make_active(self, rule):
-        """Draw a rule. Returns an ActiveRule, or None for a rule per request that does not act."""
+        """Draw a rule. Returns an ActiveRule, or None for a per-request rule that does not act."""
         number, acts, drawn_count = self.draw_number(rule)
         if not acts and rule.per == "request":
             return None
@@ -4485,7 +4490,7 @@ class Chain:
     def collect(self, drawn=None):
         """Return the active rules of the current request, in the order of the rules.
 
-        drawn    {rule per request: ActiveRule or None}. Without this dict, the rules are drawn
+        drawn    {per-request rule: ActiveRule or None}. Without this dict, the rules are drawn
         """
         collected = []
         for rule in self.rule_set.installed:
@@ -4499,7 +4504,7 @@ class Chain:
         return collected
 
     def connection_rule(self, rule):
-        """Return the ActiveRule of a rule per connection. Draw the rule if it is not drawn yet.
+        """Return the ActiveRule of a per-connection rule. Draw the rule if it is not drawn yet.
 
         Returns None if a ProtocolChain has not found `match` in a request of the connection yet.
         """
@@ -4523,11 +4528,11 @@ class Chain:
         changed    rules that keep their state, with new options or percentages
         woken      rules whose percentage rises because of their schedule
 
-        A new or woken rule per connection begins now. A new or woken rule per request begins with
+        A new or woken per-connection rule begins now. A new or woken per-request rule begins with
         the next request, or with the current request if no byte has come yet. Rules that are no
         longer installed, or that sleep now, stop.
 
-        Returns the changed and woken rules per connection that begin now.
+        Returns the changed and woken per-connection rules that begin now.
         """
         self.batch = -1                 # the batch was drawn for the earlier rules
         installed = self.rule_set.installed
@@ -4544,11 +4549,11 @@ class Chain:
             for rule in set(woken) - {*current, *self.undrawn}:
                 if rule.is_drawn_at_beginning():
                     current[rule] = self.make_active(rule)      # the draw is counted already
-        self.active_rules = self.collect(current)           # draws new rules per connection
+        self.active_rules = self.collect(current)           # draws new per-connection rules
         return begun
 
     def update_acts(self, active):
-        """Let a rule per connection begin to act or stop, after a change of its percentage.
+        """Let a per-connection rule begin to act or stop, after a change of its percentage.
 
         Returns whether the rule begins.
         """
@@ -4645,7 +4650,7 @@ class Chain:
     def process_open(self, now, directions, rules=None):
         """Give the signal OPEN to rules that begin now, or whose options have changed.
 
-        rules    the rules that begin. None: all rules per connection, for a new connection
+        rules    the rules that begin. None: all per-connection rules, for a new connection
 
         Returns the events that the rules yield in place of OPEN, or in addition to OPEN. OPEN is
         not returned, because the connection is open already.
@@ -4883,7 +4888,7 @@ class ProtocolChain(Chain):
     rules can act on whole requests. The parsing ends if a head is incomplete after
     UNRECOGNIZED_MAX, and the client may speak another protocol. If the client certainly speaks
     the protocol, an incomplete head is forwarded after HEAD_TIMEOUT, the parsing continues, and no
-    rule per request acts on the request.
+    per-request rule acts on the request.
 
     A rule can refuse a request when the rule gets the head: see Exchange.refusal.
 
@@ -5059,7 +5064,7 @@ class ProtocolChain(Chain):
                 self.draw_more(late)
         elif request.independent:       # else the active rules of the previous request stay
             self.begin_request()
-        if self.head_forwarded:         # too late for rules per request: see HEAD_TIMEOUT
+        if self.head_forwarded:         # too late for per-request rules: see HEAD_TIMEOUT
             self.active_rules = [active for active in self.active_rules
                                  if active.rule.per == "connection"]
 
