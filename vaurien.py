@@ -10758,8 +10758,7 @@ poll();
 # client's requests and calls the functions of routes. A route's function changes a proxy only by
 # `proxy.loop.run_sync(function, ...)`: the loop of the proxies calls `function`.
 #
-# To add a route: write a function that takes an ApiRequest, and decorate it with @route.
-# `GET /` lists the route with the first line of the function's docstring.
+# `GET /` lists each route with the first line of the docstring of the route's function.
 
 ROUTES = OrderedDict()          # {path: {method: Route}}; a segment in capitals matches any name
 DIALECTS = []                   # [(prefix of a path, Dialect)] for errors about unknown paths
@@ -10771,10 +10770,8 @@ KEEP_ALIVE_SHARE = 0.5          # while more than this share of `max_clients` is
                                 #   response closes its connection
 IDLE_TIMEOUT = 60.0             # seconds to wait for the next request, as in Toxiproxy
 READ_TIMEOUT = 10.0             # seconds to wait for the next bytes of a request
-REQUEST_TIMEOUT = 30.0          # seconds from the first byte of a request to the last byte of
-                                #   its response
-EVENTS_WAIT_MAX = 20.0          # seconds that `GET /events` waits at most. It must be less than
-                                #   REQUEST_TIMEOUT
+REQUEST_TIMEOUT = 30.0          # seconds for a request and its response, see RequestHandler
+EVENTS_WAIT_MAX = 20.0          # the longest wait of `GET /events`, less than REQUEST_TIMEOUT
 MEASURE_MAX = 10.0              # seconds for which `GET /status` measures rates at most
 NO_HEADERS = types.MappingProxyType({})
 PAGE_HEADER = "X-Fetch-Site"    # the web page sends this header with the value "same-origin"
@@ -10792,14 +10789,14 @@ UNREBINDABLE = (".localhost",       # this machine (RFC 6761)
 
 # The argument of a route's function.
 #
-# control    the Control that received the request
-# proxy      the ProxyServer that the path or ?proxy=NAME names, by default the first proxy; None
-#            if the proxy does not exist
+# control    the Control that received the request.
+# proxy      the ProxyServer that the path or ?proxy=NAME names, by default the first proxy. None
+#            if the proxy does not exist.
 # names      the variable parts of the path: {"PROXY": "redis"} for the route /proxies/PROXY and
-#            the path /proxies/redis
-# query      {key: value} of the query, without the key `proxy`
-# body       the body as text
-# headers    {name: value}, or another object with the method `get`
+#            the path /proxies/redis.
+# query      {key: value} of the query, without the key `proxy`.
+# body       the body as text.
+# headers    {name: value}, or another object with the method `get`.
 ApiRequest = namedtuple("ApiRequest", "control proxy names query body headers")
 ApiResponse = namedtuple("ApiResponse", "status headers text")
 # A route's function, and the arguments of `route` that registered the function.
@@ -10809,18 +10806,18 @@ Route = namedtuple("Route", "function example query needs_proxy dialect status")
 class ApiError(Exception):
     """An error response.
 
-    status      the HTTP status
+    status      the HTTP status.
     location    the part of the request with the error: "body", "querystring", "header", "path"
                 or "method"; "request" if the request breaks the rules of HTTP or exceeds a
-                limit; "server" for an internal error
-    name        the field, parameter or header, or ""
-    headers     additional headers of the response
-    errors      [(location, name, description)]; several entries only for an InputError
+                limit; "server" for an internal error.
+    name        the field, parameter or header with the error, or "".
+    headers     additional headers of the response.
+    errors      [(location, name, description)]; several entries only for an InputError.
     """
 
     def __init__(self, status, location, name, description, headers=()):
         super().__init__(description)
-        self.status, self.headers = status, dict(headers)
+        self.status, self.location, self.headers = status, location, dict(headers)
         self.errors = [(location, name, description)]
 
 
@@ -10828,7 +10825,7 @@ class Dialect:
     """A format of results and errors. The base class has the format of Vaurien 1.x."""
 
     head_as_get = True              # whether a route for GET also accepts HEAD
-    decode_errors = "strict"        # the argument `errors` of bytes.decode, for the body
+    on_invalid_utf8 = "strict"      # for a body: bytes.decode raises UnicodeDecodeError
 
     def render(self, result, status):
         """Return the ApiResponse for the result of a route: text, a JSON value, or None."""
@@ -10863,12 +10860,12 @@ VAURIEN_1 = Dialect()
 def route(methods, paths, example="", query=(), needs_proxy=True, dialect=VAURIEN_1, status=200):
     """Return a decorator that registers a function for all these methods and paths.
 
-    methods, paths    words in one text, with spaces between the words
-    example           an example of the query (GET) or of the body (other methods), for `GET /`
-    query             the keys that a query may have besides `proxy`; None accepts all keys
-    needs_proxy       True: a request is refused if its proxy does not exist
-    dialect           the Dialect of results and errors
-    status            the status of the response to a successful request
+    methods, paths    words in one text, with spaces between the words.
+    example           an example of the query (GET) or of the body (other methods), for `GET /`.
+    query             the keys that a query may have besides `proxy`. None accepts all keys.
+    needs_proxy       True: a request is refused if its proxy does not exist.
+    dialect           the Dialect of results and errors.
+    status            the status of the response to a successful request.
 
     The function takes an ApiRequest, and returns an ApiResponse or an argument for Dialect.render.
     To refuse a request, the function raises ApiError or InputError.
@@ -10887,10 +10884,10 @@ def route(methods, paths, example="", query=(), needs_proxy=True, dialect=VAURIE
 def handle_request(control, method, target, read_body, headers=NO_HEADERS):
     """Return the ApiResponse to a request.
 
-    target       path and query
-    read_body    a function that returns the body as bytes; called only after the access check
+    target       the path and the query.
+    read_body    a function that returns the body as bytes. Called only after the access check.
 
-    Raises ConnectionError. All other exceptions become error responses.
+    Raises only ConnectionError. Each other exception becomes an error response.
     """
     without_fragment, _, _ = target.partition("#")
     path, _, query = without_fragment.partition("?")
@@ -10900,7 +10897,7 @@ def handle_request(control, method, target, read_body, headers=NO_HEADERS):
     try:
         is_page = path == "/" and method in ("GET", "HEAD") and accepts_html(headers)
         control.check_access(headers, is_page)
-        body = read_body()
+        body = read_body()      # also for an unknown path: an unread body ends the connection
         chosen_route = choose_route(routes, method, path, dialect)
         request = read_request(control, chosen_route, path, names, query, body, headers)
         result = chosen_route.function(request)
@@ -10927,10 +10924,10 @@ def error_response(exc, dialect, method, target):
 def find_routes(path, default_dialect):
     """Return (routes, names, dialect) for a path.
 
-    routes     {method: Route}, empty if the path is unknown
-    names      the result of match_segments
-    dialect    the Dialect of the routes. For an unknown path: the Dialect of a prefix in DIALECTS,
-               by default `default_dialect`
+    routes     {method: Route}, empty if the path is unknown.
+    names      the result of match_segments.
+    dialect    the Dialect of the routes. An unknown path has the Dialect of its prefix in
+               DIALECTS, or else `default_dialect`.
     """
     segments = path.split("/")
     for pattern, routes in ROUTES.items():
@@ -10980,7 +10977,7 @@ def choose_route(routes, method, path, dialect):
 def read_request(control, chosen_route, path, names, query_text, body, headers):
     """Return the ApiRequest for a Route. Raises ApiError."""
     try:
-        text = body.decode("utf-8", chosen_route.dialect.decode_errors)
+        text = body.decode("utf-8", chosen_route.dialect.on_invalid_utf8)
     except UnicodeDecodeError as error:
         raise ApiError(400, "body", "", "the body must be UTF-8: %s" % error) from None
     query = dict(urls.parse_qsl(query_text, keep_blank_values=True))
@@ -10990,11 +10987,12 @@ def read_request(control, chosen_route, path, names, query_text, body, headers):
     proxy = control.proxies.get(proxy_name)
     if proxy is None and chosen_route.needs_proxy:
         raise missing_proxy_error(control.proxies, proxy_name[:200], "PROXY" in names)
-    accepts_all_keys = chosen_route.query is None
-    for key in sorted(query):
-        if not accepts_all_keys and key not in chosen_route.query:
-            raise ApiError(400, "querystring", key,
-                           "%s does not know %r in a query" % (path, key[:200]))
+    accepted_keys = query if chosen_route.query is None else chosen_route.query
+    unknown_keys = sorted(set(query) - set(accepted_keys))
+    if unknown_keys:
+        key = unknown_keys[0]
+        raise ApiError(400, "querystring", key,
+                       "%s does not know %r in a query" % (path, key[:200]))
     return ApiRequest(control, proxy, names, query, text, headers)
 
 
@@ -11099,7 +11097,7 @@ def list_handlers(request):
 
 @route("GET", "/declarations", needs_proxy=False)
 def list_declarations(request):
-    """Return the declarations of handlers and rule fields, and the error kinds of protocols."""
+    """Return the declarations of handlers and rule fields, and each protocol's kinds of errors."""
     handlers = OrderedDict()
     for name, function in HANDLERS.items():
         helps, checks = option_help(function), getattr(function, "option_checks", {})
@@ -11186,7 +11184,7 @@ def set_rules(request, rule_dicts):
 
 @route("POST", "/blocks", '{"name": "delay", "sleep": 2}', query=["only"], status=201)
 def begin_block(request):
-    """Begin a block with one rule; ?only=yes stops the rules of earlier blocks until its end."""
+    """Begin a block with one rule; ?only=yes stops the rules of earlier blocks until it ends."""
     rules = read_rules([parse_json_object(request.body)])
     only = check_query(request, "only", False, check_yes_no)
     return {"block": request.proxy.loop.run_sync(request.proxy.begin_block, rules, only)}
@@ -11229,7 +11227,7 @@ def measure_status(request):
         return {"version": __version__, "proxies": [
             proxy.loop.run_sync(status_to_json, proxy, earlier.get(proxy)) for proxy in proxies
             if request.control.proxies.get(proxy.name) is proxy]}   # not removed meanwhile
-    except RuntimeError:    # the proxies have stopped: close the connection without a response
+    except RuntimeError:    # from run_sync: the proxies have stopped, so there is no response
         raise ConnectionAbortedError from None
 
 
@@ -11246,7 +11244,7 @@ def count_all(proxy):
 def status_to_json(proxy, earlier):
     """Return the state, the counts, the rates and the installed rules of a proxy as a JSON value.
 
-    earlier    an earlier result of count_all, to compute rates; None leaves `rates` empty
+    earlier    an earlier result of count_all, to compute rates. None leaves `rates` empty.
     """
     now, counts = count_all(proxy)
     rates = {}
@@ -11277,7 +11275,7 @@ def put_status(request):
 def check_values(json_object, checks):
     """Return the checked values of a JSON object: {name: value}. Raises InputError.
 
-    checks    {name: check} of all known names
+    checks    {name: check} of all known names.
     """
     values, errors = {}, []
     for name in sorted(json_object):
@@ -11313,9 +11311,9 @@ def get_backend(request):
 def set_backend(request):
     """Set the backend of new connections. Open connections keep their backend."""
     proxy, body = request.proxy, parse_json_object(request.body)
-    body.setdefault("backend", "")      # parse_backend refuses ""
+    body.setdefault("backend", "")      # a missing backend: parse_backend refuses ""
     values = check_values(body, {"backend": lambda value: parse_backend(str(value))})
-    # set_backend raises ValueError if the backend is the proxy's own address.
+    # For the proxy's own address, set_backend raises a ValueError, and check_field an InputError.
     check_field("backend", proxy.loop.run_sync, proxy.set_backend, values["backend"])
 
 
@@ -11323,11 +11321,11 @@ def set_backend(request):
 def list_connections(request):
     """Return the open connections with the bytes that each holds; ?newest=N: only the last N."""
     proxy = request.proxy
-    numbers = proxy.loop.run_sync(list, proxy.connections)      # the oldest connection first
+    numbers = proxy.loop.run_sync(list, proxy.connections)      # the lowest is the oldest
     newest = check_query(request, "newest", len(numbers), check_count)
     first_newest = max(0, len(numbers) - newest)
     connections = []
-    # In steps of 100 connections, because each step delays the data of all connections (0.3 ms).
+    # The loop forwards no data while it lists connections. So it lists 100 at a time (0.3 ms).
     for first in range(first_newest, len(numbers), 100):
         connections += proxy.loop.run_sync(proxy.list_connections, numbers[first:first + 100])
     return {"connections": connections}
@@ -11346,7 +11344,8 @@ def close_connection(request):
 def list_events(request):
     """Return the fault records after number ?since=N; ?wait=SECONDS waits for the first.
 
-    ?handler=NAME selects the faults of a handler, without records about its windows.
+    ?handler=NAME selects the faults of a handler, without records about its windows. Accept has
+    no faults: ?handler=accept selects the records about its windows.
     """
     since = check_query(request, "since", 0, check_count)
     seconds = check_query(request, "wait", 0, number_check(
@@ -11355,20 +11354,19 @@ def list_events(request):
     name = check_query(request, "handler", None, choice_check(*HANDLERS, Accept.name))
 
     def matches(record):
-        if name is None:
-            return True
         is_fault = record.change is None
-        # All records of "accept" are about windows.
-        return record.handler == name and (is_fault or name == Accept.name)
+        return name is None or (record.handler == name and (is_fault or name == Accept.name))
 
     must_wait = seconds > 0
-    wait_limit = request.control.wait_limit     # some client threads stay free for short requests
-    if must_wait and not wait_limit.acquire(blocking=False):
+    wait_limit = request.control.wait_limit
+    may_wait = must_wait and wait_limit.acquire(blocking=False)
+    if must_wait and not may_wait:
         raise ApiError(503, "querystring", "wait", "too many clients wait: try again without wait")
     try:
-        records = wait_for_records(request.proxy.next_records, since, matches, 1, seconds)
+        records = wait_for_records(request.proxy.next_records, since, matches, count=1,
+                                   timeout=seconds)
     finally:
-        if must_wait:
+        if may_wait:
             wait_limit.release()
     return {"events": [record._asdict() for record in records]}
 
@@ -11400,25 +11398,23 @@ def list_changes(request):
 class Control:
     """The control server.
 
-    local      the (host, port) to listen on
-    proxies    the ProxyTable that the routes show and change
-    token      the bearer token that clients must send; None if clients need no token
-    names      further host names of the server, for is_own_host
-    dialect    the Dialect of errors about unknown paths without a prefix in DIALECTS
+    local      the (host, port) to listen on.
+    proxies    the ProxyTable that the routes show and change.
+    token      the bearer token that clients must send. None if clients need no token.
+    names      further host names of the server, for is_own_host.
+    dialect    the Dialect of errors about unknown paths, except for paths in DIALECTS.
     """
 
     def __init__(self, local, proxies, token=None, names=(), dialect=VAURIEN_1):
-        self.local = local
-        self.proxies = proxies
-        self.dialect = dialect
-        self.token = token
-        local_host, _ = local
-        self.names = set(map(normalize_host, [local_host, *names])) - {""}      # "": all addresses
+        self.local, self.proxies, self.token, self.dialect = local, proxies, token, dialect
+        local_host, _ = local           # may be "", which is no name
+        self.names = set(map(normalize_host, [local_host, *names])) - {""}
         self.listener = None
         self.url = ""
         self.clients = OrderedDict()        # {socket: Session}, the least recently used first
         self.max_clients = CLIENTS_MAX
-        self.wait_limit = threading.Semaphore(CLIENTS_MAX // 2)     # for threads in list_events
+        # Clients that wait in list_events leave client threads free for short requests.
+        self.wait_limit = threading.Semaphore(CLIENTS_MAX // 2)
         self.last_refusal_log = 0.0         # the time of the last log line about a refused request
         self.loop = None
 
@@ -11434,15 +11430,15 @@ class Control:
         """Start to accept clients, in a new thread with a loop of its own.
 
         proxies_loop    the loop of the proxies. The control server responds even while the loop
-                        of the proxies is busy, or has used up its file descriptors
+                        of the proxies is busy, or has used up its file descriptors.
         """
         # A class statement would import http.server early, and slow down the start.
         self.request_handler_class = type(
             "HttpRequestHandler", (RequestHandler, http_server.BaseHTTPRequestHandler), {})
-        fd_limit = raise_fd_limit() or 4 * CLIENTS_MAX      # 0 means that the limit is unknown
+        fd_limit = raise_fd_limit() or 4 * CLIENTS_MAX      # unknown: enough for CLIENTS_MAX
         quarter = fd_limit // 4         # the proxies need most of the file descriptors
         self.max_clients = max(4, min(CLIENTS_MAX, quarter))
-        proxies_loop.fd_limit = fd_limit - min(CONTROL_FDS, quarter)
+        proxies_loop.fd_limit = fd_limit - min(CONTROL_FDS, quarter)    # see CONTROL_FDS
         self.loop = Loop()
         self.listener.open(self.loop)
         self.thread = threading.Thread(target=self.loop.run, name="control", daemon=True)
@@ -11461,7 +11457,8 @@ class Control:
                 "too; to require a token, set --http-token", self.listener)
 
     def close(self):
-        if self.loop:
+        """Close the server, even if `bind` or `open` has failed."""
+        if self.loop:                   # None before `open`
             self.loop.stop()
             self.thread.join()          # the loop is not thread-safe: wait until it has ended
         if self.listener:
@@ -11474,15 +11471,15 @@ class Control:
     def check_access(self, headers, is_page):
         """Raise ApiError, and log it, unless a request with these headers is permitted.
 
-        is_page    whether the request is for the web page. The page has no data, so everyone may
-                   request the page: without a token, and by a link on another site
+        is_page    whether the request is for the web page. The page has no data, so the page
+                   needs no token, and may be opened by a link on another site.
         """
         try:
             if not self.token:
                 self.check_host(headers)
                 self.check_origin(headers, is_page)
             elif not is_page:
-                self.check_token(headers)       # a page of another site does not know the token
+                self.check_token(headers)       # enough, as no page of another site knows it
         except ApiError as error:
             now = time.monotonic()
             if now - self.last_refusal_log >= 1:        # log at most once a second
@@ -11493,7 +11490,7 @@ class Control:
     def check_token(self, headers):
         """Raise ApiError unless the client has sent the token."""
         scheme, _, token = headers.get("Authorization", "").partition(" ")
-        # compare_digest and not ==, whose time shows how many bytes of a wrong token are right.
+        # compare_digest, because the time of == shows how many of the first bytes are right.
         is_right = hmac.compare_digest(token.strip().encode("utf-8", "replace"),
                                        self.token.encode("utf-8"))
         if scheme.lower() != "bearer" or not is_right:
@@ -11511,9 +11508,10 @@ class Control:
                            % (", ".join(UNREBINDABLE), names, host[:200]))
 
     def check_origin(self, headers, is_page):
-        """Raise ApiError if a browser has sent the request for a page of another site.
+        """Raise ApiError if a page of another site has sent the request.
 
-        The headers Origin (RFC 6454) and Sec-Fetch-Site (Fetch Metadata) show the page's site.
+        Browsers send Origin (RFC 6454) with the page's site, and Sec-Fetch-Site (Fetch Metadata)
+        with its relation to this server. A link to the web page (is_page) sends no Origin.
         """
         host = headers.get("Host", "localhost").lower()
         origin = headers.get("Origin")
@@ -11525,7 +11523,10 @@ class Control:
             raise ApiError(403, "header", "Sec-Fetch-Site", "cross-site request refused")
 
     def is_own_host(self, host):
-        """Return whether a Host header is one of `names`, or a host that no attacker can have."""
+        """Return whether a Host header is one of `names`, or a host that no attacker can own.
+
+        No attacker can own an IP address, a name without a dot, or a name in UNREBINDABLE.
+        """
         name = normalize_host(re.sub(r":\d*$", "", host.strip()))       # without the port
         is_without_dot = re.fullmatch(r"[a-z0-9_-]{1,63}", name)
         is_unrebindable = name.endswith(UNREBINDABLE) and is_valid_host(name)
@@ -11533,8 +11534,8 @@ class Control:
             return True
         is_bracketed = name.startswith("[") and name.endswith("]")      # an IPv6 address
         address = name[1:-1] if is_bracketed else name
-        has_only_address_chars = re.fullmatch("[0-9a-f.:]{1,45}", address)
-        return bool(has_only_address_chars and resolve_numeric((address, 0)))
+        may_be_address = re.fullmatch("[0-9a-f.:]{1,45}", address)
+        return bool(may_be_address and resolve_numeric((address, 0)))
 
     # Clients
 
@@ -11556,7 +11557,7 @@ class Control:
         """
         sessions = list(self.clients.values())      # the least recently used client first
         idle = [session for session in sessions if not session.timer]   # without an open request
-        least_used, *_ = idle or sessions
+        least_used = idle[0] if idle else sessions[0]
         del self.clients[least_used.client]
         least_used.disconnect()
 
@@ -11576,7 +11577,7 @@ class Control:
     def on_client_done(self, session, error):
         """Close the socket of a client after the end, or a failed start, of the client thread.
 
-        error    the exception that ended the thread, or None
+        error    the exception that ended the thread, or None.
         """
         self.clients.pop(session.client, None)
         session.set_timer(None)
@@ -11586,30 +11587,29 @@ class Control:
 
 
 class Session:
-    """A client of the control server, with the deadline of its current request.
+    """A client of the control server.
 
-    Only the loop's thread uses `timer`. A client thread queues calls of set_timer for the loop,
-    which runs these calls before on_client_done.
+    timer    calls `disconnect` at the deadline of the client's request. None between requests.
+
+    Only the loop's thread uses `timer`: client threads call set_deadline.
     """
 
     def __init__(self, control, client):
-        self.control = control
-        self.client = client
-        self.timer = None
+        self.control, self.client, self.timer = control, client, None
 
     def set_deadline(self, seconds):
-        """Disconnect the client after this many seconds. None cancels the deadline.
+        """Disconnect the client after `seconds`. None cancels an earlier deadline.
 
-        Called in the client's thread.
+        Called in the client's thread, at the beginning and at the end of each request.
         """
         loop = self.control.loop
         t = None if seconds is None else loop.clock() + seconds
         loop.call_soon_threadsafe(self.set_timer, t)
 
     def set_timer(self, t):
-        """Disconnect the client at the time t, or never if t is None. Replaces the timer.
+        """Disconnect the client at the time t, in place of an earlier time. None: never.
 
-        Called in the loop's thread, at the beginning and at the end of each request.
+        Called in the loop's thread for set_deadline. The client is then the most recently used.
         """
         loop = self.control.loop
         loop.cancel(self.timer)
@@ -11618,26 +11618,23 @@ class Session:
             self.control.clients.move_to_end(self.client)
 
     def disconnect(self):
-        """Shut the connection down, which also ends a waiting client thread.
-
-        Called in the loop's thread.
-        """
+        """In the loop's thread: shut the connection down, which ends a waiting client thread."""
         with contextlib.suppress(OSError):
             self.client.shutdown(socket.SHUT_RDWR)
 
 
 class LimitedReader:
-    """A binary file with a limit for the bytes that readline returns."""
+    """A binary file whose readline returns at most `bytes_left` bytes in all, and then raises."""
 
     def __init__(self, file):
         self.file = file
-        self.bytes_left = math.inf          # until readline fails
+        self.bytes_left = math.inf          # parse_request sets the limit
 
     def __getattr__(self, name):
         return getattr(self.file, name)
 
     def readline(self, size):
-        line = self.file.readline(min(size, self.bytes_left + 1))   # + 1 shows a line too long
+        line = self.file.readline(min(size, self.bytes_left + 1))   # + 1: may exceed the limit
         self.bytes_left -= len(line)
         if self.bytes_left < 0:
             raise http_client.LineTooLong("head")       # http.server then sends status 431
@@ -11647,7 +11644,7 @@ class LimitedReader:
 class RequestHandler:
     """Reads the requests of one client and writes the responses, in the client's thread.
 
-    A mixin for BaseHTTPRequestHandler, whose attribute `server` is the Session here.
+    A mixin for BaseHTTPRequestHandler. The attribute `server` is the Session.
 
     Time limits: IDLE_TIMEOUT for the first byte of a request, READ_TIMEOUT for each further read
     and write, and REQUEST_TIMEOUT from the first byte of a request to the end of its response.
@@ -11681,15 +11678,14 @@ class RequestHandler:
     def handle(self):
         """Respond to all requests of the client."""
         self.close_connection = False
-        if not self.wait_for_request():
+        has_request = self.wait_for_request()
+        if not has_request:
             self.send_error(408, "no request within %g seconds" % IDLE_TIMEOUT)
-            return
-        while not self.close_connection:
+        while has_request:
             self.server.set_deadline(REQUEST_TIMEOUT)
             self.handle_one_request()
             self.server.set_deadline(None)
-            if not self.close_connection and not self.wait_for_request():
-                self.close_connection = True
+            has_request = not self.close_connection and self.wait_for_request()
 
     def wait_for_request(self):
         """Wait for the first byte of a request, or for EOF. Returns False after IDLE_TIMEOUT."""
@@ -11702,10 +11698,7 @@ class RequestHandler:
         return True
 
     def parse_request(self):
-        """Read the headers, REQUEST_HEAD_MAX bytes at most.
-
-        If the request is invalid, sends an error and returns False.
-        """
+        """Read the headers, REQUEST_HEAD_MAX bytes at most. Returns False after an error."""
         self.rfile.bytes_left = REQUEST_HEAD_MAX
         valid = super().parse_request()  # type: ignore
         self.rfile.bytes_left = math.inf
@@ -11713,11 +11706,12 @@ class RequestHandler:
 
     def respond(self):
         """Send the response to one request."""
-        control, self.body_read = self.server.control, False
+        control = self.server.control
+        self.body_read = False          # until read_body has returned
         response = handle_request(control, self.command, self.path, self.read_body, self.headers)
         is_crowded = len(control.clients) > KEEP_ALIVE_SHARE * control.max_clients
-        # An unread body would be parsed as the next request.
-        if not self.body_read or is_crowded or Loop.fds_exhausted:
+        others_need_room = is_crowded or Loop.fds_exhausted
+        if others_need_room or not self.body_read:      # the body is no next request
             self.close_connection = True
         self.send_api_response(response)
 
@@ -11735,7 +11729,7 @@ class RequestHandler:
 
     def read_plain_body(self):
         """Return a body of Content-Length bytes. Raises ApiError or OSError."""
-        if self.headers.get("Transfer-Encoding"):
+        if self.headers.get("Transfer-Encoding"):       # but not "chunked", see read_body
             raise http_error(411, "a body needs Content-Length or Transfer-Encoding: chunked")
         if self.headers.get("Content-Encoding", "identity") != "identity":
             raise http_error(415, "a body must not have a Content-Encoding")
@@ -11777,7 +11771,7 @@ class RequestHandler:
         self.send_response(response.status)
         for name, value in response.headers.items():
             self.send_header(name, value)
-        self.send_header("X-Toxiproxy-Request-Id", os.urandom(10).hex())
+        self.send_header("X-Toxiproxy-Request-Id", os.urandom(10).hex())    # as in Toxiproxy
         if response.status != 204:      # a response with status 204 has no body
             self.send_header("Content-Length", str(len(data)))
         if self.close_connection:
@@ -11787,7 +11781,7 @@ class RequestHandler:
             self.wfile.write(data)
 
     def send_error(self, code, message=None, explain=None):
-        """Send an error response to a request that could not be parsed."""
+        """Send an error response to a request that http.server or `handle` could not read."""
         self.close_connection = True
         self.request_version = self.protocol_version    # HTTP/0.9, the default, has no headers
         self.send_api_response(VAURIEN_1.render_error(http_error(code, message or explain or "")))
@@ -11823,7 +11817,7 @@ def http_error(status, description):
 # lacks (see exists_in_toxiproxy). The table shows where responses list Vaurien's own toxics, which
 # Toxiproxy lacks.
 #
-#   GET /proxies, GET /proxies/PROXY,               under the key `rules` of the proxy; the key is
+#   GET /proxies, GET /proxies/PROXY,               under the key `rules` of the proxy, which is
 #   POST and PATCH of a proxy, POST /populate       absent if there are none
 #   GET /proxies/PROXY/toxics                       nowhere
 #   GET and POST with ?all=1 in the query           under the key `toxics`
@@ -11831,8 +11825,7 @@ def http_error(status, description):
 #
 # A client may send a listing back: requests that create a proxy accept the key `rules`.
 #
-# To add a route: write a function, and decorate it with @toxiproxy_route. A new rule field needs
-# no change in this section.
+# A new rule field needs no change in this section.
 
 # An error of Go's JSON decoder, with the names that Go has for the received and the expected type:
 # "json: cannot unmarshal string into Go struct field Proxy.enabled of type bool"
@@ -11875,8 +11868,8 @@ class ToxiproxyDialect(Dialect):
     """Compact JSON, and errors as {"error": ..., "status": ...} with the type text/plain."""
 
     head_as_get = False
-    decode_errors = "replace"
-    # The bodies of errors about an unknown path or method. Toxiproxy's HTTP router sends no JSON.
+    on_invalid_utf8 = "replace"     # bytes.decode replaces invalid bytes
+    # {ApiError.location: body}. Toxiproxy sends no JSON for an unknown path or method.
     router_texts = {"path": "404 page not found\n", "method": ""}
 
     def render(self, result, status):
@@ -11894,9 +11887,8 @@ class ToxiproxyDialect(Dialect):
         return super().to_api_error(exc)
 
     def render_error(self, error):
-        location, _, _ = error.errors[0]
-        if location in self.router_texts:
-            return text_response(error.status, self.router_texts[location])
+        if error.location in self.router_texts:
+            return text_response(error.status, self.router_texts[error.location])
         response = text_response(error.status, dump_json(error_to_json(error)) + "\n")
         return response._replace(headers=dict(response.headers, **error.headers))
 
@@ -11935,8 +11927,8 @@ def toxiproxy_route(methods, path, example="", status=200):
     def register(function):
         call = functools.partial(call_route_function, function, needs_lock=methods != "GET")
         functools.update_wrapper(call, function)        # for the docstring
-        # query is None because Toxiproxy ignores unknown keys. needs_proxy is False because
-        # find_path_objects raises Toxiproxy's error if the proxy does not exist.
+        # query=None accepts all keys, as Toxiproxy does. needs_proxy=False lets find_path_objects
+        # raise Toxiproxy's error if the proxy does not exist.
         route(methods, path, example, query=None, needs_proxy=False, dialect=TOXIPROXY,
               status=status)(call)
         return function
@@ -11944,24 +11936,29 @@ def toxiproxy_route(methods, path, example="", status=200):
 
 
 def call_route_function(function, request, needs_lock):
-    """Return the result of a route's function, which may need the lock of the path's proxy."""
+    """Call a route's function with the objects that the path names, and return its result.
+
+    needs_lock    True: hold the lock of the path's proxy during the call.
+    """
     is_browser = request.headers.get("User-Agent", "").startswith("Mozilla/")
     if is_browser and not is_from_own_page(request.headers):
         # Toxiproxy's server refuses all browsers, with this response.
         return text_response(403, "User agent not allowed\n")
     proxy = request.proxy if "PROXY" in request.names else None
-    with proxy.lock if proxy and needs_lock else contextlib.ExitStack():
+    no_lock = contextlib.ExitStack()
+    with proxy.lock if proxy and needs_lock else no_lock:
         return function(request, *find_path_objects(request))
 
 
 def is_from_own_page(headers):
     """Return whether a browser's request comes from the page of the control server itself.
 
-    A request for a page of another site has "same-origin" in none of these headers:
+    A request that a page of another site sends has "same-origin" in neither header:
 
     Sec-Fetch-Site    Browsers set this header themselves, but only for https and for localhost.
-    PAGE_HEADER       The control server's page sets PAGE_HEADER. A page of another site needs
-                      permission by an OPTIONS request (CORS), which the control server refuses.
+    PAGE_HEADER       Only the control server's page sets this header. The browser asks for
+                      permission (CORS) before a page of another site may set the header, and the
+                      control server refuses.
     """
     return "same-origin" in (headers.get("Sec-Fetch-Site"), headers.get(PAGE_HEADER))
 
@@ -11974,7 +11971,7 @@ def find_path_objects(request):
     if "PROXY" not in request.names:
         return []
     proxy = request.proxy
-    # While a client thread waits for the lock, another request may remove the proxy.
+    # While the client thread waited for the lock, another request may have removed the proxy.
     if proxy is None or request.control.proxies.get(proxy.name) is not proxy:
         raise toxiproxy_error(404, "proxy not found")
     if "TOXIC" not in request.names:
@@ -11994,7 +11991,7 @@ def bad_body(text):
 
 @contextlib.contextmanager
 def error_suffix(suffix):
-    """Append the position in the body to the InputError or ApiError that a `with` block raises."""
+    """Append a suffix to the text of an InputError or ApiError that the `with` block raises."""
     try:
         yield
     except InputError as error:
@@ -12004,9 +12001,9 @@ def error_suffix(suffix):
 
 
 def read_json(text, ignore_rest=True):
-    """Return the first JSON value in a text. Raises InputError.
+    """Return the JSON value at the beginning of a text. Raises InputError.
 
-    ignore_rest    whether to ignore text after the value, as Go does, or to raise InputError
+    ignore_rest    True: ignore text after the value, as Go does. False: raise InputError for it.
     """
     def refuse_constant(name):
         raise ValueError("invalid number %s" % name)        # NaN or Infinity
@@ -12020,7 +12017,7 @@ def read_json(text, ignore_rest=True):
         value, _ = decoder.raw_decode(text)
         return value
     except json.JSONDecodeError as error:
-        is_cut_off = (error.pos >= len(text.rstrip())
+        is_cut_off = (error.pos >= len(text.rstrip())           # the error is at the end
                       or error.msg.startswith("Unterminated string"))   # no closing quote
         raise bad_body("unexpected EOF" if is_cut_off else "invalid JSON: %s" % error) from None
     except RecursionError:
@@ -12030,15 +12027,15 @@ def read_json(text, ignore_rest=True):
 
 
 def read_value(value, type_, field_path):
-    """Return a JSON value that has the expected type.
+    """Return a JSON value, which must have the expected type.
 
-    type_         the expected type. If a float is expected, an int is converted
-    field_path    Go's name of the struct and the field, for the error: "Proxy.enabled"
+    type_         the expected type. If a float is expected, an int is converted to float.
+    field_path    Go's name of the struct and the field, for the error: "Proxy.enabled".
 
     Raises InputError if the value has another type, or is a number outside of Go's range.
     """
     if is_valid_in_go(value, type_):
-        return type_(value)     # converts an int to float
+        return type_(value)
     received = JSON_TYPES[type(value)]
     if received == "number" and type_ in GO_RANGES:
         received = "number %s" % str(value)[:50]
@@ -12048,7 +12045,7 @@ def read_value(value, type_, field_path):
 def is_valid_in_go(value, type_):
     """Return whether Go's decoder accepts a JSON value where `type_` is expected."""
     is_int_for_float = type_ is float and type(value) is int
-    if type(value) is not type_ and not is_int_for_float:       # True is no int here
+    if type(value) is not type_ and not is_int_for_float:       # not isinstance: True is no int
         return False
     if type_ not in GO_RANGES:
         return True
@@ -12059,10 +12056,10 @@ def is_valid_in_go(value, type_):
 def read_object(value, struct, known=None):
     """Return a JSON object as a dict, without the keys whose value is null.
 
-    value     the JSON object; null counts as {}
-    struct    Go's name of the object's type, for the error
-    known     the keys to return; clients may use upper or lower case. None returns all keys
-              unchanged
+    value     the JSON object. null counts as {}.
+    struct    Go's name of the object's type, for the error.
+    known     the keys to return, which clients may write in upper or lower case. None returns all
+              keys as the client has written them.
 
     Raises InputError if the value is not an object.
     """
@@ -12081,8 +12078,8 @@ def read_object(value, struct, known=None):
 def read_fields(json_object, types, struct):
     """Return {key: result of read_value} for the keys of a JSON object. Raises InputError.
 
-    types     {key: expected type}; a key without a type may have any value
-    struct    Go's name of the object's type, for the error
+    types     {key: expected type}. A key that is absent from `types` may have any value.
+    struct    Go's name of the object's type, for the error.
     """
     fields = {}
     for key, value in json_object.items():
@@ -12106,8 +12103,7 @@ def read_proxies(text, proxies):
     Returns [(ProxyServer, result of read_proxy_fields, JSON object)]. No proxy is open yet.
     """
     values = read_json(text)
-    if values is None:
-        values = []
+    values = [] if values is None else values
     if not isinstance(values, list):
         raise bad_body(GO_TYPE_ERROR % (JSON_TYPES[type(values)], "value", "[]toxiproxy.Proxy"))
     # As in Go's decoder, errors in types are reported before errors in values.
@@ -12132,14 +12128,14 @@ def check_proxy_fields(fields):
 def make_proxy(fields, proxies):
     """Return a new ProxyServer, which is not open yet. Raises InputError or ApiError.
 
-    fields     the result of read_proxy_fields
-    proxies    the ProxyTable, for its shared settings
+    fields     the result of read_proxy_fields.
+    proxies    the ProxyTable, for its shared settings.
     """
     for name in "name", "upstream":
         if not fields.get(name):
             raise toxiproxy_error(400, "missing required field: %s" % name)
     check_field("name", check_name, fields["name"])
-    toxics = []
+    toxics = []     # a listing has toxics that Toxiproxy lacks under the key `rules`
     for index, value in enumerate([*fields.get("toxics", ()), *fields.get("rules", ())], 1):
         with error_suffix(" (toxic %d of proxy %s)" % (index, fields["name"])):
             toxics.append(read_toxic(value))
@@ -12176,13 +12172,14 @@ def parse_upstream(text):
 def read_listen(text, prefix=""):
     """Return the (host, port) of an address to listen on.
 
-    text      "HOST:PORT" or "HOST:SERVICE", like "localhost:http"
-    prefix    the beginning of the text of an ApiError
+    text      "HOST:PORT" or "HOST:SERVICE", like "localhost:http".
+    prefix    the beginning of the text of an ApiError.
 
     Raises ApiError for an error that Go's net package knows, and InputError for other errors.
     """
     host, colon, port = text.rpartition(":")
-    if colon and re.fullmatch("[A-Za-z][A-Za-z0-9-]*", port):       # the name of a service
+    is_service = colon and re.fullmatch("[A-Za-z][A-Za-z0-9-]*", port)
+    if is_service:
         try:
             text = "%s:%d" % (host, socket.getservbyname(port, "tcp"))
         except OSError:
@@ -12194,16 +12191,16 @@ def read_listen(text, prefix=""):
             raise toxiproxy_error(500, "%saddress %s: missing port in address"
                                   % (prefix, text)) from None
         is_valid_name = ":" not in host and is_valid_host(host)
-        is_port_too_high = re.fullmatch(r"\d{5,}", port)
+        is_port_too_high = re.fullmatch(r"\d{5,}", port)    # parse_listener accepts up to 65535
         if is_valid_name and is_port_too_high:
             raise toxiproxy_error(500, "%saddress %s: invalid port" % (prefix, port)) from None
         raise InputError([("listen", "listen %s" % error)]) from None
 
 
 def read_toxic_object(value, known):
-    """Return the result of read_object for a JSON object of a toxic. Raises InputError.
+    """Call read_object for the JSON object of a toxic, and return the result. Raises InputError.
 
-    known    the keys to return; None returns all keys
+    known    the keys to return. None returns all keys.
     """
     if isinstance(value, dict):
         value = without_moment(value)       # the value may come from a listing
@@ -12217,7 +12214,7 @@ def read_toxic(value, strict=False):
     """Return the Toxic that a JSON object describes. Raises InputError or ApiError.
 
     strict    True: refuse three kinds of input that Toxiproxy accepts: unknown keys, a toxicity
-              that is not from 0 to 1, and negative numbers
+              that is not from 0 to 1, and negative numbers.
     """
     json_object = read_toxic_object(value, None if strict else TOXIC_KEYS)
     fields = read_fields(json_object, TOXIC_FIELDS, "ToxicWrapper")
@@ -12231,7 +12228,7 @@ def read_toxic(value, strict=False):
     name = fields.pop("name", "") or "%s_%s" % (type_, stream)
     check_field("name", check_name, name)
     attributes = read_attributes(type_, fields.pop("attributes", {}), strict)
-    # If `fields` has an unknown key, make_toxic refuses the toxic.
+    # Only if `strict` is True, `fields` may have an unknown key, which make_toxic refuses.
     toxic = make_toxic(type_, name, dict(fields, stream=stream.lower()), attributes,
                        toxiproxy=not strict)
     toxic.stream = stream       # as the client wrote it, perhaps in upper case
@@ -12241,7 +12238,7 @@ def read_toxic(value, strict=False):
 def read_attributes(type_, value, strict=False):
     """Return the options of a handler in a JSON object: {option: value}. Raises InputError.
 
-    strict    False ignores unknown keys. True returns unknown keys, which make_toxic refuses
+    strict    False: ignore unknown keys. True: return unknown keys, too. make_toxic refuses them.
     """
     types = {option: type(default)
              for option, default in handler_options(HANDLERS[type_]).items()}
@@ -12250,10 +12247,11 @@ def read_attributes(type_, value, strict=False):
 
 
 def in_plain_words(message):
-    """Return a message, with a sentence for users in place of each GO_TYPE_ERROR.
+    """Return a message with each GO_TYPE_ERROR in plain words.
 
-    For example: "enabled must be true or false, not string".
+    The example at GO_TYPE_ERROR becomes "enabled must be true or false, not string".
     """
+    # The place of the value: `value`, or for the field "enabled": `struct field Proxy.enabled`.
     place = r"(?:value|struct field \S*?(?P<field>\w+))"
     pattern = GO_TYPE_ERROR % (r"(?P<received>.+?)", place, r"(?P<type>\S+)")
 
@@ -12265,7 +12263,7 @@ def in_plain_words(message):
     return re.sub(pattern, replace, message)
 
 
-# Warnings about JSON objects, after make_proxy or read_toxic has accepted the object
+# Warnings about a JSON object that make_proxy, read_toxic or copy_toxic has accepted
 
 def log_warnings(texts):
     for text in texts:
@@ -12290,14 +12288,13 @@ def proxy_warnings(value):
 def toxic_warnings(value, source, type_=None):
     """Yield the warnings about a JSON object for a toxic.
 
-    source    the beginning of each warning: "proxy redis"
-    type_     the type of the toxic, if the object has no key `type`
+    source    the beginning of each warning: "proxy redis".
+    type_     the type of the existing toxic that the object changes, or None for a new toxic.
     """
     fields = read_toxic_object(value, TOXIC_KEYS)
     type_ = type_ or fields["type"]
     source = "%s, toxic %s" % (source, fields.get("name") or type_)
-    all_keys = read_toxic_object(value, None)
-    yield from unknown_key_warnings(all_keys, TOXIC_KEYS, source)
+    yield from unknown_key_warnings(read_toxic_object(value, None), TOXIC_KEYS, source)
     yield from unknown_key_warnings(fields.get("attributes"), handler_options(HANDLERS[type_]),
                                     source + ", attributes")
     if not 0 <= fields.get("toxicity", 1) <= 1:
@@ -12307,7 +12304,7 @@ def toxic_warnings(value, source, type_=None):
 def unknown_key_warnings(value, known, source):
     """Yield a warning for each unknown key of a JSON object.
 
-    source    the beginning of each warning: "proxy redis, toxic slow"
+    source    the beginning of each warning: "proxy redis, toxic slow".
     """
     known = [key.lower() for key in known]
     keys = [key.lower() for key in read_object(value, "")]
@@ -12419,7 +12416,7 @@ def get_proxy(request, proxy):
 
 @toxiproxy_route("POST PATCH", "/proxies/PROXY", '{"enabled": false}')
 def update_proxy(request, proxy):
-    """Change listen, upstream, enabled or accept of a proxy. Its toxics stay."""
+    """Change listen, upstream, enabled, accept or max_connections of a proxy. Toxics stay."""
     value = read_json(request.body)
     fields = read_proxy_fields(value)
     local, backend = proxy.local, proxy.backend
@@ -12509,19 +12506,20 @@ def update_toxic(request, proxy, toxic):
 
 
 def copy_toxic(toxic, value):
-    """Return a copy of a toxic, changed according to a JSON object. Raises InputError."""
+    """Return a new Toxic: a toxic with the changes in a JSON object. Raises InputError."""
     changeable = [key for key in TOXIC_KEYS if key not in ("name", "type", "stream")]
     fields = read_fields(read_toxic_object(value, changeable), TOXIC_FIELDS, "")
-    changed_attributes = read_attributes(toxic.rule.name, fields.pop("attributes", {}))
+    sent_attributes = read_attributes(toxic.rule.name, fields.pop("attributes", {}))
     if "toxicity" not in fields and "percent" not in fields:    # percent is 100 * toxicity
         fields["toxicity"] = toxic.toxicity
+    rule_fields = toxic.rule.own_fields()       # without the stream
     changed = make_toxic(toxic.rule.name, toxic.name,
-                         dict(toxic.rule.own_fields(), **fields, stream=toxic.rule.stream),
-                         changed_attributes, toxiproxy=True)
+                         dict(rule_fields, **fields, stream=toxic.rule.stream),
+                         sent_attributes, toxiproxy=True)
     changed.stream = toxic.stream       # as its creator wrote it, perhaps in upper case
-    refuse_changed_fields(toxic.rule.own_fields(), changed.rule.own_fields())
-    # Attributes that the client has not sent keep the values of `toxic`.
-    changed.update(changed.toxicity, dict(toxic.attributes, **changed_attributes))
+    refuse_changed_fields(rule_fields, changed.rule.own_fields())
+    # make_toxic has checked only sent_attributes. The other attributes keep their values.
+    changed.update(changed.toxicity, dict(toxic.attributes, **sent_attributes))
     return changed
 
 
@@ -12534,7 +12532,7 @@ def refuse_changed_fields(before, after):
 
 @toxiproxy_route("DELETE", "/proxies/PROXY/toxics/TOXIC")
 def delete_toxic(request, proxy, toxic):
-    """Remove a toxic. The data that the toxic delays is sent at once."""
+    """Remove a toxic, and send at once the data that it has delayed."""
     proxy.loop.run_sync(proxy.set_toxics, [other for other in proxy.toxics if other is not toxic])
 
 
@@ -12543,22 +12541,23 @@ def delete_toxic(request, proxy, toxic):
                                       '"toxics": [{"type": "latency"}]}]')
 def populate(request):
     """Create or change several proxies. If a proxy in the body is invalid, nothing is changed."""
-    proxies, populated, result = request.control.proxies, [], OrderedDict()
+    proxies, populated, status, result = request.control.proxies, [], 201, OrderedDict()
     try:
         for proxy, fields, value in read_proxies(request.body, proxies):
             populated.append(add_or_update_proxy(proxies, proxy, fields))
             log_warnings(proxy_warnings(value))
     except (InputError, ApiError, CannotListen) as exc:
-        result = error_to_json(TOXIPROXY.to_api_error(exc))
+        error = TOXIPROXY.to_api_error(exc)
+        status, result = error.status, error_to_json(error)
     # If a proxy cannot listen, `populated` has the proxies before it. Go writes [] as null.
     result["proxies"] = [proxy_to_json(proxy, request) for proxy in populated] or None
-    return TOXIPROXY.render(result, result.get("status", 201))
+    return TOXIPROXY.render(result, status)
 
 
 def add_or_update_proxy(proxies, proxy, fields):
     """Add a proxy, or update the existing proxy of this name. Raises CannotListen.
 
-    fields    the fields that `proxy` was made from
+    fields    the fields of the JSON object that describes `proxy`.
 
     Returns the added or updated proxy.
     """
@@ -12572,57 +12571,57 @@ def add_or_update_proxy(proxies, proxy, fields):
 def update_existing(proxies, existing, proxy, fields):
     """Update a proxy. Returns False, without a change, if another request has removed the proxy.
 
-    existing    the proxy to update
-    proxy       a ProxyServer with the new values, which is never opened
-    fields      the fields that `proxy` was made from
+    existing    the proxy to update.
+    proxy       a ProxyServer with the new values, which is never opened.
+    fields      the fields of the JSON object that describes `proxy`.
 
-    If has_same_addresses returns True, only `fields` change. If has_same_addresses returns False,
-    all settings and toxics change, and the rules of the behavior are removed.
+    If must_replace returns True, all settings and toxics change, and the rules of the behavior are
+    removed. Otherwise, only the settings and toxics in `fields` change.
     """
     with existing.lock:
         if proxies.get(proxy.name) is not existing:
             return False
-        is_replaced = not has_same_addresses(existing, proxy)
-        names = PROXY_FIELDS if is_replaced else fields     # the fields to take from `proxy`
-        changes = {name: getattr(proxy, name) for name in ("accept", "max_connections")
-                   if name in names}
-        if is_replaced:
-            changes.update(local=proxy.local, backend=proxy.backend, enabled=proxy.enabled)
-        proxies.change(existing, **changes)
-        if is_replaced:
+        if must_replace(existing, proxy):
+            fields = PROXY_FIELDS
+            proxies.change(existing, proxy.local, proxy.backend, proxy.enabled, proxy.accept,
+                           proxy.max_connections)
             existing.loop.run_sync(existing.set_rules, [])
             existing.loop.run_sync(existing.set_protocol, proxy.protocol,
                                    proxy.overwrite_host_header, proxy.tls)
-        toxics = replace_toxics(existing.toxics, proxy.toxics, names)
+        else:
+            proxies.change(existing, **{name: getattr(proxy, name)
+                                        for name in ("accept", "max_connections")
+                                        if name in fields})
+        toxics = replace_toxics(existing.toxics, proxy.toxics, fields)
         if toxics != existing.toxics:
             existing.loop.run_sync(existing.set_toxics, toxics)
         return True
 
 
-def has_same_addresses(existing, proxy):
-    """Return whether a proxy has the addresses, protocol and options of TLS of another proxy."""
-    # The `listen` of an open proxy is an IP address with the actual port.
-    return (existing.listen in (proxy.listen, first_address(proxy.local))
-            and existing.backend == proxy.backend and existing.protocol is proxy.protocol
-            and existing.tls.fields == proxy.tls.fields)
+def must_replace(existing, proxy):
+    """Return whether the addresses, protocol or TLS options of two proxies differ."""
+    # `listen` of an open proxy has an IP address, and of other proxies perhaps a host name.
+    return (existing.listen not in (proxy.listen, first_address(proxy.local))
+            or existing.backend != proxy.backend or existing.protocol is not proxy.protocol
+            or existing.tls.fields != proxy.tls.fields)
 
 
-def replace_toxics(current, new, names):
+def replace_toxics(current, new, fields):
     """Return the new toxics, and the current toxics that the new toxics do not replace.
 
-    names    names of fields. The name "toxics" removes all current toxics that Toxiproxy could
-             have. The name "rules" removes all current toxics that Toxiproxy lacks
+    fields    the fields that change. The field "toxics" replaces all current toxics that Toxiproxy
+              could have, and the field "rules" all others.
 
-    A new toxic always replaces the current toxic with the name of the new toxic.
+    A new toxic always replaces a current toxic of the same name.
     """
     new_names = {toxic.name for toxic in new}
     kept = []
     for toxic in current:
         key = "toxics" if exists_in_toxiproxy(toxic) else "rules"
-        if key not in names and toxic.name not in new_names:
+        if key not in fields and toxic.name not in new_names:
             kept.append(toxic)
     # The result begins with toxics that Toxiproxy could have.
-    return kept + new if "rules" in names else new + kept
+    return kept + new if "rules" in fields else new + kept
 
 
 @toxiproxy_route("POST", "/reset")
