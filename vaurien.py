@@ -3369,8 +3369,8 @@ def check_protocol(text):
 #
 # A rule is a handler with options, and with fields that say when it acts. The installed rules of a
 # proxy are those of the behavior, of open blocks and of toxics. For each request (or connection) a
-# number is drawn, which decides whether the rule acts. An ActiveRule is the state of a rule that
-# acts. The last functions of this section make rules from texts and from JSON objects.
+# number is drawn, which decides whether the rule acts. An ActiveRule is the state of a
+# rule for one request or connection.
 
 PERCENT_SUM_MAX = 100.000001        # percentages that add up to 100 may exceed 100 by rounding
 DRAW_TO_PERCENT = 100 / 2 ** 64     # a drawn number (64 bits) * DRAW_TO_PERCENT is a percentage
@@ -3379,11 +3379,11 @@ DRAW_BATCH = struct.Struct(">8Q")   # one blake2b hash (64 bytes) has 8 numbers 
 
 # The state of a schedule at one time.
 #
-# active         True in a window
+# active         True in a window.
 # share          the factor for the percentage of a rule: 0 outside of windows, and 1 in a window.
-#                During a ramp, the share rises from 0 to 1
-# until          the time of the next change of `active`, or NEVER
-# next_change    the time of the next change of `active` or `share`, or NEVER
+#                During a ramp, the share rises from 0 to 1.
+# until          the time of the next change of `active`, or NEVER.
+# next_change    the time of the next change of `active` or `share`, or NEVER.
 Moment = namedtuple("Moment", "active share until next_change")
 
 RAMP_STEPS = 100        # a ramp has this many steps ...
@@ -3421,18 +3421,18 @@ class Scheduled:
         return bool(self.start or self.duration)
 
     def begin_schedule(self, now):
-        """Start the schedule at the time `now`."""
+        """Start the schedule at the time `now`. ProxyServer.update_moment must follow."""
         self.since = now
         self.renew_ttl(now)
-        self.set_active(not self.has_windows())     # ProxyServer.update_moment sees a change
+        self.set_active(not self.has_windows())     # a first window that begins now is a change
 
     def renew_ttl(self, now):
         """Begin the ttl again, at the time `now`."""
         self.expires = now + self.ttl if self.ttl else NEVER
 
     def set_active(self, active):
-        """Set a Moment without a next change, for the time before the schedule starts."""
-        self.set_moment(Moment(active, 1.0, NEVER, NEVER))
+        """Set the Moment that holds until the schedule starts."""
+        self.set_moment(Moment(active, share=1.0, until=NEVER, next_change=NEVER))
 
     def set_moment(self, moment):
         """Set the current Moment. Rule extends this method."""
@@ -3442,7 +3442,7 @@ class Scheduled:
         """Return the Moment of the time `now`."""
         first_begin = self.since + self.start
         if now < first_begin:
-            return Moment(False, 0.0, first_begin, first_begin)
+            return Moment(active=False, share=0.0, until=first_begin, next_change=first_begin)
         begin, next_begin = first_begin, NEVER      # of the newest window, and of the next window
         if self.every:
             count = count_periods(first_begin, self.every, now)
@@ -3452,9 +3452,9 @@ class Scheduled:
         endless = not self.duration or (self.duration == self.every and not self.ramp)
         end = NEVER if endless else begin + self.duration
         if now >= end:
-            return Moment(False, 0.0, next_begin, next_begin)
+            return Moment(active=False, share=0.0, until=next_begin, next_change=next_begin)
         share, next_step = self.ramp_share(begin, now)
-        return Moment(True, share, end, min(end, next_step))
+        return Moment(active=True, share=share, until=end, next_change=min(end, next_step))
 
     def ramp_share(self, begin, now):
         """Return (share, time of the next step) in the window that began at `begin`."""
@@ -3470,7 +3470,7 @@ class Scheduled:
     def times_to_json(self, to_unix):
         """Return {"active": bool, "until": time}, or {} if there is no schedule.
 
-        to_unix    a function that converts a time of the loop's clock to seconds since 1970
+        to_unix    a function that converts a time of the loop's clock to seconds since 1970.
 
         "active" is True in a window. At the time "until", "active" changes or the ttl ends. None:
         no such time.
@@ -3518,8 +3518,8 @@ class SearchLimit:
     holds the GIL. Slow expressions are hard to recognise, so they cannot be refused: (a+)+ is
     fast, and a*a*a*a*b is slow.
 
-    The timer counts CPU time, so a busy machine ends no search. In other threads than the main
-    thread, signal handlers never run. A proxy in the process of a test may hang in a search.
+    The timer counts CPU time, so a busy machine ends no search. Signal handlers run only in the
+    main thread. The proxies of a test run in other threads, and may hang in a search.
     """
 
     active = False          # True in the command `serve`, whose proxies run in the main thread
@@ -3553,13 +3553,13 @@ SEARCH_LIMIT = SearchLimit()
 class Rule(Scheduled):
     """A handler with its options, and the fields that say when it acts.
 
-    name                the handler's name
-    options             {option: value}
+    name                the handler's name.
+    options             {option: value}.
     draw_min, draw_max  percent. In a window, the rule acts if the drawn number, as a percentage,
-                        is at least draw_min and less than draw_max
+                        is at least draw_min and less than draw_max.
     draw_key            a text. Rules with the same draw key get the same drawn number. If their
-                        percentages do not overlap, at most one of these rules acts
-    fields              {field: value}: the RULE_FIELDS except percent, as attributes
+                        percentages do not overlap, at most one of these rules acts.
+    fields              {field: value}: the RULE_FIELDS except percent, as attributes.
     """
 
     toxic = None            # the name of the Toxic that the rule belongs to
@@ -3583,7 +3583,7 @@ class Rule(Scheduled):
         self.draw_min, self.draw_max, self.draw_key = draw_min, draw_max, draw_key
         super().__init__(**dict(FIELD_DEFAULTS, **fields))
         self.set_options(dict(handler_options(self.handler), **options or {}))
-        # The most requests to act on, or 0 for no limit. With `of`, `times` is used in `selects`.
+        # The most requests to act on, or 0 for no limit. The method `selects` handles `of`.
         self.limit = 0 if self.of else self.times
         # Attributes of the handler: see with_attributes
         self.keeps_due_time = getattr(self.handler, "keeps_due_time", False)
@@ -3596,10 +3596,9 @@ class Rule(Scheduled):
         self.shared = Counter()     # state.shared of the handler, for all connections
 
     def set_options(self, options):
-        """Replace the options, and set the attributes that depend on them.
+        """Replace the options, and compute `fixed_delay` and `directions` from them.
 
-        directions     the directions of the events that the handler gets
-        fixed_delay    seconds: see with_attributes
+        with_attributes explains `fixed_delay`. The handler gets only the events of `directions`.
         """
         self.options = options
         fixed_delay = getattr(self.handler, "fixed_delay", None)
@@ -3637,7 +3636,7 @@ class Rule(Scheduled):
     def selects(self, count):
         """Return whether `after`, `times` and `of` let the rule act on a request.
 
-        count    the number of the request, among the requests with a draw of this rule
+        count    the number of the request, among the requests with a draw of this rule.
         """
         index = count - self.after - 1      # 0 for the first request that `after` permits
         if index < 0:
@@ -3661,15 +3660,11 @@ class Rule(Scheduled):
         return self.moment.share == 0
 
     def own_fields(self):
-        """Return {field: value} of the rule fields that differ from their defaults.
-
-        The result has no percentage, and no stream of a toxic: callers have their own keys for
-        these values.
-        """
-        defaults = FIELD_DEFAULTS.copy()
+        """Return {field: value} of the rule fields that differ from their defaults."""
+        defaults = FIELD_DEFAULTS.copy()    # without `percent`
         if self.toxic:
             defaults.update(Toxic.DEFAULTS)
-            del defaults["stream"]
+            del defaults["stream"]          # callers show the stream of each toxic
         return OrderedDict((field, self.field_to_json(field))
                            for field, default in defaults.items()
                            if getattr(self, field) != default)
@@ -3682,7 +3677,7 @@ class Rule(Scheduled):
     def describe_handler(self, drawn_options=None):
         """Return text: the handler, its options, and the fields that differ from their defaults.
 
-        drawn_options    {option: value} that replace options: see ActiveRule.drawn_options
+        drawn_options    {option: value} that replace options: see ActiveRule.drawn_options.
         """
         words = [self.name]
         options = describe_options(self.handler, dict(self.options, **drawn_options or {}))
@@ -3773,12 +3768,12 @@ class ActiveRule(Counter):
     def substate(self, name):
         """Return the state for another handler that the handler of this rule calls.
 
-        name    the name of the other handler
+        name    the name of the other handler.
         """
         substates: "Any" = self     # a Counter can have other values than counts
         if name not in substates:
             substates[name] = ActiveRule(self.rule, self.request, self.draw)
-            substates[name].generator = self.random
+            substates[name].generator = self.random     # both handlers share one generator
         return substates[name]
 
     def set_acts(self, acts):
@@ -3855,7 +3850,7 @@ class RuleSet:
     def draw_batch(self, draw_key, connection, batch):
         """Return the drawn numbers of 8 successive requests: a tuple of 8 ints of 64 bits.
 
-        connection    the number of the connection
+        connection    the number of the connection.
         batch         0: the connection itself and the requests 1 to 7; 1: the requests 8 to 15 ...
         """
         batch_hash = hash_prefix(self.seed, self.proxy_name, draw_key).copy()
@@ -3865,17 +3860,17 @@ class RuleSet:
 
 # The key of a recorded fault.
 #
-# proxy         the name of the proxy
-# connection    the number of the connection
-# request       the number of the request in the connection; 0 for a per-connection rule
-# rule          JSON text: the dict of Rule.to_json without the percentage
+# proxy         the name of the proxy.
+# connection    the number of the connection.
+# request       the number of the request in the connection; 0 for a per-connection rule.
+# rule          JSON text: the dict of Rule.to_json without the percentage.
 FaultKey = namedtuple("FaultKey", "proxy connection request rule")
 
 
 def fault_key(proxy, connection, request, rule_json):
     """Return the FaultKey of a rule that acts on a request.
 
-    rule_json    the dict that Rule.to_json returns
+    rule_json    the dict that Rule.to_json returns.
     """
     is_per_request = rule_json["per"] == "request"
     text = json.dumps({field: value for field, value in rule_json.items() if field != "percent"},
@@ -3884,10 +3879,10 @@ def fault_key(proxy, connection, request, rule_json):
 
 
 class Replay:
-    """The faults that a Recorder has written, for a second run with the same rules.
+    """The faults that a Recorder has written, for another run with the same rules.
 
-    No numbers are drawn in the second run. A rule acts on a request or a connection if the rule
-    has acted on the same request or connection in the recorded run. Percentages, `match`, `after`,
+    A run with a Replay draws no numbers. A rule acts on a request or a connection if the rule has
+    acted on the same request or connection in the recorded run. Percentages, `match`, `after`,
     `times` and `of` have no effect. Connections are numbered in the order of accept. So if clients
     connect at the same time, their timing decides which client gets which faults.
     """
@@ -3895,7 +3890,7 @@ class Replay:
     def __init__(self, path):
         """Read a file that a Recorder has written. Raises ValueError."""
         self.path = path
-        self.faults = OrderedDict()     # {FaultKey: (drawn number, ActiveRule.request)}
+        self.faults = OrderedDict()     # {FaultKey: (drawn number, Rule.drawn_count)}
         self.made = set()               # the FaultKeys of the faults that were made again
         try:
             with open(path, encoding="utf-8") as file:
@@ -3910,10 +3905,10 @@ class Replay:
         """Add the fault that a line of the file records. Raises ValueError."""
         try:
             record = json.loads(line)
-            connection, request, draw, count = (
+            connection, request, draw, drawn_count = (
                 check_count(record[name]) for name in ("connection", "request", "draw", "count"))
             key = fault_key(record["proxy"], connection, request, record["rule"])
-            self.faults[key] = draw, count
+            self.faults[key] = draw, drawn_count
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise ValueError("line %d of %s is not a fault that --record has written"
                              % (line_number, self.path)) from None
@@ -3923,23 +3918,23 @@ class Replay:
         texts = OrderedDict.fromkeys(key.rule for key in self.faults if key.proxy == proxy)
         rules, toxics = [], []
         for table in map(json.loads, texts):
-            toxic_name = table.pop("toxic", None)
+            handler_name, toxic_name = table.pop("name", None), table.pop("toxic", None)
             if toxic_name is None:      # a Replay ignores the percentage
-                rules += read_rules([dict(table, percent=0)])
+                rules += read_rules([dict(table, name=handler_name, percent=0)])
             else:
-                toxics.append(make_flat_toxic(table.pop("name", None), toxic_name, table))
+                toxics.append(make_flat_toxic(handler_name, toxic_name, table))
         return rules, toxics
 
     def draw(self, proxy, connection, request, rule):
-        """Return (drawn number, whether the rule acts, ActiveRule.request), as recorded.
+        """Return (drawn number, whether the rule acts, Rule.drawn_count), as recorded.
 
-        proxy, connection, request    as in FaultKey
+        proxy, connection, request    as in FaultKey.
         """
         key = fault_key(proxy, connection, request, rule.to_json())
         if key not in self.faults:          # the rule has not acted in the recorded run
             return 0, False, 0
-        number, count = self.faults[key]
-        return number, True, count
+        number, drawn_count = self.faults[key]
+        return number, True, drawn_count
 
     def mark_made(self, proxy, connection, request, rule):
         """Note that a rule has acted, for `summary`."""
@@ -3963,12 +3958,12 @@ class Replay:
 class Toxic:
     """A rule with a name, and with a draw of its own.
 
-    type_       the name of the handler
-    name        a text, unique on the proxy
-    toxicity    the probability that the rule acts, from 0 to 1
-    attributes  {option: value} as the user wrote them. Negative numbers act as 0
-    stream      "upstream", "downstream" or "both", in upper or lower case
-    fields      other RULE_FIELDS of the rule
+    type_       the name of the handler.
+    name        a text, unique on the proxy.
+    toxicity    the probability that the rule acts, from 0 to 1.
+    attributes  {option: value} as the user wrote them. Negative numbers act as 0.
+    stream      "upstream", "downstream" or "both", in upper or lower case.
+    fields      other RULE_FIELDS of the rule.
     """
 
     # Two rule fields have Toxiproxy's defaults, and not the defaults in RULE_FIELDS.
@@ -3977,10 +3972,10 @@ class Toxic:
     def __init__(self, type_, name, toxicity=1.0, attributes=None, stream=DOWNSTREAM, **fields):
         self.name = name
         self.stream = stream        # as the user wrote it
-        fields = dict(self.DEFAULTS, **fields)
-        self.rule = Rule(type_, draw_key="toxic " + name, **dict(fields, stream=stream.lower()))
+        fields = dict(self.DEFAULTS, **dict(fields, stream=stream.lower()))
+        self.rule = Rule(type_, draw_key="toxic " + name, **fields)
         self.rule.toxic = name
-        self.attributes = dict(self.rule.options)
+        self.attributes = dict(self.rule.options)       # the default of each option
         self.update(toxicity, attributes or {})
 
     def update(self, toxicity, attributes):
@@ -4008,8 +4003,8 @@ class Toxic:
 class Accept(Scheduled):
     """How a proxy accepts new clients, and when.
 
-    mode      a mode of Listener in a window: "normal", "refuse" or "drop"
-    fields    {field: seconds}, without fields of ACCEPT_FIELDS that the user has not given
+    mode      a mode of Listener in a window: "normal", "refuse" or "drop".
+    fields    {field: seconds} of the ACCEPT_FIELDS that are not 0.
     """
 
     # A fault record needs these attributes of a Rule, and `options`.
@@ -4019,9 +4014,9 @@ class Accept(Scheduled):
 
     def __init__(self, mode="normal", fields=None):
         self.mode, self.fields = mode, fields or {}
-        self.options = {"mode": mode}
+        self.options = {"mode": mode}       # for fault records
         super().__init__(**self.fields)
-        # Unless `start` is set, a new listener has the mode from the beginning.
+        # A listener opens before the schedule starts: in this mode, unless `start` is set.
         self.set_active(not self.start)
 
     def current_mode(self):
@@ -4038,7 +4033,7 @@ class Accept(Scheduled):
     def to_json(self, to_unix):
         """Return the mode, or a dict of the mode and the fields if there are fields.
 
-        to_unix    a function that converts a time of the loop's clock to seconds since 1970
+        to_unix    a function that converts a time of the loop's clock to seconds since 1970.
         """
         if not self.fields:
             return self.mode
@@ -4052,7 +4047,7 @@ ACCEPT_FIELDS = ["start", "duration", "every", "ttl"]
 def check_accept(value):
     """Return the Accept of a text or a JSON object. Raises ValueError.
 
-    value    "refuse start=2 duration=5", or {"mode": "refuse", "start": 2, "duration": 5}
+    value    "refuse start=2 duration=5", or {"mode": "refuse", "start": 2, "duration": 5}.
     """
     try:
         mode, fields = split_accept(value)
@@ -4139,7 +4134,7 @@ def parse_assignments(texts):
 def parse_rule_words(words):
     """Return (handler name, {name: text}) of the words that describe a rule. Raises ValueError.
 
-    words    like ["delay", "sleep=2", "times=3"] or ["delay.sleep=2", "times=3"]
+    words    like ["delay", "sleep=2", "times=3"] or ["delay.sleep=2", "times=3"].
     """
     target, equals, value = words[0].partition("=")
     if not equals:
@@ -4153,10 +4148,10 @@ def parse_rule_words(words):
 def behavior_tables(behavior, options=None, resolve=lambda name: name):
     """Return a behavior as the argument of `read_rules`: one dict for each rule.
 
-    behavior    "PERCENT:HANDLER,...", {handler: percent}, [(percent, handler)] or [dict]
-    options     {handler: {option: value}}
+    behavior    "PERCENT:HANDLER,...", {handler: percent}, [(percent, handler)] or [dict].
+    options     {handler: {option: value}}.
     resolve     a function: resolve(handler) returns the name of a handler, because a behavior in
-                Python may contain the handler function. May raise ValueError
+                Python may contain the handler function. May raise ValueError.
 
     Raises ValueError. Callers put the name of a setting before the message.
     """
@@ -4184,9 +4179,9 @@ def behavior_tables(behavior, options=None, resolve=lambda name: name):
 def check_fields(name, function, fields):
     """Return [(field, sentence)] of the errors in the fields of one rule.
 
-    name        the name of the handler
-    function    the handler
-    fields      {field: checked value}
+    name        the name of the handler.
+    function    the handler.
+    fields      {field: checked value}.
     """
     errors = []
     stream = fields.get("stream", "both")
@@ -4231,7 +4226,7 @@ def read_rules(tables):
     """Return the rules of one behavior: at most one rule acts on a request.
 
     tables    one dict for each rule: {"name": the name of the handler, key: value}. A key is an
-              option or a rule field. Missing keys have their default
+              option or a rule field. Missing keys have their default.
 
     Raises InputError with one sentence for each error.
     """
@@ -4288,10 +4283,10 @@ def check_attribute(type_, name, value):
 def make_toxic(type_, name, fields, attributes, toxiproxy=False):
     """Check all values of a toxic, and return the Toxic. Values may be JSON values or text.
 
-    type_        the name of the handler
-    fields       {field: value} of RULE_FIELDS and "toxicity"
-    attributes   {option: value}
-    toxiproxy    True: accept any toxicity, and negative numbers, as Toxiproxy's server does
+    type_        the name of the handler.
+    fields       {field: value} of RULE_FIELDS and "toxicity".
+    attributes   {option: value}.
+    toxiproxy    True: accept any toxicity, and negative numbers, as Toxiproxy's server does.
 
     Raises InputError with one (field or option, sentence) for each error.
     """
@@ -4318,16 +4313,16 @@ def make_toxic(type_, name, fields, attributes, toxiproxy=False):
     return Toxic(type_, name, toxicity, values, **checked)
 
 
-def make_flat_toxic(type_, name, values, fields=()):
+def make_flat_toxic(type_, name, values, defaults=()):
     """Return a Toxic, from a dict that has fields and options together.
 
-    type_     the name of the handler
-    values    {rule field, toxicity or option: JSON value or text}
-    fields    {rule field: value} for rule fields that are not in `values`
+    type_       the name of the handler.
+    values      {rule field, toxicity or option: JSON value or text}.
+    defaults    {rule field: value} for rule fields that are not in `values`.
 
     Raises InputError, or ValueError for an unknown handler.
     """
-    function, fields, attributes = get_handler(type_), dict(fields), {}
+    function, fields, attributes = get_handler(type_), dict(defaults), {}
     for key, value in values.items():
         if key == "toxicity" or is_rule_field(function, key):
             fields[key] = value
@@ -4344,22 +4339,22 @@ def make_flat_toxic(type_, name, values, fields=()):
 # The class Chain is for tcp, ProtocolChain for connections with a protocol, and RefusingChain for
 # clients beyond max_connections. A Connection calls the same methods of all three classes:
 #
-#   start()                        called when a client has connected
+#   start()                        called when a client has connected.
 #   direction_changed(to)          called before the first bytes, and before bytes whose direction
-#                                  is not that of the last bytes
+#                                  is not that of the last bytes.
 #   pass_through(to, data)         fast path: returns the bytes to forward, or None if a rule may
-#                                  act on the bytes
-#   process_bytes(now, to, data)   slow path: returns the events that the rules make of bytes
-#   process(now, to, signal)       returns the events that the rules make of a signal
-#   give_up_head(now)              called when the time `head_deadline` has come
+#                                  act on the bytes.
+#   process_bytes(now, to, data)   slow path: returns the events that the rules make of bytes.
+#   process(now, to, signal)       returns the events that the rules make of a signal.
+#   give_up_head(now)              called when the time `head_deadline` has come.
 #
 # After a change of the installed rules, a Connection calls, in this order:
 #
-#   rules_changed(new, changed, woken)    returns the changed and woken rules that begin now
-#   release(removed, changed)             undoes the delays by removed and changed rules
-#   reset_due_times(to, latest)           called only if a delay was undone
+#   rules_changed(new, changed, woken)    returns the changed and woken rules that begin now.
+#   release(removed, changed)             undoes the delays by removed and changed rules.
+#   reset_due_times(to, latest)           called only if a delay was undone.
 #   process_open(now, directions, rules)  returns the events that rules make of OPEN when the rules
-#                                         begin
+#                                         begin.
 
 NOTHING: list = []      # the empty list of all chains without an active rule, to save memory
 
@@ -4393,7 +4388,7 @@ class Chain:
         self.batch_hits = NOTHING       # for each request of the batch: [(rule, drawn number)]
         # Read and reset by the connection
         self.newly_acted = []           # [(ActiveRule, request number, text)], for fault records
-        self.modified = False           # a rule has changed an event
+        self.modified = False           # False: all new events are bytes to forward at once
         self.answered_early = False     # a rule has replied in the backend's place
         self.kept = 0                   # memory of exchanges, queued events and a held head
         # (number, first bytes) of the last request with active rules. Not in a ProtocolChain
@@ -4423,9 +4418,9 @@ class Chain:
             for rule in rule_set.installed:
                 rule.drawn_count += 1
             hits = self.batch_hits[request % 8]     # [(rule, drawn number)], often empty
-            self.active_rules = [ActiveRule(rule, rule.drawn_count, number)
-                                 for rule, number in hits
-                                 if rule.selects(rule.drawn_count)] if hits else NOTHING
+            self.active_rules = NOTHING if not hits else [
+                ActiveRule(rule, rule.drawn_count, number) for rule, number in hits
+                if rule.selects(rule.drawn_count)]
         elif rule_set.changes_by_request or request == 1:   # else the active rules stay the same
             for active in self.per_connection.values():
                 if active.match_buffer:         # search only the bytes of the new request
@@ -4433,12 +4428,12 @@ class Chain:
             self.active_rules = self.collect()
 
     def direction_changed(self, to):
-        """Set last_direction, because the next bytes go in another direction.
+        """Set last_direction. Begin a request if the client sends after the backend has sent.
 
         Returns request_count. In a ProtocolChain, a request counts when its head is complete.
         """
         last, self.last_direction = self.last_direction, to
-        if last is DOWNSTREAM:          # the client sends after the backend has sent
+        if last is DOWNSTREAM:          # the client sends now
             self.begin_request()
         elif last is None and self.undrawn:     # the first bytes of the connection
             self.draw_more(self.undrawn)
@@ -4458,7 +4453,7 @@ class Chain:
     def draw_number(self, rule):
         """Draw the number that decides whether a rule acts on the current request.
 
-        Returns (drawn number, whether the rule acts, ActiveRule.request).
+        Returns (drawn number, whether the rule acts, Rule.drawn_count).
         """
         # A per-connection rule is drawn for request 0. The first request has the number 1.
         request = self.request_count if rule.per == "request" else 0
@@ -4490,7 +4485,8 @@ class Chain:
     def collect(self, drawn=None):
         """Return the active rules of the current request, in the order of the rules.
 
-        drawn    {per-request rule: ActiveRule or None}. Without this dict, the rules are drawn
+        drawn    {per-request rule: its ActiveRule, or None if the rule does not act}: the rules
+                 of a request that has begun. None: draw all per-request rules.
         """
         collected = []
         for rule in self.rule_set.installed:
@@ -4519,14 +4515,14 @@ class Chain:
         """Draw more rules for the current request, and keep the current active rules."""
         drawn = {active.rule: active for active in self.active_rules}
         drawn.update((rule, self.draw_rule(rule)) for rule in rules if rule.per == "request")
-        self.active_rules = self.collect(drawn)
+        self.active_rules = self.collect(drawn)     # draws per-connection rules
 
     def rules_changed(self, new, changed=(), woken=()):
         """Apply a change of the installed rules.
 
-        new        rules that were not installed before
-        changed    rules that keep their state, with new options or percentages
-        woken      rules whose percentage rises because of their schedule
+        new        rules that were not installed before.
+        changed    rules that keep their state, with new options or percentages.
+        woken      rules whose percentage rises because of their schedule.
 
         A new or woken per-connection rule begins now. A new or woken per-request rule begins with
         the next request, or with the current request if no byte has come yet. Rules that are no
@@ -4546,9 +4542,9 @@ class Chain:
         self.undrawn = [rule for rule in [*self.undrawn, *new] if rule in installed]
         current = {active.rule: active for active in self.active_rules if not active.is_over()}
         if self.last_direction is None:         # request 1 has no bytes yet
-            for rule in set(woken) - {*current, *self.undrawn}:
-                if rule.is_drawn_at_beginning():
-                    current[rule] = self.make_active(rule)      # the draw is counted already
+            for rule in set(woken) - {*current, *self.undrawn}:     # the rules that did not act
+                if rule.is_drawn_at_beginning():        # begin_request has counted the draw
+                    current[rule] = self.make_active(rule)
         self.active_rules = self.collect(current)           # draws new per-connection rules
         return begun
 
@@ -4571,7 +4567,7 @@ class Chain:
     def reset_due_times(self, to, latest):
         """Replace each due time that a rule keeps in state[to], if it is later than `latest`.
 
-        latest    the due time of the last chunk in the delay queue, after delays were undone
+        latest    the due time of the last chunk in the delay queue, after delays were undone.
         """
         for active in self.all_active_rules():
             if active.rule.keeps_due_time and active.acts:
@@ -4599,10 +4595,10 @@ class Chain:
         return data
 
     def fixed_delays(self, to):
-        """Return the `delays` of bytes, in the form of `process`, if all delays are fixed.
+        """Return the `delays` that `process` would give to bytes, if rules only delay the bytes.
 
-        Then `process` would only delay the bytes by these times, as before. Returns () if a rule
-        may do anything else, may act for the first time, or may leave the next request alone.
+        Returns () if no rule delays the bytes, or if a rule may do anything else, may act for the
+        first time, or may leave the next request alone.
         """
         delays: tuple = ()
         for active in self.active_rules:
@@ -4611,7 +4607,7 @@ class Chain:
                 continue
             if not rule.fixed_delay or not active.has_acted or rule.per == "request":
                 return ()
-            delays += ((rule, rule.fixed_delay, False),)
+            delays += ((rule, rule.fixed_delay, False),)    # False: the bytes are not from OPEN
         return delays
 
     def note_beginning(self, data):
@@ -4643,14 +4639,15 @@ class Chain:
         """Run bytes or a signal through the active rules.
 
         Returns [(t, to, data, delays)]. `delays` has one tuple (rule, seconds, from_open) for each
-        rule that has delayed the event. from_open is True if the rule has made the event of OPEN.
+        rule that has delayed the event. from_open: the rule has got OPEN and yielded other data.
         """
         return self.run_chain(self.active_rules, now, to, [(now, to, data, ())])
 
     def process_open(self, now, directions, rules=None):
         """Give the signal OPEN to rules that begin now, or whose options have changed.
 
-        rules    the rules that begin. None: all per-connection rules, for a new connection
+        directions    one OPEN for each of these directions.
+        rules         the rules that begin. None: all per-connection rules, for a new connection.
 
         Returns the events that the rules yield in place of OPEN, or in addition to OPEN. OPEN is
         not returned, because the connection is open already.
@@ -4673,9 +4670,9 @@ class Chain:
     def run_chain(self, active_rules, now, to, events, opening=False):
         """Run events through some active rules, one rule after the other.
 
-        to         the direction of the event that all `events` were made of
-        events     [(t, to, data, delays)]: see `process`
-        opening    whether the event is the OPEN of process_open
+        to         the direction of the event that all `events` were made of.
+        events     [(t, to, data, delays)]: see `process`.
+        opening    whether the event is the OPEN of process_open.
 
         Returns only a RESET if a handler raises an exception.
         """
@@ -4700,8 +4697,10 @@ class Chain:
         """Return the events that one active rule makes of one event: see run_chain."""
         t, to, data, delays = event
         rule = active.rule
-        if not active.acts and not self.find_match(active, to, data):
-            return [event]
+        if not active.acts:
+            self.find_match(active, to, data)       # may set active.acts
+            if not active.acts:
+                return [event]
         # Most rules have no limit, and do not need the call of may_act.
         if to not in rule.directions or (rule.limit and not active.may_act()):
             return [event]
@@ -4711,9 +4710,9 @@ class Chain:
         if events == [(t, to, data)]:
             return [event]
         self.note_changes(active, to, events, opening)
-        # An event that is due later than t was delayed by this rule.
+        # This rule has delayed each event that is due later than t. The last item is from_open.
         return [(due, direction, made, delays if due == t else
-                 delays + ((rule, due - t, data is OPEN and made is not OPEN),))
+                 (*delays, (rule, due - t, data is OPEN and made is not OPEN)))
                 for due, direction, made in events]
 
     def call_handler(self, active, t, to, data):
@@ -4741,9 +4740,9 @@ class Chain:
     def note_changes(self, active, to, events, opening):
         """Note that a rule has replaced an event. Raises TypeError for invalid new events.
 
-        to         the direction of the old event
-        events     the new events
-        opening    as in run_chain
+        to         the direction of the old event.
+        events     the new events.
+        opening    as in run_chain.
         """
         self.modified = True
         for _, direction, data in events:
@@ -4760,21 +4759,17 @@ class Chain:
             self.newly_acted.append((active, self.current_number, self.request_text()))
 
     def find_match(self, active, to, data):
-        """Search the client's bytes for `match`, and draw the rule if the request matches.
-
-        Returns whether the rule acts.
-        """
+        """Search the client's bytes for `match`, and draw the rule if the request matches."""
         rule, buffered = active.rule, active.match_buffer
         if to == DOWNSTREAM or not data or buffered is None or len(buffered) >= MATCH_MAX:
-            return False
+            return
         active.match_buffer = buffered + data[:MATCH_MAX - len(buffered)]
         # A Replay knows the requests on which the rule acts, so no search is needed.
         if not self.rule_set.replay and not rule.matches(active.match_buffer):
-            return False
+            return
         rule.drawn_count += 1
         active.draw, active.acts, active.request = self.draw_number(rule)
         active.match_buffer = None      # None: the rule is drawn
-        return active.acts
 
 
 class RefusingChain(Chain):
@@ -4801,7 +4796,7 @@ class RefusingChain(Chain):
     def process(self, now, to, data):
         """Return the events that refuse the client.
 
-        data    OPEN, EOF, or bytes of the client
+        data    OPEN, EOF, or bytes of the client.
         """
         self.modified = True
         if data is EOF:
@@ -4815,7 +4810,7 @@ class RefusingChain(Chain):
             return []
         self.received, self.answered_early = b"", bool(reply.data)
         events = [(now, DOWNSTREAM, reply.data)]
-        if reply.closes:
+        if reply.closes:                # a client may go on after Postgres's "no encryption"
             events += close_both(now)
         return [(t, direction, made, ()) for t, direction, made in events]
 
@@ -4847,11 +4842,12 @@ class Exchange:
         self.kept = 0                   # the memory of this exchange, a part of Chain.kept
 
     def is_done(self):
-        """Return whether the reply has ended, or whether no reply will come."""
+        """Return whether the reply has ended, or whether the backend will send no reply."""
         if self.reply_done:
             return True
         if not self.complete:
             return False
+        # The backend sends no reply to a request that a rule has dropped.
         backend_replies = self.forwarded and self.request.replies
         return not backend_replies
 
@@ -4874,15 +4870,15 @@ class ProtocolChain(Chain):
 
         direction   boundary         change
         upstream    Request          a new last exchange begins. Rules are drawn for the request.
-        upstream    CONTINUATION     none. The bytes belong to the complete request of the last
-                                     exchange. No rule can refuse a complete request.
+        upstream    CONTINUATION     none. The bytes belong to the last exchange, whose request is
+                                     complete. No rule can refuse a complete request.
         upstream    END_OF_MESSAGE   the request of the last exchange is complete.
         downstream  END_OF_MESSAGE   the reply of the first exchange is done.
         both        TLS_BEGINS       none, but the later bytes are encrypted.
         downstream  END_OF_ROW       none.
 
     After each change, done exchanges are removed from the front of the queue, but never the last
-    exchange. The queued events of the exchange that is now the first are released.
+    exchange. Each exchange that becomes the first releases its `queued_events`.
 
     While any rule is installed, the head of a request is held until the head is complete. So
     rules can act on whole requests. The parsing ends if a head is incomplete after
@@ -4896,8 +4892,8 @@ class ProtocolChain(Chain):
     1. Each request gets one reply: from the rule that has refused the request, or from the
        backend if no rule has refused the request. A request that needs no reply gets none.
     2. Replies leave in the order of their requests.
-    3. The backend gets all requests that were not refused, whole and in order. The backend may
-       get a substitute in place of a refused request.
+    3. The backend gets all requests that were not refused, whole and in order. In place of a
+       refused request, the backend may get other bytes: see Reply.substitute.
     4. Only one rule can refuse a request: at the first event of the request, while the backend
        has got no byte of the request.
     5. A rule that has refused a request sends the reply even if the rule is removed or changed.
@@ -4927,7 +4923,8 @@ class ProtocolChain(Chain):
     def start(self):
         """Begin request 1 and its exchange, because a client has connected."""
         self.begin_request()
-        first = Exchange(self.request_count, self.active_rules, None, self.protocol.server_first)
+        first = Exchange(self.request_count, self.active_rules, request=None,
+                         handshake=self.protocol.server_first)
         self.exchanges.append(first)
         self.current_exchange = first
         self.last_affected = first if self.active_rules else None
@@ -4954,7 +4951,8 @@ class ProtocolChain(Chain):
         return bool(self.rule_set.replay) or rule.matches(self.current_request.text[:MATCH_MAX])
 
     def rules_changed(self, new, changed=(), woken=()):
-        # For process_open: a rule that gets OPEN may refuse the client if no bytes have come yet.
+        """Apply a change of the installed rules to all exchanges: see Chain.rules_changed."""
+        # process_open follows: a rule may refuse the client at OPEN if no bytes have come yet.
         last = self.exchanges[-1]
         self.set_exchange(
             last, is_refusable=last.request is None and self.last_direction is None)
@@ -4982,13 +4980,13 @@ class ProtocolChain(Chain):
         refusal = exchange.refusal
         # `in` would compare the counts, because an ActiveRule is a Counter.
         if refusal and not any(active is refusal.active_rule for active in rules):
-            rules = [refusal.active_rule, *rules]
+            rules = [refusal.active_rule, *rules]   # first: the other rules get its events
         return rules
 
     def set_exchange(self, exchange, is_refusable):
         """Set the exchange of the next event.
 
-        is_refusable    whether a rule may refuse the request, or the client, at the next event
+        is_refusable    whether a rule may refuse the request, or the client, at the next event.
         """
         self.current_exchange = exchange
         self.current_request, self.current_number = exchange.request, exchange.number
@@ -5033,7 +5031,7 @@ class ProtocolChain(Chain):
     def begin_exchange(self, request):
         """Draw the rules for a request whose head is complete, and begin the exchange."""
         last = self.exchanges[-1]
-        # Without a handshake, `start` has begun request 1 when the client connected.
+        # `start` has begun request 1: the handshake, or this Request if there is no handshake.
         is_begun = last.request is None and not last.handshake
         self.draw_for(request, is_begun)
         if is_begun:
@@ -5054,7 +5052,7 @@ class ProtocolChain(Chain):
     def draw_for(self, request, is_begun):
         """Draw the rules for a request.
 
-        is_begun    whether `start` has begun the request, and has drawn rules for the request
+        is_begun    whether `start` has begun the request, and has drawn rules for the request.
         """
         self.current_request = request
         if is_begun:        # draw only the rules that `start` has not drawn
@@ -5062,7 +5060,7 @@ class ProtocolChain(Chain):
                     if rule.match or rule in self.undrawn]
             if late:
                 self.draw_more(late)
-        elif request.independent:       # else the active rules of the previous request stay
+        elif request.independent:       # else the rules of the previous request act on this one
             self.begin_request()
         if self.head_forwarded:         # too late for per-request rules: see HEAD_TIMEOUT
             self.active_rules = [active for active in self.active_rules
@@ -5078,7 +5076,7 @@ class ProtocolChain(Chain):
         self.in_request = self.head_forwarded = False
         if last.request is not None:
             last.complete = True
-            # To save memory: only fault records still use the text, and only its beginning.
+            # To save memory, keep only the beginning of the text, for fault records.
             last.request.text = self.protocol.beginning(last.request) if last.active_rules else b""
 
     def count_memory(self, exchange, size):
@@ -5102,7 +5100,7 @@ class ProtocolChain(Chain):
         return events
 
     def take_queued(self, exchange, now):
-        """Remove the queued events of an exchange, and return [(t, to, data, delays)]."""
+        """Remove the queued events of an exchange. Returns [(due time, to, data, delays)]."""
         events = []
         for start, to, data, delays in exchange.queued_events:
             due = start + sum(seconds for _, seconds, _ in delays)
@@ -5125,23 +5123,24 @@ class ProtocolChain(Chain):
         return self.protocol.request_framer if to is UPSTREAM else self.protocol.reply_framer
 
     def recv_size(self, to):
-        """Return how many bytes to receive at once. PARSED_CHUNK limits only parsed bytes."""
-        awaiting = self.framer(to).awaiting     # an int: the Framer will skip this many bytes
+        """Return how many bytes to receive at once: PARSED_CHUNK, and bytes to skip."""
+        awaiting = self.framer(to).awaiting     # an int: the Framer skips this many bytes
         skipped = awaiting if type(awaiting) is int else 0
         return min(self.rule_set.recv_size, PARSED_CHUNK + skipped)
 
     def may_pass(self, to, size):
         """Return whether no rule can act on the next bytes, so that the fast path is allowed."""
-        # Rules may act on an affected exchange. A held head must leave before the next bytes.
+        # An exchange has rules or queued events, or a held head must leave before the next bytes.
         needs_slow_path = self.last_affected or self.head
         if to is UPSTREAM:              # rules would be drawn for a request that begins
             needs_slow_path = needs_slow_path or self.rule_set.installed or self.drops_requests
+        # The rest of a request or reply without rules may pass in any case.
         return not needs_slow_path or self.is_inside(to, size)
 
     def is_inside(self, to, size):
         """Return whether the next bytes are inside a request or reply on which no rule acts."""
         if to is UPSTREAM and (self.drops_requests or not self.in_request):
-            return False
+            return False                # the bytes are dropped, or begin a request
         return not self.exchange_of(to).active_rules and self.framer(to).skips(size)
 
     def pass_through(self, to, data):
@@ -5169,11 +5168,11 @@ class ProtocolChain(Chain):
                 if self.encrypted is not None:
                     return self.split_encrypted(to, bytes(data), end)
         except ProtocolError as error:
-            # Ignore the events that the calls return, because all bytes are returned below.
+            # The calls update the state. Their events are ignored: all bytes are returned below.
             self.process_part(0.0, to, bytes(data[end:]))
             self.fall_back(0.0, to, str(error))
-            return bytes(data)          # not `data` itself: the connection must end the parsing
-        if to is UPSTREAM:              # bytes after the last boundary may begin a head
+            return bytes(data)          # a copy tells the connection that the parsing has ended
+        if to is UPSTREAM:              # outside of a request, bytes after a boundary are a head
             self.head_forwarded = not self.in_request and end < size
         return data
 
@@ -5210,7 +5209,8 @@ class ProtocolChain(Chain):
             framer = self.framer(to)
             boundaries = None
             if len(data) <= COPY_MAX and not self.protocol.counts_rows:
-                boundaries = framer.whole_message(data)     # faster than `feed`, if not None
+                # Faster than `feed`, if the result is not None. Does not find END_OF_ROW.
+                boundaries = framer.whole_message(data)
             for offset, boundary in boundaries or framer.feed(data, len(data)):
                 if offset > start:
                     events += self.process_part(now, to, data[start:offset])
@@ -5229,9 +5229,9 @@ class ProtocolChain(Chain):
     def split_encrypted(self, to, data, end):
         """Store the encrypted bytes of `data`, and return the bytes before the encrypted bytes.
 
-        end    the offset of the boundary TLS_BEGINS in `data`
+        end    the offset of the boundary TLS_BEGINS in `data`.
 
-        The Framer restarts, because the next bytes for the Framer will be decrypted.
+        The Framer restarts, because the connection decrypts all later bytes for the Framer.
         """
         self.encrypted = data[end:]
         protocol = self.protocol
@@ -5296,9 +5296,9 @@ class ProtocolChain(Chain):
         return events
 
     def process_in_exchange(self, now, to, data, is_refusable=False):
-        """Run bytes or a signal through the active rules of an exchange.
+        """Run bytes or a signal through the active rules of the exchange to which they belong.
 
-        is_refusable    whether the data is the whole head of a request that a rule may refuse
+        is_refusable    whether the data is the whole head of a request that a rule may refuse.
 
         Returns the events that the rules make, without the events that queue_replies has queued.
         """
@@ -5314,19 +5314,19 @@ class ProtocolChain(Chain):
             _, direction, made, _ = event
             if direction == UPSTREAM and made and not is_continuation:
                 exchange.forwarded = True
-            if made is not END_OF_MESSAGE and made is not END_OF_ROW:
+            if made is not END_OF_MESSAGE and made is not END_OF_ROW:   # signals only for rules
                 events.append(event)
         if exchange is not self.exchanges[0]:
             events = self.queue_replies(exchange, now, data, events)
-        if self.modified:               # by a rule, which may end the replies
+        if self.modified:               # a rule may have ended the replies
             self.note_end(now, data, events)
         return events
 
     def queue_replies(self, exchange, start, made_of, events):
-        """Queue the replies and signals of rules until the exchange is the first exchange.
+        """Queue the replies and signals of rules until `exchange` is the first in the queue.
 
-        start      the time when `made_of` came
-        made_of    the bytes or the signal that the events were made of
+        start      the time when `made_of` came.
+        made_of    the bytes or the signal that the events were made of.
 
         Returns the events that are not queued: bytes for the backend, and an unchanged signal of
         the client.
@@ -5334,8 +5334,8 @@ class ProtocolChain(Chain):
         may_leave = []
         for event in events:
             _, to, made, delays = event
-            is_bytes_or_unchanged = made or made is made_of
-            if to == UPSTREAM and is_bytes_or_unchanged:
+            is_signal_of_rule = not made and made is not made_of
+            if to == UPSTREAM and not is_signal_of_rule:
                 may_leave.append(event)
             else:
                 exchange.queued_events.append((start, to, made, delays))
@@ -5347,13 +5347,13 @@ class ProtocolChain(Chain):
     def note_end(self, now, made_of, events):
         """Set drops_replies if a rule closes or resets the connection to the client now.
 
-        made_of    the bytes or the signal that the events were made of
+        made_of    the bytes or the signal that the events were made of.
         """
         if made_of is EOF:              # the client or the backend has closed, not a rule
             return
         for due, to, data, _ in events:
             ends_replies = data is RESET or (data is EOF and to == DOWNSTREAM)
-            if ends_replies and due <= now:
+            if ends_replies and due <= now:     # a later end waits in the delay queue
                 self.drops_replies = True
 
     def run_rule(self, active, event, opening):
@@ -5388,11 +5388,11 @@ class ProtocolChain(Chain):
     def fall_back(self, now, to, error):
         """Stop parsing, because bytes were not of the protocol. Continue as tcp.
 
-        error    the reason, as text. The connection logs this text
+        error    the reason, as text. The connection logs this text.
 
-        Stores a tcp Chain in `successor`, which replaces this chain. No successor is made if the
-        client's bytes are wrong and the client must still get errors of rules. Without a
-        successor, this chain forwards the further bytes of the client, and parses the replies.
+        Stores a tcp Chain in `successor`, which replaces this chain. In one case no successor is
+        made: the client's bytes are wrong, but the client must still get an error of a rule. Then
+        this chain forwards the further bytes of the client unparsed, and still parses the replies.
 
         Returns the events that were held or queued.
         """
@@ -5406,7 +5406,7 @@ class ProtocolChain(Chain):
         events = [event for exchange in self.exchanges
                   for event in self.take_queued(exchange, now)]
         if self.head:
-            # The head begins a request. `start` has begun request 1 if the client sends first.
+            # The head begins a request. If the request is request 1, `start` has begun it.
             is_begun = not self.exchanges[-1].request and not self.protocol.server_first
             if not is_begun:
                 chain.begin_request()
@@ -5419,7 +5419,7 @@ class ProtocolChain(Chain):
             # Only events of rules are queued: errors, and signals that end the connection.
             if exchange.queued_events:
                 return True
-            # The error is sent when the backend's reply to the substitute ends.
+            # The rule sends the error after the backend's reply to Reply.substitute.
             if exchange.refusal and exchange.complete and exchange.awaits_reply():
                 return True
         return False
