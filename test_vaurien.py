@@ -1095,7 +1095,7 @@ class TestPacketLoss(unittest.TestCase):
             with self.subTest(stay=stay):
                 sender = vaurien.TcpSender()
                 path = vaurien.TcpPath(0.1, 0.02, stay, random.Random(1))
-                losses = [sender.loses(path) for _ in range(200000)]
+                losses = [sender.draw_loss(path) for _ in range(200000)]
                 bursts = [len(list(group)) for lost, group in itertools.groupby(losses) if lost]
                 self.assertAlmostEqual(sum(losses) / 200000, 0.02, delta=0.002)
                 self.assertAlmostEqual(sum(bursts) / len(bursts), burst, delta=burst / 10)

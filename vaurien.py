@@ -709,7 +709,7 @@ def pareto_deviation(rng):
 
 def draw_lognormal(rng, mean, deviation):
     """Draw a number by the lognormal distribution with this mean and standard deviation."""
-    if not mean:
+    if not mean:                # never divide by 0
         return 0
     log_variance = math.log1p((deviation / mean) ** 2)      # the variance of the logarithm
     return mean * math.exp(rng.gauss(0, 1) * math.sqrt(log_variance) - log_variance / 2)
@@ -860,19 +860,20 @@ def limit_data(state, t, to, data, *, bytes=0):
         yield from close_both(t)
 
 
-# In Linux, the retransmission time-out (RTO) is a round trip plus RTO_MIN seconds. Each further
-# time-out of a segment doubles the RTO, up to RTO_MAX seconds.
+# Without an acknowledgement, TCP sends a segment again after the retransmission time-out (RTO). In
+# Linux, the RTO is a round trip plus RTO_MIN seconds. Each further time-out of the segment doubles
+# the RTO, up to RTO_MAX seconds.
 RTO_MIN, RTO_MAX = 0.2, 120.0
 RETRANSMISSIONS = 15    # of one segment, at most: the default of Linux (man 7 tcp, tcp_retries2)
 BURST_MAX = 100         # limit for the mean number of segments that are lost in a row
 CWND_MAX = 4144         # limit of the congestion window, in segments: 6 MiB (tcp_rmem in Linux)
 
 
-# The network between a TcpSender and its receiver.
+# The network between a TcpSender and its receiver:
 #
-# rtt                the round trip, in seconds
+# rtt                the round trip (RTT), in seconds
 # loss_rate          the share of the segments that are lost
-# loss_after_loss    the probability of a loss directly after a loss
+# loss_after_loss    the probability that a segment is lost if the segment before was lost
 # rng                a random.Random that draws the losses
 TcpPath = namedtuple("TcpPath", "rtt loss_rate loss_after_loss rng")
 
@@ -880,94 +881,95 @@ TcpPath = namedtuple("TcpPath", "rtt loss_rate loss_after_loss rng")
 class TcpSender:
     """The sender of one direction, in TCP with the congestion control of Reno (RFC 5681).
 
-    cwnd is the congestion window: the most segments that may be sent but not acknowledged. In slow
-    start, each acknowledgement raises cwnd by 1. When cwnd has reached ssthresh, slow start ends,
-    and cwnd grows by 1 in each round trip. A loss reduces cwnd.
+    The receiver acknowledges each segment. A segment is in flight until its acknowledgement comes,
+    a round trip (RTT) after the segment. cwnd, the congestion window, is the most segments that
+    may be in flight. Example: cwnd is 10, the RTT is 100 ms, and a chunk has 10 segments.
 
-    A real sender learns of a loss a round trip later. In a bulk transfer, this class reduces cwnd
-    at the loss, because the throughput is then nearer to the throughput of Linux. Measured
-    throughput, divided by the throughput that the formula of Mathis gives (see packet_loss):
+        t = 0     The sender sends all 10 segments. The network loses segment 4. Segments 1 to 3
+                  are delivered. Segments 5 to 10 wait in the receiver, as TCP keeps the order.
+        t = 100   Acknowledgements of segments 5 to 10 show the loss. The sender sends segment 4
+                  again, and halves cwnd. Now segments 4 to 10 are delivered, 100 ms late.
 
-        Linux                                   0.82 to 0.94
-        cwnd reduced at the loss                0.82 to 0.92
-        cwnd reduced a round trip later         1.01 to 1.12
+    The delay of the network itself is not included: a segment that is not lost arrives when the
+    sender sends the segment.
     """
 
     def __init__(self):
         self.sent = 0.0             # the time when the last segment was sent
         self.in_flight = deque()    # the time of the acknowledgement of each segment in flight
         self.cwnd = 10.0            # in segments; the first value is that of RFC 6928
-        self.ssthresh = math.inf    # the cwnd at which slow start ends
-        self.repair = None          # "fast" or "time-out" after a loss that must still reduce cwnd
-        self.recovers_until = 0.0   # until this time, only a time-out reduces cwnd again
-        self.losing = False         # the last segment was lost
+        self.ssthresh = math.inf    # slow start ends at this cwnd: see wait_to_send
+        self.pending_loss = None    # "fast repair" or "time-out": a loss that must reduce cwnd
+        self.recovers_until = 0.0   # when the last repair ends: further losses do not reduce cwnd
+        self.last_lost = False      # whether the last segment was lost
 
-    def arrival(self, t, path, behind, is_bulk):
-        """Send a segment that is ready at t. Returns the time when the segment arrives.
+    def send(self, t, path, behind, is_bulk):
+        """Send a segment at t, or later if cwnd is full. Returns when the segment arrives.
 
         behind     the number of later segments of the same chunk
-        is_bulk    True if more chunks follow this chunk
+        is_bulk    whether more chunks follow, as far as the sender knows
         """
-        sent = self.send(t)
-        if not self.loses(path):
+        sent = self.wait_to_send(t)
+        if not self.draw_loss(path):
             self.in_flight.append(sent + path.rtt)
             return sent
         delay, timed_out = self.draw_repair(path, behind, is_bulk)
-        in_recovery = sent < self.recovers_until
-        if not in_recovery:
+        if sent >= self.recovers_until:
             self.recovers_until = sent + delay
-            self.repair = "fast"
+            self.pending_loss = "fast repair"
         if timed_out:
-            self.repair = "time-out"
-        if is_bulk:             # without is_bulk, `send` reduces cwnd, after this chunk
+            self.pending_loss = "time-out"
+        # A real sender reduces cwnd an RTT after the loss. In a bulk transfer, a reduction at the
+        # loss gives the throughput of Linux: 0.82 to 0.92 of Mathis' formula (Linux: 0.82 to 0.94;
+        # reduction after an RTT: 1.01 to 1.12).
+        if is_bulk:
             self.reduce_cwnd()
-        # A fast repair (of one round trip) delays no acknowledgement: the receiver acknowledges
-        # later segments.
+        # During a fast repair, which takes 1 RTT, later segments are acknowledged as usual. During
+        # a longer repair, the sender gets no acknowledgements.
         acknowledgement_delay = delay if delay > path.rtt else 0
         self.in_flight.append(sent + path.rtt + acknowledgement_delay)
         return sent + delay
 
-    def send(self, t):
-        """Return the time when the sender sends a segment that is ready at t, and update cwnd."""
+    def wait_to_send(self, t):
+        """Return the first time from t on when cwnd permits a segment. Updates cwnd.
+
+        Each acknowledgement before this time adds 1 to cwnd below ssthresh (slow start), and adds
+        1 / cwnd from ssthresh on. So cwnd doubles, or grows by 1, in each RTT.
+        """
         in_flight, now = self.in_flight, max(t, self.sent)
         may_grow = 2 * len(in_flight) >= self.cwnd      # only if half of cwnd is in use
-        # Take the acknowledgements that have arrived. If cwnd is full, wait for acknowledgements.
         while in_flight and (in_flight[0] <= now or len(in_flight) >= self.cwnd):
             if may_grow and self.cwnd < CWND_MAX:
                 in_slow_start = self.cwnd < self.ssthresh
                 self.cwnd += 1 if in_slow_start else 1 / self.cwnd
-            now = max(now, in_flight.popleft())
-            if now > self.sent:     # the chunk with the lost segment has been sent
+            now = max(now, in_flight.popleft())     # the time of the acknowledgement
+            if now > self.sent:     # the sender has sent the lost segment earlier than now
                 self.reduce_cwnd()
         self.sent = now
         return now
 
     def reduce_cwnd(self):
-        """Reduce cwnd if there was a loss since the last reduction (RFC 5681, 3.1 and 3.2)."""
-        if self.repair:
+        """If a loss is pending, reduce cwnd by RFC 5681 (sections 3.1 and 3.2)."""
+        if self.pending_loss:
             in_flight = len(self.in_flight) + 1     # with the segment that is sent next
             self.ssthresh = max(2.0, in_flight / 2)
-            self.cwnd = 1.0 if self.repair == "time-out" else self.ssthresh
-            self.repair = None
+            self.cwnd = 1.0 if self.pending_loss == "time-out" else self.ssthresh
+            self.pending_loss = None
 
-    def loses(self, path):
-        """Draw whether a segment is lost, by Gilbert's model.
-
-        The probability of a loss depends on whether the last segment was lost. In the long run,
-        the share of the lost segments is loss_rate.
-        """
-        if self.losing:
+    def draw_loss(self, path):
+        """Draw whether a segment is lost. By Gilbert's model, losses come in bursts."""
+        if self.last_lost:
             probability = path.loss_after_loss
-        else:
+        else:       # bursts must begin as often as they end, or the share is not loss_rate
             probability = (path.loss_rate * (1 - path.loss_after_loss)
                            / max(1 - path.loss_rate, 1e-9))     # never divide by 0
-        self.losing = path.rng.random() < probability
-        return self.losing
+        self.last_lost = path.rng.random() < probability
+        return self.last_lost
 
     def draw_repair(self, path, behind, is_bulk):
         """Return (delay of a lost segment in seconds, whether the sender has a time-out).
 
-        The method `arrival` explains the arguments. The delays were measured with Linux 6.18:
+        behind and is_bulk are arguments of `send`. The delays were measured with Linux 6.18:
 
             three or more segments follow          1 RTT: three acknowledgements report the loss
             some segments follow or are in flight  2 RTT: the tail loss probe (RFC 8985)
@@ -1000,13 +1002,15 @@ class TcpSender:
 def packet_loss(state, t, to, data, *, loss_rate=0.0, correlation=0.0, rtt=100, burst=1.0):
     """A link that loses packets, as TCP shows it: no byte is lost, but bytes arrive later.
 
-    If other packets follow, a lost packet arrives a round trip later. The last packet arrives a
-    round trip and 200 ms later. The sender slows down after each loss. By the formula of Mathis
-    (1997), a bulk transfer gets at most 1.22 * 1448 bytes / (rtt * sqrt(loss_rate)).
+    TCP sends a lost packet again. With rtt=100, the packet and the later bytes arrive 100 ms late
+    if three packets follow, and 300 ms late if the packet is alone. Each loss slows the sender
+    down: with rtt=100 and loss_rate=0.01, a bulk transfer gets at most 177 kB/s. The formula is
+    1.22 * 1448 bytes / (rtt * sqrt(loss_rate)) (Mathis, 1997).
 
     loss_rate    share of the packets that are lost, from 0 to 1
-    correlation  added to the probability of a loss directly after a loss, from 0 to 1
-    rtt          milliseconds of a round trip: the time of a repair, not a delay of all packets
+    correlation  added to loss_rate for the packet after a lost packet, from 0 to 1
+    rtt          milliseconds of a round trip. The handler delays only packets that wait for a loss
+                 or for acknowledgements
     burst        mean number of packets that are lost in a row; alternative to correlation
     """
     # state[to] is the time when the last segment arrives.
@@ -1018,10 +1022,10 @@ def packet_loss(state, t, to, data, *, loss_rate=0.0, correlation=0.0, rtt=100, 
     if not (data and loss_rate):
         yield max(t, state[to]), to, data
         return
-    if state[to] < sender.sent:         # Chain.reset_due_times has made state[to] earlier
+    if state[to] < sender.sent:         # Chain.reset_due_times has reduced state[to]
         sender.sent = state[to]
         sender.in_flight.clear()
-    # If bursts have n segments on average, a burst ends after each segment with probability 1 / n.
+    # A burst that ends after each segment with probability 1 / n has n segments on average.
     loss_after_loss = min(max(loss_rate + correlation, 1 - 1 / burst), 1 - 1 / BURST_MAX)
     path = TcpPath(rtt / 1000, loss_rate, loss_after_loss, state.random)
     earlier_chunk_waits = sender.sent > t
@@ -1029,8 +1033,8 @@ def packet_loss(state, t, to, data, *, loss_rate=0.0, correlation=0.0, rtt=100, 
     start = 0                           # the offset of the first byte that is not yielded yet
     for offset in range(0, len(data), SEGMENT):
         behind = (len(data) - offset - 1) // SEGMENT
-        arrival = sender.arrival(t, path, behind, is_bulk)
-        if arrival > state[to]:         # this segment arrives later than the segments before
+        arrival = sender.send(t, path, behind, is_bulk)
+        if arrival > state[to]:         # otherwise, the segment arrives with the segments before
             if offset > start:
                 yield max(t, state[to]), to, data[start:offset]
             start, state[to] = offset, arrival
@@ -1041,14 +1045,12 @@ def packet_loss(state, t, to, data, *, loss_rate=0.0, correlation=0.0, rtt=100, 
 # delays    milliseconds: (upstream, downstream)
 # loss      the share of the packets that are lost, from 0 to 1
 Network = namedtuple("Network", "rates delays loss")
-# Sources:
+# Sources. If a source has only one latency, each direction gets half of the latency:
 #
 #   ATC                Facebook's Augmented Traffic Control, utils/profiles
 #   NLC                Apple's Network Link Conditioner
-#   Chrome, Firefox    the network throttling of their developer tools. Each direction gets half of
-#                      the latency
-#   comcast            the README of github.com/tylertreat/comcast. Each direction gets half of the
-#                      latency
+#   Chrome, Firefox    the network throttling in the developer tools of these browsers
+#   comcast            the program comcast: the README of github.com/tylertreat/comcast
 NETWORKS = OrderedDict((
     ("2g", Network((18, 20), (650, 650), 0.02)),            # ATC 2G-DevelopingRural
     ("2g-urban", Network((32, 35), (650, 650), 0)),         # ATC 2G-DevelopingUrban
@@ -1069,8 +1071,8 @@ NETWORKS = OrderedDict((
     ("cable", Network((1000, 6000), (2, 2), 0)),            # ATC
     ("wifi", Network((33000, 40000), (1, 1), 0)),           # NLC
     ("wifi-lossy", Network((30000, 30000), (20, 20), 0.002)),    # comcast
-    # A geostationary satellite: the delay of RFC 2488 (section 2), the loss of comcast, and the
-    # rates that providers advertise
+    # A geostationary satellite: the delays are from RFC 2488 (section 2), the loss from comcast,
+    # and the rates from advertisements of providers
     ("satellite", Network((3000, 25000), (279, 279), 0.002)),
     ("very-bad", Network((1000, 1000), (500, 500), 0.1)),   # NLC Very Bad Network
 ))
@@ -5441,21 +5443,21 @@ class ProtocolChain(Chain):
 # This section uses no sockets.
 
 class Budget:
-    """The hard limit for the bytes in all delay queues of a loop together.
+    """The limit for the bytes in all delay queues of a loop together.
 
-    Each queue may hold HELD_MIN bytes in any case. While many bytes are free, each queue may hold
-    more: 1 / SHARES of the free bytes.
+    HELD_MIN bytes are reserved for each queue. The bytes that are neither held nor reserved are
+    free. A queue may hold 1 / SHARES of the free bytes.
     """
 
     __slots__ = ("total", "held", "queues", "fast_path_limit")
-    SHARES = 8          # a single queue cannot use all free bytes
+    SHARES = 8
 
     def __init__(self, total=HELD_TOTAL):
         self.total = total              # the limit, in bytes
         self.held = 0                   # bytes counted in all queues together
         self.queues = 0                 # the number of queues
-        # While `held` is not above fast_path_limit, each queue may hold the bytes of the largest
-        # read. So the fast path need not call `allowance`.
+        # The fast path compares `held` with this number, which is faster than `allowance`: up to
+        # this number, a queue may hold the bytes of the largest read.
         self.fast_path_limit = total - self.SHARES * max(HELD_MAX_IDLE, KERNEL_PIPE_SIZE)
 
     def add_queue(self):
@@ -5464,14 +5466,14 @@ class Budget:
         self.fast_path_limit -= HELD_MIN
 
     def remove_queue(self):
-        """Undo add_queue."""
+        """End the reservation of add_queue."""
         self.queues -= 1
         self.fast_path_limit += HELD_MIN
 
     def allowance(self, bound):
-        """Return how many bytes one queue may hold now.
+        """Return the most bytes that one queue may hold now.
 
-        bound    the most bytes that the queue may hold while enough bytes are free
+        bound    the limit of the queue, in bytes, while enough bytes are free
         """
         free = self.total - self.held - self.queues * HELD_MIN
         return max(HELD_MIN, min(bound, free // self.SHARES))
@@ -5484,7 +5486,7 @@ class DelayQueue:
     """The bytes of one direction that wait to be sent, each chunk with its due time.
 
     `queue` holds the events that are not due yet. `send_buffer` holds the chunks that are due and
-    wait until the target accepts them. Changes of the rules do not affect `send_buffer`.
+    wait until the target accepts them. A change of the rules affects only `queue`.
     """
 
     __slots__ = ("to", "budget", "queue", "order", "latest", "rate_limited_until", "send_buffer",
@@ -5498,7 +5500,7 @@ class DelayQueue:
         self.order = 0          # the number of the last event put. Events with equal due times
                                 #   keep the order of their numbers
         self.latest = 0.0       # the due time of the last byte in the queue
-        self.rate_limited_until = 0.0   # when the rate limits let the last byte pass
+        self.rate_limited_until = 0.0   # when the last byte would be due if only rate limits acted
         self.send_buffer = NO_CHUNKS    # chunks and EOF: see append_due
         self.held = 0           # bytes in queue and send_buffer, and CHUNK_OVERHEAD for each item
         self.kept = 0           # memory of the chain, in bytes, that the budget counts: see `keep`
@@ -5524,7 +5526,7 @@ class DelayQueue:
         """Queue an event. Bytes and EOF keep their order, but a RESET overtakes them.
 
         t         when the event is due
-        start     when the bytes or the signal came that the rules have changed into this event
+        start     when the proxy received the bytes or the signal that caused the event
         delays    the rules that have delayed the event, in the form of Chain.process
         """
         if not data and not isinstance(data, Signal):       # a handler may yield b""
@@ -5536,7 +5538,7 @@ class DelayQueue:
             t = self.latest
         if data or data is OPEN:        # an EOF does not delay bytes that are put after the EOF
             self.latest = t
-        # The rate limits alone would let the event pass at this time: see read_limit.
+        # limited_until is the due time if only the delays by rate limits count: see read_limit.
         limited_until = start
         for rule, seconds, _ in delays:
             if rule.rate_limited:
@@ -5548,18 +5550,18 @@ class DelayQueue:
         heapq.heappush(self.queue, (t, self.order, data, start, delays))
 
     def charge(self, size):
-        """Count a chunk of `size` bytes as held."""
+        """Count a chunk of `size` bytes, and its overhead, as held."""
         self.held += size + CHUNK_OVERHEAD
         self.budget.held += size + CHUNK_OVERHEAD
 
     def credit(self, size):
-        """Count `size` bytes, in which CHUNK_OVERHEAD is included, as no longer held."""
+        """Count `size` fewer bytes as held. For a whole chunk, `size` includes CHUNK_OVERHEAD."""
         self.held -= size
         self.budget.held -= size
         self.has_replies = self.has_replies and self.held > 0
 
     def keep(self, size):
-        """Set `kept` to `size`: the memory that requests from the source take in the chain."""
+        """Set `kept`, the bytes of memory that the chain uses for requests from the source."""
         self.budget.held += size - self.kept
         self.kept = size
 
@@ -5570,7 +5572,7 @@ class DelayQueue:
         self.send_buffer.append(data)
 
     def pop_due(self, now):
-        """Move the chunks and EOFs that are due to send_buffer. Returns the other signals."""
+        """Move due chunks and EOFs into send_buffer. Returns the other signals that are due."""
         signals = []
         while self.queue and self.queue[0][0] <= now:
             _, _, data, _, _ = heapq.heappop(self.queue)
@@ -5584,10 +5586,10 @@ class DelayQueue:
         return signals
 
     def next_time(self, now):
-        """Return the time for which a timer is needed.
+        """Return when this queue needs the timer of the connection next, or NEVER.
 
-        This is the due time of the first event. The time is earlier if a rate limit has stopped
-        the reading, and the reading can resume before this event is due: see read_limit.
+        A rate limit may stop the reading until read_limit() permits more bytes. The proxy can
+        resume the reading before the first event is due.
         """
         if not self.queue:
             return NEVER
@@ -5595,9 +5597,9 @@ class DelayQueue:
         return resume if now < resume < due else due
 
     def consume(self, size):
-        """Remove bytes that were sent from the first chunk in send_buffer.
+        """Remove `size` bytes of the first chunk in send_buffer, after they were sent.
 
-        size    the number of these bytes; 0 for an EOF
+        size    0 for an EOF
         """
         rest = self.send_buffer[0][size:]   # a memoryview, EOF or a KernelPipe
         self.buffered_out += size
@@ -5609,30 +5611,28 @@ class DelayQueue:
             self.credit(size + CHUNK_OVERHEAD)
 
     def release(self, removed, changed=()):
-        """Undo the delays of rules that were removed or changed. Delays of other rules remain.
+        """Undo the delays by rules that were removed or changed. Delays by other rules remain.
 
-        Events that a changed rule made of OPEN are dropped, because the rule gets OPEN again.
-        Returns whether an event had a delay of the removed or changed rules.
+        A changed rule gets OPEN again. So events that the rule has made of the last OPEN are
+        dropped. Returns whether an event had a delay by a removed or changed rule.
         """
         rules = [*removed, *changed]
         if not any(rule in rules for *_, delays in self.queue for rule, _, _ in delays):
             return False
         entries, self.queue, had_replies = self.queue, [], self.has_replies
         self.latest = self.rate_limited_until = 0.0         # `put` computes both again
-        # Put the events again in the order of the first put: the order of due times may differ.
-        entries.sort(key=lambda entry: entry[1])            # by `order`
-        for _, _, data, start, delays in entries:
+        # The heap is in the order of the due times. Put the events in the order of their numbers.
+        for _, _, data, start, delays in sorted(entries, key=lambda entry: entry[1]):
             self.credit(len(data) + CHUNK_OVERHEAD)
             if any(from_open and rule in changed for rule, _, from_open in delays):
                 continue
-            remaining = tuple((rule, seconds, from_open) for rule, seconds, from_open in delays
-                              if rule not in rules)
+            remaining = tuple(delay for delay in delays if delay[0] not in rules)
             self.put(start + sum(seconds for _, seconds, _ in remaining), data, start, remaining)
         self.has_replies = had_replies and self.held > 0    # `credit` may have set it to False
         return True
 
     def is_unused(self):
-        """Return whether the queue is empty, and neither the source nor the target is closed."""
+        """Return whether no data is held, and both sockets are still open."""
         return not (self.held or self.eof or self.write_closed)
 
     def is_full(self, clock):
@@ -5644,15 +5644,10 @@ class DelayQueue:
 
         While the proxy does not read, TCP slows the sender down (backpressure). The queue may hold
 
-            Rule.held_max    while a rate limit needs more than RATE_BACKLOG to let all bytes pass:
-                             the sender must slow down soon
-            HELD_MAX         otherwise, while the first event has a due time
-            HELD_MAX_IDLE    while there is no event, or the first event is never due
-
-        If there is no event, the clock is not read, to save time.
-
-        A nearly full queue counts as full. Otherwise each read would be as small as the last send,
-        and rules that cut chunks, such as `slicer`, would get only small chunks.
+            HELD_MAX_IDLE    while no rule delays bytes, or the first bytes are never due
+            HELD_MAX         while rules delay bytes
+            Rule.held_max    while a rule with a rate limit delays bytes by more than RATE_BACKLOG:
+                             the sender must soon slow down to this rate
         """
         bound = HELD_MAX_IDLE
         if self.queue:
@@ -5666,15 +5661,15 @@ class DelayQueue:
         allowance = self.budget.allowance(bound)
         room = allowance - self.held - CHUNK_OVERHEAD
         if self.kept:
-            # Replies of the backend free the kept bytes, even if the source is not read. So the
-            # limit for held and kept bytes together can be HELD_MAX in any case.
+            # The replies of the backend free the kept bytes, even while the source is not read.
+            # So, with any `bound`, kept and held bytes together may reach HELD_MAX.
             room = min(room, self.budget.allowance(HELD_MAX) - self.held - self.kept)
-        if room < min(READ_MIN, allowance / 4):
-            return 0
-        return min(CHUNK, room)
+        # Many small reads would be slow, and rules like `slicer` would get only small chunks.
+        is_room_too_small = room < min(READ_MIN, allowance / 4)
+        return 0 if is_room_too_small else min(CHUNK, room)
 
     def tell_dropped(self, data, delays):
-        """Tell the rules that have delayed a chunk that this chunk is dropped."""
+        """Tell the rules that have delayed a chunk that the proxy drops the chunk."""
         for rule, _, _ in delays:
             if rule.on_dropped:
                 rule.on_dropped(rule, self.to, len(data))
@@ -5687,7 +5682,7 @@ class DelayQueue:
         self.credit(self.held)
 
     def close(self):
-        """Drop all held data, and free the bytes that the budget counts for this queue."""
+        """Drop all held data, and let the budget count nothing for this queue."""
         if self.held:
             self.discard()
         if self.kept:
@@ -5699,38 +5694,34 @@ class DelayQueue:
 #
 # A loop runs in one thread. A loop has a selector for the sockets, a heap of timers, and a queue
 # of calls from other threads. Other threads may call only `run_sync`, `call_soon_threadsafe`,
-# `run_in_thread` and `stop`. This section has no code for connections. But a loop owns the
-# resources that its connections share: the receive buffer, the budget and the kernel pipes.
+# `run_in_thread` and `stop`. A loop owns the resources that its connections share: the receive
+# buffer, the budget and the kernel pipes.
 
 def capture(function, *args):
-    """Call a function. Returns (result, None), or (None, exception) if the function raises.
-
-    The caller passes the tuple to another thread, which uses the result or the exception.
-    """
+    """Call a function. Returns (result, None), or (None, exception) if the function raises."""
     try:
         return function(*args), None
     except BaseException as exc:
         return None, exc
 
 
-# Makes a SelectorKey of a tuple. SelectorKey(...) would be slower, because it would call
-# SelectorKey.__new__, a function in Python.
+# Makes a SelectorKey of a tuple, faster than SelectorKey(*tuple): no function in Python runs.
 make_selector_key = functools.partial(tuple.__new__, selectors.SelectorKey)
 
 
 class EpollSelector:
     """A faster selectors.EpollSelector, with the methods that Loop calls.
 
-    - A poll takes memory for MAX_EVENTS events, however many sockets are registered.
+    - A poll takes memory for MAX_EVENTS events, and not for an event of each registered socket.
     - `select` calls no Python function for an event.
-    - Before `select` sleeps, it polls in a busy loop for a short time: see `busy_poll`.
+    - Before `select` sleeps, `select` polls in a busy loop for SPIN_TIME: see `spin_then_sleep`.
     """
 
-    # MASKS[events] is the epoll mask for these events. EVENT_READ is 1 and EVENT_WRITE is 2.
-    # EPOLLIN is 1 and EPOLLOUT is 4.
+    # MASKS[events] is the mask for epoll: EPOLLIN (1) for EVENT_READ (1), EPOLLOUT (4) for
+    # EVENT_WRITE (2), and both (5) for BOTH_EVENTS (3).
     MASKS = [0, 1, 4, 5]
-    # {epoll mask: events}. The masks are EPOLLIN, EPOLLOUT, and EPOLLIN with EPOLLHUP. For each
-    # other mask, such as the mask of an error, `select` returns BOTH_EVENTS.
+    # {mask from epoll: events}. 17 is EPOLLIN | EPOLLHUP: the peer has closed. Each other mask,
+    # such as the mask of an error, means BOTH_EVENTS.
     READY = {1: EVENT_READ, 4: EVENT_WRITE, 17: EVENT_READ}
     BOTH_EVENTS = EVENT_READ | EVENT_WRITE
     MAX_EVENTS = 256        # the most events of one poll, so that timers do not wait too long
@@ -5738,17 +5729,15 @@ class EpollSelector:
                             #   fall asleep and to wake up
     PREEMPTED = 0.001       # if the busy loop takes more seconds, another process has had the CPU
     BACKOFF_MAX = 8         # the largest value of `skips` after a busy loop without events
-    BACKOFF_PREEMPTED = 512     # the value of `skips` after another process has had the CPU. Each
-                                #   such busy loop may cost a whole time slice
+    BACKOFF_PREEMPTED = 512     # the value of `skips` after another process has had the CPU
 
     def __init__(self, clock=time.monotonic):
         self.epoll = select.epoll()
         self.fileno, self.close = self.epoll.fileno, self.epoll.close
         self.keys = {}      # {descriptor: SelectorKey}
         self.clock = clock
-        self.skips = 0      # the next calls of busy_poll that will sleep without a busy loop
-        self.backoff = 0    # the value that `skips` had after the last busy loop: 0 if the loop
-                            #   ended with events
+        self.skips = 0      # how many more sleeps begin without a busy loop
+        self.backoff = 0    # the first value of `skips` after the last busy loop
 
     def register(self, sock, events, callback):
         fd = sock.fileno()
@@ -5766,26 +5755,24 @@ class EpollSelector:
         del self.keys[fd]
 
     def select(self, timeout=None):
-        """Return [(key, events)] of the ready sockets. Wait `timeout` seconds for them at most."""
+        """Wait `timeout` seconds at most. Returns [(key, events)] of the ready sockets."""
         events = self.epoll.poll(0, self.MAX_EVENTS)    # without a sleep
         if not events and timeout != 0:
-            events = self.busy_poll(-1 if timeout is None else timeout)     # -1: no time-out
+            events = self.spin_then_sleep(-1 if timeout is None else timeout)   # -1: no time-out
         # Look up all keys before any callback runs. A callback may close a socket and open
         # another socket, which gets the same descriptor.
         keys, ready, both = self.keys, self.READY.get, self.BOTH_EVENTS
         return [(keys[fd], ready(mask, both)) for fd, mask in events]
 
-    def busy_poll(self, timeout):
-        """Poll in a busy loop for SPIN_TIME. Then sleep until an event comes.
+    def spin_then_sleep(self, timeout):
+        """Poll in a busy loop for SPIN_TIME, then sleep. Returns the events of epoll.poll().
 
         timeout    the most seconds to sleep; -1: without a limit
 
-        Returns the events.
-
-        Many peers reply faster than a process falls asleep and wakes up. So a busy loop may be
-        faster than a sleep. If SPIN_TIME is the cost of falling asleep and waking up, this takes
-        at most twice the optimal time (Karlin et al., Empirical Studies of Competitive Spinning,
-        1991).
+        Many peers reply faster than a process falls asleep and wakes up: the busy loop receives
+        such a reply sooner than a sleep. Without a reply, the busy loop costs as much CPU time as
+        one more sleep (Karlin et al., Empirical Studies of Competitive Spinning, 1991). If busy
+        loops find no events, the next `skips` calls only sleep.
         """
         if self.skips:
             self.skips -= 1
@@ -5796,7 +5783,7 @@ class EpollSelector:
             os.sched_yield()            # the peer may need this CPU
             events = self.epoll.poll(0, self.MAX_EVENTS)
             elapsed = clock() - began
-        if elapsed > self.PREEMPTED:
+        if elapsed > self.PREEMPTED:    # another process has had the CPU for a whole time slice
             self.backoff = self.skips = self.BACKOFF_PREEMPTED
             return events               # even if the list is empty: a timer may be due
         # After successive busy loops without events, `skips` is 1, 2, 4, 8, 8 ...
@@ -5808,7 +5795,7 @@ class EpollSelector:
 def raise_fd_limit():
     """Raise this process's limit of file descriptors as far as permitted (man 2 getrlimit).
 
-    A connection needs two descriptors. Returns the new limit, or 0 if the limit is unknown.
+    Returns the new limit, or 0 if the limit is unknown.
     """
     try:
         import resource
@@ -5825,7 +5812,7 @@ def raise_fd_limit():
 
 
 def fds_available(limit):
-    """Return whether SPARE_FDS descriptors below a limit are free. Opens files to find out."""
+    """Open files to find out whether SPARE_FDS descriptors below a limit are free."""
     fds = []
     try:
         while len(fds) < SPARE_FDS:
@@ -5851,13 +5838,12 @@ class Loop:
     FD_SETSIZE = 1024       # select() accepts only descriptors below this number
     REBUILD_MIN = 100       # fewer cancelled timers are no reason to rebuild the heap of timers
 
-    # Whether this process has ever run out of file descriptors. If so, a listener checks that
-    # descriptors are free before it accepts a connection. All loops share this value.
+    # Whether this process has ever run out of file descriptors (for all loops together). From
+    # then on, a listener checks that descriptors are free before accepting a connection.
     fds_exhausted = False
 
-    # The sockets of clients and backends have descriptors below this limit. The other descriptors
-    # are for the control server. The kernel hands out the lowest free descriptor. So a socket
-    # only gets a descriptor beyond the limit if all descriptors below the limit are in use.
+    # Listeners accept connections only while descriptors below this limit are free. Descriptors
+    # from this limit on are for the control server.
     fd_limit = math.inf
 
     def __init__(self, clock=time.monotonic, selector=None):
@@ -5882,25 +5868,24 @@ class Loop:
         self.wakeup_send.setblocking(False)
         self.wakeup_recv.setblocking(False)
         self.watch(self.wakeup_recv, EVENT_READ, self.on_wakeup)
-        # The time-out of epoll is a number of milliseconds, and that of select() a number of
-        # microseconds. So in a precise wait, select() watches the descriptor of the selector.
+        # epoll rounds a time-out to milliseconds, but select() only to microseconds. So a short
+        # `wait` calls select() for precise_fds: the descriptor of the epoll object itself.
         fileno = getattr(self.selector, "fileno", None)
         self.precise_fds = [fileno()] if fileno and fileno() < self.FD_SETSIZE else None
-        # select() can watch 512 sockets on Windows, and descriptors below FD_SETSIZE elsewhere.
-        # With 500 sockets, there are enough descriptors for other files.
+        # On Windows, select() can watch 512 sockets. Elsewhere, select() can watch descriptors
+        # below FD_SETSIZE, and other files need some of these descriptors.
         self.socket_limit = 500 if isinstance(self.selector, selectors.SelectSelector) \
             else math.inf
 
     def watch(self, sock, events, callback=None):
-        """Call callback(events) whenever a socket is ready for one of these events.
+        """Call callback(ready_events) whenever a socket is ready for one of `events`.
 
         events    EVENT_READ, EVENT_WRITE or both; 0: stop watching the socket
 
-        The argument of the callback has the events that the socket is ready for. After an error
-        of the socket, the argument may have further events.
+        After an error of the socket, ready_events may also have an event that is not in `events`.
         """
-        # `sock in self.selector.get_map()` would be slower. For an unknown socket, it formats
-        # a KeyError with repr(sock), which makes system calls.
+        # A lookup in self.selector.get_map() would be slower: for an unknown socket, the lookup
+        # calls repr(sock), which makes system calls.
         is_watched = sock in self.watched
         if events and is_watched:
             self.selector.modify(sock, events, callback)
@@ -5912,7 +5897,7 @@ class Loop:
             self.selector.unregister(sock)
 
     def capacity_error(self):
-        """Return why one more connection cannot be served, or "" if there is no reason."""
+        """Return why the loop cannot serve one more connection, or "" if the loop can."""
         if len(self.watched) + 2 > self.socket_limit:       # 2 sockets for the connection
             return "select() takes no more sockets"
         if Loop.fds_exhausted and not fds_available(self.fd_limit):
@@ -5927,21 +5912,17 @@ class Loop:
         return timer
 
     def cancel(self, timer):
-        """Cancel a timer. Does nothing if `timer` is None, has called back, or is cancelled.
-
-        A cancelled timer stays in the heap until it is the first timer there, or until the heap
-        is rebuilt.
-        """
+        """Cancel a timer. Does nothing if `timer` is None, has called back, or is cancelled."""
         if not timer or not timer[CALLBACK]:
             return
-        timer[CALLBACK] = None
+        timer[CALLBACK] = None      # the timer stays in the heap for now
         self.cancelled_count += 1
-        # A rebuild removes at least half of the heap. So rebuilds take little time for each timer.
+        # Rebuild the heap if more than half of the timers in the heap are cancelled.
         if self.cancelled_count > max(self.REBUILD_MIN, len(self.timers) // 2):
             self.timers = [entry for entry in self.timers if entry[CALLBACK]]
             heapq.heapify(self.timers)
             self.cancelled_count = 0
-        # Remove cancelled timers that are first now: with an empty heap, wait() reads no clock.
+        # The loop must not wake up for cancelled timers: remove them from the top of the heap.
         while self.timers and not self.timers[0][CALLBACK]:
             heapq.heappop(self.timers)
             self.cancelled_count -= 1
@@ -5952,7 +5933,7 @@ class Loop:
             while self.running:
                 for key, events in self.wait():
                     key.data(events)    # calls the callback
-                    if self.calls:      # do not wait: hundreds of other sockets may be ready
+                    if self.calls:      # run calls of other threads before the other callbacks
                         self.run_queued()
                 if self.timers:
                     self.run_timers()
@@ -5962,14 +5943,14 @@ class Loop:
     def wait(self):
         """Wait until sockets are ready, or until the next timer is due.
 
-        Returns [(key, events)] of the ready sockets. It may return an empty list a little too
-        early. Then `run` calls this function again.
+        Returns [(key, events)] of the ready sockets. May return [] before the timer is due: `run`
+        calls `wait` again.
         """
         if not self.timers:
             return self.selector.select()       # without a time-out the kernel sets no timer
         timeout = max(0, self.timers[0][DUE] - self.clock())
         if timeout > PRECISE_WAIT:
-            # Wake up early. The next call waits precisely for the rest of the time.
+            # Return before the timer is due. The next call uses select.select(), which is precise.
             return self.selector.select(min(MAX_WAIT, timeout - PRECISE_WAIT / 2))
         if timeout == 0 or self.precise_fds is None:
             return self.selector.select(timeout)
@@ -5983,7 +5964,7 @@ class Loop:
         while self.timers and self.timers[0][DUE] <= now:
             timer = heapq.heappop(self.timers)
             callback = timer[CALLBACK]
-            timer[CALLBACK] = None
+            timer[CALLBACK] = None          # cancel() has no effect any more
             if callback:
                 callback()
             else:                           # the timer was cancelled
@@ -5995,13 +5976,13 @@ class Loop:
         A handler of an OS signal may call this function too.
         """
         self.calls.append((function, args))
-        # send() fails if the loop is closed. It also fails if the socket's buffer is full. Then
-        # the loop wakes up anyway, to read from the socket.
+        # send() fails if the loop is closed, or if the buffer of the socket is full. A loop that
+        # has a full buffer wakes up anyway, to read the bytes.
         with contextlib.suppress(OSError):
             self.wakeup_send.send(b"!")
 
     def on_wakeup(self, events):
-        """Receive the bytes of call_soon_threadsafe, and run the queued calls."""
+        """Run the queued calls. Drops the bytes with which other threads wake up the loop."""
         with contextlib.suppress(BlockingIOError):
             self.wakeup_recv.recv(4096)
         self.run_queued()
@@ -6026,9 +6007,9 @@ class Loop:
             done.set()
 
         self.call_soon_threadsafe(run)
-        # If the loop ends before it runs the call, `done` is never set. So check every second.
+        # A loop that has ended does not run the call. So check `ended` every second.
         while not done.wait(0 if self.ended else 1):
-            # The loop may have run the call just before its end. So check `done` again.
+            # The loop may have run the call between the check of `done` and the end of the loop.
             if self.ended and not done.is_set():
                 raise RuntimeError("the loop has ended")
         result, exc = outcome
@@ -6039,9 +6020,8 @@ class Loop:
     def is_forked(self):
         """Return whether this process is a fork of the process that has created the loop.
 
-        The loop's thread does not run in a fork. But the kernel's epoll object is the same in
-        both processes. If the fork stopped watching a socket, the loop would no longer get the
-        events of this socket.
+        A fork has no thread that runs the loop, but shares the epoll object of the loop. If the
+        fork stopped watching a socket, the loop would get no more events of the socket.
         """
         return self.pid != os.getpid()
 
