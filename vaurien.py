@@ -10,7 +10,7 @@ restart of the database, a cache that is down, and replies that are slow, cut, r
                        --behavior 20:delay,5:error
     python3 vaurien.py --help
 
-This one file needs nothing but the standard library of Python 3.6 or newer.
+This file needs only the standard library of Python 3.6 or newer.
 
 The path of a chunk (the bytes that one recv has returned):
 
@@ -85,8 +85,7 @@ To add
     a rule field   one line in RULE_FIELDS, in the section Options, and code for its meaning in
                    Rule or Chain
 
-PYTEST_DONT_REWRITE is a word for pytest, which loads this file as a plugin: no assertion of this
-file needs rewriting.
+PYTEST_DONT_REWRITE: pytest loads this file as a plugin, but must not rewrite its assertions.
 """
 import argparse
 import atexit
@@ -165,7 +164,7 @@ log = logging.getLogger("vaurien")
 
 LINUX = sys.platform.startswith("linux")
 
-# Sizes, in bytes. A chunk is the data of one recv
+# Sizes, in bytes
 CHUNK = 256 * 1024              # the largest recv. In benchmarks, a larger recv is not faster
 PARSED_CHUNK = 8 * 1024         # the largest recv that a protocol parses, in 50 ms at most
 HELD_MAX = 16 * 1024 * 1024     # limit of a delay queue while a rule delays bytes: 16 ms at 1 GB/s
@@ -262,20 +261,20 @@ class Signal(bytes):
     def __getitem__(self, key):
         return self
 
-    # Signals are compared by identity. The comparison of bytes would make all signals equal.
+    # All signals have the bytes b"". So == compares the identity of signals, and not their bytes.
     __eq__, __ne__, __hash__ = object.__eq__, object.__ne__, object.__hash__
 
 
-# A rule drawn for a connection gets an OPEN of each direction: when the client connects or the
-# rule begins to act, and whenever the options of the rule change. The proxy connects to the
-# backend when the first OPEN of the direction UPSTREAM is due.
+# A rule drawn for a connection gets an OPEN for each direction when the client connects, when the
+# rule begins to act, and when the options of the rule change. The proxy connects to the backend
+# when the UPSTREAM OPEN of the new client is due.
 OPEN = Signal("OPEN")
-# The stream ends in this direction (half-close), because the peer has closed or reset its socket.
-# After an EOF in both directions, the proxy closes the connection.
+# The sender of this direction has closed or reset its socket, and sends no more bytes. After an
+# EOF in both directions, the proxy closes the connection.
 EOF = Signal("EOF")
 RESET = Signal("RESET")     # the proxy drops all data and resets both sockets
-# With a protocol, END_OF_MESSAGE follows each request and reply. END_OF_ROW follows each row while
-# an installed rule has the option `rows`. The proxy sends neither signal to a peer.
+# In a connection with a protocol, END_OF_MESSAGE follows each request and each reply. END_OF_ROW
+# follows each row of a reply while an installed rule has the option `rows`.
 END_OF_MESSAGE = END = Signal("END_OF_MESSAGE")     # END is an older name, for users' handlers
 END_OF_ROW = Signal("END_OF_ROW")
 
@@ -473,16 +472,16 @@ def format_value(value):
 #              draw              the random number that decided that the rule acts
 #              drawn_options     {option: value} for the fault record: options that the user left
 #                                empty, with the values that the handler has drawn
-#   t        the due time of the event: `received_at` and the delays by earlier rules. A yielded
-#            event is never due before t
+#   t        the due time of the event: `received_at` plus the delays by earlier rules. A handler
+#            must not yield an event that is due before t
 #   to       UPSTREAM or DOWNSTREAM. To reply to the sender of the event, a handler yields an event
 #            of the opposite direction
 #   data     bytes, or a signal: OPEN, EOF, END_OF_MESSAGE or END_OF_ROW. A handler may also yield
 #            RESET
 #   *, ...   the options. The default of an option determines the type of the option: bool, int,
-#            float or str. The docstring has a line for each option: its help
+#            float or str. The docstring of the handler has a line of help for each option
 #
-# A complete handler, which also works on the command line, in ini files and in both APIs:
+# A complete handler. The command line, ini files and the HTTP API accept its name and its option:
 #
 #     @handler
 #     def lose(state, t, to, data, *, percent_lost=10):
@@ -493,8 +492,8 @@ def format_value(value):
 #         if not data or state.random.random() * 100 >= percent_lost:
 #             yield t, to, data
 #
-# The handlers of this file are in this section. A user's handler is in a module of the user: the
-# command line takes the dotted path of the handler, and a test decorates it with @vaurien.handler.
+# A user's handler is in a module of the user. The command line takes the dotted path of the
+# handler, like my_module.lose. In a test, @vaurien.handler registers the handler.
 
 HANDLERS = OrderedDict()        # {name: handler}
 
@@ -509,19 +508,17 @@ def with_attributes(**attributes: "Any") -> "Callable[[Function], Function]":
     """Return a decorator that sets attributes of a handler. All attributes are optional:
 
     option_checks       {option: check} for options that accept only some values (section Checks)
-    choose_direction    set by the decorator only_direction
-    changes_replies     set by the decorator changes_replies
-    rate_limited        set by the decorator rate_limited
-    held_max            with rate_limited: the most bytes of a recv, and of a delay queue of a slow
-                        link (DelayQueue.read_limit). The default is HELD_MAX_IDLE
-    keeps_due_time      True: state[to] is a time before which the handler lets no chunk pass.
-                        After the removal of another rule, Chain.reset_due_times makes state[to]
-                        earlier, because the other rule delays no data any more
+    held_max            for a handler with @rate_limited: the most bytes that one recv may return,
+                        and that a delay queue may hold while the handler delays bytes by more
+                        than RATE_BACKLOG. The default is HELD_MAX_IDLE
+    keeps_due_time      True: the handler stores in state[to] the earliest due time of the next
+                        chunk. If the removal of an earlier rule ends delays, the function
+                        Chain.reset_due_times reduces state[to]
     on_dropped          a function (rule, to, size) to call when the proxy drops a chunk that the
                         handler has delayed
-    fixed_delay         a function (options). It returns a number of seconds if the handler only
-                        delays each chunk, always by this time, and otherwise 0. So a chain need
-                        not call the handler for each chunk
+    fixed_delay         a function (options). The result is the delay in seconds if the handler
+                        delays all chunks equally, and does nothing else; or 0. A chain adds a
+                        fixed delay without a call of the handler
     """
     def decorate(function):
         for name, value in attributes.items():
@@ -534,7 +531,7 @@ def rate_limited(function: "Function") -> "Function":
     """Mark a handler that delays chunks like a slow link.
 
     The handler sets state[to] to the time when the slow link has sent all chunks so far. While
-    state[to] is far away, the proxy reads little from the source (DelayQueue.read_limit).
+    state[to] is far in the future, DelayQueue.read_limit lets the proxy read little.
     """
     return with_attributes(rate_limited=True, keeps_due_time=True)(function)
 
@@ -543,13 +540,13 @@ def only_direction(
         choose: "Callable[[Dict[str, Any]], str]") -> "Callable[[Function], Function]":
     """Return a decorator for a handler that needs events of one direction only.
 
-    choose    a function (options) that returns the direction for a rule without the field `stream`
+    choose    a function (options) that returns the direction, for a rule without the field stream
     """
     return with_attributes(choose_direction=choose)
 
 
 def changes_replies(function: "Function") -> "Function":
-    """Mark a handler that changes replies only: its rules cannot have stream="upstream"."""
+    """Mark a handler that only changes replies. A rule with stream="upstream" is then an error."""
     return with_attributes(changes_replies=True)(function)
 
 
@@ -570,7 +567,7 @@ def delay(state, t, to, data, *, sleep=1.0, before=True):
     """
     if data is OPEN:            # the client connects, or the rule has new options
         state[to] = t + sleep
-        state["delayed_request"] = 0
+        state["delayed_request"] = 0    # the next bytes count as the first bytes of a request
     elif data and state["delayed_request"] != state.request_number:     # the first bytes
         state[to] = t + sleep
         state["delayed_request"] = state.request_number
@@ -594,7 +591,7 @@ def error(state, t, to, data, *, inject=False, warmup=0, kind=""):
             middle = len(data) // 2
             data = data[:middle] + random_bytes(state.random, 100) + data[middle:]
         yield t, to, data
-    elif state.protocol_lost:       # random bytes are only for proxies of tcp
+    elif state.protocol_lost:       # a proxy with a protocol never sends random bytes
         yield t, to, data
     elif state.protocol:
         yield from state.protocol.reply_with_error(state, t, to, data, kind)
@@ -616,12 +613,12 @@ def transient(state, t, to, data, *, agitate=1, inject=False, warmup=0, kind="")
     warmup   number of requests of the proxy that pass before the first one fails
     kind     an error of the protocol, like 503, LOADING, 1213 or 57P01; default: one is drawn
     """
-    # After the warmup, each request gets a number when the proxy receives the first byte.
+    # state["number"] is the number of this request, counted from 1 after the warmup.
     connecting = state.protocol and not state.current_request
-    in_request = data and not connecting and state.request > warmup
-    if in_request and not state["number"]:
-        state.shared["numbered"] += 1
-        state["number"] = state.shared["numbered"]
+    is_request_after_warmup = data and not connecting and state.request > warmup
+    if is_request_after_warmup and not state["number"]:
+        state.shared["last_number"] += 1
+        state["number"] = state.shared["last_number"]
     if 1 <= state["number"] <= agitate:
         yield from error(state, t, to, data, inject=inject, kind=kind)
     else:
@@ -690,11 +687,11 @@ def cut(state, t, to, data, *, bytes=0, rows=0, how="close"):
             yield from close_both(t)
 
 
-# Each handler below that has the name of a toxic of Toxiproxy also has the options and units of
-# the toxic. The fields of a rule have other defaults in a toxic than in a behavior:
+# Many handlers below have the names of Toxiproxy's toxics, with the same options and units. The
+# defaults of a toxic differ from the defaults of a rule in a behavior:
 #
-#   as a toxic        a handler is drawn for each connection, and gets the downstream events
-#   in a behavior     a handler is drawn for each request, and gets the events of both directions
+#   a toxic             is drawn for each connection, and gets the downstream events
+#   a rule              is drawn for each request, and gets the events of both directions
 
 HANDLERS["noop"] = dummy        # Toxiproxy's name
 
@@ -702,7 +699,7 @@ HANDLERS["noop"] = dummy        # Toxiproxy's name
 def pareto_deviation(rng):
     """Draw a number by Pareto's distribution, shifted to the mean 0.
 
-    The shape 3, with the mean 1.5, and the scale 4 / 3 are from netem.
+    As in netem, the shape is 3, the mean before the shift is 1.5, and the scale is 4 / 3.
     """
     return ((1 - rng.random()) ** (-1 / 3) - 1.5) * 4 / 3
 
@@ -748,7 +745,7 @@ def latency(state, t, to, data, *, latency=0, jitter=0, distribution="uniform"):
 
 
 def cancel_transfer(rule, to, size):
-    """Free the time that a shared link has reserved for bytes, because the bytes are dropped."""
+    """Give back the time that a shared link has reserved for `size` bytes: they are dropped."""
     rate = rule.options["rate"]
     if rule.options["shared"] and rate:
         rule.shared[to] -= size / (rate * 1000)
@@ -764,20 +761,20 @@ def bandwidth(state, t, to, data, *, rate=0, shared=False):
     shared   yes: one link for all connections of the proxy, first come, first served
     """
     # state[to] is the time when the link has sent all chunks of this connection so far.
-    # state.shared[to] is the time when a shared link has sent the chunks of all connections. A
-    # chunk takes time of a shared link from `received_at` on, even if another rule delays the
-    # chunk. Several delayed chunks that become due at one time exceed the rate for a moment.
+    # state.shared[to] is the time when a shared link has sent all chunks of all connections. A
+    # shared link reserves time for a chunk from `received_at` on, so that a chunk that an earlier
+    # rule delays does not make the chunks of other connections wait.
     if data is OPEN:            # the options may be new: forget the delay by the old options
         state[to] = t
-    # Pieces let the bytes arrive evenly. A piece is one TCP segment, but has the bytes of 10 ms at
-    # least, and the bytes of 100 ms at most.
+    # A chunk arrives evenly, in pieces. A piece is one TCP segment, or the bytes of 10 ms if that
+    # is more, or the bytes of 100 ms if that is less.
     bytes_per_ms = rate
     piece_size = int(max(10 * bytes_per_ms, min(SEGMENT, 100 * bytes_per_ms)))
     for piece in split_chunk(data, piece_size):
         if piece:
             seconds = len(piece) / (1000 * bytes_per_ms) if rate > 0 else NEVER
             state[to] = max(t, state[to]) + seconds
-            if shared and t < NEVER:        # a chunk that another rule holds takes no time
+            if shared and t < NEVER:        # a chunk held by `hang` takes no time of the link
                 state.shared[to] = max(state.received_at, state.shared[to]) + seconds
                 state[to] = max(state[to], state.shared[to])
         yield max(t, state[to]), to, piece
@@ -818,7 +815,7 @@ def slow_close(state, t, to, data, *, delay=0):
 def timeout(state, t, to, data, *, timeout=0):
     """A dead link: all bytes are lost, and after a time the connection is closed.
 
-    When the rule is removed, the connection is closed too, because bytes are missing.
+    The removal of the rule also closes the connection, because bytes are missing.
 
     timeout  milliseconds after the rule begins to act; 0 never closes
     """
@@ -826,7 +823,7 @@ def timeout(state, t, to, data, *, timeout=0):
     state.setdefault("began", t)
     if is_first or data is OPEN:        # after an OPEN, the options may be new
         close_at = state["began"] + timeout / 1000 if timeout > 0 else NEVER
-        yield from close_both(close_at)     # when the rule is removed, both EOFs are due at once
+        yield from close_both(close_at)     # the removal of the rule makes both EOFs due
     if not data:                # bytes are dropped
         yield t, to, data
 
@@ -1085,7 +1082,7 @@ check_network = choice_check(*NETWORKS)
 def network(state, t, to, data, *, profile="3g"):
     """A network with a name: its latency, its data rate and its packet loss, both ways.
 
-    Connecting takes a round trip. In a file, a toxic with this handler needs stream = both.
+    Connecting takes a round trip. In an ini file, a toxic with this handler needs stream = both.
 
     profile  2g, 2g-urban, gprs, edge, edge-good, edge-lossy, 3g, 3g-good, 3g-lossy, slow-3g,
              fast-3g, 4g, lte, dial-up, dsl, dsl-poor, cable, wifi, wifi-lossy, satellite or
@@ -1096,13 +1093,13 @@ def network(state, t, to, data, *, profile="3g"):
     if data is OPEN and to == UPSTREAM:
         t += rtt / 1000         # connecting takes a round trip
     events = [(t, to, data)]
-    # The handlers of `steps` act one after the other, each with a state of its own.
+    # The events pass through these handlers in order. Each handler has a state of its own.
     steps: "Any" = [(packet_loss, {"loss_rate": loss, "rtt": rtt}),
                     (bandwidth, {"rate": rates[index] / 8}),        # kbit to kilobytes
                     (latency, {"latency": delays[index]})]
     for function, options in steps:
         substate = state.substate(function.__name__)
-        if data is not OPEN:            # Chain.reset_due_times may have made state[to] earlier
+        if data is not OPEN:            # Chain.reset_due_times may have reduced state[to]
             substate[to] = min(substate[to], state[to])
         events = [new_event for event in events
                   for new_event in function(substate, *event, **options)]
@@ -1114,12 +1111,12 @@ PIECES_MAX = 1000   # the most pieces of one chunk. A piece takes CHUNK_OVERHEAD
 
 
 def split_chunk(data, size, variation=0, rng=None):
-    """Yield the pieces of a chunk. A signal is one piece. If `size` is 0, a chunk is one piece.
+    """Yield the pieces of a chunk. Yields signals unchanged, and chunks too if `size` is 0.
 
-    size         the bytes of a piece. In place of more than PIECES_MAX pieces, a chunk has larger
-                 pieces
-    variation    with `rng`: the largest difference between a piece and `size`, in bytes
-    rng          a random.Random, or None for pieces of equal size
+    size         the bytes of a piece. The pieces are larger if a chunk would have more than
+                 PIECES_MAX pieces
+    variation    the largest difference between a piece and `size`, in bytes
+    rng          a random.Random that draws the differences; None: all pieces have `size` bytes
     """
     if not data or size <= 0:
         yield data
