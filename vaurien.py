@@ -12667,8 +12667,8 @@ class Fault:
     def __init__(self, interface, handler_name, begin, end, key_field):
         self.name: str = handler_name
         self._interface = interface
-        self._begin = begin         # function that begins the block. Returns the key of the block
-        self._end = end             # function of the key that ends the block
+        self._begin = begin         # begin() begins the block, and returns the key of the block
+        self._end = end             # end(key) ends the block
         self._key = None            # the number of the block, or the name of the toxic
         self._key_field = key_field     # the field of a FaultRecord with the key: block or toxic
         self._since = 0             # the number of the last FaultRecord before the block
@@ -12739,7 +12739,7 @@ class Interface:
 
     def __init__(self):
         self._open_faults = []  # the Faults whose `with` block is open, the outermost first
-        self._reset_record = 0  # the number of the last FaultRecord before the last reset
+        self._since_reset = 0   # the number of the last FaultRecord before the last reset
 
     # Faults during a `with` block
 
@@ -12750,8 +12750,8 @@ class Interface:
                 ...
 
         If blocks are nested, the handlers of all open blocks act, each with a draw of its own. In
-        a block of the handler `dummy`, no handlers act except toxics. When the last block has
-        ended, the behavior acts again. Blocks do not affect toxics. Blocks may end in any order.
+        a block of the handler `dummy`, only toxics act. When the last block has ended, the
+        behavior acts again. Blocks do not affect toxics. Blocks may end in any order.
 
         Raises RuntimeError if the proxy is not running.
         """
@@ -12793,8 +12793,8 @@ class Interface:
     def refusing(self, **times: "Union[float, str]") -> "ContextManager[None]":
         """Refuse new clients during a `with` block, as if no server listened on the port.
 
-        times    windows within the block, if clients are not refused all the time: start,
-                 duration, every and ttl.
+        times    start, duration, every and ttl of the windows in which clients are refused. By
+                 default, clients are refused during the whole block.
 
         A new connect fails with ECONNREFUSED at once. Open connections continue.
         """
@@ -12803,8 +12803,8 @@ class Interface:
     def dropping(self, **times: "Union[float, str]") -> "ContextManager[None]":
         """Let connects of new clients time out during a `with` block.
 
-        times    windows within the block, if connects do not time out all the time: start,
-                 duration, every and ttl.
+        times    start, duration, every and ttl of the windows in which connects time out. By
+                 default, connects time out during the whole block.
 
         A new connect gets no reply, as if a firewall dropped the packets. The client's TCP repeats
         the SYN, first after one second. The first SYN after the block connects the client. Open
@@ -12834,7 +12834,7 @@ class Interface:
         options     options of the handlers: {handler: {option: value}}.
         fields      options and rule fields of a single handler.
 
-        From now on, the handlers of open `with` blocks do not act.
+        Open `with` blocks end: their handlers do not act any more.
         """
         is_name = isinstance(behavior, str) and ":" not in behavior
         is_single_handler = is_name or callable(behavior)
@@ -12935,8 +12935,8 @@ class Interface:
         times = check_field("times", number_check(int, "a whole number, 1 or more",
                                                   lambda times: times >= 1), times)
         since, matches = self._selection(name, since, match)
-        what = "any handler" if name is None else self._handler_name(name)
-        return self._wait_for_fault(what, since, matches, times, timeout)
+        subject = "any handler" if name is None else self._handler_name(name)
+        return self._wait_for_fault(subject, since, matches, times, timeout)
 
     async def wait_for_async(self, name: "Optional[Handler]" = None, timeout: float = 5,
                              since: "Optional[int]" = None, times: int = 1,
@@ -13027,11 +13027,11 @@ class Interface:
 
     # For Fault
 
-    def _wait_for_fault(self, name, since, matches, count, timeout):
+    def _wait_for_fault(self, subject, since, matches, count, timeout):
         """Wait until `count` faults match. Returns the FaultRecord of fault number `count`.
 
-        Raises TimeoutError, like "delay has not acted 3 times, but 1, in 5 seconds". The function
-        wait_for_records documents the arguments.
+        Raises TimeoutError, like "SUBJECT has not acted 3 times, but 1, in 5 seconds". The
+        function wait_for_records documents the other arguments.
         """
         found = self._wait_for_records(since, matches, count, timeout)
         if len(found) >= count:
@@ -13040,12 +13040,12 @@ class Interface:
         faults = Counter(record.handler for record in self.events(since) if record.change is None)
         fault_counts = ", ".join("%d %s" % (number, handler) for handler, number in faults.items())
         raise TimeoutError("%s has not acted%s in %g seconds; faults: %s"
-                           % (name, shortfall, timeout, fault_counts or "none"))
+                           % (subject, shortfall, timeout, fault_counts or "none"))
 
     def _selection(self, name, since, match):
-        """Convert arguments of `count` into (since, matches) for _wait_for_fault.
+        """Convert arguments of `count` into (since, matches). Raises ValueError.
 
-        Raises ValueError.
+        matches(record) returns whether a FaultRecord with a number above `since` counts.
         """
         if name is not None:
             name = self._handler_name(name)
@@ -13067,10 +13067,10 @@ class Interface:
         """Return the default value of the argument `since` of `count`."""
         blocks_of_handler = [fault for fault in self._open_faults if fault.name == handler_name]
         blocks = blocks_of_handler or self._open_faults
-        return blocks[-1]._since if blocks else self._reset_record
+        return blocks[-1]._since if blocks else self._since_reset
 
     def _block(self, table, replaces_outer_blocks):
-        """Return the Fault for a block with one rule: a dict for the function read_rules."""
+        """Return the Fault for a block with one rule: the dict `table`, for read_rules."""
         self._check_running()
         return Fault(self, table["name"], key_field="block", end=self._end_block,
                      begin=lambda: self._begin_block(table, replaces_outer_blocks))
@@ -13088,9 +13088,10 @@ def toxic_table(fields):
     """Return a toxic in the JSON form of Toxiproxy's API, with all options in `attributes`.
 
     {"type": "latency", "latency": 9} becomes {"type": "latency", "attributes": {"latency": 9}}.
+    The dict `fields` may have options in `attributes` already.
     """
     table, attributes = {}, dict(fields.get("attributes") or {})
-    handler_function = HANDLERS.get(fields.get("type"))
+    handler_function = HANDLERS.get(fields.get("type"))     # None if only the server has it
     for key, value in fields.items():
         if key in TOXIC_FIELDS or is_rule_field(handler_function, key):
             table[key] = value
@@ -13186,7 +13187,7 @@ class Proxy(Interface):
         toxics      rules beside the behavior, with the arguments of add_toxic:
                     [{"type": "latency", "latency": 200}].
         enabled     False: do not listen until `enable` is called.
-        tls         options of `vaurien --help tls`: {"cert": "auto", "max_version": "1.2"}.
+        tls         {"cert": "auto", "max_version": "1.2"}: the options of `vaurien --help tls`.
         accept      how new clients are accepted, as in set_accept.
         max_connections
                     the most clients at a time; 0 is no limit. Clients above the limit get the
@@ -13194,8 +13195,8 @@ class Proxy(Interface):
         record      a file to write the faults to.
         replay      a file that `record` has written: do not draw faults, but repeat the faults of
                     this file, on the same connections and requests.
-        reuse_port  the number of this process, 1 or more, if several processes share the port,
-                    on Linux. Processes with different numbers have different draws.
+        reuse_port  if several processes share the port (only on Linux): the number of this
+                    process, 1 or more. Processes with different numbers have different draws.
 
     Raises:
         ValueError      an argument is invalid; the message names the argument.
@@ -13215,7 +13216,7 @@ class Proxy(Interface):
                  replay: "Optional[str]" = None, reuse_port: "Optional[int]" = None) -> None:
         super().__init__()
         options = check_field("options", check_handler_options, options or {})
-        name = check_field("name", check_text, name)
+        name = check_field("name", check_text, name)        # a number becomes text
         self._server = ProxyServer(
             distant=check_field("distant", parse_endpoint, distant, parse_backend),
             local=check_field("local", parse_endpoint, local, parse_listener),
@@ -13300,7 +13301,7 @@ class Proxy(Interface):
 
     @property
     def ca(self) -> str:
-        """The certificate, in PEM, of the CA that signs the certificates of tls-cert auto."""
+        """The certificate (PEM) of the CA that signs the certificates of `--tls-cert auto`."""
         return AUTHORITY.pem()
 
     @property
@@ -13375,7 +13376,7 @@ class Proxy(Interface):
 
     def reset(self) -> None:
         self._change(ProxyTable.reset)
-        self._reset_record = self._last_record()
+        self._since_reset = self._last_record()
 
     # For Interface
 
@@ -13443,9 +13444,9 @@ def check_path(path):
 
 
 def make_recording(record, replay):
-    """Return (Recorder, Replay) for two paths. For a path that is None, the item is None.
+    """Return (Recorder, Replay) for two paths. Raises ValueError.
 
-    Raises ValueError.
+    A path may be None. Then the Recorder or the Replay is None.
     """
     record = check_optional("record", check_path, record)
     replay = check_optional("replay", check_path, replay)
@@ -13508,7 +13509,7 @@ class Client(Interface):
 
     @property
     def ca(self) -> str:
-        """The certificate, in PEM, of the CA that signs the certificates of tls-cert auto."""
+        """The certificate (PEM) of the CA that signs the certificates of `--tls-cert auto`."""
         return self.request("GET", "/ca.pem")
 
     def _exchange(self, method, path, body):
@@ -13577,7 +13578,7 @@ class Client(Interface):
 
     def reset(self) -> None:
         self.request("POST", "/proxy/reset")
-        self._reset_record = self._last_record()
+        self._since_reset = self._last_record()
 
     # For Interface
 
@@ -13596,6 +13597,7 @@ class Client(Interface):
         return "/proxies/" + urls.quote(self._status()["name"], safe="")
 
     def _handler_name(self, handler):
+        """Return the name of a handler. The server checks the name."""
         if isinstance(handler, str):
             return handler
         handler_name = getattr(handler, "name", "")     # some classes of handlers have a name
@@ -13639,8 +13641,8 @@ def error_text(value):
 
 # The program of the process that start_proxy starts. The program imports this file as a module,
 # and calls `main`. The first two arguments of the program are the module's name in the process of
-# the test, and the path of this file. A user's handler may import the module by its name in the
-# test or as `vaurien`. With both names in sys.modules, Python does not import the file twice.
+# the test, and the path of this file. A user's handler may import the module as `vaurien`, or by
+# its name in the test. sys.modules has both names, so Python does not import this file twice.
 BOOTSTRAP = """\
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location(*sys.argv[1:3])
@@ -13727,7 +13729,7 @@ def start_process(arguments, environment, seconds):
 
 
 def wait_until_ready(process, seconds):
-    """Return the addresses that announce_ready prints in a process.
+    """Return the addresses that a new process prints with announce_ready.
 
     Raises RuntimeError if the process does not print the addresses in time. The error contains the
     last line that the process has printed.
@@ -13743,7 +13745,7 @@ def wait_until_ready(process, seconds):
             if is_ready():
                 return
 
-    # A read of a pipe has no time limit, but the join of a thread has a time limit.
+    # A read of a pipe can have no time limit, but `join` can have one.
     reader = threading.Thread(target=read_lines, daemon=True)
     reader.start()
     reader.join(seconds)
@@ -13874,12 +13876,12 @@ def describe_record(record):
     if record.toxic:
         words.append("toxic=%s stream=%s" % (record.toxic, record.stream))
     if record.change:
-        place = CHANGES[record.change]
+        details = CHANGES[record.change]        # like "a window begins"
     else:
-        place = "connection %d, request %d" % (record.connection, record.request)
+        details = "connection %d, request %d" % (record.connection, record.request)
         if record.text:
-            place += ", " + record.text
-    return "%d. %s: %s" % (record.number, " ".join(filter(None, words)), place)
+            details += ", " + record.text
+    return "%d. %s: %s" % (record.number, " ".join(filter(None, words)), details)
 
 
 # -- Command line -------------------------------------------------------------
@@ -13893,18 +13895,17 @@ def describe_record(record):
 #
 # A setting is a text until the `check` function of the setting parses the text. For an invalid
 # text, the check raises ValueError with the end of a sentence, like "must be a host". The method
-# SourcedText.parse puts the flag or the place in the file first: "--http-host must be a host".
+# SourcedText.parse adds the source of the text: "--http-host must be a host".
 #
 # To add a setting, add a line to SETTINGS.
 
 # The declaration of a setting:
 #
 # flags      the flags on the command line. The keys of the ini file are the flags without "--".
-# scope      proxy           each proxy has a value of its own: an argument of ProxyServer.
-#            shared          each proxy may have a value of its own. A value in the section
-#                            [vaurien] is the default for all proxies, also for proxies that the
-#                            API creates.
-#            process         the process has one value. The function `prepare` uses the value.
+# scope      proxy           each proxy has a value of its own.
+#            shared          each proxy has a value of its own. The section [vaurien] sets the
+#                            default of all proxies, also of proxies that the API creates.
+#            process         the process has one value.
 #            command line    the process has one value, which the file cannot set.
 # default    the text to parse if the user gives no text; None if the value is None by default.
 # check      the function that parses the text.
@@ -13968,7 +13969,7 @@ def check_faults(text):
             words = shlex.split(line)
             if words:                   # no empty line
                 toxic = parse_fault(words, toxics)
-                set_once(toxics, toxic.name, "the name %s" % toxic.name, toxic)
+                set_once(toxics, toxic.name, toxic, "the name %s" % toxic.name)
         except ValueError as error:
             raise ValueError("%r: %s" % (line.strip(), error)) from None
     return list(toxics.values())
@@ -13977,7 +13978,7 @@ def check_faults(text):
 def parse_fault(words, taken_names):
     """Return the Toxic for the words of a fault: HANDLER, NAME=VALUE, ... Raises ValueError.
 
-    taken_names    the names that this fault cannot have, because other faults have them.
+    taken_names    the names of other faults. The default name of this fault is another name.
     """
     type_, texts = parse_rule_words(words)
     import_handler(type_)
@@ -13987,9 +13988,8 @@ def parse_fault(words, taken_names):
         while name in taken_names:
             number += 1
             name = "%s_%d" % (type_, number)
-    # By default, a fault acts on both streams, with a draw for each request. A toxic of the API
-    # acts downstream by default, with a draw for each connection.
-    defaults = {field: RULE_FIELDS[field].default for field in Toxic.DEFAULTS}
+    # Without these two fields, make_flat_toxic would use Toxic.DEFAULTS, the defaults of the API.
+    defaults = {"per": "request", "stream": "both"}
     return make_flat_toxic(type_, check_field("name", check_name, name), texts, defaults)
 
 
@@ -14145,8 +14145,8 @@ class Parser(argparse.ArgumentParser):
     def read_settings(self, values):
         """Return the settings of a command line: {name: SourcedText}.
 
-        values    the attributes of argparse's namespace. The value of a repeatable flag is a list
-                  of texts, all other values are texts.
+        values    {name: text}, the result of argparse. For a flag that may be repeated, the value
+                  is a list of texts.
         """
         texts = {}
         for name, setting in self.settings.items():
@@ -14160,11 +14160,11 @@ class Parser(argparse.ArgumentParser):
         """Raise ValueError. The error explains the first unknown argument."""
         flag, _, _ = unknown_arguments[0].partition("=")
         handler_flag = HANDLER_FLAG.match(flag)
-        if handler_flag:        # the handler or the option is unknown: a check raises ValueError
+        if handler_flag:
             name = handler_flag.group("name") or handler_flag.group("old_name")
             option = handler_flag.group("option").replace("-", "_")
-            check_field(flag, import_handler, name)
-            check_field(flag, check_handler_option, name, option, "")
+            check_field(flag, import_handler, name)     # raises if the handler is unknown
+            check_field(flag, check_handler_option, name, option, "")   # if the option is unknown
         flags = ["--version", "--help"]
         for setting in self.settings.values():
             flags += setting.flags
@@ -14216,8 +14216,8 @@ def setting_row(setting):
 
 def topic_help(name):
     """Return the help of a handler or a protocol. Raises ValueError for an unknown name."""
-    protocol_class = PROTOCOLS.get(PROTOCOL_ALIASES.get(name, name))    # tcp has no class
-    if protocol_class:
+    protocol_class = PROTOCOLS.get(PROTOCOL_ALIASES.get(name, name))
+    if protocol_class:          # PROTOCOLS["tcp"] is None
         return protocol_help(protocol_class)
     import_handler(name)
     function = HANDLERS[name]
@@ -14274,15 +14274,15 @@ def format_rows(rows):
             lines.append(first_column)
             first_column = ""
         lines += textwrap.wrap(text, HELP_WIDTH, initial_indent=first_column.ljust(HELP_COLUMN),
-                               subsequent_indent=indent) or [first_column]      # [...]: no text
+                               subsequent_indent=indent) or [first_column]  # wrap("") is []
     return lines
 
 
 def settable_fields(function):
-    """Return the names of the rule fields that have flags like the options of a handler.
+    """Return the names of the rule fields with a flag like --handlers.delay.times.
 
-    `percent` has no flag, because --behavior has the percentage. If an option of the handler has
-    the name of a rule field, the flag sets the option.
+    The argument `function` is the handler. If an option of the handler has the name of a rule
+    field, the flag sets the option. `percent` has no flag: --behavior has the percentage.
     """
     return [field for field in FIELD_DEFAULTS if is_rule_field(function, field)]
 
@@ -14320,7 +14320,7 @@ class ParsedConfig:
         self.proxy_sections = OrderedDict()     # of [proxy:NAME]: {proxy name: {setting: text}}
         self.options = {}       # options and rule fields: {handler name: {option: text}}
         self.toxics = []        # of [toxic:NAME]: [(Toxic, text of the proxy name or None)]
-        self.json_file = None   # the text of a JSON file, not parsed yet
+        self.json_file = None   # the text of a JSON file, not parsed yet. Its source is the path
 
     def global_settings(self):
         """Return the settings of [vaurien] and of the command line, which overrides [vaurien]."""
@@ -14344,8 +14344,8 @@ def read_arguments(argv, settings, prog="vaurien", introduction=""):
     The argument `introduction` is the beginning of the help. With --help, this function prints the
     help and raises SystemExit.
 
-    The command line is parsed twice. The first pass imports users' handlers, which the file,
-    --behavior and --fault may name. The second pass knows the flags of all handlers.
+    The command line is parsed twice. After the first pass, check_settings imports the users'
+    handlers that --behavior and --fault name. The second pass knows the flags of all handlers.
     """
     parser = Parser(settings, prog)
     namespace, _ = parser.parse_known_args(argv)
@@ -14355,9 +14355,9 @@ def read_arguments(argv, settings, prog="vaurien", introduction=""):
     if "config" in arguments:
         config = read_config(arguments["config"].parse(check_file))
     config.arguments = arguments
-    config.check_settings(settings)     # imports users' handlers
+    config.check_settings(settings)
     if "help" in values:
-        topic = values["help"]
+        topic = values["help"]          # may be a user's handler that the file has imported
         if topic:
             text = check_field("--help", topic_help, topic)
         else:
@@ -14398,7 +14398,7 @@ def read_config(path):
     is_json = re.match(r"\s*(\{|\[\s*[]{])", text)      # no ini file begins with {, [{ or []
     if is_json:
         config = ParsedConfig()
-        config.json_file = SourcedText("cannot read %s:" % path, text)
+        config.json_file = SourcedText(path, text)
         return config
     return read_ini(path, text)
 
@@ -14410,13 +14410,13 @@ def read_ini(path, text):
         source = "%s: [%s]" % (path, title)
         kind, _, name = (part.strip() for part in title.partition(":"))
         if title.strip() == "vaurien":
-            set_once(proxy_sections, "vaurien", source, settings_by_name(texts, FILE_SETTINGS))
+            set_once(proxy_sections, "vaurien", settings_by_name(texts, FILE_SETTINGS), source)
         elif kind == "proxy" and name:
-            set_once(proxy_sections, name, source, settings_by_name(texts, PROXY_SETTINGS))
+            set_once(proxy_sections, name, settings_by_name(texts, PROXY_SETTINGS), source)
         elif kind in ("handler", "behavior") and name:      # [behavior:NAME]: Vaurien 1.x
             read_ini_handler(name, source, texts, config.options)
         elif kind == "toxic" and name:
-            set_once(toxic_sections, name, source, texts)
+            set_once(toxic_sections, name, texts, source)
         else:
             raise ValueError("%s is not a section%s: there are [vaurien], [proxy:NAME], "
                              "[handler:NAME] and [toxic:NAME]" % (source, did_you_mean(
@@ -14459,7 +14459,7 @@ def read_ini_handler(name, source, texts, options):
     check_field(source, import_handler, name)
     for option, text in texts.items():
         text.parse(check_handler_option, name, option)
-        set_once(options.setdefault(name, {}), option, text.source, text)
+        set_once(options.setdefault(name, {}), option, text, text.source)
 
 
 def read_ini_toxic(name, source, texts):
@@ -14507,14 +14507,14 @@ def settings_by_name(texts, settings):
         if flag not in names:
             raise ValueError("%s is not a setting%s: there are %s" % (
                 text.source, did_you_mean(flag, names), ", ".join(names)))
-        set_once(named_texts, names[flag], text.source, text)
+        set_once(named_texts, names[flag], text, text.source)
     return named_texts
 
 
-def set_once(target, key, source, value):
-    """Set target[key]. If target has the key, raise ValueError with the source of the value."""
+def set_once(target, key, value, subject):
+    """Set target[key]. If target has the key, raise ValueError: "SUBJECT is set twice"."""
     if key in target:
-        raise ValueError("%s is set twice" % source)
+        raise ValueError("%s is set twice" % subject)
     target[key] = value
 
 
@@ -14535,12 +14535,10 @@ def resolve_settings(texts, settings):
 
 
 def has_vaurien_proxy(config, needs_proxy):
-    """Return whether the settings of [vaurien] define a proxy with the name `vaurien`."""
-    if ADDRESS_SETTINGS & set(config.vaurien_section):
-        return True
-    if config.proxy_sections:       # the flags --local and --distant are for one of the sections
-        return False
-    if ADDRESS_SETTINGS & set(config.arguments):
+    """Return whether there is a proxy with the name `vaurien`, which no [proxy:NAME] defines."""
+    if config.proxy_sections:       # --local and --distant do not define a further proxy
+        return bool(ADDRESS_SETTINGS & set(config.vaurien_section))
+    if ADDRESS_SETTINGS & set(config.global_settings()):
         return True
     return needs_proxy and not config.json_file     # the user has configured no proxy
 
@@ -14548,19 +14546,19 @@ def has_vaurien_proxy(config, needs_proxy):
 def proxy_settings(config, needs_proxy):
     """Return the settings of each proxy: {name: ChainMap of {setting: SourcedText}}.
 
-    Raises ValueError if --local or --distant may be for several proxies.
+    Raises ValueError if it is unclear which proxy --local or --distant is for.
     """
-    settings, arguments = OrderedDict(), config.arguments
-    inherited_names = set(SHARED_SETTINGS)
-    if has_vaurien_proxy(config, needs_proxy):      # --local and --distant are for `vaurien` only
+    settings, arguments = OrderedDict(), dict(config.arguments)
+    if has_vaurien_proxy(config, needs_proxy):
         settings["vaurien"] = config.global_settings()
-        arguments = {name: text for name, text in arguments.items()
-                     if name not in ADDRESS_SETTINGS}
-    elif len(config.proxy_sections) > 1 and ADDRESS_SETTINGS & set(arguments):
+        for name in ADDRESS_SETTINGS:
+            arguments.pop(name, None)       # --local and --distant are for `vaurien` only
+        inherited_names = set(SHARED_SETTINGS)
+    else:                                   # [vaurien] has only defaults
+        inherited_names = {*SHARED_SETTINGS, "behavior", "network", "toxics"}
+    if len(config.proxy_sections) > 1 and ADDRESS_SETTINGS & set(arguments):
         raise ValueError("--local and --distant are ambiguous: the file has the proxies %s"
                          % ", ".join(config.proxy_sections))
-    else:                           # all proxies inherit the behavior and the faults of [vaurien]
-        inherited_names |= {"behavior", "network", "toxics"}
     inherited = {name: text for name, text in config.vaurien_section.items()
                  if name in inherited_names}
     for name, section in config.proxy_sections.items():
@@ -14569,7 +14567,7 @@ def proxy_settings(config, needs_proxy):
 
 
 def make_proxies(config, needs_proxy=True):
-    """Return a ProxyTable with the proxies of a ParsedConfig, not open yet. Raises ValueError.
+    """Return a ProxyTable with the proxies of a ParsedConfig. Raises ValueError.
 
     needs_proxy    True: if the user configures no proxy, make a proxy with default addresses.
     """
@@ -14604,7 +14602,8 @@ def network_toxics(profile, faults):
         return []
     if "network" in [fault.name for fault in faults]:
         raise ValueError("the fault network needs another name, because --network has it")
-    return [make_toxic("network", "network", {"stream": "both"}, {"profile": profile})]
+    return [make_toxic("network", name="network", fields={"stream": "both"},
+                       attributes={"profile": profile})]
 
 
 def option_texts(config):
@@ -14622,12 +14621,12 @@ def option_texts(config):
 
 
 def unused_options(config, used_handlers):
-    """Return the places of the options in the file that have no effect.
+    """Return the sources of the options without effect, like "FILE: [SECTION] KEY".
 
-    used_handlers    the names of the handlers in all behaviors.
+    used_handlers    the names of the handlers in all behaviors. Toxics have their own options.
 
-    Raises ValueError if an option of the command line has no effect. An option of the file is no
-    error, because other command lines may use the same file.
+    Raises ValueError if an option of the command line has no effect. In the file, an option
+    without effect is no error, because other command lines may use the same file.
     """
     unused = []
     for name, options in config.options.items():
@@ -14645,18 +14644,18 @@ def unused_options(config, used_handlers):
 
 def read_json_proxies(config, proxies):
     """Add the proxies of a file with Toxiproxy's JSON to the ProxyTable. Raises ValueError."""
-    if not proxies:                 # the command line describes no proxy beside the file
+    if not proxies:     # otherwise, the arguments are for the proxy of --local and --distant
         for name, text in config.arguments.items():
             if SETTINGS[name].scope == "proxy":
                 raise ValueError("%s has no effect on the proxies of a JSON file, which have "
                                  "toxics of their own" % text.source)
-    source = config.json_file.source
+    problem = "cannot read %s:" % config.json_file.source
     try:
-        for proxy, _, json_object in read_proxies(config.json_file.text, proxies):
-            set_once(proxies, proxy.name, "%s %s" % (source, proxy.name), proxy)
+        for proxy, _fields, json_object in read_proxies(config.json_file.text, proxies):
+            set_once(proxies, proxy.name, proxy, "%s %s" % (problem, proxy.name))
             proxies.warnings += proxy_warnings(json_object)
     except (ApiError, InputError) as error:
-        raise ValueError("%s %s" % (source, in_plain_words(str(error)))) from None
+        raise ValueError("%s %s" % (problem, in_plain_words(str(error)))) from None
 
 
 def attach_toxic(proxies, toxic, proxy_name):
@@ -14717,6 +14716,7 @@ def serve(services, attached):
     loop = Loop()
     if is_main_thread():
         handle_signals(loop)
+        SEARCH_LIMIT.enable()       # the time limit for searches of `match`
     try:
         for service in services:        # if a bind fails, no service has accepted a connection
             service.bind()
@@ -14740,8 +14740,8 @@ def serve(services, attached):
 def reduce_garbage_collection():
     """Let Python search less often for objects that refer to each other in a cycle.
 
-    The objects of connections are in no cycle. With Python's default threshold (700 to 2,000), the
-    garbage collector takes 15 % of the time of 1,000 delayed requests.
+    The objects of connections are in no cycle. With Python's default threshold (700 to 2,000 new
+    objects), the garbage collector takes 15 % of the time of 1,000 delayed requests.
     """
     gc.set_threshold(GC_THRESHOLD)
     gc.collect()
@@ -14760,7 +14760,6 @@ def handle_signals(loop):
         signums.append(signal.SIGHUP)
     for signum in signums:
         signal.signal(signum, lambda *_: loop.stop())
-    SEARCH_LIMIT.enable()       # the limit for searches of `match` uses a signal, too
     # On Windows, a byte on the wakeup socket ends select(), but a signal does not. With
     # set_wakeup_fd, Python writes a byte when a signal arrives.
     signal.set_wakeup_fd(loop.wakeup_send.fileno())
@@ -14858,13 +14857,13 @@ def prepare(config, proxies, values, dialect=VAURIEN_1):
     dialect    the Dialect of the control server's errors.
     """
     proxies.recorder, proxies.replay = make_recording(values["record"], values["replay"])
-    # A recording has the faults and the rules of a test. Without a control server, the test cannot
-    # set its rules again, so the proxies get the rules of the recording.
+    # A test sets its rules through the control server. Without a control server, a replay of the
+    # test's faults needs the rules of the recording.
     if proxies.replay and not values["http"]:
         for proxy in proxies.values():
             proxy.use_rules_of(proxies.replay)
     used_handlers = {rule.name for proxy in proxies.values() for rule in proxy.behavior}
-    unused = unused_options(config, used_handlers)
+    unused = unused_options(config, used_handlers)      # may raise ValueError: not after start_log
     services = [proxies]
     if values["http"]:
         services.append(Control((values["http-host"], values["http-port"]), proxies,
