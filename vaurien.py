@@ -12671,9 +12671,9 @@ class Fault:
         self._end = end             # end(key) ends the block
         self._key = None            # the number of the block, or the name of the toxic
         self._key_field = key_field     # the field of a FaultRecord with the key: block or toxic
-        self._since = 0             # the number of the last FaultRecord before the block
-        self._until: float = 0      # the number of the last FaultRecord in the block. While the
-                                    #   block is open: math.inf
+        # The FaultRecords of the block have numbers greater than _since, up to _until.
+        self._since = 0
+        self._until: float = 0      # math.inf while the block is open
 
     def __enter__(self) -> "Fault":
         self._since = self._interface._last_record()
@@ -13064,13 +13064,13 @@ class Interface:
         return since, matches
 
     def _default_since(self, handler_name):
-        """Return the default value of the argument `since` of `count`."""
+        """Return the default of the argument `since` of `count`, as documented there."""
         blocks_of_handler = [fault for fault in self._open_faults if fault.name == handler_name]
         blocks = blocks_of_handler or self._open_faults
         return blocks[-1]._since if blocks else self._since_reset
 
     def _block(self, table, replaces_outer_blocks):
-        """Return the Fault for a block with one rule: the dict `table`, for read_rules."""
+        """Return the Fault for a block. `table` is the rule of the block, for read_rules."""
         self._check_running()
         return Fault(self, table["name"], key_field="block", end=self._end_block,
                      begin=lambda: self._begin_block(table, replaces_outer_blocks))
@@ -13721,8 +13721,8 @@ def start_process(arguments, environment, seconds):
         stop_proxy(process.pid)
         raise
     pid = ProxyProcess(process.pid)
-    first_proxy, *_ = addresses["proxies"].values()
-    _, pid.port = parse_address(first_proxy)
+    first_address, *_ = addresses["proxies"].values()
+    _, pid.port = parse_address(first_address)
     if addresses["control"]:
         _, pid.http_port = parse_address(addresses["control"])
     return pid
@@ -13745,7 +13745,7 @@ def wait_until_ready(process, seconds):
             if is_ready():
                 return
 
-    # A read of a pipe can have no time limit, but `join` can have one.
+    # The thread makes a time limit possible: a read of a pipe has none.
     reader = threading.Thread(target=read_lines, daemon=True)
     reader.start()
     reader.join(seconds)
@@ -13945,7 +13945,7 @@ def import_handler(name):
     Raises ValueError for an unknown name.
     """
     if name not in HANDLERS and "." in name:
-        load_handler(name, name)
+        load_handler(name, path=name)
     if name not in HANDLERS:
         raise ValueError("names the %s, or the path.to.callable of your own handler"
                          % unknown_handler(name))
@@ -13978,7 +13978,7 @@ def check_faults(text):
 def parse_fault(words, taken_names):
     """Return the Toxic for the words of a fault: HANDLER, NAME=VALUE, ... Raises ValueError.
 
-    taken_names    the names of other faults. The default name of this fault is another name.
+    taken_names    the names of other faults. If the words set no name, the default name differs.
     """
     type_, texts = parse_rule_words(words)
     import_handler(type_)
@@ -14108,7 +14108,7 @@ class SourcedText:
         self.source, self.text = source, text
 
     def parse(self, check, *args):
-        """Return check(*args, text). Raises ValueError that begins with the source."""
+        """Return check(*args, text). A ValueError gets a text that begins with the source."""
         return check_field(self.source, check, *args, self.text)
 
 
@@ -14288,10 +14288,10 @@ def settable_fields(function):
 
 
 def option_flags(handler_name, option):
-    """Return the flags that set an option of a handler. The first flag is in the help."""
-    flags = ["--handlers.%s.%s" % (handler_name, option),                       # 0.1
-             "--behavior-%s-%s" % (handler_name, option),                       # 1.x
-             "--behavior-%s-%s" % (handler_name, option.replace("_", "-"))]     # 1.x
+    """Return the flags for an option of a handler: the flag in the help, then those of 1.x."""
+    flags = ["--handlers.%s.%s" % (handler_name, option),
+             "--behavior-%s-%s" % (handler_name, option),
+             "--behavior-%s-%s" % (handler_name, option.replace("_", "-"))]
     return list(OrderedDict.fromkeys(flags))        # without duplicates
 
 
@@ -14320,7 +14320,7 @@ class ParsedConfig:
         self.proxy_sections = OrderedDict()     # of [proxy:NAME]: {proxy name: {setting: text}}
         self.options = {}       # options and rule fields: {handler name: {option: text}}
         self.toxics = []        # of [toxic:NAME]: [(Toxic, text of the proxy name or None)]
-        self.json_file = None   # the text of a JSON file, not parsed yet. Its source is the path
+        self.json_file = None   # the path and the text of a JSON file, as a SourcedText
 
     def global_settings(self):
         """Return the settings of [vaurien] and of the command line, which overrides [vaurien]."""
@@ -14474,7 +14474,8 @@ def read_ini_toxic(name, source, texts):
     type_ = texts.pop("type")
     type_.parse(import_handler)
     plain_texts = {key: text.text for key, text in texts.items()}
-    return check_field(source, make_flat_toxic, type_.text, name, plain_texts), proxy_name
+    toxic = check_field(source, make_flat_toxic, type_.text, name, plain_texts)
+    return toxic, proxy_name
 
 
 def expand_env(text):
@@ -14535,12 +14536,12 @@ def resolve_settings(texts, settings):
 
 
 def has_vaurien_proxy(config, needs_proxy):
-    """Return whether there is a proxy with the name `vaurien`, which no [proxy:NAME] defines."""
-    if config.proxy_sections:       # --local and --distant do not define a further proxy
+    """Return whether there is a proxy `vaurien`, beside the proxies of [proxy:NAME] sections."""
+    if config.proxy_sections:       # then --local and --distant do not define a further proxy
         return bool(ADDRESS_SETTINGS & set(config.vaurien_section))
     if ADDRESS_SETTINGS & set(config.global_settings()):
         return True
-    return needs_proxy and not config.json_file     # the user has configured no proxy
+    return needs_proxy and not config.json_file     # no setting and no file defines a proxy
 
 
 def proxy_settings(config, needs_proxy):
@@ -14554,7 +14555,7 @@ def proxy_settings(config, needs_proxy):
         for name in ADDRESS_SETTINGS:
             arguments.pop(name, None)       # --local and --distant are for `vaurien` only
         inherited_names = set(SHARED_SETTINGS)
-    else:                                   # [vaurien] has only defaults
+    else:                                   # [vaurien] is no proxy, and only has defaults
         inherited_names = {*SHARED_SETTINGS, "behavior", "network", "toxics"}
     if len(config.proxy_sections) > 1 and ADDRESS_SETTINGS & set(arguments):
         raise ValueError("--local and --distant are ambiguous: the file has the proxies %s"
@@ -14614,7 +14615,7 @@ def option_texts(config):
         try:
             read_rules([dict(texts, name=name)])    # checks whether the options fit together
         except InputError as error:
-            option, sentence = error.errors[0]      # the sentence begins with the option
+            option, sentence = error.errors[0]      # ("sleep", "sleep must be a number ...")
             raise ValueError(options[option].source + sentence[len(option):]) from None
         all_texts[name] = texts
     return all_texts
