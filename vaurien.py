@@ -14108,7 +14108,7 @@ class SourcedText:
         self.source, self.text = source, text
 
     def parse(self, check, *args):
-        """Return check(*args, text). A ValueError gets a text that begins with the source."""
+        """Return check(*args, text). Raises ValueError with "SOURCE must be ..."."""
         return check_field(self.source, check, *args, self.text)
 
 
