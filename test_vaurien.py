@@ -6282,7 +6282,7 @@ class DownloadMixin:
 class TestFastPath(DownloadMixin, unittest.TestCase):
     """Bytes that no fault changes are sent in the callback that received them."""
 
-    @mock.patch.object(vaurien.Latencies, "draw_skip_count", lambda self: sys.maxsize)
+    @mock.patch.object(vaurien.Latencies, "draw_distance", lambda self: sys.maxsize)
     def test_fast_path_reads_no_clock_and_leaves_the_selector_alone(self):
         """Only the latency of a sample needs a clock."""
         calls = Counter()
@@ -6356,6 +6356,20 @@ class TestFastPath(DownloadMixin, unittest.TestCase):
             loop.run_sync(proxy.set_toxics, [])
             self.assertEqual(read_exactly(sock, 20), b"second,third,fourth,")
             self.assertEqual(send_and_read(sock, b"fifth"), b"fifth")
+
+    def test_neither_fast_path_is_open_while_the_backend_shakes_hands(self):
+        def read_all(sock):
+            while sock.recv(1 << 16):
+                pass
+
+        with backend_server(read_all) as (port, _), \
+                OpenProxy("tls://127.0.0.1:%d" % port, "127.0.0.1:0") as proxy, \
+                connected_client(proxy):
+            wait_until(lambda: [connection for connection in proxy.connections.values()
+                                if connection.phase is vaurien.CONNECTED])
+            connection = proxy.connections[1]
+            self.assertEqual(proxy.loop.run_sync(
+                lambda: (connection.up.fast_events, connection.down.fast_events)), (0, 0))
 
     def test_pieces_of_a_slicer_are_sent_one_by_one(self):
         sent = []
@@ -7741,7 +7755,7 @@ class TestLatencies(unittest.TestCase):
         skips = []
         for count in range(2 * vaurien.LATENCIES_KEPT):
             latencies.add(0.001 * count, 0)
-            skips.append(latencies.draw_skip_count())
+            skips.append(latencies.draw_distance())
         self.assertEqual(len(latencies.samples), vaurien.LATENCIES_KEPT)
         self.assertEqual(set(skips[:vaurien.Latencies.SAMPLES_PER_STEP - 1]), {0})
         last = skips[-500:]

@@ -7722,8 +7722,8 @@ class TlsSocket:
 WAITING, CONNECTING, CONNECTED = "waiting", "connecting", "connected"
 HANDED_OFF, LINGERING, CLOSED = "handed off", "lingering", "closed"
 
-# The `bulk_reads` of a link that must not use splice, for example because of TLS. No link reads so
-# often that the number reaches SPLICE_AFTER.
+# The start value of `bulk_reads` for a link that must not use splice, for example because of TLS.
+# From this value, no link counts up to SPLICE_AFTER.
 NO_SPLICE = -(1 << 60)
 
 
@@ -7762,15 +7762,15 @@ class Link(DelayQueue):
 class HandOff:
     """A call of a blocking handler, in a thread of its own.
 
-    The handler gets duplicates of the connection's two sockets. The handler expects that recv()
-    and send() wait, although a duplicate shares the flag O_NONBLOCK with the socket of the loop.
-    Therefore each duplicate has a time-out: if a socket has a time-out, Python itself waits.
+    The handler gets duplicates of the connection's two sockets, and expects that their recv() and
+    send() wait. But a duplicate shares the flag O_NONBLOCK with the socket of the loop. Therefore
+    `run` gives each duplicate a time-out: Python itself waits if a socket has a time-out.
     """
 
     def __init__(self, connection, rule, to_backend):
         """Duplicate the sockets. Raises OSError if no descriptors are left.
 
-        to_backend    True if the client has sent the unread bytes, False if the backend has
+        to_backend    True if the client has sent bytes that wait, False if the backend has
         """
         self.connection, self.rule, self.to_backend = connection, rule, to_backend
         self.socks = [socket.fromfd(sock.fileno(), sock.family, socket.SOCK_STREAM)
@@ -7803,7 +7803,7 @@ class HandOff:
         self.connection.take_back(close_reason)
 
     def log_failure(self, exc):
-        """Log an exception of the handler, with a traceback for the first bug of a rule."""
+        """Log an exception of the handler. Only the first bug of each rule gets a traceback."""
         connection, rule = self.connection, self.rule
         is_bug = not isinstance(exc, OSError)       # an OSError most likely means a closed socket
         needs_traceback = is_bug and not rule.error_logged
@@ -7843,19 +7843,19 @@ class Connection:
         self.peer = peer
         if proxy.protocol:
             protocol = proxy.protocol(proxy.host_header())
-            protocol.joins_tls = proxy.joins_tls()
+            protocol.joins_tls = proxy.joins_tls()      # whether to decrypt after STARTTLS
             self.chain: Chain = ProtocolChain(proxy.rules, number, protocol)
         else:
             self.chain = Chain(proxy.rules, number)
         self.up = Link(UPSTREAM, self.loop.budget, self.chain.recv_size(UPSTREAM))
         self.down = Link(DOWNSTREAM, self.loop.budget, self.chain.recv_size(DOWNSTREAM))
-        self.up.measure_from = proxy.latencies.draw_skip_count()
+        self.up.measure_from = proxy.latencies.draw_distance()
         self.client = self.up.source = self.down.target = client    # None after `close`
         self.backend = None             # the backend's socket; None before connect()
         self.phase = WAITING
         self.addresses = []             # the backend's addresses that have not been tried yet
         self.connect_deadline = None    # the time when the proxy gives up all connects
-        self.reset_reason = ""          # once a peer has gone: why both sockets will be reset
+        self.reset_reason = ""          # after recv or send has failed: why to reset both sockets
         self.faults = ()                # names of the handlers that have acted
         self.records_without_text = ()  # numbers of the FaultRecords that add_text() completes
         self.timer = None               # calls on_timer when the next event is due
@@ -7875,8 +7875,8 @@ class Connection:
         now = self.began
         self.chain.start()
         if self.chain.active_rules:
-            events = self.chain.process(now, UPSTREAM, OPEN)    # a due OPEN leads to connect()
-            self.enqueue(now, events + self.chain.process_open(now, [DOWNSTREAM]))
+            events = self.chain.process(now, UPSTREAM, OPEN)    # has an OPEN: see end_waiting
+            self.enqueue(now, events + self.chain.process_open(now, [DOWNSTREAM]))  # has no OPEN
         else:
             self.connect_backend()
             self.update_interest()
@@ -7890,7 +7890,7 @@ class Connection:
         """
         self.chain = RefusingChain(self.proxy.rules, self.number, self.chain.protocol)
         self.set_deadline(self.began + self.proxy.timeout, lambda: self.close("refused"))
-        # In a protocol whose server speaks first, OPEN sends the error to the client now.
+        # In a protocol whose server speaks first, the chain answers OPEN with the error.
         self.process_signal(UPSTREAM, OPEN)
 
     # Reading
@@ -7921,12 +7921,13 @@ class Connection:
         if not size:
             self.on_eof(link)
             return
-        # direction_changed() returns request_count. Only a sample of the requests is measured.
+        # direction_changed() may begin a request, and returns request_count. Only requests of `up`
+        # are measured, and only a sample of them.
         if chain.last_direction is not link.to and (
                 chain.direction_changed(link.to) >= link.measure_from):
             self.begin_measurement()
         data = loop.view[:size]
-        if chain.protocol or chain.active_rules or not link.fast_events:
+        if chain.protocol or chain.active_rules or not link.fast_events:    # not just send
             data = self.process_received(link, data)
             if not data:
                 return
@@ -7945,8 +7946,8 @@ class Connection:
         """Begin to measure the latency of a request, unless another request is being measured."""
         if not self.down.request_time:
             self.down.request_time = self.loop.clock()
-            skip_count = self.proxy.latencies.draw_skip_count()
-            self.up.measure_from = self.chain.request_count + skip_count
+            distance = self.proxy.latencies.draw_distance()
+            self.up.measure_from = self.chain.request_count + distance
 
     def end_measurement(self):
         """Record the latency of the measured request: its first reply bytes have been sent."""
@@ -7958,7 +7959,7 @@ class Connection:
 
         events    the events that the source is ready for; all events if the source has an error
 
-        Returns the most bytes to receive now. Returns 0 if on_ready must not receive.
+        Returns the most bytes to receive now, or 0 if on_ready must not receive.
         """
         if self.phase is CLOSED:        # by an earlier callback of this select()
             return 0
@@ -7966,7 +7967,7 @@ class Connection:
             self.on_connected()         # the event reports the end of connect()
             return 0
         if isinstance(link.source, TlsSocket) and not self.advance_tls(link):
-            return 0                    # the handshake had not ended
+            return 0                    # the event was for the handshake
         if events & link.watched & EVENT_WRITE:
             self.pump()                 # may close the source
         if not events & EVENT_READ or link.source is None:
@@ -7982,10 +7983,10 @@ class Connection:
         return min(limit, link.recv_size, self.parse_limit(link))
 
     def parse_limit(self, link):
-        """Return the limit for the bytes to receive now, because parsed requests take memory."""
+        """Return how many bytes the memory for parsed requests permits to receive now."""
         parses_requests = link is self.up and link.recv_size <= PARSED_CHUNK
         if not parses_requests:
-            return CHUNK                # no limit
+            return CHUNK                # the most that on_ready ever receives
         free_memory = link.budget.allowance(HELD_MAX) - link.held - link.kept
         return max(1, free_memory // EXPANSION)
 
@@ -7993,7 +7994,8 @@ class Connection:
         """Run received bytes through the chain.
 
         Returns the bytes that on_ready must send, or None if all bytes were queued or dropped.
-        on_ready counts the returned bytes. This function counts all other received bytes.
+        on_ready counts the bytes that it sends in `forwarded`. All other received bytes are
+        counted in `buffered_in`.
         """
         chain, size = self.chain, len(data)
         if self.phase is LINGERING:     # the client has got its last reply: drop further bytes
@@ -8014,7 +8016,7 @@ class Connection:
     def run_rules(self, link, data):
         """Run received bytes through the active rules.
 
-        Returns the bytes to send at once. Returns None if events were queued instead.
+        Returns the bytes to send at once, or None if events were queued instead.
         """
         now, chain = self.loop.clock(), self.chain
         if link.fast_events and not chain.protocol:
@@ -8022,7 +8024,7 @@ class Connection:
             if delays:
                 self.delay(link, now, bytes(data), delays)
                 return None
-        chain.modified = False
+        chain.modified = False          # a rule that changes an event sets `modified`
         events = chain.process_bytes(now, link.to, bytes(data))
         self.after_parsing(link)
         if not chain.modified:          # all events are bytes for the target, due now
@@ -8033,12 +8035,12 @@ class Connection:
         return None
 
     def delay(self, link, now, data, delays):
-        """Queue bytes that the rules only delay: a fast path beside `enqueue`.
+        """Queue bytes that the rules only delay. This is faster than `enqueue`.
 
-        The link's fast path stays open. Bytes cannot overtake the queued bytes, because the rules
-        delay all bytes until rules_changed() is called, and its pump() closes the fast path.
+        The link's fast path stays open, but no bytes use it: the rules delay all bytes. When the
+        rules change, rules_changed() calls pump(), which closes the fast path.
 
-        delays    the result of Chain.fixed_delays
+        delays    the result of Chain.fixed_delays: (rule, seconds, False) for each rule
         """
         due = now
         for _, seconds, _ in delays:
@@ -8047,7 +8049,7 @@ class Connection:
         link.put(due, data, now, delays)
         if self.records_without_text:
             self.add_text()
-        if link.held > HELD_LOW:        # the link may be full
+        if link.held > HELD_LOW:        # pump() stops the reading if the link is full
             self.pump()
         else:
             self.set_timer(now)
@@ -8058,8 +8060,8 @@ class Connection:
         size       the number of bytes received
         to_send    the received bytes, after the chain may have rewritten a head in them
         """
-        if link.fast_events:
-            link.buffered_in += size - len(to_send)     # on_ready will count len(to_send)
+        if link.fast_events:            # on_ready will count len(to_send) as received
+            link.buffered_in += size - len(to_send)
             return to_send
         now = self.loop.clock()
         link.buffered_in += size
@@ -8067,7 +8069,7 @@ class Connection:
         return None
 
     def after_parsing(self, link):
-        """Handle a protocol error or the beginning of TLS, which the parser may have found."""
+        """If the parser has found a protocol error or the beginning of TLS, handle it."""
         if self.chain.protocol_error:
             self.on_protocol_error()
         if self.chain.encrypted is not None:
@@ -8076,18 +8078,17 @@ class Connection:
     def charge_kept(self):
         """Charge the budget for the memory that the chain keeps for exchanges.
 
-        The charge ends with the backend's EOF: later, no reply would free the memory, and a full
-        budget would stop the reads from the client.
+        After the backend's EOF, there is no charge: no reply would free the memory. If the budget
+        was full, the proxy would never read from the client again.
         """
-        kept = self.chain.kept
-        counts = kept > KEPT_MIN and not self.down.eof
-        self.up.keep(kept if counts else 0)
+        is_charged = self.chain.kept > KEPT_MIN and not self.down.eof
+        self.up.keep(self.chain.kept if is_charged else 0)
 
     def kept_changed(self):
         """Charge the budget for kept memory. Stop or resume reading from the client if needed."""
         self.charge_kept()
-        is_read = bool(self.up.watched & EVENT_READ)
-        if self.wants_read(self.up, self.down) != is_read:
+        reads_client = bool(self.up.watched & EVENT_READ)
+        if self.wants_read(self.up, self.down) != reads_client:
             self.update_interest()
 
     def on_forward_error(self, link, data, error):
@@ -8095,7 +8096,7 @@ class Connection:
         if isinstance(error, BlockingIOError):
             self.buffer_unsent(link, data)
         else:
-            link.buffered_in += len(data)       # received, but dropped
+            link.buffered_in += len(data)       # count dropped bytes as received, too
             self.on_send_error(link)
             self.pump()
 
@@ -8112,9 +8113,9 @@ class Connection:
         self.update_interest()
 
     def on_protocol_error(self):
-        """Log that bytes were not of the protocol. Replace the chain if the chain has a successor.
+        """Log that bytes were not of the protocol. Continue as tcp: see ProtocolChain.fall_back.
 
-        A chain without a successor continues as tcp itself: see ProtocolChain.fall_back.
+        The chain may have made a successor, a Chain for tcp. Otherwise the chain itself continues.
         """
         chain = self.chain
         log.info("%sconnection %d, request %d: protocol parsing stopped, continuing as tcp: %s",
@@ -8132,7 +8133,7 @@ class Connection:
     def splice(self, link):
         """Forward bulk data through a kernel pipe, without a copy: a kind of fast path.
 
-        Returns False if the caller must call recv, because no bytes were moved.
+        Returns False if the caller must call recv in place of splice.
         """
         pool, chain = self.loop.pipe_pool, self.chain
         if chain.active_rules or chain.protocol or chain.last_direction is not link.to:
@@ -8152,7 +8153,7 @@ class Connection:
             link.bulk_reads = 0
         if not size:
             self.release_pipe(pipe)
-            return link.eof             # recv() must not follow if on_recv_error has set `eof`
+            return link.eof             # True after on_recv_error: recv() must not follow
         link.buffer_due(pipe)
         self.flush(link)
         if link.send_buffer or link.write_closed:       # the target takes no more, or has gone
@@ -8181,8 +8182,8 @@ class Connection:
     def hand_off(self, link):
         """Let an active blocking handler read the bytes that wait in a link's source.
 
-        Returns whether a blocking handler is active. Until the handler can start, wants_read()
-        stops the reading.
+        Returns False if no bytes wait or no blocking handler is active: on_ready must go on. Until
+        an active handler can start, wants_read() stops the reading.
         """
         data = b""
         with contextlib.suppress(OSError):
@@ -8221,7 +8222,7 @@ class Connection:
     def take_back(self, close_reason):
         """Use the sockets again, after a blocking handler has finished.
 
-        close_reason    why to close the connection, or ""
+        close_reason    why to close the connection; "" to continue
         """
         if self.phase is CLOSED:        # closed while the handler ran
             return
@@ -8260,7 +8261,7 @@ class Connection:
         self.pump()
 
     def add_text(self):
-        """Add the first bytes of request 1 to the FaultRecords that were made without bytes."""
+        """Add the first bytes of request 1 to the FaultRecords that were made before they came."""
         if self.chain.current_number == 1:
             text = self.chain.request_text()
             if not text:                # the bytes have not come yet
@@ -8279,11 +8280,11 @@ class Connection:
         now = self.loop.clock()
         begun = self.chain.rules_changed(new, changed, woken)   # rules that begin to act
         self.set_recv_sizes()
-        chain_released = self.chain.release(removed, changed)   # whether delays were undone
+        undone_in_chain = self.chain.release(removed, changed)  # whether delays were undone
         for link in self.up, self.down:
-            link_released = link.release(removed, changed)
-            if link_released or chain_released:
-                # Other rules remember due times that include the undone delays.
+            undone_in_link = link.release(removed, changed)
+            if undone_in_link or undone_in_chain:
+                # The due times that other rules keep contain the undone delays: lower these times.
                 self.chain.reset_due_times(link.to, max(now, link.latest))
         opened = [*new, *changed, *begun]
         self.enqueue(now, self.chain.process_open(now, [UPSTREAM, DOWNSTREAM], opened))
@@ -8293,24 +8294,24 @@ class Connection:
         self.timer = None
         now = self.loop.clock()
         if self.chain.head_deadline <= now:     # NEVER if no head is held
-            events = self.chain.give_up_head(now)
+            events = self.chain.give_up_head(now)       # may end the parsing
             self.after_parsing(self.up)
             self.enqueue(now, events)
         elif not self.send_delayed(now):
             self.pump()
 
     def send_delayed(self, now):
-        """Send data that `delay` has queued, if it is due: a fast path beside pump().
+        """Send due data that `delay` has queued. This is faster than pump().
 
         Returns False if pump() must be called.
         """
         up, down = self.up, self.down
-        # While the fast path of a link is open, only `delay` has put data into its queue.
+        # A queue of an open fast path has only data of `delay`. Another queue may have signals.
         if (up.queue and not up.fast_events) or (down.queue and not down.fast_events):
             return False
         self.send_due(now)
         if up.send_buffer or down.send_buffer or up.write_closed or down.write_closed:
-            return False
+            return False                # a target takes no more, or has gone
         self.set_timer(now)
         return True
 
@@ -8340,7 +8341,7 @@ class Connection:
         """
         up, down, signals = self.up, self.down, []
         if up.queue:
-            signals += up.pop_due(now)
+            signals += up.pop_due(now)      # moves due bytes and EOFs to send_buffer
         if down.queue:
             signals += down.pop_due(now)
         if self.phase is WAITING and (signals or up.send_buffer):
@@ -8354,7 +8355,8 @@ class Connection:
     def end_waiting(self, now, signals):
         """Connect to the backend if OPEN or bytes of the client are due.
 
-        If only the client's EOF is due, end the connection without a backend.
+        If only the client's EOF is due, end the connection without a backend. pump() handles a
+        RESET.
         """
         has_bytes = any(data is not EOF for data in self.up.send_buffer)
         has_eof = EOF in self.up.send_buffer
@@ -8373,9 +8375,9 @@ class Connection:
             try:
                 if link.write_closed:       # EOF was sent: drop the data after EOF
                     link.send_buffer.popleft()
-                    link.credit(len(data) + CHUNK_OVERHEAD)
+                    link.credit(len(data) + CHUNK_OVERHEAD)     # consume() would count it as sent
                 elif data is EOF:
-                    link.consume(0)
+                    link.consume(0)         # removes EOF
                     self.close_write(link)
                 elif isinstance(data, KernelPipe):
                     link.consume(data.splice_to(target))
@@ -8421,24 +8423,23 @@ class Connection:
                 continue
             if self.phase is CONNECTING and link is down:
                 events = EVENT_WRITE        # a socket is writable when its connect() has ended
-            elif self.wants_read(link, back):
-                events = EVENT_READ
             else:
-                events = 0
+                events = EVENT_READ if self.wants_read(link, back) else 0
             if back.send_buffer:
                 events |= EVENT_WRITE
             if isinstance(source, TlsSocket):
                 events = source.interest(events)
-                allows_fast_path = allows_fast_path and source.is_open  # not in a handshake
+                allows_fast_path = allows_fast_path and source.is_open
             link.fast_events = EVENT_READ if allows_fast_path and link.is_unused() else 0
             if events != link.watched:
                 self.watch(link, events)
+        if not allows_fast_path:            # a handshake of one source closes both fast paths
+            up.fast_events = down.fast_events = 0
 
     def watch(self, link, events):
-        """Watch a link's source for these events. If the kernel refuses, reset the connection.
+        """Watch a link's source for `events`. If the kernel cannot, reset the connection.
 
-        The kernel limits the sockets that a user's programs watch: see max_user_watches in man
-        7 epoll.
+        Linux limits the number of watched sockets: see max_user_watches in man 7 epoll.
         """
         link.watched = events
         callback = functools.partial(self.on_ready, link) if events else None
@@ -8452,7 +8453,7 @@ class Connection:
     def wants_read(self, link, back):
         """Return whether to read from a link's source.
 
-        back    the link in the other direction, which sends to the source
+        back    the link in the other direction, whose target is the source of `link`
         """
         clock = self.loop.clock
         if link.eof or link.is_full(clock):     # a sender that is not read slows down
@@ -8460,7 +8461,7 @@ class Connection:
         if back.has_replies and back.is_full(clock):
             return False                        # the source must first read the replies of rules
         if link.write_closed and self.reset_reason:
-            return False                        # the target has gone
+            return False                        # recv or send of the target has failed
         if self.announcing_link is link or self.phase is HANDED_OFF:
             return False                        # TLS begins, or a blocking handler reads
         if self.proxy.has_blocking and self.chain.blocking_rule() is not None:
@@ -8486,6 +8487,7 @@ class Connection:
     def start_tls(self, link, received=b""):
         """Replace a link's source by a TlsSocket, which begins the handshake.
 
+        link        self.up for TLS with the client, self.down for TLS with the backend
         received    the first bytes of TLS, if they have come already
         """
         config, is_client = self.proxy.tls, link is self.up
@@ -8542,7 +8544,7 @@ class Connection:
         return True
 
     def on_tls_change(self, link):
-        """Handle a change of a link's TlsSocket that no event of the socket reports."""
+        """React to a new state of a link's TlsSocket, which calls this function by a timer."""
         source = link.source
         if source.error and not source.is_open:
             self.on_handshake_failed(link, source)
@@ -8554,8 +8556,8 @@ class Connection:
     def on_handshake_failed(self, link, source):
         """Close the connection after a failed handshake.
 
-        A client first gets the alert, and on_tls_change calls this function again when the client
-        has closed its side.
+        A client can first read the alert that `source` has sent: linger() waits until the client
+        closes its side. Then on_tls_change calls this function again.
         """
         if link is self.down:
             self.connect_failed("TLS handshake: %s" % source.error)
@@ -8574,8 +8576,7 @@ class Connection:
         """Return whether a link's stream ends without close_notify, as if the sender had died."""
         if link.eof:                            # the target sees the same end as the proxy
             return isinstance(link.source, TlsSocket) and link.source.lacks_close_notify
-        # If a rule ends the stream, close_notify is sent only after a reply of the rule.
-        return not self.chain.answered_early
+        return not self.chain.answered_early    # a rule ends the stream, maybe after a reply
 
     # Connecting to the backend
 
@@ -8596,8 +8597,8 @@ class Connection:
         addresses    [(family, address)], or None after an error
         error        the exception of the resolver, or None
         """
-        if self.phase is not CONNECTING or self.backend is not None:
-            return                      # the connection has ended in the meantime
+        if self.phase is not CONNECTING:    # the connection has ended in the meantime
+            return
         self.addresses = list(addresses or ())
         reason = getattr(error, "strerror", error)      # a RuntimeError has no strerror
         self.connect_again(reason)
@@ -8605,7 +8606,7 @@ class Connection:
     def connect_again(self, reason):
         """Close the socket that has failed to connect, if any, and try the next address.
 
-        reason    why no address has been connected yet: a text, or None
+        reason    why an earlier address has failed, as text; None if there is no reason yet
         """
         self.close_backend()
         self.connect_next(reason)
@@ -8614,7 +8615,7 @@ class Connection:
     def connect_next(self, reason):
         """Start to connect to the next address.
 
-        reason    why no address has been connected yet: a text, or None
+        reason    why an earlier address has failed, as text; None if there is no reason yet
         """
         while self.addresses:
             family, sockaddr = self.addresses.pop(0)
@@ -8626,7 +8627,7 @@ class Connection:
                     self.addresses.insert(0, (family, sockaddr))
                     self.set_deadline(self.loop.clock() + RETRY_DELAY, self.retry_connect)
                     return
-                # A missing IPv6 must not hide the reason why an IPv4 address has failed.
+                # That this machine has no IPv6 must not hide why an IPv4 address has failed.
                 if reason is None or not address_unavailable(error):
                     reason = error.strerror
                 continue
@@ -8693,9 +8694,8 @@ class Connection:
                              else "%s lost: %s" % (peer, error.strerror))
         back.discard()              # the source can receive no data
         back.write_closed = True
-        is_undeliverable = link is self.up and (
-            link.latest == NEVER or self.phase is CONNECTING)
-        if is_undeliverable:
+        # Reset at once if the client's data is never due, or waits for connect().
+        if link is self.up and (link.latest == NEVER or self.phase is CONNECTING):
             link.eof = True
             self.reset(self.reset_reason)
         else:
@@ -8706,7 +8706,7 @@ class Connection:
         link.discard()
         link.write_closed = True
         peer = "backend" if link is self.up else "client"
-        # finish() resets both sockets when the data from the target is delivered.
+        # finish() resets both sockets after the data that the target has sent is delivered.
         self.reset_reason = self.reset_reason or "reset by %s" % peer
 
     def finish(self):
@@ -8716,7 +8716,7 @@ class Connection:
         elif self.up.eof and self.down.eof:
             self.close("closed")
         elif self.chain.answered_early and not self.up.eof:
-            self.linger()               # the client may still send
+            self.linger()               # a rule has replied, and the client may still send
         else:                           # a rule has ended the connection
             faults = [active.rule.name for active in self.chain.active_rules if active.has_acted]
             self.close("closed by %s" % (" and ".join(faults) or "a fault"))
@@ -8727,7 +8727,7 @@ class Connection:
         A close with unread bytes would send RST, and RST could destroy the reply of the rule.
         """
         self.close_backend()
-        self.down.eof = True            # finish() closes the connection when up.eof is True too
+        self.down.eof = True            # after the client's EOF, finish() calls close()
         if self.phase is not LINGERING:     # finish() may call this function again
             self.phase = LINGERING
             with contextlib.suppress(OSError):
@@ -8783,7 +8783,7 @@ class Connection:
             return format_address(self.proxy.backend)
 
     def add_bytes(self, totals):
-        """Add the numbers of bytes of this connection to a list.
+        """Add the counts of bytes of this connection to the counts in `totals`.
 
         totals    [from the client, to the backend, from the backend, to the client]
         """
@@ -8957,7 +8957,7 @@ class Recorder:
         """Write a FaultRecord, and the values of its ActiveRule that Replay needs."""
         line = json.dumps(dict(record._asdict(), rule=active.rule.to_json(), draw=active.draw,
                                count=active.request))
-        # The module logging replaces "%" in `line` only if a record has arguments.
+        # This record has no arguments. So the module logging does not replace "%" in `line`.
         self.thread.handle(logging.makeLogRecord({"msg": line}))
 
     def close(self):
@@ -9011,7 +9011,7 @@ RuleChange = namedtuple("RuleChange", "after time proxy connection rules")
 # A block of a test: rules that act instead of the behavior while the block is open.
 #
 # rules    the list of rules, which share one draw
-# only     whether the open block also stops the rules of earlier blocks
+# only     whether the rules of earlier blocks do not act while this block is open
 Block = namedtuple("Block", "rules only")
 
 
@@ -9032,10 +9032,10 @@ class Latencies:
         self.samples = deque(maxlen=LATENCIES_KEPT)     # (time of the reply, time of the request)
         self.random = random.Random(0)      # a user may have seeded the generator of the module
 
-    def draw_skip_count(self):
-        """Return how many requests a connection leaves out before the next measured request.
+    def draw_distance(self):
+        """Return after how many requests a connection measures again. 0 and 1: the next request.
 
-        The number is random, and on average grows with the number of samples.
+        This distance is random. Its mean is higher while there are more samples.
         """
         mean = len(self.samples) // self.SAMPLES_PER_STEP
         return int(2 * mean * self.random.random()) if mean else 0
@@ -9192,8 +9192,8 @@ class ProxyServer:
             with contextlib.suppress(CannotListen):
                 self.apply_accept()
             raise
-        schedule_begins = bool(accept.fields)
-        if schedule_begins or accept.to_text() != before.to_text():
+        has_schedule = bool(accept.fields)      # which begins again, even if the text is the same
+        if has_schedule or accept.to_text() != before.to_text():
             log.info("%saccept: %s", self.log_prefix, accept.to_text())
         self.begin_schedules()
 
@@ -9239,8 +9239,9 @@ class ProxyServer:
     def apply_change(self, local, backend, enabled, listener, accept):
         """Change the addresses, `enabled` and `accept`. Close the connections if necessary.
 
+        local       the same address, if the proxy stays enabled without a new listener
         backend     a backend that check_backend has accepted
-        listener    a new Listener at local; None to keep the listener, or to disable the proxy
+        listener    a new Listener at `local`. None: keep the listener, or close it if not enabled
 
         Raises CannotListen, and changes nothing, if the listener cannot have the mode of `accept`.
         """
@@ -9255,7 +9256,7 @@ class ProxyServer:
         if listener:
             self.set_listener(listener)
             self.open(self.loop)
-        elif local != self.local:       # the proxy is disabled: it binds the port later
+        elif not enabled and local != self.local:       # the next bind() uses `local`
             self.local, self.listen = local, format_address(local)
         if was_enabled != enabled:
             log.info("proxy %s: %s by the control", self.name,
@@ -9280,7 +9281,7 @@ class ProxyServer:
     # In the loop's thread: the backend
 
     def set_backend(self, backend):
-        """Connect new clients to a backend. Raises ValueError for the proxy's own address."""
+        """Use a backend for new clients. Raises ValueError for the proxy's own address."""
         local_addresses = [self.local]
         if self.listener:
             local_addresses += [sock.getsockname()[:2] for sock in self.listener.sockets]
@@ -9288,7 +9289,7 @@ class ProxyServer:
         self.set_checked_backend(backend)
 
     def set_checked_backend(self, backend):
-        """Connect new clients to a backend that check_backend has accepted."""
+        """Use a backend for new clients. check_backend has accepted the backend."""
         is_tls = len(backend) > 2           # (host, port, "tls")
         if is_tls:
             self.tls.connect_context()      # now, because the first call takes milliseconds
@@ -9344,9 +9345,9 @@ class ProxyServer:
     # In the loop's thread: rules
 
     def acting_rules(self):
-        """Return [the rules of each block that acts], or [the rules of the behavior].
+        """Return lists of rules: one for each block that acts, or only that of the behavior.
 
-        The rules of each returned list share one draw.
+        The rules of one list share one draw.
         """
         acting = []
         for block in self.blocks.values():
@@ -9411,7 +9412,7 @@ class ProxyServer:
         Raises InputError, and changes nothing, if a toxic is not valid for this proxy.
         """
         current = {toxic.name: toxic for toxic in self.toxics}
-        for toxic in toxics:            # a refused toxic must not change an installed rule
+        for toxic in toxics:            # check all before the first change
             self.check_rule(toxic.rule)
             if toxic.name not in current:
                 self.create_instance(toxic.rule)
@@ -9427,11 +9428,11 @@ class ProxyServer:
         self.replace_rules(self.behavior, self.blocks, toxics_after, changed_rules)
 
     def update_toxic(self, toxic, new):
-        """Give a toxic the ttl, toxicity and attributes of another toxic with the same rule.
+        """Give a toxic the ttl, toxicity and attributes of `new`, a toxic with the same rule.
 
         Returns whether the toxicity or the attributes have changed.
         """
-        if new is not toxic:            # the ttl begins again
+        if new is not toxic:            # a request has set this toxic: its ttl begins again
             toxic.rule.ttl = new.rule.ttl
             toxic.rule.renew_ttl(self.loop.clock())
         if (new.toxicity, new.attributes) == (toxic.toxicity, toxic.attributes):
@@ -9468,7 +9469,7 @@ class ProxyServer:
     def change_connections(self, new, removed, changed, woken=()):
         """Apply a change of the rules to the open connections: see Connection.rules_changed."""
         for rule in [*removed, *changed]:
-            # A link that the connections share (see `bandwidth`) has no chunks any more.
+            # `bandwidth` keeps here when the chunks of all connections have passed. None is left.
             rule.shared.pop(UPSTREAM, None)
             rule.shared.pop(DOWNSTREAM, None)
         for connection in list(self.connections.values()):
@@ -9515,9 +9516,9 @@ class ProxyServer:
             if rule.expires <= now:
                 expired.append(rule)
                 continue
-            share_before = rule.moment.share
+            share_before = rule.moment.share    # of the percentage: 0 outside of windows
             self.update_moment(rule, now)
-            if rule is self.accept:         # apply_accept() follows
+            if rule is self.accept:         # no connection uses an Accept: apply_accept() follows
                 continue
             if share_before > 0 and rule.sleeps():
                 asleep.append(rule)
@@ -9603,6 +9604,7 @@ class ProxyServer:
             raise InputError([("kind", "kind must be one of %s, the errors of %s, not %r%s" % (
                 ", ".join(self.protocol.errors), self.protocol_name(), kind,
                 did_you_mean(kind, self.protocol.errors)))])
+        # With `inject`, the backend replies, and the rule inserts bytes into the reply.
         replies_for_backend = self.protocol and not rule.options["inject"]
         if replies_for_backend and rule.stream != "both":
             raise InputError([("stream", "stream must be both for %s, because this handler "
@@ -9857,14 +9859,13 @@ class ProxyTable(OrderedDict):
         """
         local = local or proxy.local
         proxy.check_port(local)
-        # Two texts may mean the same address, such as localhost:80 and 127.0.0.1:80.
-        moved = local != proxy.local and first_address(local) != proxy.listen
-        if not moved:
+        # Another text of the same address, such as localhost:80 for 127.0.0.1:80, is no change.
+        if local != proxy.local and first_address(local) == proxy.listen:
             local = proxy.local
         enabled = proxy.enabled if enabled is None else enabled
         accept = accept or proxy.accept
         listener = None
-        if enabled and (moved or not proxy.enabled):
+        if enabled and (local != proxy.local or not proxy.enabled):
             listener = self.rebind(proxy, local, accept)
         proxy.loop.run_sync(proxy.apply_change, local, backend or proxy.backend, enabled,
                             listener, accept)
