@@ -1423,7 +1423,7 @@ class ProtocolReader:
         self.protocol.exchanges.append(exchange)
 
     def pending_count(self):
-        return len(self.protocol.awaited())
+        return len(self.protocol.awaited_exchanges())
 
     def framer(self, to):
         return self.protocol.request_framer if to == UPSTREAM else self.protocol.reply_framer
@@ -1442,8 +1442,8 @@ class ProtocolReader:
             for boundary in whole or framer.feed(data, len(data)):
                 boundaries.append(boundary)
                 is_end = boundary[1] is vaurien.END_OF_MESSAGE
-                if is_end and to == DOWNSTREAM and self.protocol.awaited():
-                    self.protocol.awaited()[0].reply_done = True
+                if is_end and to == DOWNSTREAM and self.protocol.awaited_exchanges():
+                    self.protocol.awaited_exchanges()[0].reply_done = True
         except vaurien.ProtocolError as error:
             self.errors[to] = str(error)
         return boundaries

@@ -1412,25 +1412,25 @@ def check_signature(function):
 # threads.
 #
 # Each protocol has two readers, the generators `requests` and `replies`. A Framer feeds bytes to
-# a reader. A reader yields the input that the reader needs next, or a boundary in the bytes:
+# a reader. A reader yields either a demand for the next bytes, or a boundary after the last bytes:
 #
-#   an int              skip this many bytes
-#   NeedBytes(count)    receive `count` bytes, as the value of the yield
-#   NeedMatch(pattern)  receive the bytes up to the end of the pattern's first match
-#   SkipUntil(marker)   skip all bytes up to the end of the next marker
-#   a Request           the bytes since the last END_OF_MESSAGE are the head of this request
-#   CONTINUATION        the bytes since the last END_OF_MESSAGE belong to the previous request
-#   END_OF_MESSAGE      a request or a reply ends here
-#   END_OF_ROW          a row of a reply ends here, only if `counts_rows` is set
-#   TLS_BEGINS          the further bytes of this direction are in TLS, only if `joins_tls` is set
+#   an int              skip this many bytes.
+#   NeedBytes(count)    receive `count` bytes, as the value of the yield.
+#   NeedMatch(pattern)  receive the bytes up to the end of the pattern's first match.
+#   SkipUntil(marker)   skip all bytes up to the end of the next marker.
+#   a Request           the bytes since the last END_OF_MESSAGE are the head of this request.
+#   CONTINUATION        the bytes since the last END_OF_MESSAGE belong to the previous request.
+#   END_OF_MESSAGE      a request or a reply ends here.
+#   END_OF_ROW          a row of a reply ends here, only if `counts_rows` is set.
+#   TLS_BEGINS          the further bytes of this direction are in TLS, only if `joins_tls` is set.
 #
 # After TLS_BEGINS, the chain drops the reader, and starts a new reader for the decrypted bytes. A
 # reader raises ProtocolError at bytes that are not of the protocol, and when another protocol
 # follows. After a ProtocolError, the connection continues as tcp.
 #
-# The ProtocolChain applies each boundary to the queue of exchanges before the reader continues. A
-# reader calls `awaited` and `awaited_request` to read the queue. A reader may change `replies` and
-# `info` of a Request in the queue, and nothing else in the queue.
+# After each boundary, the ProtocolChain updates the queue of exchanges. Then the reader continues,
+# and calls `awaited_exchanges` or `awaited_request` to read the queue. A reader may change
+# `replies` and `info` of a Request in the queue, and nothing else in the queue.
 #
 # The smallest protocol: a request is a line, and a reply is a line.
 #
@@ -1467,20 +1467,21 @@ class ProtocolError(Exception):
     """The bytes are not of the protocol. The log shows the text of this exception."""
 
 
-# A NeedBytes, NeedMatch or SkipUntil takes bytes from each chunk until its input is complete:
+# A demand has the method `take`. The Framer calls `take` with each chunk until a value comes:
 #
-#   offset, value, buffered = awaiting.take(buffered, data, offset, size)
+#   offset, value, buffered = demand.take(buffered, data, offset, size)
 #
-#   buffered             the bytes that are kept for the next call; b"" in the first call
-#   data[offset:size]    the bytes of the chunk that no reader has got yet
-#   offset, returned     the offset behind the bytes that `take` has taken
-#   value                the input for the reader; None while the input is incomplete
+#   buffered             the bytes of earlier chunks that the value needs: b"" in the first call.
+#   data[offset:size]    the bytes of the chunk that are still to take.
+#   offset, returned     the offset behind the taken bytes.
+#   value                the input for the reader, or None if the value needs more bytes.
 
 class NeedBytes(int):
     """Asks for a number of bytes: NeedBytes(5) asks for 5 bytes."""
 
     def take(self, buffered, data, offset, size):
-        missing = self - len(buffered)
+        """Return (offset, value, buffered): see above."""
+        missing = self - len(buffered)      # a NeedBytes is an int
         end = min(size, offset + missing)
         received = buffered + data[offset:end]
         return (end, received, b"") if len(received) == self else (end, None, received)
@@ -1489,10 +1490,10 @@ class NeedBytes(int):
 class NeedMatch:
     """Asks for the bytes up to the end of a pattern's first match.
 
-    end      the pattern whose first match ends the input
+    end      the pattern whose first match ends the input.
     start    a pattern that must match the input, also while the input is incomplete. If a group
-             of `start` matches, the input is certainly of the protocol
-    error    the text of the ProtocolError for input that `start` does not match
+             of `start` matches, the input is certainly of the protocol.
+    error    the text of the ProtocolError for input that `start` does not match.
     """
 
     __slots__ = ("search", "match_start", "error")
@@ -1523,26 +1524,27 @@ class NeedMatch:
 class SkipUntil(namedtuple("SkipUntil", "marker tail")):
     """Asks to skip all bytes up to the end of the next marker.
 
-    marker    the bytes to search for
-    tail      the last bytes before the skipped bytes: the marker may begin in `tail`
+    marker    the bytes to search for.
+    tail      the last bytes before the skipped bytes: the marker may begin in `tail`.
     """
 
     __slots__ = ()
 
     def take(self, buffered, data, offset, size):
-        searched = (buffered or self.tail) + data[offset:size]
+        """Return (offset, value, buffered): see above. The value is b""."""
+        searched = (buffered or self.tail) + data[offset:size]      # `tail` for the first chunk
         _, marker, after = searched.partition(self.marker)
-        if not marker:                      # the last bytes may be the beginning of the marker
+        if not marker:                  # all bytes of the marker but the last may have arrived
             return size, None, searched[1 - len(self.marker):]
         return size - len(after), b"", b""
 
 
 def beginning_with(*parts):
-    """Return a pattern `start` of a NeedMatch, for input that begins with these patterns.
+    """Return the pattern `start` of a NeedMatch whose input begins with these patterns.
 
-    The pattern also matches incomplete input that ends after any part. The group of the pattern
-    is the last part. For example, beginning_with(b"a", b"b") matches b"", b"a", b"ab" and b"abc".
-    The group matches in b"ab" and b"abc".
+    Incomplete input may end after any of the patterns. The last pattern is a group: the group
+    shows that the beginning is complete. For example, beginning_with(b"a", b"b") matches b"",
+    b"a", b"ab" and b"abc". Only for b"ab" and b"abc", the group matches too.
     """
     expression = b"(%s)" % parts[-1]
     for part in reversed(parts[:-1]):
@@ -1560,12 +1562,12 @@ COMMAND_LINE = NeedMatch(rb"\n", TEXT, "a control character in a command")
 class Request:
     """A request of a protocol. A reader makes the Request as soon as the head is complete.
 
-    text           the bytes in which `match` searches
-    name           the command: a str, or for MySQL an int
-    replies        whether the backend replies to the request
-    info           data that the protocol keeps until the reply: see the class of each protocol
+    text           the bytes in which `match` searches.
+    name           the command: a str, or for MySQL an int.
+    replies        whether the backend replies to the request.
+    info           data that the protocol keeps until the reply: see the class of each protocol.
     independent    True: rules are drawn for the request. False: the active rules of the previous
-                   request act on this request
+                   request act on this request.
     """
 
     __slots__ = ("text", "name", "replies", "info", "independent")
@@ -1581,9 +1583,9 @@ NO_REQUEST = Request(b"", "")       # for a reply that belongs to no request
 class Reply(namedtuple("Reply", "data closes substitute")):
     """An error reply to a request, or to a client that connects.
 
-    data          the bytes that the client gets
-    closes        whether the proxy closes the connection after `data`
-    substitute    the bytes that the backend gets in place of the request, b"" for no bytes
+    data          the bytes that the client gets.
+    closes        whether the proxy closes the connection after `data`.
+    substitute    the bytes that the backend gets in place of the request, or b"".
     """
 
     __slots__ = ()
@@ -1598,9 +1600,9 @@ Refusal = namedtuple("Refusal", "active_rule reply")    # the rule that replies,
 class Framer:
     """Finds the boundaries of requests, or of replies, in the bytes of one direction.
 
-    awaiting       the last value that the reader has yielded
-    buffered       the bytes that have arrived for `awaiting`, while its input is incomplete
-    at_boundary    whether all bytes so far belong to complete messages
+    awaiting       the last value that the reader has yielded: a demand or a boundary.
+    buffered       the bytes that have arrived for an incomplete demand.
+    at_boundary    whether all bytes so far belong to complete messages.
     """
 
     __slots__ = ("reader", "parse_whole", "awaiting", "buffered", "at_boundary")
@@ -1623,10 +1625,10 @@ class Framer:
     def recognizes(self, head):
         """Return whether the bytes of an incomplete head are certainly of the protocol.
 
-        The head is certain after the reader has received input, such as a line, or when the group
-        of a NeedMatch matches, such as a whole request line of HTTP.
+        The bytes are certain if the reader has accepted some of them, such as a line, or if the
+        group of a NeedMatch matches, such as a whole request line of HTTP.
         """
-        if len(self.buffered) < len(head):      # the reader has received the other bytes
+        if len(self.buffered) < len(head):      # the reader has accepted the bytes before
             return True
         if type(self.awaiting) is not NeedMatch or not self.awaiting.match_start:
             return False
@@ -1636,8 +1638,8 @@ class Framer:
     def whole_message(self, data):
         """Return ((offset, boundary), ...) of data that is exactly one message of a simple form.
 
-        Is faster than `feed`, and finds the same boundaries. Returns None if the data is not one
-        message of a simple form, or the last message is incomplete. Raises ProtocolError.
+        Is faster than `feed`, and finds the same boundaries. Returns None for other data, and if
+        the data continues an incomplete message. Raises ProtocolError.
         """
         parsed = self.parse_whole(data) if self.at_boundary else None
         if not parsed:
@@ -1650,9 +1652,9 @@ class Framer:
     def feed(self, data, size):
         """Parse the first `size` bytes of data. Yield (offset, boundary) for each boundary.
 
-        data    bytes, or a memoryview that begins at the first byte of a bytearray
+        data    bytes, or a memoryview of the beginning of a bytearray.
 
-        The caller applies a boundary before it asks for the next boundary. Raises ProtocolError.
+        Between two boundaries, the caller updates the queue of exchanges. Raises ProtocolError.
         """
         if type(data) is memoryview:
             data = data.obj                 # the bytearray. A memoryview has no find()
@@ -1675,7 +1677,7 @@ class Framer:
                 if value is None:
                     break
             self.awaiting = self.reader.send(value)
-        self.at_boundary = message_end == size
+        self.at_boundary = message_end == size          # for whole_message
 
 
 def read_opaque():
@@ -1708,13 +1710,12 @@ class Protocol:
 
     def __init__(self, host=b""):
         self.host = host            # the new value of Host header fields. b"": replace no value
-        # The ProtocolChain sets `exchanges`, which is the queue, and `refusable`.
-        self.exchanges: deque = deque()
-        self.refusable = None       # the Exchange that a rule may refuse at this event, or None
+        self.exchanges: deque = deque()     # the queue, which the ProtocolChain updates
+        self.refusable = None       # at each event: the Exchange that a rule may refuse, or None
         self.request_framer = Framer(self.requests(), self.parse_whole_request)
         self.reply_framer = Framer(self.replies(), self.parse_whole_reply)
 
-    def awaited(self):
+    def awaited_exchanges(self):
         """Return the exchanges that await a reply from the backend, in order."""
         return [exchange for exchange in self.exchanges if exchange.awaits_reply()]
 
@@ -1748,7 +1749,7 @@ class Protocol:
         """Return the Request if data is exactly one request of a simple form, otherwise None.
 
         A simple form needs no reader, such as an HTTP request without a body. A request without a
-        reply has no simple form. Changes nothing if the result is None. Raises ProtocolError.
+        reply has no simple form. Changes no state if the result is None. Raises ProtocolError.
         """
         return None
 
@@ -1763,7 +1764,7 @@ class Protocol:
     def connect_error(self, kind, data):
         """Return the Reply to a client that connects.
 
-        data    OPEN, or the first bytes that the client has sent
+        data    OPEN, or the first bytes that the client has sent.
 
         Returns None if a server would not reply to `data` with this error.
         """
@@ -1774,7 +1775,7 @@ class Protocol:
     def refuse_client(self, received):
         """Return the Reply to a client beyond max_connections.
 
-        received    OPEN, or the bytes that the client has sent since the last Reply
+        received    OPEN, or the bytes that the client has sent since this method made a Reply.
 
         Returns None if a server would reply only after more bytes.
         """
@@ -1797,12 +1798,12 @@ class Protocol:
     def make_substitute(self, kind, request):
         """Return the bytes that the backend gets in place of a request that fails, or b"".
 
-        May change the state of the protocol: the caller always sends the bytes to the backend.
+        May update the state of the protocol, because the backend always gets these bytes.
         """
         return b""
 
     def finish_reply(self, reply, request):
-        """Return the bytes to send for a Reply: perhaps with a new sequence number or status."""
+        """Return the bytes of a Reply. Some protocols insert a sequence number or a status."""
         return reply.data
 
     def encode_error(self, kind):
@@ -1811,28 +1812,28 @@ class Protocol:
 
     # A rule sends an error when a failing server would send the error:
     #
-    #   to a client that connects                 at once
-    #   if the error closes the connection        when the head of the request is complete
-    #   to a request without a substitute         when the request ends
-    #   to a request with a substitute            when the backend's reply to the substitute ends
+    #   to a client that connects                 at once.
+    #   if the error closes the connection        when the head of the request is complete.
+    #   to a request without a substitute         when the request ends.
+    #   to a request with a substitute            when the backend's reply to the substitute ends.
     #
     # A rule can refuse a request only at the event with the head of the request. The Exchange of a
-    # refused request has a Refusal, which names the rule. From that event on, the ProtocolChain
-    # calls finish_refusal in place of the handler of the rule. Other rules get the events that a
-    # failing server would cause.
+    # refused request has a Refusal, which names the rule. At the later events of the Exchange, the
+    # ProtocolChain calls finish_refusal in place of the handler of the rule. Other rules get the
+    # events that a failing server would cause.
 
     def reply_with_error(self, state, t, to, data, kind):
-        """Yield the events that the handler `error` makes of one event.
+        """Yield the events that the handler `error` makes of one event (t, to, data).
 
         Refuses the request whose head is in the event, or the client that connects. The event
         passes unchanged if a server would not fail at this event.
 
-        kind    "" to draw the kind
+        state    the active rule that has the handler.
+        kind     the kind of the error, or "": draw the kind.
         """
-        exchange, reply = self.refusable, None
-        # Only OPEN or bytes can begin a connection or a request.
-        may_begin = to == UPSTREAM and (data or data is OPEN)
-        if exchange and may_begin:
+        exchange, request, reply = self.refusable, None, None
+        can_begin = to == UPSTREAM and (data or data is OPEN)       # a request, or a connection
+        if exchange and can_begin:
             request = exchange.request              # None if the client connects
             kind = kind or self.draw_kind(state, request)
             reply = self.error_reply(kind, request) if request else self.connect_error(kind, data)
@@ -1840,7 +1841,7 @@ class Protocol:
             yield t, to, data
             return
         state.drawn_options = {"kind": kind}        # for the fault record
-        if request or reply.closes:                 # Postgres: Reply(b"N") refuses only encryption
+        if request or reply.closes:                 # otherwise, the error follows: see Postgres
             exchange.refusal = Refusal(state, reply)
             self.refusable = None                   # no other rule can refuse the request
         if request and not reply.closes:
@@ -1853,14 +1854,14 @@ class Protocol:
     def draw_kind(self, state, request):
         """Draw the kind of an error. Returns "" for no error.
 
-        request    None for a client that connects
+        state      the active rule that has the handler `error`.
+        request    None for a client that connects.
         """
         if request:
             return state.random.choice(self.default_errors)
-        connecting_is_request = self.server_first
-        if not connecting_is_request or not self.connect_errors:
+        if not self.server_first or not self.connect_errors:    # connecting is not request 1
             return ""
-        # `state.draw` is the same number at each message of a login to Postgres.
+        # Postgres draws at each message of a login. `state.draw` gives the same kind each time.
         return self.connect_errors[state.draw % len(self.connect_errors)]
 
     def finish_refusal(self, exchange, t, to, data):
@@ -1872,25 +1873,24 @@ class Protocol:
         """
         reply = exchange.refusal.reply
         if to == UPSTREAM:
-            is_dropped = not exchange.complete
-        else:                           # after an error that closes, drop all bytes
-            in_reply_to_substitute = exchange.forwarded and not exchange.reply_done
-            is_dropped = reply.closes or in_reply_to_substitute
+            is_dropped = not exchange.complete              # bytes and end of the request
+        else:
+            is_reply_to_substitute = exchange.forwarded and not exchange.reply_done
+            is_dropped = reply.closes or is_reply_to_substitute
         if data is EOF or data is OPEN or not is_dropped:
             yield t, to, data
-        elif data is not END_OF_MESSAGE or reply.closes:
-            return                      # drop the event
-        elif to == UPSTREAM and reply.substitute:
-            yield t, UPSTREAM, reply.substitute
-        else:
-            yield t, DOWNSTREAM, self.finish_reply(reply, exchange.request)
+        elif data is END_OF_MESSAGE and not reply.closes:   # an error that closes has been sent
+            if to == UPSTREAM and reply.substitute:
+                yield t, UPSTREAM, reply.substitute
+            else:
+                yield t, DOWNSTREAM, self.finish_reply(reply, exchange.request)
 
 
 def parse_length(text, largest=1 << 60):
     """Parse a length in decimal digits.
 
-    text       bytes. White space around the digits is ignored
-    largest    the largest valid length
+    text       bytes. White space around the digits is ignored.
+    largest    the largest valid length.
 
     Raises ProtocolError if the text is not a valid length.
     """
@@ -1903,9 +1903,9 @@ def parse_length(text, largest=1 << 60):
 
 # The header fields of an HTTP request:
 #
-#   text                 the line feed of the request line, and the header fields
-#   rewritten            `text` with the new value of the Host header field, or `text` itself
-#   close, keep_alive    see Http.connection_options
+#   text                 the line feed of the request line, and the header fields.
+#   rewritten            `text` with the new value of the Host header field, or `text` itself.
+#   close, keep_alive    see Http.connection_options.
 HeaderFields = namedtuple("HeaderFields", "text rewritten close keep_alive")
 
 
@@ -1925,7 +1925,7 @@ class Http(Protocol):
     has_rows = True                 # chunks, or events of a text/event-stream
     HEAD_END = rb"\n\r?\n"
     REQUEST_LINE = re.compile(rb"\s*([A-Z]+) [^ \r\n]+ HTTP/1\.([01])\r?\n")
-    # Each character of "HTTP/1." is a part: an incomplete head may end after any character.
+    # An incomplete head may end after any character of "HTTP/1.": each character is a pattern.
     REQUEST_HEAD = NeedMatch(HEAD_END, beginning_with(
         rb"\s*", rb"[A-Z]+", rb" ", rb"[^ \r\n]+", rb" ", *rb"H T T P / 1 \. [01] \r? \n".split()),
         "no request line of HTTP/1")
@@ -1974,15 +1974,15 @@ class Http(Protocol):
             raise ProtocolError(self.REQUEST_HEAD.error)
         method, minor_version = match.groups()
         # In HTTP/1.0, the server closes the connection unless the client asks for keep-alive.
-        closes = close or (minor_version == b"0" and not keep_alive)
+        server_closes = close or (minor_version == b"0" and not keep_alive)
         text = head.strip().replace(b"\r\n", b"\n")     # so that `$` in `match` finds line ends
-        return Request(text, method.decode(), info=closes)
+        return Request(text, method.decode(), info=server_closes)
 
     def connection_options(self, head):
-        """Return (close, keep_alive): which of the options the Connection header field has.
+        """Return (close, keep_alive): whether the Connection header field has these options.
 
-        `close` is also True with "Expect: 100-continue": the client sends no body before a reply,
-        and only an error that closes the connection is sent before the request ends.
+        With "Expect: 100-continue", the client waits for a reply before the client sends the body.
+        `close` is True then, because an error that closes does not wait for the end of a request.
         """
         lower_head = head.lower()           # a search for bytes is faster than the patterns
         if b"\nconnection" not in lower_head and b"\nexpect" not in lower_head:
@@ -1994,7 +1994,7 @@ class Http(Protocol):
         """Return the Request if data is exactly one request without a body, otherwise None."""
         last_data, request = self.last_request
         if data != last_data:
-            if not data[:1].isalpha():          # an empty line before the request line
+            if not data[:1].isalpha():          # empty lines need the reader `requests`
                 return None
             text, fields = data[data.find(b"\n"):], self.last_fields
             if text != fields.text:
@@ -2010,7 +2010,7 @@ class Http(Protocol):
     def parse_fields(self, text):
         """Return the HeaderFields of a request. `text`: see HeaderFields.
 
-        Returns None if the text is not exactly the rest of a head, or if a body follows.
+        Returns None if the head does not end at the end of the text, or if a body follows.
         """
         lower_text = text.lower()
         _, end, rest = text.partition(b"\n\r\n")
@@ -2041,8 +2041,8 @@ class Http(Protocol):
         """Return whether data is exactly one reply with a Content-Length."""
         if self.awaited_request().name in ("", "HEAD", "CONNECT"):      # "": no reply is awaited
             return False
-        head_size = data.find(b"\n\r\n") + len(b"\n\r\n")
-        head_and_size = data[:head_size], len(data) - head_size
+        head_size = data.find(b"\n\r\n") + len(b"\n\r\n")       # 2 for an incomplete head
+        head_and_size = data[:head_size], len(data) - head_size     # the size of the body
         if head_and_size != self.last_reply:
             if not self.announces_body(*head_and_size):
                 return False
@@ -2060,8 +2060,8 @@ class Http(Protocol):
     def read_body(self, head, default_length, rows=""):
         """Read the body that follows a head.
 
-        default_length    the size of a body without a Content-Length that is not chunked
-        rows              the rows to report: "chunks" or "events"; "" for none
+        default_length    the size of the body if the head does not tell the size.
+        rows              which rows to report: "chunks", "events", or "" for no rows.
         """
         lower_head = head.lower()           # a search for bytes is faster than the patterns
         if b"\ntransfer-encoding" in lower_head and self.CHUNKED.search(head):
@@ -2090,7 +2090,7 @@ class Http(Protocol):
         return row_ends
 
     def read_chunked_body(self, rows):
-        """Read a body in the chunked transfer coding, with its trailer fields."""
+        """Read a body in the chunked transfer coding, and its trailer. `rows`: see read_body."""
         while True:
             line = yield LINE
             match = self.CHUNK_SIZE.match(line)
@@ -2236,27 +2236,27 @@ class Redis(Protocol):
         return self.make_request(args)
 
     def make_request(self, args):
-        """Return the Request of a command, and update `in_multi` after the command.
+        """Return the Request of a command, and set `in_multi` for the next command.
 
         Raises ProtocolError at a command after which replies and requests do not alternate.
         """
-        name = args[0].upper().decode("latin-1") if args else ""
+        name = args[0].upper().decode("latin-1") if args else ""    # an empty line: no reply
         ends_parsing = name in self.SERVER_PUSH
         if name == "CLIENT" and len(args) > 1:
             ends_parsing = args[1].upper() in (b"REPLY", b"TRACKING")
         if ends_parsing:
             raise ProtocolError("after %s, replies and requests do not alternate" % name)
-        request = Request(b" ".join(args), name, replies=bool(args), info=self.in_multi)
+        is_in_transaction = self.in_multi
         if name in ("MULTI", "EXEC", "DISCARD", "RESET"):
             self.in_multi = name == "MULTI"
-        return request
+        return Request(b" ".join(args), name, replies=bool(args), info=is_in_transaction)
 
     def replies(self):
         """Find the replies. A reply is one value, which may have nested values."""
         while True:
             line = yield self.REPLY_LINE
             while line[:1] == b"|":             # attributes come before the value that has them
-                yield from self.read_values(self.nested_values(line) - 1)
+                yield from self.read_values(2 * parse_length(line[1:]))     # names and values
                 line = yield self.REPLY_LINE
             if line[:1] in self.STRINGS:
                 yield self.string_size(line)
@@ -2305,7 +2305,7 @@ class Redis(Protocol):
         size = data[1:line_end - 2]
         if type_ != b"$" or data[line_end - 2:line_end] != b"\r\n" or not size.isdigit():
             return False
-        # A size within data has nine digits at most. int() of more digits is slow.
+        # Nine digits suffice for the size of a chunk of data. int() of many digits is slow.
         return line_end + int(size[:9]) + len(b"\r\n") == len(data)
 
     def encode_error(self, kind):
@@ -2314,7 +2314,7 @@ class Redis(Protocol):
         return ("-%s %s\r\n" % (code, self.errors[kind])).encode()
 
     def make_substitute(self, kind, request):
-        """Return an unknown command in a transaction: after an error, Redis refuses the EXEC."""
+        """Return an unknown command for a command in a transaction, so that the EXEC fails."""
         is_in_transaction = request.info
         return self.UNKNOWN_COMMAND if is_in_transaction else b""
 
@@ -2328,8 +2328,8 @@ class Memcache(Protocol):
     refuses a command after quiet commands, the backend gets `mn` in place of the command. The
     client gets the error after the reply to `mn`, and after all replies to quiet commands.
 
-    Request.info is None, unless `mn` has replaced the request. After `mn`, Request.info has the
-    last bytes from the backend, in which the reply to `mn` may begin.
+    If `mn` has replaced the request, Request.info has the last bytes from the backend, because the
+    reply to `mn` may begin in these bytes. Otherwise, Request.info is None.
     """
 
     errors = {
@@ -2347,7 +2347,7 @@ class Memcache(Protocol):
     SIZE_INDEX = {"set": 4, "add": 4, "replace": 4, "append": 4, "prepend": 4, "cas": 4, "ms": 2}
     GET = {"get", "gets", "gat", "gats"}
     META = {"mg", "ms", "md", "ma", "me", "mn"}
-    FLUSH, FLUSHED = b"mn\r\n", b"MN\r\n"       # the command, and the reply of the backend
+    MN, MN_REPLY = b"mn\r\n", b"MN\r\n"
     COMMAND_LINE = NeedMatch(rb"\n", rb"(?!\x80)" + TEXT,
                              "the binary protocol, or a control character in a command")
     REPLY_LINE = NeedMatch(rb"\n", beginning_with(rb"[0-9A-Za-z]"), "no line of a reply")
@@ -2365,13 +2365,13 @@ class Memcache(Protocol):
             # The flags of a meta command follow the key. A flag is a letter with a value.
             flags = [word[:1] for word in words[2:]] if name in self.META else []
             is_quiet = b"q" in flags
-            is_noreply = words[-1:] == [b"noreply"] and name not in self.GET    # or a key of a GET
+            is_noreply = words[-1:] == [b"noreply"] and name not in self.GET    # not a key
             gets_no_reply = is_quiet or is_noreply or name == "quit"
             request = Request(line.strip(), name, replies=not gets_no_reply)
             yield request                   # make_substitute may replace the request now
             if is_quiet:
                 self.quiet_sent = True
-            elif self.is_flush(request):
+            elif self.is_mn(request):
                 self.quiet_sent = False
             yield body_size
             yield END_OF_MESSAGE
@@ -2394,21 +2394,21 @@ class Memcache(Protocol):
                 continue                    # the reply ends with an END line
             if type_ == b"VA" and len(words) > 1:
                 yield parse_length(words[1]) + len(b"\r\n")
-            is_statistic = type_ in (b"STAT", b"ITEM", b"PREFIX") and request.name not in self.GET
-            is_quiet_reply = self.is_flush(request) and type_ != b"MN"      # the MN comes later
+            is_statistic = type_ in (b"STAT", b"ITEM", b"PREFIX")       # an END line follows
+            is_quiet_reply = self.is_mn(request) and type_ != b"MN"     # an MN line follows
             if not is_statistic and not is_quiet_reply:
                 yield END_OF_MESSAGE
 
-    def is_flush(self, request):
+    def is_mn(self, request):
         """Return whether the request is `mn`, or the backend gets `mn` in place of the request."""
         return request.name == "mn" or request.info is not None
 
     def make_substitute(self, kind, request):
-        """Return `mn` after quiet commands, and set `info` of the request."""
+        """Return `mn` if the backend has got quiet commands, otherwise b""."""
         if not self.quiet_sent:
             return b""
-        request.info = b""
-        return self.FLUSH
+        request.info = b""                  # shows that `mn` has replaced the request
+        return self.MN
 
     def finish_refusal(self, exchange, t, to, data):
         """Let the replies to quiet commands pass. Drop only the reply to `mn`."""
@@ -2423,12 +2423,13 @@ class Memcache(Protocol):
     def pass_quiet_replies(self, request, t, data):
         """Yield events with the bytes from the backend that cannot be the reply to `mn`.
 
-        data    bytes from the backend, or EOF
+        data    bytes from the backend, or EOF.
         """
-        received, size = request.info + data, len(self.FLUSHED)
-        passed, request.info = received[:-size], received[-size:]
-        if data is EOF:                 # the backend sends no reply to `mn`
-            passed, request.info = received, b""
+        if data is EOF:                 # the backend has sent no reply to `mn`
+            passed, request.info = request.info, b""
+        else:
+            received, size = request.info + data, len(self.MN_REPLY)
+            passed, request.info = received[:-size], received[-size:]
         if passed:
             yield t, DOWNSTREAM, passed
         if data is EOF:
@@ -2438,7 +2439,7 @@ class Memcache(Protocol):
 class StatementTexts(OrderedDict):
     """The texts of the prepared statements of a connection, {key: text}.
 
-    A client may prepare any number of statements, and may drop statements by SQL, which is not
+    A client may prepare any number of statements, and may drop statements by SQL, but no SQL is
     parsed. Therefore the least recently used texts are forgotten when all texts together take more
     than STATEMENTS_MAX bytes. In place of a forgotten text, `match` searches in b"".
     """
@@ -2495,7 +2496,7 @@ class SkipRows:
 
     A SkipRows is faster than a NeedBytes for each row.
 
-    left    bytes of the last row that have not arrived
+    left    how many bytes of the last row have not arrived.
     """
 
     __slots__ = ("left",)
@@ -2506,7 +2507,9 @@ class SkipRows:
         self.left = 0
 
     def take(self, buffered, data, offset, size):
-        offset, unpack_from = offset + self.left, self.HEADER.unpack_from
+        """Return (offset, value, buffered): see NeedBytes. The value is b""."""
+        offset += self.left
+        unpack_from = self.HEADER.unpack_from
         while offset + 5 <= size:
             size_and_sequence, type_ = unpack_from(data, offset)
             body_size = size_and_sequence & 0xFFFFFF
@@ -2514,7 +2517,7 @@ class SkipRows:
             if type_ >= 0xFE or body_size == 0xFFFFFF:
                 break
             offset += 4 + body_size
-        if offset < size:               # the reader gets the packet at `offset`
+        if offset < size:               # the reader parses the packet at `offset`
             return offset, b"", b""
         self.left = offset - size
         return size, None, b""
@@ -2523,10 +2526,10 @@ class SkipRows:
 class MysqlCommand:
     """The data that Mysql keeps of a command until the reply ends.
 
-    text            the SQL of the command, or of the prepared statement that the command executes
-    statement_id    the id of the prepared statement
-    sequence        the sequence number of the last packet of the command
-    substitutes     how many commands the backend gets in place of the command
+    text            the SQL of the command, or of the prepared statement that the command executes.
+    statement_id    the id of the prepared statement.
+    sequence        the sequence number of the last packet of the command: for finish_reply.
+    substitutes     how many commands the backend gets in place of a refused command.
     """
 
     __slots__ = ("text", "statement_id", "sequence", "substitutes")
@@ -2545,9 +2548,9 @@ class Mysql(Protocol):
     The reply to PREPARE has these packets: OK, parameters, [EOF], columns, [EOF]. The packets in
     brackets may be missing. The reply to a query is one result, or several results:
 
-        OK, ERR or EOF                      a result without rows
-        count, columns, [EOF], rows, EOF    a result with rows. The last EOF may be an OK
-        LOCAL INFILE, OK                    the client sends a file before the OK
+        OK, ERR or EOF                      a result without rows.
+        count, columns, [EOF], rows, EOF    a result with rows. The last EOF may be an OK.
+        LOCAL INFILE, OK                    the client sends a file before the OK.
 
     The status in the last OK or EOF of a result tells whether another result follows. If the
     status in the first EOF says that a cursor is open, no rows follow.
@@ -2633,7 +2636,7 @@ class Mysql(Protocol):
             yield END_OF_MESSAGE
 
     def read_continuation(self, size, sequence):
-        """Read the body of a packet of the login, or of the data of LOCAL INFILE."""
+        """Read the body of a packet (size, sequence) of the login, or of data of LOCAL INFILE."""
         if not size:
             self.loading = False            # an empty packet ends the data of LOCAL INFILE
         yield CONTINUATION
@@ -2646,13 +2649,13 @@ class Mysql(Protocol):
     def read_capabilities(self, size):
         """Read the capability flags: the first 4 bytes of a login packet.
 
-        size    the number of bytes in the packet's body
+        size    the number of bytes in the packet's body.
 
         Returns how many bytes of the body are left.
         """
         head = yield NeedBytes(min(4, size))
         flags, size_left = int.from_bytes(head, "little"), size - len(head)
-        is_ssl_request = size == 32 and flags & self.CLIENT_SSL     # the login follows in TLS
+        is_ssl_request = size == 32 and flags & self.CLIENT_SSL     # a login is longer
         if is_ssl_request:
             if not self.joins_tls:
                 raise ProtocolError("TLS follows")
@@ -2704,7 +2707,7 @@ class Mysql(Protocol):
             if request is not NO_REQUEST:
                 yield from self.read_reply(request, size, head)
                 yield END_OF_MESSAGE
-            elif self.awaited():                # the client has connected, and awaits the greeting
+            elif self.awaited_exchanges():      # the packet is the greeting of the backend
                 self.note_greeting(head)
                 yield END_OF_MESSAGE
                 yield from self.read_login()
@@ -2743,7 +2746,7 @@ class Mysql(Protocol):
         """Read the rest of a reply, after its first packet (size, head)."""
         command, type_ = request.name, head[:1]
         if request.info.substitutes:        # the reply to each substitute is one packet
-            for _ in range(request.info.substitutes - 1):
+            for _ in range(1, request.info.substitutes):
                 yield from self.read_packet()
         elif type_ == self.ERR or command == self.STATISTICS:
             pass                            # the reply is one packet
@@ -2755,13 +2758,13 @@ class Mysql(Protocol):
             yield from self.read_rows(size, head)
         elif command == self.CHANGE_USER and type_ != self.OK:
             yield from self.read_login()
-        elif type_ not in (self.OK, self.EOF):      # the reply to any other command is one packet
+        elif type_ not in (self.OK, self.EOF):      # any other reply is one OK or EOF
             raise ProtocolError("an unknown reply to command %d" % command)
 
     def read_results(self, size, head):
         """Read the rest of a reply that has results, after its first packet (size, head)."""
         while True:
-            self.loading = head[:1] == self.LOCAL_INFILE
+            self.loading = head[:1] == self.LOCAL_INFILE        # the client sends a file now
             if head[:1] in (self.OK, self.ERR):
                 status = self.status(size, head)
             elif self.loading:
@@ -2777,10 +2780,10 @@ class Mysql(Protocol):
 
         Returns the status of the result.
         """
-        count, end = mysql_integer(head, 0)
-        omits_columns = size == end + 1 and head[end] == 0      # MariaDB: the client has them
+        column_count, end = mysql_integer(head, 0)
+        omits_columns = size == end + 1 and head[end] == 0      # MariaDB: as in the last result
         if not omits_columns:
-            for _ in range(count):
+            for _ in range(column_count):
                 yield from self.read_packet()
         size, head = yield from self.read_packet()
         if head[:1] == self.EOF and size == self.EOF_SIZE:
@@ -2835,17 +2838,17 @@ class Mysql(Protocol):
         code = self.ERR + int(kind).to_bytes(2, "little")
         if kind in self.connect_errors:     # before the login, an ERR has no SQLSTATE
             return mysql_packet(0, code + text.encode())
-        # finish_reply sets the sequence number.
+        # The sequence number 1 follows a command of one packet. finish_reply can replace it.
         return mysql_packet(1, code + ("#" + sqlstate + text).encode())
 
     def make_substitute(self, kind, request):
         """Return commands after which the backend has the same state as after an error."""
         commands, statement_id = [], request.info.statement_id
         if request.name == self.PREPARE:
-            # This PREPARE fails, so that LAST_PREPARED is the id of no statement.
+            # After a PREPARE that fails, LAST_PREPARED is no valid id.
             commands.append(bytes([self.PREPARE]) + b"vaurien")
         elif request.name in self.EXECUTES and statement_id != self.LAST_PREPARED:
-            # Like EXECUTE, RESET makes the backend forget the data of SEND_LONG_DATA.
+            # An EXECUTE uses up the data of SEND_LONG_DATA, and a RESET removes the data.
             commands.append(bytes([self.RESET]) + statement_id)
         if kind == self.DEADLOCK:           # a deadlock rolls back the whole transaction
             commands.append(bytes([self.QUERY]) + b"ROLLBACK")
@@ -2866,9 +2869,9 @@ def pg_message(type_, body):
 class PostgresReply:
     """The data that Postgres keeps of a request until the reply ends.
 
-    ends          the types of messages that end the reply to an EXECUTE, b"" for other requests
-    bound         whether BindComplete has arrived
-    copy_ended    whether the client has sent CopyDone or CopyFail after the request
+    ends          the types of messages that end the reply to an EXECUTE, b"" for other requests.
+    bound         whether BindComplete has arrived.
+    copy_ended    whether the client has sent CopyDone or CopyFail after the request.
     """
 
     __slots__ = ("ends", "bound", "copy_ended")
@@ -2919,7 +2922,7 @@ class Postgres(Protocol):
     fatal_errors = ("57P01", "25P03", "57P05")
     never_fail = ("SYNC",)
     server_first = has_rows = True
-    # Codes of first messages. A startup message has a version in place of a code.
+    # Codes of first messages. The code of a startup message is a version.
     TLS, GSS, CANCEL = 80877103, 80877104, 80877102
     # Types of the client's messages
     QUERY, PARSE, BIND, EXECUTE, SYNC, CLOSE = b"Q", b"P", b"B", b"E", b"S", b"C"
@@ -2965,7 +2968,7 @@ class Postgres(Protocol):
             yield from self.read_request()
 
     def read_startup(self):
-        """Read the first messages: requests for encryption, and the startup message."""
+        """Read the messages before the first Request. The last of them is the startup message."""
         while True:
             size, code = struct.unpack(">II", (yield NeedBytes(8)))
             is_startup = code >> 16 == 3        # the code is a version 3.x
@@ -2973,8 +2976,8 @@ class Postgres(Protocol):
             if not (is_startup or asks_for_encryption or code == self.CANCEL):
                 raise ProtocolError("no startup message")
             if asks_for_encryption:
-                # The current reader of replies awaits 5 bytes. A new reader awaits one byte.
-                self.encryption_requested = True
+                # The reply is one byte, but the old reader of replies awaits 5 bytes.
+                self.encryption_requested = True        # the new reader awaits one byte
                 self.reply_framer.restart(self.replies())
             yield CONTINUATION
             yield max(0, size - 8)
@@ -3002,7 +3005,7 @@ class Postgres(Protocol):
         """Return the Request that begins with a message, and update the state for the message.
 
         Returns CONTINUATION if the message belongs to the last request. Returns None if the
-        message belongs to the next request.
+        message belongs to the next request, as a Parse before its Bind.
         """
         if type_ in self.CONTINUATIONS:
             if type_ in self.COPY_ENDS:
@@ -3013,22 +3016,21 @@ class Postgres(Protocol):
         if type_ not in self.REQUESTS:
             return None
         portal, _, _ = body.partition(b"\0")        # only Bind and Execute have a portal
-        last_portal = self.bound_portal
+        waiting_portal = self.bound_portal
         self.bound_portal = portal if type_ == self.BIND else None
-        if type_ == self.EXECUTE and portal == last_portal:
-            return CONTINUATION
-        if last_portal is not None:
+        if type_ == self.EXECUTE and portal == waiting_portal:
+            return CONTINUATION                     # a Bind and its Execute are one request
+        if waiting_portal is not None:
             self.expect_no_execute(self.last_request)
         self.last_request = self.make_request(type_, body, portal)
         return self.last_request
 
     def expect_no_execute(self, request):
-        """Set the end of the reply to a Bind after which the client sends no Execute."""
-        is_refused = request.info.ends != self.EXECUTE_ENDS     # see make_substitute
-        if is_refused:
+        """Expect only a BindComplete as the reply to a Bind without an Execute."""
+        if request.info.ends != self.EXECUTE_ENDS:      # make_substitute has refused the request
             return
         request.info.ends = self.BIND_ENDS
-        if request.info.bound:              # BindComplete has arrived already: the reply is done
+        if request.info.bound:              # the BindComplete has arrived already
             request.replies = False
 
     def note_names(self, type_, body):
@@ -3046,13 +3048,13 @@ class Postgres(Protocol):
             self.portals[portal] = self.statements.use(statement)
 
     def make_request(self, type_, body, portal):
-        """Return the Request that begins with a message."""
+        """Return the Request that begins with a message. The portal is b"" for other messages."""
         if type_ in (self.BIND, self.EXECUTE):
             return Request(self.portals.use(portal), "EXECUTE", replies=not self.skipping,
                            info=PostgresReply(self.EXECUTE_ENDS))
         if type_ == self.SYNC:
             self.skipping = False
-            follows_execute = self.last_request.name == "EXECUTE"       # the same rules act
+            follows_execute = self.last_request.name == "EXECUTE"   # its rules act on the Sync too
             return Request(b"", "SYNC", replies=not self.copying, info=PostgresReply(),
                            independent=not follows_execute)
         return Request(body.rstrip(b"\0"), "QUERY", replies=not self.skipping,
@@ -3083,11 +3085,11 @@ class Postgres(Protocol):
         """Update the state for a message. Returns whether the message ends a reply."""
         if type_ == self.READY:
             return True
-        if type_ == self.ERROR and not self.awaited():
+        if type_ == self.ERROR and not self.awaited_exchanges():
             self.skip_to_sync()             # a Parse has failed, and its Bind has not come yet
             return False
         request = self.awaited_request()
-        if request.name != "EXECUTE":
+        if request.name != "EXECUTE":       # only READY ends the reply
             return False
         if type_ in request.info.ends:
             if type_ == self.ERROR:         # before the caller's END_OF_MESSAGE changes the queue
@@ -3110,25 +3112,24 @@ class Postgres(Protocol):
             raise ProtocolError("encryption follows")
 
     def begin_copy(self):
-        """Expect no replies to the Syncs before the end of the COPY data."""
-        self.copying = False
-        copy, *later = self.awaited()
-        if copy.request.info.copy_ended:
-            return
-        for exchange in later:
-            exchange.request.replies = False
-            if exchange.request.info.copy_ended:
-                return
-        self.copying = True         # the client has not sent the end of the COPY data
+        """Expect no replies to Syncs before the end of the COPY data: the backend ignores them."""
+        copy, *later = [exchange.request for exchange in self.awaited_exchanges()]
+        copy_ended = copy.info.copy_ended
+        for request in later:
+            if copy_ended:
+                break
+            request.replies = False                 # a Sync
+            copy_ended = request.info.copy_ended    # after this Sync
+        self.copying = not copy_ended
 
     def skip_to_sync(self):
         """After an error, expect no reply to the requests before the next Sync."""
-        self.copying = False
-        for exchange in self.awaited()[1:]:     # the first exchange gets the error
+        self.copying = False                    # an error ends a COPY
+        for exchange in self.awaited_exchanges()[1:]:       # the first exchange gets the error
             if exchange.request.name == "SYNC":
                 return
             exchange.request.replies = False
-        self.skipping = True        # the client has not sent the Sync
+        self.skipping = True                    # the client has not sent the Sync yet
 
     def finish_reply(self, reply, request):
         """Add a ReadyForQuery, with the backend's last status, to the error of a simple query."""
@@ -3145,25 +3146,23 @@ class Postgres(Protocol):
         return pg_message(self.ERROR, body.encode())
 
     def connect_error(self, kind, data):
-        """Return the Reply to a client that connects: an error only after the startup message."""
+        """Return the Reply to a client that connects: only the startup message gets the error."""
         if kind not in self.connect_errors:
             return None
-        if not data:                # OPEN: send nothing
-            return Reply(b"")
-        asks_for_encryption = int.from_bytes(data[4:8], "big") in (self.TLS, self.GSS)
-        if asks_for_encryption:     # refuse encryption. The startup message follows
-            return Reply(b"N")
+        if data is OPEN:
+            return Reply(b"")                       # the first message follows
+        code = int.from_bytes(data[4:8], "big")     # after the size
+        if code in (self.TLS, self.GSS):
+            return Reply(b"N")                      # no encryption. The startup message follows
         return Reply(self.encode_error(kind), closes=True)
 
     def refuse_client(self, received):
-        """Return the Reply to a message whose size and code have arrived: 8 bytes."""
+        """Return the Reply to one of the first messages: 8 bytes of the message must arrive."""
         return super().refuse_client(received) if len(received) >= 8 else None
 
     def error_reply(self, kind, request):
-        """Return the Reply to a request, or None if only a fatal error can happen.
-
-        Only a fatal error can happen to a ROLLBACK, and in a transaction that has failed already.
-        """
+        """Return the Reply to a request, or None if only a fatal error can happen."""
+        # No other error can happen to a ROLLBACK, and in a transaction that has failed already.
         only_fatal = self.status == self.FAILED or self.ROLLBACK.match(request.text)
         if only_fatal and kind not in self.fatal_errors:
             return None
@@ -3177,7 +3176,7 @@ class Postgres(Protocol):
         is_commit = self.COMMIT.match(request.text)
         if request.name == "QUERY":
             return self.ROLLBACK_QUERY if is_commit else self.INVALID_QUERY
-        self.skipping = True            # after the invalid statement, up to the Sync
+        self.skipping = True            # the invalid statement makes the backend skip to the Sync
         request.info.ends = self.ERROR  # the CommandComplete of a ROLLBACK does not end the reply
         return self.ROLLBACK_BATCH if is_commit else self.INVALID_PARSE
 
@@ -3224,7 +3223,7 @@ class Smtp(Protocol):
         """Read the message after DATA, which is a request, and then the further requests."""
         first = yield NeedBytes(1)      # wait until the client begins to send the message
         yield Request(b"", "MESSAGE")
-        # A line with only a dot ends the message, and may be the first line of the message.
+        # A line with only a dot ends the message. `tail` makes this line match as the first line.
         yield SkipUntil(b"\r\n.\r\n", tail=b"\r\n" + first)
         yield END_OF_MESSAGE
         yield from self.requests()
@@ -3246,7 +3245,7 @@ class Smtp(Protocol):
                 yield END_OF_MESSAGE
                 yield TLS_BEGINS            # the chain starts a new reader, and drops this reader
             if name == "DATA" and code == b"354":
-                # The client waits for this reply, and sends the message after it.
+                # The client sends the message only after this reply.
                 self.request_framer.restart(self.read_message())
             yield END_OF_MESSAGE
 
@@ -3336,7 +3335,7 @@ class Tls(Protocol):
         Raises IndexError if the ClientHello is malformed.
         """
         position = 4 + 2 + 32                   # after the header, the version and random bytes
-        # Each field that is skipped has a size, in 1 or 2 bytes, and a content.
+        # The code skips three fields. Each field begins with its size, in 1 or 2 bytes.
         position += 1 + hello[position]         # the session id
         cipher_suites_size = int.from_bytes(hello[position:position + 2], "big")
         position += 2 + cipher_suites_size
