@@ -12930,8 +12930,7 @@ class Interface:
 
         The method `count` documents the arguments name, since and match. Raises TimeoutError.
         """
-        timeout = check_field("timeout", number_check(float, "a number of seconds, 0 or more"),
-                              timeout)
+        timeout = check_field("timeout", check_amount, timeout)
         times = check_field("times", number_check(int, "a whole number, 1 or more",
                                                   lambda times: times >= 1), times)
         since, matches = self._selection(name, since, match)
@@ -13325,7 +13324,7 @@ class Proxy(Interface):
         if not port:                    # the proxy has not listened yet: local is (host, 0)
             raise RuntimeError("the proxy has no port before it is enabled")
         if self._server.listener:
-            host, *_ = self._server.listener.address()      # an IPv6 address has four items
+            host, *_ = self._server.listener.address()      # the IP address of a host name
         if host in ("", *WILDCARD):     # all addresses of this machine
             host = "localhost"
         return host, port
@@ -13513,7 +13512,7 @@ class Client(Interface):
         return self.request("GET", "/ca.pem")
 
     def _exchange(self, method, path, body):
-        """Send a request. Returns (response, text): a http.client.HTTPResponse and its body."""
+        """Send a request on a new connection. Returns (HTTPResponse, text of its body)."""
         connection_class = {
             "http": http_client.HTTPConnection,
             "https": getattr(http_client, "HTTPSConnection", None),     # missing without ssl
@@ -14132,7 +14131,7 @@ class Parser(argparse.ArgumentParser):
                 self.add_argument(*setting.flags, dest=name, action=action)
 
     def parse_known_args(self, args=None, namespace=None):
-        """Parse arguments. As in Go, a long option may begin with one dash: "-host=0.0.0.0"."""
+        """Parse arguments. Toxiproxy's long options begin with one dash, like -host=0.0.0.0."""
         end = args.index("--") if "--" in args else len(args)       # no options after "--"
         one_dash_and_two_letters = "^-(?=[a-z]{2})"         # not -h, which has one letter
         options = [re.sub(one_dash_and_two_letters, "--", text) for text in args[:end]]
@@ -14852,7 +14851,9 @@ def resolve_process_settings(config, settings):
 
 
 def prepare(config, proxies, values, dialect=VAURIEN_1):
-    """Create the services, start the log, and return a function that runs the services.
+    """Prepare the recording, the services, the file for the CA, and the log.
+
+    Returns a function that runs the services. Raises ValueError.
 
     values     parsed values of the settings with the scope `process`: {name: value}.
     dialect    the Dialect of the control server's errors.
