@@ -6063,11 +6063,10 @@ class Loop:
 
 LOOPBACK = ("127.0.0.1", "::1")     # the addresses of the name localhost (RFC 6761, 6.3)
 WILDCARD = ("0.0.0.0", "::")        # a listener on these has all addresses of this machine
-# {wildcard address: loopback address}. A connect to a wildcard address reaches the loopback
-# address.
+# {wildcard address: the loopback address that a connect to the wildcard address reaches}
 LOOPBACK_OF = dict(zip(WILDCARD, LOOPBACK))
 
-# The base class of socket.socket. A socket.socket takes twice the time to create and close.
+# The base class of socket.socket. To create and close a RawSocket takes half the time.
 RawSocket = socket.SocketType
 SOCK_NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)     # macOS and Windows lack this flag
 HAVE_SPLICE = hasattr(os, "splice")     # Linux, with Python 3.10 or newer
@@ -6076,15 +6075,18 @@ SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27     # of asm-generic/socket.h
 BPF_RET = 0x06                          # of linux/bpf_common.h
 # After these errors, the process or the whole system has no file descriptors left.
 FD_EXHAUSTED = {errno.EMFILE, errno.ENFILE}
-# After these errors of splice, a link uses recv instead: there is no data, or this system or
-# this socket does not support splice.
+# After these errors of splice, a link uses recv. There is no data, or this system or this socket
+# does not support splice.
 SPLICE_UNAVAILABLE = {errno.EAGAIN, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EBADF}
 # After these errors of a non-blocking connect(), the kernel continues to connect.
 CONNECT_PENDING = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}
 
 
 def parse_address(text, min_port=1):
-    """Parse HOST:PORT, [::1]:8000 or :8000 into (host, port). Raises ValueError."""
+    """Parse HOST:PORT, [::1]:8000 or :8000 into (host, port). Raises ValueError.
+
+    min_port    the smallest valid port: 1 for a connect, and 0 for a listener
+    """
     shown = hide_password(text)
     message = "must be HOST:PORT, like localhost:8000, [::1]:8000 or :8000, not %r" % shown
     if "://" in text:
@@ -6135,7 +6137,10 @@ def parse_backend(text):
 
 
 def require_ssl(prefix=""):
-    """Raise ValueError if this Python has no module ssl. The error begins with the prefix."""
+    """Raise ValueError if this Python has no module ssl.
+
+    prefix    the beginning of the error, like "tls-cert "
+    """
     try:
         ssl.SSLContext                      # noqa: B018 (this imports the module)
     except ImportError:
@@ -6255,7 +6260,7 @@ def reached_addresses(address):
     reached = set()
     for _, (host, port, *_) in resolve_numeric(address):
         host = re.sub("^::ffff:(?=.*[.])", "", host)    # ::ffff:127.0.0.1 means 127.0.0.1
-        reached.add((LOOPBACK_OF.get(host, host), port))
+        reached.add((LOOPBACK_OF.get(host, host), port))    # 0.0.0.0 reaches 127.0.0.1
     return reached
 
 
@@ -6263,8 +6268,8 @@ def format_address(address):
     """Return an address as text, like db.example:80, [::1]:80 or tls://db.example:443.
 
     address    (host, port), (host, port, "tls"), or a socket address, which has more fields
-               for IPv6. The port may be a number, the name of a service, or "" if it is missing:
-               see parse_upstream
+               for IPv6. The port of an address from parse_upstream may also be the name of a
+               service, or "" for no port.
     """
     host, port = address[:2]
     scheme = "tls://" if address[2:] == ("tls",) else ""
@@ -6275,13 +6280,13 @@ def format_address(address):
 def resolve(address, wildcard=LOOPBACK, flags=0):
     """Return the socket addresses of (host, port, ...) as [(family, address)], the best first.
 
-    wildcard    the addresses for an empty host
-    flags       for getaddrinfo()
+    wildcard    the addresses for an empty host.
+    flags       for getaddrinfo().
 
     Raises OSError.
     """
     host, port = address[:2]
-    if port == "":
+    if port == "":                      # parse_upstream permits an address without a port
         raise OSError(errno.EINVAL, "missing port in address")
     known_hosts = {"localhost": LOOPBACK, "": wildcard}.get(host.lower())
     if known_hosts:
@@ -6314,15 +6319,15 @@ def address_unavailable(error):
 class CannotListen(OSError):
     """Listening on an address has failed.
 
-    address    the address, as text
-    reason     the system's error message
-    setting    the setting with the address, such as "--http-port", or "" if it is unknown
+    address    the address, as text.
+    reason     the system's error message.
+    setting    the setting with the address, such as "--http-port", or "" if it is unknown.
     """
 
     setting = ""
 
     def __init__(self, error, address, mode="normal"):
-        """`error` is the OSError of a system call for `mode`, which is a mode of Listener."""
+        """`error` is an OSError: the reason why a Listener cannot have the mode `mode`."""
         self.address = format_address(address)
         self.reason = error.strerror or str(error)
         if mode != "normal":
@@ -6343,22 +6348,19 @@ class CannotListen(OSError):
 class Listener:
     """Accepts connections on all addresses of a host, on one port. Runs in the loop's thread.
 
-    The kernel replies to the SYN of a client before a program sees the client. Therefore a mode
-    applies to all new clients. Open connections continue. The modes are:
+    The kernel replies to a connect before any program knows the client. Therefore a mode applies
+    to all new clients. Open connections continue. The modes are:
 
-      mode      state of the sockets                                   a new connect
-      normal    they listen, and the loop watches them                 succeeds
-      refuse    they are bound, but do not listen                      gets ECONNREFUSED (RST)
-      drop      they listen, but the fillers, which are connections    gets no reply until the
-                of the listener to itself, keep the backlog full       mode is normal again
-
-    In the mode drop, the loop does not watch the sockets, because the fillers in the backlogs
-    make all sockets readable.
+      normal    The sockets listen, and the loop watches the sockets. A connect succeeds.
+      refuse    The sockets are bound, but do not listen. A connect gets ECONNREFUSED (RST).
+      drop      Fillers keep the backlogs full: connections of the listener to itself. A connect
+                gets no reply until the mode is normal again. The loop does not watch the sockets,
+                because the fillers make all sockets readable.
 
     With reuse_port, the kernel spreads new connects over the listening sockets of several
-    processes. A process with the mode refuse gets no share. A process with the mode drop
-    discards its share with a packet filter. A process with reuse_port has no fillers, because
-    the kernel could connect a filler to another process.
+    processes. A process with the mode refuse gets no connects. A process with the mode drop has
+    no fillers, because the kernel could connect a filler to another process. Instead, a packet
+    filter discards the connects to this process.
     """
 
     last_warning = -RETRY_DELAY     # when any listener last warned that it cannot accept
@@ -6367,8 +6369,8 @@ class Listener:
     def __init__(self, local, on_accept, mode="normal", reuse_port=None):
         """Bind the port. Raises CannotListen.
 
-        on_accept     function that is called with the socket and the address of each client
-        reuse_port    the number of this process among the processes on the port, or None
+        on_accept     function that is called with the socket and the address of each client.
+        reuse_port    the number of this process among the processes on the port, or None.
         """
         self.local = local
         self.on_accept = on_accept
@@ -6404,11 +6406,11 @@ class Listener:
             raise
 
     def lock_number(self):
-        """Reserve the number `reuse_port` at each address of this listener.
+        """Reserve this process's number, `reuse_port`, at each address of this listener.
 
-        Raises CannotListen if another listener has the number. Each lock is an abstract socket
-        (man 7 unix), whose name has the address and the number. Two sockets in one network
-        namespace cannot have one name. The kernel frees the name when the process ends.
+        Raises CannotListen if another process has the number. Each lock is an abstract socket
+        (man 7 unix). Its name has the address and the number. Two sockets in a network namespace
+        cannot have the same name. The kernel frees the name when the process ends.
         """
         for sock in self.sockets:
             address = sock.getsockname()
@@ -6438,7 +6440,7 @@ class Listener:
         if mode == self.mode:
             return
         for address, filler in list(self.fillers.items()):
-            if not is_connected(filler):        # `accept_one` closes the connected fillers
+            if not is_connected(filler):        # only accept_one() closes connected fillers
                 del self.fillers[address]
                 filler.close()
         for sock in self.sockets:               # first, return to the mode normal
@@ -6457,7 +6459,7 @@ class Listener:
         the mode drop lets the client wait.
         """
         for index, sock in enumerate(self.sockets):
-            if self.loop:                       # before `open`, no client is accepted
+            if self.loop:                       # `open` has set the loop
                 self.accept_backlog(sock)
             address = sock.getsockname()
             try:
@@ -6482,8 +6484,8 @@ class Listener:
         """End the mode refuse or drop of a socket. Raises CannotListen."""
         try:
             set_reuse_address(sock, 1)          # refuse_connects() has set the option to 0
-            if self.reuse_port:
-                with contextlib.suppress(FileNotFoundError):    # the socket has no filter
+            if self.reuse_port:                 # set_drop_filter() may have set a filter
+                with contextlib.suppress(FileNotFoundError):    # no filter is set
                     sock.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
             sock.listen(BACKLOG)
         except OSError as error:
@@ -6494,8 +6496,8 @@ class Listener:
 
         While the backlog is full, the kernel drops each SYN (man 2 listen).
         """
-        # The first filler connects before listen(0), because Linux replies to a SYN with a SYN
-        # cookie while a backlog of 0 is empty.
+        # While a backlog of 0 is empty, Linux treats each SYN as part of a SYN flood, and replies
+        # with a SYN cookie. So the first filler connects before listen(0).
         self.add_filler(sock)
         sock.listen(0 if LINUX else 1)      # room for one. On macOS, 0 means the largest backlog
         for _ in range(FILLERS_MAX):
@@ -6504,17 +6506,18 @@ class Listener:
         raise OSError(errno.ENOTSUP, "this system accepts clients beyond the backlog")
 
     def add_filler(self, sock):
-        """Connect to a listening socket. Returns the filler. Raises OSError.
+        """Connect a new filler to a listening socket. Returns the filler. Raises OSError.
 
-        After FILL_TIMEOUT without a reply, leaves the connect pending, because a slow kernel may
-        still put the connection into the backlog.
+        After FILL_TIMEOUT without a reply, the connect continues without a wait, because a slow
+        kernel may still put the connection into the backlog.
         """
         filler = RawSocket(sock.family, socket.SOCK_STREAM)
         try:
             host, *rest = sock.getsockname()
+            host = LOOPBACK_OF.get(host, host)          # 127.0.0.1 for 0.0.0.0
             filler.settimeout(FILL_TIMEOUT)
             with contextlib.suppress(socket.timeout):
-                filler.connect((LOOPBACK_OF.get(host, host), *rest))
+                filler.connect((host, *rest))
             self.fillers[filler.getsockname()] = filler
         except OSError:
             filler.close()
@@ -6555,12 +6558,12 @@ class Listener:
             return True
         except OSError as error:                # no descriptors or no memory are left
             if error.errno in FD_EXHAUSTED:
-                Loop.fds_exhausted = True
+                Loop.fds_exhausted = True       # from now on, capacity_error() checks descriptors
             self.pause(sock, error.strerror)
             return False
         self.paused_since = None
         if fd + SPARE_FDS >= self.loop.fd_limit:
-            Loop.fds_exhausted = True           # capacity_error() checks the next connections
+            Loop.fds_exhausted = True
         if self.fillers and peer in self.fillers:   # the other end of a filler
             self.fillers.pop(peer).close()
             client.close()
@@ -6576,9 +6579,8 @@ class Listener:
     def pause(self, sock, reason):
         """Stop accepting for RETRY_DELAY. Logs the reason, at most once in RETRY_DELAY.
 
-        After ACCEPT_TIMEOUT without an accepted client, resets the clients that wait. The reset
-        frees descriptors in the clients. Without a reset, two proxies that are each the backend
-        of the other could wait for each other forever.
+        After ACCEPT_TIMEOUT without an accepted client, resets the clients that wait. Otherwise,
+        two proxies that are each the backend of the other could wait forever for descriptors.
         """
         self.loop.watch(sock, 0)
         now = self.loop.clock()
@@ -6675,41 +6677,40 @@ def listen(local, reuse_port=None):
     _, port = local
     attempts = 20 if port == 0 else 1
     for _ in range(attempts):
-        sockets, error = try_listen(local, reuse_port)
-        lacks_only_ipv6 = sockets and error and address_unavailable(error)
-        if error is None or lacks_only_ipv6:
+        sockets, failure = try_listen(local, reuse_port)
+        if failure is None or (sockets and address_unavailable(failure)):   # IPv6 may be missing
             return sockets
         for sock in sockets:
             sock.close()
-        if error.errno != errno.EADDRINUSE:
+        if failure.errno != errno.EADDRINUSE:
             break
-    raise error
+    raise failure
 
 
 def try_listen(local, reuse_port=None):
     """Listen on the addresses of (host, port), in order.
 
     Skips addresses that this machine lacks, and stops at any other error. Returns (sockets,
-    error), in which error is the last CannotListen or None.
+    failure). The failure is the CannotListen for the last error, or None.
     """
     host, port = local
     if is_wildcard(host):
         host = ""                               # `resolve` returns WILDCARD
     try:
         addresses = resolve((host, port), WILDCARD)
-    except OSError as exc:
-        return [], CannotListen(exc, local)
-    sockets, error = [], None
+    except OSError as error:
+        return [], CannotListen(error, local)
+    sockets, failure = [], None
     for family, (ip, _, *ipv6_fields) in addresses:
         address = (ip, port, *ipv6_fields)
         try:
             sockets.append(bind_listener(family, address, reuse_port))
             _, port, *_ = sockets[0].getsockname()  # for port 0, the kernel has picked a port
-        except OSError as exc:
-            error = CannotListen(exc, address)
-            if not address_unavailable(exc):
+        except OSError as error:
+            failure = CannotListen(error, address)
+            if not address_unavailable(error):
                 break
-    return sockets, error
+    return sockets, failure
 
 
 def set_stream_options(sock):
@@ -6736,10 +6737,10 @@ def bind_listener(family, address, reuse_port=None):
     """Return a socket that listens on one address. Raises OSError."""
     _, port, *_ = address
     if LINUX and port == 0:
-        # Bind port 0 with a socket of its own, to get the number of a free port. If the listening
-        # socket had bound port 0, shutdown() in refuse_connects() would free the port.
-        with contextlib.closing(bind_socket(family, address)) as sock:
-            address = sock.getsockname()
+        # Another socket first gets a free port from the kernel. If the listening socket itself got
+        # its port from the kernel, shutdown() in refuse_connects() would free the port.
+        with contextlib.closing(bind_socket(family, address)) as other:
+            address = other.getsockname()
     sock = bind_socket(family, address, reuse_port)
     try:
         sock.listen(BACKLOG)
@@ -6923,7 +6924,8 @@ COMMON_NAME = "2.5.4.3"
 def multiply_generator(factor):
     """Return the point (x, y) that is `factor` times the generator of P-256, 0 < factor < order.
 
-    The method is "double and add". Jacobian coordinates x, y, z describe (x / z^2, y / z^3).
+    The method is "double and add". Jacobian coordinates x, y, z stand for the point (x / z^2,
+    y / z^3), so that only the end needs a division. See the Explicit-Formulas Database.
     """
     point = (*P256_GENERATOR, 1)
     for bit in bin(factor)[3:]:         # the bits after "0b1"
@@ -6936,7 +6938,7 @@ def multiply_generator(factor):
 
 
 def double_point(x, y, z):
-    """Return 2 times a point. The formula is dbl-2001-b of the Explicit-Formulas Database."""
+    """Return 2 times a point in Jacobian coordinates (the formula dbl-2001-b)."""
     p = P256_PRIME
     delta, gamma = z * z % p, y * y % p
     beta, alpha = x * gamma % p, 3 * (x - delta) * (x + delta) % p
@@ -6946,7 +6948,7 @@ def double_point(x, y, z):
 
 
 def add_generator(x, y, z):
-    """Return a point plus the generator. The formula is madd of the Explicit-Formulas Database."""
+    """Return the generator plus a point in Jacobian coordinates (the formula madd)."""
     p, (gx, gy) = P256_PRIME, P256_GENERATOR
     zz = z * z % p
     h, r = (gx * zz - x) % p, (gy * zz * z - y) % p
@@ -6963,7 +6965,7 @@ def invert(number, prime):
 
 
 def sign(key, message):
-    """Return the ECDSA signature of a message, in DER."""
+    """Return the ECDSA signature (r, s) of a message, in DER (SEC 1, 4.1.3)."""
     digest = int.from_bytes(hashlib.sha256(message).digest(), "big")
     nonce = secrets.randbelow(P256_ORDER - 1) + 1
     x, _ = multiply_generator(nonce)
@@ -6999,8 +7001,8 @@ def der_int(number):
 def der_oid(text):
     """Return an object identifier like 1.2.840 in DER (X.690, 8.19).
 
-    The first two numbers share a byte. The other numbers have base 128, for example 86 48 for
-    840 = 6 * 128 + 72. The first bit of each byte is 1, except in the last byte of a number.
+    The first two numbers share a byte. The other numbers have base 128, and all bytes of a number
+    except the last have the bit 128. For example, 840 = 6 * 128 + 72 has the bytes 128 + 6 and 72.
     """
     first, second, *others = map(int, text.split("."))
     encoded = bytes([40 * first + second])
@@ -7045,9 +7047,9 @@ def encode_point(point):
 def make_certificate(subject, issuer, hosts=(), days=(-1, 3650)):
     """Return an X.509 certificate (RFC 5280) in PEM.
 
-    subject, issuer    (common name, key, encoded public key)
-    hosts              names and addresses of the subject; a CA has none
-    days               when the validity begins and ends, in days from now
+    subject, issuer    (common name, key, encoded public key).
+    hosts              names and addresses of the subject. A CA has none.
+    days               when the validity begins and ends, in days from now.
     """
     (name, _, public), (issuer_name, issuer_key, issuer_public) = subject, issuer
     serial_number = secrets.randbits(119) + 2 ** 119        # always 120 bits
@@ -7057,27 +7059,28 @@ def make_certificate(subject, issuer, hosts=(), days=(-1, 3650)):
     key_algorithm = der(SEQUENCE, der_oid(PUBLIC_KEY_OID), der_oid(P256_OID))
     body = der(
         SEQUENCE,
-        der(0xA0, der_int(2)),                      # version 3
+        der(0xA0, der_int(2)),                      # the optional field [0]: version 3
         der_int(serial_number),
         algorithm,
         der_name(issuer_name),
         der(SEQUENCE, *(der(UTC_TIME, t) for t in times)),
         der_name(name),
         der(SEQUENCE, key_algorithm, der_bits(public)),
-        der(0xA3, der(SEQUENCE, *make_extensions(public, issuer_public, hosts))))
+        der(0xA3, der(SEQUENCE, *make_extensions(public, issuer_public, hosts))))   # field [3]
     return to_pem("CERTIFICATE", der(SEQUENCE, body, algorithm, der_bits(sign(issuer_key, body))))
 
 
 def make_extensions(public, issuer_public, hosts):
     """Return the extensions of a certificate, each in DER (RFC 5280, 4.2.1)."""
     is_ca = not hosts
-    usage = b"\1\6" if is_ca else b"\7\x80"     # keyCertSign and cRLSign, or digitalSignature
+    # keyCertSign and cRLSign, or digitalSignature, after the number of unused bits
+    usage = b"\1\6" if is_ca else b"\7\x80"
     key_id, issuer_key_id = (hashlib.sha1(key).digest() for key in (public, issuer_public))
     extensions = [
         der_extension(BASIC_CONSTRAINTS, der(SEQUENCE, TRUE if is_ca else b""), TRUE),
         der_extension(KEY_USAGE, der(BIT_STRING, usage), TRUE),
         der_extension(SUBJECT_KEY_ID, der(OCTET_STRING, key_id)),
-        der_extension(AUTHORITY_KEY_ID, der(SEQUENCE, der(0x80, issuer_key_id)))]
+        der_extension(AUTHORITY_KEY_ID, der(SEQUENCE, der(0x80, issuer_key_id)))]   # keyIdentifier
     if not is_ca:
         purposes = der(SEQUENCE, der_oid(SERVER_AUTH), der_oid(CLIENT_AUTH))
         names = der(SEQUENCE, *map(alternative_name, hosts))
@@ -7089,8 +7092,8 @@ def make_extensions(public, issuer_public, hosts):
 def encode_key(key, public):
     """Return a private key in PEM (RFC 5915)."""
     return to_pem("EC PRIVATE KEY", der(
-        SEQUENCE, der_int(1), der(OCTET_STRING, key.to_bytes(32, "big")),
-        der(0xA0, der_oid(P256_OID)), der(0xA1, der_bits(public))))
+        SEQUENCE, der_int(1), der(OCTET_STRING, key.to_bytes(32, "big")),   # version 1, privateKey
+        der(0xA0, der_oid(P256_OID)), der(0xA1, der_bits(public))))         # curve, publicKey
 
 
 def to_pem(label, data):
@@ -7121,7 +7124,7 @@ class Authority:
     def identity(self, role):
         """Return the (common name, key, encoded public key) of a role. The caller holds `lock`.
 
-        role    "CA", "another CA" or "host"
+        role    "CA", "another CA" or "host".
         """
         if role not in self.identities:
             key = secrets.randbelow(P256_ORDER - 1) + 1
@@ -7131,9 +7134,9 @@ class Authority:
     def issue(self, host, days=(-1, 397), signed_by="CA"):
         """Return a certificate for a host, and the key of the certificate, in PEM.
 
-        host         a name or an address
-        days         when the validity begins and ends, in days from now
-        signed_by    "CA", "another CA", or "itself"
+        host         a name or an address.
+        days         when the validity begins and ends, in days from now.
+        signed_by    "CA", "another CA", or "itself".
 
         A certificate for an address in LOOPBACK is valid for localhost and all of LOOPBACK.
         """
@@ -7210,49 +7213,47 @@ def check_tls(value):
 class TlsConfig:
     """The TLS settings of a proxy, and the SSLContexts for its clients and its backend.
 
-    fields       {name in TLS_FIELDS: value} of the settings that are not None
-    accepts      whether clients must use TLS
-    cert_file    the file with the certificate for clients, or "" if the proxy makes certificates
+    fields             {name in TLS_FIELDS: value} of the settings that are not None.
+    clients_use_tls    whether clients must use TLS.
+    cert_file          the file with the certificate for clients, or "" if the proxy makes
+                       certificates.
     """
 
     def __init__(self, fields, alpn=()):
         """Check the fields, and read the files that the fields name. Raises InputError.
 
-        alpn    the names of the application protocols that the proxy accepts (RFC 7301)
+        alpn    the names of the application protocols that the proxy accepts (RFC 7301).
         """
         self.fields = OrderedDict((name, value) for name, value in fields.items()
                                   if value is not None)
         self.alpn = list(alpn)
-        self.accepts = "cert" in self.fields or "fault" in self.fields
+        self.clients_use_tls = "cert" in self.fields or "fault" in self.fields
         cert = self.fields.get("cert", "auto")
         self.cert_file = "" if cert == "auto" else cert
-        # A decorator lru_cache of a method would keep each TlsConfig in memory.
+        # lru_cache as a decorator of the methods would keep each TlsConfig in memory.
         self.cached_context = functools.lru_cache(NAMES_MAX)(self.make_accept_context)
         self.connect_context = functools.lru_cache(1)(self.make_connect_context)
         try:
             self.check()
         except ValueError as error:
-            raise InputError([("tls", "tls-%s" % error)]) from None
+            raise InputError([("tls", str(error))]) from None
 
     def check(self):
-        """Check that the fields fit together, and read the files. Raises ValueError.
-
-        Each error begins with the name of a field, without the prefix "tls-".
-        """
+        """Check that the fields fit together, and read the files. Raises ValueError."""
         fields = self.fields
         if fields:
-            first_field = next(iter(fields))
-            require_ssl(first_field.replace("_", "-") + " ")
+            first_field, *_ = fields
+            require_ssl("tls-%s " % first_field.replace("_", "-"))
         if "fault" in fields and self.cert_file:
-            raise ValueError("fault makes the certificates itself: leave tls-cert out")
+            raise ValueError("tls-fault makes the certificates itself: leave tls-cert out")
         if "key" in fields and not self.cert_file:
-            raise ValueError("key needs tls-cert, with the file of a certificate")
+            raise ValueError("tls-key needs tls-cert, with the file of a certificate")
         for name in "client_ca", "max_version":
-            if name in fields and not self.accepts:
-                raise ValueError("%s needs tls-cert" % name.replace("_", "-"))
+            if name in fields and not self.clients_use_tls:
+                raise ValueError("tls-%s needs tls-cert" % name.replace("_", "-"))
         if "client_key" in fields and "client_cert" not in fields:
-            raise ValueError("client-key needs tls-client-cert")
-        if self.accepts:
+            raise ValueError("tls-client-key needs tls-client-cert")
+        if self.clients_use_tls:
             self.accept_context(LOOPBACK[0])    # reads the files for clients
         if "ca" in fields or "client_cert" in fields:
             self.connect_context()              # reads the files for the backend
@@ -7260,7 +7261,7 @@ class TlsConfig:
     def accept_context(self, host):
         """Return the SSLContext for a client.
 
-        host    the name that the client asks for, or else the local address of the connection
+        host    the name that the client asks for, or else the address that the client has reached.
         """
         needs_host = not self.cert_file     # the certificate in a file is for all hosts
         return self.cached_context(host if needs_host else "")
@@ -7268,12 +7269,12 @@ class TlsConfig:
     def make_accept_context(self, host):
         """Return a new SSLContext for clients.
 
-        host    if no file with a certificate is set, a new certificate is made for this host
+        host    the host of a new certificate. A certificate in cert_file is used for all hosts.
         """
         fields = self.fields
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         if self.cert_file:
-            load_certificate(context, self.cert_file, fields.get("key"), "cert", "key")
+            load_certificate(context, self.cert_file, fields.get("key"), "tls-cert", "tls-key")
         else:
             self.load_new_certificate(context, host)
             context.set_servername_callback(self.on_server_name)
@@ -7284,7 +7285,7 @@ class TlsConfig:
             # read the tickets, and the client's close() with unread bytes would send RST.
             context.num_tickets = 0
         if "client_ca" in fields:
-            load_cas(context, fields["client_ca"], "client-ca")
+            load_cas(context, fields["client_ca"], "tls-client-ca")
             context.verify_mode = ssl.CERT_REQUIRED
         if "max_version" in fields:
             limit_version(context, fields["max_version"])
@@ -7306,7 +7307,7 @@ class TlsConfig:
             os.unlink(path)
 
     def on_server_name(self, ssl_object, name, context):
-        """Use the certificate for the name that the client asks for, if any."""
+        """If the client asks for a name, use the certificate for this name."""
         if name and is_valid_host(name):
             ssl_object.context = self.accept_context(name.lower())
 
@@ -7317,12 +7318,12 @@ class TlsConfig:
         if not fields.get("verify", True):
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         elif "ca" in fields:
-            load_cas(context, fields["ca"], "ca")
+            load_cas(context, fields["ca"], "tls-ca")
         else:
             context.load_default_certs()
         if "client_cert" in fields:
             load_certificate(context, fields["client_cert"], fields.get("client_key"),
-                             "client-cert", "client-key")
+                             "tls-client-cert", "tls-client-key")
         if self.alpn:
             context.set_alpn_protocols(self.alpn)
         return context
@@ -7362,8 +7363,8 @@ def load_cas(context, path, setting):
 def load_certificate(context, path, key_path, setting, key_setting):
     """Let a context use the certificate and the key in these files. Raises ValueError.
 
-    key_path                the file with the key, or None if the key is in the file `path`
-    setting, key_setting    the names of the settings, for errors
+    key_path                the file with the key, or None if the key is in the file `path`.
+    setting, key_setting    the settings with the files, for errors, like "tls-cert".
     """
     key_path = key_path or path
     require_pem(path, "CERTIFICATE", setting)
@@ -7412,13 +7413,12 @@ class TlsSocket:
     An SSLSocket does not fit: shutdown() loses the state of TLS, unwrap() fails while data
     arrives, and no selector reports the decrypted bytes that an SSLSocket holds.
 
-    is_open               whether the handshake has succeeded
-    error                 the reason why TLS has failed, or ""
-    ended                 whether the peer has ended its stream
-    lacks_close_notify    whether the peer has ended its stream without close_notify
-    skip_close_notify     whether `shutdown` should send no close_notify; set by the owner
-    readable              whether `recv_into` would return bytes, return the end of the stream, or
-                          raise an error, without an event of the socket
+    is_open               whether the handshake has succeeded.
+    error                 the reason why TLS has failed, or "".
+    ended                 whether the peer has ended its stream.
+    lacks_close_notify    whether the peer has ended its stream without close_notify.
+    skip_close_notify     the owner sets this, so that `shutdown` sends no close_notify.
+    readable              whether the owner should call `recv_into` without an event of the socket.
 
     on_change() tells the owner to call `interest` again. A timer calls on_change() when the
     handshake has ended, when ciphertext begins to wait, and when `readable` becomes true.
@@ -7427,7 +7427,7 @@ class TlsSocket:
     bytes, which may be one record (16 KiB) more than `size`.
     """
 
-    ALERT, HANDSHAKE = 21, 22       # types of records
+    ALERT, HANDSHAKE = 21, 22       # types of records, and the first byte of a record
     RECV_MAX = 64 * 1024            # the most bytes in the buffer `incoming`, which never shrinks
     SEND_BATCH = 4 * 16384          # bytes that are encrypted for one send: 4 records
 
@@ -7435,10 +7435,11 @@ class TlsSocket:
                  server_hostname=None, received=b""):
         """Begin the handshake, which may take `timeout` seconds.
 
-        on_change          function without arguments, in which the owner calls `interest` again
-        server_side        whether the peer is a client
-        server_hostname    the name that the peer must have if it is a server, or None
-        received           the first bytes of the peer, if they have been received already
+        on_change          function without arguments, in which the owner calls `interest` again.
+        context            an SSLContext of TlsConfig.
+        server_side        True for a client's socket, and False for a backend's socket.
+        server_hostname    the name that the backend is asked for, or None for a client's socket.
+        received           the first bytes of TLS, if the caller has received them already.
         """
         self.sock, self.loop, self.on_change, self.timeout = sock, loop, on_change, timeout
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -7447,9 +7448,9 @@ class TlsSocket:
         self.is_open = self.ended = self.readable = False
         self.lacks_close_notify = self.skip_close_notify = False
         self.error = ""
-        self.begun = False          # whether the peer has sent something
+        self.begun = False          # whether the peer has sent bytes
         self.closing = False        # whether shutdown() was called: close_notify and FIN follow
-        self.notified = False       # whether close_notify is encrypted
+        self.made_close_notify = False      # whether close_notify is encrypted
         self.fin_sent = False
         self.resets = False         # whether close() sends RST
         self.awaits_write = False   # whether the loop watches the socket for EVENT_WRITE
@@ -7461,8 +7462,8 @@ class TlsSocket:
         return getattr(self.sock, name)
 
     def setsockopt(self, level, option, value):
-        if (level, option) == (socket.SOL_SOCKET, socket.SO_LINGER):    # by reset_on_close()
-            self.resets = True
+        if (level, option) == (socket.SOL_SOCKET, socket.SO_LINGER):
+            self.resets = True      # only reset_on_close() sets this option
         self.sock.setsockopt(level, option, value)
 
     def note_change(self):
@@ -7474,13 +7475,13 @@ class TlsSocket:
     def interest(self, wanted):
         """Return the events for which the owner must watch the socket.
 
-        wanted    the events that the owner needs for its own data
+        wanted    the events for which the owner would watch a socket without TLS.
         """
         # During the handshake, the owner cannot send, and EVENT_WRITE would occur all the time.
         events = wanted if self.is_open else EVENT_READ
         if self.unsent:
             events |= EVENT_WRITE
-        self.awaits_write = bool(events & EVENT_WRITE)
+        self.awaits_write = bool(events & EVENT_WRITE)      # for send_ciphertext()
         if self.readable and wanted & EVENT_READ:
             self.note_change()          # no event of the socket will tell the owner to read
         return events
@@ -7493,8 +7494,9 @@ class TlsSocket:
         After a failed handshake, drops the bytes: a close with unread bytes would send RST, which
         could destroy the alert to the peer.
         """
+        end_reason = "closed by the peer"
         try:
-            data, end_reason = self.sock.recv(self.RECV_MAX), "closed by the peer"
+            data = self.sock.recv(self.RECV_MAX)
         except BlockingIOError:         # the event was EVENT_WRITE only
             self.push_quietly()
             return
@@ -7507,10 +7509,11 @@ class TlsSocket:
             self.continue_handshake(data)
 
     def continue_handshake(self, data):
-        """Process bytes of the peer, and send the reply. `data` may be empty in the first call."""
+        """Process bytes of the peer, and send the reply. In the first call, `data` may be b""."""
         if data and not self.begun:
             self.begun = True
-            if data[0] not in (self.ALERT, self.HANDSHAKE):
+            record_type = data[0]
+            if record_type not in (self.ALERT, self.HANDSHAKE):
                 self.fail("the peer speaks no TLS, but has sent %r" % data[:16])
                 return
         self.incoming.write(data)
@@ -7530,7 +7533,7 @@ class TlsSocket:
 
     def fail(self, reason):
         """End the handshake with an error, and send the alert if OpenSSL has made an alert."""
-        self.error = self.error or reason
+        self.error = self.error or reason       # shake_hands() may call `fail` again
         self.loop.cancel(self.deadline)
         self.push_quietly()
         self.note_change()
@@ -7549,11 +7552,12 @@ class TlsSocket:
         self.readable = False
         count = 0
         if not self.error and not self.ended:
+            has_fin = False
             if needs_recv:
                 ciphertext = self.sock.recv(min(size, self.RECV_MAX))
                 self.incoming.write(ciphertext)
-                self.lacks_close_notify = not ciphertext    # until decrypt() finds close_notify
-            count = self.decrypt(memoryview(buffer))
+                has_fin = not ciphertext
+            count = self.decrypt(memoryview(buffer), has_fin)
             self.push_quietly()             # OpenSSL may have made a reply or an alert
         if count and (self.ended or self.error):
             self.readable = True            # the next call reports the end or the error
@@ -7564,10 +7568,10 @@ class TlsSocket:
             raise BlockingIOError(errno.EAGAIN, "no complete record")
         return count
 
-    def decrypt(self, view):
+    def decrypt(self, view, has_fin):
         """Decrypt all complete records into a buffer. Returns the number of decrypted bytes.
 
-        Sets `ended` at the end of the stream, and `error` after an alert or an invalid record.
+        Sets `ended` after close_notify or FIN, and `error` after an alert or an invalid record.
         """
         count = 0
         has_close_notify = False
@@ -7576,14 +7580,13 @@ class TlsSocket:
                 size = self.engine.read(len(view) - count, view[count:])
                 count += size
                 has_close_notify = size == 0
-        except ssl.SSLZeroReturnError:      # if this side has sent close_notify before
+        except ssl.SSLZeroReturnError:      # instead of 0, if this side has sent close_notify
             has_close_notify = True
         except ssl.SSLWantReadError:        # no complete record is left
-            self.ended = self.lacks_close_notify        # after FIN, no record can follow
+            self.lacks_close_notify = has_fin
         except OSError as error:            # an alert, or an invalid record
             self.error = tls_error_text(error)
-        if has_close_notify:
-            self.ended, self.lacks_close_notify = True, False
+        self.ended = has_close_notify or self.lacks_close_notify
         return count
 
     def send(self, data):
@@ -7594,9 +7597,9 @@ class TlsSocket:
             raise BlockingIOError(errno.EAGAIN, "ciphertext waits")
         encrypted = 0
         while encrypted < len(data) and not self.unsent:
-            end = min(len(data), encrypted + self.SEND_BATCH)
-            while encrypted < end:
-                encrypted += self.engine.write(data[encrypted:end])     # one record, 16 KiB
+            batch_end = min(len(data), encrypted + self.SEND_BATCH)
+            while encrypted < batch_end:
+                encrypted += self.engine.write(data[encrypted:batch_end])   # one record, 16 KiB
             self.send_ciphertext()          # sets `unsent` if the socket takes no more
         return encrypted
 
@@ -7607,9 +7610,17 @@ class TlsSocket:
         """
         if not self.send_ciphertext() or not self.closing:
             return
-        self.encrypt_close_notify()
-        may_send_fin = self.notified or self.skip_close_notify or self.error
-        if self.send_ciphertext() and may_send_fin and not self.fin_sent:
+        if not (self.made_close_notify or self.skip_close_notify or self.error):
+            # unwrap() fails in the handshake, and while received bytes are unread. Both the end of
+            # the handshake and recv_into() call `push` again.
+            has_unread_bytes = self.readable and not self.ended
+            if not self.is_open or has_unread_bytes:
+                return
+            self.made_close_notify = True
+            # unwrap() encrypts close_notify, and raises if the peer has sent no close_notify yet.
+            with contextlib.suppress(OSError, ValueError):
+                self.engine.unwrap()
+        if self.send_ciphertext() and not self.fin_sent:
             self.fin_sent = True
             self.sock.shutdown(socket.SHUT_WR)
 
@@ -7631,18 +7642,6 @@ class TlsSocket:
         with contextlib.suppress(OSError):
             self.push()
 
-    def encrypt_close_notify(self):
-        """Encrypt close_notify, once, and not before all received bytes are read."""
-        can_notify = self.is_open and not self.skip_close_notify and not self.error
-        # unwrap() fails while received bytes are unread. After a read, recv_into() calls push().
-        has_unread_bytes = self.readable and not self.ended
-        if self.notified or not can_notify or has_unread_bytes:
-            return
-        self.notified = True
-        # unwrap() encrypts close_notify, and raises if the peer has sent no close_notify yet.
-        with contextlib.suppress(OSError, ValueError):
-            self.engine.unwrap()
-
     def shutdown(self, how):
         """Send close_notify and FIN when the handshake has ended and no ciphertext waits.
 
@@ -7655,21 +7654,21 @@ class TlsSocket:
         """Close the socket. Ciphertext that waits is sent first, unless the close is a reset."""
         self.loop.cancel(self.change_timer)
         self.loop.cancel(self.deadline)
-        self.awaits_write = True        # so that send_ciphertext() never calls note_change()
         can_send = self.is_open and self.loop.running and not self.resets and not self.error
-        must_send = self.closing and not self.fin_sent
-        if not can_send or not must_send:
+        owes_fin = self.closing and not self.fin_sent
+        if not can_send or not owes_fin:
             self.close_now()
             return
         self.deadline = self.loop.call_at(self.loop.clock() + self.timeout, self.close_now)
+        self.awaits_write = True
         try:
             self.loop.watch(self.sock, EVENT_WRITE, self.on_writable)
         except OSError:                 # the selector takes no more sockets
             self.close_now()
 
     def on_writable(self, events):
-        """After `close`, continue to send. Close the socket after FIN, or after an error."""
-        self.readable = False           # the owner reads no more: close_notify need not wait
+        """Continue to send after `close`. Close the socket after FIN, or after an error."""
+        self.readable = False           # the owner reads no more: push() need not wait
         try:
             self.push()
         except OSError:
@@ -7679,7 +7678,7 @@ class TlsSocket:
             self.close_now()
 
     def close_now(self):
-        """Close the socket at once, although ciphertext may wait."""
+        """Close the socket at once, and drop ciphertext that waits."""
         self.loop.cancel(self.deadline)
         self.loop.watch(self.sock, 0)
         self.sock.close()
@@ -7861,7 +7860,7 @@ class Connection:
         self.deadline_timer = None      # see set_deadline
         self.began = self.loop.clock()
         self.announcing_link = None     # the link with the announcement of TLS: see begin_tls
-        if proxy.tls.accepts and not proxy.joins_tls():     # TLS from the first byte
+        if proxy.tls.clients_use_tls and not proxy.joins_tls():     # TLS from the first byte
             self.start_tls(self.up)
 
     @property
@@ -9327,7 +9326,7 @@ class ProxyServer:
     def joins_tls(self):
         """Return whether the proxy decrypts TLS that begins within a connection (STARTTLS)."""
         backend_is_tls = len(self.backend) > 2      # TLS from the start
-        return bool(self.tls.accepts and self.protocol and self.protocol.starts_tls
+        return bool(self.tls.clients_use_tls and self.protocol and self.protocol.starts_tls
                     and not backend_is_tls)
 
     def host_header(self):
@@ -9581,7 +9580,7 @@ class ProxyServer:
 
     def check_rule(self, rule):
         """Raise InputError if a rule does not fit the proxy's protocol."""
-        if rule.blocking and (self.protocol or self.tls.accepts):
+        if rule.blocking and (self.protocol or self.tls.clients_use_tls):
             raise InputError([("name", "%s is a blocking handler: it works with --protocol tcp "
                                        "only, and without TLS" % rule.name)])
         has_rows = self.protocol and self.protocol.has_rows
@@ -9917,8 +9916,7 @@ def measure_bytes(proxy, name):
             for direction in (UPSTREAM, DOWNSTREAM)]
 
 
-# {name for Prometheus: (kind, help, values)}. values(proxy) returns [(labels, value)]. `measure`
-# adds the label `proxy`.
+# {name for Prometheus: (kind, help, read)}. The function read(proxy) returns [(labels, value)].
 METRICS: "OrderedDict[str, Sequence[Any]]" = OrderedDict((name, metric) for name, *metric in [
     ("toxiproxy_proxy_received_bytes_total", "counter",
      "Bytes from the client (upstream) and from the backend (downstream).",
@@ -9950,9 +9948,8 @@ METRICS: "OrderedDict[str, Sequence[Any]]" = OrderedDict((name, metric) for name
 def measure(proxy):
     """Return the metrics of a proxy: {name: [(labels, value)]}. Runs in the loop's thread."""
     metrics = {}
-    for name, (_, _, values) in METRICS.items():
-        metrics[name] = [(dict(labels, proxy=proxy.name), value)
-                         for labels, value in values(proxy)]
+    for name, (_, _, read) in METRICS.items():
+        metrics[name] = [(dict(labels, proxy=proxy.name), value) for labels, value in read(proxy)]
     return metrics
 
 
@@ -9972,12 +9969,12 @@ class Statsd:
 
     def __init__(self, address, proxies):
         self.address = address
-        self.proxies = proxies
+        self.proxies = proxies      # {name: proxy}
         self.loop = self.sock = None
         self.last_values = {}       # {(proxy, name): value} when the metrics were last sent
 
     def bind(self):
-        """Do nothing: this service, unlike the other services, has no port."""
+        """Do nothing. The command line calls `bind` of each service, and Statsd has no port."""
 
     def open(self, loop):
         """Start to connect to the server."""
