@@ -6066,7 +6066,7 @@ WILDCARD = ("0.0.0.0", "::")        # a listener on these has all addresses of t
 # {wildcard address: the loopback address that a connect to the wildcard address reaches}
 LOOPBACK_OF = dict(zip(WILDCARD, LOOPBACK))
 
-# The base class of socket.socket. To create and close a RawSocket takes half the time.
+# The base class of socket.socket, which takes twice the time of a RawSocket to create and close.
 RawSocket = socket.SocketType
 SOCK_NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)     # macOS and Windows lack this flag
 HAVE_SPLICE = hasattr(os, "splice")     # Linux, with Python 3.10 or newer
@@ -6075,7 +6075,7 @@ SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27     # of asm-generic/socket.h
 BPF_RET = 0x06                          # of linux/bpf_common.h
 # After these errors, the process or the whole system has no file descriptors left.
 FD_EXHAUSTED = {errno.EMFILE, errno.ENFILE}
-# After these errors of splice, a link uses recv. There is no data, or this system or this socket
+# After these errors of splice, a link uses recv: no data has come, or this system or this socket
 # does not support splice.
 SPLICE_UNAVAILABLE = {errno.EAGAIN, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EBADF}
 # After these errors of a non-blocking connect(), the kernel continues to connect.
@@ -6085,7 +6085,7 @@ CONNECT_PENDING = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}
 def parse_address(text, min_port=1):
     """Parse HOST:PORT, [::1]:8000 or :8000 into (host, port). Raises ValueError.
 
-    min_port    the smallest valid port: 1 for a connect, and 0 for a listener
+    min_port    the smallest valid port: 1 for a connect, and 0 for a listener.
     """
     shown = hide_password(text)
     message = "must be HOST:PORT, like localhost:8000, [::1]:8000 or :8000, not %r" % shown
@@ -6139,7 +6139,7 @@ def parse_backend(text):
 def require_ssl(prefix=""):
     """Raise ValueError if this Python has no module ssl.
 
-    prefix    the beginning of the error, like "tls-cert "
+    prefix    the beginning of the error, like "tls-cert ".
     """
     try:
         ssl.SSLContext                      # noqa: B018 (this imports the module)
@@ -6235,7 +6235,7 @@ def is_wildcard(host):
 def check_backend(backend, local_addresses):
     """Raise ValueError if a connect to the backend would reach a listener of the proxy.
 
-    local_addresses    the (host, port) of the listeners
+    local_addresses    the (host, port) of each listener.
 
     Does not check a backend whose name needs a resolver.
     """
@@ -6245,8 +6245,8 @@ def check_backend(backend, local_addresses):
             reaches_listener = any(port == local_port and is_own_address(host)
                                    for host, port in reached)
         else:
-            own = reached_addresses((local_host, local_port))
-            reaches_listener = not reached.isdisjoint(own)
+            listener_addresses = reached_addresses((local_host, local_port))
+            reaches_listener = not reached.isdisjoint(listener_addresses)
         if reaches_listener:
             raise ValueError("%s is the proxy's own address: the proxy would connect to itself"
                              % format_address(backend))
@@ -6353,7 +6353,7 @@ class Listener:
 
       normal    The sockets listen, and the loop watches the sockets. A connect succeeds.
       refuse    The sockets are bound, but do not listen. A connect gets ECONNREFUSED (RST).
-      drop      Fillers keep the backlogs full: connections of the listener to itself. A connect
+      drop      Fillers, connections of the listener to itself, keep the backlogs full. A connect
                 gets no reply until the mode is normal again. The loop does not watch the sockets,
                 because the fillers make all sockets readable.
 
@@ -6439,8 +6439,9 @@ class Listener:
         """Change the mode. After a failure, sets the mode normal and raises CannotListen."""
         if mode == self.mode:
             return
+        # Connected fillers stay in `fillers`, so that accept_one() finds and closes both ends.
         for address, filler in list(self.fillers.items()):
-            if not is_connected(filler):        # only accept_one() closes connected fillers
+            if not is_connected(filler):
                 del self.fillers[address]
                 filler.close()
         for sock in self.sockets:               # first, return to the mode normal
@@ -6459,7 +6460,7 @@ class Listener:
         the mode drop lets the client wait.
         """
         for index, sock in enumerate(self.sockets):
-            if self.loop:                       # `open` has set the loop
+            if self.loop:                       # after `open`
                 self.accept_backlog(sock)
             address = sock.getsockname()
             try:
@@ -6508,8 +6509,8 @@ class Listener:
     def add_filler(self, sock):
         """Connect a new filler to a listening socket. Returns the filler. Raises OSError.
 
-        After FILL_TIMEOUT without a reply, the connect continues without a wait, because a slow
-        kernel may still put the connection into the backlog.
+        Waits for a reply for FILL_TIMEOUT. Later, a slow kernel may still put the connection into
+        the backlog.
         """
         filler = RawSocket(sock.family, socket.SOCK_STREAM)
         try:
@@ -6635,7 +6636,7 @@ def set_drop_filter(sock):
     The filter is a program of one instruction: accept 0 bytes of the packet
     (linux/Documentation/networking/filter.rst).
     """
-    sock_filter = struct.pack("=HBBI", BPF_RET, 0, 0, 0)
+    sock_filter = struct.pack("=HBBI", BPF_RET, 0, 0, 0)    # code, two unused jumps, 0 bytes
     program = array.array("B", sock_filter)
     address, _ = program.buffer_info()
     sock_fprog = struct.pack("HP", 1, address)      # the number of instructions, and a pointer
@@ -6831,7 +6832,7 @@ class KernelPipe:
 def start_connect(family, address, fd_limit):
     """Start to connect, without waiting. Raises OSError.
 
-    fd_limit    the descriptor of the socket must be below this number
+    fd_limit    the descriptor of the socket must be below this number.
 
     Returns (socket, pending). If pending is False, the socket is connected.
     """
@@ -6873,7 +6874,7 @@ def connect_error(sock):
 def self_connect_error(sock, peer):
     """Return ECONNREFUSED if a socket is connected to itself, and 0 if not.
 
-    peer    the address that the socket has connected to
+    peer    the address that the socket has connected to.
 
     If no backend listens on a port of this machine, the kernel may give the port to the socket
     that connects, and connect the socket to itself (simultaneous open, RFC 9293, 3.5).
@@ -7073,7 +7074,7 @@ def make_certificate(subject, issuer, hosts=(), days=(-1, 3650)):
 def make_extensions(public, issuer_public, hosts):
     """Return the extensions of a certificate, each in DER (RFC 5280, 4.2.1)."""
     is_ca = not hosts
-    # keyCertSign and cRLSign, or digitalSignature, after the number of unused bits
+    # The number of unused bits, and the bits keyCertSign and cRLSign, or digitalSignature.
     usage = b"\1\6" if is_ca else b"\7\x80"
     key_id, issuer_key_id = (hashlib.sha1(key).digest() for key in (public, issuer_public))
     extensions = [
@@ -7241,7 +7242,7 @@ class TlsConfig:
     def check(self):
         """Check that the fields fit together, and read the files. Raises ValueError."""
         fields = self.fields
-        if fields:
+        if fields:                      # the error names the first field
             first_field, *_ = fields
             require_ssl("tls-%s " % first_field.replace("_", "-"))
         if "fault" in fields and self.cert_file:
@@ -7473,7 +7474,7 @@ class TlsSocket:
             self.change_timer = self.loop.call_at(self.loop.clock(), self.on_change)
 
     def interest(self, wanted):
-        """Return the events for which the owner must watch the socket.
+        """Set awaits_write, and return the events for which the owner must watch the socket.
 
         wanted    the events for which the owner would watch a socket without TLS.
         """
@@ -7481,7 +7482,7 @@ class TlsSocket:
         events = wanted if self.is_open else EVENT_READ
         if self.unsent:
             events |= EVENT_WRITE
-        self.awaits_write = bool(events & EVENT_WRITE)      # for send_ciphertext()
+        self.awaits_write = bool(events & EVENT_WRITE)
         if self.readable and wanted & EVENT_READ:
             self.note_change()          # no event of the socket will tell the owner to read
         return events
@@ -7509,7 +7510,7 @@ class TlsSocket:
             self.continue_handshake(data)
 
     def continue_handshake(self, data):
-        """Process bytes of the peer, and send the reply. In the first call, `data` may be b""."""
+        """Process bytes of the peer, and send the reply. `data` is b"" if no bytes have come."""
         if data and not self.begun:
             self.begun = True
             record_type = data[0]
@@ -7533,7 +7534,7 @@ class TlsSocket:
 
     def fail(self, reason):
         """End the handshake with an error, and send the alert if OpenSSL has made an alert."""
-        self.error = self.error or reason       # shake_hands() may call `fail` again
+        self.error = self.error or reason       # the first reason counts
         self.loop.cancel(self.deadline)
         self.push_quietly()
         self.note_change()
@@ -7548,7 +7549,7 @@ class TlsSocket:
 
         Returns the number of decrypted bytes, or 0 at the end of the stream. Raises OSError.
         """
-        needs_recv = not self.readable      # after the handshake, `incoming` may have ciphertext
+        needs_recv = not self.readable      # if readable, `incoming` may have ciphertext already
         self.readable = False
         count = 0
         if not self.error and not self.ended:
@@ -7569,7 +7570,9 @@ class TlsSocket:
         return count
 
     def decrypt(self, view, has_fin):
-        """Decrypt all complete records into a buffer. Returns the number of decrypted bytes.
+        """Decrypt all complete records into a memoryview. Returns the number of decrypted bytes.
+
+        has_fin    whether the peer has sent FIN, so that no more records can come.
 
         Sets `ended` after close_notify or FIN, and `error` after an alert or an invalid record.
         """
@@ -7579,7 +7582,7 @@ class TlsSocket:
             while not has_close_notify:
                 size = self.engine.read(len(view) - count, view[count:])
                 count += size
-                has_close_notify = size == 0
+                has_close_notify = size == 0        # read() returns 0 after close_notify
         except ssl.SSLZeroReturnError:      # instead of 0, if this side has sent close_notify
             has_close_notify = True
         except ssl.SSLWantReadError:        # no complete record is left
@@ -7631,8 +7634,8 @@ class TlsSocket:
             try:
                 sent = self.sock.send(self.unsent)
             except BlockingIOError:
-                if not self.awaits_write:   # let the owner watch for EVENT_WRITE
-                    self.note_change()
+                if not self.awaits_write:
+                    self.note_change()      # on_change() lets the owner watch for EVENT_WRITE
                 return False
             self.unsent = self.unsent[sent:] or self.outgoing.read()
         return True
@@ -7651,7 +7654,7 @@ class TlsSocket:
         self.push()
 
     def close(self):
-        """Close the socket. Ciphertext that waits is sent first, unless the close is a reset."""
+        """Close the socket. Without a reset, a pending `shutdown` first sends the last bytes."""
         self.loop.cancel(self.change_timer)
         self.loop.cancel(self.deadline)
         can_send = self.is_open and self.loop.running and not self.resets and not self.error
@@ -9974,7 +9977,7 @@ class Statsd:
         self.last_values = {}       # {(proxy, name): value} when the metrics were last sent
 
     def bind(self):
-        """Do nothing. The command line calls `bind` of each service, and Statsd has no port."""
+        """Do nothing, because Statsd has no port. `serve` calls `bind` of each service."""
 
     def open(self, loop):
         """Start to connect to the server."""
