@@ -10767,8 +10767,8 @@ UNREBINDABLE = (".localhost",       # this machine (RFC 6761)
 # The argument of a route's function.
 #
 # control    the Control that received the request.
-# proxy      the ProxyServer that the path or ?proxy=NAME names, by default the first proxy. None
-#            if the proxy does not exist.
+# proxy      the ProxyServer that the path or ?proxy=NAME names, by default the first proxy, or
+#            None if there is no such proxy.
 # names      the variable parts of the path: {"PROXY": "redis"} for the route /proxies/PROXY and
 #            the path /proxies/redis.
 # query      {key: value} of the query, without the key `proxy`.
@@ -10862,7 +10862,7 @@ def handle_request(control, method, target, read_body, headers=NO_HEADERS):
     """Return the ApiResponse to a request.
 
     target       the path and the query.
-    read_body    a function that returns the body as bytes. Called only after the access check.
+    read_body    a function that returns the body as bytes, called only after the access check.
 
     Raises only ConnectionError. Each other exception becomes an error response.
     """
@@ -10903,8 +10903,8 @@ def find_routes(path, default_dialect):
 
     routes     {method: Route}, empty if the path is unknown.
     names      the result of match_segments.
-    dialect    the Dialect of the routes. An unknown path has the Dialect of its prefix in
-               DIALECTS, or else `default_dialect`.
+    dialect    the Dialect of the routes. For an unknown path, the Dialect of its prefix in
+               DIALECTS, and without such a prefix `default_dialect`.
     """
     segments = path.split("/")
     for pattern, routes in ROUTES.items():
@@ -11061,7 +11061,7 @@ def get_handler_name(request):
 def set_handler(request):
     """Set a handler: a bare name, or JSON with its options and percent."""
     text = request.body.strip()
-    is_json = text.startswith(("{", "[", '"'))      # parse_json_object accepts only an object
+    is_json = text.startswith(("{", "[", '"'))      # parse_json_object refuses "[" and '"'
     set_rules(request, [parse_json_object(text) if is_json else {"name": text}])
     return "ok"
 
@@ -11146,8 +11146,8 @@ def put_rules(request):
     body = parse_json_object(request.body)
     rule_dicts = body.get("rules")
     is_list = isinstance(rule_dicts, list) and all(isinstance(rule, dict) for rule in rule_dicts)
-    # The body may be the result of `GET /rules`: ignore its keys `seed` and `blocks`, and the keys
-    # `active` and `until` of its rules.
+    # A client may send back the result of `GET /rules`. So the keys `seed` and `blocks`, and the
+    # keys `active` and `until` of rules, are ignored.
     if not is_list or not set(body) <= {"rules", "seed", "blocks"}:
         raise InputError([("rules", "the body must be "
                                     "{\"rules\": [{\"name\": ..., \"percent\": ...}, ...]}")])
@@ -11186,7 +11186,7 @@ def state_to_json(proxy):
         ("name", proxy.name), ("listen", proxy.listen), ("backend", format_address(proxy.backend)),
         ("enabled", proxy.enabled), ("accept", proxy.accept.to_json(proxy.to_unix)),
         ("max_connections", proxy.max_connections), ("reuse_port", proxy.reuse_port),
-        ("rules", proxy.describe()), ("faults", proxy.fault_count)])
+        ("rules", proxy.describe()), ("faults", proxy.fault_count)])        # FaultRecords
 
 
 @route("GET", "/status", "?seconds=1", query=["seconds"], needs_proxy=False)
@@ -11302,7 +11302,7 @@ def list_connections(request):
     newest = check_query(request, "newest", len(numbers), check_count)
     first_newest = max(0, len(numbers) - newest)
     connections = []
-    # The loop forwards no data while it lists connections. So it lists 100 at a time (0.3 ms).
+    # The loop forwards no data while it lists connections, so it lists 100 at a time (0.3 ms).
     for first in range(first_newest, len(numbers), 100):
         connections += proxy.loop.run_sync(proxy.list_connections, numbers[first:first + 100])
     return {"connections": connections}
@@ -11377,7 +11377,7 @@ class Control:
 
     local      the (host, port) to listen on.
     proxies    the ProxyTable that the routes show and change.
-    token      the bearer token that clients must send. None if clients need no token.
+    token      the bearer token that clients must send, or None if clients need no token.
     names      further host names of the server, for is_own_host.
     dialect    the Dialect of errors about unknown paths, except for paths in DIALECTS.
     """
@@ -11390,7 +11390,7 @@ class Control:
         self.url = ""
         self.clients = OrderedDict()        # {socket: Session}, the least recently used first
         self.max_clients = CLIENTS_MAX
-        # Clients that wait in list_events leave client threads free for short requests.
+        # The limit keeps client threads free for requests that do not wait in list_events.
         self.wait_limit = threading.Semaphore(CLIENTS_MAX // 2)
         self.last_refusal_log = 0.0         # the time of the last log line about a refused request
         self.loop = None
@@ -11412,10 +11412,11 @@ class Control:
         # A class statement would import http.server early, and slow down the start.
         self.request_handler_class = type(
             "HttpRequestHandler", (RequestHandler, http_server.BaseHTTPRequestHandler), {})
-        fd_limit = raise_fd_limit() or 4 * CLIENTS_MAX      # unknown: enough for CLIENTS_MAX
+        fd_limit = raise_fd_limit() or 4 * CLIENTS_MAX      # 0: unknown, so assume enough
         quarter = fd_limit // 4         # the proxies need most of the file descriptors
         self.max_clients = max(4, min(CLIENTS_MAX, quarter))
-        proxies_loop.fd_limit = fd_limit - min(CONTROL_FDS, quarter)    # see CONTROL_FDS
+        # The proxies leave the last file descriptors to the control server.
+        proxies_loop.fd_limit = fd_limit - min(CONTROL_FDS, quarter)
         self.loop = Loop()
         self.listener.open(self.loop)
         self.thread = threading.Thread(target=self.loop.run, name="control", daemon=True)
@@ -11487,8 +11488,8 @@ class Control:
     def check_origin(self, headers, is_page):
         """Raise ApiError if a page of another site has sent the request.
 
-        Browsers send Origin (RFC 6454) with the page's site, and Sec-Fetch-Site (Fetch Metadata)
-        with its relation to this server. A link to the web page (is_page) sends no Origin.
+        Browsers send the site of the page in Origin (RFC 6454). Sec-Fetch-Site (Fetch Metadata) is
+        "none" if the user has typed the address. Another site may link to the web page (is_page).
         """
         host = headers.get("Host", "localhost").lower()
         origin = headers.get("Origin")
@@ -11500,9 +11501,9 @@ class Control:
             raise ApiError(403, "header", "Sec-Fetch-Site", "cross-site request refused")
 
     def is_own_host(self, host):
-        """Return whether a Host header is one of `names`, or a host that no attacker can own.
+        """Return whether a Host header is one of `names`, or a host that no attacker can have.
 
-        No attacker can own an IP address, a name without a dot, or a name in UNREBINDABLE.
+        Nobody can register an IP address, a name without a dot, or a name in UNREBINDABLE.
         """
         name = normalize_host(re.sub(r":\d*$", "", host.strip()))       # without the port
         is_without_dot = re.fullmatch(r"[a-z0-9_-]{1,63}", name)
@@ -11512,7 +11513,7 @@ class Control:
         is_bracketed = name.startswith("[") and name.endswith("]")      # an IPv6 address
         address = name[1:-1] if is_bracketed else name
         may_be_address = re.fullmatch("[0-9a-f.:]{1,45}", address)
-        return bool(may_be_address and resolve_numeric((address, 0)))
+        return bool(may_be_address and resolve_numeric((address, 0)))   # [] if it is no address
 
     # Clients
 
@@ -11525,7 +11526,7 @@ class Control:
         client.settimeout(READ_TIMEOUT)
         session = self.clients[client] = Session(self, client)
         self.loop.run_in_thread(lambda: self.serve(session, peer),
-                                lambda _, error: self.on_client_done(session, error))
+                                on_done=lambda _, error: self.on_client_done(session, error))
 
     def disconnect_least_used(self):
         """Disconnect the client that has been idle longest.
@@ -11546,7 +11547,7 @@ class Control:
             # Read until the client closes. A close with unread bytes would send RST, and the RST
             # could destroy the last response on its way to the client.
             session.set_deadline(LINGER_TIMEOUT)
-            client.settimeout(1)
+            client.settimeout(1)        # for each recv
             for _ in range(1000):       # a limit, because a client may send without end
                 if not client.recv(65536):
                     break
@@ -11611,7 +11612,7 @@ class LimitedReader:
         return getattr(self.file, name)
 
     def readline(self, size):
-        line = self.file.readline(min(size, self.bytes_left + 1))   # + 1: may exceed the limit
+        line = self.file.readline(min(size, self.bytes_left + 1))   # + 1 detects a longer line
         self.bytes_left -= len(line)
         if self.bytes_left < 0:
             raise http_client.LineTooLong("head")       # http.server then sends status 431
@@ -11675,7 +11676,7 @@ class RequestHandler:
         return True
 
     def parse_request(self):
-        """Read the headers, REQUEST_HEAD_MAX bytes at most. Returns False after an error."""
+        """Read REQUEST_HEAD_MAX bytes of headers at most. Returns False if that has failed."""
         self.rfile.bytes_left = REQUEST_HEAD_MAX
         valid = super().parse_request()  # type: ignore
         self.rfile.bytes_left = math.inf
@@ -11688,7 +11689,8 @@ class RequestHandler:
         response = handle_request(control, self.command, self.path, self.read_body, self.headers)
         is_crowded = len(control.clients) > KEEP_ALIVE_SHARE * control.max_clients
         others_need_room = is_crowded or Loop.fds_exhausted
-        if others_need_room or not self.body_read:      # the body is no next request
+        # An unread body must not be parsed as the next request.
+        if others_need_room or not self.body_read:
             self.close_connection = True
         self.send_api_response(response)
 
@@ -11760,7 +11762,7 @@ class RequestHandler:
     def send_error(self, code, message=None, explain=None):
         """Send an error response to a request that http.server or `handle` could not read."""
         self.close_connection = True
-        self.request_version = self.protocol_version    # HTTP/0.9, the default, has no headers
+        self.request_version = self.protocol_version    # not HTTP/0.9, which has no headers
         self.send_api_response(VAURIEN_1.render_error(http_error(code, message or explain or "")))
         self.wfile.flush()
 
@@ -11779,10 +11781,10 @@ def http_error(status, description):
 # name. The type of a toxic is the name of a handler. Errors have the texts of Toxiproxy's server.
 # Bodies follow the rules of Go's JSON decoder:
 #
-#   * keys may be in upper or lower case
-#   * unknown keys are ignored
-#   * a key with the value null counts as absent
-#   * a value of a wrong type is an error
+#   * Keys may be in upper or lower case.
+#   * Unknown keys are ignored.
+#   * A key with the value null counts as absent.
+#   * A value of a wrong type is an error.
 #
 # The functions that read bodies raise InputError or ApiError. The response for an InputError has
 # status 400 and a text that begins with "bad request body".
@@ -11791,20 +11793,18 @@ def http_error(status, description):
 # Therefore two requests never change a proxy at the same time.
 #
 # Listings: typed clients (Java, .NET, Rust ...) fail if a listing has a toxic that Toxiproxy
-# lacks (see exists_in_toxiproxy). The table shows where responses list Vaurien's own toxics, which
-# Toxiproxy lacks.
+# lacks (see exists_in_toxiproxy). These toxics are Vaurien's own toxics:
 #
-#   GET /proxies, GET /proxies/PROXY,               under the key `rules` of the proxy, which is
-#   POST and PATCH of a proxy, POST /populate       absent if there are none
-#   GET /proxies/PROXY/toxics                       nowhere
-#   GET and POST with ?all=1 in the query           under the key `toxics`
-#   PUT .../toxics, requests about one toxic        like the toxics that Toxiproxy knows
+#   * The JSON object of a proxy has Vaurien's own toxics under the key `rules`.
+#   * GET /proxies/PROXY/toxics does not list Vaurien's own toxics.
+#   * A request with ?all=1 in its query lists all toxics together, without the key `rules`.
+#   * PUT /proxies/PROXY/toxics and requests about one toxic return all toxics.
 #
 # A client may send a listing back: requests that create a proxy accept the key `rules`.
 #
 # A new rule field needs no change in this section.
 
-# An error of Go's JSON decoder, with the names that Go has for the received and the expected type:
+# An error of Go's JSON decoder, with Go's names of the received and the expected type. Example:
 # "json: cannot unmarshal string into Go struct field Proxy.enabled of type bool"
 GO_TYPE_ERROR = "json: cannot unmarshal %s into Go %s of type %s"
 JSON_TYPES = {str: "string", bool: "bool", int: "number", float: "number", list: "array",
@@ -11829,8 +11829,8 @@ PROXY_FIELDS = OrderedDict((("name", str), ("listen", str), ("upstream", str),
                             ("enabled", bool), ("toxics", list), ("rules", list),
                             ("protocol", str), ("accept", None), ("max_connections", int),
                             ("tls", dict)))
-# {name: check} of arguments of ProxyServer. A user of the class Proxy can set all arguments. A
-# client of Toxiproxy's API can set only the arguments in PROXY_FIELDS.
+# The checks of ProxyServer's arguments: {name: check}. A user of the class Proxy can set all
+# arguments. A client of Toxiproxy's API can set only the arguments in PROXY_FIELDS.
 PROXY_CHECKS = OrderedDict((
     ("timeout", check_timeout), ("protocol", check_protocol),
     ("overwrite_host_header", check_yes_no), ("enabled", check_yes_no), ("accept", check_accept),
@@ -11866,8 +11866,7 @@ class ToxiproxyDialect(Dialect):
     def render_error(self, error):
         if error.location in self.router_texts:
             return text_response(error.status, self.router_texts[error.location])
-        response = text_response(error.status, dump_json(error_to_json(error)) + "\n")
-        return response._replace(headers=dict(response.headers, **error.headers))
+        return text_response(error.status, dump_json(error_to_json(error)) + "\n", error.headers)
 
 
 TOXIPROXY = ToxiproxyDialect()
@@ -11884,10 +11883,10 @@ def error_to_json(error):
     return OrderedDict((("error", str(error)), ("status", error.status)))
 
 
-def text_response(status, text):
-    """Return an ApiResponse with the headers of the function http.Error in Go."""
+def text_response(status, text, headers=NO_HEADERS):
+    """Return an ApiResponse with the headers of the function http.Error in Go, and `headers`."""
     return ApiResponse(status, {"Content-Type": "text/plain; charset=utf-8",
-                                "X-Content-Type-Options": "nosniff"}, text)
+                                "X-Content-Type-Options": "nosniff", **headers}, text)
 
 
 def dump_json(value):
@@ -11980,7 +11979,7 @@ def error_suffix(suffix):
 def read_json(text, ignore_rest=True):
     """Return the JSON value at the beginning of a text. Raises InputError.
 
-    ignore_rest    True: ignore text after the value, as Go does. False: raise InputError for it.
+    ignore_rest    True: ignore text after the value, as Go does. False: refuse such text.
     """
     def refuse_constant(name):
         raise ValueError("invalid number %s" % name)        # NaN or Infinity
@@ -12167,9 +12166,9 @@ def read_listen(text, prefix=""):
         if not colon:
             raise toxiproxy_error(500, "%saddress %s: missing port in address"
                                   % (prefix, text)) from None
-        is_valid_name = ":" not in host and is_valid_host(host)
+        is_host_valid = ":" not in host and is_valid_host(host)
         is_port_too_high = re.fullmatch(r"\d{5,}", port)    # parse_listener accepts up to 65535
-        if is_valid_name and is_port_too_high:
+        if is_host_valid and is_port_too_high:
             raise toxiproxy_error(500, "%saddress %s: invalid port" % (prefix, port)) from None
         raise InputError([("listen", "listen %s" % error)]) from None
 
@@ -12205,7 +12204,7 @@ def read_toxic(value, strict=False):
     name = fields.pop("name", "") or "%s_%s" % (type_, stream)
     check_field("name", check_name, name)
     attributes = read_attributes(type_, fields.pop("attributes", {}), strict)
-    # Only if `strict` is True, `fields` may have an unknown key, which make_toxic refuses.
+    # If `strict` is True, `fields` may have unknown keys, which make_toxic refuses.
     toxic = make_toxic(type_, name, dict(fields, stream=stream.lower()), attributes,
                        toxiproxy=not strict)
     toxic.stream = stream       # as the client wrote it, perhaps in upper case
@@ -12345,20 +12344,20 @@ def listed_toxics(proxy, request):
 
 
 def proxy_to_json(proxy, request):
-    """Return a proxy as a JSON object, for a request that may have ?all=1."""
+    """Return a proxy as a JSON object. The request may have ?all=1 (see listed_toxics)."""
     def to_json():
         listed = listed_toxics(proxy, request)
-        rules = [toxic for toxic in proxy.toxics if toxic not in listed]
+        others = [toxic for toxic in proxy.toxics if toxic not in listed]
         accept = proxy.accept.to_json(proxy.to_unix)
         fields = OrderedDict((
             ("name", proxy.name), ("listen", proxy.listen),
             ("upstream", format_address(proxy.backend)), ("enabled", proxy.enabled),
             ("toxics", toxics_to_json(proxy, listed))))
-        extensions = (("rules", toxics_to_json(proxy, rules)),
+        extensions = (("rules", toxics_to_json(proxy, others)),     # Vaurien's own keys
                       ("protocol", proxy.protocol_name() if proxy.protocol else ""),
                       ("accept", "" if accept == "normal" else accept),
                       ("max_connections", proxy.max_connections), ("tls", proxy.tls.fields))
-        fields.update((name, value) for name, value in extensions if value)
+        fields.update((name, value) for name, value in extensions if value)     # not "" or 0
         return fields
     return proxy.loop.run_sync(to_json)
 
@@ -12483,7 +12482,7 @@ def update_toxic(request, proxy, toxic):
 
 
 def copy_toxic(toxic, value):
-    """Return a new Toxic: a toxic with the changes in a JSON object. Raises InputError."""
+    """Return a new Toxic like `toxic`, with the changes in a JSON object. Raises InputError."""
     changeable = [key for key in TOXIC_KEYS if key not in ("name", "type", "stream")]
     fields = read_fields(read_toxic_object(value, changeable), TOXIC_FIELDS, "")
     sent_attributes = read_attributes(toxic.rule.name, fields.pop("attributes", {}))
@@ -12559,7 +12558,7 @@ def update_existing(proxies, existing, proxy, fields):
         if proxies.get(proxy.name) is not existing:
             return False
         if must_replace(existing, proxy):
-            fields = PROXY_FIELDS
+            fields = PROXY_FIELDS       # all fields change
             proxies.change(existing, proxy.local, proxy.backend, proxy.enabled, proxy.accept,
                            proxy.max_connections)
             existing.loop.run_sync(existing.set_rules, [])
@@ -12577,7 +12576,7 @@ def update_existing(proxies, existing, proxy, fields):
 
 def must_replace(existing, proxy):
     """Return whether the addresses, protocol or TLS options of two proxies differ."""
-    # `listen` of an open proxy has an IP address, and of other proxies perhaps a host name.
+    # `listen` has the IP address of an open proxy, but the host name of a proxy that is not open.
     return (existing.listen not in (proxy.listen, first_address(proxy.local))
             or existing.backend != proxy.backend or existing.protocol is not proxy.protocol
             or existing.tls.fields != proxy.tls.fields)
@@ -12597,7 +12596,7 @@ def replace_toxics(current, new, fields):
         key = "toxics" if exists_in_toxiproxy(toxic) else "rules"
         if key not in fields and toxic.name not in new_names:
             kept.append(toxic)
-    # The result begins with toxics that Toxiproxy could have.
+    # Toxics of Toxiproxy come first. If `fields` has "rules", `kept` has only these toxics.
     return kept + new if "rules" in fields else new + kept
 
 
