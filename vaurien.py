@@ -14850,9 +14850,7 @@ def resolve_process_settings(config, settings):
 
 
 def prepare(config, proxies, values, dialect=VAURIEN_1):
-    """Prepare the recording, the services, the file for the CA, and the log.
-
-    Returns a function that runs the services. Raises ValueError.
+    """Prepare the recording, the services and the log. Returns a function that runs the services.
 
     values     parsed values of the settings with the scope `process`: {name: value}.
     dialect    the Dialect of the control server's errors.
