@@ -8380,6 +8380,14 @@ class TestBlockingHandlers(unittest.TestCase):
                         ValueError, "Fails cannot be created: KeyError: 'no idea'"):
                     set_handler()
             self.assertEqual(proxy.handler_names(), "dummy")
+            toxics = [vaurien.Toxic("latency", "a"), vaurien.Toxic("noop", "b")]
+            proxy.loop.run_sync(proxy.set_toxics, toxics)
+            with self.assertRaisesRegex(ValueError, "Fails cannot be created"):
+                proxy.loop.run_sync(proxy.set_toxics, [
+                    vaurien.Toxic("latency", "a", 0.5),
+                    vaurien.Toxic("Fails", "b", stream="both")])
+            self.assertEqual((proxy.toxics, proxy.toxics[0].toxicity), (toxics, 1.0))
+            proxy.loop.run_sync(proxy.set_toxics, [])
             with proxy.handler("delay"):
                 pass
             self.assertEqual(proxy.handler_names(), "dummy")

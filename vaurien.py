@@ -7928,11 +7928,11 @@ class Connection:
                 chain.direction_changed(link.to) >= link.measure_from):
             self.begin_measurement()
         data = loop.view[:size]
-        if chain.protocol or chain.active_rules or not link.fast_events:    # not just send
+        if chain.protocol or chain.active_rules or not link.fast_events:
             data = self.process_received(link, data)
             if not data:
                 return
-        else:
+        else:                           # send the bytes as they are
             link.bulk_reads += size >= BULK_READ        # True counts as 1
         try:
             sent = link.target.send(data)
@@ -7989,7 +7989,7 @@ class Connection:
         if not parses_requests:
             return CHUNK                # the most that on_ready ever receives
         free_memory = link.budget.allowance(HELD_MAX) - link.held - link.kept
-        return max(1, free_memory // EXPANSION)
+        return max(1, free_memory // EXPANSION)     # not 0: read_limit() decides whether to read
 
     def process_received(self, link, data):
         """Run received bytes through the chain.
@@ -8079,8 +8079,8 @@ class Connection:
     def charge_kept(self):
         """Charge the budget for the memory that the chain keeps for exchanges.
 
-        After the backend's EOF, there is no charge: no reply would free the memory. If the budget
-        was full, the proxy would never read from the client again.
+        After the backend's EOF, nothing is charged, because no reply will free the memory. With a
+        full budget, the proxy would never read from the client again.
         """
         is_charged = self.chain.kept > KEPT_MIN and not self.down.eof
         self.up.keep(self.chain.kept if is_charged else 0)
@@ -8110,7 +8110,7 @@ class Connection:
 
     def buffer_unsent(self, link, data):
         """Buffer bytes of the fast path that the target does not accept now."""
-        link.buffer_due(memoryview(bytes(data)))
+        link.buffer_due(memoryview(bytes(data)))    # a copy, because loop.buffer is used again
         self.update_interest()
 
     def on_protocol_error(self):
@@ -8493,7 +8493,7 @@ class Connection:
         """
         config, is_client = self.proxy.tls, link is self.up
         if is_client:
-            back, server_name = self.down, None
+            back, server_name = self.down, None     # back: the link that sends to this peer
             local_host = self.client.getsockname()[0]   # the address that the client uses
             context = config.accept_context(local_host)
         else:
@@ -8522,11 +8522,11 @@ class Connection:
         link.source.note_change()       # soon calls pump(), which calls continue_tls()
 
     def continue_tls(self):
-        """Begin TLS with the target of announcing_link if the announcement has been sent."""
+        """Begin TLS with the receiver of the announcement if the announcement has been sent."""
         link = self.announcing_link
         if not link.held:
             self.announcing_link = None
-            self.start_tls(self.down if link is self.up else self.up)
+            self.start_tls(self.down if link is self.up else self.up)   # its source: the receiver
 
     def advance_tls(self, link):
         """Handle an event of a link's TlsSocket: continue the handshake, or send ciphertext.
@@ -8577,7 +8577,8 @@ class Connection:
         """Return whether a link's stream ends without close_notify, as if the sender had died."""
         if link.eof:                            # the target sees the same end as the proxy
             return isinstance(link.source, TlsSocket) and link.source.lacks_close_notify
-        return not self.chain.answered_early    # a rule ends the stream, maybe after a reply
+        rule_has_replied = self.chain.answered_early
+        return not rule_has_replied             # a rule ends the stream
 
     # Connecting to the backend
 
@@ -8697,7 +8698,7 @@ class Connection:
         back.write_closed = True
         # Reset at once if the client's data is never due, or waits for connect().
         if link is self.up and (link.latest == NEVER or self.phase is CONNECTING):
-            link.eof = True
+            link.eof = True         # tells splice() that this function was called
             self.reset(self.reset_reason)
         else:
             self.on_eof(link)       # finish() resets the target after the data and EOF were sent
@@ -9167,7 +9168,7 @@ class ProxyServer:
         self.listen = format_address(("::", port) if is_wildcard(host) else listener.address())
 
     def open(self, loop):
-        """Use a loop: begin the schedules, and accept clients if the port is bound."""
+        """Use a loop: begin the schedules, accept clients if the port is bound, and log this."""
         self.loop = loop
         self.record_rule_change()
         self.begin_schedules()
@@ -9413,19 +9414,17 @@ class ProxyServer:
         Raises InputError, and changes nothing, if a toxic is not valid for this proxy.
         """
         current = {toxic.name: toxic for toxic in self.toxics}
-        for toxic in toxics:            # check all before the first change
+        toxics_after, kept = [], []     # kept: [(current toxic, new toxic with the same rule)]
+        for toxic in toxics:            # check all toxics before the first change
             self.check_rule(toxic.rule)
-            if toxic.name not in current:
-                self.create_instance(toxic.rule)
-        toxics_after, changed_rules = [], []
-        for toxic in toxics:
             old = current.get(toxic.name)
-            if old is None or not old.same_rule(toxic):
+            if old is not None and old.same_rule(toxic):
+                toxics_after.append(old)
+                kept.append((old, toxic))
+            else:
+                self.create_instance(toxic.rule)
                 toxics_after.append(toxic)
-                continue
-            toxics_after.append(old)
-            if self.update_toxic(old, toxic):
-                changed_rules.append(old.rule)
+        changed_rules = [old.rule for old, new in kept if self.update_toxic(old, new)]
         self.replace_rules(self.behavior, self.blocks, toxics_after, changed_rules)
 
     def update_toxic(self, toxic, new):
@@ -9470,7 +9469,7 @@ class ProxyServer:
     def change_connections(self, new, removed, changed, woken=()):
         """Apply a change of the rules to the open connections: see Connection.rules_changed."""
         for rule in [*removed, *changed]:
-            # `bandwidth` keeps here when the chunks of all connections have passed. None is left.
+            # Here `bandwidth` stores when the link is free. Now the link is free: no chunk waits.
             rule.shared.pop(UPSTREAM, None)
             rule.shared.pop(DOWNSTREAM, None)
         for connection in list(self.connections.values()):
