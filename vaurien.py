@@ -1407,12 +1407,11 @@ def check_signature(function):
 
 # -- Protocols ----------------------------------------------------------------
 #
-# A protocol finds the requests in the client's bytes and the replies in the backend's bytes. A
-# protocol also makes the error replies of a failing server. Protocols use no sockets, clocks or
-# threads.
+# A protocol finds the requests in the client's bytes and the replies in the backend's bytes, and
+# makes the error replies of a failing server. Protocols use no sockets, clocks or threads.
 #
 # Each protocol has two readers, the generators `requests` and `replies`. A Framer feeds bytes to
-# a reader. A reader yields either a demand for the next bytes, or a boundary after the last bytes:
+# a reader. A reader yields either a demand for the next bytes, or a boundary at this position:
 #
 #   an int              skip this many bytes.
 #   NeedBytes(count)    receive `count` bytes, as the value of the yield.
@@ -1480,7 +1479,7 @@ class NeedBytes(int):
     """Asks for a number of bytes: NeedBytes(5) asks for 5 bytes."""
 
     def take(self, buffered, data, offset, size):
-        """Return (offset, value, buffered): see above."""
+        """Return (offset, value, buffered): see the table above NeedBytes."""
         missing = self - len(buffered)      # a NeedBytes is an int
         end = min(size, offset + missing)
         received = buffered + data[offset:end]
@@ -1503,7 +1502,7 @@ class NeedMatch:
         self.match_start = re.compile(start).match if start else None
 
     def take(self, buffered, data, offset, size):
-        """Raise ProtocolError if the input is longer than HEAD_MAX or does not match `start`."""
+        """Return (offset, value, buffered): see above NeedBytes. Raises ProtocolError."""
         if buffered:
             joined = buffered + data[offset:size]
             match = self.search(joined)
@@ -1531,7 +1530,7 @@ class SkipUntil(namedtuple("SkipUntil", "marker tail")):
     __slots__ = ()
 
     def take(self, buffered, data, offset, size):
-        """Return (offset, value, buffered): see above. The value is b""."""
+        """Return (offset, b"", buffered): see the table above NeedBytes."""
         searched = (buffered or self.tail) + data[offset:size]      # `tail` for the first chunk
         _, marker, after = searched.partition(self.marker)
         if not marker:                  # all bytes of the marker but the last may have arrived
@@ -1775,7 +1774,7 @@ class Protocol:
     def refuse_client(self, received):
         """Return the Reply to a client beyond max_connections.
 
-        received    OPEN, or the bytes that the client has sent since this method made a Reply.
+        received    OPEN, or the bytes that the client has sent since the last Reply to the client.
 
         Returns None if a server would reply only after more bytes.
         """
@@ -1832,8 +1831,7 @@ class Protocol:
         kind     the kind of the error, or "": draw the kind.
         """
         exchange, request, reply = self.refusable, None, None
-        can_begin = to == UPSTREAM and (data or data is OPEN)       # a request, or a connection
-        if exchange and can_begin:
+        if exchange and to == UPSTREAM and (data or data is OPEN):      # not EOF or END_OF_MESSAGE
             request = exchange.request              # None if the client connects
             kind = kind or self.draw_kind(state, request)
             reply = self.error_reply(kind, request) if request else self.connect_error(kind, data)
@@ -1841,7 +1839,8 @@ class Protocol:
             yield t, to, data
             return
         state.drawn_options = {"kind": kind}        # for the fault record
-        if request or reply.closes:                 # otherwise, the error follows: see Postgres
+        is_refused = request or reply.closes        # Postgres may first refuse only encryption
+        if is_refused:
             exchange.refusal = Refusal(state, reply)
             self.refusable = None                   # no other rule can refuse the request
         if request and not reply.closes:
@@ -1859,7 +1858,7 @@ class Protocol:
         """
         if request:
             return state.random.choice(self.default_errors)
-        if not self.server_first or not self.connect_errors:    # connecting is not request 1
+        if not self.server_first or not self.connect_errors:    # connecting counts as no request
             return ""
         # Postgres draws at each message of a login. `state.draw` gives the same kind each time.
         return self.connect_errors[state.draw % len(self.connect_errors)]
@@ -1873,8 +1872,8 @@ class Protocol:
         """
         reply = exchange.refusal.reply
         if to == UPSTREAM:
-            is_dropped = not exchange.complete              # bytes and end of the request
-        else:
+            is_dropped = not exchange.complete      # the request. Other bytes may follow it
+        else:                                       # `forwarded`: the backend has the substitute
             is_reply_to_substitute = exchange.forwarded and not exchange.reply_done
             is_dropped = reply.closes or is_reply_to_substitute
         if data is EOF or data is OPEN or not is_dropped:
@@ -1982,7 +1981,7 @@ class Http(Protocol):
         """Return (close, keep_alive): whether the Connection header field has these options.
 
         With "Expect: 100-continue", the client waits for a reply before the client sends the body.
-        `close` is True then, because an error that closes does not wait for the end of a request.
+        `close` is True then, so that an error of a rule comes at once and closes the connection.
         """
         lower_head = head.lower()           # a search for bytes is faster than the patterns
         if b"\nconnection" not in lower_head and b"\nexpect" not in lower_head:
@@ -2132,7 +2131,7 @@ class Http(Protocol):
 
     def error_reply(self, kind, request):
         """Return the Reply to a request. Any request can fail with an error of any kind."""
-        closes = request.info
+        closes = request.info               # the server closes the connection after the reply
         status = "%s %s" % (kind, self.errors[kind])
         body = status + "\n"
         lines = ["HTTP/1.1 " + status, "Content-Type: text/plain",
@@ -2240,7 +2239,7 @@ class Redis(Protocol):
 
         Raises ProtocolError at a command after which replies and requests do not alternate.
         """
-        name = args[0].upper().decode("latin-1") if args else ""    # an empty line: no reply
+        name = args[0].upper().decode("latin-1") if args else ""
         ends_parsing = name in self.SERVER_PUSH
         if name == "CLIENT" and len(args) > 1:
             ends_parsing = args[1].upper() in (b"REPLY", b"TRACKING")
@@ -2249,7 +2248,8 @@ class Redis(Protocol):
         is_in_transaction = self.in_multi
         if name in ("MULTI", "EXEC", "DISCARD", "RESET"):
             self.in_multi = name == "MULTI"
-        return Request(b" ".join(args), name, replies=bool(args), info=is_in_transaction)
+        has_reply = bool(args)              # Redis ignores an empty command
+        return Request(b" ".join(args), name, replies=has_reply, info=is_in_transaction)
 
     def replies(self):
         """Find the replies. A reply is one value, which may have nested values."""
@@ -2365,7 +2365,7 @@ class Memcache(Protocol):
             # The flags of a meta command follow the key. A flag is a letter with a value.
             flags = [word[:1] for word in words[2:]] if name in self.META else []
             is_quiet = b"q" in flags
-            is_noreply = words[-1:] == [b"noreply"] and name not in self.GET    # not a key
+            is_noreply = words[-1:] == [b"noreply"] and name not in self.GET    # in a GET: a key
             gets_no_reply = is_quiet or is_noreply or name == "quit"
             request = Request(line.strip(), name, replies=not gets_no_reply)
             yield request                   # make_substitute may replace the request now
@@ -2417,7 +2417,7 @@ class Memcache(Protocol):
         awaits_mn_reply = replaced_by_mn and to == DOWNSTREAM and not exchange.reply_done
         if awaits_mn_reply and (data or data is EOF):
             yield from self.pass_quiet_replies(request, t, data)
-        else:
+        else:                               # at END_OF_MESSAGE, the client gets the error
             yield from super().finish_refusal(exchange, t, to, data)
 
     def pass_quiet_replies(self, request, t, data):
@@ -2507,7 +2507,7 @@ class SkipRows:
         self.left = 0
 
     def take(self, buffered, data, offset, size):
-        """Return (offset, value, buffered): see NeedBytes. The value is b""."""
+        """Return (offset, b"", buffered): see the table above NeedBytes."""
         offset += self.left
         unpack_from = self.HEADER.unpack_from
         while offset + 5 <= size:
@@ -2781,7 +2781,8 @@ class Mysql(Protocol):
         Returns the status of the result.
         """
         column_count, end = mysql_integer(head, 0)
-        omits_columns = size == end + 1 and head[end] == 0      # MariaDB: as in the last result
+        # MariaDB sends the count and a 0, without the columns, if the client has the columns.
+        omits_columns = size == end + 1 and head[end] == 0
         if not omits_columns:
             for _ in range(column_count):
                 yield from self.read_packet()
@@ -2827,7 +2828,7 @@ class Mysql(Protocol):
         if head[:1] == self.ERR:
             return 0
         offset = 3                              # in an EOF, after the number of warnings
-        if size != self.EOF_SIZE:               # in an OK, after two integers
+        if size != self.EOF_SIZE:               # in an OK, after the affected rows and the last id
             _, offset = mysql_integer(head, 1)
             _, offset = mysql_integer(head, offset)
         return int.from_bytes(head[offset:offset + 2], "little")
@@ -3016,7 +3017,7 @@ class Postgres(Protocol):
         if type_ not in self.REQUESTS:
             return None
         portal, _, _ = body.partition(b"\0")        # only Bind and Execute have a portal
-        waiting_portal = self.bound_portal
+        waiting_portal = self.bound_portal          # None unless the last request is a Bind
         self.bound_portal = portal if type_ == self.BIND else None
         if type_ == self.EXECUTE and portal == waiting_portal:
             return CONTINUATION                     # a Bind and its Execute are one request
@@ -3048,7 +3049,7 @@ class Postgres(Protocol):
             self.portals[portal] = self.statements.use(statement)
 
     def make_request(self, type_, body, portal):
-        """Return the Request that begins with a message. The portal is b"" for other messages."""
+        """Return the Request that begins with a message. Bind and Execute have a portal."""
         if type_ in (self.BIND, self.EXECUTE):
             return Request(self.portals.use(portal), "EXECUTE", replies=not self.skipping,
                            info=PostgresReply(self.EXECUTE_ENDS))
@@ -3112,13 +3113,13 @@ class Postgres(Protocol):
             raise ProtocolError("encryption follows")
 
     def begin_copy(self):
-        """Expect no replies to Syncs before the end of the COPY data: the backend ignores them."""
+        """Expect no replies to Syncs in the COPY data, which the backend now begins to read."""
         copy, *later = [exchange.request for exchange in self.awaited_exchanges()]
         copy_ended = copy.info.copy_ended
         for request in later:
             if copy_ended:
                 break
-            request.replies = False                 # a Sync
+            request.replies = False                 # the backend ignores a Sync in COPY data
             copy_ended = request.info.copy_ended    # after this Sync
         self.copying = not copy_ended
 
@@ -3146,18 +3147,18 @@ class Postgres(Protocol):
         return pg_message(self.ERROR, body.encode())
 
     def connect_error(self, kind, data):
-        """Return the Reply to a client that connects: only the startup message gets the error."""
+        """Return the Reply to a client that connects. A request for encryption gets no error."""
         if kind not in self.connect_errors:
             return None
         if data is OPEN:
-            return Reply(b"")                       # the first message follows
+            return Reply(b"")                       # wait for the first message
         code = int.from_bytes(data[4:8], "big")     # after the size
         if code in (self.TLS, self.GSS):
             return Reply(b"N")                      # no encryption. The startup message follows
         return Reply(self.encode_error(kind), closes=True)
 
     def refuse_client(self, received):
-        """Return the Reply to one of the first messages: 8 bytes of the message must arrive."""
+        """Return the Reply to a first message, after its size and its code: 8 bytes."""
         return super().refuse_client(received) if len(received) >= 8 else None
 
     def error_reply(self, kind, request):
