@@ -3423,7 +3423,7 @@ class Scheduled:
         """Start the schedule at the time `now`. ProxyServer.update_moment must follow."""
         self.since = now
         self.renew_ttl(now)
-        self.set_active(not self.has_windows())     # a first window that begins now is a change
+        self.set_active(not self.has_windows())     # inactive: update_moment sees a window begin
 
     def renew_ttl(self, now):
         """Begin the ttl again, at the time `now`."""
@@ -3471,8 +3471,8 @@ class Scheduled:
 
         to_unix    a function that converts a time of the loop's clock to seconds since 1970.
 
-        "active" is True in a window. At the time "until", "active" changes or the ttl ends. None:
-        no such time.
+        "active" is True in a window. At the time "until", "active" changes or the ttl ends.
+        "until" is None if there is no such time.
         """
         if not self.has_schedule():
             return {}
@@ -3521,14 +3521,14 @@ class SearchLimit:
     main thread. The proxies of a test run in other threads, and may hang in a search.
     """
 
-    active = False          # True in the command `serve`, whose proxies run in the main thread
+    enabled = False         # True in the command `serve`, whose proxies run in the main thread
     searching = False       # a search is going on
 
     def enable(self):
         """Install the signal handler. Python permits this only in the main thread."""
         if hasattr(signal, "setitimer"):        # Windows does not have setitimer
             signal.signal(signal.SIGVTALRM, self.on_signal)
-            self.active = True
+            self.enabled = True
 
     def on_signal(self, *_):
         """End the search, unless the search has ended before the signal came."""
@@ -3536,12 +3536,12 @@ class SearchLimit:
             raise SearchTimeout
 
     def __enter__(self):
-        if self.active:
+        if self.enabled:
             self.searching = True
             signal.setitimer(signal.ITIMER_VIRTUAL, MATCH_TIMEOUT)
 
     def __exit__(self, *exception):
-        if self.active:
+        if self.enabled:
             self.searching = False
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
@@ -3702,11 +3702,11 @@ class Rule(Scheduled):
         return text
 
     def to_json(self):
-        """Return the options and fields as one dict, which `read_rules` accepts."""
+        """Return options and fields as a dict for `read_rules`. A toxic has the key "toxic"."""
         table = dict(self.options, name=self.name, percent=self.draw_max - self.draw_min)
         for field in FIELD_DEFAULTS:        # an option takes precedence: see is_rule_field
             table.setdefault(field, self.field_to_json(field))
-        if table["match"] is None:
+        if table["match"] is None:          # read_rules accepts only a text
             del table["match"]
         if self.toxic:
             table["toxic"] = self.toxic
@@ -3834,7 +3834,7 @@ class RuleSet:
         self.installed = rules
         # Whether a handler needs the signal END_OF_ROW.
         self.counts_rows = any(rule.options.get("rows") for rule in rules)
-        # With a rate limit, no recv is larger than the delay queue of the slow link.
+        # With a rate limit, no recv is larger than the delay queue of a slow link.
         self.recv_size = max([rule.held_max for rule in rules if rule.rate_limited] or [CHUNK])
         # Whether Chain.begin_batch may draw the numbers for 8 requests at once.
         self.draw_ahead = not self.replay and all(rule.is_drawn_at_beginning() for rule in rules)
@@ -3882,7 +3882,7 @@ class Replay:
 
     A run with a Replay draws no numbers. A rule acts on a request or a connection if the rule has
     acted on the same request or connection in the recorded run. Percentages, `match`, `after`,
-    `times` and `of` have no effect. Connections are numbered in the order of accept. So if clients
+    `times` and `of` have no effect. Connections are numbered as they arrive. So if clients
     connect at the same time, their timing decides which client gets which faults.
     """
 
@@ -3948,7 +3948,7 @@ class Replay:
         if missing:
             first = missing[0]
             text += "; not on connection %d" % first.connection
-            if first.request:
+            if first.request:           # 0 for a per-connection rule
                 text += ", request %d" % first.request
             text += ": %s" % json.loads(first.rule).get("name")
         return text, not missing
@@ -4015,7 +4015,7 @@ class Accept(Scheduled):
         self.mode, self.fields = mode, fields or {}
         self.options = {"mode": mode}       # for fault records
         super().__init__(**self.fields)
-        # A listener opens before the schedule starts: in this mode, unless `start` is set.
+        # A listener opens before the schedule starts. It has this mode, unless `start` is set.
         self.set_active(not self.start)
 
     def current_mode(self):
@@ -4268,7 +4268,7 @@ def check_table(table):
     return options, fields, errors + check_fields(name, function, fields)
 
 
-# The attributes that may be negative. Toxiproxy treats negative numbers like 0.
+# The attributes of toxics that may be negative. Toxiproxy treats negative numbers like 0.
 MAY_BE_NEGATIVE = {"latency", "jitter", "delay", "timeout", "bytes"}
 
 
@@ -4465,7 +4465,7 @@ class Chain:
         return number, acts, rule.drawn_count
 
     def draw_rule(self, rule):
-        """Count a draw of a rule, and return the result of make_active.
+        """Count a draw of a rule. Returns an ActiveRule or None, as make_active does.
 
         A rule with `match` is not drawn yet: see find_match.
         """
@@ -4645,7 +4645,7 @@ class Chain:
     def process_open(self, now, directions, rules=None):
         """Give the signal OPEN to rules that begin now, or whose options have changed.
 
-        directions    one OPEN for each of these directions.
+        directions    the directions in which the rules get OPEN.
         rules         the rules that begin. None: all per-connection rules, for a new connection.
 
         Returns the events that the rules yield in place of OPEN, or in addition to OPEN. OPEN is
@@ -4676,7 +4676,7 @@ class Chain:
         Returns only a RESET if a handler raises an exception.
         """
         for active in active_rules:
-            active.received_at = now
+            active.received_at = now    # for handlers
             if active.rule.blocking:    # the handler gets the sockets: see Connection.hand_off
                 continue
             try:
@@ -4709,7 +4709,7 @@ class Chain:
         if events == [(t, to, data)]:
             return [event]
         self.note_changes(active, to, events, opening)
-        # This rule has delayed each event that is due later than t. The last item is from_open.
+        # This rule has delayed each event that is due later than t. The bool is from_open.
         return [(due, direction, made, delays if due == t else
                  (*delays, (rule, due - t, data is OPEN and made is not OPEN)))
                 for due, direction, made in events]
@@ -4828,7 +4828,7 @@ class Exchange:
         self.restart(number, active_rules, request, handshake)
 
     def restart(self, number, active_rules, request, handshake=False):
-        """Begin a new exchange. To make a new object would be slower."""
+        """Begin a new exchange in this object, which is faster than a new object."""
         self.number = number            # the number of the request in the connection
         self.active_rules = active_rules
         self.request = request          # a Request. None before the first request
@@ -4933,7 +4933,7 @@ class ProtocolChain(Chain):
         return self.request_count
 
     def draw_rule(self, rule):
-        """Count a draw of a rule, and return the result of make_active.
+        """Count a draw of a rule. Returns an ActiveRule or None, as make_active does.
 
         If the request does not match, nothing is drawn or counted.
         """
@@ -4979,7 +4979,7 @@ class ProtocolChain(Chain):
         refusal = exchange.refusal
         # `in` would compare the counts, because an ActiveRule is a Counter.
         if refusal and not any(active is refusal.active_rule for active in rules):
-            rules = [refusal.active_rule, *rules]   # first: the other rules get its events
+            rules = [refusal.active_rule, *rules]   # first: the others get the events of this rule
         return rules
 
     def set_exchange(self, exchange, is_refusable):
@@ -4990,7 +4990,7 @@ class ProtocolChain(Chain):
         self.current_exchange = exchange
         self.current_request, self.current_number = exchange.request, exchange.number
         may_refuse = is_refusable and not exchange.refusal
-        self.protocol.refusable = exchange if may_refuse else None      # for Protocol.refuse
+        self.protocol.refusable = exchange if may_refuse else None      # for reply_with_error
 
     def release(self, removed, changed):
         """Undo the delays that removed and changed rules have given to events in exchanges.
@@ -5049,7 +5049,7 @@ class ProtocolChain(Chain):
             self.last_affected = last
 
     def draw_for(self, request, is_begun):
-        """Draw the rules for a request.
+        """Set `current_request` and `active_rules` for a request whose head is complete.
 
         is_begun    whether `start` has begun the request, and has drawn rules for the request.
         """
@@ -5092,7 +5092,7 @@ class ProtocolChain(Chain):
         while len(self.exchanges) > 1 and self.exchanges[0].is_done():
             done = self.exchanges.popleft()
             self.kept -= done.kept
-            if done is self.last_affected:      # all later exchanges are unaffected
+            if done is self.last_affected:      # no later exchange has rules or queued events
                 self.last_affected = None
             if self.exchanges[0].queued_events:
                 events += self.take_queued(self.exchanges[0], now)
@@ -5105,7 +5105,7 @@ class ProtocolChain(Chain):
             due = start + sum(seconds for _, seconds, _ in delays)
             events.append((max(now, due), to, data, delays))
         exchange.queued_events = []
-        self.modified = self.modified or bool(events)
+        self.modified = self.modified or bool(events)       # for the delay queues
         return events
 
     # Bytes
@@ -5122,14 +5122,14 @@ class ProtocolChain(Chain):
         return self.protocol.request_framer if to is UPSTREAM else self.protocol.reply_framer
 
     def recv_size(self, to):
-        """Return how many bytes to receive at once: PARSED_CHUNK, and bytes to skip."""
+        """Return how many bytes to receive at once, of which PARSED_CHUNK at most are parsed."""
         awaiting = self.framer(to).awaiting     # an int: the Framer skips this many bytes
         skipped = awaiting if type(awaiting) is int else 0
         return min(self.rule_set.recv_size, PARSED_CHUNK + skipped)
 
     def may_pass(self, to, size):
         """Return whether no rule can act on the next bytes, so that the fast path is allowed."""
-        # An exchange has rules or queued events, or a held head must leave before the next bytes.
+        # Rules and queued events need the slow path. A held head must leave before the next bytes.
         needs_slow_path = self.last_affected or self.head
         if to is UPSTREAM:              # rules would be drawn for a request that begins
             needs_slow_path = needs_slow_path or self.rule_set.installed or self.drops_requests
@@ -5167,7 +5167,7 @@ class ProtocolChain(Chain):
                 if self.encrypted is not None:
                     return self.split_encrypted(to, bytes(data), end)
         except ProtocolError as error:
-            # The calls update the state. Their events are ignored: all bytes are returned below.
+            # The events that these calls return are ignored, because all bytes are returned below.
             self.process_part(0.0, to, bytes(data[end:]))
             self.fall_back(0.0, to, str(error))
             return bytes(data)          # a copy tells the connection that the parsing has ended
@@ -5179,7 +5179,7 @@ class ProtocolChain(Chain):
         """Apply the boundaries of data that is exactly one message, faster than Framer.feed.
 
         Returns the bytes to forward: `data`, or other bytes if a Host header is rewritten. Returns
-        None, and changes nothing, if the data is not one message of a common form.
+        None, and changes nothing, if the data is not one message of a simple form.
         """
         framer = self.framer(to)
         message = bytes(data)
@@ -5208,7 +5208,7 @@ class ProtocolChain(Chain):
             framer = self.framer(to)
             boundaries = None
             if len(data) <= COPY_MAX and not self.protocol.counts_rows:
-                # Faster than `feed`, if the result is not None. Does not find END_OF_ROW.
+                # whole_message is faster than `feed`, but does not find END_OF_ROW.
                 boundaries = framer.whole_message(data)
             for offset, boundary in boundaries or framer.feed(data, len(data)):
                 if offset > start:
@@ -5242,7 +5242,7 @@ class ProtocolChain(Chain):
         return self.drops_requests if to is UPSTREAM else self.drops_replies
 
     def process_part(self, now, to, data):
-        """Process bytes that contain no boundary. Hold the bytes if they are of a head."""
+        """Process bytes that contain no boundary. The bytes of a head are held."""
         if not data:
             return []
         if to is UPSTREAM and not self.in_request:
@@ -5393,19 +5393,19 @@ class ProtocolChain(Chain):
         made: the client's bytes are wrong, but the client must still get an error of a rule. Then
         this chain forwards the further bytes of the client unparsed, and still parses the replies.
 
-        Returns the events that were held or queued.
+        Returns the queued events, and those that forward the held head.
         """
         self.protocol_error = error
         self.modified = True
         if to is UPSTREAM and self.owes_error():
             self.protocol.request_framer.restart(read_opaque())
-            self.in_request = True
+            self.in_request = True      # so that the further bytes are not held as a head
             return self.flush_head(now)
         self.successor = chain = self.make_successor()
         events = [event for exchange in self.exchanges
                   for event in self.take_queued(exchange, now)]
         if self.head:
-            # The head begins a request. If the request is request 1, `start` has begun it.
+            # The head begins a request. If the request is the first, `start` has begun it already.
             is_begun = not self.exchanges[-1].request and not self.protocol.server_first
             if not is_begun:
                 chain.begin_request()
