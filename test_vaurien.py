@@ -3922,7 +3922,7 @@ class TestProtocols(unittest.TestCase):
     def test_a_client_that_sends_no_whole_line_is_served_as_tcp(self):
         for protocol, behavior in ("http", "100:dummy"), ("redis", "0:delay"), ("smtp", "0:error"):
             with self.subTest(protocol), self.assertLogs("vaurien", "INFO") as logs, \
-                    mock.patch.object(vaurien, "UNRECOGNIZED_MAX", 0.05), \
+                    mock.patch.object(vaurien, "UNRECOGNIZED_MAX", 0.02), \
                     running_proxy(echo, behavior, protocol=protocol) as proxy, \
                     connected_client(proxy) as sock:
                 began = time.monotonic()
@@ -5503,7 +5503,7 @@ class Conversations:
         def client(sock):
             sock.sendall(b"go")
             read_exactly(sock, 1000)    # any first part of the download
-            time.sleep(0.05)    # the backend fills the client's receive window in this time
+            time.sleep(0.02)    # the backend fills the client's receive window in this time
             return read_until_close(sock)
 
         def backend(sock):
@@ -5519,7 +5519,7 @@ class Conversations:
             return reply, read_until_close(sock)
 
         def backend(sock):
-            time.sleep(0.03)
+            time.sleep(0.02)
             first = read_exactly(sock, 4000000)
             sock.sendall(b"go")
             return hashlib.sha1(first).hexdigest(), read_until_close(sock)
@@ -5577,10 +5577,10 @@ class TestOracle(unittest.TestCase):
         self.compare("100:delay", options={"delay": {"sleep": 0.0}})
 
     def test_delay_of_half_the_requests(self):
-        self.compare("50:delay", options={"delay": {"sleep": 0.002}})
+        self.compare("50:delay", options={"delay": {"sleep": 0.001}})
 
     def test_delay_of_half_the_replies(self):
-        self.compare("50:delay", options={"delay": {"sleep": 0.002, "before": False}})
+        self.compare("50:delay", options={"delay": {"sleep": 0.001, "before": False}})
 
     def test_delay_with_select(self):
         self.compare("50:delay", SelectLoop, options={"delay": {"sleep": 0.001}})
@@ -6485,7 +6485,7 @@ class TestSplice(DownloadMixin, unittest.TestCase):
         def send_on_request(sock):
             with contextlib.suppress(OSError):
                 read_exactly(sock, len(b"go"))
-                sock.sendall(random_data(1 << 20) * 40)
+                sock.sendall(random_data(1 << 20) * 24)
 
         def has_full_pipe(proxy):
             return any(isinstance(data, vaurien.KernelPipe)
@@ -6501,7 +6501,7 @@ class TestSplice(DownloadMixin, unittest.TestCase):
                 for _ in range(5):
                     with connected_client(proxy) as sock:
                         sock.sendall(b"go")
-                        read_exactly(sock, 10 << 20)
+                        read_exactly(sock, 1 << 20)
                         wait_until(lambda: has_full_pipe(proxy))
                         close(sock)
                         wait_until(lambda: not proxy.connections)
@@ -6521,14 +6521,14 @@ class TestProxyFaults(unittest.TestCase):
     """The effects of a proxy's rules on a client and a backend."""
 
     def test_delay_delays_the_requests_it_is_drawn_for(self):
-        options = {"delay": {"sleep": 0.02}}
+        options = {"delay": {"sleep": 0.01}}
         with running_proxy(echo, "30:delay", seed=1, options=options) as proxy:
             late_requests = set()
             with connected_client(proxy) as sock:
                 for request in range(1, 41):
                     start = time.monotonic()
                     send_and_read(sock, b"question")
-                    if time.monotonic() - start >= 0.02:
+                    if time.monotonic() - start >= 0.01:
                         late_requests.add(request)
             drawn_requests = {record.request for record in proxy.events()}
             self.assertTrue(5 < len(drawn_requests) < 25)
@@ -6687,7 +6687,7 @@ class TestProxyFaults(unittest.TestCase):
             read_exactly(sock, len(b"question"))
             sock.sendall(b"answer")
 
-        options = {"delay": {"sleep": 0.2, "before": False}}
+        options = {"delay": {"sleep": 0.1, "before": False}}
         with running_proxy(reply_and_close, "100:delay", options=options) as proxy, \
                 connected_client(proxy) as sock:
             sock.sendall(b"question")
@@ -6738,7 +6738,7 @@ class TestProxyBackpressure(unittest.TestCase):
                     connected_client(proxy) as sock:
                 sock.setblocking(False)
                 data, sent_count = random_data(1 << 16), 0
-                while sent_count < unlimited and select.select([], [sock], [], 0.1)[1]:
+                while sent_count < unlimited and select.select([], [sock], [], 0.05)[1]:
                     with contextlib.suppress(BlockingIOError):
                         sent_count += sock.send(data[sent_count % len(data):])
                     self.assertLessEqual(proxy.loop.budget.held, held_limit)
@@ -6864,7 +6864,7 @@ class TestProxyConnects(unittest.TestCase):
 
     def test_a_silent_backend_times_out_and_does_not_block_other_connections(self):
         with silent_address() as silent, backend_server(echo) as (port, _):
-            with OpenProxy("127.0.0.1:%d" % silent, "127.0.0.1:0", timeout=0.3) as proxy:
+            with OpenProxy("127.0.0.1:%d" % silent, "127.0.0.1:0", timeout=0.1) as proxy:
                 start = time.monotonic()
                 with self.assertLogs("vaurien", "WARNING") as logged, \
                         connected_client(proxy) as waiting:
@@ -6872,7 +6872,7 @@ class TestProxyConnects(unittest.TestCase):
                     with connected_client(proxy) as sock:
                         self.assertEqual(send_and_read(sock, b"question"), b"question")
                     read_until_close(waiting)
-                    self.assertGreaterEqual(time.monotonic() - start, 0.3)
+                    self.assertGreaterEqual(time.monotonic() - start, 0.1)
                 self.assertIn("timed out", logged.output[0])
 
     def test_a_name_is_resolved_in_a_thread_and_once_for_all_waiting_connections(self):
@@ -7100,7 +7100,7 @@ class TestAccept(unittest.TestCase):
                 sock.setblocking(False)
                 sock.connect_ex((host, port))
                 socks.append(sock)
-            self.assertEqual(select.select([], socks, socks, 0.05), ([], [], []))
+            self.assertEqual(select.select([], socks, socks, 0.03), ([], [], []))
             yield socks
 
     def assert_dropped(self, port):
@@ -7786,9 +7786,9 @@ class TestLatencies(unittest.TestCase):
 
         tcp = [(b"question", 8)] * 5
         http = [(http_request, len(http_reply))] * 5
-        sleep = {"delay": {"sleep": 0.02}}
+        sleep = {"delay": {"sleep": 0.01}}
         for serve, protocol, conversation in ((echo, "tcp", tcp), (serve_http, "http", http)):
-            for behavior, least in (("100:dummy", 0.0), ("100:delay", 0.02)):
+            for behavior, least in (("100:dummy", 0.0), ("100:delay", 0.01)):
                 with self.subTest(protocol, behavior=behavior), running_proxy(
                         serve, behavior, protocol=protocol, options=sleep) as proxy, \
                         connected_client(proxy) as sock:
@@ -8506,7 +8506,7 @@ class TestBlockingHandlers(unittest.TestCase):
         with registered(Passes), \
                 running_proxy(echo, "50:Passes,50:delay", seed=1, options=options) as proxy, \
                 connected_client(proxy) as sock:
-            for index in range(20):
+            for index in range(10):
                 first, second = b"one %02d " % index, b"two %02d " % index
                 sock.sendall(first)
                 time.sleep(0.005)       # the proxy receives the reply, and may delay it
@@ -9530,7 +9530,7 @@ class TestAccess(TempDirTestCase):
                     client.ask("DELETE", "/proxies/" + urllib.parse.quote(name))
 
     def test_a_request_that_takes_too_long_is_closed(self):
-        timeout = 0.3
+        timeout = 0.15
         partial_requests = [b"G",
                             b"GET / HTTP/1.1\r\nX: ",
                             b"POST /handler HTTP/1.1\r\nContent-Length: 1000\r\n\r\n"]
@@ -10379,7 +10379,7 @@ class TestToxiproxyApi(ToxiproxyTestCase):
 
     def test_vauriens_delay_applies_to_each_request_on_any_stream(self):
         sock = self.connect(self.create_proxy())
-        for attributes in {"sleep": 0.01}, {"sleep": 0.01, "before": False}:
+        for attributes in {"sleep": 0.005}, {"sleep": 0.005, "before": False}:
             for stream in None, "upstream", "downstream":
                 with self.subTest(stream, attributes=attributes):
                     toxic = self.request("POST", "/proxies/p/toxics", {
@@ -10388,7 +10388,7 @@ class TestToxiproxyApi(ToxiproxyTestCase):
                     for _ in range(3):
                         began = time.monotonic()
                         send_and_read(sock, b"question")
-                        self.assertGreaterEqual(time.monotonic() - began, 0.01)
+                        self.assertGreaterEqual(time.monotonic() - began, 0.005)
                     path = "/proxies/p/toxics/delay_%s" % (stream or "both")
                     self.request("DELETE", path, status=204)
 
@@ -11447,7 +11447,7 @@ class TestReplay(TempDirTestCase):
         self.assertEqual(len(logs.output), 1)
         self.assertIn("cannot record to /dev/full: ", logs.output[0])
 
-    CLIENTS, REQUESTS = 50, 8
+    CLIENTS, REQUESTS = 30, 8
     BEHAVIOR = [{"name": "delay", "percent": 20, "sleep": 0.001},
                 {"name": "error", "percent": 15},
                 {"name": "delay", "percent": 15, "sleep": 0.002, "match": "PING"},
@@ -13096,9 +13096,9 @@ class TestProcess(TempDirTestCase):
             process.wait(TIMEOUT)
 
     def test_demo(self):
-        program = "-c", "import vaurien; vaurien.DEMO_SECONDS = 0.8; vaurien.main()"
+        program = "-c", "import vaurien; vaurien.DEMO_SECONDS = 0.3; vaurien.main()"
         processes = [self.start("demo", "--requests", "60", *argv, program=program) for argv in [
-            ("--handlers.delay.sleep", "0.4"), ("--behavior", "30:blackout,20:error")]]
+            ("--handlers.delay.sleep", "0.2"), ("--behavior", "30:blackout,20:error")]]
         outputs = []
         for process in processes:
             out, err = process.communicate(timeout=TIMEOUT)
@@ -13113,13 +13113,13 @@ class TestProcess(TempDirTestCase):
         self.check_output_with_failures(output_with_failures)
 
     def check_output_with_delays(self, out):
-        """Check the output of the demo: some of the 60 requests were delayed by 0.4 s."""
+        """Check the output of the demo: some of the 60 requests were delayed by 0.2 s."""
         delayed, total, seconds = re.search(
             r"^(\d+) of (\d+) requests were delayed \(delay\), by ([0-9.]+) s at the median\.$",
             out, re.MULTILINE).groups()
         self.assertEqual(total, "60")
         self.assertTrue(4 < int(delayed) < 25)
-        self.assertGreater(float(seconds), 0.25)
+        self.assertGreaterEqual(float(seconds), 0.2)
         self.assertRegex(out, r"The other %d were answered in [0-9.]+ m?s at the median\."
                          % (60 - int(delayed)))
         self.assertRegex(out, r"\n +(200 - 500 ms|0\.5 - 1 s)  #+ \d+\n")
@@ -13579,7 +13579,7 @@ class TestReadme(unittest.TestCase):
             source = source.replace("localhost:6379", "127.0.0.1:%d" % port)
             namespace = {"page": page}
             # The test that fails need not wait as long as a reader's.
-            quick = source.replace("sleep=2", "sleep=0.2").replace("began, 1", "began, 0.2")
+            quick = source.replace("sleep=2", "sleep=0.1").replace("began, 1", "began, 0.1")
             self.assertEqual(len(set(source.split()) - set(quick.split())), 2)
             for cache_timeout, code, failures in (      # noqa: B007 (page reads it)
                     (TIMEOUT, quick, 1), (0.1, source, 0)):
@@ -13747,18 +13747,18 @@ class TestFloods(unittest.TestCase):
                 sock.sendall(PONG * count)
 
         for behavior, answer in ("100:error", error_bytes("redis", "OOM")), ("100:dummy", PONG):
-            with self.subTest(behavior), mock.patch.object(vaurien, "HELD_MAX", 1 << 17), \
+            with self.subTest(behavior), mock.patch.object(vaurien, "HELD_MAX", 1 << 16), \
                     running_proxy(reply, behavior, protocol="redis",
                                   options={"error": {"kind": "OOM"}}) as proxy, \
                     connected_client(proxy) as sock:
-                received = send_and_read_all(sock, PING * 10000)
-                self.assertEqual(received.size, 10000 * len(answer))
+                received = send_and_read_all(sock, PING * 5000)
+                self.assertEqual(received.size, 5000 * len(answer))
 
     def test_a_pipeline_is_parsed_in_small_pieces_and_a_body_is_not(self):
         """40,000 requests in one recv kept all other connections waiting for a second."""
         body_size = 4 << 20
         upload = b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % body_size + bytes(body_size)
-        for protocol, data, is_small in ("redis", PING * 10000, True), ("http", upload, False):
+        for protocol, data, is_small in ("redis", PING * 5000, True), ("http", upload, False):
             for behavior in "100:dummy", "0:delay":
                 sizes = []
 
@@ -13780,7 +13780,7 @@ class TestFloods(unittest.TestCase):
     def test_the_limit_of_all_connections_holds(self):
         """Ten connections share the budget; each of them receives all its bytes."""
         total = 2 << 20
-        options = {"delay": {"sleep": 0.1}}
+        options = {"delay": {"sleep": 0.03}}
         # The patch replaces the default of the argument `total`.
         with mock.patch.object(vaurien.Budget.__init__, "__defaults__", (total,)), \
                 running_proxy(echo, "100:delay", options=options) as proxy, \
@@ -13843,7 +13843,7 @@ class TestFloods(unittest.TestCase):
                 sock.sendall(b"r")
                 read_until_close(sock)
                 return
-            select.select([sock], [], [], 0.02)
+            select.select([sock], [], [], 0.01)
             if resetter == "half-closed client":
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_WR)
@@ -13915,7 +13915,7 @@ class TestDescriptors(TempDirTestCase):
     def start_with_descriptors(self, stack, limit, port, backend_port, log_path, *arguments):
         """Start a proxy that may open `limit` descriptors, and wait until it listens.
 
-        When it has none left, it tries again each 0.1 s.
+        When it has none left, it tries again each 0.03 s.
 
         arguments    further ones of the command line
 
@@ -13923,7 +13923,7 @@ class TestDescriptors(TempDirTestCase):
         """
         process = subprocess.Popen([
             "sh", "-c", "ulimit -n %d; exec \"$@\"" % limit, "sh", sys.executable, "-c",
-            "import vaurien; vaurien.RETRY_DELAY = 0.1; vaurien.main()",
+            "import vaurien; vaurien.RETRY_DELAY = 0.03; vaurien.main()",
             "--local", "127.0.0.1:%d" % port, "--distant", "127.0.0.1:%d" % backend_port,
             "--log-output", log_path, *arguments], cwd=HERE)
         stack.callback(process.wait)
@@ -13959,8 +13959,8 @@ class TestDescriptors(TempDirTestCase):
                 self.assertEqual(read_exactly(sock, 8), b"question")
                 sock.close()
             log = read_text(log_path)
-            # One warning each 0.1 s
-            self.assertLessEqual(log.count("\n"), (time.monotonic() - start) / 0.1 + 3, log)
+            # One warning each 0.03 s
+            self.assertLessEqual(log.count("\n"), (time.monotonic() - start) / 0.03 + 3, log)
             self.assertNotIn("cannot connect", log)
             self.assertIn("cannot accept on 127.0.0.1:%d: " % port, log)
 
@@ -14011,11 +14011,11 @@ class TestDescriptors(TempDirTestCase):
 
     @staticmethod
     def wait_for_replies(socks):
-        """Wait for replies until none has arrived for 0.2 s. Returns the sockets with a reply."""
+        """Wait for replies until none has arrived for 0.1 s. Returns the sockets with a reply."""
         with_reply = []
         while True:
             without_reply = [sock for sock in socks if sock not in with_reply]
-            readable, _, _ = select.select(without_reply, [], [], 0.2)
+            readable, _, _ = select.select(without_reply, [], [], 0.1)
             if not readable:
                 return with_reply
             with_reply += readable
@@ -14037,14 +14037,14 @@ class TestDescriptors(TempDirTestCase):
     def test_the_timer_of_a_connect_that_waited_for_a_descriptor_is_cancelled(self):
         self.addCleanup(setattr, vaurien.Loop, "fds_exhausted", False)
         with backend_server(echo) as (port, _), \
-                OpenProxy("some.example:1", "127.0.0.1:0", timeout=0.3) as proxy:
+                OpenProxy("some.example:1", "127.0.0.1:0", timeout=0.1) as proxy:
             addresses = [(socket.AF_INET, ("127.0.0.1", port))]
             with mock.patch.object(vaurien, "RETRY_DELAY", 0.02), \
                     self.no_descriptor_for_connects(1), \
                     mock.patch.object(vaurien, "resolve", lambda *args, **kwargs: addresses), \
                     connected_client(proxy) as sock:
                 start = time.monotonic()
-                while time.monotonic() < start + 0.35:
+                while time.monotonic() < start + 0.15:
                     send_and_read(sock, b"question")
                 timers = proxy.loop.run_sync(lambda: len(proxy.loop.timers))
                 self.assertEqual((proxy.failures, timers), (0, 0))
@@ -14052,9 +14052,9 @@ class TestDescriptors(TempDirTestCase):
     def test_a_connect_waits_for_a_descriptor_until_the_timeout(self):
         self.addCleanup(setattr, vaurien.Loop, "fds_exhausted", False)
         for case, failing_connects, timeout, reply, seconds_min in [
-                ("a descriptor gets free", 1, TIMEOUT, b"question", 0.05),
-                ("no descriptor gets free", math.inf, 0.3, b"", 0.25)]:
-            with self.subTest(case), mock.patch.object(vaurien, "RETRY_DELAY", 0.05), \
+                ("a descriptor gets free", 1, TIMEOUT, b"question", 0.02),
+                ("no descriptor gets free", math.inf, 0.15, b"", 0.13)]:
+            with self.subTest(case), mock.patch.object(vaurien, "RETRY_DELAY", 0.02), \
                     running_proxy(echo, timeout=timeout) as proxy:
                 with self.no_descriptor_for_connects(failing_connects), \
                         connected_client(proxy) as sock:
@@ -14128,7 +14128,8 @@ for name in "fcntl", "resource", "pwd", "ssl":
     sys.modules[name] = None
 import selectors
 selectors.DefaultSelector = selectors.SelectSelector
-""" + inspect.getsource(NoIPv6) + """
+class NoIPv6(socket.socket):
+""" + inspect.getsource(NoIPv6.__init__) + """
 socket.socket = NoIPv6
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
@@ -14179,7 +14180,7 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         process = subprocess.Popen(
             [*system.command, "--local", "localhost:%d" % port,
              "--distant", "localhost:%d" % backend_port,
-             "--behavior", "50:delay", "--handlers.delay.sleep", "0.01",
+             "--behavior", "50:delay", "--handlers.delay.sleep", "0.001",
              "--http", "--http-port", "0"],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             **popen_options)
@@ -15012,7 +15013,7 @@ class RealServerTests:
         timed_out               the exception that it raises when no reply comes in time
     """
 
-    value_size = 32 << 20           # bytes of the value that passes in protocol tcp
+    value_size = 8 << 20            # bytes of the value that passes in protocol tcp
     framed_value_size = 4 << 20     # bytes of the value that passes in the server's protocol
     has_rows = False                # whether query_rows gets rows
     reconnects = False              # whether the driver opens a new connection after an error
@@ -15109,6 +15110,14 @@ class RealServerTests:
                 return getattr(importlib.import_module(module), name)
         raise AssertionError("%s has none of %s" % (self.driver_name, paths))
 
+    @staticmethod
+    def value(size):
+        """Return a value of this size: random bytes, then random hexadecimal digits.
+
+        MariaDB takes half as long to parse digits as to parse other bytes.
+        """
+        return random_data(1 << 20, 7) + random_data((size - (1 << 20)) // 2, 8).hex().encode()
+
     def test_hundreds_of_queries_pass(self):
         client = self.connect_client(self.start_proxy())
         for value in range(300):
@@ -15120,18 +15129,19 @@ class RealServerTests:
             self.assertEqual(self.query(client, value), value)
 
     def test_a_large_value_passes_unchanged(self):
-        data = random_data(self.value_size, 7)
+        data = self.value(self.value_size)
         client = self.connect_client(self.start_proxy("100:delay", delay={"sleep": 0.001}))
-        # assertEqual would format both values when they differ.
-        self.assertTrue(self.transfer(client, data) == data)
+        with mock.patch.object(vaurien, "HELD_MAX", 1 << 20):       # less than the value
+            # assertEqual would format both values when they differ.
+            self.assertTrue(self.transfer(client, data) == data)
 
     def test_queries_and_a_large_value_pass_in_the_servers_protocol(self):
-        data = random_data(self.framed_value_size, 7)
+        data = self.value(self.framed_value_size)
         # Without a rule, and with a rule that is never drawn
         for behavior in "100:dummy", "0:hang":
             with self.subTest(behavior):
                 client = self.connect_client(self.start_proxy(behavior, self.protocol))
-                for value in range(200):
+                for value in range(50):
                     self.assertEqual(self.query(client, value), value)
                 self.assertTrue(self.transfer(client, data) == data)
 
@@ -15255,7 +15265,7 @@ class RealServerTests:
 
     def test_the_driver_times_out_when_a_query_hangs(self):
         proxy = self.start_proxy()
-        client = self.connect_client(proxy, timeout=0.3)
+        client = self.connect_client(proxy, timeout=0.15)
         self.query(client, 1)
         set_behavior(proxy, "100:hang")
         with self.assertRaises(self.timed_out):
@@ -15266,7 +15276,7 @@ class RealServerTests:
     def query_with_timeout(self, client, proxy):
         """Send a request that times out, because the proxy hangs.
 
-        client    has a timeout of 0.3 seconds
+        client    has a timeout of 0.15 seconds
         proxy     for a subclass whose driver has a timeout only for connecting
         """
         return self.query(client, 2)
@@ -15330,7 +15340,7 @@ class TestHTTP(RealServerTests, unittest.TestCase):
 
     driver_name = "http.client"
     protocol = "http"
-    value_size = framed_value_size = LARGE_VALUE
+    framed_value_size = RealServerTests.value_size      # the server has one file
     reconnects = True
     errors = [(kind, "HTTPException", kind) for kind in ("500", "502", "503", "504", "429")]
     closing_errors = []
@@ -15345,7 +15355,7 @@ class TestHTTP(RealServerTests, unittest.TestCase):
             with open(os.path.join(cls.folder, str(value)), "w") as file:
                 file.write(str(value))
         with open(os.path.join(cls.folder, "large"), "wb") as file:
-            file.write(random_data(cls.value_size, 7))
+            file.write(cls.value(cls.value_size))
         return cls.popen(sys.executable, "-W", "ignore", "-m", "http.server", str(cls.port),
                          "--bind", "127.0.0.1")
 
@@ -15567,20 +15577,19 @@ class TestPostgreSQL(RealTlsTests, unittest.TestCase):
     def query(cls, client, value):
         return client.execute("SELECT %s::int", (value,)).fetchone()[0]
 
-    hanging_connect = None
-
     @classmethod
     def setUpClass(cls):
-        super().setUpClass()
-        # The driver limits only the time to connect, to 2 s or more. Other tests run meanwhile.
-        cls.hanging_proxy = OpenProxy("127.0.0.1:%d" % cls.port, behavior="100:hang").start()
+        cls.driver = cls.import_driver()
+        # The driver limits only the time to connect, to 2 s or more. Meanwhile, the server starts,
+        # and other tests run.
+        cls.hanging_proxy = OpenProxy("127.0.0.1:1", behavior="100:hang").start()
         cls.hanging_connect = ThreadedCall(cls.connect, cls.hanging_proxy.port, 2).__enter__()
+        super().setUpClass()
 
     @classmethod
     def tearDownClass(cls):
-        if cls.hanging_connect:
-            cls.hanging_proxy.stop()
-            cls.hanging_connect.__exit__()
+        cls.hanging_proxy.stop()
+        cls.hanging_connect.__exit__()
         super().tearDownClass()
 
     def query_with_timeout(self, client, proxy):
@@ -16005,6 +16014,7 @@ class TestRequests(unittest.TestCase):
         self.addCleanup(backend.server_close)
         self.addCleanup(backend.shutdown)
         backend.RequestHandlerClass.protocol_version = "HTTP/1.1"
+        backend.RequestHandlerClass.wbufsize = -1       # one send for the head and the body
         with OpenProxy(backend.server_address, "127.0.0.1:0", protocol="http") as proxy, \
                 requests.Session() as session:
             url = "http://127.0.0.1:%d/" % proxy.port
@@ -16086,26 +16096,42 @@ class Browser:
             };
             check();""" % expression)
 
-    def find(self, xpath):
-        """Wait for an element that is shown, and return its path for `send`."""
-        element = self.wait_for("""(() => {
-            const nodes = document.evaluate(arguments[0], document, null, 7, null);
+    def find(self, xpath, function="node => node"):
+        """Wait for an element that is shown. Returns the value of a JavaScript function of it."""
+        return self.wait_for("""(() => {
+            const nodes = document.evaluate(XPATH, document, null, 7, null);
             for (let index = 0; index < nodes.snapshotLength; index++) {
                 const node = nodes.snapshotItem(index);
-                if ((node.closest("select") || node).checkVisibility()) return node;
-            }})()""".replace("arguments[0]", json.dumps(xpath)))
-        return "/element/" + next(iter(element.values()))
+                if ((node.closest("select") || node).checkVisibility()) return (FUNCTION)(node);
+            }})()""".replace("XPATH", json.dumps(xpath)).replace("FUNCTION", function))
+
+    def find_path(self, xpath):
+        """Wait for an element that is shown, and return its path for `send`."""
+        return "/element/" + next(iter(self.find(xpath).values()))
 
     def click(self, xpath):
-        """Click as a user does: this fails if the element is hidden or covered."""
-        self.send("POST", self.find(xpath) + "/click")
+        """Click as a user does: this fails if the element is hidden or covered.
+
+        The click of WebDriver takes 70 messages, and misses an element that moves meanwhile.
+        """
+        if "//option" in xpath:
+            return self.send("POST", self.find_path(xpath) + "/click")
+        self.find(xpath, """node => {
+            node.scrollIntoView({block: "nearest"});
+            const {x, y, width, height} = node.getBoundingClientRect();
+            const top = document.elementFromPoint(x + width / 2, y + height / 2);
+            if (!node.contains(top)) throw new Error("covered by " + top?.outerHTML);
+            node.focus();
+            node.click();
+            return true;
+        }""")
 
     def press(self, text, within="//main"):
         """Click the button with this text."""
         self.click("%s//button[normalize-space()='%s']" % (within, text))
 
     def type(self, xpath, text):
-        path = self.find(xpath)
+        path = self.find_path(xpath)
         self.run("document.evaluate(arguments[0], document, null, 9).singleNodeValue.select()",
                  xpath)
         self.send("POST", path + "/value", text=text)       # replaces the selected text
@@ -16151,6 +16177,7 @@ class TestBrowser(unittest.TestCase):
         self.stack.enter_context(mock.patch.object(vaurien, "PAGE", self.fast_page()))
         self.stack.callback(self.leave)
         self.url = "http://127.0.0.1:%d/" % self.client.port
+        self.browser.log()              # has failed polls of the page before, whose server is gone
         self.browser.open(self.url)
         if not self.client.token:
             # The first data move what is below them, and a click could miss it.
@@ -16160,15 +16187,16 @@ class TestBrowser(unittest.TestCase):
 
     @staticmethod
     def fast_page():
-        """Return the page, but it polls each 0.1 s instead of each second."""
+        """Return the page, but it polls each 0.02 s instead of each second."""
         before, period, after = vaurien.PAGE.partition("PERIOD = 1;")
         assert period
-        return before + "PERIOD = 0.1;" + after
+        return before + "PERIOD = 0.02;" + after
 
     def leave(self):
-        """Close the page, and check that it has broken no rule of its policy."""
+        """Stop the page, and check that it has broken no rule of its policy."""
         messages = self.browser.log()
-        self.browser.open("about:blank")
+        # A hidden page does not poll. The next test opens its own page in place of this one.
+        self.browser.run("Object.defineProperty(document, 'hidden', {value: true})")
         unexpected = [text for text in messages if "the server responded with" not in text]
         self.assertEqual(unexpected, [])
 
@@ -16345,6 +16373,14 @@ class TestBrowser(unittest.TestCase):
             else:
                 self.assertIn("latency", proxy.describe())
 
+    def test_each_question_of_the_dialog_has_its_own_answer(self):
+        proxy = self.open_page(behavior="20:delay")
+        # The second question precedes the event that the first one is closed.
+        self.browser.run("['heal', 'no', 'heal'].forEach(id => document.getElementById(id)"
+                         ".click())")
+        self.confirm("Heal everything")
+        wait_until(lambda: proxy.describe() == "100:dummy")
+
     def test_a_token_is_typed_into_the_page(self):
         self.open_page(token="s3cret")
         browser = self.browser
@@ -16426,9 +16462,9 @@ class TestBrowser(unittest.TestCase):
         self.assertEqual(proxy.describe(), "100:dummy")
         self.assertEqual(len(proxy.rule_changes), 1)
 
-    def test_500_connections(self):
+    def test_hundreds_of_connections(self):
         proxy = self.open_page()
-        total = 500 if hasattr(select, "epoll") else 200       # select() has 1024 descriptors
+        total = 200         # twice as many as the page shows at first
         socks = [self.stack.enter_context(connected_client(proxy)) for _ in range(total)]
         wait_until(lambda: len(proxy.connections) == total)
         browser = self.browser
@@ -16438,7 +16474,7 @@ class TestBrowser(unittest.TestCase):
         browser.wait_for_text("100 of %d, the newest first" % total)
         browser.click("//label[.='all']")
         browser.wait_for(count % total)
-        for sock in socks[::50]:
+        for sock in socks[::20]:
             send_and_read(sock, b"question")
 
     def test_the_page_is_usable_by_keyboard_and_screen_reader(self):

@@ -10177,6 +10177,7 @@ const QUICK = {         // quick faults: {name of button and toxic: [handler, op
 const views = new Map();        // {name of a proxy: its article}
 let declarations;               // the response of GET /declarations
 let retry;                      // a function that ends the pause after a failed poll
+let answer;                     // a function that takes the answer in the dialog: true is yes
 let ids = 0;                    // number of ids that this script has made
 
 // Texts
@@ -10348,10 +10349,8 @@ async function act(change, question, verb) {
   if (question) {
     put($("question"), question);
     put($("yes"), verb);
-    $("ask").returnValue = "no";
     $("ask").showModal();
-    await new Promise(done => $("ask").addEventListener("close", done, {once: true}));
-    if ($("ask").returnValue !== "yes") return;
+    if (!await new Promise(done => answer = done)) return;
   }
   let message = "";
   try {
@@ -10716,7 +10715,11 @@ $("login").addEventListener("submit", event => {
 $("heal").addEventListener("click", () => act(
   () => Promise.all([...views.keys()].map(name => call("POST", "/proxy/reset" + query(name)))),
   "Remove all rules and toxics of all proxies, and serve all clients?", "Heal everything"));
-for (const id of ["yes", "no"]) $(id).addEventListener("click", () => $("ask").close(id));
+for (const id of ["yes", "no"]) $(id).addEventListener("click", () => {
+  answer(id === "yes");
+  $("ask").close();
+});
+$("ask").addEventListener("cancel", () => answer(false));       // Esc
 poll();
 </script>
 """
