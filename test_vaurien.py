@@ -16192,7 +16192,6 @@ class TestBrowser(unittest.TestCase):
         self.stack.enter_context(mock.patch.object(vaurien, "PAGE", self.fast_page()))
         self.stack.callback(self.leave)
         self.url = "http://127.0.0.1:%d/" % self.client.port
-        self.browser.log()              # has failed polls of the page before, whose server is gone
         self.browser.open(self.url)
         if not self.client.token:
             # The first data move what is below them, and a click could miss it.
@@ -16211,7 +16210,7 @@ class TestBrowser(unittest.TestCase):
         """Stop the page, and check that it has broken no rule of its policy."""
         messages = self.browser.log()
         # A hidden page does not poll. The next test opens its own page in place of this one.
-        self.browser.run("Object.defineProperty(document, 'hidden', {value: true})")
+        self.browser.run("[Object.defineProperty(document, 'hidden', {value: true}), stop()]")
         unexpected = [text for text in messages if "the server responded with" not in text]
         self.assertEqual(unexpected, [])
 
