@@ -11506,7 +11506,7 @@ class Control:
     def is_own_host(self, host):
         """Return whether a Host header is one of `names`, or a host that no attacker can have.
 
-        Nobody can register an IP address, a name without a dot, or a name in UNREBINDABLE.
+        Attackers cannot register IP addresses, names without a dot, or names in UNREBINDABLE.
         """
         name = normalize_host(re.sub(r":\d*$", "", host.strip()))       # without the port
         is_without_dot = re.fullmatch(r"[a-z0-9_-]{1,63}", name)
