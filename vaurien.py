@@ -265,9 +265,9 @@ class Signal(bytes):
     __eq__, __ne__, __hash__ = object.__eq__, object.__ne__, object.__hash__
 
 
-# A rule drawn for a connection gets an OPEN for each direction when the client connects, when the
-# rule begins to act, and when the options of the rule change. The proxy connects to the backend
-# when the UPSTREAM OPEN of the new client is due.
+# A per-connection rule gets an OPEN for each direction when the client connects, when the rule
+# begins to act, and when the options of the rule change. The proxy connects to the backend when
+# the UPSTREAM OPEN of the new client is due.
 OPEN = Signal("OPEN")
 # The sender of this direction has closed or reset its socket, and sends no more bytes. After an
 # EOF in both directions, the proxy closes the connection.
@@ -508,17 +508,17 @@ def with_attributes(**attributes: "Any") -> "Callable[[Function], Function]":
     """Return a decorator that sets attributes of a handler. All attributes are optional:
 
     option_checks       {option: check} for options that accept only some values (section Checks)
-    held_max            for a handler with @rate_limited: the most bytes that one recv may return,
-                        and that a delay queue may hold while the handler delays bytes by more
-                        than RATE_BACKLOG. The default is HELD_MAX_IDLE
+    held_max            for a handler with @rate_limited: the most bytes of one recv, and the most
+                        bytes in a delay queue while the handler delays bytes by more than
+                        RATE_BACKLOG. The default is HELD_MAX_IDLE
     keeps_due_time      True: the handler stores in state[to] the earliest due time of the next
-                        chunk. If the removal of an earlier rule ends delays, the function
-                        Chain.reset_due_times reduces state[to]
+                        chunk. state[to] includes the delays by earlier rules. When an earlier rule
+                        is removed, Chain.reset_due_times reduces state[to]
     on_dropped          a function (rule, to, size) to call when the proxy drops a chunk that the
                         handler has delayed
-    fixed_delay         a function (options). The result is the delay in seconds if the handler
-                        delays all chunks equally, and does nothing else; or 0. A chain adds a
-                        fixed delay without a call of the handler
+    fixed_delay         for a handler that only delays: a function (options) that returns the delay
+                        of each chunk in seconds, or 0 if the delays differ. A chain adds a fixed
+                        delay without a call of the handler
     """
     def decorate(function):
         for name, value in attributes.items():
@@ -546,7 +546,7 @@ def only_direction(
 
 
 def changes_replies(function: "Function") -> "Function":
-    """Mark a handler that only changes replies. A rule with stream="upstream" is then an error."""
+    """Mark a handler of replies. A rule with the handler must not have stream="upstream"."""
     return with_attributes(changes_replies=True)(function)
 
 
@@ -690,8 +690,8 @@ def cut(state, t, to, data, *, bytes=0, rows=0, how="close"):
 # Many handlers below have the names of Toxiproxy's toxics, with the same options and units. The
 # defaults of a toxic differ from the defaults of a rule in a behavior:
 #
-#   a toxic             is drawn for each connection, and gets the downstream events
-#   a rule              is drawn for each request, and gets the events of both directions
+#   a toxic                 is drawn for each connection, and gets the downstream events
+#   a rule of a behavior    is drawn for each request, and gets the events of both directions
 
 HANDLERS["noop"] = dummy        # Toxiproxy's name
 
@@ -729,7 +729,7 @@ DISTRIBUTIONS = OrderedDict((
     option_checks={"distribution": choice_check(*DISTRIBUTIONS)},
     fixed_delay=lambda options: 0 if options["jitter"] else max(0, options["latency"]) / 1000)
 def latency(state, t, to, data, *, latency=0, jitter=0, distribution="uniform"):
-    """A longer link: every chunk arrives later, and the delays do not add up.
+    """A longer link: every chunk arrives later, at an unchanged data rate.
 
     latency       milliseconds added to each chunk
     jitter        the standard deviation of the latency in milliseconds; with uniform: the largest
@@ -761,13 +761,13 @@ def bandwidth(state, t, to, data, *, rate=0, shared=False):
     shared   yes: one link for all connections of the proxy, first come, first served
     """
     # state[to] is the time when the link has sent all chunks of this connection so far.
-    # state.shared[to] is the time when a shared link has sent all chunks of all connections. A
-    # shared link reserves time for a chunk from `received_at` on, so that a chunk that an earlier
-    # rule delays does not make the chunks of other connections wait.
+    # state.shared[to] is the time when a shared link has sent all chunks of all connections. On a
+    # shared link, the time for a chunk begins at `received_at` and not at t: other connections do
+    # not wait while an earlier rule delays the chunk.
     if data is OPEN:            # the options may be new: forget the delay by the old options
         state[to] = t
-    # A chunk arrives evenly, in pieces. A piece is one TCP segment, or the bytes of 10 ms if that
-    # is more, or the bytes of 100 ms if that is less.
+    # The bytes arrive evenly, in pieces. A piece is one TCP segment, but takes 10 ms at least and
+    # 100 ms at most.
     bytes_per_ms = rate
     piece_size = int(max(10 * bytes_per_ms, min(SEGMENT, 100 * bytes_per_ms)))
     for piece in split_chunk(data, piece_size):
@@ -852,7 +852,7 @@ def limit_data(state, t, to, data, *, bytes=0):
         return
     passing = data[:max(0, bytes - state[to])]      # state[to] is the number of passed bytes
     state[to] += len(passing)
-    yield t, to, passing
+    yield t, to, passing        # may be b"", which the delay queue ignores
     if state[to] >= bytes:
         yield from close_both(t)
 
@@ -882,10 +882,10 @@ class TcpSender:
     a round trip (RTT) after the segment. cwnd, the congestion window, is the most segments that
     may be in flight. Example: cwnd is 10, the RTT is 100 ms, and a chunk has 10 segments.
 
-        t = 0     The sender sends all 10 segments. The network loses segment 4. Segments 1 to 3
+        0 ms      The sender sends all 10 segments. The network loses segment 4. Segments 1 to 3
                   are delivered. Segments 5 to 10 wait in the receiver, as TCP keeps the order.
-        t = 100   Acknowledgements of segments 5 to 10 show the loss. The sender sends segment 4
-                  again, and halves cwnd. Now segments 4 to 10 are delivered, 100 ms late.
+        100 ms    Acknowledgements of segments 5 to 10 report the loss. The sender sends segment 4
+                  again, and halves cwnd. Segments 4 to 10 are delivered, 100 ms late.
 
     The delay of the network itself is not included: a segment that is not lost arrives when the
     sender sends the segment.
@@ -896,29 +896,29 @@ class TcpSender:
         self.in_flight = deque()    # the time of the acknowledgement of each segment in flight
         self.cwnd = 10.0            # in segments; the first value is that of RFC 6928
         self.ssthresh = math.inf    # slow start ends at this cwnd: see wait_to_send
-        self.pending_loss = None    # "fast repair" or "time-out": a loss that must reduce cwnd
-        self.recovers_until = 0.0   # when the last repair ends: further losses do not reduce cwnd
+        self.pending_loss = None    # a loss that must still reduce cwnd: "fast repair", "time-out"
+        self.recovers_until = 0.0   # until this time, a fast repair does not reduce cwnd again
         self.last_lost = False      # whether the last segment was lost
 
     def send(self, t, path, behind, is_bulk):
         """Send a segment at t, or later if cwnd is full. Returns when the segment arrives.
 
         behind     the number of later segments of the same chunk
-        is_bulk    whether more chunks follow, as far as the sender knows
+        is_bulk    whether more chunks are likely to follow soon
         """
         sent = self.wait_to_send(t)
         if not self.draw_loss(path):
             self.in_flight.append(sent + path.rtt)
             return sent
         delay, timed_out = self.draw_repair(path, behind, is_bulk)
-        if sent >= self.recovers_until:
+        if sent >= self.recovers_until:     # the first loss since the last repair
             self.recovers_until = sent + delay
             self.pending_loss = "fast repair"
         if timed_out:
             self.pending_loss = "time-out"
-        # A real sender reduces cwnd an RTT after the loss. In a bulk transfer, a reduction at the
-        # loss gives the throughput of Linux: 0.82 to 0.92 of Mathis' formula (Linux: 0.82 to 0.94;
-        # reduction after an RTT: 1.01 to 1.12).
+        # A real sender reduces cwnd an RTT after the loss. But in a bulk transfer, a reduction at
+        # the loss is nearer to Linux. Throughput, divided by the formula of Mathis (packet_loss):
+        # Linux 0.82 to 0.94, reduction at the loss 0.82 to 0.92, an RTT later 1.01 to 1.12.
         if is_bulk:
             self.reduce_cwnd()
         # During a fast repair, which takes 1 RTT, later segments are acknowledged as usual. During
@@ -928,10 +928,10 @@ class TcpSender:
         return sent + delay
 
     def wait_to_send(self, t):
-        """Return the first time from t on when cwnd permits a segment. Updates cwnd.
+        """Return when the sender can send a segment: at t, or when cwnd permits. Updates cwnd.
 
-        Each acknowledgement before this time adds 1 to cwnd below ssthresh (slow start), and adds
-        1 / cwnd from ssthresh on. So cwnd doubles, or grows by 1, in each RTT.
+        Below ssthresh (slow start), each acknowledgement adds 1 to cwnd: cwnd doubles in an RTT.
+        From ssthresh on, each acknowledgement adds 1 / cwnd: cwnd grows by 1 in an RTT.
         """
         in_flight, now = self.in_flight, max(t, self.sent)
         may_grow = 2 * len(in_flight) >= self.cwnd      # only if half of cwnd is in use
@@ -940,7 +940,7 @@ class TcpSender:
                 in_slow_start = self.cwnd < self.ssthresh
                 self.cwnd += 1 if in_slow_start else 1 / self.cwnd
             now = max(now, in_flight.popleft())     # the time of the acknowledgement
-            if now > self.sent:     # the sender has sent the lost segment earlier than now
+            if now > self.sent:     # time has passed since a loss: the sender knows of the loss
                 self.reduce_cwnd()
         self.sent = now
         return now
@@ -957,7 +957,7 @@ class TcpSender:
         """Draw whether a segment is lost. By Gilbert's model, losses come in bursts."""
         if self.last_lost:
             probability = path.loss_after_loss
-        else:       # bursts must begin as often as they end, or the share is not loss_rate
+        else:       # with this probability, loss_rate is the share of all segments that are lost
             probability = (path.loss_rate * (1 - path.loss_after_loss)
                            / max(1 - path.loss_rate, 1e-9))     # never divide by 0
         self.last_lost = path.rng.random() < probability
@@ -969,7 +969,8 @@ class TcpSender:
         behind and is_bulk are arguments of `send`. The delays were measured with Linux 6.18:
 
             three or more segments follow          1 RTT: three acknowledgements report the loss
-            some segments follow or are in flight  2 RTT: the tail loss probe (RFC 8985)
+            some segments follow or are in flight  2 RTT: the tail loss probe (RFC 8985), or
+                                                   RTT + 200 ms if 2 RTT are longer
             no other segment is in flight          RTT + 200 ms: the retransmission time-out
             a retransmission is lost too           further time-outs, each twice as long
         """
@@ -977,12 +978,11 @@ class TcpSender:
         waiting = math.inf if is_bulk else behind
         following = min(waiting, self.cwnd - 1)     # cwnd limits the segments after the lost one
         if following >= 3:
-            delay = path.rtt
-        elif behind or self.in_flight:
-            delay = min(2 * path.rtt, timeout)
+            delay, timed_out = path.rtt, False
+        elif (behind or self.in_flight) and 2 * path.rtt < timeout:
+            delay, timed_out = 2 * path.rtt, False
         else:
-            delay = timeout
-        timed_out = delay == timeout        # also if 2 RTT are longer than the time-out
+            delay, timed_out = timeout, True
         for count in range(RETRANSMISSIONS):
             if path.rng.random() >= path.loss_rate:     # the retransmission arrives
                 break
@@ -1006,8 +1006,7 @@ def packet_loss(state, t, to, data, *, loss_rate=0.0, correlation=0.0, rtt=100, 
 
     loss_rate    share of the packets that are lost, from 0 to 1
     correlation  added to loss_rate for the packet after a lost packet, from 0 to 1
-    rtt          milliseconds of a round trip. The handler delays only packets that wait for a loss
-                 or for acknowledgements
+    rtt          milliseconds of a round trip: the time until an acknowledgement arrives
     burst        mean number of packets that are lost in a row; alternative to correlation
     """
     # state[to] is the time when the last segment arrives.
@@ -1026,12 +1025,13 @@ def packet_loss(state, t, to, data, *, loss_rate=0.0, correlation=0.0, rtt=100, 
     loss_after_loss = min(max(loss_rate + correlation, 1 - 1 / burst), 1 - 1 / BURST_MAX)
     path = TcpPath(rtt / 1000, loss_rate, loss_after_loss, state.random)
     earlier_chunk_waits = sender.sent > t
-    is_bulk = len(data) >= READ_MIN or earlier_chunk_waits
-    start = 0                           # the offset of the first byte that is not yielded yet
+    is_bulk = len(data) >= READ_MIN or earlier_chunk_waits      # further chunks are likely
+    # Segments that arrive at one time are yielded as one chunk, which begins at `start`.
+    start = 0
     for offset in range(0, len(data), SEGMENT):
         behind = (len(data) - offset - 1) // SEGMENT
         arrival = sender.send(t, path, behind, is_bulk)
-        if arrival > state[to]:         # otherwise, the segment arrives with the segments before
+        if arrival > state[to]:         # later than the segments before
             if offset > start:
                 yield max(t, state[to]), to, data[start:offset]
             start, state[to] = offset, arrival
@@ -1099,10 +1099,11 @@ def network(state, t, to, data, *, profile="3g"):
                     (latency, {"latency": delays[index]})]
     for function, options in steps:
         substate = state.substate(function.__name__)
-        if data is not OPEN:            # Chain.reset_due_times may have reduced state[to]
+        if data is not OPEN:            # Chain.reset_due_times reduces only state[to]
             substate[to] = min(substate[to], state[to])
-        events = [new_event for event in events
-                  for new_event in function(substate, *event, **options)]
+        received, events = events, []
+        for event in received:
+            events += function(substate, *event, **options)
     state[to], _, _ = events[-1]        # the time when the last bytes arrive
     yield from events
 
@@ -5453,8 +5454,8 @@ class Budget:
         self.total = total              # the limit, in bytes
         self.held = 0                   # bytes counted in all queues together
         self.queues = 0                 # the number of queues
-        # The fast path compares `held` with this number, which is faster than `allowance`: up to
-        # this number, a queue may hold the bytes of the largest read.
+        # While `held` is at most this number, each queue may hold the bytes of the largest read.
+        # The fast path checks this number, because a call of `allowance` would be slower.
         self.fast_path_limit = total - self.SHARES * max(HELD_MAX_IDLE, KERNEL_PIPE_SIZE)
 
     def add_queue(self):
@@ -5501,7 +5502,7 @@ class DelayQueue:
         self.send_buffer = NO_CHUNKS    # chunks and EOF: see append_due
         self.held = 0           # bytes in queue and send_buffer, and CHUNK_OVERHEAD for each item
         self.kept = 0           # memory of the chain, in bytes, that the budget counts: see `keep`
-        self.has_replies = False        # some held bytes are from rules, not from the source
+        self.has_replies = False        # some held bytes are from rules, like error replies
         self.forwarded = 0      # all bytes that went from source to target on the fast path
         self.buffered_in = 0    # all other bytes from the source
         self.buffered_out = 0   # all other bytes to the target
@@ -5583,10 +5584,9 @@ class DelayQueue:
         return signals
 
     def next_time(self, now):
-        """Return when this queue needs the timer of the connection next, or NEVER.
+        """Return the time for the timer: when an event is due, or earlier when reading resumes.
 
-        A rate limit may stop the reading until read_limit() permits more bytes. The proxy can
-        resume the reading before the first event is due.
+        If a rate limit has stopped the reading, read_limit() permits more bytes from `resume` on.
         """
         if not self.queue:
             return NEVER
@@ -5598,7 +5598,7 @@ class DelayQueue:
 
         size    0 for an EOF
         """
-        rest = self.send_buffer[0][size:]   # a memoryview, EOF or a KernelPipe
+        rest = self.send_buffer[0][size:]   # of a memoryview or KernelPipe. EOF[0:] is EOF: false
         self.buffered_out += size
         if rest:
             self.send_buffer[0] = rest
@@ -5610,18 +5610,19 @@ class DelayQueue:
     def release(self, removed, changed=()):
         """Undo the delays by rules that were removed or changed. Delays by other rules remain.
 
-        A changed rule gets OPEN again. So events that the rule has made of the last OPEN are
-        dropped. Returns whether an event had a delay by a removed or changed rule.
+        Events that a changed rule has made of OPEN are dropped, because the rule gets a new OPEN.
+        Returns whether an event had a delay by a removed or changed rule.
         """
         rules = [*removed, *changed]
         if not any(rule in rules for *_, delays in self.queue for rule, _, _ in delays):
             return False
         entries, self.queue, had_replies = self.queue, [], self.has_replies
         self.latest = self.rate_limited_until = 0.0         # `put` computes both again
-        # The heap is in the order of the due times. Put the events in the order of their numbers.
-        for _, _, data, start, delays in sorted(entries, key=lambda entry: entry[1]):
+        entries.sort(key=lambda entry: entry[1])    # by `order`: bytes keep their order
+        for _, _, data, start, delays in entries:
             self.credit(len(data) + CHUNK_OVERHEAD)
-            if any(from_open and rule in changed for rule, _, from_open in delays):
+            gets_new_open = any(from_open and rule in changed for rule, _, from_open in delays)
+            if gets_new_open:
                 continue
             remaining = tuple(delay for delay in delays if delay[0] not in rules)
             self.put(start + sum(seconds for _, seconds, _ in remaining), data, start, remaining)
@@ -5658,8 +5659,8 @@ class DelayQueue:
         allowance = self.budget.allowance(bound)
         room = allowance - self.held - CHUNK_OVERHEAD
         if self.kept:
-            # The replies of the backend free the kept bytes, even while the source is not read.
-            # So, with any `bound`, kept and held bytes together may reach HELD_MAX.
+            # Kept bytes do not count for `bound`, because replies free the kept bytes even while
+            # the source is not read. Held and kept bytes together have the limit HELD_MAX.
             room = min(room, self.budget.allowance(HELD_MAX) - self.held - self.kept)
         # Many small reads would be slow, and rules like `slicer` would get only small chunks.
         is_room_too_small = room < min(READ_MIN, allowance / 4)
@@ -5767,9 +5768,9 @@ class EpollSelector:
         timeout    the most seconds to sleep; -1: without a limit
 
         Many peers reply faster than a process falls asleep and wakes up: the busy loop receives
-        such a reply sooner than a sleep. Without a reply, the busy loop costs as much CPU time as
-        one more sleep (Karlin et al., Empirical Studies of Competitive Spinning, 1991). If busy
-        loops find no events, the next `skips` calls only sleep.
+        the reply sooner. If no reply comes, the busy loop and the sleep together cost at most
+        twice as much as the sleep (Karlin et al., Empirical Studies of Competitive Spinning,
+        1991). After a busy loop without events, the next `skips` calls only sleep.
         """
         if self.skips:
             self.skips -= 1
@@ -5869,8 +5870,8 @@ class Loop:
         # `wait` calls select() for precise_fds: the descriptor of the epoll object itself.
         fileno = getattr(self.selector, "fileno", None)
         self.precise_fds = [fileno()] if fileno and fileno() < self.FD_SETSIZE else None
-        # On Windows, select() can watch 512 sockets. Elsewhere, select() can watch descriptors
-        # below FD_SETSIZE, and other files need some of these descriptors.
+        # select() can watch 512 sockets on Windows. On other systems, select() can only watch
+        # descriptors below FD_SETSIZE, and 500 sockets leave enough descriptors for files.
         self.socket_limit = 500 if isinstance(self.selector, selectors.SelectSelector) \
             else math.inf
 
