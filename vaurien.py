@@ -1873,7 +1873,7 @@ class Protocol:
         """
         reply = exchange.refusal.reply
         if to == UPSTREAM:
-            is_dropped = not exchange.complete      # the request. Other bytes may follow it
+            is_dropped = not exchange.complete      # bytes after the end of the request pass
         else:                                       # `forwarded`: the backend has the substitute
             is_reply_to_substitute = exchange.forwarded and not exchange.reply_done
             is_dropped = reply.closes or is_reply_to_substitute
