@@ -9951,10 +9951,8 @@ METRICS: "OrderedDict[str, Sequence[Any]]" = OrderedDict((name, metric) for name
 
 def measure(proxy):
     """Return the metrics of a proxy: {name: [(labels, value)]}. Runs in the loop's thread."""
-    metrics = {}
-    for name, (_, _, read) in METRICS.items():
-        metrics[name] = [(dict(labels, proxy=proxy.name), value) for labels, value in read(proxy)]
-    return metrics
+    return {name: [(dict(labels, proxy=proxy.name), value) for labels, value in read(proxy)]
+            for name, (_, _, read) in METRICS.items()}
 
 
 def format_metric(value):
@@ -9974,7 +9972,8 @@ class Statsd:
     def __init__(self, address, proxies):
         self.address = address
         self.proxies = proxies      # {name: proxy}
-        self.loop = self.sock = None
+        self.loop = None            # set by `open`
+        self.sock = None            # set by `on_connected`
         self.last_values = {}       # {(proxy, name): value} when the metrics were last sent
 
     def bind(self):
@@ -10044,7 +10043,10 @@ class Statsd:
         return lines
 
     def metric_name(self, metric, labels):
-        """Return the StatsD name of a metric, like vaurien.PROXY.received_bytes.upstream."""
+        """Return the StatsD name of a metric, like vaurien.PROXY.received_bytes.upstream.
+
+        metric, labels    from measure().
+        """
         short_name = re.sub("^(vaurien|toxiproxy_proxy)_|_total$", "", metric)
         parts = ["vaurien", labels["proxy"], short_name]
         parts += [labels[label] for label in ("direction", "handler", "kind") if label in labels]
