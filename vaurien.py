@@ -3853,7 +3853,7 @@ class RuleSet:
         connection    the number of the connection.
         batch         0: the connection itself and the requests 1 to 7; 1: the requests 8 to 15 ...
         """
-        batch_hash = hash_prefix(self.seed, self.proxy_name, draw_key).copy()
+        batch_hash = hash_prefix(self.seed, self.proxy_name, draw_key).copy()  # of a cached hash
         batch_hash.update(b"%d %d" % (connection, batch))
         return DRAW_BATCH.unpack(batch_hash.digest())
 
@@ -4762,7 +4762,7 @@ class Chain:
         """Search the client's bytes for `match`, and draw the rule if the request matches."""
         rule, buffered = active.rule, active.match_buffer
         if to == DOWNSTREAM or not data or buffered is None or len(buffered) >= MATCH_MAX:
-            return
+            return                      # nothing to search, or the rule is drawn already
         active.match_buffer = buffered + data[:MATCH_MAX - len(buffered)]
         # A Replay knows the requests on which the rule acts, so no search is needed.
         if not self.rule_set.replay and not rule.matches(active.match_buffer):
