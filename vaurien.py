@@ -7699,12 +7699,12 @@ class TlsSocket:
 #     WAITING -> CONNECTING -> CONNECTED <-> HANDED_OFF        and from each phase -> CLOSED
 #                                  `-> LINGERING
 #
-#   WAITING      a rule delays the connect to the backend
-#   CONNECTING   the backend's name is being resolved, or connect() is pending
-#   CONNECTED    both sockets are open; only this phase has a fast path
-#   HANDED_OFF   a blocking handler works on the sockets
-#   LINGERING    the client has got its last bytes and FIN, but has not closed its side yet
-#   CLOSED       both sockets are closed
+#   WAITING      a rule delays the connect to the backend.
+#   CONNECTING   the backend's name is being resolved, or connect() is pending.
+#   CONNECTED    both sockets are open; only this phase has a fast path.
+#   HANDED_OFF   a blocking handler works on the sockets.
+#   LINGERING    the client has got its last bytes and FIN, but has not closed its side yet.
+#   CLOSED       both sockets are closed.
 #
 # The endings of a connection:
 #
@@ -7726,7 +7726,7 @@ WAITING, CONNECTING, CONNECTED = "waiting", "connecting", "connected"
 HANDED_OFF, LINGERING, CLOSED = "handed off", "lingering", "closed"
 
 # The start value of `bulk_reads` for a link that must not use splice, for example because of TLS.
-# From this value, no link counts up to SPLICE_AFTER.
+# This value is so low that no link counts up to SPLICE_AFTER.
 NO_SPLICE = -(1 << 60)
 
 
@@ -7773,7 +7773,7 @@ class HandOff:
     def __init__(self, connection, rule, to_backend):
         """Duplicate the sockets. Raises OSError if no descriptors are left.
 
-        to_backend    True if the client has sent bytes that wait, False if the backend has
+        to_backend    True if the client has sent bytes that wait, False if the backend has.
         """
         self.connection, self.rule, self.to_backend = connection, rule, to_backend
         self.socks = [socket.fromfd(sock.fileno(), sock.family, socket.SOCK_STREAM)
@@ -7796,8 +7796,8 @@ class HandOff:
     def on_done(self, left_open, exc):
         """In the loop's thread: continue or close the connection after the call of the handler.
 
-        left_open    the result of `run`, or None
-        exc          the exception of `run` or of the thread's start, or None
+        left_open    the result of `run`, or None.
+        exc          the exception of `run` or of the thread's start, or None.
         """
         self.close()                    # if the thread did not start, `run` has not done this
         if exc:
@@ -7825,8 +7825,8 @@ class HandOff:
 class Connection:
     """A client's socket, a backend's socket, and the data between these sockets.
 
-    up      the Link from the client to the backend
-    down    the Link from the backend to the client
+    up      the Link from the client to the backend.
+    down    the Link from the backend to the client.
     """
 
     __slots__ = ("proxy", "loop", "number", "peer", "chain", "up", "down", "client", "backend",
@@ -7836,9 +7836,9 @@ class Connection:
     def __init__(self, proxy, number, client, peer):
         """Create the chain and the links. The caller must call `start` or `refuse` next.
 
-        number    how many connections the proxy has accepted, including this connection
-        client    the client's socket
-        peer      the client's address
+        number    how many connections the proxy has accepted, including this connection.
+        client    the client's socket.
+        peer      the client's address.
         """
         self.proxy = proxy
         self.loop = proxy.loop
@@ -7901,7 +7901,7 @@ class Connection:
     def on_ready(self, link, events):
         """Receive once from a link's source, and forward the bytes or queue them.
 
-        events    the events that the source is ready for. prepare_read handles EVENT_WRITE
+        events    the events that the source is ready for. prepare_read handles EVENT_WRITE.
 
         Each call receives only once, so that a fast sender does not delay other connections.
 
@@ -7924,8 +7924,7 @@ class Connection:
         if not size:
             self.on_eof(link)
             return
-        # direction_changed() may begin a request, and returns request_count. Only requests of `up`
-        # are measured, and only a sample of them.
+        # direction_changed() may begin a request, and returns request_count. A sample is measured.
         if chain.last_direction is not link.to and (
                 chain.direction_changed(link.to) >= link.measure_from):
             self.begin_measurement()
@@ -7960,7 +7959,7 @@ class Connection:
     def prepare_read(self, link, events):
         """Handle the cases in which on_ready cannot simply receive.
 
-        events    the events that the source is ready for; all events if the source has an error
+        events    the events that the source is ready for; all events if the source has an error.
 
         Returns the most bytes to receive now, or 0 if on_ready must not receive.
         """
@@ -7986,7 +7985,7 @@ class Connection:
         return min(limit, link.recv_size, self.parse_limit(link))
 
     def parse_limit(self, link):
-        """Return how many bytes the memory for parsed requests permits to receive now."""
+        """Return how many bytes to receive at most, because parsed requests take memory."""
         parses_requests = link is self.up and link.recv_size <= PARSED_CHUNK
         if not parses_requests:
             return CHUNK                # the most that on_ready ever receives
@@ -7997,8 +7996,8 @@ class Connection:
         """Run received bytes through the chain.
 
         Returns the bytes that on_ready must send, or None if all bytes were queued or dropped.
-        on_ready counts the bytes that it sends in `forwarded`. All other received bytes are
-        counted in `buffered_in`.
+        on_ready adds the bytes that it sends to `forwarded`. All other received bytes are added to
+        `buffered_in`.
         """
         chain, size = self.chain, len(data)
         if self.phase is LINGERING:     # the client has got its last reply: drop further bytes
@@ -8043,7 +8042,7 @@ class Connection:
         The link's fast path stays open, but no bytes use it: the rules delay all bytes. When the
         rules change, rules_changed() calls pump(), which closes the fast path.
 
-        delays    the result of Chain.fixed_delays: (rule, seconds, False) for each rule
+        delays    the result of Chain.fixed_delays: (rule, seconds, False) for each rule.
         """
         due = now
         for _, seconds, _ in delays:
@@ -8060,8 +8059,8 @@ class Connection:
     def send_or_queue(self, link, size, to_send):
         """Return `to_send` if the fast path is open. Otherwise queue `to_send`, and return None.
 
-        size       the number of bytes received
-        to_send    the received bytes, after the chain may have rewritten a head in them
+        size       the number of bytes received.
+        to_send    the received bytes, after the chain may have rewritten a head in them.
         """
         if link.fast_events:            # on_ready will count len(to_send) as received
             link.buffered_in += size - len(to_send)
@@ -8081,8 +8080,8 @@ class Connection:
     def charge_kept(self):
         """Charge the budget for the memory that the chain keeps for exchanges.
 
-        After the backend's EOF, nothing is charged, because no reply will free the memory. With a
-        full budget, the proxy would never read from the client again.
+        After the backend's EOF, nothing is charged. Otherwise a full budget would stop the reading
+        from the client, and no reply could free the memory.
         """
         is_charged = self.chain.kept > KEPT_MIN and not self.down.eof
         self.up.keep(self.chain.kept if is_charged else 0)
@@ -8225,7 +8224,7 @@ class Connection:
     def take_back(self, close_reason):
         """Use the sockets again, after a blocking handler has finished.
 
-        close_reason    why to close the connection; "" to continue
+        close_reason    why to close the connection; "" to continue.
         """
         if self.phase is CLOSED:        # closed while the handler ran
             return
@@ -8247,7 +8246,7 @@ class Connection:
     def enqueue(self, now, events, received_by=None):
         """Put the chain's events into the delay queues, record faults, and send due data.
 
-        received_by    the link whose received bytes have caused the events; None for a signal
+        received_by    the link whose received bytes have caused the events; None for a signal.
         """
         for t, to, data, delays in events:
             link = self.up if to == UPSTREAM else self.down
@@ -8275,10 +8274,10 @@ class Connection:
     def rules_changed(self, new, removed, changed, woken=()):
         """Apply a change of the installed rules.
 
-        new        rules that have just been installed
-        removed    rules that are not installed any more, or that begin to sleep
-        changed    rules with new options or percentages
-        woken      rules whose percentage rises now because of their schedule
+        new        rules that have just been installed.
+        removed    rules that are not installed any more, or that begin to sleep.
+        changed    rules with new options or percentages.
+        woken      rules whose percentage rises now because of their schedule.
         """
         now = self.loop.clock()
         begun = self.chain.rules_changed(new, changed, woken)   # rules that begin to act
@@ -8309,7 +8308,7 @@ class Connection:
         Returns False if pump() must be called.
         """
         up, down = self.up, self.down
-        # A queue of an open fast path has only data of `delay`. Another queue may have signals.
+        # A link with an open fast path queues only data of `delay`. Other queues may have signals.
         if (up.queue and not up.fast_events) or (down.queue and not down.fast_events):
             return False
         self.send_due(now)
@@ -8440,7 +8439,7 @@ class Connection:
             up.fast_events = down.fast_events = 0
 
     def watch(self, link, events):
-        """Watch a link's source for `events`. If the kernel cannot, reset the connection.
+        """Watch a link's source for `events`. If the kernel refuses this, reset the connection.
 
         Linux limits the number of watched sockets: see max_user_watches in man 7 epoll.
         """
@@ -8456,7 +8455,7 @@ class Connection:
     def wants_read(self, link, back):
         """Return whether to read from a link's source.
 
-        back    the link in the other direction, whose target is the source of `link`
+        back    the link in the other direction, whose target is the source of `link`.
         """
         clock = self.loop.clock
         if link.eof or link.is_full(clock):     # a sender that is not read slows down
@@ -8490,8 +8489,8 @@ class Connection:
     def start_tls(self, link, received=b""):
         """Replace a link's source by a TlsSocket, which begins the handshake.
 
-        link        self.up for TLS with the client, self.down for TLS with the backend
-        received    the first bytes of TLS, if they have come already
+        link        self.up for TLS with the client, self.down for TLS with the backend.
+        received    the first bytes of TLS, if they have come already.
         """
         config, is_client = self.proxy.tls, link is self.up
         if is_client:
@@ -8598,8 +8597,8 @@ class Connection:
     def on_resolved(self, addresses, error):
         """Connect to the addresses of the backend's name, unless the resolver has failed.
 
-        addresses    [(family, address)], or None after an error
-        error        the exception of the resolver, or None
+        addresses    [(family, address)], or None after an error.
+        error        the exception of the resolver, or None.
         """
         if self.phase is not CONNECTING:    # the connection has ended in the meantime
             return
@@ -8610,7 +8609,7 @@ class Connection:
     def connect_again(self, reason):
         """Close the socket that has failed to connect, if any, and try the next address.
 
-        reason    why an earlier address has failed, as text; None if there is no reason yet
+        reason    why an earlier address has failed, as text; None if there is no reason yet.
         """
         self.close_backend()
         self.connect_next(reason)
@@ -8619,7 +8618,7 @@ class Connection:
     def connect_next(self, reason):
         """Start to connect to the next address.
 
-        reason    why an earlier address has failed, as text; None if there is no reason yet
+        reason    why an earlier address has failed, as text; None if there is no reason yet.
         """
         while self.addresses:
             family, sockaddr = self.addresses.pop(0)
@@ -8631,7 +8630,7 @@ class Connection:
                     self.addresses.insert(0, (family, sockaddr))
                     self.set_deadline(self.loop.clock() + RETRY_DELAY, self.retry_connect)
                     return
-                # That this machine has no IPv6 must not hide why an IPv4 address has failed.
+                # The error of a missing IPv6 must not replace the error of an IPv4 address.
                 if reason is None or not address_unavailable(error):
                     reason = error.strerror
                 continue
@@ -8789,7 +8788,7 @@ class Connection:
     def add_bytes(self, totals):
         """Add the counts of bytes of this connection to the counts in `totals`.
 
-        totals    [from the client, to the backend, from the backend, to the client]
+        totals    [from the client, to the backend, from the backend, to the client].
         """
         up, down = self.up, self.down
         totals[0] += up.received
@@ -8916,7 +8915,7 @@ class LogThread(logging.Handler):
 class Recorder:
     """Writes each fault of the proxies to a file, as a line with a JSON object.
 
-    path    the file, which Replay can read
+    path    the file, which Replay can read.
     """
 
     def __init__(self, path):
@@ -9007,15 +9006,15 @@ CHANGES = {"begins": "a window begins", "ends": "the window ends",
 
 # The rules of a proxy after its start, or after a change of the rules.
 #
-# after         the number of the last fault record before the change
-# connection    the number of the last client before the change
-# rules         the new rules, in the form of Rule.to_json
+# after         the number of the last fault record before the change.
+# connection    the number of the last client before the change.
+# rules         the new rules, in the form of Rule.to_json.
 RuleChange = namedtuple("RuleChange", "after time proxy connection rules")
 
 # A block of a test: rules that act instead of the behavior while the block is open.
 #
-# rules    the list of rules, which share one draw
-# only     whether the rules of earlier blocks do not act while this block is open
+# rules    the list of rules, which share one draw.
+# only     True: the rules of earlier blocks do not act while this block is open.
 Block = namedtuple("Block", "rules only")
 
 
@@ -9037,9 +9036,9 @@ class Latencies:
         self.random = random.Random(0)      # a user may have seeded the generator of the module
 
     def draw_distance(self):
-        """Return after how many requests a connection measures again. 0 and 1: the next request.
+        """Return the distance to the next measured request, in requests. 0 has the effect of 1.
 
-        This distance is random. Its mean is higher while there are more samples.
+        The distance is random. On average, the distance grows with the number of samples.
         """
         mean = len(self.samples) // self.SAMPLES_PER_STEP
         return int(2 * mean * self.random.random()) if mean else 0
@@ -9065,15 +9064,15 @@ class Latencies:
 class ProxyServer:
     """A proxy in a loop: the listener, the rules, the counts, and the fault records.
 
-    distant            the backend, (host, port); the proxy connects to it for each client
-    local              the (host, port) to listen on; port 0 means any free port
-    behavior           in one of the forms that behavior_tables takes
-    toxics             rules that act beside the behavior: [Toxic]
-    enabled            whether a ProxyTable opens the port of the proxy
-    accept             how new clients are accepted: an Accept
-    max_connections    the most clients that are served at a time; 0 is no limit
-    tls                {field: value} of TLS_FIELDS
-    reuse_port         the number of this process among those that share the port, or None
+    distant            the backend, (host, port); the proxy connects to it for each client.
+    local              the (host, port) to listen on; port 0 means any free port.
+    behavior           in one of the forms that behavior_tables takes.
+    toxics             rules that act beside the behavior: [Toxic].
+    enabled            whether a ProxyTable opens the port of the proxy.
+    accept             how new clients are accepted: an Accept.
+    max_connections    the most clients that are served at a time; 0 is no limit.
+    tls                {field: value} of TLS_FIELDS.
+    reuse_port         the number of this process among those that share the port, or None.
 
     The other arguments are those of Proxy. Raises ValueError.
     """
@@ -9170,7 +9169,7 @@ class ProxyServer:
         self.listen = format_address(("::", port) if is_wildcard(host) else listener.address())
 
     def open(self, loop):
-        """Use a loop: begin the schedules, accept clients if the port is bound, and log this."""
+        """Use a loop: begin the schedules, accept clients if the port is bound, log settings."""
         self.loop = loop
         self.record_rule_change()
         self.begin_schedules()
@@ -9243,9 +9242,9 @@ class ProxyServer:
     def apply_change(self, local, backend, enabled, listener, accept):
         """Change the addresses, `enabled` and `accept`. Close the connections if necessary.
 
-        local       the same address, if the proxy stays enabled without a new listener
-        backend     a backend that check_backend has accepted
-        listener    a new Listener at `local`. None: keep the listener, or close it if not enabled
+        local       the new address. An enabled proxy at a new address needs a new listener.
+        backend     a backend that check_backend has accepted.
+        listener    a new Listener at `local`. None: an enabled proxy keeps its listener.
 
         Raises CannotListen, and changes nothing, if the listener cannot have the mode of `accept`.
         """
@@ -9447,7 +9446,7 @@ class ProxyServer:
     def replace_rules(self, behavior, blocks, toxics, changed=()):
         """Install the rules of the behavior, blocks and toxics, also on open connections.
 
-        changed    installed rules whose options have changed
+        changed    installed rules whose options have changed.
 
         A new rule does not affect data that is already in transit. Data that a removed or
         changed rule was delaying is released at once. Raises InputError.
@@ -9471,7 +9470,7 @@ class ProxyServer:
     def change_connections(self, new, removed, changed, woken=()):
         """Apply a change of the rules to the open connections: see Connection.rules_changed."""
         for rule in [*removed, *changed]:
-            # Here `bandwidth` stores when the link is free. Now the link is free: no chunk waits.
+            # `bandwidth` stores in `shared` when its last delayed chunk is due. It is due now.
             rule.shared.pop(UPSTREAM, None)
             rule.shared.pop(DOWNSTREAM, None)
         for connection in list(self.connections.values()):
@@ -9539,7 +9538,7 @@ class ProxyServer:
     def remove_expired(self, rules):
         """Remove rules whose ttl has ended. If a rule of a block expires, remove the block.
 
-        rules    may contain self.accept
+        rules    may contain self.accept.
         """
         for rule in rules:
             self.record_change(rule, "expires")
@@ -9556,9 +9555,9 @@ class ProxyServer:
     def install_rules(self, behavior, blocks, toxics):
         """Set the behavior, the open blocks and the toxics, and install their rules.
 
-        behavior    a list of rules; they are not installed while a block is open
-        blocks      {number: Block}, the oldest first
-        toxics      a list of toxics, in the order in which they act
+        behavior    a list of rules; they are not installed while a block is open.
+        blocks      {number: Block}, the oldest first.
+        toxics      a list of toxics, in the order in which they act.
 
         Raises InputError, and changes nothing, if a rule does not fit the protocol.
         """
@@ -9617,7 +9616,7 @@ class ProxyServer:
     def record_fault(self, connection, active, request, beginning):
         """Count, record and log that an ActiveRule has acted on a request.
 
-        beginning    the first bytes of the request, or b"" if they are unknown
+        beginning    the first bytes of the request, or b"" if they are unknown.
         """
         rule = active.rule
         options = dict(rule.options, **active.drawn_options)
@@ -9695,7 +9694,7 @@ class ProxyServer:
     def list_connections(self, numbers=None):
         """Return a list with a dict for each open connection.
 
-        numbers    the numbers of the wanted connections; None for all
+        numbers    the numbers of the wanted connections; None for all.
         """
         now = self.loop.clock()
         if numbers is None:
@@ -9736,9 +9735,9 @@ class ProxyServer:
 def wait_for_records(next_records, since, matches, count, timeout):
     """Wait until `count` FaultRecords match, but at most `timeout` seconds.
 
-    next_records    a function like ProxyServer.next_records
-    since           the number of a record: only later records count
-    matches         function that returns whether a record counts
+    next_records    a function like ProxyServer.next_records.
+    since           the number of a record: only later records count.
+    matches         function that returns whether a record counts.
 
     Returns the records that match, the oldest first.
     """
@@ -9766,10 +9765,10 @@ def describe_shares(rules):
 class ProxyTable(OrderedDict):
     """The proxies of one process, in one loop: {name: ProxyServer}.
 
-    recorder    a Recorder of the faults, or None
-    replay      a Replay that replaces the draws, or None
+    recorder    a Recorder of the faults, or None.
+    replay      a Replay that replaces the draws, or None.
     shared      settings of proxies that are created later: seed (None: draw a seed), timeout,
-                reuse_port
+                reuse_port.
 
     A thread that changes a proxy in several steps holds the proxy's `lock` during all steps.
     """
