@@ -6511,8 +6511,7 @@ class Listener:
     def add_filler(self, sock):
         """Connect a new filler to a listening socket. Returns the filler. Raises OSError.
 
-        Waits for a reply for FILL_TIMEOUT. Later, a slow kernel may still put the connection into
-        the backlog.
+        Waits for a reply for FILL_TIMEOUT. A slow kernel may accept the filler even later.
         """
         filler = RawSocket(sock.family, socket.SOCK_STREAM)
         try:
@@ -7218,8 +7217,7 @@ class TlsConfig:
 
     fields             {name in TLS_FIELDS: value} of the settings that are not None.
     clients_use_tls    whether clients must use TLS.
-    cert_file          the file with the certificate for clients, or "" if the proxy makes
-                       certificates.
+    cert_file          the file with the certificate for clients, or "" to make certificates.
     """
 
     def __init__(self, fields, alpn=()):
