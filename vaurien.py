@@ -5626,7 +5626,7 @@ class DelayQueue:
                 continue
             remaining = tuple(delay for delay in delays if delay[0] not in rules)
             self.put(start + sum(seconds for _, seconds, _ in remaining), data, start, remaining)
-        self.has_replies = had_replies and self.held > 0    # `credit` may have set it to False
+        self.has_replies = had_replies and self.held > 0    # `credit` may have reset has_replies
         return True
 
     def is_unused(self):
@@ -5654,8 +5654,8 @@ class DelayQueue:
                 is_rate_limited = self.rate_limited_until - RATE_BACKLOG > clock()
                 bound = HELD_MAX
                 if is_rate_limited:
-                    bound = max([rule.held_max for rule, _, _ in delays if rule.rate_limited]
-                                or [HELD_MAX_IDLE])
+                    bound = max([rule.held_max for rule, _, _ in delays if rule.rate_limited],
+                                default=HELD_MAX_IDLE)
         allowance = self.budget.allowance(bound)
         room = allowance - self.held - CHUNK_OVERHEAD
         if self.kept:
@@ -5719,7 +5719,7 @@ class EpollSelector:
     # EVENT_WRITE (2), and both (5) for BOTH_EVENTS (3).
     MASKS = [0, 1, 4, 5]
     # {mask from epoll: events}. 17 is EPOLLIN | EPOLLHUP: the peer has closed. Each other mask,
-    # such as the mask of an error, means BOTH_EVENTS.
+    # such as the mask of an error, counts as BOTH_EVENTS: see `select`.
     READY = {1: EVENT_READ, 4: EVENT_WRITE, 17: EVENT_READ}
     BOTH_EVENTS = EVENT_READ | EVENT_WRITE
     MAX_EVENTS = 256        # the most events of one poll, so that timers do not wait too long
@@ -5759,8 +5759,8 @@ class EpollSelector:
             events = self.spin_then_sleep(-1 if timeout is None else timeout)   # -1: no time-out
         # Look up all keys before any callback runs. A callback may close a socket and open
         # another socket, which gets the same descriptor.
-        keys, ready, both = self.keys, self.READY.get, self.BOTH_EVENTS
-        return [(keys[fd], ready(mask, both)) for fd, mask in events]
+        keys, to_events, both = self.keys, self.READY.get, self.BOTH_EVENTS
+        return [(keys[fd], to_events(mask, both)) for fd, mask in events]
 
     def spin_then_sleep(self, timeout):
         """Poll in a busy loop for SPIN_TIME, then sleep. Returns the events of epoll.poll().
@@ -5948,7 +5948,7 @@ class Loop:
             return self.selector.select()       # without a time-out the kernel sets no timer
         timeout = max(0, self.timers[0][DUE] - self.clock())
         if timeout > PRECISE_WAIT:
-            # Return before the timer is due. The next call uses select.select(), which is precise.
+            # epoll is not precise. So return early, and let the next call use select.select().
             return self.selector.select(min(MAX_WAIT, timeout - PRECISE_WAIT / 2))
         if timeout == 0 or self.precise_fds is None:
             return self.selector.select(timeout)
