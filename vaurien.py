@@ -4712,7 +4712,7 @@ class Chain:
         self.note_changes(active, to, events, opening)
         # This rule has delayed each event that is due later than t. The bool is from_open.
         return [(due, direction, made, delays if due == t else
-                 (*delays, (rule, due - t, data is OPEN and made is not OPEN)))
+                 delays + ((rule, due - t, data is OPEN and made is not OPEN),))
                 for due, direction, made in events]
 
     def call_handler(self, active, t, to, data):
