@@ -481,7 +481,7 @@ def format_value(value):
 #   *, ...   the options. The default of an option determines the type of the option: bool, int,
 #            float or str. The docstring of the handler has a line of help for each option
 #
-# A complete handler. The command line, ini files and the HTTP API accept its name and its option:
+# A complete handler. The command line, ini files and the HTTP API accept lose and percent_lost:
 #
 #     @handler
 #     def lose(state, t, to, data, *, percent_lost=10):
@@ -687,11 +687,9 @@ def cut(state, t, to, data, *, bytes=0, rows=0, how="close"):
             yield from close_both(t)
 
 
-# Many handlers below have the names of Toxiproxy's toxics, with the same options and units. The
-# defaults of a toxic differ from the defaults of a rule in a behavior:
-#
-#   a toxic                 is drawn for each connection, and gets the downstream events
-#   a rule of a behavior    is drawn for each request, and gets the events of both directions
+# Many handlers below have the names of Toxiproxy's toxics, with the same options and units. By
+# default, a toxic is drawn for each connection, and gets the downstream events. A rule of a
+# behavior is drawn for each request, and gets the events of both directions.
 
 HANDLERS["noop"] = dummy        # Toxiproxy's name
 
@@ -916,9 +914,9 @@ class TcpSender:
             self.pending_loss = "fast repair"
         if timed_out:
             self.pending_loss = "time-out"
-        # A real sender reduces cwnd an RTT after the loss. But in a bulk transfer, a reduction at
-        # the loss is nearer to Linux. Throughput, divided by the formula of Mathis (packet_loss):
-        # Linux 0.82 to 0.94, reduction at the loss 0.82 to 0.92, an RTT later 1.01 to 1.12.
+        # A real sender reduces cwnd an RTT later. In bulk transfers, such a reduction would give
+        # 1.01 to 1.12 of the throughput of Mathis' formula (packet_loss). A reduction at the loss
+        # gives 0.82 to 0.92 of this throughput, and Linux has 0.82 to 0.94.
         if is_bulk:
             self.reduce_cwnd()
         # During a fast repair, which takes 1 RTT, later segments are acknowledged as usual. During
@@ -969,8 +967,7 @@ class TcpSender:
         behind and is_bulk are arguments of `send`. The delays were measured with Linux 6.18:
 
             three or more segments follow          1 RTT: three acknowledgements report the loss
-            some segments follow or are in flight  2 RTT: the tail loss probe (RFC 8985), or
-                                                   RTT + 200 ms if 2 RTT are longer
+            some segments follow or are in flight  2 RTT or the time-out: tail loss probe, RFC 8985
             no other segment is in flight          RTT + 200 ms: the retransmission time-out
             a retransmission is lost too           further time-outs, each twice as long
         """
@@ -5836,8 +5833,8 @@ class Loop:
     FD_SETSIZE = 1024       # select() accepts only descriptors below this number
     REBUILD_MIN = 100       # fewer cancelled timers are no reason to rebuild the heap of timers
 
-    # Whether this process has ever run out of file descriptors (for all loops together). From
-    # then on, a listener checks that descriptors are free before accepting a connection.
+    # Whether this process has ever run out of file descriptors (for all loops together). If True,
+    # listeners check that descriptors are free before they accept a connection.
     fds_exhausted = False
 
     # Listeners accept connections only while descriptors below this limit are free. Descriptors
@@ -5948,7 +5945,7 @@ class Loop:
             return self.selector.select()       # without a time-out the kernel sets no timer
         timeout = max(0, self.timers[0][DUE] - self.clock())
         if timeout > PRECISE_WAIT:
-            # epoll is not precise. So return early, and let the next call use select.select().
+            # epoll is not precise: return early, and let the next call use select.select().
             return self.selector.select(min(MAX_WAIT, timeout - PRECISE_WAIT / 2))
         if timeout == 0 or self.precise_fds is None:
             return self.selector.select(timeout)
@@ -6005,7 +6002,7 @@ class Loop:
             done.set()
 
         self.call_soon_threadsafe(run)
-        # A loop that has ended does not run the call. So check `ended` every second.
+        # A loop that has ended does not run the call: check `ended` every second.
         while not done.wait(0 if self.ended else 1):
             # The loop may have run the call between the check of `done` and the end of the loop.
             if self.ended and not done.is_set():
