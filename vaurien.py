@@ -7965,7 +7965,7 @@ class Connection:
             return 0
         if isinstance(link.source, TlsSocket) and not self.advance_tls(link):
             return 0                    # the event was for the handshake
-        if events & link.watched & EVENT_WRITE:
+        if events & link.watched & EVENT_WRITE:     # the source takes bytes again
             self.pump()                 # may close the source
         if not events & EVENT_READ or link.source is None:
             return 0
@@ -8003,7 +8003,7 @@ class Connection:
             link.recv_size = chain.recv_size(link.to)   # a long body may have begun or ended
         if to_send is None:             # a rule may act
             to_send = self.run_rules(link, data)
-        elif to_send is not data or not link.fast_events:
+        elif to_send is not data or not link.fast_events:   # changed bytes, or no fast path
             self.after_parsing(link)
             to_send = self.send_or_queue(link, size, to_send)
         if to_send is not None and (self.chain.kept > KEPT_MIN or self.up.kept):
@@ -8487,8 +8487,8 @@ class Connection:
         link        self.up for TLS with the client, self.down for TLS with the backend.
         received    the first bytes of TLS, if they have come already.
         """
-        config, is_client = self.proxy.tls, link is self.up
-        if is_client:
+        config, serves_client = self.proxy.tls, link is self.up
+        if serves_client:
             back, server_name = self.down, None     # back: the link that sends to this peer
             local_host = self.client.getsockname()[0]   # the address that the client uses
             context = config.accept_context(local_host)
@@ -8501,7 +8501,7 @@ class Connection:
             link.watched = 0
         link.source = back.target = TlsSocket(
             link.source, self.loop, functools.partial(self.on_tls_change, link),
-            self.proxy.timeout, context, is_client, server_name, received)
+            self.proxy.timeout, context, serves_client, server_name, received)
         self.client, self.backend = self.up.source, self.down.source    # one is now a TlsSocket
         self.up.fast_events = self.down.fast_events = 0     # until the handshake has ended
         self.up.bulk_reads = self.down.bulk_reads = NO_SPLICE
@@ -8512,7 +8512,7 @@ class Connection:
         The announcement itself goes to the target without TLS. When the announcement is sent,
         continue_tls begins TLS with the target.
         """
-        received, self.chain.encrypted = self.chain.encrypted, None
+        received, self.chain.encrypted = self.chain.encrypted, None     # after the announcement
         self.announcing_link = link
         self.start_tls(link, received)
         link.source.note_change()       # soon calls pump(), which calls continue_tls()
@@ -8584,7 +8584,7 @@ class Connection:
         self.connect_deadline = self.loop.clock() + self.proxy.timeout
         if self.proxy.addresses:        # the backend is an IP address: no name to resolve
             self.addresses = list(self.proxy.addresses)
-            self.connect_next(None)
+            self.connect_next(None)     # sets the deadline if connect() is pending
         else:
             self.set_deadline(self.connect_deadline, lambda: self.connect_failed("timed out"))
             self.proxy.resolve_backend(self.on_resolved)
@@ -9365,7 +9365,7 @@ class ProxyServer:
 
     def use_rules_of(self, replay):
         """Install the rules of a Replay, unless the user has set rules. Raises ValueError."""
-        if all(rule.name == "dummy" for rule in self.all_rules()):
+        if all(rule.name == "dummy" for rule in self.all_rules()):     # the default
             try:
                 rules, toxics = replay.rules(self.name)
                 self.install_rules(rules, OrderedDict(), toxics)
@@ -9394,7 +9394,7 @@ class ProxyServer:
         blocks = OrderedDict(self.blocks)
         blocks[number] = Block(rules, only)
         self.replace_rules(self.behavior, blocks, self.toxics)
-        self.blocks_begun = number
+        self.blocks_begun = number      # only if replace_rules() has accepted the rules
         return number
 
     def end_block(self, number):
@@ -9656,7 +9656,7 @@ class ProxyServer:
             oldest_number = self.fault_records[0].number
             for number in numbers:
                 index = number - oldest_number
-                if index >= 0:          # older records have been removed
+                if index >= 0:          # otherwise the record has been removed
                     record = self.fault_records[index]
                     self.fault_records[index] = record._replace(text=printable(beginning))
 
@@ -9701,7 +9701,7 @@ class ProxyServer:
             "age": round(now - connection.began, 3),
             "bytes_up": connection.up.received, "bytes_down": connection.down.received,
             "requests": connection.chain.request_count,
-            "held_up": connection.up.held + connection.up.kept,
+            "held_up": connection.up.held + connection.up.kept,     # kept: the parsed requests
             "held_down": connection.down.held,
             "faults": list(connection.faults),
         } for connection in map(self.connections.get, numbers) if connection]
