@@ -4906,7 +4906,7 @@ class TestDelayQueue(unittest.TestCase):
                 self.assertEqual(read_sizes[0], 0)
                 smallest = min(size for size in read_sizes if size)
                 allowance = queue.budget.allowance(vaurien.HELD_MAX_IDLE)
-                self.assertGreaterEqual(smallest, min(vaurien.READ_MIN, allowance / 4))
+                self.assertGreaterEqual(smallest, min(vaurien.READ_MIN, allowance / 2))
 
     def test_bytes_keep_their_order_whatever_their_due_times(self):
         for due, data in (5, b"a"), (2, b"b"), (9, b"c"), (3, EOF):

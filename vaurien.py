@@ -5660,7 +5660,7 @@ class DelayQueue:
             # the source is not read. Held and kept bytes together have the limit HELD_MAX.
             room = min(room, self.budget.allowance(HELD_MAX) - self.held - self.kept)
         # Many small reads would be slow, and rules like `slicer` would get only small chunks.
-        is_room_too_small = room < min(READ_MIN, allowance / 4)
+        is_room_too_small = room < min(READ_MIN, allowance / 2)
         return 0 if is_room_too_small else min(CHUNK, room)
 
     def tell_dropped(self, data, delays):
