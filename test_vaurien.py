@@ -11626,9 +11626,9 @@ class TestReplay(TempDirTestCase):
         """A second attempt to start, after a port was in use, needs no second descriptor."""
         recorder = vaurien.Recorder("run.jsonl")
         recorder.open()
-        thread = recorder.thread
+        thread = recorder.log_thread
         recorder.open()
-        self.assertIs(recorder.thread, thread)
+        self.assertIs(recorder.log_thread, thread)
         recorder.close()
         recorder.close()
 

@@ -296,7 +296,7 @@ TOKEN_VARIABLE = "VAURIEN_HTTP_TOKEN"   # the environment variable that replaces
 class InputError(ValueError):
     """Invalid input of a user.
 
-    errors    [(field, sentence)]
+    errors    [(field, sentence)]: each invalid field, and a sentence that says what is wrong.
     """
 
     def __init__(self, errors):
@@ -335,9 +335,9 @@ def printable(data):
 def number_check(type_, expected, valid=lambda number: number >= 0):
     """Return a function check(value) that converts a number or a text to `type_`, int or float.
 
-    expected    the description of a valid number, for the error: "a whole number, 0 or more"
+    expected    the description of a valid number, for the error: "a whole number, 0 or more".
     valid       a function that returns whether a number is valid. Numbers that are infinite or NaN
-                are always invalid
+                are always invalid.
     """
     def check(value):
         with contextlib.suppress(TypeError, ValueError, OverflowError):
@@ -356,7 +356,7 @@ def number_check(type_, expected, valid=lambda number: number >= 0):
 def did_you_mean(word, choices):
     """Return " (did you mean X?)" if one of the choices resembles an unknown word, otherwise "".
 
-    word    the unknown word of a user: a text or a JSON value
+    word    the unknown word of a user: a text or a JSON value.
     """
     if not isinstance(word, str):
         return ""
@@ -432,9 +432,9 @@ def check_seconds(value):
     """Convert a number of seconds, or a text like "90s", "5m", "1h" or "500ms", to seconds."""
     number, unit = value, "s"
     match = isinstance(value, str) and re.fullmatch(r"(.*[0-9.])\s*(ms|s|m|h)\s*", value)
-    if match:
+    if match:                                   # check_amount checks whether it is a number
         number, unit = match.groups()
-    with contextlib.suppress(ValueError):       # the error below is more specific
+    with contextlib.suppress(ValueError):       # the error below has examples
         seconds = check_amount(number) * TIME_UNITS[unit]
         if seconds == 0 or SECONDS_MIN <= seconds <= SECONDS_MAX:
             return seconds
@@ -1148,8 +1148,8 @@ def random_bytes(rng, size):
 class BaseHandler:
     """A blocking handler: it runs in a thread of its own, gets the sockets, and may block.
 
-    name       a second name under which load_handler registers the class, or ""
-    options    {option: (help, type, default)}
+    name       a second name under which load_handler registers the class, or "".
+    options    {option: (help, type, default)}.
 
     One object serves all connections of a proxy. Several threads call the object at one time.
     """
@@ -1160,7 +1160,7 @@ class BaseHandler:
 
     def __init__(self, settings: "Optional[Dict[str, OptionValue]]" = None,
                  proxy: "Any" = None) -> None:
-        """Create the object for a proxy. `settings` is {option: value}."""
+        """Create the object for a ProxyServer. `settings` is {option: value}."""
         self.settings = dict(settings or {})
         self.proxy = proxy
         self.logger = log
@@ -1169,7 +1169,7 @@ class BaseHandler:
                  to_backend: bool) -> None:
         """Receive from one peer, which has sent data, and send to the other peer.
 
-        to_backend    True: receive from the client. False: receive from the backend
+        to_backend    True: receive from the client. False: receive from the backend.
 
         If the handler leaves data unread, Vaurien calls the handler again at once. Data that the
         handler reads and does not send is lost. The sockets are valid during this call only. If
@@ -1193,12 +1193,13 @@ class BaseHandler:
     def _get_data(self, client_sock: "socket.socket",
                   backend_sock: "Optional[socket.socket]" = None, to_backend: bool = True,
                   buffer: int = CHUNK) -> bytes:
-        """Receive from the peer that has sent data: from the client if `to_backend` is True.
+        """Receive from the client if `to_backend` is True, otherwise from the backend.
 
-        buffer    the most bytes to receive
+        buffer    the most bytes to receive.
 
         Returns b"" at the end of the stream or after an error.
         """
+        # A caller may pass one socket only, from which this function receives.
         source = client_sock if to_backend or backend_sock is None else backend_sock
         try:
             return source.recv(buffer)
@@ -1208,13 +1209,13 @@ class BaseHandler:
 
 def is_blocking_handler(function):
     """Return whether a handler is a subclass of BaseHandler."""
-    # issubclass fails if the user's module has imported a second copy of this file.
+    # The user's class may inherit from the BaseHandler of a second copy of this file.
     return isinstance(function, type) and getattr(function, "blocking", False)
 
 
 def handler_options(function):
     """Return the options of a handler: {option: default}."""
-    if is_blocking_handler(function):
+    if is_blocking_handler(function):   # the declared default of a float option may be 1, not 1.0
         return {name: type_(default) for name, (_, type_, default) in function.options.items()}
     return getattr(function, "__kwdefaults__", None) or {}      # the parameters after the *
 
@@ -1225,7 +1226,7 @@ def summary(function):
 
 
 def option_help(function):
-    """Return {option: help} of a handler. Options without help are missing."""
+    """Return {option: help} of a handler, for the options that have a help."""
     if is_blocking_handler(function):
         return {name: help_text for name, (help_text, _, _) in function.options.items()}
     # Example: "rate     kilobytes per second;\n         0 lets nothing through"
@@ -1249,21 +1250,19 @@ def unknown_handler(name):
         shown, did_you_mean(shown, HANDLERS), ", ".join(sorted(HANDLERS)))
 
 
-def check_option(name, option, value):
+def check_option(handler_name, option, value):
     """Return the value of an option, converted to the type of the option.
 
-    name      the name of the handler
-    option    the name of the option
-    value     a text or a JSON value
+    value    a text or a JSON value.
 
     Raises ValueError with the end of a sentence, like a check.
     """
-    function = get_handler(name)
+    function = get_handler(handler_name)
     defaults = handler_options(function)
     if option not in defaults:
         choices = [*defaults, *RULE_FIELDS]     # the user may have misspelled a rule field
         raise ValueError("is not an option of %s%s: it has %s" % (
-            name, did_you_mean(option, choices), ", ".join(sorted(defaults)) or "none"))
+            handler_name, did_you_mean(option, choices), ", ".join(sorted(defaults)) or "none"))
     checks = getattr(function, "option_checks", {})
     if option in checks:
         return checks[option](value)
@@ -1273,7 +1272,7 @@ def check_option(name, option, value):
     if type_ is bool:
         return check_yes_no(value)
     number = check_count(value) if type_ is int else check_amount(value)
-    if number > INT64_MAX:
+    if number > INT64_MAX:      # an option is also an attribute in Toxiproxy's API
         raise ValueError("must be less than 2**63, not %r" % (value,))
     return number
 
@@ -1316,7 +1315,7 @@ RULE_FIELDS = OrderedDict((name, Field(*others)) for name, *others in [
 ])
 
 
-# {field: default} of the fields that are attributes of a Rule: all of them but percent.
+# {field: default} of a Rule's attributes. In place of `percent`, a Rule has draw_min and draw_max.
 FIELD_DEFAULTS = OrderedDict((name, field.default) for name, field in RULE_FIELDS.items()
                              if name != "percent")
 
@@ -1329,6 +1328,7 @@ def is_rule_field(function, key):
 def load_handler(name, path):
     """Import a user's handler by its dotted path and register it under a name. Raises ValueError.
 
+    A BaseHandler is also registered under the `name` of the class, if no other handler has it.
     The control API must not call this function, because an import runs code.
     """
     module_name, _, attribute = path.rpartition(".")
@@ -1344,20 +1344,20 @@ def load_handler(name, path):
     check_handler(path, function)
     HANDLERS[name] = function
     if is_blocking_handler(function) and function.name:
-        HANDLERS.setdefault(function.name, function)    # never replaces another handler
+        HANDLERS.setdefault(function.name, function)
 
 
 def local_handler(handler):
     """Register a handler of this process if necessary, and return its name. Raises ValueError.
 
-    handler    a name, a dotted path, or the handler itself
+    handler    a name, a dotted path, or the handler itself.
     """
     if isinstance(handler, str):
         if handler not in HANDLERS and "." in handler:
             load_handler(handler, handler)
         get_handler(handler)            # raises ValueError for an unknown handler
         return handler
-    # A BaseHandler may have a `name`. check_handler refuses an object without a __name__.
+    # A BaseHandler may have a `name`. A functools.partial has no __name__.
     name = getattr(handler, "name", "") or getattr(handler, "__name__", repr(handler))
     registered = HANDLERS.get(name)
     if registered is handler:
@@ -1365,14 +1365,14 @@ def local_handler(handler):
     check_handler(name, handler)
     if registered is not None and registered.__module__ == __name__:    # a handler of this file
         raise ValueError("%r is a handler of Vaurien: give your handler another name" % name)
-    HANDLERS[name] = handler
+    HANDLERS[name] = handler    # the handler replaces a user's handler of the same name
     return name
 
 
 def check_handler(path, function):
     """Raise ValueError if an object of a user cannot be used as a handler.
 
-    path    the dotted path or the name of the object, for the error
+    path    the dotted path or the name of the object, for the error.
     """
     expected = ("it must be a function (state, t, to, data, *, option=default ...), or a class "
                 "that inherits from vaurien.handlers.BaseHandler")
@@ -1385,7 +1385,7 @@ def check_handler(path, function):
         if type(default) not in (bool, int, float, str):
             raise ValueError("%r: the default of option %r must be a yes/no, a number "
                              "or text, not %r" % (path, option, default))
-        if option in ("name", "percent"):
+        if option in ("name", "percent"):       # an option may hide any other rule field
             raise ValueError("%r: an option cannot be called %r: each rule has a field of that "
                              "name" % (path, option))
 
@@ -1397,7 +1397,7 @@ def check_signature(function):
     if isinstance(function, type):
         raise TypeError("it is a class that does not inherit from BaseHandler")
     signature = inspect.signature(function)
-    signature.bind(None, None, None, None)
+    signature.bind("state", "t", "to", "data")      # raises TypeError
     for parameter in list(signature.parameters.values())[4:]:
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
             raise TypeError("%r is no option, because it comes before the *" % parameter.name)
@@ -8821,7 +8821,7 @@ class JsonFormatter(logging.Formatter):
     def format(self, record):
         line = OrderedDict(time=self.formatTime(record), level=record.levelname.lower(),
                            message=record.getMessage())
-        if hasattr(record, "fault"):
+        if hasattr(record, "fault"):    # set by a log call with extra={"fault": fault record}
             line["fault"] = record.fault._asdict()
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
@@ -8837,12 +8837,11 @@ class LogThread(logging.Handler):
 
     The loop must not block, but a write blocks while a pipe is full or a disk is busy. A
     non-blocking stderr is no solution: stderr would become non-blocking for other processes too.
-
     When Python exits, the module logging calls `close`.
     """
 
     def __init__(self, fd, on_error=None):
-        """Create the thread. on_error(error) is called for the first OSError of a write."""
+        """Create the thread. on_error(error) gets the first OSError. Later ones are ignored."""
         super().__init__()
         self.fd = fd
         self.on_error = on_error
@@ -8896,7 +8895,7 @@ class LogThread(logging.Handler):
             except OSError as error:    # the disk is full, or the pipe is closed
                 if self.on_error:
                     self.on_error(error)
-                    self.on_error = None        # report only the first error
+                    self.on_error = None
 
     def write(self, data):
         """Write all data. Raises OSError."""
@@ -8916,28 +8915,28 @@ class Recorder:
     def __init__(self, path):
         self.path = path
         self.is_new = True              # until the first `open` has emptied the file
-        self.thread = None              # the LogThread that writes, while the file is open
+        self.log_thread = None          # the LogThread that writes, while the file is open
 
     def open(self):
-        """Open the file. The first call empties the file. Raises OSError."""
-        if self.thread:
+        """Open the file if it is not open. The first call empties the file. Raises OSError."""
+        if self.log_thread:
             return
         try:
-            fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            self.lock_and_empty(fd)
+            fd = self.open_and_lock()
         except OSError as error:
             raise OSError(error.errno, "cannot record to %s: %s"
                           % (self.path, error.strerror)) from None
-        self.thread = LogThread(fd, lambda error: log.error(
+        self.log_thread = LogThread(fd, lambda error: log.error(
             "cannot record to %s: %s: the file lacks faults", self.path, error.strerror))
 
-    def lock_and_empty(self, fd):
-        """Lock the file. Empty the file if this Recorder opens the file for the first time.
+    def open_and_lock(self):
+        """Open, lock and empty the file, and return the descriptor. Later calls do not empty it.
 
-        If another process has locked the file, closes `fd` and raises OSError.
+        Raises OSError, for example if another process has locked the file.
         """
-        if not stat.S_ISREG(os.fstat(fd).st_mode):      # a pipe or a device
-            return
+        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):      # a pipe or a device needs no lock
+            return fd
         if fcntl:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -8950,21 +8949,22 @@ class Recorder:
         if self.is_new:
             os.ftruncate(fd, 0)
         self.is_new = False
+        return fd
 
     def write(self, record, active):
         """Write a FaultRecord, and the values of its ActiveRule that Replay needs."""
         line = json.dumps(dict(record._asdict(), rule=active.rule.to_json(), draw=active.draw,
-                               count=active.request))
-        # This record has no arguments. So the module logging does not replace "%" in `line`.
-        self.thread.handle(logging.makeLogRecord({"msg": line}))
+                               count=active.request))       # Replay calls it Rule.drawn_count
+        # logging replaces each "%" of a message with arguments. `line` has no arguments.
+        self.log_thread.handle(logging.makeLogRecord({"msg": line}))
 
     def close(self):
         """Write the faults that wait, and close the file."""
-        if self.thread:
-            self.thread.close()
-            if not self.thread.thread.is_alive():       # a thread that still writes needs the fd
-                os.close(self.thread.fd)
-            self.thread = None
+        if self.log_thread:
+            self.log_thread.close()
+            if not self.log_thread.thread.is_alive():   # a thread that still writes needs the fd
+                os.close(self.log_thread.fd)
+            self.log_thread = None
 
 
 # -- Proxy --------------------------------------------------------------------
@@ -14941,8 +14941,8 @@ DEMO_SETTINGS = OrderedDict((
         "N", "number of requests to make")),
 ))
 
-# The bars of the histogram, from short to long response times. The first number is the end of the
-# bar's range in seconds.
+# The bars of the histogram: (limit, label). A bar counts the requests whose response time in
+# seconds is below its limit, but not below the limit of the bar before.
 BARS = ((0.001, "under 1 ms"), (0.002, "1 - 2 ms"), (0.005, "2 - 5 ms"), (0.01, "5 - 10 ms"),
         (0.02, "10 - 20 ms"), (0.05, "20 - 50 ms"), (0.1, "50 - 100 ms"), (0.2, "100 - 200 ms"),
         (0.5, "200 - 500 ms"), (1, "0.5 - 1 s"), (2, "1 - 2 s"), (5, "2 - 5 s"),
@@ -14952,10 +14952,10 @@ PROGRESS_WIDTH = 40                 # columns of the progress bar
 
 # The result of one request:
 #
-# client     the client's address, as text
-# began      the time.time() when the request began
-# seconds    the duration of the request
-# failure    the reason why the request failed, or "" if it succeeded
+# client     the client's address, as text.
+# began      the time.time() when the request began.
+# seconds    the duration of the request.
+# failure    the reason why the request failed, or "" if it succeeded.
 Outcome = namedtuple("Outcome", "client began seconds failure")
 
 
@@ -14963,16 +14963,13 @@ def demo_command(argv):
     """Return a function that runs `vaurien demo`. Raises ValueError."""
     config = read_arguments(argv, DEMO_SETTINGS, "vaurien demo", DEMO_INTRODUCTION)
     values = resolve_settings(config.arguments, DEMO_SETTINGS)
-    unused_options(config, {name for _, name in values["behavior"]})    # raises ValueError
+    unused_options(config, {name for _, name in values["behavior"]})    # raises if there are any
     return lambda: run_demo(values["requests"], behavior=values["behavior"], seed=values["seed"],
                             options=option_texts(config))
 
 
 def run_demo(count, **proxy_arguments):
-    """Make `count` requests through a Proxy, and print the results. Returns the exit status.
-
-    proxy_arguments    arguments of Proxy
-    """
+    """Make `count` requests through a Proxy, and print the results. Returns the exit status."""
     if is_main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)   # SIGTERM acts like Ctrl-C
     backend = start_backend()
@@ -15051,7 +15048,7 @@ def show_progress(done, count):
 def overwrite_line(text):
     """Replace the current line of stderr by a text, if stderr is a terminal."""
     if sys.stderr is not None and sys.stderr.isatty():
-        # \r moves the cursor to the start of the line. The 60 columns hide the old text.
+        # \r moves the cursor to the start of the line. Spaces up to column 60 hide the old text.
         sys.stderr.write("\r%-60s\r" % text)
         sys.stderr.flush()
 
@@ -15084,7 +15081,7 @@ def make_request(port):
 def match_faults(outcomes, records):
     """Return the requests that met a fault: {Outcome: name of the handler}.
 
-    records    fault records of the proxy
+    records    fault records of the proxy.
 
     This function also compares times, because a later client may get the port of an earlier one.
     """
@@ -15096,7 +15093,7 @@ def match_faults(outcomes, records):
 def format_histogram(outcomes):
     """Return the lines of the histogram: a line for each bar, then for each reason of a failure.
 
-    The first and the last bar have at least one request.
+    Bars without requests at the start and the end are left out.
     """
     counts = Counter(bar_index(outcome.seconds) for outcome in answered_only(outcomes))
     rows, lines = [], []            # rows: [(label, number of requests)]
@@ -15108,6 +15105,7 @@ def format_histogram(outcomes):
     rows += sorted(count_failures(outcomes).items())
     label_width = max(len(label) for label, _ in rows)
     largest_count = max(count for _, count in rows)
+    # A bar has a column for each request, or fewer columns if the largest count does not fit.
     columns_per_request = min(1.0, (HISTOGRAM_WIDTH - label_width) / largest_count)
     for label, count in rows:
         line = "  %*s" % (label_width, label)
@@ -15120,7 +15118,7 @@ def format_histogram(outcomes):
 
 def bar_index(seconds):
     """Return the index in BARS of the bar for a response time."""
-    return next(index for index, (end, _) in enumerate(BARS) if seconds < end)
+    return next(index for index, (limit, _) in enumerate(BARS) if seconds < limit)
 
 
 def count_failures(outcomes):
@@ -15136,7 +15134,7 @@ def answered_only(outcomes):
 def summarize(outcomes, faults):
     """Return sentences about the requests with a fault, and about the requests without a fault.
 
-    faults    {Outcome: name of the handler} of the requests that met a fault
+    faults    {Outcome: name of the handler} of the requests that met a fault.
     """
     unaffected = [outcome for outcome in outcomes if outcome not in faults]
     answered, failures = answered_only(unaffected), count_failures(unaffected)
@@ -15158,8 +15156,8 @@ def summarize(outcomes, faults):
 def describe_fault(handler_name, affected, normal_seconds):
     """Return a text like "were delayed (delay), by 1.00 s at the median".
 
-    affected          Outcomes of the requests on which the handler acted
-    normal_seconds    median time of the requests without a fault, or 0 if it is unknown
+    affected          Outcomes of the requests on which the handler acted.
+    normal_seconds    median time of the answered requests without a fault, or 0 if there are none.
 
     If an affected request has failed, the text is like "met error: 5 x a wrong answer".
     """
@@ -15225,11 +15223,11 @@ CTL_SETTINGS = settings_table([
 
 # An action of vaurienctl:
 #
-# function    takes a Client and the arguments of the action; returns the text to print
-# arguments   the arguments, for the help
-# help        the text for --help
-# check       a function that raises ValueError if the list of arguments is wrong. The default is
-#             Python's list(), which accepts each list
+# function    takes a Client and the arguments of the action, and returns the text to print.
+# arguments   the arguments, for the help.
+# help        the text for --help.
+# check       called with the list of arguments before `function`. Raises ValueError if they are
+#             invalid. The default, Python's list(), never raises ValueError.
 Action = namedtuple("Action", "function arguments help check")
 Action.__new__.__defaults__ = (list,)
 
@@ -15245,15 +15243,15 @@ def parse_rule_texts(texts):
     """Return the arguments of set-rules as rules for `PUT /rules`. Raises ValueError.
 
     texts    PERCENT:HANDLER begins a rule, and NAME=VALUE belongs to the last rule, for example
-             ["20:delay", "sleep=2", "5:error"]
+             ["20:delay", "sleep=2", "5:error"].
     """
     rules = []
     for text in texts:
         name, equals, value = text.partition("=")
-        is_new_field = equals and rules and name not in rules[-1]
-        if is_new_field:
+        if equals and rules and name not in rules[-1]:
             rules[-1][name] = value
-        else:           # parse_behavior refuses a NAME that the last rule already has
+        else:   # PERCENT:HANDLER. parse_behavior refuses a NAME=VALUE without a rule or with a
+                # NAME that the rule already has.
             rules += [{"name": handler_name, "percent": percent}
                       for percent, handler_name in parse_behavior(text)]
     return rules
@@ -15266,11 +15264,11 @@ def change_text(client, text):
     return "%s on proxy %s" % (text, client.request("GET", "/proxy")["name"])
 
 
-def ctl_set_handler(client, name, *fields):
-    """Set the only rule of the behavior. `fields` are options and rule fields as NAME=VALUE."""
-    handler_name, texts = parse_rule_words([name, *fields])
-    # The values stay text, because only the server knows the types of options. A field with the
-    # NAME `self` cannot be a keyword argument of client.set_handler.
+def ctl_set_handler(client, name, *assignments):
+    """Replace the behavior by one rule. An assignment is an option or a rule field: NAME=VALUE."""
+    handler_name, texts = parse_rule_words([name, *assignments])
+    # The values stay text, because only the server knows the types of options. The keyword
+    # arguments of client.set_handler(name, **texts) could not have the NAME `self`.
     client.request("PUT", "/behavior", dict(texts, name=handler_name))
     return change_text(client, "Handler changed to \"%s\"" % handler_name)
 
@@ -15281,7 +15279,7 @@ def ctl_rules(client):
 
 
 def ctl_set_rules(client, first, *others):
-    """Set the rules of the behavior from texts like "20:delay", "sleep=2"."""
+    """Set the rules of the behavior from at least one text, like "20:delay", "sleep=2"."""
     client.request("PUT", "/rules", {"rules": parse_rule_texts([first, *others])})
     return change_text(client, "Rules changed to %s" % ctl_rules(client))
 
@@ -15294,7 +15292,7 @@ def ctl_backend(client, backend=None):
 
 
 def ctl_accept(client, *words):
-    """Set the Accept of the proxy, given as words like "refuse", "ttl=5", or return the Accept."""
+    """Set the Accept from words like "refuse", "ttl=5". Without words, return the Accept."""
     if not words:
         return client.get_accept()
     client.set_accept(" ".join(words))
@@ -15308,7 +15306,7 @@ def ctl_proxies(client):
         proxy_client = Client(client.host, client.port, client.scheme, name, client.token)
         state = proxy["listen"] if proxy["enabled"] else "disabled"
         if "accept" in proxy:           # the server leaves out the mode "normal"
-            state += " (%s)" % check_accept(proxy["accept"])
+            state += " (%s)" % check_accept(proxy["accept"]).to_text()
         lines.append("%s: %s for %s: %s" % (
             name, state, proxy["upstream"], ctl_rules(proxy_client)))
     return "\n".join(lines)
@@ -15317,13 +15315,13 @@ def ctl_proxies(client):
 def set_toxic_fields(toxic, texts):
     """Set fields and attributes of a toxic. Raises ValueError for an invalid text.
 
-    toxic    the JSON object of the toxic, which this function changes
-    texts    {field or attribute: text}
+    toxic    the JSON object of the toxic, which this function changes.
+    texts    {field or attribute: text}.
     """
-    function = HANDLERS.get(toxic["type"])      # None for a user's handler of the server
+    function = HANDLERS.get(toxic["type"])  # None, without options, if only the server has it
     attributes = toxic["attributes"]
     for name, text in texts.items():
-        if name == "toxicity":      # the server accepts any number, as Toxiproxy does
+        if name == "toxicity":      # the server accepts each number, as Toxiproxy does
             toxic[name] = check_field(name, check_toxicity, text)
         elif name in ("name", "stream") or is_rule_field(function, name):
             toxic[name] = text
@@ -15334,16 +15332,16 @@ def set_toxic_fields(toxic, texts):
             attributes[name] = json.loads(text) if is_json else text
 
 
-def ctl_add_toxic(client, type_, *fields):
-    """Add a toxic. `fields` are fields and attributes of the toxic as NAME=VALUE."""
-    handler_name, texts = parse_rule_words([type_, *fields])
+def ctl_add_toxic(client, type_, *assignments):
+    """Add a toxic. An assignment is a field or an attribute of the toxic: NAME=VALUE."""
+    handler_name, texts = parse_rule_words([type_, *assignments])
     toxic = {"type": handler_name, "attributes": {}}
     set_toxic_fields(toxic, texts)
     return change_text(client, "Toxic added: %s" % client._add_toxic(toxic))
 
 
 def find_toxic(toxics, name):
-    """Return the toxic with a name. Raises ValueError for an unknown name."""
+    """Return the JSON object of the toxic `name`. Raises ValueError for an unknown name."""
     for toxic in toxics:
         if toxic["name"] == name:
             return toxic
@@ -15352,14 +15350,12 @@ def find_toxic(toxics, name):
         name, did_you_mean(name, names), ", ".join(names) or "none"))
 
 
-def ctl_update_toxic(client, name, *fields):
-    """Change a toxic. `fields` are fields and attributes of the toxic as NAME=VALUE.
-
-    In a request that changes one toxic, the server ignores unknown names, as Toxiproxy does. In a
-    request that replaces all toxics, the server refuses unknown names.
-    """
+def ctl_update_toxic(client, name, *assignments):
+    """Change a toxic. An assignment is a field or an attribute of the toxic: NAME=VALUE."""
     toxics = client.list_toxics()
-    set_toxic_fields(find_toxic(toxics, name), parse_assignments(fields))
+    set_toxic_fields(find_toxic(toxics, name), parse_assignments(assignments))
+    # This request replaces all toxics, because the server then refuses an unknown attribute. In a
+    # request that changes one toxic, the server ignores an unknown attribute, as Toxiproxy does.
     client.request("PUT", client._proxy_path() + "/toxics", toxics)
     return change_text(client, "Toxic changed: %s" % name)
 
@@ -15372,7 +15368,7 @@ def ctl_remove_toxic(client, name):
 
 
 def ctl_close(client, number, how="close"):
-    """Close an open connection, or reset the connection if `how` is "reset"."""
+    """Close the open connection `number`, or reset it if `how` is "reset"."""
     check_field("how", choice_check("close", "reset"), how)
     reset = how == "reset"
     client.close_connection(check_field("number", check_count, number), reset)
@@ -15382,7 +15378,7 @@ def ctl_close(client, number, how="close"):
 def change_action(method, text):
     """Return a function for CTL_ACTIONS that calls a method of Client.
 
-    text    the text to print after the call
+    text    the text to print after the call.
     """
     def action(client):
         method(client)
@@ -15459,7 +15455,7 @@ def ctl_command(argv):
     if flags:
         parser.refuse(flags)                # raises ValueError
     action = find_action(namespace.action)
-    # In `set-handler --proxy a delay`, argparse puts `delay` into `unknown`.
+    # argparse puts words after an option into `unknown`: `delay` in `set-handler --proxy a delay`
     args = [*namespace.args, *unknown]
     values = resolve_settings(parser.read_settings(vars(namespace)), CTL_SETTINGS)
     host, port, scheme = values["host"]
@@ -15473,7 +15469,7 @@ def ctl_command(argv):
 
 
 def find_action(name_or_alias):
-    """Return the Action with a name. Raises ValueError for an unknown name."""
+    """Return the Action of a name or an alias. Raises ValueError for an unknown name."""
     name = CTL_ALIASES.get(name_or_alias, name_or_alias)
     if name not in CTL_ACTIONS:
         raise ValueError("unknown action %r%s: there are %s (see vaurienctl --help)" % (
@@ -15527,7 +15523,7 @@ def main(argv: "Optional[Sequence[str]]" = None) -> int:
         return 1
     except OSError as error:
         message = str(error.strerror or error)
-        setting = getattr(error, "setting", "")     # only a CannotListen has a setting
+        setting = getattr(error, "setting", "")     # of a CannotListen, for example "--local"
         if setting:
             message += " (%s)" % setting
         return print_error(message, 1, attached, prog)
@@ -15538,7 +15534,7 @@ def choose_command(argv):
     if not argv or argv[0].startswith("-"):
         return proxy_command, argv
     name = argv[0]
-    if name in HANDLERS or PROTOCOLS.get(name):     # PROTOCOLS["tcp"] is None
+    if name in HANDLERS or PROTOCOLS.get(name):     # PROTOCOLS["tcp"] is None: it has no help
         raise ValueError("%s is not a command: see vaurien --help %s" % (name, name))
     if name not in COMMANDS:
         raise ValueError("unknown command %r%s: there are %s (see vaurien --help)" % (
@@ -15551,11 +15547,11 @@ def open_standard_fds():
 
     If a socket got the descriptor of a closed stdout, the program's output would go to a peer.
     """
-    stderr_fd = 2                       # the last of the three descriptors
-    fd = 0
-    while fd <= stderr_fd:              # open returns the lowest free descriptor
-        fd = os.open(os.devnull, os.O_RDWR)
-    os.close(fd)                        # the first descriptor after stderr
+    while True:
+        fd = os.open(os.devnull, os.O_RDWR)     # returns the lowest free descriptor
+        if fd > 2:      # the descriptors 0 to 2 are open: stdin, stdout and stderr
+            os.close(fd)
+            return
 
 
 def main_ctl() -> int:
