@@ -432,7 +432,7 @@ def check_seconds(value):
     """Convert a number of seconds, or a text like "90s", "5m", "1h" or "500ms", to seconds."""
     number, unit = value, "s"
     match = isinstance(value, str) and re.fullmatch(r"(.*[0-9.])\s*(ms|s|m|h)\s*", value)
-    if match:                                   # check_amount checks whether it is a number
+    if match:                                   # a text with a unit
         number, unit = match.groups()
     with contextlib.suppress(ValueError):       # the error below has examples
         seconds = check_amount(number) * TIME_UNITS[unit]
@@ -1199,7 +1199,7 @@ class BaseHandler:
 
         Returns b"" at the end of the stream or after an error.
         """
-        # A caller may pass one socket only, from which this function receives.
+        # Without a `backend_sock`, receive from `client_sock`.
         source = client_sock if to_backend or backend_sock is None else backend_sock
         try:
             return source.recv(buffer)
@@ -1209,7 +1209,7 @@ class BaseHandler:
 
 def is_blocking_handler(function):
     """Return whether a handler is a subclass of BaseHandler."""
-    # The user's class may inherit from the BaseHandler of a second copy of this file.
+    # issubclass is False if the class inherits from BaseHandler in a second import of this file.
     return isinstance(function, type) and getattr(function, "blocking", False)
 
 
@@ -1226,7 +1226,7 @@ def summary(function):
 
 
 def option_help(function):
-    """Return {option: help} of a handler, for the options that have a help."""
+    """Return {option: help} of a handler, without the options that have no help."""
     if is_blocking_handler(function):
         return {name: help_text for name, (help_text, _, _) in function.options.items()}
     # Example: "rate     kilobytes per second;\n         0 lets nothing through"
@@ -8858,7 +8858,7 @@ class LogThread(logging.Handler):
             if not self.closing and not self.thread.is_alive():
                 self.thread.start()
         except Exception:
-            self.handleError(record)
+            self.handleError(record)        # prints the exception to stderr
             return
         with self.changed:
             if len(self.lines) < LOG_LINES_MAX:
@@ -8918,7 +8918,7 @@ class Recorder:
         self.log_thread = None          # the LogThread that writes, while the file is open
 
     def open(self):
-        """Open the file if it is not open. The first call empties the file. Raises OSError."""
+        """Open the file if it is not open. Raises OSError."""
         if self.log_thread:
             return
         try:
@@ -8930,7 +8930,7 @@ class Recorder:
             "cannot record to %s: %s: the file lacks faults", self.path, error.strerror))
 
     def open_and_lock(self):
-        """Open, lock and empty the file, and return the descriptor. Later calls do not empty it.
+        """Open and lock the file, and return its descriptor. The first call empties the file.
 
         Raises OSError, for example if another process has locked the file.
         """
@@ -8954,8 +8954,8 @@ class Recorder:
     def write(self, record, active):
         """Write a FaultRecord, and the values of its ActiveRule that Replay needs."""
         line = json.dumps(dict(record._asdict(), rule=active.rule.to_json(), draw=active.draw,
-                               count=active.request))       # Replay calls it Rule.drawn_count
-        # logging replaces each "%" of a message with arguments. `line` has no arguments.
+                               count=active.request))   # for Replay: see Rule.drawn_count
+        # The message `line` may contain "%", because this record has no arguments to format.
         self.log_thread.handle(logging.makeLogRecord({"msg": line}))
 
     def close(self):
@@ -14941,8 +14941,8 @@ DEMO_SETTINGS = OrderedDict((
         "N", "number of requests to make")),
 ))
 
-# The bars of the histogram: (limit, label). A bar counts the requests whose response time in
-# seconds is below its limit, but not below the limit of the bar before.
+# The bars of the histogram: (limit in seconds, label). A request belongs to the first bar whose
+# limit is above the response time.
 BARS = ((0.001, "under 1 ms"), (0.002, "1 - 2 ms"), (0.005, "2 - 5 ms"), (0.01, "5 - 10 ms"),
         (0.02, "10 - 20 ms"), (0.05, "20 - 50 ms"), (0.1, "50 - 100 ms"), (0.2, "100 - 200 ms"),
         (0.5, "200 - 500 ms"), (1, "0.5 - 1 s"), (2, "1 - 2 s"), (5, "2 - 5 s"),
@@ -15226,8 +15226,8 @@ CTL_SETTINGS = settings_table([
 # function    takes a Client and the arguments of the action, and returns the text to print.
 # arguments   the arguments, for the help.
 # help        the text for --help.
-# check       called with the list of arguments before `function`. Raises ValueError if they are
-#             invalid. The default, Python's list(), never raises ValueError.
+# check       called with the list of arguments, before `function`. Raises ValueError for invalid
+#             arguments. The default, Python's list(), never raises ValueError.
 Action = namedtuple("Action", "function arguments help check")
 Action.__new__.__defaults__ = (list,)
 
@@ -15267,8 +15267,7 @@ def change_text(client, text):
 def ctl_set_handler(client, name, *assignments):
     """Replace the behavior by one rule. An assignment is an option or a rule field: NAME=VALUE."""
     handler_name, texts = parse_rule_words([name, *assignments])
-    # The values stay text, because only the server knows the types of options. The keyword
-    # arguments of client.set_handler(name, **texts) could not have the NAME `self`.
+    # The values stay text, because only the server knows the types of options.
     client.request("PUT", "/behavior", dict(texts, name=handler_name))
     return change_text(client, "Handler changed to \"%s\"" % handler_name)
 
@@ -15306,7 +15305,7 @@ def ctl_proxies(client):
         proxy_client = Client(client.host, client.port, client.scheme, name, client.token)
         state = proxy["listen"] if proxy["enabled"] else "disabled"
         if "accept" in proxy:           # the server leaves out the mode "normal"
-            state += " (%s)" % check_accept(proxy["accept"]).to_text()
+            state += " (%s)" % check_accept(proxy["accept"])    # like "accept refuse"
         lines.append("%s: %s for %s: %s" % (
             name, state, proxy["upstream"], ctl_rules(proxy_client)))
     return "\n".join(lines)
@@ -15318,7 +15317,7 @@ def set_toxic_fields(toxic, texts):
     toxic    the JSON object of the toxic, which this function changes.
     texts    {field or attribute: text}.
     """
-    function = HANDLERS.get(toxic["type"])  # None, without options, if only the server has it
+    function = HANDLERS.get(toxic["type"])  # None: only the server knows this handler
     attributes = toxic["attributes"]
     for name, text in texts.items():
         if name == "toxicity":      # the server accepts each number, as Toxiproxy does
@@ -15512,9 +15511,9 @@ def main(argv: "Optional[Sequence[str]]" = None) -> int:
         try:
             command, arguments = choose_command(argv)
             run = command(arguments)
-        except ValueError as error:
+        except ValueError as error:     # bad input. In run(), a ValueError is a bug
             return print_error(error, 2, attached, prog)
-        return run()        # a ValueError of run() is a bug: Python prints the traceback
+        return run()
     except KeyboardInterrupt:
         return 0
     except BrokenPipeError:     # the reader of stdout has closed the pipe
