@@ -346,7 +346,7 @@ def number_check(type_, expected, valid=lambda number: number >= 0):
                 accepted = "_" not in value     # Python's int and float accept "1_0"
             else:                               # int(2.5) is rounded, and int(True) is 1
                 accepted = number == value and not isinstance(value, bool)
-            is_finite = -math.inf < number < math.inf   # math.isfinite fails for large integers
+            is_finite = -math.inf < number < math.inf   # math.isfinite(10 ** 400) raises
             if accepted and is_finite and valid(number):
                 return number
         raise ValueError("must be %s, not %r" % (expected, value))
@@ -8926,7 +8926,7 @@ class Recorder:
         except OSError as error:
             raise OSError(error.errno, "cannot record to %s: %s"
                           % (self.path, error.strerror)) from None
-        self.log_thread = LogThread(fd, lambda error: log.error(
+        self.log_thread = LogThread(fd, on_error=lambda error: log.error(
             "cannot record to %s: %s: the file lacks faults", self.path, error.strerror))
 
     def open_and_lock(self):
@@ -8944,7 +8944,7 @@ class Recorder:
                 os.close(fd)
                 raise OSError(error.errno, "another proxy records to this file: each process "
                                            "needs a file of its own") from None
-            except OSError:             # a file system without locks
+            except OSError:             # the file system has no locks: record without a lock
                 pass
         if self.is_new:
             os.ftruncate(fd, 0)
@@ -15159,7 +15159,7 @@ def describe_fault(handler_name, affected, normal_seconds):
     affected          Outcomes of the requests on which the handler acted.
     normal_seconds    median time of the answered requests without a fault, or 0 if there are none.
 
-    If an affected request has failed, the text is like "met error: 5 x a wrong answer".
+    If a request has failed or `normal_seconds` is 0: "met error: 5 x a wrong answer".
     """
     answered, failures = answered_only(affected), count_failures(affected)
     if normal_seconds and not failures:
@@ -15505,7 +15505,7 @@ def main(argv: "Optional[Sequence[str]]" = None) -> int:
     """Run a command line. Returns the exit status: 0, 1 for a network error, 2 for bad input."""
     open_standard_fds()
     argv = list(sys.argv[1:] if argv is None else argv)
-    attached = "--attached" in argv         # print errors for the parent process, too
+    attached = "--attached" in argv         # print errors to stdout, too: see print_error
     prog = "vaurienctl" if argv[:1] == ["ctl"] else "vaurien"
     try:
         try:
