@@ -3834,6 +3834,8 @@ class RuleSet:
         self.counts_rows = any(rule.options.get("rows") for rule in rules)
         # With a rate limit, no recv is larger than the delay queue of a slow link.
         self.recv_size = max([rule.held_max for rule in rules if rule.rate_limited] or [CHUNK])
+        # Without a fixed delay, Chain.fixed_delays need not be called.
+        self.has_fixed_delay = any(rule.fixed_delay for rule in rules)
         # Whether Chain.begin_batch may draw the numbers for 8 requests at once.
         self.draw_ahead = not self.replay and all(rule.is_drawn_at_beginning() for rule in rules)
         # Whether the requests of one connection may have different active rules.
@@ -8016,7 +8018,7 @@ class Connection:
         Returns the bytes to send at once, or None if events were queued instead.
         """
         now, chain = self.loop.clock(), self.chain
-        if link.fast_events and not chain.protocol:
+        if link.fast_events and chain.rule_set.has_fixed_delay and not chain.protocol:
             delays = chain.fixed_delays(link.to)
             if delays:
                 self.delay(link, now, bytes(data), delays)
