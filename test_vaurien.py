@@ -127,7 +127,32 @@ def setUpModule():
     logging.getLogger("vaurien").setLevel(logging.CRITICAL)
 
 
+EARLY_STARTS = {}       # {class of tests: a ThreadedCall of its method `start`}
+
+
+def load_tests(loader, tests, pattern):
+    """Begin to start the slowest servers. They start while the first tests run.
+
+    unittest calls this function if it loads all tests of this module.
+    """
+    for case in TestBrowser, TestMariaDB, TestPostgreSQL:
+        EARLY_STARTS[case] = ThreadedCall(case.start).__enter__()
+    return tests
+
+
+def start_or_wait(case):
+    """Call case.start(), or wait for the call that load_tests has begun."""
+    if case in EARLY_STARTS:
+        EARLY_STARTS.pop(case).result()
+    else:
+        case.start()
+
+
 def tearDownModule():
+    for case in list(EARLY_STARTS):         # its tests did not run
+        with contextlib.suppress(unittest.SkipTest):
+            start_or_wait(case)
+            case.stop()
     if BYTECODE_IS_NEW:
         with contextlib.suppress(OSError):
             os.remove(BYTECODE)
@@ -15034,15 +15059,30 @@ class RealServerTests:
     reconnects = False              # whether the driver opens a new connection after an error
     backend_tls = False             # whether the server takes part in TLS
 
+    process = folder = None
+
+    @classmethod
+    def start(cls):
+        """Begin to start the server on an unused port."""
+        cls.folder = cls.folder or make_server_folder()
+        cls.port = unused_port()
+        try:
+            cls.process = cls.start_server()
+        except BaseException:
+            cls.stop()
+            raise
+
+    @classmethod
+    def stop(cls):
+        cls.stop_server()
+        shutil.rmtree(cls.folder, ignore_errors=True)
+
     @classmethod
     def setUpClass(cls):
         cls.driver = cls.import_driver()
-        cls.folder = make_server_folder()
-        cls.process = None
         try:
             for _ in range(3):      # another process may have bound the port first
-                cls.port = unused_port()
-                cls.process = cls.start_server()
+                start_or_wait(cls)
                 if cls.wait_until_ready():
                     return
                 cls.stop_server()
@@ -15053,8 +15093,7 @@ class RealServerTests:
 
     @classmethod
     def tearDownClass(cls):
-        cls.stop_server()
-        shutil.rmtree(cls.folder, ignore_errors=True)
+        cls.stop()
 
     @classmethod
     def stop_server(cls):
@@ -15565,7 +15604,8 @@ class TestPostgreSQL(RealTlsTests, unittest.TestCase):
                            "--no-sync", "-E", "UTF8", "--locale=C", **user)
         initdb.wait(TIMEOUT)
         return cls.popen(find_program("postgres"), "-D", data, "-p", str(cls.port),
-                         "-h", "127.0.0.1", "-k", cls.folder, "-c", "fsync=off", "-c", "ssl=on",
+                         "-h", "127.0.0.1", "-k", cls.folder, "-c", "fsync=off",
+                         "-c", "dynamic_shared_memory_type=mmap", "-c", "ssl=on",
                          "-c", "ssl_cert_file=" + certificate, "-c", "ssl_key_file=" + certificate,
                          **user)
 
@@ -16175,12 +16215,20 @@ class TestBrowser(unittest.TestCase):
     """The page in a real browser. Every change is checked at the proxy."""
 
     @classmethod
-    def setUpClass(cls):
+    def start(cls):
         cls.browser = Browser()
 
     @classmethod
-    def tearDownClass(cls):
+    def stop(cls):
         cls.browser.close()
+
+    @classmethod
+    def setUpClass(cls):
+        start_or_wait(cls)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.stop()
 
     def setUp(self):
         self.stack = contextlib.ExitStack()
