@@ -1609,7 +1609,7 @@ class Framer:
         self.restart(reader)
 
     def restart(self, reader):
-        """Continue with another reader. Drops the bytes that are buffered for the old reader."""
+        """Replace the reader. Drops the buffered bytes."""
         self.reader = reader
         self.awaiting = next(reader)
         self.buffered = b""
@@ -2007,11 +2007,11 @@ class Http(Protocol):
     def parse_fields(self, text):
         """Return the HeaderFields of a request. `text`: see HeaderFields.
 
-        Returns None if the head does not end at the end of the text, or if a body follows.
+        Returns None if `text` is not one whole head without a body: `requests` must parse `text`.
         """
         lower_text = text.lower()
-        _, end, rest = text.partition(b"\n\r\n")
-        is_one_head = end and not rest and b"\n\n" not in text      # "\n\n" may also end a head
+        _, head_end, rest = text.partition(b"\n\r\n")      # an empty line ends the head
+        is_one_head = head_end and not rest and b"\n\n" not in text     # "\n\n" also ends a head
         has_body = b"\ncontent-length" in lower_text or b"\ntransfer-encoding" in lower_text
         if not is_one_head or has_body:
             return None
@@ -2099,8 +2099,8 @@ class Http(Protocol):
             row_ends = rows == "chunks"
             if rows == "events":            # an event may begin in one chunk and end in another
                 row_ends = yield from self.read_events(size)
-                size = 0                    # the data has been read
-            yield size + len(b"\r\n")       # the line end of a chunk belongs to the row
+            unread = 0 if rows == "events" else size
+            yield unread + len(b"\r\n")     # the line end of a chunk belongs to the row
             if row_ends:
                 yield END_OF_ROW
         while (yield LINE).strip():         # trailer fields, up to an empty line
@@ -2366,10 +2366,10 @@ class Memcache(Protocol):
             is_noreply = words[-1:] == [b"noreply"] and name not in self.GET    # in a GET: a key
             gets_no_reply = is_quiet or is_noreply or name == "quit"
             request = Request(line.strip(), name, replies=not gets_no_reply)
-            yield request                   # make_substitute may replace the request now
+            yield request       # a rule may refuse the request now: see make_substitute
             if is_quiet:
                 self.quiet_sent = True
-            elif self.is_mn(request):
+            elif self.is_mn(request):       # its reply comes after all replies to quiet commands
                 self.quiet_sent = False
             yield body_size
             yield END_OF_MESSAGE
@@ -2638,10 +2638,9 @@ class Mysql(Protocol):
         if not size:
             self.loading = False            # an empty packet ends the data of LOCAL INFILE
         yield CONTINUATION
-        is_first_login_packet = sequence and not self.capabilities_known
-        if is_first_login_packet:
-            size = yield from self.read_capabilities(size)
-        yield size
+        is_first_login_packet = sequence > 0 and not self.capabilities_known
+        size_left = (yield from self.read_capabilities(size)) if is_first_login_packet else size
+        yield size_left
         yield END_OF_MESSAGE
 
     def read_capabilities(self, size):
@@ -2837,7 +2836,7 @@ class Mysql(Protocol):
         code = self.ERR + int(kind).to_bytes(2, "little")
         if kind in self.connect_errors:     # before the login, an ERR has no SQLSTATE
             return mysql_packet(0, code + text.encode())
-        # The sequence number 1 follows a command of one packet. finish_reply can replace it.
+        # The reply to a command of one packet has the number 1. finish_reply sets other numbers.
         return mysql_packet(1, code + ("#" + sqlstate + text).encode())
 
     def make_substitute(self, kind, request):
@@ -2868,15 +2867,15 @@ def pg_message(type_, body):
 class PostgresReply:
     """The data that Postgres keeps of a request until the reply ends.
 
-    ends          the types of messages that end the reply to an EXECUTE, b"" for other requests.
+    end_types     the types of messages that can end the reply to an EXECUTE, otherwise b"".
     bound         whether BindComplete has arrived.
     copy_ended    whether the client has sent CopyDone or CopyFail after the request.
     """
 
-    __slots__ = ("ends", "bound", "copy_ended")
+    __slots__ = ("end_types", "bound", "copy_ended")
 
-    def __init__(self, ends=b""):
-        self.ends, self.bound, self.copy_ended = ends, False, False
+    def __init__(self, end_types=b""):
+        self.end_types, self.bound, self.copy_ended = end_types, False, False
 
 
 @protocol
@@ -2975,7 +2974,7 @@ class Postgres(Protocol):
             if not (is_startup or asks_for_encryption or code == self.CANCEL):
                 raise ProtocolError("no startup message")
             if asks_for_encryption:
-                # The reply is one byte, but the old reader of replies awaits 5 bytes.
+                # The reply is one byte, but the reader in use awaits 5 bytes: use a new reader.
                 self.encryption_requested = True        # the new reader awaits one byte
                 self.reply_framer.restart(self.replies())
             yield CONTINUATION
@@ -3026,9 +3025,9 @@ class Postgres(Protocol):
 
     def expect_no_execute(self, request):
         """Expect only a BindComplete as the reply to a Bind without an Execute."""
-        if request.info.ends != self.EXECUTE_ENDS:      # make_substitute has refused the request
+        if request.info.end_types == self.ERROR:    # the backend gets a substitute, and no Bind
             return
-        request.info.ends = self.BIND_ENDS
+        request.info.end_types = self.BIND_ENDS
         if request.info.bound:              # the BindComplete has arrived already
             request.replies = False
 
@@ -3090,7 +3089,7 @@ class Postgres(Protocol):
         request = self.awaited_request()
         if request.name != "EXECUTE":       # only READY ends the reply
             return False
-        if type_ in request.info.ends:
+        if type_ in request.info.end_types:
             if type_ == self.ERROR:         # before the caller's END_OF_MESSAGE changes the queue
                 self.skip_to_sync()
             return True
@@ -3170,13 +3169,13 @@ class Postgres(Protocol):
     def make_substitute(self, kind, request):
         """Return messages after which the transaction has the same state as after an error.
 
-        An invalid statement makes a transaction fail. A COMMIT that fails ends the transaction.
+        An invalid statement makes a transaction fail. A failed COMMIT ends it, as a ROLLBACK does.
         """
         is_commit = self.COMMIT.match(request.text)
         if request.name == "QUERY":
             return self.ROLLBACK_QUERY if is_commit else self.INVALID_QUERY
-        self.skipping = True            # the invalid statement makes the backend skip to the Sync
-        request.info.ends = self.ERROR  # the CommandComplete of a ROLLBACK does not end the reply
+        # INVALID_PARSE ends both: the backend sends an ErrorResponse, and skips to the Sync.
+        self.skipping, request.info.end_types = True, self.ERROR
         return self.ROLLBACK_BATCH if is_commit else self.INVALID_PARSE
 
 
@@ -4015,7 +4014,7 @@ class Accept(Scheduled):
         self.mode, self.fields = mode, fields or {}
         self.options = {"mode": mode}       # for fault records
         super().__init__(**self.fields)
-        # A listener opens before the schedule starts. It has this mode, unless `start` is set.
+        # A listener opens before the schedule starts. With a `start`, it opens in mode "normal".
         self.set_active(not self.start)
 
     def current_mode(self):
@@ -4405,7 +4404,7 @@ class Chain:
         self.begin_request()
 
     def begin_request(self):
-        """Count a request, and draw the rules for it."""
+        """Count a request, and draw the rules for it, unless the same rules stay active."""
         rule_set = self.rule_set
         rule_set.request_count += 1
         request = self.request_count = self.current_number = self.request_count + 1
@@ -4420,7 +4419,7 @@ class Chain:
             self.active_rules = NOTHING if not hits else [
                 ActiveRule(rule, rule.drawn_count, number) for rule, number in hits
                 if rule.selects(rule.drawn_count)]
-        elif rule_set.changes_by_request or request == 1:   # else the active rules stay the same
+        elif request == 1 or rule_set.changes_by_request:
             for active in self.per_connection.values():
                 if active.match_buffer:         # search only the bytes of the new request
                     active.match_buffer = b""
@@ -4429,7 +4428,7 @@ class Chain:
     def direction_changed(self, to):
         """Set last_direction. Begin a request if the client sends after the backend has sent.
 
-        Returns request_count. In a ProtocolChain, a request counts when its head is complete.
+        Returns request_count. A ProtocolChain counts a request when its head is complete.
         """
         last, self.last_direction = self.last_direction, to
         if last is DOWNSTREAM:          # the client sends now
@@ -4539,12 +4538,12 @@ class Chain:
             if may_change and self.update_acts(active):
                 begun.append(rule)
         self.undrawn = [rule for rule in [*self.undrawn, *new] if rule in installed]
-        current = {active.rule: active for active in self.active_rules if not active.is_over()}
+        drawn = {active.rule: active for active in self.active_rules if not active.is_over()}
         if self.last_direction is None:         # request 1 has no bytes yet
-            for rule in set(woken) - {*current, *self.undrawn}:     # the rules that did not act
-                if rule.is_drawn_at_beginning():        # begin_request has counted the draw
-                    current[rule] = self.make_active(rule)
-        self.active_rules = self.collect(current)           # draws new per-connection rules
+            for rule in set(woken) - {*drawn, *self.undrawn}:   # the rules that did not act
+                if rule.is_drawn_at_beginning():
+                    drawn[rule] = self.make_active(rule)    # begin_request has counted the draw
+        self.active_rules = self.collect(drawn)             # draws new per-connection rules
         return begun
 
     def update_acts(self, active):
@@ -4564,13 +4563,13 @@ class Chain:
         return False                    # only a ProtocolChain has queued events
 
     def reset_due_times(self, to, latest):
-        """Replace each due time that a rule keeps in state[to], if it is later than `latest`.
+        """Lower the due times that rules keep for a direction to `latest`, if they are later.
 
         latest    the due time of the last chunk in the delay queue, after delays were undone.
         """
         for active in self.all_active_rules():
             if active.rule.keeps_due_time and active.acts:
-                active[to] = min(active[to], latest)
+                active[to] = min(active[to], latest)    # state[to] in the code of a handler
 
     def all_active_rules(self):
         """Return the active rules of all requests that may still get events."""
@@ -4637,8 +4636,8 @@ class Chain:
     def process(self, now, to, data):
         """Run bytes or a signal through the active rules.
 
-        Returns [(t, to, data, delays)]. `delays` has one tuple (rule, seconds, from_open) for each
-        rule that has delayed the event. from_open: the rule has got OPEN and yielded other data.
+        Returns [(t, to, data, delays)]. `delays` has a tuple (rule, seconds, from_open) for each
+        rule that has delayed the event. from_open: this rule made the event from OPEN: see release.
         """
         return self.run_chain(self.active_rules, now, to, [(now, to, data, ())])
 
@@ -4669,9 +4668,9 @@ class Chain:
     def run_chain(self, active_rules, now, to, events, opening=False):
         """Run events through some active rules, one rule after the other.
 
-        to         the direction of the event that all `events` were made of.
+        to         the direction of the RESET after an exception.
         events     [(t, to, data, delays)]: see `process`.
-        opening    whether the event is the OPEN of process_open.
+        opening    whether process_open has called, with the event OPEN.
 
         Returns only a RESET if a handler raises an exception.
         """
@@ -4797,17 +4796,16 @@ class RefusingChain(Chain):
 
         data    OPEN, EOF, or bytes of the client.
         """
-        self.modified = True
+        self.modified = True            # no bytes of the client are forwarded
         if data is EOF:
             return [(now, to, data, ())]
         self.received += data           # OPEN is empty
-        if self.refusing_protocol:
-            reply = self.refusing_protocol.refuse_client(self.received or OPEN)
-        else:
-            reply = Reply(b"", closes=True)
+        protocol, received = self.refusing_protocol, self.received or OPEN
+        reply = protocol.refuse_client(received) if protocol else Reply(b"", closes=True)
         if reply is None:               # a server would wait for more bytes
             return []
-        self.received, self.answered_early = b"", bool(reply.data)
+        self.received = b""
+        self.answered_early = bool(reply.data)      # finish() lets the client read the reply
         events = [(now, DOWNSTREAM, reply.data)]
         if reply.closes:                # a client may go on after Postgres's "no encryption"
             events += close_both(now)
@@ -4868,7 +4866,7 @@ class ProtocolChain(Chain):
     boundaries. Each boundary changes the queue before the Framer continues to parse:
 
         direction   boundary         change
-        upstream    Request          a new last exchange begins. Rules are drawn for the request.
+        upstream    Request          a new exchange is appended. Rules are drawn for the request.
         upstream    CONTINUATION     none. The bytes belong to the last exchange, whose request is
                                      complete. No rule can refuse a complete request.
         upstream    END_OF_MESSAGE   the request of the last exchange is complete.
@@ -4951,7 +4949,7 @@ class ProtocolChain(Chain):
 
     def rules_changed(self, new, changed=(), woken=()):
         """Apply a change of the installed rules to all exchanges: see Chain.rules_changed."""
-        # process_open follows: a rule may refuse the client at OPEN if no bytes have come yet.
+        # The caller then calls process_open: a rule may refuse a client that has sent no byte.
         last = self.exchanges[-1]
         self.set_exchange(
             last, is_refusable=last.request is None and self.last_direction is None)
@@ -5037,10 +5035,11 @@ class ProtocolChain(Chain):
             last.request, last.active_rules = request, self.active_rules
             last.reply_done = False     # bytes that came before request 1 are no reply
         elif len(self.exchanges) == 1 and not last.active_rules and last.is_done():
-            self.kept -= last.kept      # the old exchange is done: use its object again
+            # The new exchange takes the object and the place of the only exchange, which is done.
+            self.kept -= last.kept
+            self.last_affected = None
             last.restart(self.request_count, self.active_rules, request)
-            self.last_affected = None   # no other exchange exists
-        else:
+        else:                           # the memory of further exchanges is counted
             last = Exchange(self.request_count, self.active_rules, request)
             self.exchanges.append(last)
             overhead = EXCHANGE_OVERHEAD + ACTIVE_RULE_OVERHEAD * len(self.active_rules)
@@ -5052,14 +5051,16 @@ class ProtocolChain(Chain):
         """Set `current_request` and `active_rules` for a request whose head is complete.
 
         is_begun    whether `start` has begun the request, and has drawn rules for the request.
+
+        A request that is not independent keeps the active rules of the previous request.
         """
         self.current_request = request
-        if is_begun:        # draw only the rules that `start` has not drawn
-            late = [rule for rule in self.rule_set.installed
-                    if rule.match or rule in self.undrawn]
-            if late:
-                self.draw_more(late)
-        elif request.independent:       # else the rules of the previous request act on this one
+        if is_begun:
+            not_drawn = [rule for rule in self.rule_set.installed       # `match` needs the head
+                         if rule.match or rule in self.undrawn]
+            if not_drawn:
+                self.draw_more(not_drawn)
+        elif request.independent:
             self.begin_request()
         if self.head_forwarded:         # too late for per-request rules: see HEAD_TIMEOUT
             self.active_rules = [active for active in self.active_rules
@@ -5143,7 +5144,7 @@ class ProtocolChain(Chain):
         return not self.exchange_of(to).active_rules and self.framer(to).skips(size)
 
     def pass_through(self, to, data):
-        """Fast path: apply the boundaries in bytes on which no rule can act.
+        """Fast path for bytes on which no rule can act: only find and apply the boundaries.
 
         Returns `data` itself to forward `data` unchanged. Returns other bytes to forward if a Host
         header is rewritten, TLS begins, or the parsing ends. Returns None, and changes nothing, if
@@ -5167,12 +5168,12 @@ class ProtocolChain(Chain):
                 if self.encrypted is not None:
                     return self.split_encrypted(to, bytes(data), end)
         except ProtocolError as error:
-            # The events that these calls return are ignored, because all bytes are returned below.
-            self.process_part(0.0, to, bytes(data[end:]))
-            self.fall_back(0.0, to, str(error))
-            return bytes(data)          # a copy tells the connection that the parsing has ended
-        if to is UPSTREAM:              # outside of a request, bytes after a boundary are a head
-            self.head_forwarded = not self.in_request and end < size
+            copy = bytes(data)          # tells the connection that the parsing has ended
+            self.process_part(0.0, to, copy[end:])      # no rule acts: these two calls only return
+            self.fall_back(0.0, to, str(error))         # events with bytes of `copy`
+            return copy
+        if to is UPSTREAM:              # further bytes after the end of a request begin a head
+            self.head_forwarded = end < size and not self.in_request
         return data
 
     def pass_whole(self, to, data):
@@ -5284,7 +5285,7 @@ class ProtocolChain(Chain):
         self.apply_boundary(to, boundary)
         if boundary is TLS_BEGINS:
             return []
-        # The boundary is a Request or CONTINUATION. The held head ends at this boundary.
+        # At a Request or CONTINUATION, the held head is complete.
         events, head = self.release_done(now), self.take_head()
         is_request = boundary is not CONTINUATION
         if is_request:
@@ -5307,7 +5308,7 @@ class ProtocolChain(Chain):
         # CONTINUATION bytes, like COPY data or a password, come after a complete request.
         is_continuation = to is UPSTREAM and exchange.complete
         if data is END_OF_MESSAGE and (is_continuation or not exchange.active_rules):
-            return []                   # rules get only the first END_OF_MESSAGE of a request
+            return []                   # only rules get the signal, once for each request
         events = []
         for event in self.run_chain(exchange.active_rules, now, to, [(now, to, data, ())]):
             _, direction, made, _ = event
@@ -5315,17 +5316,17 @@ class ProtocolChain(Chain):
                 exchange.forwarded = True
             if made is not END_OF_MESSAGE and made is not END_OF_ROW:   # signals only for rules
                 events.append(event)
-        if exchange is not self.exchanges[0]:
+        if exchange is not self.exchanges[0]:       # replies to earlier requests must leave first
             events = self.queue_replies(exchange, now, data, events)
-        if self.modified:               # a rule may have ended the replies
+        if self.modified:               # a rule may have made EOF or RESET
             self.note_end(now, data, events)
         return events
 
-    def queue_replies(self, exchange, start, made_of, events):
+    def queue_replies(self, exchange, start, original, events):
         """Queue the replies and signals of rules until `exchange` is the first in the queue.
 
-        start      the time when `made_of` came.
-        made_of    the bytes or the signal that the events were made of.
+        start       the time when `original` came.
+        original    the bytes or the signal that the rules have replaced by `events`.
 
         Returns the events that are not queued: bytes for the backend, and an unchanged signal of
         the client.
@@ -5333,7 +5334,7 @@ class ProtocolChain(Chain):
         may_leave = []
         for event in events:
             _, to, made, delays = event
-            is_signal_of_rule = not made and made is not made_of
+            is_signal_of_rule = not made and made is not original
             if to == UPSTREAM and not is_signal_of_rule:
                 may_leave.append(event)
             else:
@@ -5343,12 +5344,12 @@ class ProtocolChain(Chain):
                     self.drops_requests = True
         return may_leave
 
-    def note_end(self, now, made_of, events):
+    def note_end(self, now, original, events):
         """Set drops_replies if a rule closes or resets the connection to the client now.
 
-        made_of    the bytes or the signal that the events were made of.
+        original    the bytes or the signal that the rules have replaced by `events`.
         """
-        if made_of is EOF:              # the client or the backend has closed, not a rule
+        if original is EOF:             # the client or the backend has closed, not a rule
             return
         for due, to, data, _ in events:
             ends_replies = data is RESET or (data is EOF and to == DOWNSTREAM)
@@ -5389,9 +5390,9 @@ class ProtocolChain(Chain):
 
         error    the reason, as text. The connection logs this text.
 
-        Stores a tcp Chain in `successor`, which replaces this chain. In one case no successor is
-        made: the client's bytes are wrong, but the client must still get an error of a rule. Then
-        this chain forwards the further bytes of the client unparsed, and still parses the replies.
+        Stores a tcp Chain in `successor`, which replaces this chain. There is no successor if the
+        client has sent the bytes, but a rule must still send an error to this client. Then this
+        chain forwards the further bytes of the client unparsed, and still parses the replies.
 
         Returns the queued events, and those that forward the held head.
         """
@@ -5418,7 +5419,7 @@ class ProtocolChain(Chain):
             # Only events of rules are queued: errors, and signals that end the connection.
             if exchange.queued_events:
                 return True
-            # The rule sends the error after the backend's reply to Reply.substitute.
+            # The error follows the reply of the backend to the substitute of the refused request.
             if exchange.refusal and exchange.complete and exchange.awaits_reply():
                 return True
         return False
@@ -6407,7 +6408,7 @@ class Listener:
             raise
 
     def lock_number(self):
-        """Reserve this process's number, `reuse_port`, at each address of this listener.
+        """Claim the number `reuse_port` for this process, at each address of the listener.
 
         Raises CannotListen if another process has the number. Each lock is an abstract socket
         (man 7 unix). Its name has the address and the number. Two sockets in a network namespace
@@ -7002,8 +7003,8 @@ def der_int(number):
 def der_oid(text):
     """Return an object identifier like 1.2.840 in DER (X.690, 8.19).
 
-    The first two numbers share a byte. The other numbers have base 128, and all bytes of a number
-    except the last have the bit 128. For example, 840 = 6 * 128 + 72 has the bytes 128 + 6 and 72.
+    The first two numbers share a byte. The others have base 128: in all bytes of a number except
+    the last, the highest bit is 1. For example, 840 = 6 * 128 + 72 has the bytes 128 + 6 and 72.
     """
     first, second, *others = map(int, text.split("."))
     encoded = bytes([40 * first + second])
@@ -7215,7 +7216,7 @@ class TlsConfig:
     """The TLS settings of a proxy, and the SSLContexts for its clients and its backend.
 
     fields             {name in TLS_FIELDS: value} of the settings that are not None.
-    clients_use_tls    whether clients must use TLS.
+    clients_use_tls    whether clients must use TLS. A `fault` is in the certificate for clients.
     cert_file          the file with the certificate for clients, or "" to make certificates.
     """
 
@@ -7653,7 +7654,7 @@ class TlsSocket:
         self.push()
 
     def close(self):
-        """Close the socket. Without a reset, a pending `shutdown` first sends the last bytes."""
+        """Close the socket, but first complete a pending `shutdown`, unless `resets` is True."""
         self.loop.cancel(self.change_timer)
         self.loop.cancel(self.deadline)
         can_send = self.is_open and self.loop.running and not self.resets and not self.error
@@ -9733,8 +9734,8 @@ def wait_for_records(next_records, since, matches, count, timeout):
     """Wait until `count` FaultRecords match, but at most `timeout` seconds.
 
     next_records    a function like ProxyServer.next_records.
-    since           the number of a record: only later records count.
-    matches         function that returns whether a record counts.
+    since           the number of a record: only later records are counted.
+    matches         function that returns whether a record is counted.
 
     Returns the records that match, the oldest first.
     """
@@ -10739,7 +10740,7 @@ poll();
 #
 # `GET /` lists each route with the first line of the docstring of the route's function.
 
-ROUTES = OrderedDict()          # {path: {method: Route}}; a segment in capitals matches any name
+ROUTES = OrderedDict()          # {path: {method: Route}}. A segment in capitals matches any text
 DIALECTS = []                   # [(prefix of a path, Dialect)] for errors about unknown paths
 REQUEST_BODY_MAX = 1 << 20      # bytes of a request's body
 REQUEST_HEAD_MAX = 1 << 16      # bytes of a request's headers
@@ -10921,7 +10922,7 @@ def find_routes(path, default_dialect):
 
 
 def match_segments(pattern, segments):
-    """Return {segment in capitals: name}, or None if a path does not match the path of a route.
+    """Return the names in a path, or None if the path does not match the path of a route.
 
     For example, ["", "proxies", "PROXY"] and ["", "proxies", "redis"] give {"PROXY": "redis"}.
     """
@@ -11063,7 +11064,7 @@ def get_handler_name(request):
 def set_handler(request):
     """Set a handler: a bare name, or JSON with its options and percent."""
     text = request.body.strip()
-    is_json = text.startswith(("{", "[", '"'))      # parse_json_object refuses "[" and '"'
+    is_json = text.startswith(("{", "[", '"'))      # the error for a list or text is about JSON
     set_rules(request, [parse_json_object(text) if is_json else {"name": text}])
     return "ok"
 
@@ -11188,7 +11189,7 @@ def state_to_json(proxy):
         ("name", proxy.name), ("listen", proxy.listen), ("backend", format_address(proxy.backend)),
         ("enabled", proxy.enabled), ("accept", proxy.accept.to_json(proxy.to_unix)),
         ("max_connections", proxy.max_connections), ("reuse_port", proxy.reuse_port),
-        ("rules", proxy.describe()), ("faults", proxy.fault_count)])        # FaultRecords
+        ("rules", proxy.describe()), ("faults", proxy.fault_count)])
 
 
 @route("GET", "/status", "?seconds=1", query=["seconds"], needs_proxy=False)
@@ -11292,7 +11293,7 @@ def set_backend(request):
     proxy, body = request.proxy, parse_json_object(request.body)
     body.setdefault("backend", "")      # a missing backend: parse_backend refuses ""
     values = check_values(body, {"backend": lambda value: parse_backend(str(value))})
-    # For the proxy's own address, set_backend raises a ValueError, and check_field an InputError.
+    # proxy.set_backend raises ValueError for the proxy's own address. check_field adds "backend".
     check_field("backend", proxy.loop.run_sync, proxy.set_backend, values["backend"])
 
 
@@ -11594,7 +11595,7 @@ class Session:
         loop = self.control.loop
         loop.cancel(self.timer)
         self.timer = None if t is None else loop.call_at(t, self.disconnect)
-        if self.client in self.control.clients:     # else the server is disconnecting the client
+        if self.client in self.control.clients:     # the server is not disconnecting the client
             self.control.clients.move_to_end(self.client)
 
     def disconnect(self):
@@ -12225,7 +12226,7 @@ def read_attributes(type_, value, strict=False):
 
 
 def in_plain_words(message):
-    """Return a message with each GO_TYPE_ERROR in plain words.
+    """Return a message with plain words in place of each error of the form GO_TYPE_ERROR.
 
     The example at GO_TYPE_ERROR becomes "enabled must be true or false, not string".
     """
@@ -12587,8 +12588,8 @@ def must_replace(existing, proxy):
 def replace_toxics(current, new, fields):
     """Return the new toxics, and the current toxics that the new toxics do not replace.
 
-    fields    the fields that change. The field "toxics" replaces all current toxics that Toxiproxy
-              could have, and the field "rules" all others.
+    fields    the fields that change. The field "toxics" replaces the current toxics that exist in
+              Toxiproxy. The field "rules" replaces the current toxics that do not.
 
     A new toxic always replaces a current toxic of the same name.
     """
@@ -12948,13 +12949,13 @@ class Interface:
               since: "Optional[int]" = None) -> int:
         """Return how often a handler has acted.
 
-        name     the handler; by default, the faults of all handlers count.
+        name     the handler. By default, the faults of all handlers are counted.
         match    a regular expression for the field `text` of a fault record: the beginning of the
                  request, 80 characters at most.
-        since    the number of a fault record: only later faults count. By default, faults count
-                 after the beginning of the innermost open `with` block of the handler. If the
-                 handler has no open block, faults count after the beginning of the innermost
-                 open block of any handler. Without open blocks, faults count after the last reset.
+        since    the number of a fault record: only faults after this record are counted. By
+                 default, only faults since the beginning of a `with` block are counted: the
+                 innermost open block of the handler, or else of any handler. If no block is open,
+                 only faults since the last reset are counted.
         """
         since, matches = self._selection(name, since, match)
         return len(list(filter(matches, self.events(since))))
@@ -13045,7 +13046,7 @@ class Interface:
     def _selection(self, name, since, match):
         """Convert arguments of `count` into (since, matches). Raises ValueError.
 
-        matches(record) returns whether a FaultRecord with a number above `since` counts.
+        matches(record) returns whether a FaultRecord with a number above `since` is counted.
         """
         if name is not None:
             name = self._handler_name(name)
@@ -13216,13 +13217,12 @@ class Proxy(Interface):
                  replay: "Optional[str]" = None, reuse_port: "Optional[int]" = None) -> None:
         super().__init__()
         options = check_field("options", check_handler_options, options or {})
-        name = check_field("name", check_text, name)        # a number becomes text
         self._server = ProxyServer(
             distant=check_field("distant", parse_endpoint, distant, parse_backend),
             local=check_field("local", parse_endpoint, local, parse_listener),
             behavior=check_field("behavior", behavior_tables, behavior, options, local_handler),
             options=options,
-            name=check_field("name", check_name, name),
+            name=check_field("name", lambda name: check_name(check_text(name)), name),
             seed=check_optional("seed", check_count, seed),
             toxics=[make_local_toxic(toxic) for toxic in toxics],
             reuse_port=check_optional("reuse_port", check_reuse_port, reuse_port),
@@ -13393,7 +13393,7 @@ class Proxy(Interface):
             method(self._proxies, self._server, **arguments)
 
     def _check_running(self):
-        """Raise RuntimeError if the proxy is not running, or in the thread of the proxy's loop."""
+        """Raise RuntimeError if the proxy is not running, or if its own thread calls this."""
         if not self._thread:
             raise RuntimeError('the proxy is not running; use "with" or start()')
         if self._thread is threading.current_thread():      # the thread would wait for itself
@@ -13906,7 +13906,7 @@ def describe_record(record):
 #            shared          each proxy has a value of its own. The section [vaurien] sets the
 #                            default of all proxies, also of proxies that the API creates.
 #            process         the process has one value.
-#            command line    the process has one value, which the file cannot set.
+#            command line    the process has one value. Only the command line can set the value.
 # default    the text to parse if the user gives no text; None if the value is None by default.
 # check      the function that parses the text.
 # metavar    the placeholder of the value in the help. If the metavar is None, the flag takes no
@@ -13942,12 +13942,12 @@ def check_log_level(text):
 def import_handler(name):
     """Import a user's handler, like mine.stutter, if HANDLERS does not have the handler yet.
 
-    Raises ValueError for an unknown name.
+    Raises ValueError with the end of a sentence: "names the unknown handler 'x': there are ...".
     """
     if name not in HANDLERS and "." in name:
         load_handler(name, path=name)
     if name not in HANDLERS:
-        raise ValueError("names the %s, or the path.to.callable of your own handler"
+        raise ValueError("names the %s; write one of these, or path.to.callable for your own"
                          % unknown_handler(name))
 
 
@@ -14522,7 +14522,7 @@ def set_once(target, key, value, subject):
 def resolve_settings(texts, settings):
     """Return {name: parsed value} for all settings. Raises ValueError.
 
-    texts    {name: SourcedText}. A setting without a text gets the default of the setting.
+    texts    {name: SourcedText} of the settings that are given. The others have their defaults.
     """
     values = {}
     for name, setting in settings.items():
@@ -14554,12 +14554,12 @@ def proxy_settings(config, needs_proxy):
         settings["vaurien"] = config.global_settings()
         for name in ADDRESS_SETTINGS:
             arguments.pop(name, None)       # --local and --distant are for `vaurien` only
-        inherited_names = set(SHARED_SETTINGS)
+        inherited_names = set(SHARED_SETTINGS)      # [vaurien] has its other settings for itself
     else:                                   # [vaurien] is no proxy, and only has defaults
         inherited_names = {*SHARED_SETTINGS, "behavior", "network", "toxics"}
-    if len(config.proxy_sections) > 1 and ADDRESS_SETTINGS & set(arguments):
-        raise ValueError("--local and --distant are ambiguous: the file has the proxies %s"
-                         % ", ".join(config.proxy_sections))
+        if len(config.proxy_sections) > 1 and ADDRESS_SETTINGS & set(arguments):
+            raise ValueError("--local and --distant are ambiguous: the file has the proxies %s"
+                             % ", ".join(config.proxy_sections))
     inherited = {name: text for name, text in config.vaurien_section.items()
                  if name in inherited_names}
     for name, section in config.proxy_sections.items():
