@@ -4637,7 +4637,7 @@ class Chain:
         """Run bytes or a signal through the active rules.
 
         Returns [(t, to, data, delays)]. `delays` has a tuple (rule, seconds, from_open) for each
-        rule that has delayed the event. from_open: this rule made the event from OPEN: see release.
+        rule that has delayed the event. from_open: the rule made the event from OPEN, see release.
         """
         return self.run_chain(self.active_rules, now, to, [(now, to, data, ())])
 
