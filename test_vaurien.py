@@ -12934,10 +12934,10 @@ class TestProcess(TempDirTestCase):
     def test_serve_with_and_without_proxies(self):
         self.write("toxiproxy.json", json.dumps([
             {"name": "a", "listen": "127.0.0.1:0", "upstream": "localhost:1"}]))
-        for argv, names in [(["--http-port", "0"], []),
-                            (["-port=0", "-config", "toxiproxy.json"], ["a"])]:
-            with self.subTest(argv):
-                process = self.start("serve", *argv)
+        processes = [(self.start("serve", *argv), names) for argv, names in [
+            (["--http-port", "0"], []), (["-port=0", "-config", "toxiproxy.json"], ["a"])]]
+        for process, names in processes:
+            with self.subTest(process.args):
                 line = ""
                 while "control on" not in line:
                     line = process.stderr.readline()
@@ -13015,19 +13015,21 @@ class TestProcess(TempDirTestCase):
     @unittest.skipUnless(hasattr(signal, "setitimer"), "no interval timers on this system")
     def test_an_expression_that_takes_for_ever_does_not_stop_the_proxy(self):
         """Only SIGKILL ended a proxy that searched for (a+)+b."""
-        for protocol in "tcp", "redis":
-            with self.subTest(protocol), backend_server(echo) as (backend_port, _):
-                process = self.start("--local", "127.0.0.1:0", "--protocol", protocol,
-                                     "--distant", "127.0.0.1:%d" % backend_port,
-                                     "--behavior", "100:delay", "--handlers.delay.match", "(a+)+b")
-                port, = self.read_listening_ports(process)
-                with contextlib.closing(connect(port)) as sock:
-                    for _ in range(2):
-                        send_and_read(sock, b"GET " + 60 * b"a" + b"\r\n")
-                process.terminate()
-                _, err = process.communicate(timeout=TIMEOUT)
-                self.assertEqual(process.returncode, 0)
-                self.assertEqual(err.count("it acts on no more requests"), 1)
+        with backend_server(echo) as (backend_port, _):
+            processes = [self.start("--local", "127.0.0.1:0", "--protocol", protocol,
+                                    "--distant", "127.0.0.1:%d" % backend_port,
+                                    "--behavior", "100:delay", "--handlers.delay.match", "(a+)+b")
+                         for protocol in ("tcp", "redis")]
+            for process in processes:
+                with self.subTest(process.args):
+                    port, = self.read_listening_ports(process)
+                    with contextlib.closing(connect(port)) as sock:
+                        for _ in range(2):
+                            send_and_read(sock, b"GET " + 60 * b"a" + b"\r\n")
+                    process.terminate()
+                    _, err = process.communicate(timeout=TIMEOUT)
+                    self.assertEqual(process.returncode, 0)
+                    self.assertEqual(err.count("it acts on no more requests"), 1)
 
     def test_log_output_names_the_file_of_the_log(self):
         process = self.start("--local", "127.0.0.1:0", "--log-output", "v.log",
@@ -13045,9 +13047,12 @@ class TestProcess(TempDirTestCase):
         self.assertRegex(json.loads(err)["message"], "^stopped")
 
     def test_version(self):
-        for argv in ["--version"], ["ctl", "--version"], ["--config", "nowhere", "--version"]:
-            with self.subTest(argv):
-                self.assertEqual(self.run_to_end(*argv), (0, "vaurien 3.0.0\n", ""))
+        processes = [self.start(*argv) for argv in (
+            ["--version"], ["ctl", "--version"], ["--config", "nowhere", "--version"])]
+        for process in processes:
+            with self.subTest(process.args):
+                out, err = process.communicate(timeout=TIMEOUT)
+                self.assertEqual((process.returncode, out, err), (0, "vaurien 3.0.0\n", ""))
 
     def run_help(self, *argv):
         """Run vaurien with these arguments, which print a help. Returns its lines."""
