@@ -4532,11 +4532,7 @@ class Chain:
         installed = self.rule_set.installed
         self.per_connection = {rule: active for rule, active in self.per_connection.items()
                                if rule in installed}
-        begun = []
-        for rule, active in self.per_connection.items():
-            may_change = rule in changed or rule.has_schedule()     # may begin or stop
-            if may_change and self.update_acts(active):
-                begun.append(rule)
+        begun = self.update_per_connection(changed)
         self.undrawn = [rule for rule in [*self.undrawn, *new] if rule in installed]
         drawn = {active.rule: active for active in self.active_rules if not active.is_over()}
         if self.last_direction is None:         # request 1 has no bytes yet
@@ -4546,18 +4542,25 @@ class Chain:
         self.active_rules = self.collect(drawn)             # draws new per-connection rules
         return begun
 
-    def update_acts(self, active):
-        """Let a per-connection rule begin to act or stop, after a change of its percentage.
+    def update_per_connection(self, changed):
+        """Let per-connection rules begin to act or stop. Returns the rules that begin.
 
-        Returns whether the rule begins.
+        changed    the rules with new options or percentages.
         """
-        rule = active.rule
-        if active.match_buffer is not None:     # find_match will draw the rule
-            return False
-        if self.rule_set.replay:        # a Replay does not know when the rule sleeps
-            _, acts, _ = self.draw_number(rule)
-            return active.set_acts(acts and not rule.sleeps())
-        return active.set_acts(rule.includes(active.draw) and rule.selects(active.request))
+        begun = []
+        for rule, active in self.per_connection.items():
+            may_change = rule in changed or rule.has_schedule()
+            if not may_change or active.match_buffer is not None:   # find_match will draw the rule
+                continue
+            if self.rule_set.replay:    # a Replay does not know when the rule sleeps
+                _, acts_if_awake, _ = self.draw_number(rule)
+                acts = acts_if_awake and not rule.sleeps()
+            else:
+                acts = rule.includes(active.draw) and rule.selects(active.request)
+            begins = active.set_acts(acts)
+            if begins:
+                begun.append(rule)
+        return begun
 
     def release(self, removed, changed):
         return False                    # only a ProtocolChain has queued events
@@ -5312,10 +5315,11 @@ class ProtocolChain(Chain):
         events = []
         for event in self.run_chain(exchange.active_rules, now, to, [(now, to, data, ())]):
             _, direction, made, _ = event
-            if direction == UPSTREAM and made and not is_continuation:
+            if made is END_OF_MESSAGE or made is END_OF_ROW:    # signals only for rules
+                continue
+            events.append(event)
+            if made and direction == UPSTREAM and not is_continuation:
                 exchange.forwarded = True
-            if made is not END_OF_MESSAGE and made is not END_OF_ROW:   # signals only for rules
-                events.append(event)
         if exchange is not self.exchanges[0]:       # replies to earlier requests must leave first
             events = self.queue_replies(exchange, now, data, events)
         if self.modified:               # a rule may have made EOF or RESET
@@ -5536,13 +5540,12 @@ class DelayQueue:
             t = self.latest
         if data or data is OPEN:        # an EOF does not delay bytes that are put after the EOF
             self.latest = t
-        # limited_until is the due time if only the delays by rate limits count: see read_limit.
-        limited_until = start
+        due_by_rate = start             # when the event would be due if only rate limits acted
         for rule, seconds, _ in delays:
             if rule.rate_limited:
-                limited_until += seconds
-        if limited_until > self.rate_limited_until:
-            self.rate_limited_until = limited_until
+                due_by_rate += seconds
+        if due_by_rate > self.rate_limited_until:
+            self.rate_limited_until = due_by_rate
         self.order += 1
         self.charge(len(data))
         heapq.heappush(self.queue, (t, self.order, data, start, delays))
