@@ -135,8 +135,14 @@ def load_tests(loader, tests, pattern):
 
     unittest calls this function if it loads all tests of this module.
     """
+    lock = threading.Lock()
+
+    def start(case):
+        with lock:      # only one start at a time, because the tests need CPU time, too
+            case.start()
+
     for case in TestBrowser, TestMariaDB, TestPostgreSQL:
-        EARLY_STARTS[case] = ThreadedCall(case.start).__enter__()
+        EARLY_STARTS[case] = ThreadedCall(start, case).__enter__()
     return tests
 
 
@@ -7365,7 +7371,12 @@ class TestAccept(unittest.TestCase):
             with self.assertLogs("vaurien", "INFO") as logged, \
                     proxy.refusing(start=0.05, duration="50ms"):
                 began = time.monotonic()
-                self.assert_served(proxy.port)
+                try:
+                    for host in self.HOSTS:
+                        with contextlib.closing(connect(proxy.port, host)) as sock:
+                            send_and_read(sock, b"question")
+                except ConnectionRefusedError:          # a busy machine: the window has begun
+                    self.assertGreaterEqual(time.monotonic() - began, 0.04)
                 wait_until(lambda: len(proxy.events()) == 1)
                 self.assertGreaterEqual(time.monotonic() - began, 0.04)
                 wait_until(lambda: len(proxy.events()) == 2)
