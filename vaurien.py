@@ -2479,7 +2479,7 @@ def mysql_integer(data, offset):
     """Return (number, offset of the next byte) of a length-encoded integer.
 
     The first byte is the number, or tells the size of a number that follows. If data ends too
-    early, the missing bytes count as 0.
+    early, each missing byte is read as 0.
     """
     first_byte = data[offset] if offset < len(data) else 0
     start = offset + 1
@@ -2836,7 +2836,7 @@ class Mysql(Protocol):
         code = self.ERR + int(kind).to_bytes(2, "little")
         if kind in self.connect_errors:     # before the login, an ERR has no SQLSTATE
             return mysql_packet(0, code + text.encode())
-        # The reply to a command of one packet has the number 1. finish_reply sets other numbers.
+        # 1 is the sequence number of a reply to one packet. finish_reply sets any other number.
         return mysql_packet(1, code + ("#" + sqlstate + text).encode())
 
     def make_substitute(self, kind, request):
@@ -4550,7 +4550,8 @@ class Chain:
         begun = []
         for rule, active in self.per_connection.items():
             may_change = rule in changed or rule.has_schedule()
-            if not may_change or active.match_buffer is not None:   # find_match will draw the rule
+            is_drawn = active.match_buffer is None      # otherwise, find_match will draw the rule
+            if not may_change or not is_drawn:
                 continue
             if self.rule_set.replay:    # a Replay does not know when the rule sleeps
                 _, acts_if_awake, _ = self.draw_number(rule)
@@ -4673,7 +4674,7 @@ class Chain:
 
         to         the direction of the RESET after an exception.
         events     [(t, to, data, delays)]: see `process`.
-        opening    whether process_open has called, with the event OPEN.
+        opening    True only if process_open gives the event OPEN to new or changed rules.
 
         Returns only a RESET if a handler raises an exception.
         """
@@ -7006,8 +7007,8 @@ def der_int(number):
 def der_oid(text):
     """Return an object identifier like 1.2.840 in DER (X.690, 8.19).
 
-    The first two numbers share a byte. The others have base 128: in all bytes of a number except
-    the last, the highest bit is 1. For example, 840 = 6 * 128 + 72 has the bytes 128 + 6 and 72.
+    The first two numbers share a byte. The other numbers have base 128. The highest bit of a byte
+    is 1 if the number continues. For example, 840 = 6 * 128 + 72 has the bytes 128 + 6 and 72.
     """
     first, second, *others = map(int, text.split("."))
     encoded = bytes([40 * first + second])
@@ -7986,7 +7987,7 @@ class Connection:
         return min(limit, link.recv_size, self.parse_limit(link))
 
     def parse_limit(self, link):
-        """Return how many bytes to receive at most, because parsed requests take memory."""
+        """Return the most bytes to receive, so that the parsed requests fit in the free memory."""
         parses_requests = link is self.up and link.recv_size <= PARSED_CHUNK
         if not parses_requests:
             return CHUNK                # the most that on_ready ever receives
@@ -8061,7 +8062,7 @@ class Connection:
         """Return `to_send` if the fast path is open. Otherwise queue `to_send`, and return None.
 
         size       the number of bytes received.
-        to_send    the received bytes, after the chain may have rewritten a head in them.
+        to_send    the bytes to send: the received bytes, perhaps with another Host header.
         """
         if link.fast_events:            # on_ready will count len(to_send) as received
             link.buffered_in += size - len(to_send)
@@ -9196,7 +9197,7 @@ class ProxyServer:
             with contextlib.suppress(CannotListen):
                 self.apply_accept()
             raise
-        has_schedule = bool(accept.fields)      # which begins again, even if the text is the same
+        has_schedule = bool(accept.fields)      # a schedule begins again, even with the same text
         if has_schedule or accept.to_text() != before.to_text():
             log.info("%saccept: %s", self.log_prefix, accept.to_text())
         self.begin_schedules()
@@ -9483,7 +9484,7 @@ class ProxyServer:
                 *(toxic.rule for toxic in self.toxics)]
 
     def scheduled_rules(self):
-        """Return the rules with a schedule. An Accept with a schedule counts as a rule."""
+        """Return the rules that have a schedule, and the Accept if it has a schedule."""
         return [rule for rule in [*self.all_rules(), self.accept] if rule.has_schedule()]
 
     def begin_schedules(self):
@@ -12956,9 +12957,9 @@ class Interface:
         match    a regular expression for the field `text` of a fault record: the beginning of the
                  request, 80 characters at most.
         since    the number of a fault record: only faults after this record are counted. By
-                 default, only faults since the beginning of a `with` block are counted: the
-                 innermost open block of the handler, or else of any handler. If no block is open,
-                 only faults since the last reset are counted.
+                 default, the faults since the beginning of the innermost open `with` block of the
+                 handler are counted. If the handler has no open block, the innermost open block of
+                 any handler is used. If no block is open, faults since the last reset are counted.
         """
         since, matches = self._selection(name, since, match)
         return len(list(filter(matches, self.events(since))))
