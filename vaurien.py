@@ -13911,7 +13911,7 @@ def describe_record(record):
 #                            default of all proxies, also of proxies that the API creates.
 #            process         the process has one value.
 #            command line    the process has one value. Only the command line can set the value.
-# default    the text to parse if the user gives no text; None if the value is None by default.
+# default    the text to parse if the setting is not given. None: the value is then None.
 # check      the function that parses the text.
 # metavar    the placeholder of the value in the help. If the metavar is None, the flag takes no
 #            value, and in the file the value is yes or no. If the metavar ends with " ...", the
@@ -13951,8 +13951,7 @@ def import_handler(name):
     if name not in HANDLERS and "." in name:
         load_handler(name, path=name)
     if name not in HANDLERS:
-        raise ValueError("names the %s; write one of these, or path.to.callable for your own"
-                         % unknown_handler(name))
+        raise ValueError("names the %s; your own needs path.to.callable" % unknown_handler(name))
 
 
 def check_behavior(text):
