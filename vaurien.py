@@ -516,9 +516,9 @@ def with_attributes(**attributes: "Any") -> "Callable[[Function], Function]":
                         is removed, Chain.reset_due_times reduces state[to]
     on_dropped          a function (rule, to, size) to call when the proxy drops a chunk that the
                         handler has delayed
-    fixed_delay         for a handler that only delays: a function (options) that returns the delay
-                        of each chunk in seconds, or 0 if the delays differ. A chain adds a fixed
-                        delay without a call of the handler
+    fixed_delay         for a handler that only delays: a function (options) that returns the
+                        seconds by which all chunks are delayed, or 0 if chunks have no common
+                        delay. A chain adds a fixed delay without a call of the handler
     """
     def decorate(function):
         for name, value in attributes.items():
@@ -822,7 +822,8 @@ def timeout(state, t, to, data, *, timeout=0):
     if is_first or data is OPEN:        # after an OPEN, the options may be new
         close_at = state["began"] + timeout / 1000 if timeout > 0 else NEVER
         yield from close_both(close_at)     # the removal of the rule makes both EOFs due
-    if not data:                # bytes are dropped
+    is_signal = not data
+    if is_signal:               # bytes are dropped
         yield t, to, data
 
 
@@ -5614,7 +5615,7 @@ class DelayQueue:
     def release(self, removed, changed=()):
         """Undo the delays by rules that were removed or changed. Delays by other rules remain.
 
-        Events that a changed rule has made of OPEN are dropped, because the rule gets a new OPEN.
+        Events that a changed rule has yielded for OPEN are dropped: the rule will get OPEN again.
         Returns whether an event had a delay by a removed or changed rule.
         """
         rules = [*removed, *changed]
@@ -5625,8 +5626,8 @@ class DelayQueue:
         entries.sort(key=lambda entry: entry[1])    # by `order`: bytes keep their order
         for _, _, data, start, delays in entries:
             self.credit(len(data) + CHUNK_OVERHEAD)
-            gets_new_open = any(from_open and rule in changed for rule, _, from_open in delays)
-            if gets_new_open:
+            is_outdated = any(from_open and rule in changed for rule, _, from_open in delays)
+            if is_outdated:
                 continue
             remaining = tuple(delay for delay in delays if delay[0] not in rules)
             self.put(start + sum(seconds for _, seconds, _ in remaining), data, start, remaining)
@@ -7947,8 +7948,11 @@ class Connection:
             self.after_send(link, data[sent:])
 
     def begin_measurement(self):
-        """Begin to measure the latency of a request, unless another request is being measured."""
-        if not self.down.request_time:
+        """Begin to measure the latency of a request, and draw the next request to measure.
+
+        Does nothing if another request is being measured.
+        """
+        if not self.down.request_time:      # `down`: the reply ends the measurement
             self.down.request_time = self.loop.clock()
             distance = self.proxy.latencies.draw_distance()
             self.up.measure_from = self.chain.request_count + distance
@@ -7998,23 +8002,25 @@ class Connection:
         """Run received bytes through the chain.
 
         Returns the bytes that on_ready must send, or None if all bytes were queued or dropped.
-        on_ready adds the bytes that it sends to `forwarded`. All other received bytes are added to
-        `buffered_in`.
+        on_ready counts the bytes that it sends, in `forwarded`. The callees count all other bytes,
+        in `buffered_in`.
         """
         chain, size = self.chain, len(data)
         if self.phase is LINGERING:     # the client has got its last reply: drop further bytes
             link.buffered_in += size
             return None
-        to_send = chain.pass_through(link.to, data)     # often `data` itself
+        passed = chain.pass_through(link.to, data)      # often `data` itself
         if chain.protocol and (size >= PARSED_CHUNK or link.recv_size > PARSED_CHUNK):
             link.recv_size = chain.recv_size(link.to)   # a long body may have begun or ended
-        if to_send is None:             # a rule may act
+        to_send = passed
+        if passed is None:              # a rule may act
             to_send = self.run_rules(link, data)
-        elif to_send is not data or not link.fast_events:   # changed bytes, or no fast path
+        elif passed is not data or not link.fast_events:    # changed bytes, or no fast path
             self.after_parsing(link)
-            to_send = self.send_or_queue(link, size, to_send)
+            to_send = self.send_or_queue(link, size, passed)
+        # If the bytes were queued, update_interest() has charged the kept bytes.
         if to_send is not None and (self.chain.kept > KEPT_MIN or self.up.kept):
-            self.kept_changed()         # for queued bytes, update_interest() calls charge_kept()
+            self.kept_changed()
         return to_send
 
     def run_rules(self, link, data):
@@ -8525,11 +8531,12 @@ class Connection:
         link.source.note_change()       # soon calls pump(), which calls continue_tls()
 
     def continue_tls(self):
-        """Begin TLS with the receiver of the announcement if the announcement has been sent."""
+        """Begin TLS with the receiver of the message that announces TLS, once it has been sent."""
         link = self.announcing_link
         if not link.held:
             self.announcing_link = None
-            self.start_tls(self.down if link is self.up else self.up)   # its source: the receiver
+            receiver_link = self.down if link is self.up else self.up
+            self.start_tls(receiver_link)
 
     def advance_tls(self, link):
         """Handle an event of a link's TlsSocket: continue the handshake, or send ciphertext.
@@ -8962,7 +8969,7 @@ class Recorder:
         """Write a FaultRecord, and the values of its ActiveRule that Replay needs."""
         line = json.dumps(dict(record._asdict(), rule=active.rule.to_json(), draw=active.draw,
                                count=active.request))   # for Replay: see Rule.drawn_count
-        # The message `line` may contain "%", because this record has no arguments to format.
+        # A "%" in `line` does no harm: a LogRecord without arguments is not formatted.
         self.log_thread.handle(logging.makeLogRecord({"msg": line}))
 
     def close(self):
@@ -9171,7 +9178,7 @@ class ProxyServer:
         self.listen = format_address(("::", port) if is_wildcard(host) else listener.address())
 
     def open(self, loop):
-        """Use a loop: begin the schedules, accept clients if the port is bound, log settings."""
+        """Begin the schedules in `loop`, accept clients if the port is bound, and log settings."""
         self.loop = loop
         self.record_rule_change()
         self.begin_schedules()
@@ -9238,7 +9245,7 @@ class ProxyServer:
         connection.refuse()
 
     def served_count(self):
-        """Return the number of open connections that are not refused."""
+        """Return the number of open connections, without those that only get a refusal."""
         return len(self.connections) - len(self.open_refused)
 
     def apply_change(self, local, backend, enabled, listener, accept):
@@ -9304,7 +9311,7 @@ class ProxyServer:
     def resolve_backend(self, on_resolved):
         """Resolve the backend's name in a thread, then call on_resolved(addresses, error).
 
-        Either `addresses` or `error` is None. Clients that wait at one time share one lookup.
+        Either `addresses` or `error` is None. Clients that wait at the same time share one lookup.
         """
         backend = self.backend
         if backend in self.lookups:
@@ -9497,7 +9504,10 @@ class ProxyServer:
         self.set_rule_timer()
 
     def update_moment(self, rule, now):
-        """Set rule.moment for the time `now`. Record the beginning or the end of a window."""
+        """Set rule.moment, the state of the rule's schedule at the time `now`.
+
+        Records the beginning or the end of a window.
+        """
         before = rule.moment
         rule.set_moment(rule.moment_at(now))
         if rule.moment.active != before.active:
@@ -15229,10 +15239,10 @@ CTL_SETTINGS = settings_table([
 # An action of vaurienctl:
 #
 # function    takes a Client and the arguments of the action, and returns the text to print.
-# arguments   the arguments, for the help.
+# arguments   the names of the arguments, as --help shows them.
 # help        the text for --help.
 # check       called with the list of arguments, before `function`. Raises ValueError for invalid
-#             arguments. The default, Python's list(), never raises ValueError.
+#             arguments. The default, Python's list(), permits all arguments.
 Action = namedtuple("Action", "function arguments help check")
 Action.__new__.__defaults__ = (list,)
 
