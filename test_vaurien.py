@@ -12901,6 +12901,9 @@ class TestProcess(TempDirTestCase):
             self.assertNotIn("Traceback", err)
 
     def test_a_request_is_delayed_and_a_signal_stops_the_proxy(self):
+        # If nohup has started the tests, SIGHUP is ignored, and the process would inherit this.
+        self.addCleanup(signal.signal, signal.SIGHUP,
+                        signal.signal(signal.SIGHUP, signal.SIG_DFL))
         for signum in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
             with self.subTest(signum.name):
                 self.check_one_request_and_stop(signum)
