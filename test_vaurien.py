@@ -9148,7 +9148,7 @@ class TestControl(unittest.TestCase):
                     for name in ["used", "first request", "second request", "idle", "newest"]}
         control.clients.update((session.client, session) for session in sessions.values())
         for name, t in ("first request", 30), ("second request", 31), ("used", 32), ("used", None):
-            sessions[name].set_timer(t)
+            sessions[name].apply_deadline(t)
         for name in "idle", "newest", "used", "first request", "second request":
             with self.subTest(name):
                 control.disconnect_least_used()

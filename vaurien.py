@@ -457,29 +457,29 @@ def format_value(value):
 #
 #   state    the ActiveRule: the memory of the handler for one request or one connection. An
 #            ActiveRule is a Counter: a key that was never set has the value 0. Attributes:
-#              random            a random.Random that the seed determines
+#              random            a random.Random that the seed determines.
 #              request           the number of this request (or connection) at the proxy, counted
-#                                from 1 since the rule was installed
-#              request_number    the number of the current request in its connection
+#                                from 1 since the rule was installed.
+#              request_number    the number of the current request in its connection.
 #              stream            the direction of the events that the handler receives: UPSTREAM,
-#                                DOWNSTREAM or "both"
-#              shared            a Counter that all states of this rule at this proxy share
-#              protocol          the Protocol of the connection, or None for tcp
-#              protocol_lost     True after the connection has fallen back to tcp
-#              current_request   the Request that the event belongs to, or None without a protocol
-#                                and while the client connects
-#              received_at       the time when the proxy received the event
-#              draw              the random number that decided that the rule acts
+#                                DOWNSTREAM or "both".
+#              shared            a Counter that all states of this rule at this proxy share.
+#              protocol          the Protocol of the connection, or None for tcp.
+#              protocol_lost     True after the connection has fallen back to tcp.
+#              current_request   the Request that the event belongs to. None without a protocol,
+#                                and while the client connects.
+#              received_at       the time when the proxy received the event.
+#              draw              the random number that decided that the rule acts.
 #              drawn_options     {option: value} for the fault record: options that the user left
-#                                empty, with the values that the handler has drawn
+#                                empty, with the values that the handler has drawn.
 #   t        the due time of the event: `received_at` plus the delays by earlier rules. A handler
-#            must not yield an event that is due before t
+#            must not yield an event that is due before t.
 #   to       UPSTREAM or DOWNSTREAM. To reply to the sender of the event, a handler yields an event
-#            of the opposite direction
+#            of the opposite direction.
 #   data     bytes, or a signal: OPEN, EOF, END_OF_MESSAGE or END_OF_ROW. A handler may also yield
-#            RESET
+#            RESET.
 #   *, ...   the options. The default of an option determines the type of the option: bool, int,
-#            float or str. The docstring of the handler has a line of help for each option
+#            float or str. The docstring of the handler has a line of help for each option.
 #
 # A complete handler. The command line, ini files and the HTTP API accept lose and percent_lost:
 #
@@ -507,18 +507,18 @@ def handler(function: "Function") -> "Function":
 def with_attributes(**attributes: "Any") -> "Callable[[Function], Function]":
     """Return a decorator that sets attributes of a handler. All attributes are optional:
 
-    option_checks       {option: check} for options that accept only some values (section Checks)
-    held_max            for a handler with @rate_limited: the most bytes of one recv, and the most
-                        bytes in a delay queue while the handler delays bytes by more than
-                        RATE_BACKLOG. The default is HELD_MAX_IDLE
+    option_checks       {option: check} for options that accept only some values (section Checks).
+    held_max            the most bytes of one recv, for a handler with @rate_limited. The limit of
+                        the delay queue is the same while the handler delays bytes by more than
+                        RATE_BACKLOG. The default is HELD_MAX_IDLE.
     keeps_due_time      True: the handler stores in state[to] the earliest due time of the next
                         chunk. state[to] includes the delays by earlier rules. When an earlier rule
-                        is removed, Chain.reset_due_times reduces state[to]
+                        is removed, Chain.reset_due_times reduces state[to].
     on_dropped          a function (rule, to, size) to call when the proxy drops a chunk that the
-                        handler has delayed
+                        handler has delayed.
     fixed_delay         for a handler that only delays: a function (options) that returns the
                         seconds by which all chunks are delayed, or 0 if chunks have no common
-                        delay. A chain adds a fixed delay without a call of the handler
+                        delay. A chain adds a fixed delay without a call of the handler.
     """
     def decorate(function):
         for name, value in attributes.items():
@@ -784,7 +784,7 @@ def slicer(state, t, to, data, *, average_size=0, size_variation=0, delay=0):
     """A link of small packets: every chunk is cut into pieces.
 
     average_size    bytes of a piece; 0 cuts nothing
-    size_variation  bytes added or subtracted at most, drawn for each piece
+    size_variation  bytes by which the size of a piece differs from average_size at most
     delay           microseconds after each piece
     """
     # state[to] is the earliest time of the next piece.
@@ -819,11 +819,11 @@ def timeout(state, t, to, data, *, timeout=0):
     """
     is_first = "began" not in state
     state.setdefault("began", t)
-    if is_first or data is OPEN:        # after an OPEN, the options may be new
+    # With new options, OPEN comes again. The EOFs yielded for the first OPEN were dropped then.
+    if is_first or data is OPEN:
         close_at = state["began"] + timeout / 1000 if timeout > 0 else NEVER
         yield from close_both(close_at)     # the removal of the rule makes both EOFs due
-    is_signal = not data
-    if is_signal:               # bytes are dropped
+    if not data:                # a signal. Bytes are dropped
         yield t, to, data
 
 
@@ -965,16 +965,18 @@ class TcpSender:
     def draw_repair(self, path, behind, is_bulk):
         """Return (delay of a lost segment in seconds, whether the sender has a time-out).
 
-        behind and is_bulk are arguments of `send`. The delays were measured with Linux 6.18:
+        behind     the number of later segments of the same chunk
+        is_bulk    whether more chunks follow soon
+
+        The delays were measured with Linux 6.18:
 
             three or more segments follow          1 RTT: three acknowledgements report the loss
             some segments follow or are in flight  2 RTT or the time-out: tail loss probe, RFC 8985
             no other segment is in flight          RTT + 200 ms: the retransmission time-out
-            a retransmission is lost too           further time-outs, each twice as long
+            a retransmission is lost too           1, 2, 4 ... times the time-out in addition
         """
         timeout = path.rtt + RTO_MIN
-        waiting = math.inf if is_bulk else behind
-        following = min(waiting, self.cwnd - 1)     # cwnd limits the segments after the lost one
+        following = self.cwnd - 1 if is_bulk else min(behind, self.cwnd - 1)    # cwnd is the limit
         if following >= 3:
             delay, timed_out = path.rtt, False
         elif (behind or self.in_flight) and 2 * path.rtt < timeout:
@@ -1329,7 +1331,7 @@ def is_rule_field(function, key):
 def load_handler(name, path):
     """Import a user's handler by its dotted path and register it under a name. Raises ValueError.
 
-    A BaseHandler is also registered under the `name` of the class, if no other handler has it.
+    A BaseHandler is also registered under the `name` of its class, if the name is free.
     The control API must not call this function, because an import runs code.
     """
     module_name, _, attribute = path.rpartition(".")
@@ -1349,7 +1351,7 @@ def load_handler(name, path):
 
 
 def local_handler(handler):
-    """Register a handler of this process if necessary, and return its name. Raises ValueError.
+    """Return the name of a handler. Register the handler if necessary. Raises ValueError.
 
     handler    a name, a dotted path, or the handler itself.
     """
@@ -1469,10 +1471,10 @@ class ProtocolError(Exception):
 #
 #   offset, value, buffered = demand.take(buffered, data, offset, size)
 #
-#   buffered             the bytes of earlier chunks that the value needs: b"" in the first call.
+#   buffered             the bytes kept from earlier chunks: b"" in the first call.
 #   data[offset:size]    the bytes of the chunk that are still to take.
 #   offset, returned     the offset behind the taken bytes.
-#   value                the input for the reader, or None if the value needs more bytes.
+#   value                the result of the reader's `yield`. None: take() needs one more chunk.
 
 class NeedBytes(int):
     """Asks for a number of bytes: NeedBytes(5) asks for 5 bytes."""
@@ -1529,10 +1531,10 @@ class SkipUntil(namedtuple("SkipUntil", "marker tail")):
     __slots__ = ()
 
     def take(self, buffered, data, offset, size):
-        """Return (offset, b"", buffered): see the table above NeedBytes."""
-        searched = (buffered or self.tail) + data[offset:size]      # `tail` for the first chunk
+        """Return (size, None, buffered) until the marker has come, then (offset, b"", b"")."""
+        searched = (buffered or self.tail) + data[offset:size]      # `tail` in the first call
         _, marker, after = searched.partition(self.marker)
-        if not marker:                  # all bytes of the marker but the last may have arrived
+        if not marker:                  # the last bytes may be the beginning of a marker
             return size, None, searched[1 - len(self.marker):]
         return size - len(after), b"", b""
 
@@ -1623,8 +1625,8 @@ class Framer:
     def recognizes(self, head):
         """Return whether the bytes of an incomplete head are certainly of the protocol.
 
-        The bytes are certain if the reader has accepted some of them, such as a line, or if the
-        group of a NeedMatch matches, such as a whole request line of HTTP.
+        The bytes are certain if the reader has accepted a part, such as a line. They are also
+        certain if the group of a NeedMatch matches, such as a whole request line of HTTP.
         """
         if len(self.buffered) < len(head):      # the reader has accepted the bytes before
             return True
@@ -1636,8 +1638,8 @@ class Framer:
     def whole_message(self, data):
         """Return ((offset, boundary), ...) of data that is exactly one message of a simple form.
 
-        Is faster than `feed`, and finds the same boundaries. Returns None for other data, and if
-        the data continues an incomplete message. Raises ProtocolError.
+        Is faster than `feed`, and finds the same boundaries. Returns None for all other
+        data, such as the rest of an incomplete message. Raises ProtocolError.
         """
         parsed = self.parse_whole(data) if self.at_boundary else None
         if not parsed:
@@ -1787,8 +1789,9 @@ class Protocol:
         Returns None if a server would not reply to the request with this error.
         """
         closes = kind in self.fatal_errors
-        is_only_for_connects = kind in self.connect_errors and not closes
-        if is_only_for_connects or request.name in self.never_fail or not request.replies:
+        if kind in self.connect_errors and not closes:      # 421 of SMTP is in both tuples
+            return None
+        if request.name in self.never_fail or not request.replies:
             return None
         substitute = b"" if closes else self.make_substitute(kind, request)
         return Reply(self.encode_error(kind), closes, substitute)
@@ -1796,7 +1799,7 @@ class Protocol:
     def make_substitute(self, kind, request):
         """Return the bytes that the backend gets in place of a request that fails, or b"".
 
-        May update the state of the protocol, because the backend always gets these bytes.
+        The backend will get these bytes, so this method may update the state of the protocol.
         """
         return b""
 
@@ -1810,10 +1813,10 @@ class Protocol:
 
     # A rule sends an error when a failing server would send the error:
     #
-    #   to a client that connects                 at once.
-    #   if the error closes the connection        when the head of the request is complete.
-    #   to a request without a substitute         when the request ends.
-    #   to a request with a substitute            when the backend's reply to the substitute ends.
+    #   at once                        to a client that connects.
+    #   after the request's head       if the error closes the connection.
+    #   after the request              if the backend gets no substitute for the request.
+    #   after the substitute's reply   if the backend gets a substitute for the request.
     #
     # A rule can refuse a request only at the event with the head of the request. The Exchange of a
     # refused request has a Refusal, which names the rule. At the later events of the Exchange, the
@@ -1994,10 +1997,10 @@ class Http(Protocol):
         if data != last_data:
             if not data[:1].isalpha():          # empty lines need the reader `requests`
                 return None
-            text, fields = data[data.find(b"\n"):], self.last_fields
-            if text != fields.text:
-                fields = self.parse_fields(text)
-                if fields is None:
+            header_text, fields = data[data.find(b"\n"):], self.last_fields
+            if header_text != fields.text:      # most requests repeat the header fields
+                fields = self.parse_fields(header_text)
+                if fields is None:              # the request may have a body
                     return None
             request = self.make_request(data, fields.close, fields.keep_alive)
             if len(data) <= CACHED_HEAD_MAX:
@@ -2008,7 +2011,7 @@ class Http(Protocol):
     def parse_fields(self, text):
         """Return the HeaderFields of a request. `text`: see HeaderFields.
 
-        Returns None if `text` is not one whole head without a body: `requests` must parse `text`.
+        Returns None if `text` is not one whole head without a body.
         """
         lower_text = text.lower()
         _, head_end, rest = text.partition(b"\n\r\n")      # an empty line ends the head
@@ -2048,11 +2051,12 @@ class Http(Protocol):
         return True
 
     def announces_body(self, head, size):
-        """Return whether the head of a reply has the Content-Length `size`, in the usual form."""
+        """Return whether a head surely has a body of `size` bytes. If not, `replies` parses it."""
         lower_head = head.lower()
         _, _, after_name = lower_head.partition(b"\ncontent-length")
         return (after_name.startswith(b": %d\r\n" % size)
-                and b"\n\n" not in head and b"\ntransfer-encoding" not in lower_head
+                and b"\n\n" not in head        # "\n\n" would end the head earlier
+                and b"\ntransfer-encoding" not in lower_head
                 and self.STATUS_WITH_BODY.match(head) is not None)
 
     def read_body(self, head, default_length, rows=""):
@@ -2075,8 +2079,8 @@ class Http(Protocol):
     def read_events(self, size):
         """Read `size` bytes of a text/event-stream. An empty line ends an event.
 
-        Yields END_OF_ROW after each event that ends before the last byte. Returns whether an event
-        ends with the last byte.
+        Yields END_OF_ROW where an event ends. But if an event ends at the end of the `size` bytes,
+        returns True instead.
         """
         row_ends = False
         for index in range(size):
@@ -2088,7 +2092,7 @@ class Http(Protocol):
         return row_ends
 
     def read_chunked_body(self, rows):
-        """Read a body in the chunked transfer coding, and its trailer. `rows`: see read_body."""
+        """Read a chunked body and its trailer. `rows`: "chunks", "events", or "" for no rows."""
         while True:
             line = yield LINE
             match = self.CHUNK_SIZE.match(line)
@@ -2097,10 +2101,10 @@ class Http(Protocol):
             size = int(match.group(1), 16)
             if not size:
                 break
-            row_ends = rows == "chunks"
             if rows == "events":            # an event may begin in one chunk and end in another
-                row_ends = yield from self.read_events(size)
-            unread = 0 if rows == "events" else size
+                row_ends, unread = (yield from self.read_events(size)), 0
+            else:
+                row_ends, unread = rows == "chunks", size
             yield unread + len(b"\r\n")     # the line end of a chunk belongs to the row
             if row_ends:
                 yield END_OF_ROW
@@ -2491,9 +2495,7 @@ def mysql_integer(data, offset):
 
 
 class SkipRows:
-    """Asks to skip rows, up to a packet that is not one whole row.
-
-    A SkipRows is faster than a NeedBytes for each row.
+    """Asks to skip packets while each packet is one whole row. Faster than a NeedBytes for each.
 
     left    how many bytes of the last row have not arrived.
     """
@@ -2506,7 +2508,7 @@ class SkipRows:
         self.left = 0
 
     def take(self, buffered, data, offset, size):
-        """Return (offset, b"", buffered): see the table above NeedBytes."""
+        """Return (size, None, b""), or at another packet (offset of the packet, b"", b"")."""
         offset += self.left
         unpack_from = self.HEADER.unpack_from
         while offset + 5 <= size:
@@ -2793,7 +2795,7 @@ class Mysql(Protocol):
         return (yield from self.read_rows(size, head))
 
     def read_rows(self, size, head):
-        """Read rows. The first packet is (size, head). Returns the status after the last row."""
+        """Read rows from the packet (size, head) on. Returns the status after the last row."""
         while self.is_row(size, head):
             if self.counts_rows:
                 yield END_OF_ROW
@@ -2967,7 +2969,7 @@ class Postgres(Protocol):
             yield from self.read_request()
 
     def read_startup(self):
-        """Read the messages before the first Request. The last of them is the startup message."""
+        """Read the messages before the first Request, up to and with the startup message."""
         while True:
             size, code = struct.unpack(">II", (yield NeedBytes(8)))
             is_startup = code >> 16 == 3        # the code is a version 3.x
@@ -3001,7 +3003,7 @@ class Postgres(Protocol):
         yield END_OF_MESSAGE
 
     def make_boundary(self, type_, body):
-        """Return the Request that begins with a message, and update the state for the message.
+        """Return the Request that the message (type_, body) begins. Update the state.
 
         Returns CONTINUATION if the message belongs to the last request. Returns None if the
         message belongs to the next request, as a Parse before its Bind.
@@ -3033,7 +3035,7 @@ class Postgres(Protocol):
             request.replies = False
 
     def note_names(self, type_, body):
-        """Keep or forget the prepared statement or portal that a message makes or closes."""
+        """Update `statements` and `portals` after the message (type_, body)."""
         if type_ == self.PARSE:         # the name of the statement, its SQL, and more fields
             name, _, rest = body.partition(b"\0")
             sql, _, _ = rest.partition(b"\0")
@@ -3047,7 +3049,7 @@ class Postgres(Protocol):
             self.portals[portal] = self.statements.use(statement)
 
     def make_request(self, type_, body, portal):
-        """Return the Request that begins with a message. Bind and Execute have a portal."""
+        """Return the Request that the message (type_, body) begins."""
         if type_ in (self.BIND, self.EXECUTE):
             return Request(self.portals.use(portal), "EXECUTE", replies=not self.skipping,
                            info=PostgresReply(self.EXECUTE_ENDS))
@@ -3170,7 +3172,7 @@ class Postgres(Protocol):
     def make_substitute(self, kind, request):
         """Return messages after which the transaction has the same state as after an error.
 
-        An invalid statement makes a transaction fail. A failed COMMIT ends it, as a ROLLBACK does.
+        An invalid statement makes a transaction fail. A failed COMMIT then ends the transaction.
         """
         is_commit = self.COMMIT.match(request.text)
         if request.name == "QUERY":
@@ -3402,7 +3404,7 @@ class Scheduled:
     start = duration = every = ramp = ttl = 0.0     # seconds, as in RULE_FIELDS. 0 has no effect
     since: "Any" = None     # the time when begin_schedule was called
     expires = NEVER         # the end of the ttl
-    moment: Moment          # the current Moment. A proxy updates it while the proxy is open
+    moment: Moment          # the current Moment. An open proxy updates `moment`
 
     def __init__(self, **fields):       # each field becomes an attribute
         for name, value in fields.items():
@@ -3450,19 +3452,19 @@ class Scheduled:
         end = NEVER if endless else begin + self.duration
         if now >= end:
             return Moment(active=False, share=0.0, until=next_begin, next_change=next_begin)
-        share, next_step = self.ramp_share(begin, now)
-        return Moment(active=True, share=share, until=end, next_change=min(end, next_step))
+        share, next_rise = self.ramp_share(begin, now)
+        return Moment(active=True, share=share, until=end, next_change=min(end, next_rise))
 
-    def ramp_share(self, begin, now):
-        """Return (share, time of the next step) in the window that began at `begin`."""
+    def ramp_share(self, window_begin, now):
+        """Return (share of the percentage that the ramp has reached, time of the next share)."""
         if not self.ramp:
             return 1.0, NEVER
         step_count = max(1, min(RAMP_STEPS, int(self.ramp / RAMP_STEP_MIN)))
         step_seconds = self.ramp / step_count
-        steps_done = count_periods(begin, step_seconds, now)
+        steps_done = count_periods(window_begin, step_seconds, now)
         if steps_done >= step_count:
             return 1.0, NEVER
-        return steps_done / step_count, begin + step_seconds * (steps_done + 1)
+        return steps_done / step_count, window_begin + step_seconds * (steps_done + 1)
 
     def times_to_json(self, to_unix):
         """Return {"active": bool, "until": time}, or {} if there is no schedule.
@@ -4015,7 +4017,7 @@ class Accept(Scheduled):
         self.mode, self.fields = mode, fields or {}
         self.options = {"mode": mode}       # for fault records
         super().__init__(**self.fields)
-        # A listener opens before the schedule starts. With a `start`, it opens in mode "normal".
+        # A listener opens before the schedule begins: in mode "normal" if `start` is not 0.
         self.set_active(not self.start)
 
     def current_mode(self):
@@ -4069,7 +4071,7 @@ def split_accept(value):
     Raises ValueError for a text whose words are not NAME=VALUE.
     """
     if isinstance(value, dict):
-        fields = dict(without_moment(value))
+        fields = dict(without_moment(value))    # the dict may be a result of Accept.to_json
         return fields.pop("mode", None), fields
     if isinstance(value, str):
         mode, *words = value.split() or [""]
@@ -4229,7 +4231,7 @@ def read_rules(tables):
 
     Raises InputError with one sentence for each error.
     """
-    # Each rule gets a range of the drawn numbers. A range begins where the range before it ends.
+    # Each rule gets a range of the drawn numbers. A range begins where the previous range ends.
     rules, total, errors = [], 0.0, []
     for table in tables:
         options, fields, table_errors = check_table(table)
@@ -4339,8 +4341,7 @@ def make_flat_toxic(type_, name, values, defaults=()):
 # clients beyond max_connections. A Connection calls the same methods of all three classes:
 #
 #   start()                        called when a client has connected.
-#   direction_changed(to)          called before the first bytes, and before bytes whose direction
-#                                  is not that of the last bytes.
+#   direction_changed(to)          called before bytes whose direction is not `last_direction`.
 #   pass_through(to, data)         fast path: returns the bytes to forward, or None if a rule may
 #                                  act on the bytes.
 #   process_bytes(now, to, data)   slow path: returns the events that the rules make of bytes.
@@ -4544,7 +4545,7 @@ class Chain:
         return begun
 
     def update_per_connection(self, changed):
-        """Let per-connection rules begin to act or stop. Returns the rules that begin.
+        """Let per-connection rules start or stop acting. Returns the rules that start.
 
         changed    the rules with new options or percentages.
         """
@@ -4554,10 +4555,10 @@ class Chain:
             is_drawn = active.match_buffer is None      # otherwise, find_match will draw the rule
             if not may_change or not is_drawn:
                 continue
-            if self.rule_set.replay:    # a Replay does not know when the rule sleeps
+            if self.rule_set.replay:    # draw_number() asks the Replay, which ignores the schedule
                 _, acts_if_awake, _ = self.draw_number(rule)
                 acts = acts_if_awake and not rule.sleeps()
-            else:
+            else:                       # includes() is False while the rule sleeps
                 acts = rule.includes(active.draw) and rule.selects(active.request)
             begins = active.set_acts(acts)
             if begins:
@@ -4598,17 +4599,18 @@ class Chain:
         return data
 
     def fixed_delays(self, to):
-        """Return the `delays` that `process` would give to bytes, if rules only delay the bytes.
+        """Return the `delays` that `process` would give to bytes of the direction `to`.
 
-        Returns () if no rule delays the bytes, or if a rule may do anything else, may act for the
-        first time, or may leave the next request alone.
+        Returns () if the caller must use process_bytes.
         """
         delays: tuple = ()
         for active in self.active_rules:
             rule = active.rule
             if to not in rule.directions:
                 continue
-            if not rule.fixed_delay or not active.has_acted or rule.per == "request":
+            if (not rule.fixed_delay            # the handler must be called
+                    or not active.has_acted     # the first action makes a fault record
+                    or rule.per == "request"):  # the next request may have no delay
                 return ()
             delays += ((rule, rule.fixed_delay, False),)    # False: the bytes are not from OPEN
         return delays
@@ -4642,7 +4644,7 @@ class Chain:
         """Run bytes or a signal through the active rules.
 
         Returns [(t, to, data, delays)]. `delays` has a tuple (rule, seconds, from_open) for each
-        rule that has delayed the event. from_open: the rule made the event from OPEN, see release.
+        rule that has delayed the event. from_open is True if the rule yielded the event for OPEN.
         """
         return self.run_chain(self.active_rules, now, to, [(now, to, data, ())])
 
@@ -4834,7 +4836,7 @@ class Exchange:
         """Begin a new exchange in this object, which is faster than a new object."""
         self.number = number            # the number of the request in the connection
         self.active_rules = active_rules
-        self.request = request          # a Request. None before the first request
+        self.request = request          # a Request, or None before the first request
         self.handshake = handshake      # the server's greeting counts as the reply
         self.queued_events = []         # [(start, to, data, delays)], as in DelayQueue.put
         self.forwarded = False          # the backend gets some bytes of the request
@@ -4900,7 +4902,7 @@ class ProtocolChain(Chain):
        has got no byte of the request.
     5. A rule that has refused a request sends the reply even if the rule is removed or changed.
     6. Events in delay queues and exchanges wait only for installed rules that do not sleep. After
-       delays were undone, no rule keeps a due time later than that of the last queued chunk.
+       delays were undone, no rule keeps a due time after the due time of the last queued chunk.
     7. After a refusal that closes the connection, the backend gets no further bytes. After a
        rule has closed or reset the connection, the client gets no further replies.
     """
@@ -4970,9 +4972,9 @@ class ProtocolChain(Chain):
     def remaining_rules(self, exchange):
         """Return the active rules of an exchange after the installed rules have changed.
 
-        The last exchange gets `self.active_rules`. Each earlier exchange keeps its own active
-        rules that are still installed and do not sleep. A rule that has refused the request stays
-        in any case, because this rule sends the reply.
+        The last exchange gets `self.active_rules`. Each earlier exchange keeps its active rules,
+        but loses those that are no longer installed or that sleep now. A rule that has refused the
+        request stays in any case, because this rule sends the reply.
         """
         if exchange is self.exchanges[-1]:
             rules = self.active_rules
@@ -5128,7 +5130,7 @@ class ProtocolChain(Chain):
         return self.protocol.request_framer if to is UPSTREAM else self.protocol.reply_framer
 
     def recv_size(self, to):
-        """Return how many bytes to receive at once, of which PARSED_CHUNK at most are parsed."""
+        """Return how many bytes to receive at once: bytes to skip, and PARSED_CHUNK to parse."""
         awaiting = self.framer(to).awaiting     # an int: the Framer skips this many bytes
         skipped = awaiting if type(awaiting) is int else 0
         return min(self.rule_set.recv_size, PARSED_CHUNK + skipped)
@@ -5169,7 +5171,7 @@ class ProtocolChain(Chain):
                 self.apply_boundary(to, boundary)
                 if to is UPSTREAM:
                     self.exchanges[-1].forwarded = True
-                self.release_done(0.0)      # needs no time, since no exchange has queued events
+                self.release_done(0.0)      # no queued event gets this time: see may_pass
                 if self.encrypted is not None:
                     return self.split_encrypted(to, bytes(data), end)
         except ProtocolError as error:
@@ -5202,7 +5204,7 @@ class ProtocolChain(Chain):
             if self.protocol.host:
                 data = self.protocol.rewrite_head(message)
         if len(self.exchanges) > 1:         # with pipelined requests, the first may be done now
-            self.release_done(0.0)
+            self.release_done(0.0)          # no queued event gets this time
         return data
 
     def process_bytes(self, now, to, data):
@@ -5235,8 +5237,6 @@ class ProtocolChain(Chain):
         """Store the encrypted bytes of `data`, and return the bytes before the encrypted bytes.
 
         end    the offset of the boundary TLS_BEGINS in `data`.
-
-        The Framer restarts, because the connection decrypts all later bytes for the Framer.
         """
         self.encrypted = data[end:]
         protocol = self.protocol
@@ -5400,7 +5400,7 @@ class ProtocolChain(Chain):
         client has sent the bytes, but a rule must still send an error to this client. Then this
         chain forwards the further bytes of the client unparsed, and still parses the replies.
 
-        Returns the queued events, and those that forward the held head.
+        Returns the queued events, and the events that forward the held head.
         """
         self.protocol_error = error
         self.modified = True
@@ -5412,7 +5412,7 @@ class ProtocolChain(Chain):
         events = [event for exchange in self.exchanges
                   for event in self.take_queued(exchange, now)]
         if self.head:
-            # The head begins a request. If the request is the first, `start` has begun it already.
+            # The head begins a request. `start` has already begun the first request.
             is_begun = not self.exchanges[-1].request and not self.protocol.server_first
             if not is_begun:
                 chain.begin_request()
@@ -5425,7 +5425,7 @@ class ProtocolChain(Chain):
             # Only events of rules are queued: errors, and signals that end the connection.
             if exchange.queued_events:
                 return True
-            # The error follows the reply of the backend to the substitute of the refused request.
+            # The error follows the backend's reply to the substitute. This reply is awaited.
             if exchange.refusal and exchange.complete and exchange.awaits_reply():
                 return True
         return False
@@ -5433,8 +5433,10 @@ class ProtocolChain(Chain):
     def make_successor(self):
         """Return a Chain that continues as tcp, with the same active rules."""
         chain = Chain(self.rule_set, self.connection)
-        chain.request_count = chain.current_number = self.request_count
-        chain.last_direction, chain.protocol_lost = self.last_direction, True
+        chain.protocol_lost = True
+        chain.request_count = self.request_count
+        chain.current_number = self.request_count       # later bytes belong to the last request
+        chain.last_direction = self.last_direction
         chain.active_rules, chain.per_connection = self.active_rules, self.per_connection
         chain.newly_acted, chain.answered_early = self.newly_acted, self.answered_early
         return chain
@@ -5477,7 +5479,7 @@ class Budget:
     def allowance(self, bound):
         """Return the most bytes that one queue may hold now.
 
-        bound    the limit of the queue, in bytes, while enough bytes are free
+        bound    the limit of the queue, in bytes, however many bytes are free
         """
         free = self.total - self.held - self.queues * HELD_MIN
         return max(HELD_MIN, min(bound, free // self.SHARES))
@@ -5501,8 +5503,8 @@ class DelayQueue:
         self.to = to            # the direction
         self.budget = budget
         self.queue = []         # heap of (due, order, data, start, delays): see `put`
-        self.order = 0          # the number of the last event put. Events with equal due times
-                                #   keep the order of their numbers
+        self.order = 0          # the number of the last event put: the order of events that have
+                                #   equal due times
         self.latest = 0.0       # the due time of the last byte in the queue
         self.rate_limited_until = 0.0   # when the last byte would be due if only rate limits acted
         self.send_buffer = NO_CHUNKS    # chunks and EOF: see append_due
@@ -5615,7 +5617,7 @@ class DelayQueue:
     def release(self, removed, changed=()):
         """Undo the delays by rules that were removed or changed. Delays by other rules remain.
 
-        Events that a changed rule has yielded for OPEN are dropped: the rule will get OPEN again.
+        Drops events that a changed rule has yielded for OPEN, as the rule will get OPEN again.
         Returns whether an event had a delay by a removed or changed rule.
         """
         rules = [*removed, *changed]
@@ -5772,10 +5774,10 @@ class EpollSelector:
 
         timeout    the most seconds to sleep; -1: without a limit
 
-        Many peers reply faster than a process falls asleep and wakes up: the busy loop receives
-        the reply sooner. If no reply comes, the busy loop and the sleep together cost at most
-        twice as much as the sleep (Karlin et al., Empirical Studies of Competitive Spinning,
-        1991). After a busy loop without events, the next `skips` calls only sleep.
+        Many peers reply faster than a process falls asleep and wakes up. The busy loop receives
+        such replies sooner. Without a reply, the busy loop costs as much CPU time as falling
+        asleep and waking up (Karlin et al., Empirical Studies of Competitive Spinning, 1991).
+        After a busy loop without events, the next `skips` calls only sleep.
         """
         if self.skips:
             self.skips -= 1
@@ -5872,7 +5874,7 @@ class Loop:
         self.wakeup_recv.setblocking(False)
         self.watch(self.wakeup_recv, EVENT_READ, self.on_wakeup)
         # epoll rounds a time-out to milliseconds, but select() only to microseconds. So a short
-        # `wait` calls select() for precise_fds: the descriptor of the epoll object itself.
+        # `wait` calls select() for the list precise_fds, which has the epoll object's descriptor.
         fileno = getattr(self.selector, "fileno", None)
         self.precise_fds = [fileno()] if fileno and fileno() < self.FD_SETSIZE else None
         # select() can watch 512 sockets on Windows. On other systems, select() can only watch
@@ -5979,8 +5981,8 @@ class Loop:
         A handler of an OS signal may call this function too.
         """
         self.calls.append((function, args))
-        # send() fails if the loop is closed, or if the buffer of the socket is full. A loop that
-        # has a full buffer wakes up anyway, to read the bytes.
+        # send() fails if the loop is closed. send() also fails if the buffer is full, but then the
+        # bytes in the buffer wake up the loop.
         with contextlib.suppress(OSError):
             self.wakeup_send.send(b"!")
 
@@ -6328,7 +6330,7 @@ class CannotListen(OSError):
 
     address    the address, as text.
     reason     the system's error message.
-    setting    the setting with the address, such as "--http-port", or "" if it is unknown.
+    setting    the setting with the address, such as "--http-port", "" if no setting is known.
     """
 
     setting = ""
@@ -6360,14 +6362,14 @@ class Listener:
 
       normal    The sockets listen, and the loop watches the sockets. A connect succeeds.
       refuse    The sockets are bound, but do not listen. A connect gets ECONNREFUSED (RST).
-      drop      Fillers, connections of the listener to itself, keep the backlogs full. A connect
-                gets no reply until the mode is normal again. The loop does not watch the sockets,
-                because the fillers make all sockets readable.
+      drop      Fillers keep the backlogs full. A filler is a connection of the listener to itself.
+                A connect gets no reply until the mode is normal again. The loop does not watch the
+                sockets, because the fillers make all sockets readable.
 
     With reuse_port, the kernel spreads new connects over the listening sockets of several
-    processes. A process with the mode refuse gets no connects. A process with the mode drop has
-    no fillers, because the kernel could connect a filler to another process. Instead, a packet
-    filter discards the connects to this process.
+    processes. A process with the mode refuse gets no connects. The mode drop uses no fillers,
+    because the kernel could connect a filler to another process. Instead, a packet filter discards
+    the connects to this process.
     """
 
     last_warning = -RETRY_DELAY     # when any listener last warned that it cannot accept
@@ -6516,7 +6518,7 @@ class Listener:
     def add_filler(self, sock):
         """Connect a new filler to a listening socket. Returns the filler. Raises OSError.
 
-        Waits for a reply for FILL_TIMEOUT. A slow kernel may accept the filler even later.
+        Waits FILL_TIMEOUT at most for a reply. A slow kernel may accept the filler even later.
         """
         filler = RawSocket(sock.family, socket.SOCK_STREAM)
         try:
@@ -6534,7 +6536,7 @@ class Listener:
     def accept(self, sock, events):
         """Accept the connections that wait, `burst` at most.
 
-        The next burst is larger if `burst` connections waited, and smaller if fewer waited: an
+        The next burst is larger if `burst` connections waited, and smaller if fewer waited. An
         accept() without a waiting connection wastes a system call.
         """
         burst = self.burst
@@ -6576,7 +6578,7 @@ class Listener:
             client.close()
             return True
         try:
-            # If the client has closed the connection, macOS returns no peer, and getpeername()
+            # On macOS, `peer` is empty if the client has closed the connection. Then getpeername()
             # raises OSError.
             self.on_accept(client, peer or client.getpeername())
         except OSError:
@@ -6744,8 +6746,8 @@ def bind_listener(family, address, reuse_port=None):
     """Return a socket that listens on one address. Raises OSError."""
     _, port, *_ = address
     if LINUX and port == 0:
-        # Another socket first gets a free port from the kernel. If the listening socket itself got
-        # its port from the kernel, shutdown() in refuse_connects() would free the port.
+        # If the kernel chose the port of the listening socket, shutdown() in refuse_connects()
+        # would free the port. So the kernel chooses the port of `other`, which is closed at once.
         with contextlib.closing(bind_socket(family, address)) as other:
             address = other.getsockname()
     sock = bind_socket(family, address, reuse_port)
@@ -7125,7 +7127,8 @@ class Authority:
         """Return the certificate of the CA."""
         with self.lock:
             if not self.ca_pem:
-                self.ca_pem = make_certificate(self.identity("CA"), self.identity("CA"))
+                ca = self.identity("CA")
+                self.ca_pem = make_certificate(subject=ca, issuer=ca)
             return self.ca_pem
 
     def identity(self, role):
@@ -7497,8 +7500,8 @@ class TlsSocket:
     def shake_hands(self):
         """Receive bytes for the handshake.
 
-        After a failed handshake, drops the bytes: a close with unread bytes would send RST, which
-        could destroy the alert to the peer.
+        After a failed handshake, drops the bytes. A close with unread bytes would send RST, and
+        RST could destroy the alert to the peer.
         """
         end_reason = "closed by the peer"
         try:
@@ -7659,7 +7662,7 @@ class TlsSocket:
         self.push()
 
     def close(self):
-        """Close the socket, but first complete a pending `shutdown`, unless `resets` is True."""
+        """Close the socket. If `resets` is False, first complete a pending `shutdown`."""
         self.loop.cancel(self.change_timer)
         self.loop.cancel(self.deadline)
         can_send = self.is_open and self.loop.running and not self.resets and not self.error
@@ -8002,8 +8005,8 @@ class Connection:
         """Run received bytes through the chain.
 
         Returns the bytes that on_ready must send, or None if all bytes were queued or dropped.
-        on_ready counts the bytes that it sends, in `forwarded`. The callees count all other bytes,
-        in `buffered_in`.
+        on_ready counts the sent bytes in `forwarded`. The functions that process_received calls
+        count all other bytes in `buffered_in`.
         """
         chain, size = self.chain, len(data)
         if self.phase is LINGERING:     # the client has got its last reply: drop further bytes
@@ -8047,8 +8050,8 @@ class Connection:
     def delay(self, link, now, data, delays):
         """Queue bytes that the rules only delay. This is faster than `enqueue`.
 
-        The link's fast path stays open, but no bytes use it: the rules delay all bytes. When the
-        rules change, rules_changed() calls pump(), which closes the fast path.
+        The link's fast path stays open, but is not used, because the rules delay all bytes. When
+        the rules change, rules_changed() calls pump(), which closes the fast path.
 
         delays    the result of Chain.fixed_delays: (rule, seconds, False) for each rule.
         """
@@ -8079,7 +8082,7 @@ class Connection:
         return None
 
     def after_parsing(self, link):
-        """If the parser has found a protocol error or the beginning of TLS, handle it."""
+        """Handle a protocol error, or the beginning of TLS, that the parser has found."""
         if self.chain.protocol_error:
             self.on_protocol_error()
         if self.chain.encrypted is not None:
@@ -8088,8 +8091,8 @@ class Connection:
     def charge_kept(self):
         """Charge the budget for the memory that the chain keeps for exchanges.
 
-        After the backend's EOF, nothing is charged. Otherwise a full budget would stop the reading
-        from the client, and no reply could free the memory.
+        After the backend's EOF, nothing is charged. A charge could fill the budget, and stop the
+        reading from the client. No reply would ever free the memory.
         """
         is_charged = self.chain.kept > KEPT_MIN and not self.down.eof
         self.up.keep(self.chain.kept if is_charged else 0)
@@ -8311,9 +8314,9 @@ class Connection:
             self.pump()
 
     def send_delayed(self, now):
-        """Send due data that `delay` has queued. This is faster than pump().
+        """Send due data that `delay` has queued, and set the timer. This is faster than pump().
 
-        Returns False if pump() must be called.
+        Returns False if pump() must be called instead.
         """
         up, down = self.up, self.down
         # A link with an open fast path queues only data of `delay`. Other queues may have signals.
@@ -8354,7 +8357,7 @@ class Connection:
             signals += up.pop_due(now)      # moves due bytes and EOFs to send_buffer
         if down.queue:
             signals += down.pop_due(now)
-        if self.phase is WAITING and (signals or up.send_buffer):
+        if self.phase is WAITING and (signals or up.send_buffer):   # OPEN, RESET or client data
             self.end_waiting(now, signals)
         if down.send_buffer:
             self.flush(down)
@@ -8475,7 +8478,7 @@ class Connection:
         if self.announcing_link is link or self.phase is HANDED_OFF:
             return False                        # TLS begins, or a blocking handler reads
         if self.proxy.has_blocking and self.chain.blocking_rule() is not None:
-            return self.can_start_handler()     # a handler starts only if no data is held
+            return self.can_start_handler()     # the next recv would start the handler
         return True
 
     def set_timer(self, now):
@@ -8525,13 +8528,13 @@ class Connection:
         The announcement itself goes to the target without TLS. When the announcement is sent,
         continue_tls begins TLS with the target.
         """
-        received, self.chain.encrypted = self.chain.encrypted, None     # after the announcement
         self.announcing_link = link
-        self.start_tls(link, received)
+        self.start_tls(link, received=self.chain.encrypted)
+        self.chain.encrypted = None
         link.source.note_change()       # soon calls pump(), which calls continue_tls()
 
     def continue_tls(self):
-        """Begin TLS with the receiver of the message that announces TLS, once it has been sent."""
+        """Begin TLS with the receiver of the announcement, after the announcement was sent."""
         link = self.announcing_link
         if not link.held:
             self.announcing_link = None
@@ -8697,7 +8700,7 @@ class Connection:
     # Endings: see the table at the top of the section
 
     def on_recv_error(self, link, error):
-        """Handle an error of recv(): the source has gone."""
+        """Handle an error of recv(): the source has gone. Reset the target after the held data."""
         if isinstance(error, BlockingIOError):      # not a failure: no bytes have come yet
             return
         peer, back = ("client", self.down) if link is self.up else ("backend", self.up)
@@ -8706,12 +8709,12 @@ class Connection:
                              else "%s lost: %s" % (peer, error.strerror))
         back.discard()              # the source can receive no data
         back.write_closed = True
-        # Reset at once if the client's data is never due, or waits for connect().
-        if link is self.up and (link.latest == NEVER or self.phase is CONNECTING):
-            link.eof = True         # tells splice() that this function was called
+        link.eof = True             # splice() returns `eof`, to prevent a recv()
+        cannot_send = link.latest == NEVER or self.phase is CONNECTING
+        if link is self.up and cannot_send:     # do not keep the data of the lost client
             self.reset(self.reset_reason)
         else:
-            self.on_eof(link)       # finish() resets the target after the data and EOF were sent
+            self.on_eof(link)       # reset_reason is set, so that finish() resets the target
 
     def on_send_error(self, link):
         """Handle an error of send(): the target has gone."""
@@ -8749,7 +8752,7 @@ class Connection:
         self.update_interest()
 
     def close_backend(self):
-        """Close the backend's socket if there is one, and with it the fast path."""
+        """Close the backend's socket, if there is one, and the fast path."""
         if self.backend is not None:
             if self.down.watched:
                 self.loop.watch(self.backend, 0)
@@ -8998,7 +9001,7 @@ if MYPY:
         client: str
         request: int
         handler: str
-        options: "Dict[str, OptionValue]"   # options of the handler, and values that it has drawn
+        options: "Dict[str, OptionValue]"   # options of the handler, and drawn values
         toxic: "Optional[str]" = None       # the name of the rule's toxic, if any
         block: "Optional[int]" = None       # the number of the rule's Block, if any
         change: "Optional[str]" = None      # a key of CHANGES if the schedule changed the rule
@@ -9081,7 +9084,7 @@ class ProxyServer:
     accept             how new clients are accepted: an Accept.
     max_connections    the most clients that are served at a time; 0 is no limit.
     tls                {field: value} of TLS_FIELDS.
-    reuse_port         the number of this process among those that share the port, or None.
+    reuse_port         the number of this process, if several processes share the port, or None.
 
     The other arguments are those of Proxy. Raises ValueError.
     """
@@ -9092,7 +9095,7 @@ class ProxyServer:
                  max_connections=0, tls=None, reuse_port=None):
         self.name = name
         self.log_prefix = "" if name == "vaurien" else name + ": "      # the start of log lines
-        self.protocol = PROTOCOLS[check_protocol(protocol)]
+        self.protocol = PROTOCOLS[check_protocol(protocol)]     # None for tcp
         self.overwrite_host_header = overwrite_host_header
         self.tls = TlsConfig(tls or {}, self.protocol.alpn if self.protocol else ())
         self.reuse_port = reuse_port
@@ -9102,15 +9105,15 @@ class ProxyServer:
         self.accept = accept or Accept()
         self.enabled, self.max_connections, self.timeout = enabled, max_connections, timeout
         self.seed = random.SystemRandom().getrandbits(32) if seed is None else seed
-        # Each further process that shares a port has a seed of its own, to draw other numbers.
-        self.rules = RuleSet(self.seed if reuse_port in (None, 1)
-                             else "%d/%d" % (self.seed, reuse_port), name)
+        # The processes that share a port draw different numbers: process 2 with the seed "7/2".
+        rule_seed = self.seed if reuse_port in (None, 1) else "%d/%d" % (self.seed, reuse_port)
+        self.rules = RuleSet(rule_seed, name)
         # Check the options of all handlers, even of handlers that are not in the behavior.
         read_rules([dict(values, name=handler, percent=0)
                     for handler, values in (options or {}).items()])
         self.blocks_begun = 0               # the number of the last Block
-        self.install_rules(read_rules(behavior_tables(behavior, options)), OrderedDict(),
-                           list(toxics))
+        self.install_rules(read_rules(behavior_tables(behavior, options)), blocks=OrderedDict(),
+                           toxics=list(toxics))
         self.loop = None                    # set by `open`
         self.rule_timer = None              # the timer for the next change by a schedule
         self.listener = None                # None while disabled
@@ -9178,7 +9181,7 @@ class ProxyServer:
         self.listen = format_address(("::", port) if is_wildcard(host) else listener.address())
 
     def open(self, loop):
-        """Begin the schedules in `loop`, accept clients if the port is bound, and log settings."""
+        """Begin the schedules, accept clients if the port is bound, and log the settings."""
         self.loop = loop
         self.record_rule_change()
         self.begin_schedules()
@@ -9245,7 +9248,7 @@ class ProxyServer:
         connection.refuse()
 
     def served_count(self):
-        """Return the number of open connections, without those that only get a refusal."""
+        """Return the number of open connections, without the refused connections."""
         return len(self.connections) - len(self.open_refused)
 
     def apply_change(self, local, backend, enabled, listener, accept):
@@ -9334,7 +9337,7 @@ class ProxyServer:
             self.drop_connections("changed by the control")
 
     def protocol_name(self):
-        """Return the name of the protocol, as the argument `protocol` takes it."""
+        """Return the name of the protocol, such as "tcp"."""
         return self.protocol.__name__.lower() if self.protocol else "tcp"
 
     def joins_tls(self):
@@ -9357,7 +9360,7 @@ class ProxyServer:
     # In the loop's thread: rules
 
     def acting_rules(self):
-        """Return lists of rules: one for each block that acts, or only that of the behavior.
+        """Return [the rules of each block that acts], or [the behavior] if no block acts.
 
         The rules of one list share one draw.
         """
@@ -9701,7 +9704,7 @@ class ProxyServer:
                       reason, self.loop.clock() - connection.began, connection.up.received,
                       connection.down.received, connection.chain.request_count)
 
-    # In the loop's thread: for the control server
+    # In the loop's thread: called by the control server
 
     def list_connections(self, numbers=None):
         """Return a list with a dict for each open connection.
@@ -9988,7 +9991,7 @@ class Statsd:
         self.last_values = {}       # {(proxy, name): value} when the metrics were last sent
 
     def bind(self):
-        """Do nothing, because Statsd has no port. `serve` calls `bind` of each service."""
+        """Do nothing. `serve` calls `bind` of each service, but a Statsd listens on no port."""
 
     def open(self, loop):
         """Start to connect to the server."""
@@ -11143,8 +11146,8 @@ def get_rules(request):
 def rules_to_json(proxy, rules):
     """Return the rules of a behavior or block in the form that `PUT /rules` accepts.
 
-    A rule acts on draws from draw_min to draw_max. `PUT /rules` leaves no gap between the ranges
-    of two rules, so a dummy rule must fill each gap.
+    A rule acts on draws from draw_min to draw_max. In `PUT /rules`, each range begins where the
+    previous range ends. So a dummy rule stands for each gap between two rules.
     """
     rule_dicts, previous_max = [], 0.0
     for rule in rules:
@@ -11178,7 +11181,7 @@ def set_rules(request, rule_dicts):
 
 @route("POST", "/blocks", '{"name": "delay", "sleep": 2}', query=["only"], status=201)
 def begin_block(request):
-    """Begin a block with one rule; ?only=yes stops the rules of earlier blocks until it ends."""
+    """Begin a block with one rule; ?only=yes stops earlier blocks until this block ends."""
     rules = read_rules([parse_json_object(request.body)])
     only = check_query(request, "only", False, check_yes_no)
     return {"block": request.proxy.loop.run_sync(request.proxy.begin_block, rules, only)}
@@ -11464,7 +11467,7 @@ class Control:
     # Access
 
     def check_access(self, headers, is_page):
-        """Raise ApiError, and log it, unless a request with these headers is permitted.
+        """Permit a request with these headers, or log and raise an ApiError.
 
         is_page    whether the request is for the web page. The page has no data, so the page
                    needs no token, and may be opened by a link on another site.
@@ -11575,7 +11578,7 @@ class Control:
         error    the exception that ended the thread, or None.
         """
         self.clients.pop(session.client, None)
-        session.set_timer(None)
+        self.loop.cancel(session.timer)
         session.client.close()
         if error and not isinstance(error, OSError):        # OSError: the network failed
             log.error("control: %s", format_exception(error))
@@ -11599,17 +11602,14 @@ class Session:
         """
         loop = self.control.loop
         t = None if seconds is None else loop.clock() + seconds
-        loop.call_soon_threadsafe(self.set_timer, t)
+        loop.call_soon_threadsafe(self.apply_deadline, t)
 
-    def set_timer(self, t):
-        """Disconnect the client at the time t, in place of an earlier time. None: never.
-
-        Called in the loop's thread for set_deadline. The client is then the most recently used.
-        """
+    def apply_deadline(self, t):
+        """In the loop's thread: set the timer to t or None. The client counts as used now."""
         loop = self.control.loop
         loop.cancel(self.timer)
         self.timer = None if t is None else loop.call_at(t, self.disconnect)
-        if self.client in self.control.clients:     # the server is not disconnecting the client
+        if self.client in self.control.clients:     # disconnect_least_used may have removed it
             self.control.clients.move_to_end(self.client)
 
     def disconnect(self):
@@ -11668,7 +11668,7 @@ class RequestHandler:
         try:
             super().finish()  # type: ignore
         finally:
-            self.rfile.close()      # if the last flush fails, super().finish() leaves it open
+            self.rfile.close()      # if the last flush fails, super().finish() leaves rfile open
 
     def handle(self):
         """Respond to all requests of the client."""
@@ -11693,7 +11693,7 @@ class RequestHandler:
         return True
 
     def parse_request(self):
-        """Read REQUEST_HEAD_MAX bytes of headers at most. Returns False if that has failed."""
+        """Parse a head of REQUEST_HEAD_MAX bytes at most. Returns whether the head is valid."""
         self.rfile.bytes_left = REQUEST_HEAD_MAX
         valid = super().parse_request()  # type: ignore
         self.rfile.bytes_left = math.inf
@@ -11735,7 +11735,7 @@ class RequestHandler:
         length = int(length_text)
         if length > REQUEST_BODY_MAX:
             raise http_error(413, "a body may have %d bytes at most" % REQUEST_BODY_MAX)
-        self.wfile.flush()      # sends "100 Continue", if the client waits for it
+        self.wfile.flush()      # sends "100 Continue" to a client that waits
         body = self.rfile.read(length)
         if len(body) < length:
             raise ConnectionAbortedError("the client has closed within a request")
@@ -11743,7 +11743,7 @@ class RequestHandler:
 
     def read_chunked_body(self):
         """Return a body in HTTP chunks (RFC 9112, 7.1). Raises ApiError or OSError."""
-        self.wfile.flush()      # sends "100 Continue", if the client waits for it
+        self.wfile.flush()      # sends "100 Continue" to a client that waits
         body = bytearray()
         while True:
             size_text, _, _ = self.rfile.readline(100).partition(b";")      # ignore extensions
@@ -11907,7 +11907,7 @@ def text_response(status, text, headers=NO_HEADERS):
 
 
 def dump_json(value):
-    """Return a value as JSON without spaces, as Go's encoder writes it."""
+    """Return a value as JSON without spaces, as Go's encoder does."""
     return json.dumps(value, separators=(",", ":"))
 
 
@@ -11929,13 +11929,13 @@ def toxiproxy_route(methods, path, example="", status=200):
 
 
 def call_route_function(function, request, needs_lock):
-    """Call a route's function with the objects that the path names, and return its result.
+    """Return the result of a route's function, or refuse a browser that shows another site's page.
 
     needs_lock    True: hold the lock of the path's proxy during the call.
     """
     is_browser = request.headers.get("User-Agent", "").startswith("Mozilla/")
     if is_browser and not is_from_own_page(request.headers):
-        # Toxiproxy's server refuses all browsers, with this response.
+        # Toxiproxy's server sends this response to all browsers.
         return text_response(403, "User agent not allowed\n")
     proxy = request.proxy if "PROXY" in request.names else None
     no_lock = contextlib.ExitStack()
@@ -12051,8 +12051,7 @@ def read_object(value, struct, known=None):
 
     value     the JSON object. null counts as {}.
     struct    Go's name of the object's type, for the error.
-    known     the keys to return, which clients may write in upper or lower case. None returns all
-              keys as the client has written them.
+    known     the keys to return, in upper or lower case; without `known`, all keys as written.
 
     Raises InputError if the value is not an object.
     """
@@ -12193,7 +12192,7 @@ def read_listen(text, prefix=""):
 def read_toxic_object(value, known):
     """Call read_object for the JSON object of a toxic, and return the result. Raises InputError.
 
-    known    the keys to return. None returns all keys.
+    known    the keys to return; without `known`, all keys.
     """
     if isinstance(value, dict):
         value = without_moment(value)       # the value may come from a listing
@@ -12410,12 +12409,12 @@ def get_proxy(request, proxy):
 @toxiproxy_route("POST PATCH", "/proxies/PROXY", '{"enabled": false}')
 def update_proxy(request, proxy):
     """Change listen, upstream, enabled, accept or max_connections of a proxy. Toxics stay."""
-    value = read_json(request.body)
-    fields = read_proxy_fields(value)
+    json_object = read_json(request.body)
+    fields = read_proxy_fields(json_object)
     local, backend = proxy.local, proxy.backend
     if fields.get("listen", proxy.listen) != proxy.listen:
         local = read_listen(fields["listen"])
-    if fields.get("upstream"):
+    if fields.get("upstream"):          # "" changes nothing
         backend = check_field("upstream", parse_upstream, fields["upstream"])
     check_field("upstream", check_backend, backend, [local])
     # A client may send `protocol` and `tls` as in a listing, but cannot change their values.
@@ -12426,7 +12425,7 @@ def update_proxy(request, proxy):
     checked = check_proxy_fields(fields)
     request.control.proxies.change(proxy, local, backend, checked.get("enabled"),
                                    checked.get("accept"), checked.get("max_connections"))
-    log_warnings(unknown_key_warnings(value, PROXY_KEYS, "proxy " + proxy.name))
+    log_warnings(unknown_key_warnings(json_object, PROXY_KEYS, "proxy " + proxy.name))
     return proxy_to_json(proxy, request)
 
 
@@ -12525,7 +12524,7 @@ def refuse_changed_fields(before, after):
 
 @toxiproxy_route("DELETE", "/proxies/PROXY/toxics/TOXIC")
 def delete_toxic(request, proxy, toxic):
-    """Remove a toxic, and send at once the data that it has delayed."""
+    """Remove a toxic, and send at once the data that the toxic has delayed."""
     proxy.loop.run_sync(proxy.set_toxics, [other for other in proxy.toxics if other is not toxic])
 
 
@@ -12542,7 +12541,7 @@ def populate(request):
     except (InputError, ApiError, CannotListen) as exc:
         error = TOXIPROXY.to_api_error(exc)
         status, result = error.status, error_to_json(error)
-    # If a proxy cannot listen, `populated` has the proxies before it. Go writes [] as null.
+    # If a proxy cannot listen, `populated` has the earlier proxies. Go writes [] as null.
     result["proxies"] = [proxy_to_json(proxy, request) for proxy in populated] or None
     return TOXIPROXY.render(result, status)
 
@@ -12569,23 +12568,24 @@ def update_existing(proxies, existing, proxy, fields):
     fields      the fields of the JSON object that describes `proxy`.
 
     If must_replace returns True, all settings and toxics change, and the rules of the behavior are
-    removed. Otherwise, only the settings and toxics in `fields` change.
+    removed. Otherwise, only the toxics, accept and max_connections change, if `fields` has them.
     """
     with existing.lock:
         if proxies.get(proxy.name) is not existing:
             return False
         if must_replace(existing, proxy):
-            fields = PROXY_FIELDS       # all fields change
+            changed_fields = PROXY_FIELDS
             proxies.change(existing, proxy.local, proxy.backend, proxy.enabled, proxy.accept,
                            proxy.max_connections)
             existing.loop.run_sync(existing.set_rules, [])
             existing.loop.run_sync(existing.set_protocol, proxy.protocol,
                                    proxy.overwrite_host_header, proxy.tls)
         else:
+            changed_fields = fields
             proxies.change(existing, **{name: getattr(proxy, name)
                                         for name in ("accept", "max_connections")
                                         if name in fields})
-        toxics = replace_toxics(existing.toxics, proxy.toxics, fields)
+        toxics = replace_toxics(existing.toxics, proxy.toxics, changed_fields)
         if toxics != existing.toxics:
             existing.loop.run_sync(existing.set_toxics, toxics)
         return True
@@ -12593,7 +12593,7 @@ def update_existing(proxies, existing, proxy, fields):
 
 def must_replace(existing, proxy):
     """Return whether the addresses, protocol or TLS options of two proxies differ."""
-    # `listen` has the IP address of an open proxy, but the host name of a proxy that is not open.
+    # existing.listen has the IP address once the proxy has listened, and the host name before.
     return (existing.listen not in (proxy.listen, first_address(proxy.local))
             or existing.backend != proxy.backend or existing.protocol is not proxy.protocol
             or existing.tls.fields != proxy.tls.fields)
@@ -12670,7 +12670,7 @@ def format_labels(labels):
 # and a request in Client.
 
 class Fault:
-    """A `with` block of a test in which a handler acts. The block counts its faults.
+    """A `with` block, in a test, during which a handler acts. The block counts its faults.
 
         with proxy.handler("delay", sleep=2) as fault:
             ...
@@ -12733,8 +12733,8 @@ class Fault:
     def _has_caused(self, record):
         """Return whether a FaultRecord is of a fault that this block has caused."""
         is_fault = record.change is None
-        is_in_time = self._since < record.number <= self._until
-        return is_fault and is_in_time and getattr(record, self._key_field) == self._key
+        is_of_block = getattr(record, self._key_field) == self._key
+        return is_fault and is_of_block and self._since < record.number <= self._until
 
 
 async def run_in_executor(function, *args):
@@ -13045,8 +13045,8 @@ class Interface:
     def _wait_for_fault(self, subject, since, matches, count, timeout):
         """Wait until `count` faults match. Returns the FaultRecord of fault number `count`.
 
-        Raises TimeoutError, like "SUBJECT has not acted 3 times, but 1, in 5 seconds". The
-        function wait_for_records documents the other arguments.
+        Raises TimeoutError with a message that begins with `subject`. The function
+        wait_for_records documents the other arguments.
         """
         found = self._wait_for_records(since, matches, count, timeout)
         if len(found) >= count:
@@ -13187,8 +13187,8 @@ class Proxy(Interface):
                     port.
         behavior    the percentage of requests on which each handler acts:
                     "PERCENT:HANDLER,...", {handler: percent}, or [(percent, handler)]. A handler
-                    is a name, a dotted path like "mine.stutter", or in a dict or a list also the
-                    function itself.
+                    is a name or a dotted path like "mine.stutter". The dict and the list may also
+                    have the function itself.
         options     options of the handlers: {handler: {option: value}}.
         name        the name of the proxy, for the log and for the draws.
         seed        a whole number: with the same seed, a test gets the same faults. If the seed
@@ -13286,7 +13286,7 @@ class Proxy(Interface):
         self.stop()
 
     async def __aenter__(self) -> "Proxy":
-        return self.start()                 # does not block the event loop: it waits for no peer
+        return self.start()                 # waits for no peer, and does not block the event loop
 
     async def __aexit__(self, *exception: object) -> None:
         await run_in_executor(self.stop)
@@ -13671,7 +13671,7 @@ STARTED_PROCESSES = {}      # {pid: (Popen, pid of the process that called start
 
 
 class ProxyProcess(int):
-    """The pid of the process of a proxy, as start_proxy returns it.
+    """The result of start_proxy: the pid of the process of a proxy.
 
     port         the port of the proxy.
     http_port    the port of the control server; 0 if there is no control server.
@@ -13981,7 +13981,7 @@ def check_faults(text):
         try:
             words = shlex.split(line)
             if words:                   # no empty line
-                toxic = parse_fault(words, toxics)
+                toxic = parse_fault(words, taken_names=toxics)
                 set_once(toxics, toxic.name, toxic, "the name %s" % toxic.name)
         except ValueError as error:
             raise ValueError("%r: %s" % (line.strip(), error)) from None
@@ -14315,7 +14315,7 @@ HANDLER_FLAG = re.compile(
 
 
 def check_handler_option(handler_name, option, text):
-    """Raise ValueError if a text is not valid for an option or rule field of a handler."""
+    """Check a text for an option or rule field of a handler, as check_field calls a check."""
     if not is_rule_field(HANDLERS[handler_name], option):
         check_option(handler_name, option, text)
     elif option == "percent":
@@ -14838,9 +14838,9 @@ def proxy_command(argv):
     """The command `vaurien [OPTION ...]`: run the proxies of the command line and of the file."""
     config = read_arguments(argv, SETTINGS, "vaurien", PROXY_INTRODUCTION)
     values = resolve_process_settings(config, SETTINGS)
-    for name, text in config.global_settings().items():
+    for name, sourced in config.global_settings().items():
         if name.startswith("http-") and not values["http"]:
-            raise ValueError("%s needs --http" % text.source)
+            raise ValueError("%s needs --http" % sourced.source)
     proxies = make_proxies(config)
     if not proxies and not values["http"]:      # the file is an empty JSON list
         raise ValueError("%s defines no proxy: add one, or set --http to create them through "
@@ -15320,7 +15320,7 @@ def ctl_proxies(client):
         proxy_client = Client(client.host, client.port, client.scheme, name, client.token)
         state = proxy["listen"] if proxy["enabled"] else "disabled"
         if "accept" in proxy:           # the server leaves out the mode "normal"
-            state += " (%s)" % check_accept(proxy["accept"])    # like "accept refuse"
+            state += " (%s)" % check_accept(proxy["accept"])    # the text is like "accept refuse"
         lines.append("%s: %s for %s: %s" % (
             name, state, proxy["upstream"], ctl_rules(proxy_client)))
     return "\n".join(lines)
