@@ -764,8 +764,8 @@ def bandwidth(state, t, to, data, *, rate=0, shared=False):
     # not wait while an earlier rule delays the chunk.
     if data is OPEN:            # the options may be new: forget the delay by the old options
         state[to] = t
-    # The bytes arrive evenly, in pieces. A piece is one TCP segment, but takes 10 ms at least and
-    # 100 ms at most.
+    # The bytes arrive evenly, in pieces. A piece is as long as one TCP segment. On a fast link a
+    # piece is longer, so that it takes 10 ms, and on a slow link shorter, so that it takes 100 ms.
     bytes_per_ms = rate
     piece_size = int(max(10 * bytes_per_ms, min(SEGMENT, 100 * bytes_per_ms)))
     for piece in split_chunk(data, piece_size):
@@ -915,9 +915,9 @@ class TcpSender:
             self.pending_loss = "fast repair"
         if timed_out:
             self.pending_loss = "time-out"
-        # A real sender reduces cwnd an RTT later. In bulk transfers, such a reduction would give
-        # 1.01 to 1.12 of the throughput of Mathis' formula (packet_loss). A reduction at the loss
-        # gives 0.82 to 0.92 of this throughput, and Linux has 0.82 to 0.94.
+        # A real sender reduces cwnd an RTT later. Here, a bulk transfer would then have 1.01 to
+        # 1.12 of the throughput of Mathis' formula (packet_loss). If cwnd is reduced at once, the
+        # transfer has 0.82 to 0.92 of this throughput. Linux has 0.82 to 0.94.
         if is_bulk:
             self.reduce_cwnd()
         # During a fast repair, which takes 1 RTT, later segments are acknowledged as usual. During
@@ -1163,7 +1163,7 @@ class BaseHandler:
 
     def __init__(self, settings: "Optional[Dict[str, OptionValue]]" = None,
                  proxy: "Any" = None) -> None:
-        """Create the object for a ProxyServer. `settings` is {option: value}."""
+        """Create the handler for a ProxyServer. `settings` is {option: value}."""
         self.settings = dict(settings or {})
         self.proxy = proxy
         self.logger = log
@@ -1625,8 +1625,8 @@ class Framer:
     def recognizes(self, head):
         """Return whether the bytes of an incomplete head are certainly of the protocol.
 
-        The bytes are certain if the reader has accepted a part, such as a line. They are also
-        certain if the group of a NeedMatch matches, such as a whole request line of HTTP.
+        This is certain if the reader has accepted some of the bytes, such as a line, or if the
+        group in the pattern of a NeedMatch matches, such as a whole request line of HTTP.
         """
         if len(self.buffered) < len(head):      # the reader has accepted the bytes before
             return True
@@ -1926,7 +1926,7 @@ class Http(Protocol):
     has_rows = True                 # chunks, or events of a text/event-stream
     HEAD_END = rb"\n\r?\n"
     REQUEST_LINE = re.compile(rb"\s*([A-Z]+) [^ \r\n]+ HTTP/1\.([01])\r?\n")
-    # An incomplete head may end after any character of "HTTP/1.": each character is a pattern.
+    # Each character of "HTTP/1." is a pattern: an incomplete head may end after each of them.
     REQUEST_HEAD = NeedMatch(HEAD_END, beginning_with(
         rb"\s*", rb"[A-Z]+", rb" ", rb"[^ \r\n]+", rb" ", *rb"H T T P / 1 \. [01] \r? \n".split()),
         "no request line of HTTP/1")
@@ -1942,7 +1942,7 @@ class Http(Protocol):
     HOST = re.compile(rb"(?i)\nhost:[ \t\r]*([^\n]*[^ \t\r\n])?")
     EXPECT = re.compile(rb"(?im)^expect[ \t]*:.*100-continue")
     EVENT_STREAM = re.compile(rb"(?im)^content-type[ \t]*:[ \t]*text/event-stream\b")
-    # Caches: clients repeat requests or header fields, and backends repeat heads.
+    # The last parsed messages are kept, because clients and backends repeat their messages.
     last_request: tuple = (None, None)         # the bytes of a request, and its Request
     last_fields = HeaderFields(None, None, False, False)
     last_reply: tuple = (None, 0)              # the head of a reply, and the size of its body
@@ -3158,12 +3158,12 @@ class Postgres(Protocol):
         return Reply(self.encode_error(kind), closes=True)
 
     def refuse_client(self, received):
-        """Return the Reply to a first message, after its size and its code: 8 bytes."""
+        """Return the Reply to a first message, or None if its size and code have not come yet."""
         return super().refuse_client(received) if len(received) >= 8 else None
 
     def error_reply(self, kind, request):
         """Return the Reply to a request, or None if only a fatal error can happen."""
-        # No other error can happen to a ROLLBACK, and in a transaction that has failed already.
+        # A ROLLBACK, or a request in a failed transaction, can only have a fatal error.
         only_fatal = self.status == self.FAILED or self.ROLLBACK.match(request.text)
         if only_fatal and kind not in self.fatal_errors:
             return None
@@ -3514,8 +3514,8 @@ class SearchLimit:
     With an expression like (a+)+b, the time of a search doubles with each character. A timer of
     the kernel sends an OS signal when a search takes too long. The signal handler raises an
     exception, which ends the search. No other thread could end a search, because the module `re`
-    holds the GIL. Slow expressions are hard to recognise, so they cannot be refused: (a+)+ is
-    fast, and a*a*a*a*b is slow.
+    holds the GIL. Slow expressions are hard to recognise, so they cannot be refused: (a+)+ alone
+    is fast, and a*a*a*a*b is slow.
 
     The timer counts CPU time, so a busy machine ends no search. Signal handlers run only in the
     main thread. The proxies of a test run in other threads, and may hang in a search.
@@ -3903,7 +3903,7 @@ class Replay:
             raise ValueError("%s is not a file that --record has written" % path) from None
 
     def add_line(self, line_number, line):
-        """Add the fault that a line of the file records. Raises ValueError."""
+        """Add the fault in a line of the recorded file. Raises ValueError."""
         try:
             record = json.loads(line)
             connection, request, draw, drawn_count = (
@@ -4882,7 +4882,7 @@ class ProtocolChain(Chain):
         downstream  END_OF_ROW       none.
 
     After each change, done exchanges are removed from the front of the queue, but never the last
-    exchange. Each exchange that becomes the first releases its `queued_events`.
+    exchange. An exchange releases its `queued_events` when it becomes the first.
 
     While any rule is installed, the head of a request is held until the head is complete. So
     rules can act on whole requests. The parsing ends if a head is incomplete after
@@ -5422,7 +5422,7 @@ class ProtocolChain(Chain):
     def owes_error(self):
         """Return whether an error of a rule must still be sent to the client."""
         for exchange in self.exchanges:
-            # Only events of rules are queued: errors, and signals that end the connection.
+            # `queued_events` are of rules: error replies, and signals that end the connection.
             if exchange.queued_events:
                 return True
             # The error follows the backend's reply to the substitute. This reply is awaited.
@@ -5615,7 +5615,7 @@ class DelayQueue:
             self.credit(size + CHUNK_OVERHEAD)
 
     def release(self, removed, changed=()):
-        """Undo the delays by rules that were removed or changed. Delays by other rules remain.
+        """Undo the delays that removed or changed rules have caused. Other delays remain.
 
         Drops events that a changed rule has yielded for OPEN, as the rule will get OPEN again.
         Returns whether an event had a delay by a removed or changed rule.
@@ -6747,7 +6747,8 @@ def bind_listener(family, address, reuse_port=None):
     _, port, *_ = address
     if LINUX and port == 0:
         # If the kernel chose the port of the listening socket, shutdown() in refuse_connects()
-        # would free the port. So the kernel chooses the port of `other`, which is closed at once.
+        # would free the port. So let the kernel choose a port for `other`, close `other`, and use
+        # its port.
         with contextlib.closing(bind_socket(family, address)) as other:
             address = other.getsockname()
     sock = bind_socket(family, address, reuse_port)
@@ -13917,8 +13918,8 @@ def describe_record(record):
 #
 # flags      the flags on the command line. The keys of the ini file are the flags without "--".
 # scope      proxy           each proxy has a value of its own.
-#            shared          each proxy has a value of its own. The section [vaurien] sets the
-#                            default of all proxies, also of proxies that the API creates.
+#            shared          as proxy, but the section [vaurien] sets the default of all proxies,
+#                            also of proxies that the API creates.
 #            process         the process has one value.
 #            command line    the process has one value. Only the command line can set the value.
 # default    the text to parse if the setting is not given. None: the value is then None.
