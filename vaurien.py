@@ -8443,7 +8443,7 @@ class Connection:
                 events |= EVENT_WRITE
             if isinstance(source, TlsSocket):
                 events = source.interest(events)
-                allows_fast_path = allows_fast_path and source.is_open
+                allows_fast_path &= source.is_open
             link.fast_events = EVENT_READ if allows_fast_path and link.is_unused() else 0
             if events != link.watched:
                 self.watch(link, events)

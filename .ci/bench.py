@@ -192,7 +192,7 @@ def toxiproxy_command(folder, port, backend):
             "-config", write_config(folder, json.dumps(config))]
 
 
-# Each proxy has one thread: the others are configured so, and Go's runtime gets this variable.
+# Each proxy has one thread. Toxiproxy gets this variable for Go's runtime.
 TOXIPROXY = ["env", "GOMAXPROCS=1", find_program("toxiproxy-server") or ""]
 
 
