@@ -8065,7 +8065,9 @@ class Connection:
             self.add_text()
         if link.held > HELD_LOW:        # pump() stops the reading if the link is full
             self.pump()
-        else:
+        elif not self.timer:            # no other data is due at any time
+            self.timer = self.loop.call_at(link.latest, self.on_timer)
+        elif link.latest < self.timer[DUE]:     # the timer is for the other link
             self.set_timer(now)
 
     def send_or_queue(self, link, size, to_send):
