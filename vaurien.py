@@ -9506,18 +9506,22 @@ class ProxyServer:
         for rule in self.scheduled_rules():
             if rule.since is None:      # the schedule has not begun
                 rule.begin_schedule(now)
-                self.update_moment(rule, now)
+                if self.update_moment(rule, now):
+                    self.record_window(rule)
         self.set_rule_timer()
 
     def update_moment(self, rule, now):
         """Set rule.moment, the state of the rule's schedule at the time `now`.
 
-        Records the beginning or the end of a window.
+        Returns whether a window of the rule begins or ends now.
         """
         before = rule.moment
         rule.set_moment(rule.moment_at(now))
-        if rule.moment.active != before.active:
-            self.record_change(rule, "begins" if rule.moment.active else "ends")
+        return rule.moment.active != before.active
+
+    def record_window(self, rule):
+        """Record that a window of a rule begins or ends now."""
+        self.record_change(rule, "begins" if rule.moment.active else "ends")
 
     def set_rule_timer(self):
         """Set the timer for the next change of a rule by its schedule, if there is one."""
@@ -9530,15 +9534,18 @@ class ProxyServer:
     def on_rule_timer(self):
         """Follow the schedules: windows begin and end, ramps rise, and rules expire."""
         now = self.loop.clock()
-        expired, asleep, woken = [], [], []
+        expired, asleep, woken, accept_changed = [], [], [], False
         for rule in self.scheduled_rules():
             if rule.expires <= now:
                 expired.append(rule)
                 continue
             share_before = rule.moment.share    # of the percentage: 0 outside of windows
-            self.update_moment(rule, now)
-            if rule is self.accept:         # no connection uses an Accept: apply_accept() follows
+            window_changed = self.update_moment(rule, now)
+            if rule is self.accept:         # no connection uses an Accept
+                accept_changed = window_changed
                 continue
+            if window_changed:
+                self.record_window(rule)
             if share_before > 0 and rule.sleeps():
                 asleep.append(rule)
             elif rule.moment.share > share_before:
@@ -9548,10 +9555,19 @@ class ProxyServer:
         if expired:
             self.remove_expired(expired)
         self.set_rule_timer()
+        self.follow_accept(accept_changed)
+
+    def follow_accept(self, window_changed):
+        """Change the mode of the listener. Then record the window of `accept`, if it has changed.
+
+        A test may wait for the record and then connect, so the mode must change before.
+        """
         try:
             self.apply_accept()
         except CannotListen as error:
             log.warning("%s%s", self.log_prefix, error.strerror)
+        if window_changed:
+            self.record_window(self.accept)
 
     def remove_expired(self, rules):
         """Remove rules whose ttl has ended. If a rule of a block expires, remove the block.
