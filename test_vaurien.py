@@ -7396,6 +7396,19 @@ class TestAccept(unittest.TestCase):
                              ["begins", "ends", "begins"])
             self.assertEqual(proxy.get_accept(), "refuse duration=3600")
 
+    def test_a_window_is_recorded_after_the_listener_has_changed(self):
+        """A test that had waited for the record could still be refused."""
+        modes, record_change = [], vaurien.ProxyServer.record_change
+
+        def recorded_change(server, rule, change):
+            modes.append((change, server.listener.mode))
+            record_change(server, rule, change)
+
+        with mock.patch.object(vaurien.ProxyServer, "record_change", recorded_change), \
+                self.proxy() as (proxy, _), proxy.refusing(start=0.01, duration=0.01):
+            wait_until(lambda: len(modes) == 2)
+        self.assertEqual(modes, [("begins", "refuse"), ("ends", "normal")])
+
     def test_all_times_begin_anew_when_a_proxy_starts_again(self):
         proxy = OpenProxy("127.0.0.1:9", accept="refuse duration=1h")
         begun = []
