@@ -4747,16 +4747,19 @@ class TestChain(unittest.TestCase):
         for rules, fixed in [([latency(1)], [0.001]),
                              ([latency(1), latency(2)], [0.001, 0.002]),
                              ([latency(1), latency(2, stream=UPSTREAM)], [0.001]),
-                             ([latency(1), latency(0)], []),        # latency 0 is no delay
-                             ([latency(1), vaurien.Rule("slicer", per="connection")], []),
-                             ([latency(1), latency(2, match=re.compile(b"x"))], []),
-                             ([latency(1, "request")], [])]:        # another request may have none
+                             ([latency(1, stream=UPSTREAM)], []),   # replies pass
+                             ([latency(1), latency(0)], None),      # latency 0 never acts
+                             ([latency(1), vaurien.Rule("slicer", per="connection")], None),
+                             ([latency(1), latency(2, match=re.compile(b"x"))], None),
+                             ([latency(1, "request")], None)]:      # another request may have none
             with self.subTest(list(map(str, rules))):
                 chain = chain_of(*rules)
-                self.assertEqual(chain.fixed_delays(DOWNSTREAM), ())    # no rule has acted yet
+                self.assertIsNone(chain.fixed_delays(DOWNSTREAM))       # no rule has acted yet
+                chain.process(0, UPSTREAM, b"request")
                 chain.process(0, DOWNSTREAM, b"reply")
-                self.assertEqual([seconds for _, seconds, _ in chain.fixed_delays(DOWNSTREAM)],
-                                 fixed)
+                delays = chain.fixed_delays(DOWNSTREAM)
+                self.assertEqual(fixed, delays if delays is None else
+                                 [seconds for _, seconds, _ in delays])
 
     def test_a_rule_does_not_get_events_of_the_other_stream(self):
         chain = chain_of(vaurien.Rule("hang", stream=DOWNSTREAM))
@@ -4948,6 +4951,25 @@ class TestDelayQueue(unittest.TestCase):
         self.assertEqual(list(self.queue.send_buffer), [b"a", b"b"])
         self.queue.pop_due(9)
         self.assertEqual(list(self.queue.send_buffer), [b"a", b"b", b"c", EOF])
+
+    def test_chunks_that_are_due_are_joined_if_the_rules_permit_this(self):
+        overhead = vaurien.CHUNK_OVERHEAD
+        for joins, chunks in (False, [b"a", b"bc", EOF, b"d"]), (True, [b"abc", EOF, b"d"]):
+            with self.subTest(joins=joins):
+                queue = vaurien.DelayQueue(UPSTREAM, vaurien.Budget())
+                for due, data in [(1, b"a"), (2, b"bc"), (2, EOF), (2, b"d"), (3, b"later")]:
+                    queue.put(due, data, 0)
+                self.assertEqual(queue.pop_due(2, joins), [])
+                self.assertEqual(list(queue.send_buffer), chunks)
+                self.assertEqual(queue.held, 9 + (len(chunks) + 1) * overhead)
+                self.assertEqual(queue.budget.held, queue.held)
+
+    def test_joined_chunks_have_a_limit(self):
+        size = vaurien.JOINED_MAX // 4
+        for _ in range(6):
+            self.queue.put(1, bytes(size), 0)
+        self.queue.pop_due(1, True)
+        self.assertEqual(list(map(len, self.queue.send_buffer)), [4 * size, 2 * size])
 
     def test_replies_of_rules_stay_known_as_such_if_one_of_two_delays_is_undone(self):
         first, second = vaurien.Rule("delay"), vaurien.Rule("latency")
@@ -6402,22 +6424,73 @@ class TestFastPath(DownloadMixin, unittest.TestCase):
             self.assertEqual(proxy.loop.run_sync(
                 lambda: (connection.up.fast_events, connection.down.fast_events)), (0, 0))
 
-    def test_pieces_of_a_slicer_are_sent_one_by_one(self):
-        sent = []
+    def test_pieces_are_sent_one_by_one_or_together(self):
+        """The clock stands still. Then all pieces are late."""
+        bandwidth = {"type": "bandwidth", "rate": 10}
+        slicer = {"type": "slicer", "average_size": 1000, "delay": 1000}
+        latency = {"type": "latency", "latency": 1}
+        for toxics, sizes in [([bandwidth], [3000]), ([latency, bandwidth], [3000]),
+                              ([slicer], [1000] * 3), ([latency, slicer], [1000] * 3),
+                              ([slicer, bandwidth], [1000] * 3)]:
+            names = [toxic["type"] for toxic in toxics]
+            sent = []
 
-        class RecordingSocket(vaurien.RawSocket):
-            def send(self, data, *flags):
-                sent.append(bytes(data))
-                return super().send(data, *flags)
+            class RecordingSocket(vaurien.RawSocket):
+                def send(self, data, *flags, sent=sent):
+                    sent.append(len(data))
+                    return super().send(data, *flags)
 
-        with mock.patch.object(vaurien, "RawSocket", RecordingSocket), \
-                running_proxy(echo, "100:slicer",
-                              options={"slicer": {"average_size": 10}}) as proxy, \
-                connected_client(proxy) as sock:
-            for _ in range(3):
+            with self.subTest(names), \
+                    mock.patch.object(vaurien, "RawSocket", RecordingSocket), \
+                    running_proxy(echo, toxics=toxics) as proxy, connected_client(proxy) as sock:
+                loop = proxy.loop
+                now = loop.clock()
+                loop.run_sync(setattr, loop, "clock", lambda: now)
+                sock.sendall(bytes(3000))
+                wait_until(lambda: sum(connection.down.received
+                                       for connection in proxy.connections.values()) == 3000)
                 sent.clear()
-                send_and_read(sock, b"0123456789abcdefghij")
-                self.assertEqual(sent[:2], [b"0123456789", b"abcdefghij"])
+                now += 5
+                loop.run_sync(int)                  # wakes up the loop
+                read_exactly(sock, 3000)
+                self.assertEqual(sent, sizes)
+
+    def test_a_due_chunk_is_sent_behind_the_bytes_that_the_client_has_not_taken(self):
+        """The client takes bytes again, and the timer runs before the selector reports this."""
+        size = 8 << 20
+
+        def serve(sock):
+            while sock.recv(100):
+                sock.sendall(bytes(size))
+                sock.recv(100)
+                sock.sendall(b"end")
+
+        received = []
+        toxics = [{"type": "latency", "latency": 1000}]
+        with running_proxy(serve, toxics=toxics) as proxy, connected_client(proxy) as sock:
+            loop = proxy.loop
+            now = loop.clock()
+            loop.run_sync(setattr, loop, "clock", lambda: now)
+            sock.sendall(b"large")
+            wait_until(lambda: proxy.connections and proxy.connections[1].down.received == size)
+            connection, down = proxy.connections[1], proxy.connections[1].down
+            now += 0.5
+            sock.sendall(b"small")
+            wait_until(lambda: down.received == size + 3)
+            now += 0.5                              # the large reply is due, the small one is not
+            loop.run_sync(int)                      # wakes up the loop
+            wait_until(lambda: loop.run_sync(lambda: bool(down.send_buffer)))
+
+            def read_and_call_back():
+                nonlocal now
+                now += 1
+                while sock in select.select([sock], [], [], 0.1)[0]:
+                    received.append(sock.recv(1 << 20))
+                connection.on_timer()
+
+            loop.run_sync(read_and_call_back)
+            received.append(read_exactly(sock, size + 3 - len(b"".join(received))))
+        self.assertEqual(b"".join(received)[-5:], b"\0\0end")
 
     def test_bytes_on_which_a_handler_raises_are_not_sent(self):
         def buggy(state, t, to, data):

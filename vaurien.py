@@ -172,6 +172,7 @@ HELD_MAX_IDLE = 256 * 1024      # limit of a delay queue while no rule delays by
 HELD_TOTAL = 512 * 1024 * 1024  # the most bytes in all delay queues of a loop together
 HELD_MIN = 4 * 1024             # each delay queue may hold this many bytes, even above HELD_TOTAL
 HELD_LOW = HELD_MIN // 2        # a delay queue with at most this many bytes is never full
+JOINED_MAX = 64 * 1024          # late chunks are joined up to about this size
 READ_MIN = 16 * 1024            # the least room in a delay queue for which the proxy calls recv
 MATCH_MAX = 64 * 1024           # `match` searches this many bytes of a request, from its beginning
 BEGINNING_MAX = 80              # a fault record shows this many bytes of a request
@@ -519,6 +520,8 @@ def with_attributes(**attributes: "Any") -> "Callable[[Function], Function]":
     fixed_delay         for a handler that only delays: a function (options) that returns the
                         seconds by which all chunks are delayed, or 0 if chunks have no common
                         delay. A chain adds a fixed delay without a call of the handler.
+    joins_chunks        True: chunks that the handler has yielded may be sent together if they are
+                        due. All rules of the proxy must permit this.
     """
     def decorate(function):
         for name, value in attributes.items():
@@ -725,6 +728,7 @@ DISTRIBUTIONS = OrderedDict((
 @handler
 @with_attributes(
     option_checks={"distribution": choice_check(*DISTRIBUTIONS)},
+    joins_chunks=True,
     fixed_delay=lambda options: 0 if options["jitter"] else max(0, options["latency"]) / 1000)
 def latency(state, t, to, data, *, latency=0, jitter=0, distribution="uniform"):
     """A longer link: every chunk arrives later, at an unchanged data rate.
@@ -751,7 +755,7 @@ def cancel_transfer(rule, to, size):
 
 @handler
 @rate_limited
-@with_attributes(on_dropped=cancel_transfer, held_max=READ_MIN)
+@with_attributes(on_dropped=cancel_transfer, held_max=READ_MIN, joins_chunks=True)
 def bandwidth(state, t, to, data, *, rate=0, shared=False):
     """A slower link: the data rate is limited, separately in each direction.
 
@@ -3838,6 +3842,9 @@ class RuleSet:
         self.recv_size = max([rule.held_max for rule in rules if rule.rate_limited] or [CHUNK])
         # Without a fixed delay, Chain.fixed_delays need not be called.
         self.has_fixed_delay = any(rule.fixed_delay for rule in rules)
+        # Whether delay queues may join chunks that are due: see with_attributes.
+        self.joins_chunks = bool(rules) and all(
+            getattr(rule.handler, "joins_chunks", False) for rule in rules)
         # Whether Chain.begin_batch may draw the numbers for 8 requests at once.
         self.draw_ahead = not self.replay and all(rule.is_drawn_at_beginning() for rule in rules)
         # Whether the requests of one connection may have different active rules.
@@ -4601,18 +4608,17 @@ class Chain:
     def fixed_delays(self, to):
         """Return the `delays` that `process` would give to bytes of the direction `to`.
 
-        Returns () if the caller must use process_bytes.
+        Returns None if the caller must call pass_through and process_bytes.
         """
         delays: tuple = ()
         for active in self.active_rules:
             rule = active.rule
-            if to not in rule.directions:
-                continue
-            if (not rule.fixed_delay            # the handler must be called
-                    or not active.has_acted     # the first action makes a fault record
-                    or rule.per == "request"):  # the next request may have no delay
-                return ()
-            delays += ((rule, rule.fixed_delay, False),)    # False: the bytes are not from OPEN
+            if not active.has_acted or rule.per == "request":   # an action makes a fault record
+                return None
+            if to in rule.directions:
+                if not rule.fixed_delay:        # the handler must be called
+                    return None
+                delays += ((rule, rule.fixed_delay, False),)    # False: not for OPEN
         return delays
 
     def note_beginning(self, data):
@@ -4758,8 +4764,8 @@ class Chain:
             if data and direction == DOWNSTREAM:
                 self.last_direction = DOWNSTREAM    # counts like a reply of the backend
                 self.answered_early = self.answered_early or to == UPSTREAM
-        only_delays_open = opening and all(data is OPEN for _, _, data in events)
-        if not active.has_acted and not only_delays_open:   # a delay of OPEN is not a fault
+        delay_rules_open = opening and all(data is OPEN for _, _, data in events)
+        if not active.has_acted and not delay_rules_open:   # a delay of OPEN is not a fault
             active.mark_acted()
             self.newly_acted.append((active, self.current_number, self.request_text()))
 
@@ -5554,6 +5560,17 @@ class DelayQueue:
         self.charge(len(data))
         heapq.heappush(self.queue, (t, self.order, data, start, delays))
 
+    def put_chunk(self, t, data, start, delays):
+        """Queue bytes like `put`, but faster: no rule in `delays` has a rate limit."""
+        if t < self.latest:
+            t = self.latest
+        self.latest = t
+        self.order += 1
+        size = len(data) + CHUNK_OVERHEAD
+        self.held += size
+        self.budget.held += size
+        heapq.heappush(self.queue, (t, self.order, data, start, delays))
+
     def charge(self, size):
         """Count a chunk of `size` bytes, and its overhead, as held."""
         self.held += size + CHUNK_OVERHEAD
@@ -5576,11 +5593,34 @@ class DelayQueue:
             self.send_buffer = deque()
         self.send_buffer.append(data)
 
-    def pop_due(self, now):
-        """Move due chunks and EOFs into send_buffer. Returns the other signals that are due."""
+    def pop_event(self, now, joins):
+        """Remove the first event, which must be due, and return its bytes or signal.
+
+        joins    whether to join the bytes of all due chunks, up to JOINED_MAX bytes: a late loop
+                 catches up faster with one large send
+        """
+        _, _, data, _, _ = heapq.heappop(self.queue)
+        if not joins or not data:
+            return data
+        chunks, size = [data], len(data)
+        while self.queue and size < JOINED_MAX:
+            due, _, data, _, _ = self.queue[0]
+            if due > now or not data:
+                break
+            heapq.heappop(self.queue)
+            chunks.append(data)
+            size += len(data)
+            self.credit(CHUNK_OVERHEAD)
+        return b"".join(chunks)
+
+    def pop_due(self, now, joins=False):
+        """Move due chunks and EOFs into send_buffer. Returns the other signals that are due.
+
+        joins    as in pop_event
+        """
         signals = []
         while self.queue and self.queue[0][0] <= now:
-            _, _, data, _, _ = heapq.heappop(self.queue)
+            data = self.pop_event(now, joins)
             if data:
                 self.append_due(memoryview(data))
             elif data is EOF:
@@ -7741,7 +7781,7 @@ class Link(DelayQueue):
     """One direction of a connection: a source, a target, and the delay queue between them."""
 
     __slots__ = ("source", "source_reset", "target", "watched", "fast_events", "bulk_reads",
-                 "recv_size", "request_time", "measure_from")
+                 "recv_size", "request_time", "measure_from", "delay_rules", "delays")
 
     def __init__(self, to, budget, recv_size):
         DelayQueue.__init__(self, to, budget)       # faster than super()
@@ -7752,6 +7792,9 @@ class Link(DelayQueue):
         self.watched = 0        # the events for which the loop watches the source
         self.fast_events = 0    # EVENT_READ if the fast path is open, otherwise 0
         self.bulk_reads = 0 if HAVE_SPLICE else NO_SPLICE   # reads of BULK_READ bytes or more
+        self.delay_rules = None     # active rules that only delay: see `delays`
+        self.delays = ()        # while exactly the rules in delay_rules are active: the `delays`
+                                #   that Chain.process would give to each chunk
         self.measure_from = sys.maxsize     # upstream: the request_count of the next measurement
         self.request_time = 0.0     # downstream: when the measured request came, or 0
 
@@ -8010,6 +8053,11 @@ class Connection:
         count all other bytes in `buffered_in`.
         """
         chain, size = self.chain, len(data)
+        if link.delay_rules is chain.active_rules and link.fast_events:
+            if not link.delays:         # the rules do not act on this direction
+                return data
+            self.delay(link, bytes(data))
+            return None
         if self.phase is LINGERING:     # the client has got its last reply: drop further bytes
             link.buffered_in += size
             return None
@@ -8025,6 +8073,8 @@ class Connection:
         # If the bytes were queued, update_interest() has charged the kept bytes.
         if to_send is not None and (self.chain.kept > KEPT_MIN or self.up.kept):
             self.kept_changed()
+        if chain.rule_set.has_fixed_delay and not chain.protocol:
+            self.find_delays(link)      # for the next chunk
         return to_send
 
     def run_rules(self, link, data):
@@ -8033,11 +8083,6 @@ class Connection:
         Returns the bytes to send at once, or None if events were queued instead.
         """
         now, chain = self.loop.clock(), self.chain
-        if link.fast_events and chain.rule_set.has_fixed_delay and not chain.protocol:
-            delays = chain.fixed_delays(link.to)
-            if delays:
-                self.delay(link, now, bytes(data), delays)
-                return None
         chain.modified = False          # a rule that changes an event sets `modified`
         events = chain.process_bytes(now, link.to, bytes(data))
         self.after_parsing(link)
@@ -8048,21 +8093,23 @@ class Connection:
         self.enqueue(now, events, link)
         return None
 
-    def delay(self, link, now, data, delays):
+    def find_delays(self, link):
+        """Find out whether the active rules only delay a link's bytes: then `delay` is called."""
+        delays = self.chain.fixed_delays(link.to)
+        if delays is not None:
+            link.delay_rules, link.delays = self.chain.active_rules, delays
+
+    def delay(self, link, data):
         """Queue bytes that the rules only delay. This is faster than `enqueue`.
 
         The link's fast path stays open, but is not used, because the rules delay all bytes. When
         the rules change, rules_changed() calls pump(), which closes the fast path.
-
-        delays    the result of Chain.fixed_delays: (rule, seconds, False) for each rule.
         """
-        due = now
-        for _, seconds, _ in delays:
+        due = now = self.loop.clock()
+        for _, seconds, _ in link.delays:
             due += seconds
         link.buffered_in += len(data)
-        link.put(due, data, now, delays)
-        if self.records_without_text:
-            self.add_text()
+        link.put_chunk(due, data, now, link.delays)
         if link.held > HELD_LOW:        # pump() stops the reading if the link is full
             self.pump()
         elif not self.timer:            # no other data is due at any time
@@ -8313,23 +8360,42 @@ class Connection:
             events = self.chain.give_up_head(now)       # may end the parsing
             self.after_parsing(self.up)
             self.enqueue(now, events)
-        elif not self.send_delayed(now):
+        elif self.send_chunks(self.up, now) and self.send_chunks(self.down, now):
+            self.set_timer(now)
+        else:
             self.pump()
 
-    def send_delayed(self, now):
-        """Send due data that `delay` has queued, and set the timer. This is faster than pump().
+    def send_chunks(self, link, now):
+        """Send a link's chunks that are due. This is faster than pump().
 
-        Returns False if pump() must be called instead.
+        Returns False if pump() must be called next: a signal is due, the target does not take all
+        bytes, or update_interest() may have something to do.
         """
-        up, down = self.up, self.down
-        # A link with an open fast path queues only data of `delay`. Other queues may have signals.
-        if (up.queue and not up.fast_events) or (down.queue and not down.fast_events):
+        queue = link.queue
+        if not queue or queue[0][0] > now:
+            return True
+        if link.send_buffer or self.phase is not CONNECTED:
             return False
-        self.send_due(now)
-        if up.send_buffer or down.send_buffer or up.write_closed or down.write_closed:
-            return False                # a target takes no more, or has gone
-        self.set_timer(now)
-        return True
+        joins = self.chain.rule_set.joins_chunks
+        while queue and queue[0][0] <= now:
+            if not queue[0][2]:         # a signal
+                return False
+            data = link.pop_event(now, joins)
+            try:
+                sent = link.target.send(data)
+            except OSError:             # flush() will send again, and handle the error
+                sent = 0
+            link.buffered_out += sent
+            if sent < len(data):
+                link.credit(sent)
+                link.append_due(memoryview(data)[sent:])
+                return False
+            link.credit(sent + CHUNK_OVERHEAD)
+            if link.request_time:
+                self.end_measurement()
+        stays_closed = link.fast_events or queue    # an empty queue may open the fast path
+        reads = link.watched & EVENT_READ or link.eof or link.is_full(self.loop.clock)
+        return bool(stays_closed and reads)
 
     def pump(self):
         """Send all data that is due. End the connection, or set the timer and watched events.
@@ -8355,11 +8421,11 @@ class Connection:
 
         Returns the list of OPEN and RESET signals that are due.
         """
-        up, down, signals = self.up, self.down, []
+        up, down, signals, joins = self.up, self.down, [], self.chain.rule_set.joins_chunks
         if up.queue:
-            signals += up.pop_due(now)      # moves due bytes and EOFs to send_buffer
+            signals += up.pop_due(now, joins)       # moves due bytes and EOFs to send_buffer
         if down.queue:
-            signals += down.pop_due(now)
+            signals += down.pop_due(now, joins)
         if self.phase is WAITING and (signals or up.send_buffer):   # OPEN, RESET or client data
             self.end_waiting(now, signals)
         if down.send_buffer:
@@ -9666,12 +9732,17 @@ class ProxyServer:
             self.rules.replay.mark_made(self.name, connection.number, request, rule)
         if not beginning and request == 1:      # Connection.add_text() will complete the record
             connection.records_without_text = (*connection.records_without_text, record.number)
+        if log.isEnabledFor(logging.INFO):      # otherwise, the texts need not be made
+            self.log_fault(connection, active, record)
+
+    def log_fault(self, connection, active, record):
+        """Log that an ActiveRule has acted on a request."""
         shown_text = ", " + record.text if record.text else ""
         is_remote = not is_loopback(connection.peer[0])
         shown_client = " (client %s)" % connection.name if is_remote else ""
         log.info("%s%s: connection %d, request %d%s%s", self.log_prefix,
-                 rule.describe_fault(active.drawn_options), connection.number, request,
-                 shown_text, shown_client, extra={"fault": record})
+                 active.rule.describe_fault(active.drawn_options), record.connection,
+                 record.request, shown_text, shown_client, extra={"fault": record})
 
     def record_change(self, rule, change):
         """Record and log a change of a rule by its schedule. `change` is a key of CHANGES."""
