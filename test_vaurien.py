@@ -6455,6 +6455,30 @@ class TestFastPath(DownloadMixin, unittest.TestCase):
                 read_exactly(sock, 3000)
                 self.assertEqual(sent, sizes)
 
+    def test_a_rule_that_is_added_before_a_reply_knows_the_request(self):
+        """The bytes of the request went past the rules, because no rule acts on requests."""
+        released = threading.Event()
+
+        def serve(sock):
+            for _ in range(3):
+                data = sock.recv(100)
+                if data == b"question":
+                    released.wait(TIMEOUT)
+                sock.sendall(data)
+
+        toxics = [{"type": "latency", "name": "first", "latency": 1}]
+        with running_proxy(serve, toxics=toxics) as proxy, connected_client(proxy) as sock:
+            send_and_read(sock, b"one")
+            send_and_read(sock, b"two")
+            sock.sendall(b"question")
+            wait_until(lambda: proxy.connections[1].up.received == len(b"onetwoquestion"))
+            second = vaurien.make_toxic("latency", "second", {}, {"latency": 1})
+            proxy.loop.run_sync(proxy.set_toxics, [*proxy.toxics, second])
+            released.set()
+            read_exactly(sock, len(b"question"))
+            self.assertEqual([(record.toxic, record.text) for record in proxy.events()],
+                             [("first", "one"), ("second", "question")])
+
     def test_a_due_chunk_is_sent_behind_the_bytes_that_the_client_has_not_taken(self):
         """The client takes bytes again, and the timer runs before the selector reports this."""
         size = 8 << 20

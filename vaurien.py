@@ -521,7 +521,8 @@ def with_attributes(**attributes: "Any") -> "Callable[[Function], Function]":
                         seconds by which all chunks are delayed, or 0 if chunks have no common
                         delay. A chain adds a fixed delay without a call of the handler.
     joins_chunks        True: chunks that the handler has yielded may be sent together if they are
-                        due. All rules of the proxy must permit this.
+                        due. This is done if all rules of a proxy permit this, and one of them has
+                        a rate limit.
     """
     def decorate(function):
         for name, value in attributes.items():
@@ -3842,8 +3843,8 @@ class RuleSet:
         self.recv_size = max([rule.held_max for rule in rules if rule.rate_limited] or [CHUNK])
         # Without a fixed delay, Chain.fixed_delays need not be called.
         self.has_fixed_delay = any(rule.fixed_delay for rule in rules)
-        # Whether delay queues may join chunks that are due: see with_attributes.
-        self.joins_chunks = bool(rules) and all(
+        # Whether delay queues join chunks that are due: see with_attributes.
+        self.joins_chunks = any(rule.rate_limited for rule in rules) and all(
             getattr(rule.handler, "joins_chunks", False) for rule in rules)
         # Whether Chain.begin_batch may draw the numbers for 8 requests at once.
         self.draw_ahead = not self.replay and all(rule.is_drawn_at_beginning() for rule in rules)
@@ -8054,6 +8055,8 @@ class Connection:
         """
         chain, size = self.chain, len(data)
         if link.delay_rules is chain.active_rules and link.fast_events:
+            if link is self.up:
+                chain.note_beginning(data)
             if not link.delays:         # the rules do not act on this direction
                 return data
             self.delay(link, bytes(data))
