@@ -6479,6 +6479,27 @@ class TestFastPath(DownloadMixin, unittest.TestCase):
             self.assertEqual([(record.toxic, record.text) for record in proxy.events()],
                              [("first", "one"), ("second", "question")])
 
+    def test_reading_resumes_before_the_first_delayed_byte_is_due(self):
+        """The bandwidth stops the reading for a moment, but the latency does not."""
+        toxics = [{"type": "latency", "latency": 9000, "stream": "upstream"},
+                  {"type": "bandwidth", "rate": 100, "stream": "upstream"}]
+        with running_proxy(echo, toxics=toxics) as proxy, connected_client(proxy) as sock:
+            loop = proxy.loop
+            now = loop.clock()
+            loop.run_sync(setattr, loop, "clock", lambda: now)
+            sock.sendall(bytes(1 << 16))
+            wait_until(lambda: proxy.connections)
+            up = proxy.connections[1].up
+            wait_until(lambda: loop.run_sync(
+                lambda: up.held and not up.watched & vaurien.EVENT_READ))
+            self.assertLess(up.received, 1 << 16)
+            while up.received < 1 << 16:
+                size = up.received
+                now += 1
+                loop.run_sync(int)                  # wakes up the loop
+                wait_until(lambda: up.received > size)
+                self.assertEqual(up.sent, 0)
+
     def test_a_due_chunk_is_sent_behind_the_bytes_that_the_client_has_not_taken(self):
         """The client takes bytes again, and the timer runs before the selector reports this."""
         size = 8 << 20

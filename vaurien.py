@@ -8375,7 +8375,7 @@ class Connection:
         bytes, or update_interest() may have something to do.
         """
         queue = link.queue
-        if not queue or queue[0][0] > now:
+        if not queue:
             return True
         if link.send_buffer or self.phase is not CONNECTED:
             return False

@@ -237,11 +237,12 @@ def choose_mutations(source, count, seed):
 # -- Tests --------------------------------------------------------------------
 
 def copy_project(root, folder):
-    """Copy the files of the project, but no subfolder, to a folder. Tests read some of them."""
+    """Copy the files of the project, and the folder .github, to a folder: the tests read them."""
     for name in os.listdir(root):
         path = os.path.join(root, name)
         if os.path.isfile(path):
             shutil.copy(path, folder)
+    shutil.copytree(os.path.join(root, ".github"), os.path.join(folder, ".github"))
 
 
 def run_tests(folder, tests, timeout):
