@@ -4394,7 +4394,7 @@ class TestSchedules(unittest.TestCase):
                 self.assertEqual(vaurien.check_seconds(value), seconds)
         for value in [-1, "-1s", "x", "", "s", "5d", "5 min", "nan", "inf", math.inf, math.nan,
                       True, None, [], {}, "0.5ms", 1e-9, 1e10, 10 ** 400, "1e999h", "5mm",
-                      "5m s", "1_0", "1_0s"]:
+                      "5m s", "1_0", "1_0s", "\uff11"]:
             with self.subTest(value), self.assertRaisesRegex(
                     ValueError, "must be 0, or a time from 1ms to 1e9s, like 90, 90s, 5m, 1h or "
                                 "500ms, not "):
@@ -12663,6 +12663,8 @@ class TestBadInput(TempDirTestCase):
              "must be a number, 0 or more, not '1e999'"),
             (["--handlers.delay.sleep", "1_0"],
              "must be a number, 0 or more, not '1_0'"),
+            (["--handlers.delay.sleep", "\uff11"],     # a digit of a Japanese typeface
+             "must be a number, 0 or more, not '"),
             (["--handlers.delay.start", "1_0s"],
              "or 500ms, not '1_0s'"),
             (["--handlers.delay.after", "1_0"],

@@ -344,7 +344,8 @@ def number_check(type_, expected, valid=lambda number: number >= 0):
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             number = type_(value)
             if isinstance(value, str):
-                accepted = "_" not in value     # Python's int and float accept "1_0"
+                # Python's int and float accept "1_0", and the digits of all scripts.
+                accepted = "_" not in value and max(value) < "\x80"
             else:                               # int(2.5) is rounded, and int(True) is 1
                 accepted = number == value and not isinstance(value, bool)
             is_finite = -math.inf < number < math.inf   # math.isfinite(10 ** 400) raises
