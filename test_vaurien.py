@@ -2901,6 +2901,17 @@ class TestProtocolChain(unittest.TestCase):
                             play.client(request, sizes).assert_becomes(forwarded)
                             play.backend(HTTP_OK_EMPTY)
 
+    def test_received_and_sent_bytes_differ_if_the_host_header_is_replaced(self):
+        request = b"GET / HTTP/1.1\r\nHost: %s\r\n\r\n"
+        with running_proxy(echo, protocol="http") as proxy, connected_client(proxy) as sock:
+            sent = request % b"a-host-with-a-long-name"
+            received = request % proxy.host_header()
+            sock.sendall(sent)
+            self.assertEqual(read_exactly(sock, len(received)), received)
+            up = proxy.connections[1].up
+            counts = proxy.loop.run_sync(lambda: (up.received, up.sent))
+            self.assertEqual(counts, (len(sent), len(received)))
+
     def test_the_value_of_the_host_header(self):
         for backend, host in [(("google.com", 80), b"google.com"),
                               (("::1", 8000), b"[::1]:8000"),
@@ -13328,6 +13339,17 @@ class TestProcess(TempDirTestCase):
         record = vaurien.FaultRecord(number=1, time=12.5, proxy="p", connection=2, client="a:1",
                                      request=1, handler="delay", options={})
         self.assertEqual(vaurien.match_faults([first, second], [record]), {second: "delay"})
+
+    def test_demo_describes_requests_of_which_only_some_were_answered(self):
+        answered = vaurien.Outcome(client="a:1", began=1.0, seconds=0.05, failure="")
+        failed = vaurien.Outcome(client="a:2", began=1.0, seconds=1.0, failure="a wrong answer")
+        for outcomes, normal_seconds, text in [
+                ([answered, failed], 0.01, "met delay: 1 x a wrong answer, "
+                                           "1 x answered, in 50.0 ms at the median"),
+                ([answered], 0, "met delay: 1 x answered, in 50.0 ms at the median"),
+                ([answered], 0.01, "were delayed (delay), by 40.0 ms at the median")]:
+            with self.subTest(text):
+                self.assertEqual(vaurien.describe_fault("delay", outcomes, normal_seconds), text)
 
 
 class TestLogThread(unittest.TestCase):
