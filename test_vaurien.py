@@ -6511,6 +6511,31 @@ class TestFastPath(DownloadMixin, unittest.TestCase):
                 wait_until(lambda: up.received > size)
                 self.assertEqual(up.sent, 0)
 
+    def test_a_delayed_chunk_that_cannot_be_sent_is_not_sent_again(self):
+        sent = []
+
+        def serve(sock):
+            sock.sendall(sock.recv(100))
+            sock.recv(100)
+            sock.sendall(b"fails")
+
+        class FailingSocket(vaurien.RawSocket):
+            def send(self, data, *flags):
+                sent.append(bytes(data))
+                if data == b"fails":
+                    raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+                return super().send(data, *flags)
+
+        toxics = [{"type": "latency", "latency": 1}]
+        with mock.patch.object(vaurien, "RawSocket", FailingSocket), \
+                running_proxy(serve, toxics=toxics) as proxy, \
+                connected_client(proxy) as sock:
+            self.assertEqual(send_and_read(sock, b"passes"), b"passes")
+            sock.sendall(b"please")
+            wait_until(lambda: b"fails" in sent)
+            proxy.loop.run_sync(int)                # after the callback that has failed
+            self.assertEqual(sent, [b"passes", b"passes", b"please", b"fails"])
+
     def test_a_due_chunk_is_sent_behind_the_bytes_that_the_client_has_not_taken(self):
         """The client takes bytes again, and the timer runs before the selector reports this."""
         size = 8 << 20
@@ -6536,6 +6561,7 @@ class TestFastPath(DownloadMixin, unittest.TestCase):
             now += 0.5                              # the large reply is due, the small one is not
             loop.run_sync(int)                      # wakes up the loop
             wait_until(lambda: loop.run_sync(lambda: bool(down.send_buffer)))
+            self.assertEqual(loop.run_sync(lambda: down.request_time), 0.0)     # it is measured
 
             def read_and_call_back():
                 nonlocal now

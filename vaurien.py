@@ -8378,7 +8378,7 @@ class Connection:
         queue = link.queue
         if not queue:
             return True
-        if link.send_buffer or self.phase is not CONNECTED:
+        if link.send_buffer or link.has_replies or self.phase is not CONNECTED:
             return False
         joins = self.chain.rule_set.joins_chunks
         while queue and queue[0][0] <= now:
@@ -8387,16 +8387,19 @@ class Connection:
             data = link.pop_event(now, joins)
             try:
                 sent = link.target.send(data)
-            except OSError:             # flush() will send again, and handle the error
+            except BlockingIOError:
                 sent = 0
+            except OSError:
+                self.on_send_error(link)
+                return False
             link.buffered_out += sent
+            if sent and link.request_time:
+                self.end_measurement()
             if sent < len(data):
                 link.credit(sent)
                 link.append_due(memoryview(data)[sent:])
                 return False
             link.credit(sent + CHUNK_OVERHEAD)
-            if link.request_time:
-                self.end_measurement()
         stays_closed = link.fast_events or queue    # an empty queue may open the fast path
         reads = link.watched & EVENT_READ or link.eof or link.is_full(self.loop.clock)
         return bool(stays_closed and reads)
