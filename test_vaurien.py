@@ -6436,7 +6436,7 @@ class TestFastPath(DownloadMixin, unittest.TestCase):
                 lambda: (connection.up.fast_events, connection.down.fast_events)), (0, 0))
 
     def test_pieces_are_sent_one_by_one_or_together(self):
-        """The clock stands still. Then all pieces are late."""
+        """The clock stands still, and then all pieces are late."""
         bandwidth = {"type": "bandwidth", "rate": 10}
         slicer = {"type": "slicer", "average_size": 1000, "delay": 1000}
         latency = {"type": "latency", "latency": 1}
@@ -6460,11 +6460,10 @@ class TestFastPath(DownloadMixin, unittest.TestCase):
                 sock.sendall(bytes(3000))
                 wait_until(lambda: sum(connection.down.received
                                        for connection in proxy.connections.values()) == 3000)
-                sent.clear()
                 now += 5
                 loop.run_sync(int)                  # wakes up the loop
                 read_exactly(sock, 3000)
-                self.assertEqual(sent, sizes)
+                self.assertEqual(sent, [3000, *sizes])      # the request, and the reply
 
     def test_a_rule_that_is_added_before_a_reply_knows_the_request(self):
         """The bytes of the request went past the rules, because no rule acts on requests."""
