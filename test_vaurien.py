@@ -995,10 +995,10 @@ class TestToxics(unittest.TestCase):
             if to == DOWNSTREAM:
                 queue.put(t, data, 0, delays)
         years_later = 10 ** 9
-        signals = queue.pop_due(years_later)
+        signals = queue.pop_due(years_later, False)
         self.assertEqual((signals, list(queue.send_buffer)), ([], []))
         queue.release([rule])
-        queue.pop_due(2)
+        queue.pop_due(2, False)
         self.assertEqual(list(queue.send_buffer), [EOF])
 
     def test_a_timeout_toxic_passes_eof(self):
@@ -1263,7 +1263,7 @@ class TestHandlerLaws(unittest.TestCase):
                         for t, _, yielded_data, delays in chain.process(now, to, data):
                             queue.put(t, yielded_data, now, delays)
                 queue.release([rule])
-                self.assertEqual(queue.pop_due(7.5), [OPEN])        # after the EOF at 7
+                self.assertEqual(queue.pop_due(7.5, False), [OPEN])        # after the EOF at 7
                 self.assertEqual(list(queue.send_buffer), [b"question", b"more", EOF])
 
     def test_a_handler_delays_each_chunk_by_its_fixed_delay(self):
@@ -3766,7 +3766,7 @@ class Simulation:
         """Let time pass, and give both peers the bytes that are due."""
         self.proxy.loop.advance(seconds)
         for queue, read in (self.up, self.talk.serve), (self.down, self.talk.receive):
-            queue.pop_due(self.now)
+            queue.pop_due(self.now, False)
             while queue.send_buffer:
                 data = queue.send_buffer[0]
                 queue.consume(len(data))
@@ -4760,7 +4760,8 @@ class TestChain(unittest.TestCase):
                              ([latency(1), latency(2, stream=UPSTREAM)], [0.001]),
                              ([latency(1, stream=UPSTREAM)], []),   # replies pass
                              ([latency(1), latency(0)], None),      # latency 0 never acts
-                             ([latency(1), vaurien.Rule("slicer", per="connection")], None),
+                             ([latency(1), vaurien.Rule("slicer", {"average_size": 2},
+                                                        per="connection")], None),
                              ([latency(1), latency(2, match=re.compile(b"x"))], None),
                              ([latency(1, "request")], None)]:      # another request may have none
             with self.subTest(list(map(str, rules))):
@@ -4956,11 +4957,11 @@ class TestDelayQueue(unittest.TestCase):
     def test_bytes_keep_their_order_whatever_their_due_times(self):
         for due, data in (5, b"a"), (2, b"b"), (9, b"c"), (3, EOF):
             self.queue.put(due, data, 0)
-        self.queue.pop_due(4)
+        self.queue.pop_due(4, False)
         self.assertEqual(list(self.queue.send_buffer), [])
-        self.queue.pop_due(5)
+        self.queue.pop_due(5, False)
         self.assertEqual(list(self.queue.send_buffer), [b"a", b"b"])
-        self.queue.pop_due(9)
+        self.queue.pop_due(9, False)
         self.assertEqual(list(self.queue.send_buffer), [b"a", b"b", b"c", EOF])
 
     def test_chunks_that_are_due_are_joined_if_the_rules_permit_this(self):
@@ -4975,6 +4976,16 @@ class TestDelayQueue(unittest.TestCase):
                 self.assertEqual(queue.held, 9 + (len(chunks) + 1) * overhead)
                 self.assertEqual(queue.budget.held, queue.held)
 
+    def test_put_chunk_queues_bytes_like_put(self):
+        delays = ((vaurien.Rule("latency"), 0.5, False),)
+        results = []
+        for name in "put", "put_chunk":
+            queue = vaurien.DelayQueue(UPSTREAM, vaurien.Budget())
+            for due, data in [(2, b"a"), (1, b"bc"), (3, b"d")]:
+                getattr(queue, name)(due, data, due - 0.5, delays)
+            results.append((queue.queue, queue.latest, queue.held, queue.budget.held))
+        self.assertEqual(*results)
+
     def test_joined_chunks_have_a_limit(self):
         size = vaurien.JOINED_MAX // 4
         for _ in range(6):
@@ -4988,19 +4999,19 @@ class TestDelayQueue(unittest.TestCase):
         self.queue.has_replies = True
         self.assertTrue(self.queue.release([first]))
         self.assertTrue(self.queue.has_replies)
-        self.queue.pop_due(5)
+        self.queue.pop_due(5, False)
         self.queue.consume(len(b"reply"))
         self.assertFalse(self.queue.has_replies)
 
     def test_reset_overtakes_bytes(self):
         self.queue.put(9, b"a", 0)
         self.queue.put(3, RESET, 0)
-        self.assertEqual(self.queue.pop_due(3), [RESET])
+        self.assertEqual(self.queue.pop_due(3, False), [RESET])
 
     def test_an_eof_that_is_due_later_does_not_delay_bytes(self):
         self.queue.put(9, EOF, 0)
         self.queue.put(3, b"a", 3)
-        self.queue.pop_due(3)
+        self.queue.pop_due(3, False)
         self.assertEqual(list(self.queue.send_buffer), [b"a"])
 
     def test_release_ends_the_delays_of_one_rule_and_keeps_the_other_delays(self):
@@ -5014,13 +5025,13 @@ class TestDelayQueue(unittest.TestCase):
         self.queue.put(NEVER, b"c", 3, (delay(two, 4), delay(one, NEVER)))
         self.queue.put(NEVER, b"d", 4, (delay(three, NEVER),))
         self.queue.release([one])
-        self.assertEqual(self.queue.pop_due(3.5), [])
+        self.assertEqual(self.queue.pop_due(3.5, False), [])
         self.assertEqual(list(self.queue.send_buffer), [b"a", b"b"])
-        self.queue.pop_due(7)
+        self.queue.pop_due(7, False)
         self.assertEqual(list(self.queue.send_buffer), [b"a", b"b", b"c"])
         self.assertEqual(self.queue.next_time(NEVER), NEVER)
         self.queue.release([three])
-        self.queue.pop_due(7)
+        self.queue.pop_due(7, False)
         self.assertEqual(list(self.queue.send_buffer), [b"a", b"b", b"c", b"d"])
 
     def test_queued_bytes_are_counted_until_they_are_sent(self):
@@ -5028,7 +5039,7 @@ class TestDelayQueue(unittest.TestCase):
         self.queue.put(1, b"abc", 0)
         self.queue.put(9, b"def", 0)
         self.assertEqual(self.budget.held, 6 + 2 * overhead)
-        self.queue.pop_due(1)
+        self.queue.pop_due(1, False)
         self.queue.consume(1)
         first_chunk, = self.queue.send_buffer
         self.assertEqual((bytes(first_chunk), self.budget.held), (b"bc", 5 + 2 * overhead))
@@ -5041,7 +5052,7 @@ class TestDelayQueue(unittest.TestCase):
         self.queue.write_closed = True
         self.queue.put(1, b"abc", 0)
         self.queue.put(1, RESET, 0)
-        self.assertEqual((self.queue.pop_due(1), self.queue.held), ([RESET], 0))
+        self.assertEqual((self.queue.pop_due(1, False), self.queue.held), ([RESET], 0))
 
     def test_a_queue_holds_fewer_bytes_if_they_are_never_due(self):
         for due, limit in (NEVER, vaurien.HELD_MAX_IDLE), (5, vaurien.HELD_MAX):
@@ -5111,7 +5122,7 @@ class TestRateLimits(unittest.TestCase):
                 queue.put(t, data, now, delays)
             if not limit:
                 now = max(now, queue.next_time(now))
-            queue.pop_due(now)
+            queue.pop_due(now, False)
             while queue.send_buffer:
                 queue.consume(len(queue.send_buffer[0]))
         return now, whole.process(0.0, DOWNSTREAM, bytes(size))[-1][0]
@@ -6502,13 +6513,68 @@ class TestFastPath(DownloadMixin, unittest.TestCase):
             up = proxy.connections[1].up
             wait_until(lambda: loop.run_sync(
                 lambda: up.held and not up.watched & vaurien.EVENT_READ))
-            self.assertLess(up.received, 1 << 16)
-            while up.received < 1 << 16:
-                size = up.received
+            size = up.received
+            self.assertLess(size, 1 << 16)
+            while size < 1 << 16:
                 now += 1
                 loop.run_sync(int)                  # wakes up the loop
                 wait_until(lambda: up.received > size)
                 self.assertEqual(up.sent, 0)
+                size = up.received
+
+    def test_delayed_bytes_behind_an_eof_are_dropped(self):
+        """A rule half-closes the backend while a request is delayed. Another request follows."""
+        toxics = [{"type": "latency", "name": "up", "latency": 100, "stream": "upstream"},
+                  {"type": "limit_data", "bytes": 5},
+                  {"type": "latency", "name": "down", "latency": 1000}]
+        with running_proxy(echo, toxics=toxics) as proxy, connected_client(proxy) as sock:
+            loop = proxy.loop
+            start = now = loop.clock()
+            loop.run_sync(setattr, loop, "clock", lambda: now)
+            wait_until(lambda: proxy.connections)
+            up = proxy.connections[1].up
+
+            def advance_until(seconds, condition):
+                nonlocal now
+                now = start + seconds
+                loop.run_sync(int)                  # wakes up the loop
+                wait_until(lambda: loop.run_sync(condition))
+
+            sock.sendall(b"first")
+            advance_until(0, lambda: up.received == 5)
+            now = start + 0.09
+            sock.sendall(b"second")
+            advance_until(0.09, lambda: up.received == 11)
+            advance_until(0.15, lambda: EOF in [data for _, _, data, *_ in up.queue])
+            sock.sendall(b"third")                  # comes after the EOF of limit_data
+            advance_until(0.15, lambda: up.received == 16)
+            advance_until(0.2, lambda: up.write_closed and proxy.connections[1].down.eof)
+            self.assertEqual(up.sent, 11)
+            advance_until(0.3, lambda: not up.queue)
+            now = start + 2
+            loop.run_sync(int)
+            self.assertEqual(read_exactly(sock, 5), b"first")
+            self.assertEqual(sock.recv(100), b"")
+
+    def test_a_delayed_chunk_that_is_due_waits_for_the_backend(self):
+        lookup_may_end = threading.Event()
+
+        def resolve(address, *_):
+            _, port = address
+            lookup_may_end.wait(TIMEOUT)
+            return [(socket.AF_INET, ("127.0.0.1", port))]
+
+        toxics = [{"type": "latency", "latency": 1, "stream": "upstream"}]
+        with backend_server(echo) as (port, _), \
+                OpenProxy("slow.invalid:%d" % port, "127.0.0.1:0", toxics=toxics) as proxy, \
+                mock.patch.object(vaurien, "resolve_numeric", lambda *_: []), \
+                mock.patch.object(vaurien, "resolve", resolve), connected_client(proxy) as sock:
+            wait_until(lambda: proxy.lookups)
+            sock.sendall(b"question")
+            up = proxy.connections[1].up
+            wait_until(lambda: proxy.loop.run_sync(lambda: bool(up.send_buffer)))
+            lookup_may_end.set()
+            self.assertEqual(read_exactly(sock, 8), b"question")
 
     def test_a_delayed_chunk_that_cannot_be_sent_is_not_sent_again(self):
         sent = []
@@ -6560,7 +6626,8 @@ class TestFastPath(DownloadMixin, unittest.TestCase):
             now += 0.5                              # the large reply is due, the small one is not
             loop.run_sync(int)                      # wakes up the loop
             wait_until(lambda: loop.run_sync(lambda: bool(down.send_buffer)))
-            self.assertEqual(loop.run_sync(lambda: down.request_time), 0.0)     # it is measured
+            self.assertEqual(loop.run_sync(lambda: down.request_time), 0.0)
+            self.assertEqual(len(proxy.latencies.samples), 1)       # of the large reply
 
             def read_and_call_back():
                 nonlocal now

@@ -344,7 +344,7 @@ def number_check(type_, expected, valid=lambda number: number >= 0):
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             number = type_(value)
             if isinstance(value, str):
-                # Python's int and float accept "1_0", and the digits of all scripts.
+                # Python's int and float accept "1_0", and digits that are not ASCII.
                 accepted = "_" not in value and max(value) < "\x80"
             else:                               # int(2.5) is rounded, and int(True) is 1
                 accepted = number == value and not isinstance(value, bool)
@@ -523,7 +523,7 @@ def with_attributes(**attributes: "Any") -> "Callable[[Function], Function]":
                         delay. A chain adds a fixed delay without a call of the handler.
     joins_chunks        True: chunks that the handler has yielded may be sent together if they are
                         due. This is done if all rules of a proxy permit this, and one of them has
-                        a rate limit.
+                        a rate limit: only rate limits cut bytes into many chunks.
     """
     def decorate(function):
         for name, value in attributes.items():
@@ -702,7 +702,7 @@ HANDLERS["noop"] = dummy        # Toxiproxy's name
 def pareto_deviation(rng):
     """Draw a number by Pareto's distribution, shifted to the mean 0.
 
-    As in netem, the shape is 3, the mean before the shift is 1.5, and the scale is 4 / 3.
+    As in netem: a number with the shape 3 and the minimum 1, minus its mean 1.5, times 4 / 3.
     """
     return ((1 - rng.random()) ** (-1 / 3) - 1.5) * 4 / 3
 
@@ -892,8 +892,7 @@ class TcpSender:
         100 ms    Acknowledgements of segments 5 to 10 report the loss. The sender sends segment 4
                   again, and halves cwnd. Segments 4 to 10 are delivered, 100 ms late.
 
-    The delay of the network itself is not included: a segment that is not lost arrives when the
-    sender sends the segment.
+    Only the delays by losses are simulated: a segment that is not lost arrives without a delay.
     """
 
     def __init__(self):
@@ -969,7 +968,7 @@ class TcpSender:
         return self.last_lost
 
     def draw_repair(self, path, behind, is_bulk):
-        """Return (delay of a lost segment in seconds, whether the sender has a time-out).
+        """Return (delay of a lost segment in seconds, whether a time-out has repaired the loss).
 
         behind     the number of later segments of the same chunk
         is_bulk    whether more chunks follow soon
@@ -977,12 +976,14 @@ class TcpSender:
         The delays were measured with Linux 6.18:
 
             three or more segments follow          1 RTT: three acknowledgements report the loss
-            some segments follow or are in flight  2 RTT or the time-out: tail loss probe, RFC 8985
+            some segments follow or are in flight  2 RTT (tail loss probe, RFC 8985), but at most
+                                                   the retransmission time-out
             no other segment is in flight          RTT + 200 ms: the retransmission time-out
             a retransmission is lost too           1, 2, 4 ... times the time-out in addition
         """
         timeout = path.rtt + RTO_MIN
-        following = self.cwnd - 1 if is_bulk else min(behind, self.cwnd - 1)    # cwnd is the limit
+        most_following = self.cwnd - 1      # cwnd segments may be in flight, with the lost one
+        following = most_following if is_bulk else min(behind, most_following)
         if following >= 3:
             delay, timed_out = path.rtt, False
         elif (behind or self.in_flight) and 2 * path.rtt < timeout:
@@ -1988,8 +1989,8 @@ class Http(Protocol):
     def connection_options(self, head):
         """Return (close, keep_alive): whether the Connection header field has these options.
 
-        With "Expect: 100-continue", the client waits for a reply before the client sends the body.
-        `close` is True then, so that an error of a rule comes at once and closes the connection.
+        `close` is also True for "Expect: 100-continue", because the client sends the body only
+        after a reply. An error of a rule must not wait for the body, and closes the connection.
         """
         lower_head = head.lower()           # a search for bytes is faster than the patterns
         if b"\nconnection" not in lower_head and b"\nexpect" not in lower_head:
@@ -2501,7 +2502,9 @@ def mysql_integer(data, offset):
 
 
 class SkipRows:
-    """Asks to skip packets while each packet is one whole row. Faster than a NeedBytes for each.
+    """Asks to skip packets while each packet is one whole row.
+
+    This is faster than a NeedBytes for each packet.
 
     left    how many bytes of the last row have not arrived.
     """
@@ -3089,18 +3092,22 @@ class Postgres(Protocol):
                 yield END_OF_MESSAGE
 
     def note_message(self, type_):
-        """Update the state for a message. Returns whether the message ends a reply."""
+        """Update the state for a message. Returns whether the message ends a reply.
+
+        READY ends each reply. A reply to EXECUTE also ends with one of its `end_types`. After an
+        ERROR, the backend skips all messages up to the Sync.
+        """
         if type_ == self.READY:
             return True
         if type_ == self.ERROR and not self.awaited_exchanges():
             self.skip_to_sync()             # a Parse has failed, and its Bind has not come yet
             return False
         request = self.awaited_request()
-        if request.name != "EXECUTE":       # only READY ends the reply
+        if request.name != "EXECUTE":
             return False
         if type_ in request.info.end_types:
-            if type_ == self.ERROR:         # before the caller's END_OF_MESSAGE changes the queue
-                self.skip_to_sync()
+            if type_ == self.ERROR:
+                self.skip_to_sync()         # while the EXECUTE is still in the queue
             return True
         if type_ in self.COPY_RESPONSES:
             self.begin_copy()
@@ -3178,13 +3185,16 @@ class Postgres(Protocol):
     def make_substitute(self, kind, request):
         """Return messages after which the transaction has the same state as after an error.
 
-        An invalid statement makes a transaction fail. A failed COMMIT then ends the transaction.
+        A failed COMMIT ends the transaction, so a ROLLBACK replaces the COMMIT. An invalid
+        statement replaces any other statement, and makes the transaction fail.
         """
         is_commit = self.COMMIT.match(request.text)
         if request.name == "QUERY":
             return self.ROLLBACK_QUERY if is_commit else self.INVALID_QUERY
-        # INVALID_PARSE ends both: the backend sends an ErrorResponse, and skips to the Sync.
-        self.skipping, request.info.end_types = True, self.ERROR
+        # Both batches end with INVALID_PARSE: the backend replies with an ErrorResponse, and then
+        # skips to the Sync.
+        self.skipping = True
+        request.info.end_types = self.ERROR
         return self.ROLLBACK_BATCH if is_commit else self.INVALID_PARSE
 
 
@@ -3230,7 +3240,7 @@ class Smtp(Protocol):
         """Read the message after DATA, which is a request, and then the further requests."""
         first = yield NeedBytes(1)      # wait until the client begins to send the message
         yield Request(b"", "MESSAGE")
-        # A line with only a dot ends the message. `tail` makes this line match as the first line.
+        # A line with only a dot ends the message. Because of `tail`, this may be the first line.
         yield SkipUntil(b"\r\n.\r\n", tail=b"\r\n" + first)
         yield END_OF_MESSAGE
         yield from self.requests()
@@ -3594,6 +3604,7 @@ class Rule(Scheduled):
         self.keeps_due_time = getattr(self.handler, "keeps_due_time", False)
         self.rate_limited = getattr(self.handler, "rate_limited", False)
         self.held_max = getattr(self.handler, "held_max", HELD_MAX_IDLE)
+        self.joins_chunks = getattr(self.handler, "joins_chunks", False)
         self.on_dropped = getattr(self.handler, "on_dropped", None)
         self.blocking = is_blocking_handler(self.handler)   # not called by chains
         self.drawn_count = 0        # number of requests (or connections) with a draw of the rule
@@ -3845,8 +3856,8 @@ class RuleSet:
         # Without a fixed delay, Chain.fixed_delays need not be called.
         self.has_fixed_delay = any(rule.fixed_delay for rule in rules)
         # Whether delay queues join chunks that are due: see with_attributes.
-        self.joins_chunks = any(rule.rate_limited for rule in rules) and all(
-            getattr(rule.handler, "joins_chunks", False) for rule in rules)
+        self.joins_chunks = (any(rule.rate_limited for rule in rules)
+                             and all(rule.joins_chunks for rule in rules))
         # Whether Chain.begin_batch may draw the numbers for 8 requests at once.
         self.draw_ahead = not self.replay and all(rule.is_drawn_at_beginning() for rule in rules)
         # Whether the requests of one connection may have different active rules.
@@ -4390,7 +4401,9 @@ class Chain:
         self.current_request = None     # the Request with this number. Only in a ProtocolChain
         self.last_direction = None      # the direction of the last bytes. None before any bytes
         # Rules and draws
-        self.active_rules = NOTHING     # the active rules of the current request, in order
+        # The active rules of the current request, in order. The list itself never changes: each
+        # change makes a new list. So Link.delay_rules can tell whether the rules are the same.
+        self.active_rules = NOTHING
         self.undrawn = NOTHING          # rules to draw for request 1 when its first bytes come
         self.per_connection = {}        # {per-connection rule: its ActiveRule}
         self.batch = -1                 # the number of the last batch drawn. -1: no batch
@@ -4615,7 +4628,9 @@ class Chain:
         delays: tuple = ()
         for active in self.active_rules:
             rule = active.rule
-            if not active.has_acted or rule.per == "request":   # an action makes a fault record
+            if not active.has_acted:        # must make a fault record, or searches for `match`
+                return None
+            if rule.per == "request":       # the bytes of the next request may have no delay
                 return None
             if to in rule.directions:
                 if not rule.fixed_delay:        # the handler must be called
@@ -4687,22 +4702,25 @@ class Chain:
         events     [(t, to, data, delays)]: see `process`.
         opening    True only if process_open gives the event OPEN to new or changed rules.
 
-        Returns only a RESET if a handler raises an exception.
+        If a handler raises an exception, the only event is a RESET.
         """
         for active in active_rules:
             active.received_at = now    # for handlers
             if active.rule.blocking:    # the handler gets the sockets: see Connection.hand_off
                 continue
             try:
-                events = (self.run_rule(active, events[0], opening) if len(events) == 1 else
-                          [made for event in events
-                           for made in self.run_rule(active, event, opening)])
-            except BaseException as exc:    # raised by the handler: Ctrl-C only calls Loop.stop
+                if len(events) == 1:    # the usual case, which is faster
+                    events = self.run_rule(active, events[0], opening)
+                else:
+                    events = [made for event in events
+                              for made in self.run_rule(active, event, opening)]
+            except BaseException as exc:    # of the handler: Ctrl-C raises nothing, see Loop.stop
                 # Only the first error of a rule is logged with a traceback.
                 log.error("connection %d, request %d: handler %s failed and the connection is "
                           "reset: %s", self.connection, self.current_number, active.rule.name,
                           format_exception(exc), exc_info=not active.rule.error_logged)
-                active.rule.error_logged = self.modified = True
+                active.rule.error_logged = True
+                self.modified = True
                 return [(now, to, RESET, ())]
         return events
 
@@ -4766,8 +4784,8 @@ class Chain:
             if data and direction == DOWNSTREAM:
                 self.last_direction = DOWNSTREAM    # counts like a reply of the backend
                 self.answered_early = self.answered_early or to == UPSTREAM
-        delay_rules_open = opening and all(data is OPEN for _, _, data in events)
-        if not active.has_acted and not delay_rules_open:   # a delay of OPEN is not a fault
+        only_delays_open = opening and all(data is OPEN for _, _, data in events)
+        if not active.has_acted and not only_delays_open:   # a delay of OPEN is not a fault
             active.mark_acted()
             self.newly_acted.append((active, self.current_number, self.request_text()))
 
@@ -5563,7 +5581,10 @@ class DelayQueue:
         heapq.heappush(self.queue, (t, self.order, data, start, delays))
 
     def put_chunk(self, t, data, start, delays):
-        """Queue bytes like `put`, but faster: no rule in `delays` has a rate limit."""
+        """Queue bytes like `put`, but faster.
+
+        `data` is not empty, no EOF was sent, and no rule in `delays` has a rate limit.
+        """
         if t < self.latest:
             t = self.latest
         self.latest = t
@@ -5595,11 +5616,11 @@ class DelayQueue:
             self.send_buffer = deque()
         self.send_buffer.append(data)
 
-    def pop_event(self, now, joins):
+    def pop_next(self, now, joins):
         """Remove the first event, which must be due, and return its bytes or signal.
 
-        joins    whether to join the bytes of all due chunks, up to JOINED_MAX bytes: a late loop
-                 catches up faster with one large send
+        joins    whether to join the bytes of the due chunks, up to about JOINED_MAX bytes: a late
+                 loop catches up faster with one large send
         """
         _, _, data, _, _ = heapq.heappop(self.queue)
         if not joins or not data:
@@ -5615,14 +5636,14 @@ class DelayQueue:
             self.credit(CHUNK_OVERHEAD)
         return b"".join(chunks)
 
-    def pop_due(self, now, joins=False):
+    def pop_due(self, now, joins):
         """Move due chunks and EOFs into send_buffer. Returns the other signals that are due.
 
-        joins    as in pop_event
+        joins    as in pop_next
         """
         signals = []
         while self.queue and self.queue[0][0] <= now:
-            data = self.pop_event(now, joins)
+            data = self.pop_next(now, joins)
             if data:
                 self.append_due(memoryview(data))
             elif data is EOF:
@@ -5633,7 +5654,7 @@ class DelayQueue:
         return signals
 
     def next_time(self, now):
-        """Return the time for the timer: when an event is due, or earlier when reading resumes.
+        """Return the time for the timer: when an event is due or when reading resumes.
 
         If a rate limit has stopped the reading, read_limit() permits more bytes from `resume` on.
         """
@@ -6746,7 +6767,7 @@ def try_listen(local, reuse_port=None):
     """
     host, port = local
     if is_wildcard(host):
-        host = ""                               # `resolve` returns WILDCARD
+        host = ""                               # for "", `resolve` returns WILDCARD
     try:
         addresses = resolve((host, port), WILDCARD)
     except OSError as error:
@@ -6756,7 +6777,7 @@ def try_listen(local, reuse_port=None):
         address = (ip, port, *ipv6_fields)
         try:
             sockets.append(bind_listener(family, address, reuse_port))
-            _, port, *_ = sockets[0].getsockname()  # for port 0, the kernel has picked a port
+            port = sockets[0].getsockname()[1]  # if it was 0: the port that the kernel has picked
         except OSError as error:
             failure = CannotListen(error, address)
             if not address_unavailable(error):
@@ -7662,9 +7683,11 @@ class TlsSocket:
 
         After a call of `shutdown`, also send close_notify and FIN as soon as possible.
         """
-        if not self.send_ciphertext() or not self.closing:
+        all_sent = self.send_ciphertext()
+        if not all_sent or not self.closing:
             return
-        if not (self.made_close_notify or self.skip_close_notify or self.error):
+        needs_close_notify = not (self.made_close_notify or self.skip_close_notify or self.error)
+        if needs_close_notify:
             # unwrap() fails in the handshake, and while received bytes are unread. Both the end of
             # the handshake and recv_into() call `push` again.
             has_unread_bytes = self.readable and not self.ended
@@ -7775,7 +7798,7 @@ WAITING, CONNECTING, CONNECTED = "waiting", "connecting", "connected"
 HANDED_OFF, LINGERING, CLOSED = "handed off", "lingering", "closed"
 
 # The start value of `bulk_reads` for a link that must not use splice, for example because of TLS.
-# This value is so low that no link counts up to SPLICE_AFTER.
+# A link that counts from this value never reaches SPLICE_AFTER.
 NO_SPLICE = -(1 << 60)
 
 
@@ -7794,9 +7817,10 @@ class Link(DelayQueue):
         self.watched = 0        # the events for which the loop watches the source
         self.fast_events = 0    # EVENT_READ if the fast path is open, otherwise 0
         self.bulk_reads = 0 if HAVE_SPLICE else NO_SPLICE   # reads of BULK_READ bytes or more
-        self.delay_rules = None     # active rules that only delay: see `delays`
-        self.delays = ()        # while exactly the rules in delay_rules are active: the `delays`
-                                #   that Chain.process would give to each chunk
+        # A cache: while Chain.active_rules is the list delay_rules, Chain.process would only give
+        # the same `delays` to each chunk.
+        self.delay_rules = None
+        self.delays = ()
         self.measure_from = sys.maxsize     # upstream: the request_count of the next measurement
         self.request_time = 0.0     # downstream: when the measured request came, or 0
 
@@ -8051,11 +8075,11 @@ class Connection:
         """Run received bytes through the chain.
 
         Returns the bytes that on_ready must send, or None if all bytes were queued or dropped.
-        on_ready counts the sent bytes in `forwarded`. The functions that process_received calls
-        count all other bytes in `buffered_in`.
+        on_ready counts the sent bytes in `forwarded`. All other bytes are counted in `buffered_in`
+        here, or in the functions below.
         """
         chain, size = self.chain, len(data)
-        if link.delay_rules is chain.active_rules and link.fast_events:
+        if link.delay_rules is chain.active_rules and link.fast_events:     # see find_delays
             if link is self.up:
                 chain.note_beginning(data)
             if not link.delays:         # the rules do not act on this direction
@@ -8098,7 +8122,7 @@ class Connection:
         return None
 
     def find_delays(self, link):
-        """Find out whether the active rules only delay a link's bytes: then `delay` is called."""
+        """If the active rules only delay a link's bytes, set `delays` for the next chunks."""
         delays = self.chain.fixed_delays(link.to)
         if delays is not None:
             link.delay_rules, link.delays = self.chain.active_rules, delays
@@ -8106,8 +8130,9 @@ class Connection:
     def delay(self, link, data):
         """Queue bytes that the rules only delay. This is faster than `enqueue`.
 
-        The link's fast path stays open, but is not used, because the rules delay all bytes. When
-        the rules change, rules_changed() calls pump(), which closes the fast path.
+        `fast_events` stays set although bytes are held, so that further chunks come here too. No
+        chunk overtakes the held bytes: when the rules change, rules_changed() calls pump(), which
+        closes the fast path.
         """
         due = now = self.loop.clock()
         for _, seconds, _ in link.delays:
@@ -8378,13 +8403,13 @@ class Connection:
         queue = link.queue
         if not queue:
             return True
-        if link.send_buffer or link.has_replies or self.phase is not CONNECTED:
+        if link.target is None or link.write_closed or link.send_buffer or link.has_replies:
             return False
         joins = self.chain.rule_set.joins_chunks
         while queue and queue[0][0] <= now:
             if not queue[0][2]:         # a signal
                 return False
-            data = link.pop_event(now, joins)
+            data = link.pop_next(now, joins)
             try:
                 sent = link.target.send(data)
             except BlockingIOError:
@@ -8400,9 +8425,10 @@ class Connection:
                 link.append_due(memoryview(data)[sent:])
                 return False
             link.credit(sent + CHUNK_OVERHEAD)
-        stays_closed = link.fast_events or queue    # an empty queue may open the fast path
-        reads = link.watched & EVENT_READ or link.eof or link.is_full(self.loop.clock)
-        return bool(stays_closed and reads)
+        if not queue and not link.fast_events:
+            return False                # pump() may open the fast path
+        # If the link is not read although it is not full, pump() resumes the reading.
+        return bool(link.watched & EVENT_READ or link.eof or link.is_full(self.loop.clock))
 
     def pump(self):
         """Send all data that is due. End the connection, or set the timer and watched events.
@@ -9283,7 +9309,7 @@ class ProxyServer:
             with contextlib.suppress(CannotListen):
                 self.apply_accept()
             raise
-        has_schedule = bool(accept.fields)      # a schedule begins again, even with the same text
+        has_schedule = bool(accept.fields)      # even with the same text, a schedule begins again
         if has_schedule or accept.to_text() != before.to_text():
             log.info("%saccept: %s", self.log_prefix, accept.to_text())
         self.begin_schedules()
@@ -9718,7 +9744,7 @@ class ProxyServer:
             raise InputError([("stream", "stream must be both for %s, because this handler "
                                          "replies instead of the backend" % rule.name)])
 
-    # In the loop's thread: called by its connections
+    # For the connections of the proxy, in the loop's thread
 
     def record_fault(self, connection, active, request, beginning):
         """Count, record and log that an ActiveRule has acted on a request.
@@ -10893,7 +10919,7 @@ UNREBINDABLE = (".localhost",       # this machine (RFC 6761)
 # headers    {name: value}, or another object with the method `get`.
 ApiRequest = namedtuple("ApiRequest", "control proxy names query body headers")
 ApiResponse = namedtuple("ApiResponse", "status headers text")
-# A route's function, and the arguments of `route` that registered the function.
+# A function with @route, and the arguments of `route`.
 Route = namedtuple("Route", "function example query needs_proxy dialect status")
 
 
@@ -11507,7 +11533,7 @@ class Control:
         self.url = ""
         self.clients = OrderedDict()        # {socket: Session}, the least recently used first
         self.max_clients = CLIENTS_MAX
-        # The limit keeps client threads free for requests that do not wait in list_events.
+        # While many clients wait in list_events, half of the threads are free for other requests.
         self.wait_limit = threading.Semaphore(CLIENTS_MAX // 2)
         self.last_refusal_log = 0.0         # the time of the last log line about a refused request
         self.loop = None
@@ -11914,7 +11940,7 @@ def http_error(status, description):
 #   * A request with ?all=1 in its query lists all toxics together, without the key `rules`.
 #   * PUT /proxies/PROXY/toxics and requests about one toxic return all toxics.
 #
-# A client may send a listing back: requests that create a proxy accept the key `rules`.
+# A client may send the JSON object of a proxy back: requests that create a proxy accept `rules`.
 #
 # A new rule field needs no change in this section.
 
@@ -14327,7 +14353,7 @@ def setting_row(setting):
 def topic_help(name):
     """Return the help of a handler or a protocol. Raises ValueError for an unknown name."""
     protocol_class = PROTOCOLS.get(PROTOCOL_ALIASES.get(name, name))
-    if protocol_class:          # PROTOCOLS["tcp"] is None
+    if protocol_class:          # PROTOCOLS["tcp"] is None: "tcp" is refused below
         return protocol_help(protocol_class)
     import_handler(name)
     function = HANDLERS[name]
@@ -14392,7 +14418,7 @@ def settable_fields(function):
     """Return the names of the rule fields with a flag like --handlers.delay.times.
 
     The argument `function` is the handler. If an option of the handler has the name of a rule
-    field, the flag sets the option. `percent` has no flag: --behavior has the percentage.
+    field, the flag sets the option. `percent`, which --behavior sets, is not in FIELD_DEFAULTS.
     """
     return [field for field in FIELD_DEFAULTS if is_rule_field(function, field)]
 
@@ -14732,7 +14758,7 @@ def option_texts(config):
 
 
 def unused_options(config, used_handlers):
-    """Return the sources of the options without effect, like "FILE: [SECTION] KEY".
+    """Return where the options that have no effect were set, like "FILE: [SECTION] KEY".
 
     used_handlers    the names of the handlers in all behaviors. Toxics have their own options.
 
@@ -15432,7 +15458,7 @@ def set_toxic_fields(toxic, texts):
     function = HANDLERS.get(toxic["type"])  # None: only the server knows this handler
     attributes = toxic["attributes"]
     for name, text in texts.items():
-        if name == "toxicity":      # the server accepts each number, as Toxiproxy does
+        if name == "toxicity":      # checked here: like Toxiproxy, the server accepts any number
             toxic[name] = check_field(name, check_toxicity, text)
         elif name in ("name", "stream") or is_rule_field(function, name):
             toxic[name] = text
