@@ -8080,12 +8080,7 @@ class Connection:
         """
         chain, size = self.chain, len(data)
         if link.delay_rules is chain.active_rules and link.fast_events:     # see find_delays
-            if link is self.up:
-                chain.note_beginning(data)
-            if not link.delays:         # the rules do not act on this direction
-                return data
-            self.delay(link, bytes(data))
-            return None
+            return self.delay(link, data)
         if self.phase is LINGERING:     # the client has got its last reply: drop further bytes
             link.buffered_in += size
             return None
@@ -8128,23 +8123,30 @@ class Connection:
             link.delay_rules, link.delays = self.chain.active_rules, delays
 
     def delay(self, link, data):
-        """Queue bytes that the rules only delay. This is faster than `enqueue`.
+        """Queue bytes with the link's `delays`. This is faster than `enqueue`.
+
+        Returns None, or `data` to send at once if the rules do not act on this direction.
 
         `fast_events` stays set although bytes are held, so that further chunks come here too. No
         chunk overtakes the held bytes: when the rules change, rules_changed() calls pump(), which
         closes the fast path.
         """
+        if link is self.up:
+            self.chain.note_beginning(data)
+        if not link.delays:
+            return data
         due = now = self.loop.clock()
         for _, seconds, _ in link.delays:
             due += seconds
         link.buffered_in += len(data)
-        link.put_chunk(due, data, now, link.delays)
+        link.put_chunk(due, bytes(data), now, link.delays)
         if link.held > HELD_LOW:        # pump() stops the reading if the link is full
             self.pump()
         elif not self.timer:            # no other data is due at any time
             self.timer = self.loop.call_at(link.latest, self.on_timer)
         elif link.latest < self.timer[DUE]:     # the timer is for the other link
             self.set_timer(now)
+        return None
 
     def send_or_queue(self, link, size, to_send):
         """Return `to_send` if the fast path is open. Otherwise queue `to_send`, and return None.
@@ -8407,28 +8409,32 @@ class Connection:
             return False
         joins = self.chain.rule_set.joins_chunks
         while queue and queue[0][0] <= now:
-            if not queue[0][2]:         # a signal
+            is_signal = not queue[0][2]
+            if is_signal or not self.send_chunk(link, link.pop_next(now, joins)):
                 return False
-            data = link.pop_next(now, joins)
-            try:
-                sent = link.target.send(data)
-            except BlockingIOError:
-                sent = 0
-            except OSError:
-                self.on_send_error(link)
-                return False
-            link.buffered_out += sent
-            if sent and link.request_time:
-                self.end_measurement()
-            if sent < len(data):
-                link.credit(sent)
-                link.append_due(memoryview(data)[sent:])
-                return False
-            link.credit(sent + CHUNK_OVERHEAD)
         if not queue and not link.fast_events:
             return False                # pump() may open the fast path
         # If the link is not read although it is not full, pump() resumes the reading.
         return bool(link.watched & EVENT_READ or link.eof or link.is_full(self.loop.clock))
+
+    def send_chunk(self, link, data):
+        """Send bytes that pop_next has returned. Returns whether the target takes all of them."""
+        try:
+            sent = link.target.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.on_send_error(link)
+            return False
+        link.buffered_out += sent
+        if sent and link.request_time:
+            self.end_measurement()
+        if sent < len(data):
+            link.credit(sent)
+            link.append_due(memoryview(data)[sent:])
+            return False
+        link.credit(sent + CHUNK_OVERHEAD)
+        return True
 
     def pump(self):
         """Send all data that is due. End the connection, or set the timer and watched events.
