@@ -8391,8 +8391,8 @@ class Connection:
             events = self.chain.give_up_head(now)       # may end the parsing
             self.after_parsing(self.up)
             self.enqueue(now, events)
-        elif self.send_chunks(self.up, now) and self.send_chunks(self.down, now):
-            self.set_timer(now)
+        elif self.send_chunks(self.down, now) and self.send_chunks(self.up, now):
+            self.set_timer(now)         # `down` comes first, as in send_due
         else:
             self.pump()
 
