@@ -114,6 +114,7 @@ INJECTED_SIZE = 100     # random bytes that `error` with inject=yes inserts into
 #   backend_server(serve)        a context manager: a backend that calls serve(sock) in threads
 #   running_proxy(serve, ...)    a context manager: a proxy in front of such a backend
 #   SimulatedLoop                the timers of a loop, with a simulated clock
+#   StoppedClock                 a clock that a test moves, for a loop in another thread
 #   OpenProxy                    the class of this proxy: a Proxy with the internals
 #   proxy_with_control(...)      a context manager: the same with a control server and a Client
 #   connect(port)                a client socket
@@ -529,6 +530,19 @@ class SimulatedLoop(vaurien.Loop):
             self.now = max(self.now, self.timers[0][0])
             self.run_timers()
         self.now = end
+
+
+class StoppedClock:
+    """A clock for a loop that runs in another thread. It moves only when `advance` is called."""
+
+    def __init__(self, loop):
+        self.loop, self.now = loop, loop.clock()
+        loop.run_sync(setattr, loop, "clock", lambda: self.now)
+
+    def advance(self, seconds):
+        """Let time pass, and wake up the loop, which then runs the timers that are due."""
+        self.now += seconds
+        self.loop.run_sync(int)
 
 
 class StandardLoop(vaurien.Loop):
@@ -1263,7 +1277,7 @@ class TestHandlerLaws(unittest.TestCase):
                         for t, _, yielded_data, delays in chain.process(now, to, data):
                             queue.put(t, yielded_data, now, delays)
                 queue.release([rule])
-                self.assertEqual(queue.pop_due(7.5, False), [OPEN])        # after the EOF at 7
+                self.assertEqual(queue.pop_due(7.5, False), [OPEN])     # after the EOF at 7
                 self.assertEqual(list(queue.send_buffer), [b"question", b"more", EOF])
 
     def test_a_handler_delays_each_chunk_by_its_fixed_delay(self):
@@ -6410,9 +6424,7 @@ class TestFastPath(DownloadMixin, unittest.TestCase):
         """The clock stands still, so nothing but the removal of the toxic releases them."""
         toxics = [{"type": "latency", "latency": 5000}]
         with running_proxy(echo, toxics=toxics) as proxy, connected_client(proxy) as sock:
-            loop = proxy.loop
-            now = loop.clock()
-            loop.run_sync(setattr, loop, "clock", lambda: now)
+            loop, clock = proxy.loop, StoppedClock(proxy.loop)
             wait_until(lambda: proxy.connections)
             down = next(iter(proxy.connections.values())).down
 
@@ -6422,8 +6434,7 @@ class TestFastPath(DownloadMixin, unittest.TestCase):
                 wait_until(lambda: loop.run_sync(lambda: down.received) == size)
 
             send(b"first,")
-            now += 5
-            loop.run_sync(int)                  # wakes up the loop
+            clock.advance(5)
             self.assertEqual(read_exactly(sock, 6), b"first,")
             for data in b"second,", b"third,", b"fourth,":
                 send(data)
@@ -6446,7 +6457,7 @@ class TestFastPath(DownloadMixin, unittest.TestCase):
             self.assertEqual(proxy.loop.run_sync(
                 lambda: (connection.up.fast_events, connection.down.fast_events)), (0, 0))
 
-    def test_pieces_are_sent_one_by_one_or_together(self):
+    def test_late_pieces_are_sent_one_by_one_or_together(self):
         """The clock stands still, and then all pieces are late."""
         bandwidth = {"type": "bandwidth", "rate": 10}
         slicer = {"type": "slicer", "average_size": 1000, "delay": 1000}
@@ -6465,16 +6476,30 @@ class TestFastPath(DownloadMixin, unittest.TestCase):
             with self.subTest(names), \
                     mock.patch.object(vaurien, "RawSocket", RecordingSocket), \
                     running_proxy(echo, toxics=toxics) as proxy, connected_client(proxy) as sock:
-                loop = proxy.loop
-                now = loop.clock()
-                loop.run_sync(setattr, loop, "clock", lambda: now)
+                clock = StoppedClock(proxy.loop)
                 sock.sendall(bytes(3000))
                 wait_until(lambda: sum(connection.down.received
                                        for connection in proxy.connections.values()) == 3000)
-                now += 5
-                loop.run_sync(int)                  # wakes up the loop
+                clock.advance(5)
                 read_exactly(sock, 3000)
                 self.assertEqual(sent, [3000, *sizes])      # the request, and the reply
+
+    def test_pieces_of_a_slicer_without_a_delay_are_sent_one_by_one(self):
+        sent = []
+
+        class RecordingSocket(vaurien.RawSocket):
+            def send(self, data, *flags):
+                sent.append(bytes(data))
+                return super().send(data, *flags)
+
+        with mock.patch.object(vaurien, "RawSocket", RecordingSocket), \
+                running_proxy(echo, "100:slicer",
+                              options={"slicer": {"average_size": 10}}) as proxy, \
+                connected_client(proxy) as sock:
+            for _ in range(3):
+                sent.clear()
+                send_and_read(sock, b"0123456789abcdefghij")
+                self.assertEqual(sent[:2], [b"0123456789", b"abcdefghij"])
 
     def test_a_rule_that_is_added_before_a_reply_knows_the_request(self):
         """The bytes of the request went past the rules, because no rule acts on requests."""
@@ -6505,9 +6530,7 @@ class TestFastPath(DownloadMixin, unittest.TestCase):
         toxics = [{"type": "latency", "latency": 9000, "stream": "upstream"},
                   {"type": "bandwidth", "rate": 100, "stream": "upstream"}]
         with running_proxy(echo, toxics=toxics) as proxy, connected_client(proxy) as sock:
-            loop = proxy.loop
-            now = loop.clock()
-            loop.run_sync(setattr, loop, "clock", lambda: now)
+            loop, clock = proxy.loop, StoppedClock(proxy.loop)
             sock.sendall(bytes(1 << 16))
             wait_until(lambda: proxy.connections)
             up = proxy.connections[1].up
@@ -6516,8 +6539,7 @@ class TestFastPath(DownloadMixin, unittest.TestCase):
             size = up.received
             self.assertLess(size, 1 << 16)
             while size < 1 << 16:
-                now += 1
-                loop.run_sync(int)                  # wakes up the loop
+                clock.advance(1)
                 wait_until(lambda: up.received > size)
                 self.assertEqual(up.sent, 0)
                 size = up.received
@@ -6528,31 +6550,28 @@ class TestFastPath(DownloadMixin, unittest.TestCase):
                   {"type": "limit_data", "bytes": 5},
                   {"type": "latency", "name": "down", "latency": 1000}]
         with running_proxy(echo, toxics=toxics) as proxy, connected_client(proxy) as sock:
-            loop = proxy.loop
-            start = now = loop.clock()
-            loop.run_sync(setattr, loop, "clock", lambda: now)
+            clock = StoppedClock(proxy.loop)
             wait_until(lambda: proxy.connections)
-            up = proxy.connections[1].up
+            up, down = proxy.connections[1].up, proxy.connections[1].down
 
-            def advance_until(seconds, condition):
-                nonlocal now
-                now = start + seconds
-                loop.run_sync(int)                  # wakes up the loop
-                wait_until(lambda: loop.run_sync(condition))
+            def wait_for(condition):
+                wait_until(lambda: proxy.loop.run_sync(condition))
 
             sock.sendall(b"first")
-            advance_until(0, lambda: up.received == 5)
-            now = start + 0.09
+            wait_for(lambda: up.received == 5)
+            clock.advance(0.09)
             sock.sendall(b"second")
-            advance_until(0.09, lambda: up.received == 11)
-            advance_until(0.15, lambda: EOF in [data for _, _, data, *_ in up.queue])
+            wait_for(lambda: up.received == 11)
+            clock.advance(0.06)                     # "first" is due, and `limit_data` acts
+            wait_for(lambda: EOF in [data for _, _, data, *_ in up.queue])
             sock.sendall(b"third")                  # comes after the EOF of limit_data
-            advance_until(0.15, lambda: up.received == 16)
-            advance_until(0.2, lambda: up.write_closed and proxy.connections[1].down.eof)
+            wait_for(lambda: up.received == 16)
+            clock.advance(0.05)                     # "second" and the EOF are due
+            wait_for(lambda: up.write_closed and down.eof)
             self.assertEqual(up.sent, 11)
-            advance_until(0.3, lambda: not up.queue)
-            now = start + 2
-            loop.run_sync(int)
+            clock.advance(0.1)                      # "third" is due
+            wait_for(lambda: not up.queue)
+            clock.advance(2)
             self.assertEqual(read_exactly(sock, 5), b"first")
             self.assertEqual(sock.recv(100), b"")
 
@@ -6614,24 +6633,20 @@ class TestFastPath(DownloadMixin, unittest.TestCase):
         received = []
         toxics = [{"type": "latency", "latency": 1000}]
         with running_proxy(serve, toxics=toxics) as proxy, connected_client(proxy) as sock:
-            loop = proxy.loop
-            now = loop.clock()
-            loop.run_sync(setattr, loop, "clock", lambda: now)
+            loop, clock = proxy.loop, StoppedClock(proxy.loop)
             sock.sendall(b"large")
             wait_until(lambda: proxy.connections and proxy.connections[1].down.received == size)
             connection, down = proxy.connections[1], proxy.connections[1].down
-            now += 0.5
+            clock.advance(0.5)
             sock.sendall(b"small")
             wait_until(lambda: down.received == size + 3)
-            now += 0.5                              # the large reply is due, the small one is not
-            loop.run_sync(int)                      # wakes up the loop
+            clock.advance(0.5)                      # the large reply is due, the small one is not
             wait_until(lambda: loop.run_sync(lambda: bool(down.send_buffer)))
             self.assertEqual(loop.run_sync(lambda: down.request_time), 0.0)
             self.assertEqual(len(proxy.latencies.samples), 1)       # of the large reply
 
             def read_and_call_back():
-                nonlocal now
-                now += 1
+                clock.now += 1                      # in the loop's thread
                 while sock in select.select([sock], [], [], 0.1)[0]:
                     received.append(sock.recv(1 << 20))
                 connection.on_timer()

@@ -8384,7 +8384,11 @@ class Connection:
         self.enqueue(now, self.chain.process_open(now, [UPSTREAM, DOWNSTREAM], opened))
 
     def on_timer(self):
-        """Send the data that is due. Release a held head if its time limit is over."""
+        """Send the data that is due. Release a held head if its time limit is over.
+
+        Data and FIN for the client come first, as in send_due: after an error of the backend, the
+        client would get no FIN.
+        """
         self.timer = None
         now = self.loop.clock()
         if self.chain.head_deadline <= now:     # NEVER if no head is held
@@ -8392,7 +8396,7 @@ class Connection:
             self.after_parsing(self.up)
             self.enqueue(now, events)
         elif self.send_chunks(self.down, now) and self.send_chunks(self.up, now):
-            self.set_timer(now)         # `down` comes first, as in send_due
+            self.set_timer(now)
         else:
             self.pump()
 
