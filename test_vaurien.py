@@ -7250,7 +7250,7 @@ class TestProxyListener(unittest.TestCase):
             error = OSError(errno.EMFILE, "Too many open files")
             with mock.patch.object(vaurien, "RETRY_DELAY", 0.05), \
                     self.assertLogs("vaurien", "WARNING") as logged:
-                proxy.loop.run_sync(lambda: (proxy.loop.watch(listener, 0),
+                proxy.loop.run_sync(lambda: (proxy.loop.unwatch(listener),
                                              proxy.listener.pause(listener, error)))
                 self.assertEqual(send_and_read(open_before, b"question"), b"question")
                 with connected_client(proxy) as sock:

@@ -5788,9 +5788,10 @@ class EpollSelector:
     # MASKS[events] is the mask for epoll: EPOLLIN (1) for EVENT_READ (1), EPOLLOUT (4) for
     # EVENT_WRITE (2), and both (5) for BOTH_EVENTS (3).
     MASKS = [0, 1, 4, 5]
-    # {mask from epoll: events}. 17 is EPOLLIN | EPOLLHUP: the peer has closed. Each other mask,
-    # such as the mask of an error, counts as BOTH_EVENTS: see `select`.
-    READY = {1: EVENT_READ, 4: EVENT_WRITE, 17: EVENT_READ}
+    # {mask from epoll: events}. 17 is EPOLLIN | EPOLLHUP: the peer has closed. 25 is EPOLLIN |
+    # EPOLLERR | EPOLLHUP: the peer has reset the connection. Each other mask, such as the mask of
+    # a connect() that has failed, counts as BOTH_EVENTS: see `select`.
+    READY = {1: EVENT_READ, 4: EVENT_WRITE, 17: EVENT_READ, 25: EVENT_READ}
     BOTH_EVENTS = EVENT_READ | EVENT_WRITE
     MAX_EVENTS = 256        # the most events of one poll, so that timers do not wait too long
     SPIN_TIME = 0.00008     # seconds in the busy loop: about the time that a process needs to
@@ -5945,22 +5946,24 @@ class Loop:
         self.socket_limit = 500 if isinstance(self.selector, selectors.SelectSelector) \
             else math.inf
 
-    def watch(self, sock, events, callback=None):
+    def watch(self, sock, events, callback):
         """Call callback(ready_events) whenever a socket is ready for one of `events`.
 
-        events    EVENT_READ, EVENT_WRITE or both; 0: stop watching the socket
+        events    EVENT_READ, EVENT_WRITE or both
 
         After an error of the socket, ready_events may also have an event that is not in `events`.
         """
         # A lookup in self.selector.get_map() would be slower: for an unknown socket, the lookup
         # calls repr(sock), which makes system calls.
-        is_watched = sock in self.watched
-        if events and is_watched:
+        if sock in self.watched:
             self.selector.modify(sock, events, callback)
-        elif events:
+        else:
             self.selector.register(sock, events, callback)
             self.watched.add(sock)
-        elif is_watched:
+
+    def unwatch(self, sock):
+        """Stop watching a socket, before it is closed. Does nothing if it is not watched."""
+        if sock in self.watched:
             self.watched.remove(sock)
             self.selector.unregister(sock)
 
@@ -6548,7 +6551,7 @@ class Listener:
 
     def accept_backlog(self, sock):
         """Accept all clients that wait, and stop watching the socket."""
-        self.loop.watch(sock, 0)
+        self.loop.unwatch(sock)
         for _ in range(BACKLOG):
             if not self.accept_one(sock):
                 return
@@ -6654,7 +6657,7 @@ class Listener:
         After ACCEPT_TIMEOUT without an accepted client, resets the clients that wait. Otherwise,
         two proxies that are each the backend of the other could wait forever for descriptors.
         """
-        self.loop.watch(sock, 0)
+        self.loop.unwatch(sock)
         now = self.loop.clock()
         if self.paused_since is None:
             self.paused_since = now
@@ -6688,7 +6691,7 @@ class Listener:
         """Close all sockets, which frees the port."""
         for sock in self.sockets:
             if self.loop:
-                self.loop.watch(sock, 0)
+                self.loop.unwatch(sock)
             sock.close()
         for sock in [*self.fillers.values(), *self.locks]:
             sock.close()
@@ -7757,7 +7760,7 @@ class TlsSocket:
     def close_now(self):
         """Close the socket at once, and drop ciphertext that waits."""
         self.loop.cancel(self.deadline)
-        self.loop.watch(self.sock, 0)
+        self.loop.unwatch(self.sock)
         self.sock.close()
 
 
@@ -7907,7 +7910,7 @@ class Connection:
 
     __slots__ = ("proxy", "loop", "number", "peer", "chain", "up", "down", "client", "backend",
                  "phase", "announcing_link", "addresses", "connect_deadline", "reset_reason",
-                 "faults", "records_without_text", "timer", "deadline_timer", "began")
+                 "faults", "records_without_text", "timer", "deadline_timer", "began", "has_tls")
 
     def __init__(self, proxy, number, client, peer):
         """Create the chain and the links. The caller must call `start` or `refuse` next.
@@ -7941,6 +7944,7 @@ class Connection:
         self.deadline_timer = None      # see set_deadline
         self.began = self.loop.clock()
         self.announcing_link = None     # the link with the announcement of TLS: see begin_tls
+        self.has_tls = False            # whether a peer uses TLS with the proxy
         if proxy.tls.clients_use_tls and not proxy.joins_tls():     # TLS from the first byte
             self.start_tls(self.up)
 
@@ -8009,6 +8013,7 @@ class Connection:
             data = self.process_received(link, data)
             if not data:
                 return
+            size = len(data)
         else:                           # send the bytes as they are
             link.bulk_reads += size >= BULK_READ        # True counts as 1
         try:
@@ -8017,7 +8022,7 @@ class Connection:
             self.on_forward_error(link, data, error)
             return
         link.forwarded += sent
-        if link.request_time or sent < len(data):
+        if sent < size or link.request_time:
             self.after_send(link, data[sent:])
 
     def begin_measurement(self):
@@ -8268,10 +8273,12 @@ class Connection:
             self.process_signal(link.to, EOF)
             return
         self.close_write(link)
-        if self.up.write_closed and self.down.write_closed:
+        back = self.down if link is self.up else self.up
+        if back.write_closed:
             self.finish()
-        else:
-            self.update_interest()
+        else:                           # nothing has changed for the source of `back`
+            link.fast_events = 0
+            self.watch(link, self.wanted_events(link, back))
 
     def hand_off(self, link):
         """Let an active blocking handler read the bytes that wait in a link's source.
@@ -8542,34 +8549,46 @@ class Connection:
         if self.chain.kept > KEPT_MIN or up.kept:
             self.charge_kept()
         allows_fast_path = self.phase is CONNECTED and not self.proxy.has_blocking
+        if self.has_tls:                    # a handshake of one source closes both fast paths
+            allows_fast_path = allows_fast_path and self.tls_is_open()
+        is_simple = not (up.held or down.held or up.kept or self.has_tls)
         for link, back in (up, down), (down, up):   # the source of `link` is the target of `back`
-            source = link.source
-            if source is None:              # the backend's socket before connect()
-                continue
-            if self.phase is CONNECTING and link is down:
-                events = EVENT_WRITE        # a socket is writable when its connect() has ended
-            else:
-                events = EVENT_READ if self.wants_read(link, back) else 0
-            if back.send_buffer:
-                events |= EVENT_WRITE
-            if isinstance(source, TlsSocket):
-                events = source.interest(events)
-                allows_fast_path &= source.is_open
             link.fast_events = EVENT_READ if allows_fast_path and link.is_unused() else 0
+            if link.fast_events and is_simple:
+                events = EVENT_READ         # the result of `wanted_events`, but faster
+            else:
+                events = self.wanted_events(link, back)
             if events != link.watched:
                 self.watch(link, events)
-        if not allows_fast_path:            # a handshake of one source closes both fast paths
-            up.fast_events = down.fast_events = 0
+
+    def wanted_events(self, link, back):
+        """Return the events that matter now for a link's source.
+
+        back    the link in the other direction, whose target is the source of `link`.
+        """
+        source = link.source
+        if source is None:                  # the backend's socket before connect()
+            return 0
+        if self.phase is CONNECTING and link is self.down:
+            events = EVENT_WRITE            # a socket is writable when its connect() has ended
+        else:
+            events = EVENT_READ if self.wants_read(link, back) else 0
+        if back.send_buffer:
+            events |= EVENT_WRITE
+        return source.interest(events) if isinstance(source, TlsSocket) else events
 
     def watch(self, link, events):
-        """Watch a link's source for `events`. If the kernel refuses this, reset the connection.
+        """Watch a link's source for `events`, or stop watching the source if `events` is 0.
 
-        Linux limits the number of watched sockets: see max_user_watches in man 7 epoll.
+        If the kernel cannot watch the source, reset the connection. Linux limits the number of
+        watched sockets: see max_user_watches in man 7 epoll.
         """
         link.watched = events
-        callback = functools.partial(self.on_ready, link) if events else None
+        if not events:
+            self.loop.unwatch(link.source)
+            return
         try:
-            self.loop.watch(link.source, events, callback)
+            self.loop.watch(link.source, events, functools.partial(self.on_ready, link))
         except OSError as error:
             log.warning("%sconnection %d: reset, because its socket cannot be watched: %s",
                         self.proxy.log_prefix, self.number, error.strerror)
@@ -8625,7 +8644,7 @@ class Connection:
             back, server_name = self.up, config.server_name(backend_host)
             context = config.connect_context()
         if link.watched:        # update_interest() will watch the TlsSocket instead
-            self.loop.watch(link.source, 0)
+            self.loop.unwatch(link.source)
             link.watched = 0
         link.source = back.target = TlsSocket(
             link.source, self.loop, functools.partial(self.on_tls_change, link),
@@ -8633,6 +8652,12 @@ class Connection:
         self.client, self.backend = self.up.source, self.down.source    # one is now a TlsSocket
         self.up.fast_events = self.down.fast_events = 0     # until the handshake has ended
         self.up.bulk_reads = self.down.bulk_reads = NO_SPLICE
+        self.has_tls = True
+
+    def tls_is_open(self):
+        """Return whether no TLS handshake is pending."""
+        return all(source.is_open for source in (self.client, self.backend)
+                   if isinstance(source, TlsSocket))
 
     def begin_tls(self, link):
         """Begin TLS with a link's source, which has announced TLS in the protocol (STARTTLS).
@@ -8819,7 +8844,8 @@ class Connection:
         link.source_reset = isinstance(error, ConnectionResetError)
         self.reset_reason = ("reset by %s" % peer if link.source_reset
                              else "%s lost: %s" % (peer, error.strerror))
-        back.discard()              # the source can receive no data
+        if back.held:               # the source can receive no data
+            back.discard()
         back.write_closed = True
         link.eof = True             # splice() returns `eof`, to prevent a recv()
         cannot_send = link.latest == NEVER or self.phase is CONNECTING
@@ -8867,7 +8893,7 @@ class Connection:
         """Close the backend's socket, if there is one, and the fast path."""
         if self.backend is not None:
             if self.down.watched:
-                self.loop.watch(self.backend, 0)
+                self.loop.unwatch(self.backend)
             self.backend.close()
             self.backend = self.down.source = self.up.target = None
             self.up.fast_events = self.down.fast_events = self.down.watched = 0
@@ -8890,12 +8916,13 @@ class Connection:
         self.phase = CLOSED
         self.close_backend()
         if self.up.watched:
-            self.loop.watch(self.client, 0)
+            self.loop.unwatch(self.client)
         self.client.close()
         self.client = self.up.source = self.down.target = None
-        for timer in self.timer, self.deadline_timer:
-            if timer:
-                self.loop.cancel(timer)
+        if self.timer:
+            self.loop.cancel(self.timer)
+        if self.deadline_timer:
+            self.loop.cancel(self.deadline_timer)
         self.proxy.on_connection_closed(self, reason)
         self.up.close()
         self.down.close()
@@ -8914,11 +8941,11 @@ class Connection:
 
         totals    [from the client, to the backend, from the backend, to the client].
         """
-        up, down = self.up, self.down
-        totals[0] += up.received
-        totals[1] += up.sent
-        totals[2] += down.received
-        totals[3] += down.sent
+        up, down = self.up, self.down       # the sums are faster than up.received and up.sent
+        totals[0] += up.forwarded + up.buffered_in
+        totals[1] += up.forwarded + up.buffered_out
+        totals[2] += down.forwarded + down.buffered_in
+        totals[3] += down.forwarded + down.buffered_out
 
 
 # -- Log ----------------------------------------------------------------------
