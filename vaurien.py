@@ -2013,7 +2013,7 @@ class Http(Protocol):
             if len(data) <= CACHED_HEAD_MAX:
                 self.last_request, self.last_fields = (data, request), fields
         # Return a copy, because the chain changes the text of each Request.
-        return Request(request.text, request.name, info=request.info)
+        return Request(request.text, request.name, True, request.info)     # True: has a reply
 
     def parse_fields(self, text):
         """Return the HeaderFields of a request. `text`: see HeaderFields.
@@ -2188,6 +2188,7 @@ class Redis(Protocol):
     # Commands after which the server sends data without a request
     SERVER_PUSH = {"SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE", "MONITOR", "SYNC", "PSYNC",
                    "REPLCONF"}
+    MODE_COMMANDS = SERVER_PUSH | {"CLIENT", "MULTI", "EXEC", "DISCARD", "RESET"}
     STRINGS = (b"$", b"=", b"!")
     VALUES_PER_ITEM = {b"*": 1, b"~": 1, b"%": 2}       # of arrays, sets and maps (key and value)
     has_rows = True         # the items of the reply, but not the items of nested values
@@ -2245,21 +2246,26 @@ class Redis(Protocol):
         return self.make_request(args)
 
     def make_request(self, args):
-        """Return the Request of a command, and set `in_multi` for the next command.
+        """Return the Request of a command. Raises ProtocolError: see change_mode."""
+        name = args[0].upper().decode("latin-1") if args else ""
+        is_in_transaction = self.in_multi
+        if name in self.MODE_COMMANDS:
+            self.change_mode(name, args)
+        has_reply = bool(args)              # Redis ignores an empty command
+        return Request(b" ".join(args), name, has_reply, is_in_transaction)
+
+    def change_mode(self, name, args):
+        """Set `in_multi` for the next command.
 
         Raises ProtocolError at a command after which replies and requests do not alternate.
         """
-        name = args[0].upper().decode("latin-1") if args else ""
         ends_parsing = name in self.SERVER_PUSH
         if name == "CLIENT" and len(args) > 1:
             ends_parsing = args[1].upper() in (b"REPLY", b"TRACKING")
         if ends_parsing:
             raise ProtocolError("after %s, replies and requests do not alternate" % name)
-        is_in_transaction = self.in_multi
-        if name in ("MULTI", "EXEC", "DISCARD", "RESET"):
+        if name != "CLIENT":
             self.in_multi = name == "MULTI"
-        has_reply = bool(args)              # Redis ignores an empty command
-        return Request(b" ".join(args), name, replies=has_reply, info=is_in_transaction)
 
     def replies(self):
         """Find the replies. A reply is one value, which may have nested values."""
@@ -5187,9 +5193,11 @@ class ProtocolChain(Chain):
         if not self.may_pass(to, size):
             return None
         try:
-            passed = self.pass_whole(to, data) if size <= COPY_MAX else None
-            if passed is not None:
-                return passed
+            if size <= COPY_MAX:
+                pass_whole = self.pass_whole_request if to is UPSTREAM else self.pass_whole_reply
+                passed = pass_whole(data)
+                if passed is not None:
+                    return passed
             if to is UPSTREAM and self.protocol.host and not self.is_inside(to, size):
                 return None             # a head may have to be rewritten
             for offset, boundary in self.framer(to).feed(data, size):
@@ -5209,28 +5217,33 @@ class ProtocolChain(Chain):
             self.head_forwarded = end < size and not self.in_request
         return data
 
-    def pass_whole(self, to, data):
-        """Apply the boundaries of data that is exactly one message, faster than Framer.feed.
+    def pass_whole_request(self, data):
+        """Apply the boundaries of data that is exactly one request, faster than Framer.feed.
 
         Returns the bytes to forward: `data`, or other bytes if a Host header is rewritten. Returns
-        None, and changes nothing, if the data is not one message of a simple form.
+        None, and changes nothing, if the data is not one request of a simple form.
         """
-        framer = self.framer(to)
-        message = bytes(data)
-        # A Request, or True for a reply. False or None: not one whole message.
-        parsed = framer.parse_whole(message) if framer.at_boundary else None
-        if not parsed:
+        framer, message = self.protocol.request_framer, bytes(data)
+        request = framer.parse_whole(message) if framer.at_boundary else None
+        if request is None:
             return None
-        if to is DOWNSTREAM:
-            self.exchanges[0].reply_done = True
-        else:
-            self.apply_boundary(to, parsed)
-            self.exchanges[-1].forwarded = True
-            self.end_request()
-            if self.protocol.host:
-                data = self.protocol.rewrite_head(message)
+        if not self.recognized:
+            self.recognize()
+        self.begin_exchange(request)
+        self.exchanges[-1].forwarded = True
+        self.end_request()
         if len(self.exchanges) > 1:         # with pipelined requests, the first may be done now
             self.release_done(0.0)          # no queued event gets this time
+        return self.protocol.rewrite_head(message) if self.protocol.host else data
+
+    def pass_whole_reply(self, data):
+        """Return data that is exactly one reply of a simple form, like pass_whole_request."""
+        framer = self.protocol.reply_framer
+        if not framer.at_boundary or not framer.parse_whole(bytes(data)):
+            return None
+        self.exchanges[0].reply_done = True
+        if len(self.exchanges) > 1:
+            self.release_done(0.0)
         return data
 
     def process_bytes(self, now, to, data):
@@ -8010,7 +8023,7 @@ class Connection:
             self.begin_measurement()
         data = loop.view[:size]
         if chain.protocol or chain.active_rules or not link.fast_events:
-            data = self.process_received(link, data)
+            data = self.process_received(link, data, size)
             if not data:
                 return
             size = len(data)
@@ -8076,19 +8089,20 @@ class Connection:
         free_memory = link.budget.allowance(HELD_MAX) - link.held - link.kept
         return max(1, free_memory // EXPANSION)     # not 0: read_limit() decides whether to read
 
-    def process_received(self, link, data):
-        """Run received bytes through the chain.
+    def process_received(self, link, data, size):
+        """Run `size` received bytes through the chain.
 
         Returns the bytes that on_ready must send, or None if all bytes were queued or dropped.
         on_ready counts the sent bytes in `forwarded`. All other bytes are counted in `buffered_in`
         here, or in the functions below.
         """
-        chain, size = self.chain, len(data)
-        if link.delay_rules is chain.active_rules and link.fast_events:     # see find_delays
+        chain = self.chain
+        if not link.fast_events:
+            if self.phase is LINGERING:     # the client has got its last reply: drop the bytes
+                link.buffered_in += size
+                return None
+        elif link.delay_rules is chain.active_rules:    # see find_delays
             return self.delay(link, data)
-        if self.phase is LINGERING:     # the client has got its last reply: drop further bytes
-            link.buffered_in += size
-            return None
         passed = chain.pass_through(link.to, data)      # often `data` itself
         if chain.protocol and (size >= PARSED_CHUNK or link.recv_size > PARSED_CHUNK):
             link.recv_size = chain.recv_size(link.to)   # a long body may have begun or ended
@@ -8098,11 +8112,12 @@ class Connection:
         elif passed is not data or not link.fast_events:    # changed bytes, or no fast path
             self.after_parsing(link)
             to_send = self.send_or_queue(link, size, passed)
+        if chain.protocol is None:
+            if chain.rule_set.has_fixed_delay:
+                self.find_delays(link)      # for the next chunk
         # If the bytes were queued, update_interest() has charged the kept bytes.
-        if to_send is not None and (self.chain.kept > KEPT_MIN or self.up.kept):
+        elif (self.chain.kept > KEPT_MIN or self.up.kept) and to_send is not None:
             self.kept_changed()
-        if chain.rule_set.has_fixed_delay and not chain.protocol:
-            self.find_delays(link)      # for the next chunk
         return to_send
 
     def run_rules(self, link, data):
