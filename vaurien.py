@@ -5786,8 +5786,18 @@ def capture(function, *args):
         return None, exc
 
 
-# Makes a SelectorKey of a tuple, faster than SelectorKey(*tuple): no function in Python runs.
-make_selector_key = functools.partial(tuple.__new__, selectors.SelectorKey)
+class StandardSelector:
+    """A selector of the standard library, with the methods that Loop calls."""
+
+    def __init__(self, selector):
+        self.selector = selector
+        self.register, self.modify = selector.register, selector.modify
+        self.unregister, self.close = selector.unregister, selector.close
+        self.fileno = getattr(selector, "fileno", None)     # select() has no descriptor of its own
+
+    def select(self, timeout=None):
+        """Wait `timeout` seconds at most. Returns [(callback, events)] of the ready sockets."""
+        return [(key.data, events) for key, events in self.selector.select(timeout)]
 
 
 class EpollSelector:
@@ -5816,7 +5826,7 @@ class EpollSelector:
     def __init__(self, clock=time.monotonic):
         self.epoll = select.epoll()
         self.fileno, self.close = self.epoll.fileno, self.epoll.close
-        self.keys = {}      # {descriptor: SelectorKey}
+        self.callbacks = {}     # {descriptor: callback}
         self.clock = clock
         self.skips = 0      # how many more sleeps begin without a busy loop
         self.backoff = 0    # the first value of `skips` after the last busy loop
@@ -5824,27 +5834,27 @@ class EpollSelector:
     def register(self, sock, events, callback):
         fd = sock.fileno()
         self.epoll.register(fd, self.MASKS[events])
-        self.keys[fd] = make_selector_key((sock, fd, events, callback))
+        self.callbacks[fd] = callback
 
     def modify(self, sock, events, callback):
         fd = sock.fileno()
         self.epoll.modify(fd, self.MASKS[events])
-        self.keys[fd] = make_selector_key((sock, fd, events, callback))
+        self.callbacks[fd] = callback
 
     def unregister(self, sock):
         fd = sock.fileno()
         self.epoll.unregister(fd)
-        del self.keys[fd]
+        del self.callbacks[fd]
 
     def select(self, timeout=None):
-        """Wait `timeout` seconds at most. Returns [(key, events)] of the ready sockets."""
+        """Wait `timeout` seconds at most. Returns [(callback, events)] of the ready sockets."""
         events = self.epoll.poll(0, self.MAX_EVENTS)    # without a sleep
         if not events and timeout != 0:
             events = self.spin_then_sleep(-1 if timeout is None else timeout)   # -1: no time-out
-        # Look up all keys before any callback runs. A callback may close a socket and open
+        # Look up all callbacks before any of them runs. A callback may close a socket and open
         # another socket, which gets the same descriptor.
-        keys, to_events, both = self.keys, self.READY.get, self.BOTH_EVENTS
-        return [(keys[fd], to_events(mask, both)) for fd, mask in events]
+        callbacks, to_events, both = self.callbacks, self.READY.get, self.BOTH_EVENTS
+        return [(callbacks[fd], to_events(mask, both)) for fd, mask in events]
 
     def spin_then_sleep(self, timeout):
         """Poll in a busy loop for SPIN_TIME, then sleep. Returns the events of epoll.poll().
@@ -5929,10 +5939,13 @@ class Loop:
     fd_limit = math.inf
 
     def __init__(self, clock=time.monotonic, selector=None):
+        """selector: a selector of the standard library. None: the best selector of this system."""
         self.clock = clock
-        if selector is None:
-            selector = EpollSelector() if hasattr(select, "epoll") else selectors.DefaultSelector()
-        self.selector = selector
+        if selector is None and hasattr(select, "epoll"):
+            self.selector: "Any" = EpollSelector()
+        else:
+            selector = selector or selectors.DefaultSelector()
+            self.selector = StandardSelector(selector)
         self.watched = set()                # the sockets in the selector
         self.timers = []                    # a heap of timers: see DUE
         self.order = 0                      # the ORDER of the last timer
@@ -5952,12 +5965,11 @@ class Loop:
         self.watch(self.wakeup_recv, EVENT_READ, self.on_wakeup)
         # epoll rounds a time-out to milliseconds, but select() only to microseconds. So a short
         # `wait` calls select() for the list precise_fds, which has the epoll object's descriptor.
-        fileno = getattr(self.selector, "fileno", None)
+        fileno = self.selector.fileno
         self.precise_fds = [fileno()] if fileno and fileno() < self.FD_SETSIZE else None
         # select() can watch 512 sockets on Windows. On other systems, select() can only watch
         # descriptors below FD_SETSIZE, and 500 sockets leave enough descriptors for files.
-        self.socket_limit = 500 if isinstance(self.selector, selectors.SelectSelector) \
-            else math.inf
+        self.socket_limit = 500 if isinstance(selector, selectors.SelectSelector) else math.inf
 
     def watch(self, sock, events, callback):
         """Call callback(ready_events) whenever a socket is ready for one of `events`.
@@ -6015,8 +6027,8 @@ class Loop:
         """Run until `stop` is called."""
         try:
             while self.running:
-                for key, events in self.wait():
-                    key.data(events)    # calls the callback
+                for callback, events in self.wait():
+                    callback(events)
                     if self.calls:      # run calls of other threads before the other callbacks
                         self.run_queued()
                 if self.timers:
@@ -6027,8 +6039,8 @@ class Loop:
     def wait(self):
         """Wait until sockets are ready, or until the next timer is due.
 
-        Returns [(key, events)] of the ready sockets. May return [] before the timer is due: `run`
-        calls `wait` again.
+        Returns [(callback, events)] of the ready sockets. May return [] before the timer is due:
+        `run` calls `wait` again.
         """
         if not self.timers:
             return self.selector.select()       # without a time-out the kernel sets no timer
@@ -8603,7 +8615,9 @@ class Connection:
             self.loop.unwatch(link.source)
             return
         try:
-            self.loop.watch(link.source, events, functools.partial(self.on_ready, link))
+            # A partial of a bound method, such as self.on_ready, would be slower.
+            callback = functools.partial(Connection.on_ready, self, link)
+            self.loop.watch(link.source, events, callback)
         except OSError as error:
             log.warning("%sconnection %d: reset, because its socket cannot be watched: %s",
                         self.proxy.log_prefix, self.number, error.strerror)
