@@ -1280,6 +1280,19 @@ class TestHandlerLaws(unittest.TestCase):
                 self.assertEqual(queue.pop_due(7.5, False), [OPEN])     # after the EOF at 7
                 self.assertEqual(list(queue.send_buffer), [b"question", b"more", EOF])
 
+    def test_transfer_delays_a_piece_like_the_handler(self):
+        """ActiveRule.transfer and a call of the handler give the same due times."""
+        for rate, piece_max in [(1, 100), (10, 1000), (100, vaurien.SEGMENT), (1000, 10000)]:
+            with self.subTest(rate=rate):
+                rule = vaurien.Rule("bandwidth", {"rate": rate}, per="connection")
+                self.assertEqual(rule.link_rate, (rate * 1000, piece_max))
+                chain, active = chain_of(rule), vaurien.ActiveRule(rule, 1)
+                for t, size in [(0, 1), (0, piece_max), (0, piece_max), (1000, 1), (1000.001, 2)]:
+                    (due, _, _, _), = chain.process(t, DOWNSTREAM, bytes(size))
+                    self.assertAlmostEqual(t + active.transfer(t, DOWNSTREAM, size), due)
+        for options in {"rate": 0}, {"rate": 5, "shared": True}:
+            self.assertIsNone(vaurien.Rule("bandwidth", options).link_rate)
+
     def test_a_handler_delays_each_chunk_by_its_fixed_delay(self):
         for latency, jitter, seconds in (20, 0, 0.02), (20, 5, 0), (0, 0, 0), (-20, 0, 0):
             with self.subTest(latency=latency, jitter=jitter):
@@ -4764,28 +4777,34 @@ class TestChain(unittest.TestCase):
         self.assertEqual(chain_of(one, two).process(0, UPSTREAM, b"q"),
                          [(3.0, UPSTREAM, b"q", ((one, 1.0, False), (two, 2.0, False)))])
 
-    def test_delays_are_fixed_if_the_rules_do_nothing_else(self):
+    def test_delays_are_simple_if_the_rules_do_nothing_else(self):
         def latency(milliseconds, per="connection", **fields):
             return vaurien.Rule("latency", {"latency": milliseconds}, per=per,
                                 draw_key=str(milliseconds), **fields)
 
-        for rules, fixed in [([latency(1)], [0.001]),
-                             ([latency(1), latency(2)], [0.001, 0.002]),
-                             ([latency(1), latency(2, stream=UPSTREAM)], [0.001]),
-                             ([latency(1, stream=UPSTREAM)], []),   # replies pass
-                             ([latency(1), latency(0)], None),      # latency 0 never acts
-                             ([latency(1), vaurien.Rule("slicer", {"average_size": 2},
-                                                        per="connection")], None),
-                             ([latency(1), latency(2, match=re.compile(b"x"))], None),
-                             ([latency(1, "request")], None)]:      # another request may have none
+        def bandwidth(**options):
+            return vaurien.Rule("bandwidth", options, per="connection", draw_key="bandwidth")
+
+        slicer = vaurien.Rule("slicer", {"average_size": 2}, per="connection")
+        for rules, indexes in [([latency(1)], [0]),
+                               ([latency(1), latency(2)], [0, 1]),
+                               ([latency(1), bandwidth(rate=1)], [0, 1]),
+                               ([latency(1), latency(2, stream=UPSTREAM)], [0]),
+                               ([latency(1, stream=UPSTREAM)], []),     # replies pass
+                               ([latency(1), latency(0)], None),        # latency 0 never acts
+                               ([latency(1), bandwidth(rate=0)], None),
+                               ([latency(1), bandwidth(rate=1, shared=True)], None),
+                               ([latency(1), slicer], None),
+                               ([latency(1), latency(2, match=re.compile(b"x"))], None),
+                               ([latency(1, "request")], None)]:    # another request may have none
             with self.subTest(list(map(str, rules))):
                 chain = chain_of(*rules)
-                self.assertIsNone(chain.fixed_delays(DOWNSTREAM))       # no rule has acted yet
+                self.assertIsNone(chain.simple_delays(DOWNSTREAM))      # no rule has acted yet
                 chain.process(0, UPSTREAM, b"request")
                 chain.process(0, DOWNSTREAM, b"reply")
-                delays = chain.fixed_delays(DOWNSTREAM)
-                self.assertEqual(fixed, delays if delays is None else
-                                 [seconds for _, seconds, _ in delays])
+                delaying = chain.simple_delays(DOWNSTREAM)
+                self.assertEqual(delaying and [active.rule for active in delaying],
+                                 indexes and [rules[index] for index in indexes])
 
     def test_a_rule_does_not_get_events_of_the_other_stream(self):
         chain = chain_of(vaurien.Rule("hang", stream=DOWNSTREAM))
@@ -6400,25 +6419,58 @@ class TestFastPath(DownloadMixin, unittest.TestCase):
             set_behavior(proxy, "100:delay", delay={"sleep": 0.0})
             self.assertTrue(calls["clock"])         # the counters work
 
-    def test_only_the_first_chunk_with_a_fixed_delay_goes_through_the_chain(self):
+    def test_only_the_first_chunk_with_a_simple_delay_goes_through_the_chain(self):
         processed, process = [], vaurien.Chain.process
 
         def recorded_process(chain, now, to, data):
             processed.append(bytes(data))
             return process(chain, now, to, data)
 
-        toxics = [{"type": "latency", "name": str(milliseconds), "latency": milliseconds}
-                  for milliseconds in (1, 2)]
-        with mock.patch.object(vaurien.Chain, "process", recorded_process), \
-                running_proxy(echo, toxics=toxics) as proxy, connected_client(proxy) as sock:
-            for index in range(20):
-                began = time.monotonic()
-                self.assertEqual(send_and_read(sock, b"chunk %02d" % index), b"chunk %02d" % index)
-                self.assertGreaterEqual(time.monotonic() - began, 0.003)
-            self.assertEqual([data for data in processed if data], [b"chunk 00"])
-            data = random_data(3000000)         # more than a link may hold
-            received = send_and_read_all(sock, data)
-            self.assertEqual(received, Received(len(data), hashlib.sha1(data).hexdigest(), "eof"))
+        latency = {"type": "latency", "latency": 1}
+        for toxic, seconds_min in [({"type": "latency", "name": "two", "latency": 2}, 0.003),
+                                   ({"type": "bandwidth", "rate": 4}, 0.003),
+                                   ({"type": "bandwidth", "rate": 30000}, 0.001)]:
+            del processed[:]
+            with self.subTest(toxic), \
+                    mock.patch.object(vaurien.Chain, "process", recorded_process), \
+                    running_proxy(echo, toxics=[latency, toxic]) as proxy, \
+                    connected_client(proxy) as sock:
+                for index in range(20):
+                    began = time.monotonic()
+                    self.assertEqual(send_and_read(sock, b"chunk %02d" % index),
+                                     b"chunk %02d" % index)
+                    self.assertGreaterEqual(time.monotonic() - began, seconds_min)
+                self.assertEqual([data for data in processed if data], [b"chunk 00"])
+                # The data is more than a link may hold, but not for the rate of 4 KB/s.
+                data = random_data(10000 if toxic.get("rate") == 4 else 3000000)
+                received = send_and_read_all(sock, data)
+                self.assertEqual(received, Received(
+                    len(data), hashlib.sha1(data).hexdigest(), "eof"))
+
+    def test_chunks_of_a_slow_link_come_at_its_rate(self):
+        """Small chunks are pieces; a large chunk between them is cut. All wait for each other."""
+        sizes = [10, 20, 2500, 30, 40]
+        with running_proxy(echo, toxics=[{"type": "bandwidth", "rate": 10}]) as proxy, \
+                connected_client(proxy) as sock:
+            loop, clock = proxy.loop, StoppedClock(proxy.loop)
+            wait_until(lambda: proxy.connections)
+            down = next(iter(proxy.connections.values())).down
+            sock.sendall(b"x")
+            wait_until(lambda: loop.run_sync(lambda: down.received) == 1)
+            clock.advance(1)
+            self.assertEqual(read_exactly(sock, 1), b"x")
+            began, received = clock.now, 1
+            for size in sizes:
+                sock.sendall(bytes(size))
+                received += size
+                wait_until(lambda: loop.run_sync(lambda: down.received) == received)
+            due_times = loop.run_sync(lambda: [entry[0] - began for entry in sorted(down.queue)])
+            ends = [10, 30, 1030, 2030, 2530, 2560, 2600]
+            self.assertEqual(len(due_times), len(ends))
+            for due, end in zip(due_times, ends):
+                self.assertAlmostEqual(due, end / 10000)
+            loop.run_sync(proxy.set_toxics, [])
+            read_exactly(sock, 2600)
 
     def test_chunks_with_a_fixed_delay_are_released_in_order(self):
         """The clock stands still, so nothing but the removal of the toxic releases them."""

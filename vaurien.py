@@ -521,6 +521,9 @@ def with_attributes(**attributes: "Any") -> "Callable[[Function], Function]":
     fixed_delay         for a handler that only delays: a function (options) that returns the
                         seconds by which all chunks are delayed, or 0 if chunks have no common
                         delay. A chain adds a fixed delay without a call of the handler.
+    link_rate           for a handler with @rate_limited: a function (options) that returns (bytes
+                        per second, the most bytes of a piece), or None. A chain delays a chunk of
+                        one piece without a call of the handler: see ActiveRule.transfer.
     joins_chunks        True: chunks that the handler has yielded may be sent together if they are
                         due. This is done if all rules of a proxy permit this, and one of them has
                         a rate limit: only rate limits cut bytes into many chunks.
@@ -755,9 +758,22 @@ def cancel_transfer(rule, to, size):
         rule.shared[to] -= size / (rate * 1000)
 
 
+def piece_size(rate):
+    """Return the most bytes of a piece of `bandwidth`, which sends the bytes evenly, in pieces.
+
+    A piece is as long as one TCP segment. On a fast link a piece is longer, so that it takes
+    10 ms, and on a slow link shorter, so that it takes 100 ms.
+    """
+    bytes_per_ms = rate
+    return int(max(10 * bytes_per_ms, min(SEGMENT, 100 * bytes_per_ms)))
+
+
 @handler
 @rate_limited
-@with_attributes(on_dropped=cancel_transfer, held_max=READ_MIN, joins_chunks=True)
+@with_attributes(
+    on_dropped=cancel_transfer, held_max=READ_MIN, joins_chunks=True,
+    link_rate=lambda options: None if options["shared"] or options["rate"] <= 0 else (
+        options["rate"] * 1000, piece_size(options["rate"])))
 def bandwidth(state, t, to, data, *, rate=0, shared=False):
     """A slower link: the data rate is limited, separately in each direction.
 
@@ -770,13 +786,9 @@ def bandwidth(state, t, to, data, *, rate=0, shared=False):
     # not wait while an earlier rule delays the chunk.
     if data is OPEN:            # the options may be new: forget the delay by the old options
         state[to] = t
-    # The bytes arrive evenly, in pieces. A piece is as long as one TCP segment. On a fast link a
-    # piece is longer, so that it takes 10 ms, and on a slow link shorter, so that it takes 100 ms.
-    bytes_per_ms = rate
-    piece_size = int(max(10 * bytes_per_ms, min(SEGMENT, 100 * bytes_per_ms)))
-    for piece in split_chunk(data, piece_size):
+    for piece in split_chunk(data, piece_size(rate)):
         if piece:
-            seconds = len(piece) / (1000 * bytes_per_ms) if rate > 0 else NEVER
+            seconds = len(piece) / (1000 * rate) if rate > 0 else NEVER
             state[to] = max(t, state[to]) + seconds
             if shared and t < NEVER:        # a chunk held by `hang` takes no time of the link
                 state.shared[to] = max(state.received_at, state.shared[to]) + seconds
@@ -3618,13 +3630,16 @@ class Rule(Scheduled):
         self.shared = Counter()     # state.shared of the handler, for all connections
 
     def set_options(self, options):
-        """Replace the options, and compute `fixed_delay` and `directions` from them.
+        """Replace the options, and the attributes that are computed from them.
 
-        with_attributes explains `fixed_delay`. The handler gets only the events of `directions`.
+        with_attributes explains `fixed_delay` and `link_rate`. The handler gets only the events of
+        `directions`.
         """
         self.options = options
         fixed_delay = getattr(self.handler, "fixed_delay", None)
         self.fixed_delay = fixed_delay(options) if fixed_delay else 0
+        link_rate = getattr(self.handler, "link_rate", None)
+        self.link_rate = link_rate(options) if link_rate else None
         stream = self.stream
         choose = getattr(self.handler, "choose_direction", None)
         if choose and stream == "both":     # the handler needs one direction: see only_direction
@@ -3798,6 +3813,18 @@ class ActiveRule(Counter):
             substates[name].generator = self.random     # both handlers share one generator
         return substates[name]
 
+    def transfer(self, t, to, size):
+        """Return the seconds until a slow link has sent a chunk of one piece that comes at t.
+
+        Without a `link_rate`, the link only delays the chunk. The effect is that of the handler.
+        """
+        rule = self.rule
+        if not rule.link_rate:
+            return rule.fixed_delay
+        bytes_per_second, _ = rule.link_rate
+        self[to] = max(t, self[to]) + size / bytes_per_second
+        return self[to] - t
+
     def set_acts(self, acts):
         """Set `acts`, and clear the state if `acts` changes. Returns whether the rule begins."""
         if acts == self.acts:
@@ -3859,8 +3886,8 @@ class RuleSet:
         self.counts_rows = any(rule.options.get("rows") for rule in rules)
         # With a rate limit, no recv is larger than the delay queue of a slow link.
         self.recv_size = max([rule.held_max for rule in rules if rule.rate_limited] or [CHUNK])
-        # Without a fixed delay, Chain.fixed_delays need not be called.
-        self.has_fixed_delay = any(rule.fixed_delay for rule in rules)
+        # Whether Chain.simple_delays may return any rules.
+        self.has_simple_delay = any(rule.fixed_delay or rule.link_rate for rule in rules)
         # Whether delay queues join chunks that are due: see with_attributes.
         self.joins_chunks = (any(rule.rate_limited for rule in rules)
                              and all(rule.joins_chunks for rule in rules))
@@ -4626,12 +4653,13 @@ class Chain:
                 return None
         return data
 
-    def fixed_delays(self, to):
-        """Return the `delays` that `process` would give to bytes of the direction `to`.
+    def simple_delays(self, to):
+        """Return the active rules that only delay bytes of the direction `to`, as a list.
 
-        Returns None if the caller must call pass_through and process_bytes.
+        ActiveRule.transfer returns the delay by each of these rules. Returns None if the caller
+        must call pass_through and process_bytes.
         """
-        delays: tuple = ()
+        delaying = []
         for active in self.active_rules:
             rule = active.rule
             if not active.has_acted:        # must make a fault record, or searches for `match`
@@ -4639,10 +4667,10 @@ class Chain:
             if rule.per == "request":       # the bytes of the next request may have no delay
                 return None
             if to in rule.directions:
-                if not rule.fixed_delay:        # the handler must be called
+                if not rule.fixed_delay and not rule.link_rate:     # the handler must be called
                     return None
-                delays += ((rule, rule.fixed_delay, False),)    # False: not for OPEN
-        return delays
+                delaying.append(active)
+        return delaying
 
     def note_beginning(self, data):
         """Store the first bytes of the current request, for fault records."""
@@ -7834,7 +7862,8 @@ class Link(DelayQueue):
     """One direction of a connection: a source, a target, and the delay queue between them."""
 
     __slots__ = ("source", "source_reset", "target", "watched", "fast_events", "bulk_reads",
-                 "recv_size", "request_time", "measure_from", "delay_rules", "delays")
+                 "recv_size", "request_time", "measure_from", "delay_rules", "delaying",
+                 "fixed_delays", "piece_max")
 
     def __init__(self, to, budget, recv_size):
         DelayQueue.__init__(self, to, budget)       # faster than super()
@@ -7845,12 +7874,23 @@ class Link(DelayQueue):
         self.watched = 0        # the events for which the loop watches the source
         self.fast_events = 0    # EVENT_READ if the fast path is open, otherwise 0
         self.bulk_reads = 0 if HAVE_SPLICE else NO_SPLICE   # reads of BULK_READ bytes or more
-        # A cache: while Chain.active_rules is the list delay_rules, Chain.process would only give
-        # the same `delays` to each chunk.
+        # A cache: while Chain.active_rules is the list delay_rules, the rules only delay a chunk
+        # that has piece_max bytes at most.
         self.delay_rules = None
-        self.delays = ()
+        self.piece_max = 0
+        self.delaying = NOTHING         # the result of Chain.simple_delays
+        self.fixed_delays = ()          # the `delays` of each chunk; () with a slow link
         self.measure_from = sys.maxsize     # upstream: the request_count of the next measurement
         self.request_time = 0.0     # downstream: when the measured request came, or 0
+
+    def transfer(self, t, size):
+        """Let the rules delay a chunk that comes at t. Returns its `delays`."""
+        delays: tuple = ()
+        for active in self.delaying:
+            seconds = active.transfer(t, self.to, size)
+            t += seconds
+            delays += ((active.rule, seconds, False),)      # False: from_open
+        return delays
 
     def buffer_due(self, data):
         """Append bytes to send_buffer. `data` is a memoryview or a KernelPipe."""
@@ -8125,7 +8165,7 @@ class Connection:
             self.after_parsing(link)
             to_send = self.send_or_queue(link, size, passed)
         if chain.protocol is None:
-            if chain.rule_set.has_fixed_delay:
+            if chain.rule_set.has_simple_delay:
                 self.find_delays(link)      # for the next chunk
         # If the bytes were queued, update_interest() has charged the kept bytes.
         elif (self.chain.kept > KEPT_MIN or self.up.kept) and to_send is not None:
@@ -8149,13 +8189,19 @@ class Connection:
         return None
 
     def find_delays(self, link):
-        """If the active rules only delay a link's bytes, set `delays` for the next chunks."""
-        delays = self.chain.fixed_delays(link.to)
-        if delays is not None:
-            link.delay_rules, link.delays = self.chain.active_rules, delays
+        """If the active rules only delay a link's bytes, let `delay` process the next chunks."""
+        delaying = self.chain.simple_delays(link.to)
+        if delaying is None:
+            return
+        rules = [active.rule for active in delaying]
+        link.delay_rules, link.delaying = self.chain.active_rules, delaying
+        pieces = [rule.link_rate[1] for rule in rules if rule.link_rate]    # of slow links
+        link.piece_max = min(pieces, default=sys.maxsize)
+        link.fixed_delays = () if pieces else tuple(
+            (rule, rule.fixed_delay, False) for rule in rules)              # False: from_open
 
     def delay(self, link, data):
-        """Queue bytes with the link's `delays`. This is faster than `enqueue`.
+        """Queue bytes that rules only delay. This is faster than `run_rules`.
 
         Returns None, or `data` to send at once if the rules do not act on this direction.
 
@@ -8165,13 +8211,19 @@ class Connection:
         """
         if link is self.up:
             self.chain.note_beginning(data)
-        if not link.delays:
+        if not link.delaying:
             return data
-        due = now = self.loop.clock()
-        for _, seconds, _ in link.delays:
+        size, now = len(data), self.loop.clock()
+        if size > link.piece_max:       # a handler must cut the chunk
+            return self.run_rules(link, data)
+        link.buffered_in += size
+        delays, put = link.fixed_delays, link.put_chunk
+        if not delays:                  # a slow link: put() computes rate_limited_until
+            delays, put = link.transfer(now, size), link.put
+        due = now
+        for _, seconds, _ in delays:
             due += seconds
-        link.buffered_in += len(data)
-        link.put_chunk(due, bytes(data), now, link.delays)
+        put(due, bytes(data), now, delays)
         if link.held > HELD_LOW:        # pump() stops the reading if the link is full
             self.pump()
         elif not self.timer:            # no other data is due at any time
