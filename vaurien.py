@@ -758,7 +758,7 @@ def cancel_transfer(rule, to, size):
         rule.shared[to] -= size / (rate * 1000)
 
 
-def piece_size(rate):
+def piece_bytes(rate):
     """Return the most bytes of a piece of `bandwidth`, which sends the bytes evenly, in pieces.
 
     A piece is as long as one TCP segment. On a fast link a piece is longer, so that it takes
@@ -773,7 +773,7 @@ def piece_size(rate):
 @with_attributes(
     on_dropped=cancel_transfer, held_max=READ_MIN, joins_chunks=True,
     link_rate=lambda options: None if options["shared"] or options["rate"] <= 0 else (
-        options["rate"] * 1000, piece_size(options["rate"])))
+        options["rate"] * 1000, piece_bytes(options["rate"])))
 def bandwidth(state, t, to, data, *, rate=0, shared=False):
     """A slower link: the data rate is limited, separately in each direction.
 
@@ -786,7 +786,7 @@ def bandwidth(state, t, to, data, *, rate=0, shared=False):
     # not wait while an earlier rule delays the chunk.
     if data is OPEN:            # the options may be new: forget the delay by the old options
         state[to] = t
-    for piece in split_chunk(data, piece_size(rate)):
+    for piece in split_chunk(data, piece_bytes(rate)):
         if piece:
             seconds = len(piece) / (1000 * rate) if rate > 0 else NEVER
             state[to] = max(t, state[to]) + seconds
@@ -5740,10 +5740,6 @@ class DelayQueue:
         self.has_replies = had_replies and self.held > 0    # `credit` may have reset has_replies
         return True
 
-    def is_unused(self):
-        """Return whether no data is held, and both sockets are still open."""
-        return not (self.held or self.eof or self.write_closed)
-
     def is_full(self, clock):
         """Return whether no bytes may be read into this queue now."""
         return (self.held > HELD_LOW or self.kept > 0) and self.read_limit(clock) <= 0
@@ -8190,6 +8186,8 @@ class Connection:
 
     def find_delays(self, link):
         """If the active rules only delay a link's bytes, let `delay` process the next chunks."""
+        if link.delay_rules is self.chain.active_rules:     # found already
+            return
         delaying = self.chain.simple_delays(link.to)
         if delaying is None:
             return
@@ -8627,18 +8625,22 @@ class Connection:
         up, down = self.up, self.down
         if self.chain.kept > KEPT_MIN or up.kept:
             self.charge_kept()
-        allows_fast_path = self.phase is CONNECTED and not self.proxy.has_blocking
-        if self.has_tls:                    # a handshake of one source closes both fast paths
-            allows_fast_path = allows_fast_path and self.tls_is_open()
+        allows_fast_path = self.allows_fast_path()
         is_simple = not (up.held or down.held or up.kept or self.has_tls)
         for link, back in (up, down), (down, up):   # the source of `link` is the target of `back`
-            link.fast_events = EVENT_READ if allows_fast_path and link.is_unused() else 0
+            is_unused = not (link.held or link.eof or link.write_closed)
+            link.fast_events = EVENT_READ if allows_fast_path and is_unused else 0
             if link.fast_events and is_simple:
                 events = EVENT_READ         # the result of `wanted_events`, but faster
             else:
                 events = self.wanted_events(link, back)
             if events != link.watched:
                 self.watch(link, events)
+
+    def allows_fast_path(self):
+        """Return whether both fast paths may be open. A TLS handshake of one source closes both."""
+        return (self.phase is CONNECTED and not self.proxy.has_blocking
+                and (not self.has_tls or self.tls_is_open()))
 
     def wanted_events(self, link, back):
         """Return the events that matter now for a link's source.

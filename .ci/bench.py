@@ -318,11 +318,13 @@ WORKLOADS = [
 # The same toxics of Vaurien and Toxiproxy, on many connections: see ToxicTarget.
 ToxicWorkload = namedtuple("ToxicWorkload", "title name connections unit toxic")
 LATENCY = {"type": "latency", "attributes": {"latency": 10}}
+BANDWIDTH = {"type": "bandwidth", "attributes": {"rate": 10}}
 TOXIC_WORKLOADS = [
     ToxicWorkload("latency 10, 100 connections", "tcp", 100, "/s", LATENCY),
     ToxicWorkload("latency 10, 1000", "tcp", 1000, "/s", LATENCY),
-    ToxicWorkload("bandwidth 10, 5000", "bulk", 5000, "MiB/s",
-                  {"type": "bandwidth", "attributes": {"rate": 10}}),
+    ToxicWorkload("bandwidth 10, 1000", "tcp", 1000, "/s", BANDWIDTH),
+    ToxicWorkload("bandwidth 10, 5000", "tcp", 5000, "/s", BANDWIDTH),
+    ToxicWorkload("bandwidth 10, 5000, bulk", "bulk", 5000, "MiB/s", BANDWIDTH),
 ]
 CROWD = 10000               # connections beside the one that is measured
 CROWD_WAITING = 1000        # and those of them that have a delayed request
