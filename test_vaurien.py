@@ -6339,6 +6339,17 @@ class TestTlsSocket(unittest.TestCase):
         self.loop.run_timers()
         self.assertEqual(len(self.changes), 2)
 
+    def test_ciphertext_for_a_lost_peer_waits_for_no_event(self):
+        """Such an event would occur all the time."""
+        self.open()
+        self.tls.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        self.assertEqual(self.tls.send(memoryview(bytes(600000))), vaurien.TlsSocket.SEND_BATCH)
+        self.assertEqual(self.tls.interest(0), vaurien.EVENT_WRITE)
+        self.peer.close()
+        with self.assertRaises(OSError):
+            self.tls.push()
+        self.assertEqual(self.tls.interest(0), 0)
+
     def test_a_reset_does_not_wait_for_ciphertext(self):
         for reset in False, True:
             with self.subTest(reset=reset):
@@ -14454,23 +14465,27 @@ class TestDescriptors(TempDirTestCase):
             yield
 
     def test_a_socket_that_cannot_be_watched_ends_its_own_connection_only(self):
-        with backend_server(echo) as (port, _), \
-                OpenProxy("some.example:1", "127.0.0.1:0") as proxy, \
-                mock.patch.object(vaurien, "resolve", lambda *args, **kwargs: [
-                    (socket.AF_INET, ("127.0.0.1", port))]), \
-                connected_client(proxy) as open_before:
-            send_and_read(open_before, b"question")
-            for number, case in enumerate(["the client's socket", "the backend's socket"], 1):
-                with self.subTest(case), self.full_selector(proxy.loop, [number]), \
-                        self.assertLogs("vaurien", "WARNING") as logged:
-                    # connect() itself may meet the reset.
-                    with contextlib.suppress(ConnectionResetError), \
-                            connected_client(proxy) as sock:
-                        self.assertEqual(read_until_close(sock).ending, "reset")
-                    send_and_read(open_before, b"question")
-                    with connected_client(proxy) as sock:
-                        send_and_read(sock, b"question")
-                    self.assertIn("cannot be watched: No space left", logged.output[0])
+        for by_name in True, False:     # a name is resolved later, an address connects at once
+            with contextlib.ExitStack() as stack:
+                port, _ = stack.enter_context(backend_server(echo))
+                backend = "some.example:1" if by_name else "127.0.0.1:%d" % port
+                proxy = stack.enter_context(OpenProxy(backend, "127.0.0.1:0"))
+                stack.enter_context(mock.patch.object(vaurien, "resolve", lambda *args, **kwargs: [
+                    (socket.AF_INET, ("127.0.0.1", port))]))
+                open_before = stack.enter_context(connected_client(proxy))
+                send_and_read(open_before, b"question")
+                for number, case in enumerate(["the client's socket", "the backend's socket"], 1):
+                    with self.subTest(case, by_name=by_name), \
+                            self.full_selector(proxy.loop, [number]), \
+                            self.assertLogs("vaurien", "WARNING") as logged:
+                        # connect() itself may meet the reset.
+                        with contextlib.suppress(ConnectionResetError), \
+                                connected_client(proxy) as sock:
+                            self.assertEqual(read_until_close(sock).ending, "reset")
+                        send_and_read(open_before, b"question")
+                        with connected_client(proxy) as sock:
+                            send_and_read(sock, b"question")
+                        self.assertIn("cannot be watched: No space left", logged.output[0])
 
     def test_a_listener_that_cannot_be_watched_again_tries_again(self):
         with running_proxy(echo) as proxy, mock.patch.object(vaurien, "RETRY_DELAY", 0.02):

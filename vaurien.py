@@ -520,10 +520,11 @@ def with_attributes(**attributes: "Any") -> "Callable[[Function], Function]":
                         handler has delayed.
     fixed_delay         for a handler that only delays: a function (options) that returns the
                         seconds by which all chunks are delayed, or 0 if chunks have no common
-                        delay. A chain adds a fixed delay without a call of the handler.
+                        delay. A link adds a fixed delay without a call of the handler.
     link_rate           for a handler with @rate_limited: a function (options) that returns (bytes
-                        per second, the most bytes of a piece), or None. A chain delays a chunk of
-                        one piece without a call of the handler: see ActiveRule.transfer.
+                        per second, the most bytes of a piece), or None. A link delays a chunk of
+                        one piece without a call of the handler: ActiveRule.transfer does the same
+                        as the handler `bandwidth`.
     joins_chunks        True: chunks that the handler has yielded may be sent together if they are
                         due. This is done if all rules of a proxy permit this, and one of them has
                         a rate limit: only rate limits cut bytes into many chunks.
@@ -758,22 +759,30 @@ def cancel_transfer(rule, to, size):
         rule.shared[to] -= size / (rate * 1000)
 
 
-def piece_bytes(rate):
+def piece_bytes(bytes_per_ms):
     """Return the most bytes of a piece of `bandwidth`, which sends the bytes evenly, in pieces.
 
     A piece is as long as one TCP segment. On a fast link a piece is longer, so that it takes
     10 ms, and on a slow link shorter, so that it takes 100 ms.
     """
-    bytes_per_ms = rate
     return int(max(10 * bytes_per_ms, min(SEGMENT, 100 * bytes_per_ms)))
+
+
+def link_rate(options):
+    """Return (bytes per second, the most bytes of a piece) of `bandwidth`.
+
+    Returns None if no chunk passes or the link is shared: only the handler can delay the chunks.
+    """
+    rate = options["rate"]
+    if rate <= 0 or options["shared"]:
+        return None
+    return 1000 * rate, piece_bytes(rate)
 
 
 @handler
 @rate_limited
-@with_attributes(
-    on_dropped=cancel_transfer, held_max=READ_MIN, joins_chunks=True,
-    link_rate=lambda options: None if options["shared"] or options["rate"] <= 0 else (
-        options["rate"] * 1000, piece_bytes(options["rate"])))
+@with_attributes(on_dropped=cancel_transfer, held_max=READ_MIN, joins_chunks=True,
+                 link_rate=link_rate)
 def bandwidth(state, t, to, data, *, rate=0, shared=False):
     """A slower link: the data rate is limited, separately in each direction.
 
@@ -3814,9 +3823,10 @@ class ActiveRule(Counter):
         return substates[name]
 
     def transfer(self, t, to, size):
-        """Return the seconds until a slow link has sent a chunk of one piece that comes at t.
+        """Delay a chunk of one piece that comes at t, like the handler. Returns the seconds.
 
-        Without a `link_rate`, the link only delays the chunk. The effect is that of the handler.
+        A rule with a `link_rate` is a slow link, which sends earlier chunks until state[to]. The
+        other rules have a `fixed_delay`.
         """
         rule = self.rule
         if not rule.link_rate:
@@ -3884,7 +3894,8 @@ class RuleSet:
         self.installed = rules
         # Whether a handler needs the signal END_OF_ROW.
         self.counts_rows = any(rule.options.get("rows") for rule in rules)
-        # With a rate limit, no recv is larger than the delay queue of a slow link.
+        # With a rate limit, no recv is larger than the delay queue of a slow link. The queue may
+        # hold HELD_LOW more bytes, because the fast path does not ask read_limit.
         self.recv_size = max([rule.held_max for rule in rules if rule.rate_limited] or [CHUNK])
         # Whether Chain.simple_delays may return any rules.
         self.has_simple_delay = any(rule.fixed_delay or rule.link_rate for rule in rules)
@@ -5265,7 +5276,11 @@ class ProtocolChain(Chain):
         return self.protocol.rewrite_head(message) if self.protocol.host else data
 
     def pass_whole_reply(self, data):
-        """Return data that is exactly one reply of a simple form, like pass_whole_request."""
+        """Apply the boundary of data that is exactly one reply, faster than Framer.feed.
+
+        Returns `data`. Returns None, and changes nothing, if the data is not one reply of a simple
+        form.
+        """
         framer = self.protocol.reply_framer
         if not framer.at_boundary or not framer.parse_whole(bytes(data)):
             return None
@@ -5965,11 +5980,9 @@ class Loop:
     def __init__(self, clock=time.monotonic, selector=None):
         """selector: a selector of the standard library. None: the best selector of this system."""
         self.clock = clock
-        if selector is None and hasattr(select, "epoll"):
-            self.selector: "Any" = EpollSelector()
-        else:
-            selector = selector or selectors.DefaultSelector()
-            self.selector = StandardSelector(selector)
+        if selector is None and not hasattr(select, "epoll"):
+            selector = selectors.DefaultSelector()
+        self.selector: "Any" = StandardSelector(selector) if selector else EpollSelector()
         self.watched = set()                # the sockets in the selector
         self.timers = []                    # a heap of timers: see DUE
         self.order = 0                      # the ORDER of the last timer
@@ -6011,7 +6024,10 @@ class Loop:
             self.watched.add(sock)
 
     def unwatch(self, sock):
-        """Stop watching a socket, before it is closed. Does nothing if it is not watched."""
+        """Stop watching a socket. Does nothing if it is not watched.
+
+        Call this function before the socket is closed.
+        """
         if sock in self.watched:
             self.watched.remove(sock)
             self.selector.unregister(sock)
@@ -7763,6 +7779,9 @@ class TlsSocket:
                 if not self.awaits_write:
                     self.note_change()      # on_change() lets the owner watch for EVENT_WRITE
                 return False
+            except OSError:
+                self.unsent = b""           # lost. `interest` needs no EVENT_WRITE any more
+                raise
             self.unsent = self.unsent[sent:] or self.outgoing.read()
         return True
 
@@ -7870,12 +7889,12 @@ class Link(DelayQueue):
         self.watched = 0        # the events for which the loop watches the source
         self.fast_events = 0    # EVENT_READ if the fast path is open, otherwise 0
         self.bulk_reads = 0 if HAVE_SPLICE else NO_SPLICE   # reads of BULK_READ bytes or more
-        # A cache: while Chain.active_rules is the list delay_rules, the rules only delay a chunk
-        # that has piece_max bytes at most.
+        # A cache: while Chain.active_rules is the list delay_rules, the rules in `delaying` only
+        # delay each chunk of at most piece_max bytes. A handler must cut a larger chunk.
         self.delay_rules = None
-        self.piece_max = 0
         self.delaying = NOTHING         # the result of Chain.simple_delays
-        self.fixed_delays = ()          # the `delays` of each chunk; () with a slow link
+        self.piece_max = 0
+        self.fixed_delays = ()          # the `delays` of each chunk; () if a rule has a link_rate
         self.measure_from = sys.maxsize     # upstream: the request_count of the next measurement
         self.request_time = 0.0     # downstream: when the measured request came, or 0
 
@@ -8161,11 +8180,10 @@ class Connection:
             self.after_parsing(link)
             to_send = self.send_or_queue(link, size, passed)
         if chain.protocol is None:
-            if chain.rule_set.has_simple_delay:
-                self.find_delays(link)      # for the next chunk
+            self.find_delays(link)      # for the next chunk
         # If the bytes were queued, update_interest() has charged the kept bytes.
         elif (self.chain.kept > KEPT_MIN or self.up.kept) and to_send is not None:
-            self.kept_changed()
+            self.kept_changed()         # after a fall back, self.chain is not `chain` any more
         return to_send
 
     def run_rules(self, link, data):
@@ -8186,13 +8204,15 @@ class Connection:
 
     def find_delays(self, link):
         """If the active rules only delay a link's bytes, let `delay` process the next chunks."""
-        if link.delay_rules is self.chain.active_rules:     # found already
+        chain = self.chain
+        is_found = link.delay_rules is chain.active_rules
+        if is_found or not chain.rule_set.has_simple_delay:
             return
-        delaying = self.chain.simple_delays(link.to)
+        delaying = chain.simple_delays(link.to)
         if delaying is None:
             return
         rules = [active.rule for active in delaying]
-        link.delay_rules, link.delaying = self.chain.active_rules, delaying
+        link.delay_rules, link.delaying = chain.active_rules, delaying
         pieces = [rule.link_rate[1] for rule in rules if rule.link_rate]    # of slow links
         link.piece_max = min(pieces, default=sys.maxsize)
         link.fixed_delays = () if pieces else tuple(
@@ -8215,12 +8235,11 @@ class Connection:
         if size > link.piece_max:       # a handler must cut the chunk
             return self.run_rules(link, data)
         link.buffered_in += size
-        delays, put = link.fixed_delays, link.put_chunk
-        if not delays:                  # a slow link: put() computes rate_limited_until
-            delays, put = link.transfer(now, size), link.put
+        delays = link.fixed_delays or link.transfer(now, size)
         due = now
         for _, seconds, _ in delays:
             due += seconds
+        put = link.put_chunk if link.fixed_delays else link.put
         put(due, bytes(data), now, delays)
         if link.held > HELD_LOW:        # pump() stops the reading if the link is full
             self.pump()
@@ -8353,7 +8372,9 @@ class Connection:
         back = self.down if link is self.up else self.up
         if back.write_closed:
             self.finish()
-        else:                           # nothing has changed for the source of `back`
+        else:
+            # The source of `back` needs no other events. (If its ciphertext waits, the TlsSocket
+            # calls on_tls_change.)
             link.fast_events = 0
             self.watch(link, self.wanted_events(link, back))
 
@@ -8636,9 +8657,11 @@ class Connection:
                 events = self.wanted_events(link, back)
             if events != link.watched:
                 self.watch(link, events)
+                if self.phase is CLOSED:    # the kernel has refused to watch the source
+                    return
 
     def allows_fast_path(self):
-        """Return whether both fast paths may be open. A TLS handshake of one source closes both."""
+        """Return whether both fast paths may be open. A TLS handshake closes both."""
         return (self.phase is CONNECTED and not self.proxy.has_blocking
                 and (not self.has_tls or self.tls_is_open()))
 
