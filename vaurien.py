@@ -7898,14 +7898,14 @@ class Link(DelayQueue):
         self.measure_from = sys.maxsize     # upstream: the request_count of the next measurement
         self.request_time = 0.0     # downstream: when the measured request came, or 0
 
-    def transfer(self, t, size):
-        """Let the rules delay a chunk that comes at t. Returns its `delays`."""
-        delays: tuple = ()
+    def put_piece(self, now, data):
+        """Let the rules in `delaying` delay a chunk that comes now, and queue the chunk."""
+        due, delays = now, ()       # type: float, tuple
         for active in self.delaying:
-            seconds = active.transfer(t, self.to, size)
-            t += seconds
+            seconds = active.transfer(due, self.to, len(data))
+            due += seconds
             delays += ((active.rule, seconds, False),)      # False: from_open
-        return delays
+        self.put(due, data, now, delays)
 
     def buffer_due(self, data):
         """Append bytes to send_buffer. `data` is a memoryview or a KernelPipe."""
@@ -8235,12 +8235,13 @@ class Connection:
         if size > link.piece_max:       # a handler must cut the chunk
             return self.run_rules(link, data)
         link.buffered_in += size
-        delays = link.fixed_delays or link.transfer(now, size)
-        due = now
-        for _, seconds, _ in delays:
-            due += seconds
-        put = link.put_chunk if link.fixed_delays else link.put
-        put(due, bytes(data), now, delays)
+        if link.fixed_delays:
+            due = now
+            for _, seconds, _ in link.fixed_delays:
+                due += seconds
+            link.put_chunk(due, bytes(data), now, link.fixed_delays)
+        else:
+            link.put_piece(now, bytes(data))
         if link.held > HELD_LOW:        # pump() stops the reading if the link is full
             self.pump()
         elif not self.timer:            # no other data is due at any time
