@@ -5286,7 +5286,7 @@ class TestLoop(unittest.TestCase):
         ready = [(fd, 1)]                           # EPOLLIN
         selector = vaurien.EpollSelector(lambda: fake.now)
         selector.close()
-        selector.epoll, selector.callbacks = fake, {fd: None}
+        selector.poller, selector.watched = fake, {fd: None}
         with mock.patch.object(os, "sched_yield") as sched_yield:
             self.assertEqual(select_once(ready), (1, False))
             self.assertFalse(sched_yield.called)
@@ -7453,7 +7453,7 @@ class TestAccept(unittest.TestCase):
                                      len(self.HOSTS) if after == "normal" else 0)
                     self.assertEqual(send_and_read(sock, b"question"), b"question")
                     self.assertEqual(proxy.loop.run_sync(
-                        lambda: [listener in proxy.loop.watched
+                        lambda: [listener.fileno() in proxy.loop.watched
                                  for listener in proxy.listener.sockets]),
                         [after == "normal"] * len(self.HOSTS))
 
@@ -7604,7 +7604,8 @@ class TestAccept(unittest.TestCase):
             resumed = threading.Event()
             loop.run_sync(lambda: loop.call_at(loop.clock() + 0.02, resumed.set))
             self.assertTrue(resumed.wait(TIMEOUT))
-            self.assertTrue(loop.watched.isdisjoint(listener.sockets))
+            self.assertTrue(loop.run_sync(lambda: {sock.fileno() for sock in listener.sockets}
+                                          .isdisjoint(loop.watched)))
             # An event from before the change is too late.
             loop.run_sync(listener.accept, listener.sockets[0], selectors.EVENT_READ)
             self.assert_dropped(proxy.port)
@@ -14454,14 +14455,15 @@ class TestDescriptors(TempDirTestCase):
 
         The kernel does so at a limit for all processes of a user (fs.epoll.max_user_watches).
         """
-        real_register, numbers = loop.selector.register, itertools.count(1)
+        real_watch, numbers = loop.watch, itertools.count(1)
 
-        def register(*args):
-            if next(numbers) in refused:
+        def watch(sock, *args):
+            is_new = sock.fileno() not in loop.watched
+            if is_new and next(numbers) in refused:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            return real_register(*args)
+            real_watch(sock, *args)
 
-        with mock.patch.object(loop.selector, "register", register):
+        with mock.patch.object(loop, "watch", watch):
             yield
 
     def test_a_socket_that_cannot_be_watched_ends_its_own_connection_only(self):

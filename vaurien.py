@@ -5826,29 +5826,56 @@ def capture(function, *args):
 
 
 class StandardSelector:
-    """A selector of the standard library, with the methods that Loop calls."""
+    """The watched sockets of a Loop, and a selector of the standard library that watches them."""
 
-    def __init__(self, selector):
-        self.selector = selector
-        self.register, self.modify = selector.register, selector.modify
-        self.unregister, self.close = selector.unregister, selector.close
-        self.fileno = getattr(selector, "fileno", None)     # select() has no descriptor of its own
+    MASKS = [0, 1, 2, 3]    # MASKS[events] is the argument `events` of the poller
+
+    def __init__(self, poller):
+        """poller: the selector. For EpollSelector, the poller is a select.epoll()."""
+        self.poller = poller
+        self.close = poller.close
+        self.fileno = getattr(poller, "fileno", None)       # select() has no descriptor of its own
+        self.watched = {}       # {descriptor of a watched socket: callback}
+
+    def watch(self, sock, events, callback):
+        """Call callback(ready_events) whenever a socket is ready for one of `events`.
+
+        events    EVENT_READ, EVENT_WRITE or both
+
+        After an error of the socket, ready_events may also have an event that is not in `events`.
+        """
+        fd = sock.fileno()
+        if fd in self.watched:
+            self.poller.modify(fd, self.MASKS[events])
+        else:
+            self.poller.register(fd, self.MASKS[events])
+        self.watched[fd] = callback
+
+    def unwatch(self, sock):
+        """Stop watching a socket. Does nothing if it is not watched.
+
+        Call this function before the socket is closed.
+        """
+        fd = sock.fileno()
+        if fd in self.watched:
+            del self.watched[fd]
+            self.poller.unregister(fd)
 
     def select(self, timeout=None):
         """Wait `timeout` seconds at most. Returns [(callback, events)] of the ready sockets."""
-        return [(key.data, events) for key, events in self.selector.select(timeout)]
+        return [(self.watched[key.fd], events) for key, events in self.poller.select(timeout)]
 
 
-class EpollSelector:
-    """A faster selectors.EpollSelector, with the methods that Loop calls.
+class EpollSelector(StandardSelector):
+    """The watched sockets of a Loop, and select.epoll: faster than selectors.EpollSelector.
 
     - A poll takes memory for MAX_EVENTS events, and not for an event of each registered socket.
     - `select` calls no Python function for an event.
     - Before `select` sleeps, `select` polls in a busy loop for SPIN_TIME: see `spin_then_sleep`.
     """
 
-    # MASKS[events] is the mask for epoll: EPOLLIN (1) for EVENT_READ (1), EPOLLOUT (4) for
-    # EVENT_WRITE (2), and both (5) for BOTH_EVENTS (3).
+    # For epoll: EPOLLIN (1) for EVENT_READ (1), EPOLLOUT (4) for EVENT_WRITE (2), and both (5) for
+    # BOTH_EVENTS (3).
     MASKS = [0, 1, 4, 5]
     # {mask from epoll: events}. 17 is EPOLLIN | EPOLLHUP: the peer has closed. 25 is EPOLLIN |
     # EPOLLERR | EPOLLHUP: the peer has reset the connection. Each other mask, such as the mask of
@@ -5863,37 +5890,20 @@ class EpollSelector:
     BACKOFF_PREEMPTED = 512     # the value of `skips` after another process has had the CPU
 
     def __init__(self, clock=time.monotonic):
-        self.epoll = select.epoll()
-        self.fileno, self.close = self.epoll.fileno, self.epoll.close
-        self.callbacks = {}     # {descriptor: callback}
+        super().__init__(select.epoll())
         self.clock = clock
         self.skips = 0      # how many more sleeps begin without a busy loop
         self.backoff = 0    # the first value of `skips` after the last busy loop
 
-    def register(self, sock, events, callback):
-        fd = sock.fileno()
-        self.epoll.register(fd, self.MASKS[events])
-        self.callbacks[fd] = callback
-
-    def modify(self, sock, events, callback):
-        fd = sock.fileno()
-        self.epoll.modify(fd, self.MASKS[events])
-        self.callbacks[fd] = callback
-
-    def unregister(self, sock):
-        fd = sock.fileno()
-        self.epoll.unregister(fd)
-        del self.callbacks[fd]
-
     def select(self, timeout=None):
         """Wait `timeout` seconds at most. Returns [(callback, events)] of the ready sockets."""
-        events = self.epoll.poll(0, self.MAX_EVENTS)    # without a sleep
+        events = self.poller.poll(0, self.MAX_EVENTS)   # without a sleep
         if not events and timeout != 0:
             events = self.spin_then_sleep(-1 if timeout is None else timeout)   # -1: no time-out
         # Look up all callbacks before any of them runs. A callback may close a socket and open
         # another socket, which gets the same descriptor.
-        callbacks, to_events, both = self.callbacks, self.READY.get, self.BOTH_EVENTS
-        return [(callbacks[fd], to_events(mask, both)) for fd, mask in events]
+        watched, to_events, both = self.watched, self.READY.get, self.BOTH_EVENTS
+        return [(watched[fd], to_events(mask, both)) for fd, mask in events]
 
     def spin_then_sleep(self, timeout):
         """Poll in a busy loop for SPIN_TIME, then sleep. Returns the events of epoll.poll().
@@ -5907,12 +5917,12 @@ class EpollSelector:
         """
         if self.skips:
             self.skips -= 1
-            return self.epoll.poll(timeout, self.MAX_EVENTS)
+            return self.poller.poll(timeout, self.MAX_EVENTS)
         clock, events, elapsed = self.clock, [], 0.0
         began = clock()
         while not events and elapsed < self.SPIN_TIME:
             os.sched_yield()            # the peer may need this CPU
-            events = self.epoll.poll(0, self.MAX_EVENTS)
+            events = self.poller.poll(0, self.MAX_EVENTS)
             elapsed = clock() - began
         if elapsed > self.PREEMPTED:    # another process has had the CPU for a whole time slice
             self.backoff = self.skips = self.BACKOFF_PREEMPTED
@@ -5920,7 +5930,7 @@ class EpollSelector:
         # After successive busy loops without events, `skips` is 1, 2, 4, 8, 8 ...
         self.backoff = 0 if events else min(self.BACKOFF_MAX, max(1, 2 * self.backoff))
         self.skips = self.backoff
-        return events or self.epoll.poll(timeout, self.MAX_EVENTS)
+        return events or self.poller.poll(timeout, self.MAX_EVENTS)
 
 
 def raise_fd_limit():
@@ -5983,7 +5993,8 @@ class Loop:
         if selector is None and not hasattr(select, "epoll"):
             selector = selectors.DefaultSelector()
         self.selector: "Any" = StandardSelector(selector) if selector else EpollSelector()
-        self.watched = set()                # the sockets in the selector
+        self.watched = self.selector.watched
+        self.watch, self.unwatch = self.selector.watch, self.selector.unwatch
         self.timers = []                    # a heap of timers: see DUE
         self.order = 0                      # the ORDER of the last timer
         self.cancelled_count = 0            # number of cancelled timers in the heap
@@ -6007,30 +6018,6 @@ class Loop:
         # select() can watch 512 sockets on Windows. On other systems, select() can only watch
         # descriptors below FD_SETSIZE, and 500 sockets leave enough descriptors for files.
         self.socket_limit = 500 if isinstance(selector, selectors.SelectSelector) else math.inf
-
-    def watch(self, sock, events, callback):
-        """Call callback(ready_events) whenever a socket is ready for one of `events`.
-
-        events    EVENT_READ, EVENT_WRITE or both
-
-        After an error of the socket, ready_events may also have an event that is not in `events`.
-        """
-        # A lookup in self.selector.get_map() would be slower: for an unknown socket, the lookup
-        # calls repr(sock), which makes system calls.
-        if sock in self.watched:
-            self.selector.modify(sock, events, callback)
-        else:
-            self.selector.register(sock, events, callback)
-            self.watched.add(sock)
-
-    def unwatch(self, sock):
-        """Stop watching a socket. Does nothing if it is not watched.
-
-        Call this function before the socket is closed.
-        """
-        if sock in self.watched:
-            self.watched.remove(sock)
-            self.selector.unregister(sock)
 
     def capacity_error(self):
         """Return why the loop cannot serve one more connection, or "" if the loop can."""
