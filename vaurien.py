@@ -520,11 +520,11 @@ def with_attributes(**attributes: "Any") -> "Callable[[Function], Function]":
                         handler has delayed.
     fixed_delay         for a handler that only delays: a function (options) that returns the
                         seconds by which all chunks are delayed, or 0 if chunks have no common
-                        delay. A link adds a fixed delay without a call of the handler.
+                        delay. Connection.delay adds it without a call of the handler.
     link_rate           for a handler with @rate_limited: a function (options) that returns (bytes
-                        per second, the most bytes of a piece), or None. A link delays a chunk of
-                        one piece without a call of the handler: ActiveRule.transfer does the same
-                        as the handler `bandwidth`.
+                        per second, the most bytes of a piece), or None. Connection.delay delays a
+                        piece without a call of the handler: ActiveRule.transfer does the same as
+                        the handler `bandwidth`.
     joins_chunks        True: chunks that the handler has yielded may be sent together if they are
                         due. This is done if all rules of a proxy permit this, and one of them has
                         a rate limit: only rate limits cut bytes into many chunks.
@@ -771,12 +771,12 @@ def piece_bytes(bytes_per_ms):
 def link_rate(options):
     """Return (bytes per second, the most bytes of a piece) of `bandwidth`.
 
-    Returns None if no chunk passes or the link is shared: only the handler can delay the chunks.
+    Returns None if the link is shared or has no rate: then only the handler can delay bytes.
     """
-    rate = options["rate"]
-    if rate <= 0 or options["shared"]:
+    bytes_per_ms = options["rate"]      # the same number as kilobytes per second
+    if bytes_per_ms <= 0 or options["shared"]:
         return None
-    return 1000 * rate, piece_bytes(rate)
+    return 1000 * bytes_per_ms, piece_bytes(bytes_per_ms)
 
 
 @handler
@@ -3823,10 +3823,11 @@ class ActiveRule(Counter):
         return substates[name]
 
     def transfer(self, t, to, size):
-        """Delay a chunk of one piece that comes at t, like the handler. Returns the seconds.
+        """Return the seconds by which the handler would delay a piece that comes at t.
 
-        A rule with a `link_rate` is a slow link, which sends earlier chunks until state[to]. The
-        other rules have a `fixed_delay`.
+        A rule with a `link_rate` is a slow link. The piece waits until state[to], when the earlier
+        pieces are sent. Then state[to] is set to the time when this piece is sent. Without a
+        `link_rate`, the rule has a `fixed_delay`.
         """
         rule = self.rule
         if not rule.link_rate:
@@ -3894,11 +3895,11 @@ class RuleSet:
         self.installed = rules
         # Whether a handler needs the signal END_OF_ROW.
         self.counts_rows = any(rule.options.get("rows") for rule in rules)
-        # With a rate limit, no recv is larger than the delay queue of a slow link. The queue may
-        # hold HELD_LOW more bytes, because the fast path does not ask read_limit.
+        # With a rate limit, no recv is larger than the limit of a slow link's delay queue. The
+        # queue may hold HELD_LOW more bytes, because the fast path does not ask read_limit.
         self.recv_size = max([rule.held_max for rule in rules if rule.rate_limited] or [CHUNK])
-        # Whether Chain.simple_delays may return any rules.
-        self.has_simple_delay = any(rule.fixed_delay or rule.link_rate for rule in rules)
+        # Whether Chain.delaying_rules may return any rules.
+        self.has_delaying_rule = any(rule.fixed_delay or rule.link_rate for rule in rules)
         # Whether delay queues join chunks that are due: see with_attributes.
         self.joins_chunks = (any(rule.rate_limited for rule in rules)
                              and all(rule.joins_chunks for rule in rules))
@@ -4664,7 +4665,7 @@ class Chain:
                 return None
         return data
 
-    def simple_delays(self, to):
+    def delaying_rules(self, to):
         """Return the active rules that only delay bytes of the direction `to`, as a list.
 
         ActiveRule.transfer returns the delay by each of these rules. Returns None if the caller
@@ -5828,13 +5829,13 @@ def capture(function, *args):
 class StandardSelector:
     """The watched sockets of a Loop, and a selector of the standard library that watches them."""
 
-    MASKS = [0, 1, 2, 3]    # MASKS[events] is the argument `events` of the poller
+    MASKS = [0, 1, 2, 3]    # MASKS[events] is the poller's number for `events`: here the same
 
     def __init__(self, poller):
-        """poller: the selector. For EpollSelector, the poller is a select.epoll()."""
+        """poller: a selector of the standard library. For EpollSelector: a select.epoll()."""
         self.poller = poller
         self.close = poller.close
-        self.fileno = getattr(poller, "fileno", None)       # select() has no descriptor of its own
+        self.fileno = getattr(poller, "fileno", None)       # a SelectSelector has no descriptor
         self.watched = {}       # {descriptor of a watched socket: callback}
 
     def watch(self, sock, events, callback):
@@ -5854,7 +5855,7 @@ class StandardSelector:
     def unwatch(self, sock):
         """Stop watching a socket. Does nothing if it is not watched.
 
-        Call this function before the socket is closed.
+        Call this function before the socket is closed. A closed socket has no descriptor.
         """
         fd = sock.fileno()
         if fd in self.watched:
@@ -5863,6 +5864,8 @@ class StandardSelector:
 
     def select(self, timeout=None):
         """Wait `timeout` seconds at most. Returns [(callback, events)] of the ready sockets."""
+        # Look up all callbacks before any of them runs. A callback may close a socket and open
+        # another socket, which gets the same descriptor.
         return [(self.watched[key.fd], events) for key, events in self.poller.select(timeout)]
 
 
@@ -5900,8 +5903,6 @@ class EpollSelector(StandardSelector):
         events = self.poller.poll(0, self.MAX_EVENTS)   # without a sleep
         if not events and timeout != 0:
             events = self.spin_then_sleep(-1 if timeout is None else timeout)   # -1: no time-out
-        # Look up all callbacks before any of them runs. A callback may close a socket and open
-        # another socket, which gets the same descriptor.
         watched, to_events, both = self.watched, self.READY.get, self.BOTH_EVENTS
         return [(watched[fd], to_events(mask, both)) for fd, mask in events]
 
@@ -5988,12 +5989,12 @@ class Loop:
     fd_limit = math.inf
 
     def __init__(self, clock=time.monotonic, selector=None):
-        """selector: a selector of the standard library. None: the best selector of this system."""
+        """selector: a selector of the standard library. None: EpollSelector, if possible."""
         self.clock = clock
         if selector is None and not hasattr(select, "epoll"):
             selector = selectors.DefaultSelector()
         self.selector: "Any" = StandardSelector(selector) if selector else EpollSelector()
-        self.watched = self.selector.watched
+        self.watched = self.selector.watched    # see StandardSelector, also for the two methods
         self.watch, self.unwatch = self.selector.watch, self.selector.unwatch
         self.timers = []                    # a heap of timers: see DUE
         self.order = 0                      # the ORDER of the last timer
@@ -7573,6 +7574,7 @@ class TlsSocket:
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.engine = context.wrap_bio(self.incoming, self.outgoing, server_side, server_hostname)
         self.unsent = b""           # ciphertext that the socket has not taken yet
+        self.send_error = ()        # (errno, message) of the first failed send: the peer is lost
         self.is_open = self.ended = self.readable = False
         self.lacks_close_notify = self.skip_close_notify = False
         self.error = ""
@@ -7758,6 +7760,8 @@ class TlsSocket:
 
     def send_ciphertext(self):
         """Send the ciphertext. Returns False if ciphertext still waits. Raises OSError."""
+        if self.send_error:
+            raise OSError(*self.send_error)
         self.unsent = self.unsent or self.outgoing.read()
         while self.unsent:
             try:
@@ -7766,8 +7770,8 @@ class TlsSocket:
                 if not self.awaits_write:
                     self.note_change()      # on_change() lets the owner watch for EVENT_WRITE
                 return False
-            except OSError:
-                self.unsent = b""           # lost. `interest` needs no EVENT_WRITE any more
+            except OSError as error:
+                self.unsent, self.send_error = b"", error.args  # `interest` needs no EVENT_WRITE
                 raise
             self.unsent = self.unsent[sent:] or self.outgoing.read()
         return True
@@ -7876,18 +7880,19 @@ class Link(DelayQueue):
         self.watched = 0        # the events for which the loop watches the source
         self.fast_events = 0    # EVENT_READ if the fast path is open, otherwise 0
         self.bulk_reads = 0 if HAVE_SPLICE else NO_SPLICE   # reads of BULK_READ bytes or more
-        # A cache: while Chain.active_rules is the list delay_rules, the rules in `delaying` only
-        # delay each chunk of at most piece_max bytes. A handler must cut a larger chunk.
+        # A cache: while Chain.active_rules is the list delay_rules, only the rules in `delaying`
+        # act on this direction, and only delay its bytes.
         self.delay_rules = None
-        self.delaying = NOTHING         # the result of Chain.simple_delays
-        self.piece_max = 0
+        self.delaying = NOTHING         # the result of Chain.delaying_rules
+        self.piece_max = 0              # a handler must cut a chunk with more bytes
         self.fixed_delays = ()          # the `delays` of each chunk; () if a rule has a link_rate
         self.measure_from = sys.maxsize     # upstream: the request_count of the next measurement
         self.request_time = 0.0     # downstream: when the measured request came, or 0
 
     def put_piece(self, now, data):
         """Let the rules in `delaying` delay a chunk that comes now, and queue the chunk."""
-        due, delays = now, ()       # type: float, tuple
+        due = now
+        delays: tuple = ()
         for active in self.delaying:
             seconds = active.transfer(due, self.to, len(data))
             due += seconds
@@ -8055,8 +8060,7 @@ class Connection:
         If the fast path is open, this function sends the bytes at once. Without an active rule,
         the fast path makes no events, and reads the clock only to measure a latency.
         """
-        loop, chain, budget = self.loop, self.chain, link.budget
-        limit = link.recv_size
+        loop, chain, budget, limit = self.loop, self.chain, link.budget, link.recv_size
         # prepare_read() handles all cases except a plain read on an open fast path.
         if (events != link.fast_events or link.bulk_reads >= SPLICE_AFTER
                 or budget.held > budget.fast_path_limit):
@@ -8168,9 +8172,10 @@ class Connection:
             to_send = self.send_or_queue(link, size, passed)
         if chain.protocol is None:
             self.find_delays(link)      # for the next chunk
-        # If the bytes were queued, update_interest() has charged the kept bytes.
+        # If the bytes were queued, update_interest() has charged the kept bytes. After a fall
+        # back, self.chain is not `chain` any more.
         elif (self.chain.kept > KEPT_MIN or self.up.kept) and to_send is not None:
-            self.kept_changed()         # after a fall back, self.chain is not `chain` any more
+            self.kept_changed()
         return to_send
 
     def run_rules(self, link, data):
@@ -8193,9 +8198,9 @@ class Connection:
         """If the active rules only delay a link's bytes, let `delay` process the next chunks."""
         chain = self.chain
         is_found = link.delay_rules is chain.active_rules
-        if is_found or not chain.rule_set.has_simple_delay:
+        if is_found or not chain.rule_set.has_delaying_rule:
             return
-        delaying = chain.simple_delays(link.to)
+        delaying = chain.delaying_rules(link.to)
         if delaying is None:
             return
         rules = [active.rule for active in delaying]
@@ -8361,8 +8366,8 @@ class Connection:
         if back.write_closed:
             self.finish()
         else:
-            # The source of `back` needs no other events. (If its ciphertext waits, the TlsSocket
-            # calls on_tls_change.)
+            # The source of `back` needs no other events, unless its ciphertext waits. Then the
+            # TlsSocket calls on_tls_change.
             link.fast_events = 0
             self.watch(link, self.wanted_events(link, back))
 
@@ -8645,11 +8650,9 @@ class Connection:
                 events = self.wanted_events(link, back)
             if events != link.watched:
                 self.watch(link, events)
-                if self.phase is CLOSED:    # the kernel has refused to watch the source
-                    return
 
     def allows_fast_path(self):
-        """Return whether both fast paths may be open. A TLS handshake closes both."""
+        """Return whether both fast paths may be open. A pending TLS handshake closes both."""
         return (self.phase is CONNECTED and not self.proxy.has_blocking
                 and (not self.has_tls or self.tls_is_open()))
 
@@ -8672,8 +8675,9 @@ class Connection:
     def watch(self, link, events):
         """Watch a link's source for `events`, or stop watching the source if `events` is 0.
 
-        If the kernel cannot watch the source, reset the connection. Linux limits the number of
-        watched sockets: see max_user_watches in man 7 epoll.
+        If the kernel cannot watch the source, the loop soon resets the connection, but not at
+        once, because the callers still use the sockets. Linux limits the number of watched
+        sockets: see max_user_watches in man 7 epoll.
         """
         link.watched = events
         if not events:
@@ -8686,7 +8690,8 @@ class Connection:
         except OSError as error:
             log.warning("%sconnection %d: reset, because its socket cannot be watched: %s",
                         self.proxy.log_prefix, self.number, error.strerror)
-            self.reset("refused: %s" % error.strerror)
+            reason = "refused: %s" % error.strerror
+            self.loop.call_at(self.loop.clock(), lambda: self.reset(reason))
 
     def wants_read(self, link, back):
         """Return whether to read from a link's source.
