@@ -2565,11 +2565,12 @@ class TestProtocolChain(unittest.TestCase):
 
     def test_a_redis_transaction_with_an_error_is_aborted(self):
         play = self.play("redis", error_rule("OOM", match=b"^SET"))
-        play.client(b"MULTI\r\n" b"SET a 1\r\n" b"EXEC\r\n").assert_becomes(
-            b"MULTI\r\n" b"*1\r\n$7\r\nvaurien\r\n" b"EXEC\r\n")
+        play.client(b"MULTI\r\n" b"CLIENT ID\r\n" b"SET a 1\r\n" b"EXEC\r\n").assert_becomes(
+            b"MULTI\r\n" b"CLIENT ID\r\n" b"*1\r\n$7\r\nvaurien\r\n" b"EXEC\r\n")
         aborted = b"-EXECABORT Transaction discarded\r\n"
-        play.backend(b"+OK\r\n" b"-ERR unknown command\r\n" + aborted).assert_becomes(
-            b"+OK\r\n" + REDIS_OOM + aborted)
+        before = b"+OK\r\n" b"+QUEUED\r\n"
+        play.backend(before + b"-ERR unknown command\r\n" + aborted).assert_becomes(
+            before + REDIS_OOM + aborted)
 
     def test_a_mysql_deadlock_rolls_back(self):
         play = self.play("mysql", error_rule("1213"))
@@ -3137,11 +3138,13 @@ class TestProtocolChain(unittest.TestCase):
                 self.assertIsNone(play.tcp)
 
     def test_a_client_is_recognized_by_a_request_on_the_fast_path(self):
-        play = self.play("redis")
-        play.client(PING).assert_passes()
-        play.replace_rules(vaurien.Rule("delay", {"sleep": 0.0}))
-        play.client(b"PI").assert_held()
-        play.wait(0.9 * vaurien.HEAD_TIMEOUT).assert_held()
+        for request in PING, b"*1\r\n$4\r\nPING\r\n":
+            with self.subTest(request):
+                play = self.play("redis")
+                play.client(request).assert_passes()
+                play.replace_rules(vaurien.Rule("delay", {"sleep": 0.0}))
+                play.client(b"PI").assert_held()
+                play.wait(0.9 * vaurien.HEAD_TIMEOUT).assert_held()
 
     def test_no_rule_per_request_acts_after_a_part_of_the_head_was_forwarded(self):
         play = self.play("redis", vaurien.Rule("delay", {"sleep": 1.0}))
@@ -6055,6 +6058,31 @@ class TestTls(TempDirTestCase):
                 peer.sendall(bytes(200))
                 self.assertEqual(read_until_close(peer).ending, ending)
 
+    def test_ciphertext_that_waits_is_sent_without_a_close(self):
+        """All bytes of the reply wait as ciphertext, and none in the delay queue."""
+        data = random_data(60000)
+
+        def reply(sock):
+            read_exactly(sock, len(b"go"))
+            sock.sendall(data)
+            read_exactly(sock, len(b"bye"))
+
+        with tls_proxy(reply, True, False) as (proxy, _), socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.settimeout(TIMEOUT)
+            sock.connect(("127.0.0.1", proxy.port))
+            wait_until(lambda: proxy.connections)
+            connection = proxy.connections[1]
+            connection.client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            with TlsPeer(sock, client_context(), name="localhost") as peer:
+                peer.sendall(b"go")
+                wait_until(lambda: proxy.loop.run_sync(
+                    lambda: connection.down.received == len(data) and not connection.down.held))
+                self.assertTrue(connection.client.unsent)
+                self.assertEqual(read_exactly(peer, len(data)), data)
+                peer.sendall(b"bye")
+                self.assertEqual(read_until_close(peer), EMPTY_EOF)
+
     def test_ciphertext_that_waits_is_sent_before_the_close(self):
         """The proxy closes the connection, while most of one batch of ciphertext waits."""
         data = random_data(60000)
@@ -6476,6 +6504,9 @@ class TestFastPath(DownloadMixin, unittest.TestCase):
                 sock.sendall(bytes(size))
                 received += size
                 wait_until(lambda: loop.run_sync(lambda: down.received) == received)
+                # The reading resumes shortly before this time: see DelayQueue.next_time.
+                self.assertAlmostEqual(loop.run_sync(lambda: down.rate_limited_until - began),
+                                       (received - 1) / 10000)
             due_times = loop.run_sync(lambda: [entry[0] - began for entry in sorted(down.queue)])
             ends = [10, 30, 1030, 2030, 2530, 2560, 2600]
             self.assertEqual(len(due_times), len(ends))
