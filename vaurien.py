@@ -2209,6 +2209,7 @@ class Redis(Protocol):
     # Commands after which the server sends data without a request
     SERVER_PUSH = {"SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE", "MONITOR", "SYNC", "PSYNC",
                    "REPLCONF"}
+    # Commands that may change how the connection continues: see change_mode
     MODE_COMMANDS = SERVER_PUSH | {"CLIENT", "MULTI", "EXEC", "DISCARD", "RESET"}
     STRINGS = (b"$", b"=", b"!")
     VALUES_PER_ITEM = {b"*": 1, b"~": 1, b"%": 2}       # of arrays, sets and maps (key and value)
@@ -5267,9 +5268,7 @@ class ProtocolChain(Chain):
         request = framer.parse_whole(message) if framer.at_boundary else None
         if request is None:
             return None
-        if not self.recognized:
-            self.recognize()
-        self.begin_exchange(request)
+        self.apply_boundary(UPSTREAM, request)
         self.exchanges[-1].forwarded = True
         self.end_request()
         if len(self.exchanges) > 1:         # with pipelined requests, the first may be done now
@@ -8943,8 +8942,8 @@ class Connection:
         link.source_reset = isinstance(error, ConnectionResetError)
         self.reset_reason = ("reset by %s" % peer if link.source_reset
                              else "%s lost: %s" % (peer, error.strerror))
-        if back.held:               # the source can receive no data
-            back.discard()
+        if back.held:
+            back.discard()          # the source can receive no data
         back.write_closed = True
         link.eof = True             # splice() returns `eof`, to prevent a recv()
         cannot_send = link.latest == NEVER or self.phase is CONNECTING
@@ -9018,10 +9017,8 @@ class Connection:
             self.loop.unwatch(self.client)
         self.client.close()
         self.client = self.up.source = self.down.target = None
-        if self.timer:
-            self.loop.cancel(self.timer)
-        if self.deadline_timer:
-            self.loop.cancel(self.deadline_timer)
+        self.loop.cancel(self.timer)
+        self.loop.cancel(self.deadline_timer)
         self.proxy.on_connection_closed(self, reason)
         self.up.close()
         self.down.close()
