@@ -6427,6 +6427,15 @@ class DownloadMixin:
                 received += piece
 
 
+def recording_socket(sent):
+    """Return a RawSocket class that appends the bytes of each send() to the list `sent`."""
+    class RecordingSocket(vaurien.RawSocket):
+        def send(self, data, *flags):
+            sent.append(bytes(data))
+            return super().send(data, *flags)
+    return RecordingSocket
+
+
 class TestFastPath(DownloadMixin, unittest.TestCase):
     """Bytes that no fault changes are sent in the callback that received them."""
 
@@ -6562,14 +6571,8 @@ class TestFastPath(DownloadMixin, unittest.TestCase):
                               ([slicer, bandwidth], [1000] * 3)]:
             names = [toxic["type"] for toxic in toxics]
             sent = []
-
-            class RecordingSocket(vaurien.RawSocket):
-                def send(self, data, *flags, sent=sent):
-                    sent.append(len(data))
-                    return super().send(data, *flags)
-
             with self.subTest(names), \
-                    mock.patch.object(vaurien, "RawSocket", RecordingSocket), \
+                    mock.patch.object(vaurien, "RawSocket", recording_socket(sent)), \
                     running_proxy(echo, toxics=toxics) as proxy, connected_client(proxy) as sock:
                 clock = StoppedClock(proxy.loop)
                 sock.sendall(bytes(3000))
@@ -6577,17 +6580,12 @@ class TestFastPath(DownloadMixin, unittest.TestCase):
                                        for connection in proxy.connections.values()) == 3000)
                 clock.advance(5)
                 read_exactly(sock, 3000)
-                self.assertEqual(sent, [3000, *sizes])      # the request, and the reply
+                # The first send() is the request.
+                self.assertEqual([len(data) for data in sent], [3000, *sizes])
 
     def test_pieces_of_a_slicer_without_a_delay_are_sent_one_by_one(self):
         sent = []
-
-        class RecordingSocket(vaurien.RawSocket):
-            def send(self, data, *flags):
-                sent.append(bytes(data))
-                return super().send(data, *flags)
-
-        with mock.patch.object(vaurien, "RawSocket", RecordingSocket), \
+        with mock.patch.object(vaurien, "RawSocket", recording_socket(sent)), \
                 running_proxy(echo, "100:slicer",
                               options={"slicer": {"average_size": 10}}) as proxy, \
                 connected_client(proxy) as sock:
