@@ -7736,8 +7736,12 @@ class TestAccept(unittest.TestCase):
             record_change(server, rule, change)
 
         with mock.patch.object(vaurien.ProxyServer, "record_change", recorded_change), \
-                self.proxy() as (proxy, _), proxy.refusing(start=0.01, duration=0.01):
-            wait_until(lambda: len(modes) == 2)
+                self.proxy() as (proxy, _):
+            clock = StoppedClock(proxy.loop)    # a busy machine could miss a short window
+            with proxy.refusing(start=1, duration=1):
+                for count in 1, 2:
+                    clock.advance(1)
+                    wait_until(lambda: len(modes) == count)
         self.assertEqual(modes, [("begins", "refuse"), ("ends", "normal")])
 
     def test_all_times_begin_anew_when_a_proxy_starts_again(self):
